@@ -1,0 +1,287 @@
+"""What the fleet was and cost, in SQLite, so that a restarted autoscaler knows both.
+
+One row per stretch of time an instance spent in one state at one price. A row is opened when the
+stretch begins and closed when it ends, so after `kill -9` the open rows are the fleet as it was
+last seen: the next process goes on from them, and no dollar between is lost.
+
+    stretch      instance, machine, label, state, from, to (NULL while it lasts), $/h now, $/h if running
+    worked       seconds an instance had at least one request in flight, in buckets of 15 s
+    fleet        one row an instance: what must be known again after a restart
+    bad_machine  machine_id and until when it is not rented again
+    host_key     the ssh host key an instance showed first
+
+Times are epoch seconds. Everything is written by one thread and read by any.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+BUCKET_S = 15.0
+"""Width of a `worked` bucket: fine enough to clip to a run of a minute, 5,760 rows an instance and day."""
+
+HOT_STATES = frozenset({"hot", "draining"})
+BOOT_STATES = frozenset({"ordered", "loading", "running", "starting"})
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS stretch(
+  label TEXT NOT NULL, instance INTEGER, machine INTEGER, state TEXT NOT NULL,
+  from_s REAL NOT NULL, to_s REAL, usd_h REAL NOT NULL, running_usd_h REAL NOT NULL, why TEXT NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS open_stretch ON stretch(label) WHERE to_s IS NULL;
+CREATE INDEX IF NOT EXISTS stretch_to ON stretch(to_s);
+CREATE TABLE IF NOT EXISTS worked(
+  label TEXT NOT NULL, bucket INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY(label, bucket));
+CREATE TABLE IF NOT EXISTS fleet(
+  label TEXT PRIMARY KEY, instance INTEGER, machine INTEGER, loaded INTEGER NOT NULL,
+  doomed INTEGER NOT NULL, ordered_s REAL NOT NULL, throughput REAL);
+CREATE TABLE IF NOT EXISTS bad_machine(machine INTEGER PRIMARY KEY, until_s REAL NOT NULL, why TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS host_key(label TEXT PRIMARY KEY, key TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS took(kind TEXT NOT NULL, at_s REAL NOT NULL, seconds REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS took_at ON took(at_s);
+"""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One instance in one state at one price. usd_h is what it pays, running_usd_h what it would pay hot."""
+
+    label: str
+    instance: int | None
+    machine: int | None
+    state: str
+    from_s: float
+    to_s: float | None
+    usd_h: float
+    running_usd_h: float
+    why: str
+
+    def seconds_within(self, from_s: float, to_s: float) -> float:
+        """How long it lasted inside the window, seconds."""
+        end = to_s if self.to_s is None else min(self.to_s, to_s)
+        return max(0.0, end - max(self.from_s, from_s))
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a restarted autoscaler must know of an instance; state and since come from its open stretch."""
+
+    label: str
+    instance: int | None
+    machine: int | None
+    loaded: bool
+    doomed: bool
+    ordered_s: float
+    throughput: float | None
+    state: str | None
+    since: float | None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Dollars of a window, by what they were spent on; `lost` is failed machines that still billed."""
+
+    hot_working: float
+    hot_idle: float
+    loading: float
+    stopped: float
+    lost: float
+    usd_if_all_hot: float
+    utilisation: float | None
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def total(self) -> float:
+        """All dollars of the window."""
+        return self.hot_working + self.hot_idle + self.loading + self.stopped + self.lost
+
+
+class Ledger:
+    """The file. Raises sqlite3.Error when it cannot be written: without a ledger nothing may be rented."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file (0600)."""
+        path.touch(mode=0o600, exist_ok=True)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        # WAL with NORMAL survives kill -9 of the process; only a power cut may lose the last transaction.
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Close the file; the open stretches stay open."""
+        with self._lock:
+            self._db.close()
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        *,
+        stretches: Iterable[Stretch] = (),
+        fleet: Iterable[Remembered] = (),
+        took: Iterable[tuple[str, float, float]] = (),
+        bad_machines: Mapping[int, tuple[float, str]] | None = None,
+    ) -> None:
+        """Record what changed, in one transaction.
+
+        A stretch with to_s None closes the label's open one at its from_s and opens itself; one with state
+        "gone" closes only. took holds (kind, at, seconds): "create", "start", "stop",
+        "destroy" from order to effect, "load" from create to hot, "boot" from start to hot.
+        """
+        with self._lock, self._transaction():
+            for s in stretches:
+                self._db.execute(
+                    "UPDATE stretch SET to_s = ? WHERE label = ? AND to_s IS NULL", (s.from_s, s.label)
+                )
+                if s.state != "gone":
+                    self._db.execute(
+                        "INSERT INTO stretch VALUES (?,?,?,?,?,?,?,?,?)",
+                        (
+                            s.label,
+                            s.instance,
+                            s.machine,
+                            s.state,
+                            s.from_s,
+                            s.to_s,
+                            s.usd_h,
+                            s.running_usd_h,
+                            s.why,
+                        ),
+                    )
+            for r in fleet:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO fleet VALUES (?,?,?,?,?,?,?)",
+                    (r.label, r.instance, r.machine, r.loaded, r.doomed, r.ordered_s, r.throughput),
+                )
+            self._db.executemany("INSERT INTO took VALUES (?,?,?)", took)
+            for machine, (until_s, why) in (bad_machines or {}).items():
+                self._db.execute("INSERT OR REPLACE INTO bad_machine VALUES (?,?,?)", (machine, until_s, why))
+
+    def add_worked(self, seconds_by_label: Mapping[str, float], now: float) -> None:
+        """Add seconds in which an instance had a request in flight, ending now."""
+        bucket = int(now // BUCKET_S)
+        with self._lock, self._transaction():
+            self._db.executemany(
+                "INSERT INTO worked VALUES (?,?,?) "
+                "ON CONFLICT(label, bucket) DO UPDATE SET seconds = seconds + excluded.seconds",
+                [(label, bucket, s) for label, s in seconds_by_label.items() if s > 0.0],
+            )
+
+    def remember_host_key(self, label: str, key: str) -> str:
+        """The host key first seen for that label; stores this one when there was none."""
+        with self._lock, self._transaction():
+            self._db.execute("INSERT OR IGNORE INTO host_key VALUES (?,?)", (label, key))
+            row = self._db.execute("SELECT key FROM host_key WHERE label = ?", (label,)).fetchone()
+        return str(row[0])
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def remembered(self) -> list[Remembered]:
+        """The instances that were not gone when the last process ended, and those once doomed."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT f.label, f.instance, f.machine, f.loaded, f.doomed, f.ordered_s, f.throughput,"
+                " s.state, s.from_s FROM fleet f LEFT JOIN stretch s ON s.label = f.label AND s.to_s IS NULL"
+                " WHERE s.state IS NOT NULL OR f.doomed"
+            ).fetchall()
+        return [Remembered(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:]) for r in rows]
+
+    def bad_machines(self, now: float) -> dict[int, float]:
+        """Machines not to be rented, each with the time until when."""
+        with self._lock:
+            return dict(
+                self._db.execute(
+                    "SELECT machine, until_s FROM bad_machine WHERE until_s > ?", (now,)
+                ).fetchall()
+            )
+
+    def took(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
+        """(kind, at, seconds) of what finished inside the window."""
+        with self._lock:
+            return self._db.execute(
+                "SELECT kind, at_s, seconds FROM took WHERE at_s >= ? AND at_s < ? ORDER BY at_s",
+                (from_s, to_s),
+            ).fetchall()
+
+    def last_took(self, kind: str, count: int) -> list[float]:
+        """The seconds of the last so many of a kind, newest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT seconds FROM took WHERE kind = ? ORDER BY at_s DESC LIMIT ?", (kind, count)
+            ).fetchall()
+        return [float(r[0]) for r in rows]
+
+    def costs(self, from_s: float, to_s: float, *, with_stretches: bool = True) -> Costs:
+        """What was spent inside the window, to_s being at most now.
+
+        Hot dollars are split by the seconds with at least one request in flight. usd_if_all_hot prices every
+        instance at its running price for as long as it existed inside the window.
+        """
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT label, instance, machine, state, from_s, to_s, usd_h, running_usd_h, why FROM stretch"
+                " WHERE from_s < ? AND (to_s IS NULL OR to_s > ?) ORDER BY from_s",
+                (to_s, from_s),
+            ).fetchall()
+            worked = dict(
+                self._db.execute(
+                    "SELECT label,"
+                    " SUM(seconds * MAX(0.0, MIN((bucket + 1) * ?1, ?3) - MAX(bucket * ?1, ?2)) / ?1)"
+                    " FROM worked WHERE (bucket + 1) * ?1 > ?2 AND bucket * ?1 < ?3 GROUP BY label",
+                    (BUCKET_S, from_s, to_s),
+                ).fetchall()
+            )
+        stretches = [Stretch(*row) for row in rows]
+        hot_s: dict[str, float] = {}
+        hot_usd: dict[str, float] = {}
+        loading = stopped = lost = all_hot = 0.0
+        for s in stretches:
+            seconds = s.seconds_within(from_s, to_s)
+            usd = s.usd_h * seconds / 3600.0
+            all_hot += s.running_usd_h * seconds / 3600.0
+            if s.state in HOT_STATES:
+                hot_s[s.label] = hot_s.get(s.label, 0.0) + seconds
+                hot_usd[s.label] = hot_usd.get(s.label, 0.0) + usd
+            elif s.state in BOOT_STATES:
+                loading += usd
+            elif s.state in {"failed", "destroying"}:
+                lost += usd
+            else:
+                stopped += usd
+        share = {
+            label: min(1.0, worked.get(label, 0.0) / seconds) if seconds > 0 else 0.0
+            for label, seconds in hot_s.items()
+        }
+        working = sum(usd * share[label] for label, usd in hot_usd.items())
+        hot = sum(hot_usd.values())
+        return Costs(
+            hot_working=working,
+            hot_idle=hot - working,
+            loading=loading,
+            stopped=stopped,
+            lost=lost,
+            usd_if_all_hot=all_hot,
+            utilisation=working / hot if hot > 0 else None,
+            stretches=tuple(stretches) if with_stretches else (),
+        )
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _transaction(self) -> "_Transaction":
+        return _Transaction(self._db)
+
+
+class _Transaction:
+    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the block raises."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._db.execute("COMMIT" if kind is None else "ROLLBACK")

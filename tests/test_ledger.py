@@ -1,0 +1,121 @@
+"""Every dollar is in the ledger, and a restart loses none."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ledger import BUCKET_S, Ledger, Remembered, Stretch
+
+
+def stretch(label: str, state: str, at: float, usd_h: float, running: float = 3600.0) -> Stretch:
+    return Stretch(label, 1, 7, state, at, None, usd_h, running, "test")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path):  # type: ignore[no-untyped-def]
+    made = Ledger(tmp_path / "ledger.sqlite")
+    yield made
+    made.close()
+
+
+def test_dollars_are_seconds_times_price_by_state(ledger: Ledger) -> None:
+    """Prices of 3600 $/h make a dollar a second."""
+    ledger.write(
+        stretches=[
+            stretch("f/a", "ordered", 0.0, 36.0),
+            stretch("f/a", "running", 10.0, 3600.0),
+            stretch("f/a", "hot", 30.0, 3600.0),
+            stretch("f/a", "draining", 90.0, 3600.0),
+            stretch("f/a", "stopping", 100.0, 3600.0),
+            stretch("f/a", "cold", 110.0, 36.0),
+            stretch("f/a", "failed", 210.0, 36.0),
+            stretch("f/a", "gone", 220.0, 0.0),
+        ]
+    )
+    costs = ledger.costs(0.0, 1000.0)
+    assert costs.loading == pytest.approx(0.1 + 20)
+    assert costs.hot_idle == pytest.approx(70)
+    assert costs.hot_working == 0.0
+    assert costs.stopped == pytest.approx(10 + 1)
+    assert costs.lost == pytest.approx(0.1)
+    assert costs.total == pytest.approx(0.1 + 20 + 70 + 11 + 0.1)
+    assert costs.usd_if_all_hot == pytest.approx(220)
+
+
+def test_a_window_counts_what_lies_inside_it(ledger: Ledger) -> None:
+    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/a", "cold", 100.0, 36.0)])
+    assert ledger.costs(40.0, 60.0).total == pytest.approx(20)
+    assert ledger.costs(90.0, 110.0).total == pytest.approx(10.1)
+    assert ledger.costs(200.0, 200.0).total == 0.0
+
+
+def test_hot_dollars_are_split_by_the_seconds_that_had_a_request(ledger: Ledger) -> None:
+    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/b", "hot", 0.0, 3600.0)])
+    for n in range(10):
+        ledger.add_worked({"f/a": BUCKET_S / 3, "f/b": 0.0}, n * BUCKET_S + 1)
+    costs = ledger.costs(0.0, 10 * BUCKET_S)
+    assert costs.hot_working == pytest.approx(50)
+    assert costs.hot_idle == pytest.approx(250)
+    assert costs.utilisation == pytest.approx(1 / 6)
+    assert ledger.costs(0.0, 5 * BUCKET_S).hot_working == pytest.approx(25)
+
+
+def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> None:
+    """kill -9 in the middle: what was written is there, open stretches go on, nothing is counted twice."""
+    path = tmp_path / "ledger.sqlite"
+    script = (
+        "import sys, time; sys.path.insert(0, '.'); from pathlib import Path\n"
+        "from ledger import Ledger, Remembered, Stretch\n"
+        f"l = Ledger(Path({str(path)!r}))\n"
+        "l.write(stretches=[Stretch('f/a', 1, 7, 'hot', 100.0, None, 3600.0, 3600.0, 'x')],"
+        " fleet=[Remembered('f/a', 1, 7, True, False, 50.0, 900.0, 'hot', 100.0)])\n"
+        "print('written', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "written\n"
+        os.kill(child.pid, signal.SIGKILL)
+    again = Ledger(path)
+    try:
+        assert again.remembered() == [Remembered("f/a", 1, 7, True, False, 50.0, 900.0, "hot", 100.0)]
+        again.write(stretches=[stretch("f/a", "running", 160.0, 3600.0)])
+        costs = again.costs(0.0, 200.0)
+        assert (costs.hot_idle, costs.loading) == (pytest.approx(60), pytest.approx(40))
+    finally:
+        again.close()
+
+
+def test_what_is_gone_is_not_remembered_but_what_is_doomed_is(ledger: Ledger) -> None:
+    for label, doomed in (("f/a", False), ("f/b", True)):
+        ledger.write(
+            stretches=[stretch(label, "hot", 0.0, 1.0), stretch(label, "gone", 5.0, 0.0)],
+            fleet=[Remembered(label, 1, 7, True, doomed, 0.0, None, "gone", 5.0)],
+        )
+    assert [(r.label, r.doomed, r.state) for r in ledger.remembered()] == [("f/b", True, None)]
+
+
+def test_bad_machines_are_forgotten_when_their_time_is_up(ledger: Ledger) -> None:
+    ledger.write(bad_machines={7: (100.0, "never ready"), 8: (50.0, "died")})
+    assert ledger.bad_machines(60.0) == {7: 100.0}
+
+
+def test_a_host_key_is_the_one_seen_first(ledger: Ledger) -> None:
+    assert ledger.remember_host_key("f/a", "ed25519 AAA") == "ed25519 AAA"
+    assert ledger.remember_host_key("f/a", "ed25519 BBB") == "ed25519 AAA"
+
+
+def test_a_write_that_fails_changes_nothing(ledger: Ledger) -> None:
+    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0)])
+    with pytest.raises(sqlite3.Error):
+        ledger.write(stretches=[stretch("f/a", "cold", 10.0, 36.0), stretch(None, "hot", 1.0, 1.0)])  # type: ignore[arg-type]
+    assert ledger.costs(0.0, 20.0).hot_idle == pytest.approx(20)
+
+
+def test_the_file_is_private(tmp_path: Path) -> None:
+    Ledger(tmp_path / "l.sqlite").close()
+    assert (tmp_path / "l.sqlite").stat().st_mode & 0o077 == 0
