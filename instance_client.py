@@ -1,0 +1,416 @@
+"""Every HTTP call that is made *to an instance*: tokens, load reports, the test prompt, completions.
+
+An instance has two addresses. Its auth_server answers `POST /tokens` and `GET /load` to whoever has the
+master token; its model server answers vLLM's own routes to whoever has a single-use token, which travels as
+the API key. Nothing of an answer but its length is looked at here, and no token is ever part of a message.
+
+What can go wrong with a completion has two names, because they differ in what the client may assume:
+
+    NotStarted   the engine never saw the prompt: no connection, token refused, 429, 503
+    BrokenOff    it may have seen it: the connection broke, or the answer has no proper end
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import aiohttp
+
+from errors import InstanceError
+
+T = TypeVar("T")
+
+KEEP_ALIVE_S = 3.0
+"""An idle connection is not used again after so long: vLLM's uvicorn closes them after 5 s, and a request
+on a connection that is just being closed would be lost."""
+
+MAX_ANSWER = 4 * 2**20
+"""Bytes of an answer that is read whole: 2,000 tokens and 65,536 events are under 4 MiB."""
+
+TAIL = 4096
+"""Bytes of a stream that are kept: usage and [DONE] are its last events."""
+
+TEST_PROMPT_TOKENS = 4
+"""What a test prompt asks for; one that comes back is enough."""
+
+
+class NotStarted(InstanceError):
+    """The instance did not take the request: another one may serve it, nothing was lost but time."""
+
+
+class BrokenOff(InstanceError):
+    """The answer broke off. The engine may have worked on it, and tokens may have been delivered."""
+
+
+def request_id(token: str) -> str:
+    """The name of the request that a token admits: 16 hex digits of its SHA-256, safe to log.
+
+    The instance computes the same (remote/tokens.py), so reports and leases meet without the token itself.
+    """
+    return hashlib.sha256(token.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of one request. status: finished, aborted or failed."""
+
+    id: str
+    status: str
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load report: events numbered up to seq, and how things stand. Totals count from the engine's start.
+
+    missed: events between the asked number and the first one here are lost. kv_use: share of the KV memory
+    in use, None where the engine does not say.
+    """
+
+    boot_id: str
+    seq: int
+    missed: bool
+    started: tuple[str, ...]
+    ended: tuple[Ended, ...]
+    running: int
+    waiting: int
+    kv_use: float | None
+    model_up: bool
+    prompt_tokens_total: int
+    generation_tokens_total: int
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Fresh single-use tokens of one boot, good for expires_in_s from now, and the load at that moment."""
+
+    tokens: tuple[str, ...]
+    boot_id: str
+    expires_in_s: float
+    load: Load
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer of the model server. Times are time.perf_counter(); tokens as counted by the server.
+
+    error: what an answer other than 200, or an error inside the stream, says. first_token_s is 0 when no
+    token came or nothing was streamed.
+    """
+
+    status: int
+    error: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_s: float
+    end_s: float
+
+
+# -- what answers say --------------------------------------------------------------------------------------
+
+
+class _Shape(ValueError):
+    """An answer is not as it must be; the text says which field."""
+
+
+def _field(said: object, name: str, *kinds: type) -> Any:
+    value = said.get(name) if isinstance(said, Mapping) else None
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise _Shape(f"{name}: wanted {kinds[0].__name__}, got {type(value).__name__}")
+    return value
+
+
+def _count(said: object, name: str) -> int:
+    value: int = _field(said, name, int)
+    if value < 0:
+        raise _Shape(f"{name}: wanted 0 or more, got {value}")
+    return value
+
+
+def _texts(said: object, name: str) -> tuple[str, ...]:
+    values = _field(said, name, list)
+    if not all(isinstance(v, str) and v for v in values):
+        raise _Shape(f"{name}: wanted texts")
+    return tuple(values)
+
+
+def parse_load(said: object) -> Load:
+    """The load report in a decoded answer; raises ValueError that names the field."""
+    kv_use = _field(said, "kv_use", float, int, type(None))
+    return Load(
+        boot_id=_field(said, "boot_id", str),
+        seq=_count(said, "seq"),
+        missed=_field(said, "missed", bool),
+        started=_texts(said, "started"),
+        ended=tuple(
+            Ended(_field(e, "id", str), _field(e, "status", str), _count(e, "output_tokens"))
+            for e in _field(said, "ended", list)
+        ),
+        running=_count(said, "running"),
+        waiting=_count(said, "waiting"),
+        kv_use=None if kv_use is None else float(kv_use),
+        model_up=_field(said, "model_up", bool),
+        prompt_tokens_total=_count(said, "prompt_tokens_total"),
+        generation_tokens_total=_count(said, "generation_tokens_total"),
+    )
+
+
+def parse_tokens(said: object) -> TokenBatch:
+    """The token batch in a decoded answer; raises ValueError that names the field and shows no token."""
+    tokens = _texts(said, "tokens")
+    if not tokens:
+        raise _Shape("tokens: wanted at least one")
+    expires_in_s = float(_field(said, "expires_in_s", float, int))
+    return TokenBatch(
+        tokens, _field(said, "boot_id", str), expires_in_s, parse_load(_field(said, "load", dict))
+    )
+
+
+def parse_usage(said: object) -> tuple[int, int]:
+    """(prompt tokens, completion tokens) of a decoded completion or of a stream's usage event."""
+    usage = _field(said, "usage", dict)
+    return _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+
+
+def error_message(raw: bytes) -> str:
+    """What an error answer says, in vLLM's shape or our own; at most 300 characters."""
+    try:
+        said = json.loads(raw)
+        inner = said.get("error", said)
+        text = inner.get("message") if isinstance(inner, dict) else said.get("message") or inner
+        return str(text)[:300]
+    except (ValueError, AttributeError):
+        return repr(raw[:100])
+
+
+class Stream:
+    """The server-sent events of one answer, as far as they must be understood.
+
+    Events are parsed until one holds a token; after that only the tail is kept, so that a thousand streams at
+    fifty events a second cost a driver little. Feed it bytes as they come.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has come yet."""
+        self.begun = False  # a token came
+        self.error: str | None = None
+        self._suspect = False
+        self._tail = b""
+
+    def feed(self, chunk: bytes) -> None:
+        """Take in what was received."""
+        self._tail += chunk
+        if not self.begun:
+            # Whole lines only; what is left of them waits for the rest.
+            self.begun = any(_holds_token(line) for line in self._tail.split(b"\n")[:-1])
+        # Inside a text the quotes would be escaped, so this is a key, or a word that stands alone.
+        self._suspect = self._suspect or b'"error"' in self._tail[-len(chunk) - 8 :]
+        if self._suspect and self.error is None:
+            self._find_error()
+        if len(self._tail) > 4 * TAIL:
+            self._tail = self._tail[-TAIL:]
+
+    def _find_error(self) -> None:
+        for line in self._tail.split(b"\n"):
+            said = _event(line)
+            if isinstance(said, dict) and "error" in said:
+                self.error = error_message(line[5:].strip())
+
+    def end(self) -> tuple[int, int]:
+        """(prompt tokens, completion tokens) of the whole; raises ValueError when it has no proper end."""
+        lines = [line.strip() for line in self._tail.split(b"\n") if line.startswith(b"data:")]
+        if not lines or lines[-1] != b"data: [DONE]":
+            raise _Shape("the stream has no [DONE]")
+        for line in reversed(lines[:-1]):
+            said = _event(line)
+            if isinstance(said, dict) and said.get("usage"):
+                return parse_usage(said)
+        raise _Shape("the stream has no usage")
+
+
+def _event(line: bytes) -> object:
+    """The JSON of a data line; None for anything else."""
+    if not line.startswith(b"data:"):
+        return None
+    try:
+        return json.loads(line[5:])
+    except ValueError:
+        return None
+
+
+def _holds_token(line: bytes) -> bool:
+    """Whether the line is an event with a token: any text of a completion, content of a chat."""
+    said = _event(line)
+    choices = said.get("choices") if isinstance(said, dict) else None
+    for choice in choices if isinstance(choices, list) else ():
+        delta = choice.get("delta")
+        if "text" in choice or (isinstance(delta, dict) and any(v for k, v in delta.items() if k != "role")):
+            return True
+    return False
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+class InstanceClient:
+    """An async context manager with kept-alive connections to any number of instances."""
+
+    def __init__(self) -> None:
+        """Nothing is opened before the context is entered."""
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Open it; belongs to the running event loop from here on."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,  # a proxy from the environment must not see tokens or prompts
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close every connection."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def fetch_tokens(
+        self, auth_url: str, master_token: str, count: int, timeout_s: float
+    ) -> TokenBatch:
+        """Fetch count single-use tokens; raises InstanceError."""
+        said = await self._ask("POST", f"{auth_url}/tokens", master_token, {"count": count}, timeout_s)
+        return _read(f"{auth_url}/tokens", parse_tokens, said)
+
+    async def fetch_load(self, auth_url: str, master_token: str, after: int, timeout_s: float) -> Load:
+        """The load report with the events numbered above `after`; raises InstanceError."""
+        said = await self._ask("GET", f"{auth_url}/load?after={after}", master_token, None, timeout_s)
+        return _read(f"{auth_url}/load", parse_load, said)
+
+    async def test_prompt(self, address: str, token: str, model: str, timeout_s: float) -> int:
+        """Completion tokens that a short prompt brought back, at least one; raises InstanceError."""
+        body = {"model": model, "prompt": "Hello", "max_tokens": TEST_PROMPT_TOKENS, "temperature": 0.0}
+        answer = await self.stream(address, token, body, aiohttp.ClientTimeout(total=timeout_s))
+        if answer.status != 200:
+            raise InstanceError(f"{address}: test prompt: wanted 200, got {answer.status}: {answer.error}")
+        if answer.completion_tokens < 1:
+            raise InstanceError(f"{address}: test prompt: wanted a token, got none")
+        return answer.completion_tokens
+
+    async def stream(
+        self, address: str, token: str, body: Mapping[str, Any], timeouts: aiohttp.ClientTimeout
+    ) -> Completion:
+        """Send a completion request and read its answer to the end, streamed or not as the body says.
+
+        An answer of 4xx or 5xx is returned as it is, except those that mean "not taken": 401, 429 and 503.
+        Raises NotStarted, BrokenOff.
+        """
+        assert self._session is not None, "used outside its context"  # noqa: S101 a mistake of ours
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        sent = False
+        try:
+            async with self._session.post(
+                f"{address}{path}",
+                json=body,
+                headers={"Authorization": f"Bearer {token}"},
+                timeout=timeouts,
+                allow_redirects=False,
+            ) as reply:
+                sent = True
+                if reply.status != 200:
+                    return _refused(address, reply.status, await _read_whole(reply))
+                if body.get("stream"):
+                    return await _read_stream(address, reply)
+                return _read_answer(address, await _read_whole(reply))
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
+            raise NotStarted(f"{address}: no connection: {_named(e)}") from e
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            what = "the answer broke off" if sent else "no answer"
+            raise BrokenOff(f"{address}: {what}: {_named(e)}") from e
+
+    async def _ask(
+        self, method: str, url: str, master_token: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> object:
+        assert self._session is not None, "used outside its context"  # noqa: S101 a mistake of ours
+        shown = url.partition("?")[0]
+        try:
+            async with self._session.request(
+                method,
+                url,
+                json=body,
+                headers={"Authorization": f"Bearer {master_token}"},
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
+                allow_redirects=False,
+            ) as reply:
+                raw = await _read_whole(reply)
+                status = reply.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            raise InstanceError(f"{shown}: {_named(e)}") from e
+        if status != 200:
+            raise InstanceError(f"{shown}: wanted 200, got {status}: {error_message(raw)}")
+        try:
+            return json.loads(raw)
+        except ValueError:
+            raise InstanceError(f"{shown}: wanted JSON, got {raw[:60]!r}") from None
+
+
+def _read(url: str, parse: Callable[[object], T], said: object) -> T:
+    try:
+        return parse(said)
+    except ValueError as e:
+        raise InstanceError(f"{url}: {e}") from None
+
+
+def _named(error: BaseException) -> str:
+    """A timeout's own text is empty."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _refused(address: str, status: int, raw: bytes) -> Completion:
+    message = error_message(raw)
+    if status in (401, 429, 503):
+        raise NotStarted(f"{address}: {status}: {message}")
+    return Completion(status, message, 0, 0, 0.0, time.perf_counter())
+
+
+def _read_answer(address: str, raw: bytes) -> Completion:
+    now = time.perf_counter()
+    try:
+        prompt, output = parse_usage(json.loads(raw))
+    except ValueError as e:
+        raise InstanceError(f"{address}: a completion without usage: {e}") from None
+    return Completion(200, None, prompt, output, 0.0, now)
+
+
+async def _read_stream(address: str, reply: aiohttp.ClientResponse) -> Completion:
+    stream, first_token_s = Stream(), 0.0
+    async for chunk in reply.content.iter_any():
+        was_begun = stream.begun
+        stream.feed(chunk)
+        if stream.begun and not was_begun:
+            first_token_s = time.perf_counter()
+    end_s = time.perf_counter()
+    if stream.error is not None:
+        return Completion(200, stream.error, 0, 0, first_token_s, end_s)
+    try:
+        prompt, output = stream.end()
+    except ValueError as e:
+        raise BrokenOff(f"{address}: {e}") from None
+    return Completion(200, None, prompt, output, first_token_s, end_s)
+
+
+async def _read_whole(reply: aiohttp.ClientResponse) -> bytes:
+    """The body; what is over MAX_ANSWER is a broken answer."""
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in reply.content.iter_any():
+        parts.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER:
+            raise aiohttp.ClientPayloadError(f"an answer of over {MAX_ANSWER} bytes")
+    return b"".join(parts)
