@@ -1,0 +1,1139 @@
+"""Which instance serves the next request, and how much is going on: no I/O, no clock, no locks.
+
+Every instance has an estimate of when it would have drained the work it was given, `free_at`:
+
+    a lease of work w:   free_at = now + (work left + w) / throughput
+    a load report:       free_at = now + work of all unfinished leases / throughput
+    in between:          it stays, and the work (free_at - now) * throughput drains by itself
+
+The estimate never leaves [FLOOR, 1] * the work of the unfinished leases: what a report has not said to
+be over is not over, however long ago it was given. Seconds compare between machines of unequal speed.
+
+There is one queue per class of speed, because an idle fast machine and an idle slow one have the same
+`free_at` and not the same answer: the first few of each class are looked at, and the request
+goes where it is predicted to be done first. A queue is two heaps whose keys do not age, so a choice costs
+O(log n): those that drain, by `free_at`, and those at their floor or idle, by seconds. An instance crosses
+from the first to the second when it is met there, once per change. Only instances that can serve are in a
+queue: hot, with tokens in stock, not failing.
+
+    hot set ──► instances ◄── token batches, load reports, failures
+                   │
+    route ─► lease ┤ released by: ended in a report, /done, expiry if it never started, reboot
+                   │
+    hold ─► waiter ┴► granted first come first served when capacity appears
+
+True after every call:
+- the work given to an instance is the sum over its unfinished leases; a token is leased once;
+- no lease takes an instance over its capacity, except that an idle one always gets one;
+- nobody who asks overtakes somebody who waits.
+
+Times are epoch seconds, work is in output-token equivalents. All methods belong to one thread.
+"""
+
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+FLOOR = 0.5
+"""An unfinished lease counts for at least this share of its work: on average half of it is left."""
+
+CLASS_RATIO = 1.25
+"""Instances whose throughputs (and whose seconds of capacity) are within this ratio share a queue."""
+
+FEW = 3
+"""Places of a heap that are compared: among machines of about one speed the first ones are near enough."""
+
+LOOK = 8
+"""Looked at when those are full: the key is the room, so behind a few full ones all are full."""
+
+RATE_WEIGHT = 0.3
+"""Weight of one observed rate in the measured throughput: settles in about five reports."""
+
+RATE_INTERVAL_S = (0.5, 30.0)
+"""Intervals a rate is taken over: shorter ones see single steps, longer ones mix idle and busy."""
+
+RATE_RANGE = 8.0
+"""A measured throughput stays within this ratio of the told one: a wrong counter must not take one out."""
+
+SATURATED = 0.9
+"""From this share of its capacity on an instance counts as saturated, so that its rate is its throughput."""
+
+LENGTH_PRIOR = 20.0
+"""The told expected output length counts like so many completions."""
+
+LENGTH_MEMORY = 1000.0
+"""Completions of about this number make up the learned mean: minutes of traffic of a small fleet."""
+
+STOCK_LEAST, STOCK_MOST = 64, 2000
+"""Tokens kept for an instance: a burst on an idle one (its capacity is some 30 requests), and a bound."""
+
+STOCK_S = 40.0
+"""Seconds of use a full stock lasts; it is refilled at a quarter, or at half of the least."""
+
+USE_INTERVAL_S = 1.0
+"""How much an instance is used is measured over at least so long."""
+
+BATCH = 1000
+"""Tokens fetched at a time: 1000 are parsed in about 3 ms, for so long nothing is answered."""
+
+TOKEN_SHARE = 0.8
+"""A token is leased in this first part of its life only, so that the client has the rest."""
+
+TOKEN_LIFE_S = 5.0
+"""Tokens of a shorter life are of no use: they would be renewed all the time."""
+
+RENEW_SHARE = 0.7
+"""After this part of the newest tokens' life new ones are fetched: an idle instance never runs dry."""
+
+REFILL_DRY, REFILL_LOW = 20, 4
+"""Refills begun in one call: each is about 0.6 ms of processor in which nothing is answered."""
+
+REFILL_RETRY_S = (0.25, 10.0)
+"""A failed refill is repeated after the first, doubling up to the second."""
+
+FAILURES_IN_A_ROW = 3
+"""Failures without a success between them after which an instance is avoided."""
+
+AVOID_S = (1.0, 30.0)
+"""How long it is avoided at least: the first, doubling up to the second until a request is finished there."""
+
+IDLE_POLL_RATIO = 5.0
+"""An instance without work is polled so many times less often."""
+
+MAX_POLLS_S = 200.0
+"""Load reports asked for in all; at about 0.25 ms of processor each, 5 % of one core."""
+
+SWEEP, POLL_FEW = 10, 4
+"""Calls of polls in which every instance is looked at, 0.2 s, and reports asked for in one call."""
+
+MAX_SERVE_S = 3600.0
+"""A started lease whose end nobody ever told is released after so long."""
+
+MAX_LEASES = 200_000
+"""Unfinished leases in all, a bound on memory (about 0.5 kB each)."""
+
+REFUSED_S = 10.0
+"""Refused work counts as demand for so long, about one request's life: that much would be under way now."""
+
+RETRY_UNKNOWN_S = 30.0
+"""Said when nothing is hot and the autoscaler has not said when something will be."""
+
+CAPACITY_UNKNOWN = 30.0
+"""Until an instance was known, one is taken to hold so many requests of the expected length."""
+
+ENDS = ("finished", "aborted", "failed", "unused", "expired", "lost")
+"""How a lease ends: the first three by a report or its client, unused by its client; expired without having
+started; lost with its instance, or because nobody told."""
+
+REMEMBER_DONE = 10_000
+"""So many leases ended by their client are remembered until the report that tells their length."""
+
+
+# -- what is told ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HotInstance:
+    """One instance of the hot set; capacity_work / throughput_work_s are the seconds of work it may hold."""
+
+    id: int
+    draining: bool
+    address: str
+    auth_url: str
+    master_token: str = field(repr=False)
+    throughput_work_s: float
+    capacity_work: float
+
+
+@dataclass(frozen=True)
+class HotSet:
+    """What the autoscaler says may be used. Versions grow within an epoch: one autoscaler process."""
+
+    epoch: str
+    version: int
+    model: str
+    prefill_weight: float
+    expected_output_tokens: float
+    expected_hot_s: float | None
+    instances: tuple[HotInstance, ...]
+
+
+class Ended(Protocol):
+    """The end of one request, as an instance reports it."""
+
+    @property
+    def id(self) -> str:
+        """Request id."""
+
+    @property
+    def status(self) -> str:
+        """finished, aborted or failed."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens it was answered with."""
+
+
+class Load(Protocol):
+    """One load report: events since the one before, and how things stand."""
+
+    @property
+    def boot_id(self) -> str:
+        """Changes when the instance reboots."""
+
+    @property
+    def seq(self) -> int:
+        """Number of the last event in it."""
+
+    @property
+    def started(self) -> Sequence[str]:
+        """Request ids whose token was taken."""
+
+    @property
+    def ended(self) -> Sequence[Ended]:
+        """Requests that ended."""
+
+    @property
+    def running(self) -> int:
+        """Requests being served."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests waiting inside the model server."""
+
+    @property
+    def model_up(self) -> bool:
+        """Whether the model server answers; the other figures are 0 when not."""
+
+    @property
+    def prompt_tokens_total(self) -> int:
+        """Counter since the model server started."""
+
+    @property
+    def generation_tokens_total(self) -> int:
+        """Counter since the model server started."""
+
+
+# -- what is said ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Ask:
+    """What a client wants: work, the max_tokens behind it if known, instances that must not serve it."""
+
+    work: float
+    max_tokens: int | None = None
+    avoid: Collection[int] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """What a client is given. started: the report in which it was seen to have started, 0 before."""
+
+    request_id: str
+    token: str = field(repr=False)
+    instance_id: int
+    address: str
+    work: float
+    max_tokens: int | None
+    given_at: float
+    expires_at: float
+    batch: "_Batch" = field(repr=False)
+    boot_id: str | None
+    started: int = 0
+    over: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that is held. over: granted, cancelled, or past `until`."""
+
+    ask: Ask
+    until: float
+    over: bool = False
+
+
+@dataclass(frozen=True)
+class Refill:
+    """Fetch so many tokens there, then call add_tokens or refill_failed with this."""
+
+    instance_id: int
+    auth_url: str
+    master_token: str = field(repr=False)
+    count: int
+
+
+@dataclass(frozen=True)
+class Poll:
+    """Ask for the load report there, then call report or poll_failed with this."""
+
+    instance_id: int
+    auth_url: str
+    master_token: str = field(repr=False)
+    after: int
+
+
+class InstanceUse(NamedTuple):
+    """One instance's part of Usage; working_s and failures are cumulative."""
+
+    unfinished: int
+    work: float
+    working_s: float
+    throughput_work_s: float
+    failures: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the autoscaler must know. Arrivals are cumulative; demand counts what had to wait."""
+
+    busy: float
+    demand: float
+    held: int
+    held_work: float
+    arrivals: int
+    arrived_work: float
+    instances: Mapping[int, InstanceUse]
+
+
+# -- tokens ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Tokens that were fetched together. until: they are leased no longer."""
+
+    tokens: list[str]
+    until: float
+    expires_at: float
+
+
+class _Stock:
+    """The tokens of one instance; those of the oldest batch go first."""
+
+    def __init__(self) -> None:
+        self._batches: deque[_Batch] = deque()
+        self.size = 0
+        self.renew_at = math.inf
+
+    def add(self, tokens: Sequence[str], expires_in_s: float, now: float) -> None:
+        if tokens:
+            until = now + TOKEN_SHARE * expires_in_s
+            self._batches.append(_Batch(list(tokens), until, now + expires_in_s))
+            self.size += len(tokens)
+            self.renew_at = now + RENEW_SHARE * expires_in_s
+
+    def take(self, now: float) -> tuple[str, _Batch] | None:
+        self.drop_old(now)
+        if not self._batches:
+            return None
+        batch = self._batches[0]
+        self.size -= 1
+        token = batch.tokens.pop()
+        if not batch.tokens:
+            self._batches.popleft()
+        return token, batch
+
+    def give_back(self, token: str, batch: _Batch) -> None:
+        if not batch.tokens:
+            self._batches.appendleft(batch)
+        batch.tokens.append(token)
+        self.size += 1
+
+    def drop_old(self, now: float) -> None:
+        while self._batches and self._batches[0].until <= now:
+            self.size -= len(self._batches.popleft().tokens)
+
+    def clear(self) -> None:
+        self._batches.clear()
+        self.size = 0
+
+    def fresh(self, now: float) -> int:
+        """How many there are; none when they are to be renewed, although they are still good."""
+        return self.size if now < self.renew_at else 0
+
+
+# -- one instance ----------------------------------------------------------------------------------------
+
+
+class _Instance:
+    """What is known of one instance of the hot set, under one address."""
+
+    def __init__(self, told: HotInstance, now: float) -> None:
+        self.told = told
+        self.throughput = told.throughput_work_s
+        self.hold_s = told.capacity_work / told.throughput_work_s
+        self.measured = False
+        self.cls = (0, 0)
+        self.leases: dict[str, Lease] = {}
+        self.given = 0.0  # work of the unfinished leases
+        self.foreign = 0.0  # work that others gave it, by the last report
+        self.free_at = now
+        self.entry: _Entry | None = None  # its place in the queue; None when it cannot serve
+        self.stock = _Stock()
+        self.boot_id: str | None = None
+        self.level = STOCK_LEAST
+        self.taken = 0
+        self.counted_from = now
+        self.refilling = False
+        self.refill_failures = 0
+        self.retry_at = now
+        self.seq = 0
+        self.polling = False
+        self.polled_at = now
+        self.reports = 0
+        self.base: tuple[float, float] | None = None  # (time, work total) the next rate is taken from
+        self.was_saturated = False
+        self.quiet = False
+        self.running = 0
+        self.waiting = 0
+        self.failures = 0
+        self.streak = 0
+        self.avoided_until: float | None = None
+        self.avoid_s = AVOID_S[0]
+        self.working_s = 0.0
+        self.working_since = now
+        self.classify()
+
+    @property
+    def id(self) -> int:
+        return self.told.id
+
+    @property
+    def capacity(self) -> float:
+        return self.throughput * self.hold_s
+
+    def classify(self) -> None:
+        step = math.log(CLASS_RATIO)
+        self.cls = (round(math.log(self.throughput) / step), round(math.log(self.hold_s) / step))
+
+    def work(self, now: float) -> float:
+        """The work it has left, by the estimate."""
+        total = self.given + self.foreign
+        left = (self.free_at - now) * self.throughput
+        if left > total:
+            return total
+        return left if left > FLOOR * total else FLOOR * total
+
+    def at_floor(self, now: float) -> bool:
+        """Whether its work stays what it is until something happens."""
+        return (self.free_at - now) * self.throughput <= FLOOR * (self.given + self.foreign)
+
+    def has_room(self, work: float, left: float) -> bool:
+        """Whether work may be given to one that has left: within its capacity, or because it is idle."""
+        return left + work <= self.throughput * self.hold_s or (not self.leases and self.foreign == 0.0)
+
+    def is_low(self, now: float) -> bool:
+        """Whether tokens are to be fetched for it."""
+        low = max(STOCK_LEAST // 2, self.level // 4)
+        return not self.told.draining and not self.refilling and self.stock.fresh(now) < low
+
+    def working(self, now: float) -> float:
+        """Seconds with a request under way, so far."""
+        return self.working_s + (now - self.working_since if self.leases else 0.0)
+
+
+_Entry = tuple[float, float, int, _Instance]
+"""(key, random, counter, instance): ties are broken by chance, then by age. Void unless it is inst.entry."""
+
+
+class _Queue:
+    """The instances of one class that can serve. No entry is ever taken out, they become void."""
+
+    def __init__(self) -> None:
+        self.draining: list[_Entry] = []  # by free_at
+        self.steady: list[_Entry] = []  # by seconds of work: at their floor, or idle
+
+    def add(self, inst: _Instance, tie: tuple[float, int], most: int, now: float) -> None:
+        steady = inst.at_floor(now)
+        heap = self.steady if steady else self.draining
+        key = inst.work(now) / inst.throughput if steady else inst.free_at
+        inst.entry = (key, *tie, inst)
+        heapq.heappush(heap, inst.entry)
+        if len(heap) > most:
+            heap[:] = [e for e in heap if e[3].entry is e]
+            heapq.heapify(heap)
+
+    def first(self, now: float) -> list[_Entry]:
+        """The first of both heaps: their first places, in which the two smallest keys are for certain."""
+        self._mend(now)
+        return self.draining[:FEW] + self.steady[:FEW]
+
+    def take(self, most: int) -> "list[tuple[list[_Entry], _Entry]]":
+        """Take the first so many out of each heap: (heap, entry). Put them back."""
+        taken = []
+        for heap in (self.draining, self.steady):
+            found = 0
+            while heap and found < most:
+                entry = heapq.heappop(heap)
+                if entry[3].entry is entry:
+                    taken.append((heap, entry))
+                    found += 1
+        return taken
+
+    def _mend(self, now: float) -> None:
+        """Make the first entry of each heap a true one."""
+        while self.draining:
+            inst = self.draining[0][3]
+            if inst.entry is self.draining[0]:
+                if not inst.at_floor(now):
+                    break
+                _, chance, age, _ = self.draining[0]
+                inst.entry = (inst.work(now) / inst.throughput, chance, age, inst)
+                heapq.heappush(self.steady, inst.entry)
+            heapq.heappop(self.draining)
+        while self.steady and self.steady[0][3].entry is not self.steady[0]:
+            heapq.heappop(self.steady)
+
+
+# -- the whole -------------------------------------------------------------------------------------------
+
+
+class LoadBalancer:
+    """The hot set with its work, tokens and leases, and those who wait."""
+
+    def __init__(
+        self,
+        rng: random.Random,
+        request_id: Callable[[str], str],
+        lease_s: float = 60.0,
+        max_held: int = 5000,
+        poll_interval_s: float = 1.0,
+    ) -> None:
+        """Knows no instance yet.
+
+        request_id: the public id of a token. lease_s: a lease not started by then is released.
+        max_held: requests held at once. poll_interval_s: how old a working instance's report may get.
+        """
+        self.lease_s = lease_s
+        self.max_held = max_held
+        self.poll_interval_s = poll_interval_s
+        self.epoch: str | None = None
+        self.version: int | None = None
+        self.model = ""
+        self.prefill_weight = 0.1
+        self.expected_output_tokens = 200.0
+        self.arrivals = 0
+        self.arrived_work = 0.0
+        self.routed = 0
+        self.refused = 0
+        self.held = 0
+        self.held_work = 0.0
+        self.ends: dict[str, int] = {}  # how leases ended -> how many
+        self._rng = rng
+        self._request_id = request_id
+        self._counter = count()
+        self._instances: dict[int, _Instance] = {}
+        self._queues: dict[tuple[int, int], _Queue] = {}
+        self._leases: dict[str, Lease] = {}
+        self._expiring: deque[Lease] = deque()  # by expires_at
+        self._serving: deque[Lease] = deque()  # started when they would have expired; by given_at
+        self._done_early: dict[str, int | None] = {}
+        self._thirsty: dict[int, None] = {}
+        self._waiters: deque[Waiter] = deque()
+        self._must_queue = False
+        self._left_epochs: deque[str] = deque(maxlen=16)
+        self._hot_expected_at: float | None = None
+        self._lengths: dict[int, tuple[float, float]] = {}  # bits of max_tokens -> (completions, tokens)
+        self._mean_work = self.expected_output_tokens
+        self._refused_work: deque[list[float]] = deque()  # [second, work]
+        self._working = 0  # instances with a lease
+        self._to_poll: list[int] = []
+        self._hot = 0
+        self._hot_throughput = 0.0
+        self._typical_capacity = CAPACITY_UNKNOWN * self.expected_output_tokens
+
+    # -- the hot set --
+
+    def replace_hot(self, told: HotSet, now: float) -> bool:
+        """Make the hot set what it is told to be; False when the news is older than what is known.
+
+        What stays keeps its leases, tokens and measurements. An instance that is not named any more is
+        forgotten with its leases; one that drains keeps them and gets none. A new address is a new instance.
+        """
+        if told.epoch == self.epoch:
+            if self.version is not None and told.version < self.version:
+                return False
+        elif told.epoch in self._left_epochs:
+            return False
+        elif self.epoch is not None:
+            self._left_epochs.append(self.epoch)
+        self.epoch, self.version = told.epoch, told.version
+        self.model = told.model
+        self.prefill_weight = told.prefill_weight
+        if not self._lengths:
+            self._mean_work = told.expected_output_tokens
+        self.expected_output_tokens = told.expected_output_tokens
+        self.expect_hot(told.expected_hot_s, now)
+        named = {i.id: i for i in told.instances}
+        for instance_id, inst in list(self._instances.items()):
+            new = named.get(instance_id)
+            if new is None or (new.address, new.auth_url) != (inst.told.address, inst.told.auth_url):
+                self._forget(inst, now)
+        for new in named.values():
+            known = self._instances.get(new.id)
+            if known is None:
+                known = self._instances[new.id] = _Instance(new, now)
+            else:
+                known.told = new
+                known.hold_s = new.capacity_work / new.throughput_work_s
+                if not known.measured:
+                    self._set_throughput(known, new.throughput_work_s, now)
+                known.classify()
+            self._wants_tokens(known, now)
+            self._requeue(known, now)
+        self._survey()
+        return True
+
+    def expect_hot(self, expected_hot_s: float | None, now: float) -> None:
+        """The next instance becomes hot in so many seconds, or nobody knows when."""
+        self._hot_expected_at = None if expected_hot_s is None else now + expected_hot_s
+
+    @property
+    def hot(self) -> int:
+        """Instances that are hot, whether or not they can serve at this moment."""
+        return self._hot
+
+    def _survey(self) -> None:
+        hot = [i for i in self._instances.values() if not i.told.draining]
+        self._hot = len(hot)
+        self._hot_throughput = sum(i.throughput for i in hot)
+        if hot:
+            self._typical_capacity = sum(i.capacity for i in hot) / len(hot)
+
+    def _forget(self, inst: _Instance, now: float) -> None:
+        for lease in list(inst.leases.values()):
+            self._release(inst, lease, "lost", now)
+        inst.entry = None
+        del self._instances[inst.id]
+        self._thirsty.pop(inst.id, None)
+
+    # -- requests --
+
+    def work_of(self, prompt_tokens: int, max_tokens: int | None) -> float:
+        """The work such a request is expected to be."""
+        return max(1.0, prompt_tokens * self.prefill_weight + self.expected_output(max_tokens))
+
+    def expected_output(self, max_tokens: int | None) -> float:
+        """Mean tokens of completions that were allowed about as many; what was told is the prior."""
+        most = math.inf if max_tokens is None else float(max_tokens)
+        n, total = self._lengths.get(_bits(max_tokens), (0.0, 0.0))
+        prior = min(most, self.expected_output_tokens)
+        return min(most, (LENGTH_PRIOR * prior + total) / (LENGTH_PRIOR + n))
+
+    def arrived(self, ask: Ask) -> None:
+        """Count a new request; once, whatever becomes of it."""
+        self.arrivals += 1
+        self.arrived_work += ask.work
+
+    def route(self, ask: Ask, now: float) -> Lease | None:
+        """A lease for it, or None when no instance may take it now or others wait already (see grant)."""
+        if self.held and self._must_queue:
+            return None
+        return self._lease(ask, now)
+
+    def refuse(self, ask: Ask, now: float) -> tuple[str, float]:
+        """Why it gets no lease, and in how many seconds to ask again. It counts as demand."""
+        self.refused += 1
+        second = math.floor(now)
+        if self._refused_work and self._refused_work[-1][0] == second:
+            self._refused_work[-1][1] += ask.work
+        else:
+            self._refused_work.append([second, ask.work])
+        return "all_busy" if self._hot else "nothing_hot", self.retry_after_s(ask, now)
+
+    def retry_after_s(self, ask: Ask, now: float) -> float:
+        """Seconds until there may be room for it, by what is known: at least 1, at most an hour."""
+        if not self._hot:
+            expected = RETRY_UNKNOWN_S if self._hot_expected_at is None else self._hot_expected_at - now
+            return min(3600.0, max(1.0, expected))
+        first = [e[3] for queue in self._queues.values() for e in queue.first(now) if e[3].entry is e]
+        if not first:
+            return 1.0  # no tokens, or all are being avoided: that is over in a moment or known soon
+        room_s = min((i.work(now) + ask.work - i.capacity) / i.throughput for i in first)
+        return min(60.0, max(1.0, room_s + self.held_work / self._hot_throughput))
+
+    def _lease(self, ask: Ask, now: float) -> Lease | None:
+        if len(self._leases) >= MAX_LEASES:
+            return None
+        while (inst := self._choose(ask.work, ask.avoid, now)) is not None:
+            taken = inst.stock.take(now)
+            self._wants_tokens(inst, now)
+            if taken is None:
+                inst.entry = None  # its tokens had become too old
+                continue
+            token, batch = taken
+            request_id = self._request_id(token)
+            # An instance that gives a token twice must not upset the books.
+            if request_id not in self._leases:
+                return self._give(inst, request_id, token, batch, ask, now)
+        return None
+
+    def _choose(self, work: float, avoid: Collection[int], now: float) -> _Instance | None:
+        """The instance that is predicted to be done with it first, among the first few of each class."""
+        best: _Instance | None = None
+        best_s = math.inf
+        for queue in self._queues.values():
+            found = self._best_of(queue.first(now), work, avoid, now)
+            if found is None:
+                taken = queue.take(LOOK + len(avoid))
+                found = self._best_of((entry for _, entry in taken), work, avoid, now)
+                for heap, entry in taken:
+                    heapq.heappush(heap, entry)
+            if found is not None and found[0] < best_s:
+                best_s, best = found
+        return best
+
+    def _best_of(
+        self, entries: Iterable[_Entry], work: float, avoid: Collection[int], now: float
+    ) -> tuple[float, _Instance] | None:
+        """(seconds until it would be done, instance) of the best that has room."""
+        best: _Instance | None = None
+        best_s = math.inf
+        for entry in entries:
+            inst = entry[3]
+            if inst.entry is entry and inst.told.id not in avoid:
+                left = inst.work(now)
+                done_s = (left + work) / inst.throughput
+                if done_s < best_s and inst.has_room(work, left):
+                    best, best_s = inst, done_s
+        return None if best is None else (best_s, best)
+
+    def _give(
+        self, inst: _Instance, request_id: str, token: str, batch: _Batch, ask: Ask, now: float
+    ) -> Lease:
+        told = inst.told
+        lease = Lease(
+            request_id=request_id,
+            token=token,
+            instance_id=told.id,
+            address=told.address,
+            work=ask.work,
+            max_tokens=ask.max_tokens,
+            given_at=now,
+            expires_at=min(now + self.lease_s, batch.expires_at),
+            batch=batch,
+            boot_id=inst.boot_id,
+        )
+        left_s = inst.work(now) / inst.throughput
+        if not inst.leases:
+            inst.working_since = now
+            self._working += 1
+        inst.taken += 1
+        inst.leases[request_id] = lease
+        inst.given += ask.work
+        inst.free_at = now + left_s + ask.work / inst.throughput
+        self._leases[request_id] = lease
+        self._expiring.append(lease)
+        self._mean_work += (ask.work - self._mean_work) / LENGTH_MEMORY
+        self.routed += 1
+        self._requeue(inst, now)
+        return lease
+
+    def done(self, request_id: str, outcome: str, now: float) -> bool:
+        """A client says how its lease ended: finished, failed or unused. False when none such is known.
+
+        An unused token goes back into stock, unless a report said that it was taken.
+        """
+        lease = self._leases.get(request_id)
+        if lease is None:
+            return False
+        inst = self._instances[lease.instance_id]
+        if outcome == "finished":
+            self._succeeded(inst)
+            self._done_early[request_id] = lease.max_tokens
+            if len(self._done_early) > REMEMBER_DONE:
+                del self._done_early[next(iter(self._done_early))]
+        elif outcome == "failed":
+            self._failed(inst, now)
+        elif not lease.started and lease.boot_id == inst.boot_id:
+            inst.stock.give_back(lease.token, lease.batch)
+            inst.taken -= 1
+        self._release(inst, lease, outcome, now)
+        self._requeue(inst, now)
+        return True
+
+    def _release(self, inst: _Instance, lease: Lease, how: str, now: float) -> None:
+        """Take its work off the instance; the caller requeues."""
+        lease.over = True
+        del self._leases[lease.request_id]
+        del inst.leases[lease.request_id]
+        inst.given = inst.given - lease.work if inst.leases else 0.0
+        if not inst.leases:
+            inst.working_s += now - inst.working_since
+            self._working -= 1
+        inst.free_at = min(inst.free_at, now + (inst.given + inst.foreign) / inst.throughput)
+        self.ends[how] = self.ends.get(how, 0) + 1
+
+    def tick(self, now: float) -> None:
+        """Release what has expired, renew what will. Call it every second or so."""
+        while self._expiring and (self._expiring[0].over or self._expiring[0].expires_at <= now):
+            lease = self._expiring.popleft()
+            if lease.started and not lease.over:
+                self._serving.append(lease)
+            else:
+                self._expire(lease, "expired", now)
+        while self._serving and (self._serving[0].over or self._serving[0].given_at + MAX_SERVE_S <= now):
+            self._expire(self._serving.popleft(), "lost", now)
+        if len(self._expiring) > 2 * len(self._leases) + 1000:
+            self._expiring = deque(lease for lease in self._expiring if not lease.over)
+        for inst in self._instances.values():
+            inst.stock.drop_old(now)
+            if inst.entry is not None and not inst.stock.size:
+                self._requeue(inst, now)
+            self._wants_tokens(inst, now)
+        self._queues = {cls: q for cls, q in self._queues.items() if q.draining or q.steady}
+        self._survey()
+
+    def _expire(self, lease: Lease, how: str, now: float) -> None:
+        if not lease.over:
+            inst = self._instances[lease.instance_id]
+            self._release(inst, lease, how, now)
+            self._requeue(inst, now)
+
+    # -- those who wait --
+
+    def hold(self, ask: Ask, until: float, now: float) -> Waiter | None:
+        """A place at the end of the line, or None when the line is full."""
+        if self.held >= self.max_held:
+            return None
+        waiter = Waiter(ask, until)
+        self._waiters.append(waiter)
+        self.held += 1
+        self.held_work += ask.work
+        self._must_queue = self._must_queue or not self._only_avoids(ask, now)
+        return waiter
+
+    def cancel(self, waiter: Waiter) -> None:
+        """It waits no more: the client went away, or its time is over."""
+        if not waiter.over:
+            waiter.over = True
+            self.held -= 1
+            self.held_work = self.held_work - waiter.ask.work if self.held else 0.0
+
+    def grant(self, now: float) -> list[tuple[Waiter, Lease]]:
+        """Leases for those who may be served now, first come first served.
+
+        Who could be served but for the instances he avoids lets the others pass. Call it whenever capacity
+        may have appeared, also with time alone.
+        """
+        granted: list[tuple[Waiter, Lease]] = []
+        self._must_queue = False
+        for waiter in self._waiters:
+            if waiter.over:
+                continue
+            if waiter.until <= now:
+                self.cancel(waiter)
+                continue
+            lease = self._lease(waiter.ask, now)
+            if lease is not None:
+                self.cancel(waiter)
+                granted.append((waiter, lease))
+            elif not self._only_avoids(waiter.ask, now):
+                self._must_queue = True
+                break
+        while self._waiters and self._waiters[0].over:
+            self._waiters.popleft()
+        if len(self._waiters) > 2 * self.held + 64:
+            self._waiters = deque(w for w in self._waiters if not w.over)
+        return granted
+
+    def _only_avoids(self, ask: Ask, now: float) -> bool:
+        """Whether an instance that it must not go to is all that has room for it."""
+        return bool(ask.avoid) and self._choose(ask.work, (), now) is not None
+
+    # -- tokens --
+
+    def refills(self, now: float) -> list[Refill]:
+        """What to fetch now; each is under way until its answer is given back. Call it every 20 ms or so.
+
+        Instances that came together run low together, so a few are refilled in one call, more of those
+        that are dry.
+        """
+        dry: list[_Instance] = []
+        low: list[_Instance] = []
+        for instance_id in list(self._thirsty):
+            inst = self._instances[instance_id]
+            if not inst.is_low(now):
+                del self._thirsty[instance_id]  # it has been filled since
+            elif now >= inst.retry_at:
+                (low if inst.stock.size else dry).append(inst)
+        out: list[Refill] = []
+        for inst in dry[:REFILL_DRY] + low[:REFILL_LOW]:
+            del self._thirsty[inst.id]
+            inst.refilling = True
+            count = min(BATCH, inst.level - inst.stock.fresh(now))
+            out.append(Refill(inst.id, inst.told.auth_url, inst.told.master_token, count))
+        return out
+
+    def add_tokens(
+        self,
+        refill: Refill,
+        boot_id: str,
+        tokens: Sequence[str],
+        expires_in_s: float,
+        seq: int,
+        now: float,
+    ) -> None:
+        """A batch came, all with the same life from now. seq: the number of the instance's last event."""
+        inst = self._same(refill)
+        if inst is None:
+            return
+        if not tokens or expires_in_s < TOKEN_LIFE_S:
+            self.refill_failed(refill, now)
+            return
+        inst.refilling = False
+        inst.refill_failures = 0
+        if inst.boot_id != boot_id:
+            self._booted(inst, boot_id, seq, now)
+        used_s = now - inst.counted_from
+        level = STOCK_S * inst.taken / max(used_s, 0.05)
+        if not inst.stock.size and inst.taken:
+            level = max(level, 2.0 * inst.level)  # it ran dry, so how much was wanted is not known
+        level = round(min(STOCK_MOST, max(STOCK_LEAST, level)))
+        if used_s < USE_INTERVAL_S:
+            inst.level = max(inst.level, level)  # too short to say that it is used less
+        else:
+            inst.level, inst.counted_from, inst.taken = level, now, 0
+        inst.stock.add(tokens, expires_in_s, now)
+        self._wants_tokens(inst, now)
+        self._requeue(inst, now)
+
+    def refill_failed(self, refill: Refill, now: float) -> None:
+        """No tokens came: it is tried again later, and counts as a failure of the instance."""
+        inst = self._same(refill)
+        if inst is None:
+            return
+        inst.refilling = False
+        inst.retry_at = now + min(REFILL_RETRY_S[1], REFILL_RETRY_S[0] * 2.0 ** min(inst.refill_failures, 10))
+        inst.refill_failures += 1
+        self._wants_tokens(inst, now)
+        self._failed(inst, now)
+        self._requeue(inst, now)
+
+    def _wants_tokens(self, inst: _Instance, now: float) -> None:
+        if inst.is_low(now):
+            self._thirsty[inst.id] = None
+
+    def _booted(self, inst: _Instance, boot_id: str, seq: int, now: float) -> None:
+        """It is another boot than the one we knew: the old one's tokens and requests have died with it."""
+        for lease in list(inst.leases.values()):
+            self._release(inst, lease, "lost", now)
+        inst.stock.clear()
+        inst.boot_id, inst.seq = boot_id, seq
+        inst.base, inst.foreign, inst.quiet, inst.free_at = None, 0.0, False, now
+        self._wants_tokens(inst, now)
+
+    # -- load reports --
+
+    def polls(self, now: float) -> list[Poll]:
+        """Whom to ask for a load report now; nobody is asked twice at once. Call it every 20 ms or so.
+
+        A part of the instances is looked at in each call and a few are asked: neither comes in bursts.
+        """
+        out: list[Poll] = []
+        for _ in range(math.ceil(len(self._instances) / SWEEP)):
+            if len(out) == POLL_FEW:
+                break
+            if not self._to_poll:
+                self._to_poll = list(self._instances)
+            inst = self._instances.get(self._to_poll.pop())
+            if inst is None or inst.boot_id is None or inst.polling:
+                continue
+            if now - inst.polled_at >= self._poll_interval_of(inst):
+                inst.polling = True
+                out.append(Poll(inst.id, inst.told.auth_url, inst.told.master_token, inst.seq))
+        return out
+
+    def _poll_interval_of(self, inst: _Instance) -> float:
+        """How old its report may get: what is half empty does not look full by mistake, so it can wait."""
+        if not (inst.leases or inst.foreign or inst.told.draining or inst.avoided_until is not None):
+            return IDLE_POLL_RATIO * self.poll_interval_s
+        half_full = 2.0 * (inst.given + inst.foreign) >= inst.capacity or inst.avoided_until is not None
+        share = (1.0 if half_full else 2.0) * self._working / MAX_POLLS_S
+        return max(self.poll_interval_s, share)
+
+    def report(self, poll: Poll, load: Load, now: float) -> None:
+        """A load report came: what ended is released, and the estimate starts again from what is left."""
+        inst = self._same(poll)
+        if inst is None:
+            return
+        inst.polling = False
+        inst.polled_at = now
+        inst.reports += 1
+        if inst.boot_id != load.boot_id:
+            self._booted(inst, load.boot_id, load.seq, now)
+        inst.seq = load.seq
+        inst.running, inst.waiting = load.running, load.waiting
+        self._learn_throughput(inst, load, now)
+        for request_id in load.started:
+            lease = inst.leases.get(request_id)
+            if lease is not None and not lease.started:
+                lease.started = inst.reports
+        for end in load.ended:
+            self._ended(inst, end, now)
+        self._release_lost(inst, load, now)
+        foreign = max(0, load.running + load.waiting - len(inst.leases))
+        inst.foreign = foreign * self._mean_work
+        inst.free_at = now + (inst.given + inst.foreign) / inst.throughput
+        if not load.model_up:
+            self._failed(inst, now)
+        elif inst.avoided_until is None or now >= inst.avoided_until:
+            inst.avoided_until = None
+            inst.streak = 0
+        self._requeue(inst, now)
+
+    def poll_failed(self, poll: Poll, now: float) -> None:
+        """No load report came; a failure of the instance."""
+        inst = self._same(poll)
+        if inst is not None:
+            inst.polling = False
+            inst.polled_at = now
+            self._failed(inst, now)
+            self._requeue(inst, now)
+
+    def _ended(self, inst: _Instance, end: Ended, now: float) -> None:
+        lease = inst.leases.get(end.id)
+        if lease is not None:
+            self._release(inst, lease, end.status if end.status in ENDS else "failed", now)
+            max_tokens = lease.max_tokens
+        elif end.id in self._done_early:
+            max_tokens = self._done_early.pop(end.id)
+        else:
+            return
+        if end.status == "finished":
+            self._succeeded(inst)
+            bits = _bits(max_tokens)
+            n, total = self._lengths.get(bits, (0.0, 0.0))
+            keep = 1.0 - 1.0 / LENGTH_MEMORY
+            self._lengths[bits] = (n * keep + 1.0, total * keep + end.output_tokens)
+
+    def _release_lost(self, inst: _Instance, load: Load, now: float) -> None:
+        """Leases known to have started are over when two reports in a row say that nothing is under way.
+
+        Their ends were lost: the instance keeps a bounded number of events, and its report can lag by a step.
+        """
+        quiet = load.model_up and load.running + load.waiting == 0
+        if quiet and inst.quiet:
+            for lease in [x for x in inst.leases.values() if 0 < x.started < inst.reports]:
+                self._release(inst, lease, "lost", now)
+        inst.quiet = quiet
+
+    def _learn_throughput(self, inst: _Instance, load: Load, now: float) -> None:
+        """Follow the observed rate up at any time, down only when it had all the work it can hold."""
+        if not load.model_up:
+            inst.base = None
+            return
+        total = load.generation_tokens_total + self.prefill_weight * load.prompt_tokens_total
+        present = load.running + load.waiting
+        seen_work = inst.given * min(1.0, present / len(inst.leases)) if inst.leases else 0.0
+        saturated = load.waiting > 0 or seen_work >= SATURATED * inst.capacity
+        if inst.base is not None:
+            at, before = inst.base
+            if total >= before and now - at < RATE_INTERVAL_S[0]:
+                return
+            if total >= before and now - at <= RATE_INTERVAL_S[1]:
+                rate = (total - before) / (now - at)
+                if rate > inst.throughput or (saturated and inst.was_saturated):
+                    inst.measured = True
+                    self._set_throughput(inst, inst.throughput + RATE_WEIGHT * (rate - inst.throughput), now)
+        inst.base, inst.was_saturated = (now, total), saturated
+
+    def _set_throughput(self, inst: _Instance, throughput: float, now: float) -> None:
+        """Its work stays what it is; the time to drain it changes."""
+        told = inst.told.throughput_work_s
+        left = inst.work(now)
+        inst.throughput = min(told * RATE_RANGE, max(told / RATE_RANGE, throughput))
+        inst.free_at = now + left / inst.throughput
+        inst.classify()
+
+    # -- failures --
+
+    def _failed(self, inst: _Instance, now: float) -> None:
+        inst.failures += 1
+        inst.streak += 1
+        if inst.streak >= FAILURES_IN_A_ROW and (inst.avoided_until is None or now >= inst.avoided_until):
+            inst.avoided_until = now + inst.avoid_s
+            inst.avoid_s = min(AVOID_S[1], 2.0 * inst.avoid_s)
+
+    def _succeeded(self, inst: _Instance) -> None:
+        inst.streak = 0
+        inst.avoid_s = AVOID_S[0]
+
+    # -- the queue --
+
+    def _requeue(self, inst: _Instance, now: float) -> None:
+        """Put it where it belongs after any change: in the queue of its class, or nowhere."""
+        if inst.told.draining or not inst.stock.size or inst.avoided_until is not None:
+            inst.entry = None
+            return
+        queue = self._queues.get(inst.cls)
+        if queue is None:
+            queue = self._queues[inst.cls] = _Queue()
+        tie = self._rng.random(), next(self._counter)
+        queue.add(inst, tie, 2 * len(self._instances) + 64, now)
+
+    def _same(self, errand: Refill | Poll) -> _Instance | None:
+        """The instance an errand was for; None when it is gone or has become another."""
+        inst = self._instances.get(errand.instance_id)
+        return inst if inst is not None and inst.told.auth_url == errand.auth_url else None
+
+    # -- what it looks like --
+
+    def usage(self, now: float) -> Usage:
+        """How much is going on, for the autoscaler."""
+        self._forget_old_refusals(now)
+        uses: dict[int, InstanceUse] = {}
+        shares = 0.0
+        for i in self._instances.values():
+            work = i.work(now)
+            # Draining instances count with what they have: the work is there, and more like it will come.
+            shares += work / i.capacity
+            uses[i.told.id] = InstanceUse(len(i.leases), work, i.working(now), i.throughput, i.failures)
+        unserved = self.held_work + sum(work for _, work in self._refused_work)
+        return Usage(
+            busy=min(float(self._hot), shares),
+            demand=shares + unserved / self._typical_capacity,
+            held=self.held,
+            held_work=self.held_work,
+            arrivals=self.arrivals,
+            arrived_work=self.arrived_work,
+            instances=uses,
+        )
+
+    def describe(self, now: float) -> list[dict[str, Any]]:
+        """One row per instance for an operator; no tokens."""
+        return [
+            {
+                "id": i.id,
+                "state": "draining" if i.told.draining else "hot",
+                "address": i.told.address,
+                "in_queue": i.entry is not None,
+                "unfinished": len(i.leases),
+                "work": round(i.work(now), 1),
+                "capacity_work": round(i.capacity, 1),
+                "seconds_to_drain": round(i.work(now) / i.throughput, 3),
+                "throughput_work_s": round(i.throughput, 1),
+                "throughput_measured": i.measured,
+                "running": i.running,
+                "waiting": i.waiting,
+                "tokens_in_stock": i.stock.size,
+                "failures": i.failures,
+                "avoided": i.avoided_until is not None,
+                "working_s": round(i.working(now), 1),
+            }
+            for i in self._instances.values()
+        ]
+
+    def _forget_old_refusals(self, now: float) -> None:
+        while self._refused_work and self._refused_work[0][0] < now - REFUSED_S:
+            self._refused_work.popleft()
+
+
+def _bits(max_tokens: int | None) -> int:
+    return 0 if max_tokens is None else max_tokens.bit_length()

@@ -1,0 +1,667 @@
+"""The loadbalancer as a process: flags, Flask face, and what it asks of the autoscaler and the instances.
+
+python loadbalancer_server.py [flags]
+
+Everything runs on one event loop and one thread: the views, and three background coroutines.
+
+    clockwork     every 20 ms: fetch tokens, ask for load reports, serve who waits
+    autoscaler    every second: say how busy it is, and fetch the hot set when it has changed
+    ticks         every second: release what has expired
+
+Nothing is locked because nothing is shared between threads; `Desk` refuses every other thread.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import math
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from flask import Flask, Response, jsonify
+from instance_client import InstanceClient, request_id
+
+import http_face
+from errors import ConfigError, InstanceError
+from http_face import Answer, BadField, Held, ListOf, Number, Text, Whole
+from loadbalancer import Ask, HotInstance, HotSet, Lease, LoadBalancer, Poll, Refill, Usage, Waiter
+
+log = logging.getLogger("loadbalancer")
+
+CLOCKWORK_S = 0.02
+"""How long capacity that appears with time alone, or a thirsty stock, may go unnoticed."""
+
+INSTANCE_TIMEOUT_S = 5.0
+"""For a token batch or a load report: an instance that takes longer is as good as gone."""
+
+AUTOSCALER_TIMEOUT_S = 3.0
+"""For the hot set and the busy report."""
+
+MAX_HOT_BODY = 8 * 2**20
+"""Bytes of a hot set: 10,000 instances at about 0.4 kB."""
+
+MAX_TOKENS, MAX_WORK, MAX_WAIT_S, MAX_AVOID = 10_000_000, 1e7, 600.0, 64
+"""Bounds of a request: ten times the longest context there is; ten minutes; more than anybody retries."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything an operator may set. Times in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8200
+    autoscaler: str = "http://127.0.0.1:8100"
+    label: str = "fleet"  # names the state directory, as for the autoscaler
+    state_dir: Path | None = None  # control key; default below ~/.local/state
+    client_keys_file: Path | None = None  # who may call /route and /done
+    operator_key_file: Path | None = None  # who may call /status and /metrics
+    lease_s: float = 60.0  # a lease not started by then is void; clients start within a second or so
+    max_held: int = 5000  # requests that wait at once; about 10 kB each
+    poll_interval_s: float = 1.0  # age of a load report at most, with up to 200 working instances
+
+    def checked(self) -> "Config":
+        """Itself, or ConfigError naming the flag, the value and the range."""
+        _within("--port", self.port, 1, 65535)
+        _within("--lease-s", self.lease_s, 1.0, 600.0)
+        _within("--max-held", self.max_held, 0, 100_000)
+        _within("--poll-interval-s", self.poll_interval_s, 0.1, 60.0)
+        try:
+            url = urlsplit(self.autoscaler)
+            good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            good = False
+        if not good or url.path.strip("/") or url.query or url.fragment:
+            raise ConfigError(f"--autoscaler {self.autoscaler!r}: wanted http://HOST:PORT")
+        return self
+
+
+def _within(flag: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{flag} {value:g}: wanted {least:g} to {most:g}")
+
+
+# -- the hot set, as it is told --------------------------------------------------------------------------
+
+_HOT: dict[str, http_face.Field] = {
+    "epoch": Text(1, 64),
+    "version": Whole(0, 2**53),
+    "model": Text(1, 200),
+    "prefill_weight": Number(0.0, 100.0),
+    "expected_output_tokens": Number(1.0, 1e6),
+    "expected_hot_s": Number(0.0, 1e6, optional=True),
+    "instances": ListOf(http_face.Mapping(), 20_000),
+}
+
+_HOT_INSTANCE: dict[str, http_face.Field] = {
+    "id": Whole(0, 2**53),
+    "state": http_face.Choice(("hot", "draining")),
+    "address": Text(8, 300),
+    "auth_url": Text(8, 300),
+    "master_token": Text(1, 200),
+    "throughput_work_s": Number(1e-3, 1e9),
+    "capacity_work": Number(1e-3, 1e12),
+}
+
+
+def parse_hot(said: object) -> HotSet:
+    """The hot set in a decoded body; BadField names what is wrong with it."""
+    hot = http_face.check_fields(said, _HOT)
+    instances: dict[int, HotInstance] = {}
+    for n, one in enumerate(hot["instances"]):
+        told = http_face.check_fields(one, _HOT_INSTANCE, f"instances[{n}].")
+        for name in ("address", "auth_url"):
+            if not told[name].startswith(("http://", "https://")):
+                raise BadField(f"instances[{n}].{name}", f"wanted http://…, got {told[name][:60]!r}")
+        if told["id"] in instances:
+            raise BadField(f"instances[{n}].id", f"{told['id']} is there twice")
+        draining = told.pop("state") == "draining"
+        instances[told["id"]] = HotInstance(draining=draining, **told)
+    return HotSet(
+        epoch=hot["epoch"],
+        version=hot["version"],
+        model=hot["model"],
+        prefill_weight=hot["prefill_weight"],
+        expected_output_tokens=hot["expected_output_tokens"],
+        expected_hot_s=hot.get("expected_hot_s"),
+        instances=tuple(instances.values()),
+    )
+
+
+# -- the state of the process ----------------------------------------------------------------------------
+
+
+class Desk:
+    """The LoadBalancer, the clock, and those who are parked. Belongs to the thread that first uses it."""
+
+    def __init__(self, balancer: LoadBalancer, clock: Callable[[], float]) -> None:
+        """clock gives epoch seconds and never goes back."""
+        self.clock = clock
+        self.name = secrets.token_hex(8)  # of this process, for the autoscaler
+        self.heard_at: float | None = (
+            None  # when the autoscaler last said what is hot, or that it is still so
+        )
+        self._balancer = balancer
+        self._parked: dict[Waiter, Held] = {}
+        self._thread: int | None = None
+
+    @property
+    def balancer(self) -> LoadBalancer:
+        """The LoadBalancer; raises RuntimeError in a second thread."""
+        here = threading.get_ident()
+        if self._thread is None:
+            self._thread = here
+        elif self._thread != here:
+            raise RuntimeError("the loadbalancer's state belongs to the thread of the event loop")
+        return self._balancer
+
+    def route(self, ask: Ask, wait_s: float) -> Answer | Held:
+        """A lease, a place in the line, or why not."""
+        balancer, now = self.balancer, self.clock()
+        balancer.arrived(ask)
+        if balancer.held:
+            self.serve_waiting()
+        lease = balancer.route(ask, now)
+        if lease is not None:
+            return self._granted(lease, now)
+        waiter = balancer.hold(ask, now + wait_s, now) if wait_s > 0.0 else None
+        return self._refused(ask) if waiter is None else self._park(waiter, wait_s)
+
+    def serve_waiting(self) -> None:
+        """Give leases to those who wait, as far as there is capacity."""
+        balancer, now = self.balancer, self.clock()
+        if not balancer.held:
+            return
+        for waiter, lease in balancer.grant(now):
+            self._parked.pop(waiter).answer(self._granted(lease, now), partial(self._take_back, lease))
+
+    def hot_set(self, hot: HotSet) -> bool:
+        """Take over a hot set; False when it is older than what is known."""
+        now = self.clock()
+        before = (self.balancer.epoch, self.balancer.version)
+        if not self.balancer.replace_hot(hot, now):
+            return False
+        self.heard_at = now
+        if before != (hot.epoch, hot.version):
+            draining = sum(i.draining for i in hot.instances)
+            log.info(
+                "hot set %s/%d: %d hot, %d draining",
+                hot.epoch[:8],
+                hot.version,
+                len(hot.instances) - draining,
+                draining,
+            )
+        self.serve_waiting()
+        return True
+
+    def _park(self, waiter: Waiter, wait_s: float) -> Held:
+        def leave() -> None:
+            self._parked.pop(waiter, None)
+            self.balancer.cancel(waiter)
+
+        def late() -> Answer:
+            leave()
+            return self._refused(waiter.ask)
+
+        self._parked[waiter] = held = Held(wait_s, late, leave)
+        return held
+
+    def _take_back(self, lease: Lease) -> None:
+        self.balancer.done(lease.request_id, "unused", self.clock())
+
+    def _granted(self, lease: Lease, now: float) -> Answer:
+        return Answer(
+            {
+                "address": lease.address,
+                "token": lease.token,
+                "request_id": lease.request_id,
+                "instance_id": lease.instance_id,
+                "model": self._balancer.model,
+                "expires_at": round(lease.expires_at, 3),
+                "expires_in_s": round(lease.expires_at - now, 3),
+            }
+        )
+
+    def _refused(self, ask: Ask) -> Answer:
+        why, after_s = self.balancer.refuse(ask, self.clock())
+        message = {
+            "nothing_hot": "no instance is hot; the fleet has been told",
+            "all_busy": "every hot instance is at its capacity or not to be used; wait_s holds a request",
+        }[why]
+        said = {"error": why, "message": message, "retry_after_s": round(after_s, 1)}
+        return Answer(said, 503, (("Retry-After", str(math.ceil(after_s))),))
+
+
+# -- the face --------------------------------------------------------------------------------------------
+
+_ROUTE: dict[str, http_face.Field] = {
+    "prompt_tokens": Whole(0, MAX_TOKENS, optional=True),
+    "max_tokens": Whole(1, MAX_TOKENS, optional=True),
+    "work": Number(1e-3, MAX_WORK, optional=True),
+    "wait_s": Number(0.0, MAX_WAIT_S, optional=True),
+    "avoid": ListOf(Whole(0, 2**53), MAX_AVOID, optional=True),
+    "affinity": Text(1, 256, optional=True),  # a hint, which placement does not use yet
+}
+
+_DONE: dict[str, http_face.Field] = {
+    "request_id": Text(1, 64),
+    "outcome": http_face.Choice(("finished", "failed", "unused")),
+    "why": Text(0, 500, optional=True),
+}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Who may call what. With no client or operator key those routes are open, which is for loopback only."""
+
+    control: str
+    clients: frozenset[str] = frozenset()
+    operator: frozenset[str] = frozenset()
+
+
+def create_app(desk: Desk, keys: Keys) -> Flask:
+    """The routes. Views check, act and answer; what is decided is decided in `loadbalancer.py`."""
+    app = http_face.make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY})
+    control = http_face.requires(lambda: frozenset({keys.control}))
+    operator = http_face.requires(lambda: keys.operator and keys.operator | {keys.control})
+
+    @http_face.direct(app, "/route", _ROUTE, lambda: keys.clients)
+    def route(said: dict[str, Any]) -> Answer | Held:
+        return desk.route(_ask(desk.balancer, said), said.get("wait_s", 0.0))
+
+    @http_face.direct(app, "/done", _DONE, lambda: keys.clients)
+    def done(said: dict[str, Any]) -> Answer:
+        known = desk.balancer.done(said["request_id"], said["outcome"], desk.clock())
+        if known and said["outcome"] == "failed":
+            log.warning("a client's request %s failed: %.200r", said["request_id"], said.get("why", ""))
+        desk.serve_waiting()
+        return Answer({})
+
+    @app.put("/hot")
+    @control
+    def hot() -> Response:
+        news = desk.hot_set(parse_hot(http_face.json_body(MAX_HOT_BODY)))
+        return jsonify(taken=news, epoch=desk.balancer.epoch, version=desk.balancer.version)
+
+    @app.get("/status")
+    @operator
+    def status() -> Response:
+        return jsonify(status_of(desk))
+
+    @app.get("/health")
+    def health() -> Response:
+        return jsonify(status="ok", hot=desk.balancer.hot)
+
+    @app.get("/metrics")
+    @operator
+    def metrics() -> Response:
+        return Response(metrics_text(desk), mimetype="text/plain; version=0.0.4")
+
+    return app
+
+
+def _ask(balancer: LoadBalancer, said: Mapping[str, Any]) -> Ask:
+    """What a checked `POST /route` body asks for."""
+    work: float | None = said.get("work")
+    prompt: int | None = said.get("prompt_tokens")
+    max_tokens: int | None = said.get("max_tokens")
+    if work is not None:
+        if prompt is not None or max_tokens is not None:
+            raise BadField("work", "goes alone, without prompt_tokens and max_tokens")
+        return Ask(work, None, frozenset(said.get("avoid", ())))
+    if prompt is None:
+        raise BadField("prompt_tokens", "is missing (or give work)")
+    return Ask(balancer.work_of(prompt, max_tokens), max_tokens, frozenset(said.get("avoid", ())))
+
+
+def status_of(desk: Desk) -> dict[str, Any]:
+    """`GET /status`: everything but tokens and keys."""
+    balancer, now = desk.balancer, desk.clock()
+    usage = balancer.usage(now)
+    return {
+        "loadbalancer": desk.name,
+        "hot_epoch": balancer.epoch,
+        "hot_version": balancer.version,
+        "heard_of_autoscaler_s_ago": None if desk.heard_at is None else round(now - desk.heard_at, 1),
+        "model": balancer.model,
+        "busy": round(usage.busy, 4),
+        "demand": round(usage.demand, 4),
+        "held": usage.held,
+        "held_work": round(usage.held_work, 1),
+        "arrivals": usage.arrivals,
+        "arrived_work": round(usage.arrived_work, 1),
+        "routed": balancer.routed,
+        "refused": balancer.refused,
+        "ends": dict(balancer.ends),
+        "instances": balancer.describe(now),
+    }
+
+
+def metrics_text(desk: Desk) -> str:
+    """`GET /metrics` in Prometheus' text format."""
+    status = status_of(desk)
+    lines: list[str] = []
+    for name, kind, key in (
+        ("busy", "gauge", "busy"),
+        ("demand", "gauge", "demand"),
+        ("held", "gauge", "held"),
+        ("held_work", "gauge", "held_work"),
+        ("arrivals_total", "counter", "arrivals"),
+        ("arrived_work_total", "counter", "arrived_work"),
+        ("routed_total", "counter", "routed"),
+        ("refused_total", "counter", "refused"),
+    ):
+        lines += [f"# TYPE loadbalancer_{name} {kind}", f"loadbalancer_{name} {status[key]:.9g}"]
+    lines += ["# TYPE loadbalancer_hot gauge", f"loadbalancer_hot {desk.balancer.hot}"]
+    lines.append("# TYPE loadbalancer_lease_ends_total counter")
+    lines += [f'loadbalancer_lease_ends_total{{how="{how}"}} {n}' for how, n in status["ends"].items()]
+    for name, kind, key in (
+        ("unfinished", "gauge", "unfinished"),
+        ("work", "gauge", "work"),
+        ("capacity_work", "gauge", "capacity_work"),
+        ("throughput_work_s", "gauge", "throughput_work_s"),
+        ("tokens_in_stock", "gauge", "tokens_in_stock"),
+        ("working_seconds_total", "counter", "working_s"),
+        ("failures_total", "counter", "failures"),
+    ):
+        lines.append(f"# TYPE loadbalancer_instance_{name} {kind}")
+        lines += [
+            f'loadbalancer_instance_{name}{{instance="{i["id"]}"}} {i[key]:.9g}' for i in status["instances"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def busy_body(desk: Desk) -> str:
+    """The body of `POST /busy`, as JSON.
+
+    Put together by hand: for 1000 instances dicts and an encoder take 12 ms, in which nothing is answered.
+    """
+    balancer = desk.balancer
+    usage: Usage = balancer.usage(desk.clock())
+    head = json.dumps(
+        {
+            "loadbalancer": desk.name,
+            "hot_epoch": balancer.epoch,
+            "hot_version": balancer.version,
+            "busy": round(usage.busy, 6),
+            "demand": round(usage.demand, 6),
+            "held": usage.held,
+            "held_work": round(usage.held_work, 3),
+            "arrivals": usage.arrivals,
+            "arrived_work": round(usage.arrived_work, 3),
+        }
+    )
+    instances = ",".join(
+        f'"{i}":{{"unfinished":{unfinished},"work":{work:.1f},"working_s":{working_s:.3f},'
+        f'"throughput_work_s":{throughput:.2f},"failures":{failures}}}'
+        for i, (unfinished, work, working_s, throughput, failures) in usage.instances.items()
+    )
+    return f'{head[:-1]}, "instances": {{{instances}}}}}'
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+def steady_clock() -> Callable[[], float]:
+    """Epoch seconds that follow no later setting of the machine's clock, so that estimates never jump."""
+    offset = time.time() - time.monotonic()
+    return lambda: time.monotonic() + offset
+
+
+class Errands:
+    """What the loadbalancer asks of instances and autoscaler; each method is a background coroutine."""
+
+    def __init__(self, desk: Desk, autoscaler: str, control_key: str) -> None:
+        """autoscaler: its URL."""
+        self._desk = desk
+        self._autoscaler = autoscaler.rstrip("/")
+        self._bearer = {"Authorization": f"Bearer {control_key}"}
+        self._complaint: str | None = None
+        self._not_answering: set[int] = set()
+
+    async def clockwork(self) -> None:
+        """Keep stocks full, reports fresh, and nobody waiting whom an instance could serve."""
+        errands: set[asyncio.Task[None]] = set()
+
+        def start(errand: Coroutine[Any, Any, None]) -> None:
+            task = asyncio.create_task(errand)
+            errands.add(task)
+            task.add_done_callback(errands.discard)
+
+        async with InstanceClient() as client:
+            try:
+                while True:
+                    now = self._desk.clock()
+                    for refill in self._desk.balancer.refills(now):
+                        start(self._refill(client, refill))
+                    for poll in self._desk.balancer.polls(now):
+                        start(self._poll(client, poll))
+                    self._desk.serve_waiting()
+                    await asyncio.sleep(CLOCKWORK_S)
+            finally:
+                for task in errands:
+                    task.cancel()
+                await asyncio.gather(*errands, return_exceptions=True)
+
+    async def _refill(self, client: InstanceClient, refill: Refill) -> None:
+        desk = self._desk
+        batch = None
+        try:
+            batch = await client.fetch_tokens(
+                refill.auth_url, refill.master_token, refill.count, timeout_s=INSTANCE_TIMEOUT_S
+            )
+        except InstanceError as e:
+            self._silent(refill.instance_id, e)
+        finally:  # also when we are cancelled: nobody else will say that it did not work
+            if batch is None:
+                desk.balancer.refill_failed(refill, desk.clock())
+        if batch is not None:
+            self._silent(refill.instance_id, None)
+            desk.balancer.add_tokens(
+                refill, batch.boot_id, batch.tokens, batch.expires_in_s, batch.load.seq, desk.clock()
+            )
+            desk.serve_waiting()
+
+    async def _poll(self, client: InstanceClient, poll: Poll) -> None:
+        desk = self._desk
+        load = None
+        try:
+            load = await client.fetch_load(
+                poll.auth_url, poll.master_token, poll.after, timeout_s=INSTANCE_TIMEOUT_S
+            )
+        except InstanceError as e:
+            self._silent(poll.instance_id, e)
+        finally:
+            if load is None:
+                desk.balancer.poll_failed(poll, desk.clock())
+        if load is not None:
+            self._silent(poll.instance_id, None)
+            desk.balancer.report(poll, load, desk.clock())
+            desk.serve_waiting()
+
+    def _silent(self, instance_id: int, why: InstanceError | None) -> None:
+        """Log when an instance stops answering and when it answers again, not every time between."""
+        if why is not None and instance_id not in self._not_answering:
+            self._not_answering.add(instance_id)
+            log.warning("instance %d does not answer: %s", instance_id, why)
+        elif why is None and instance_id in self._not_answering:
+            self._not_answering.discard(instance_id)
+            log.info("instance %d answers again", instance_id)
+
+    async def ticks(self) -> None:
+        """Release what has expired, every second."""
+        while True:
+            self._desk.balancer.tick(self._desk.clock())
+            await asyncio.sleep(1.0)
+
+    async def autoscaler(self) -> None:
+        """Say every second how busy it is; ask what is hot at the start and when it has changed."""
+        timeout = aiohttp.ClientTimeout(total=AUTOSCALER_TIMEOUT_S)
+        async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=self._bearer) as session:
+            current = False
+            while True:
+                begun = time.monotonic()
+                try:
+                    if not current:
+                        await self._fetch_hot(session)
+                    current = await self._report_busy(session)
+                except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
+                    current = False
+                    self._complain(f"{type(e).__name__}: {e}")
+                except BadField as e:
+                    current = False
+                    self._complain(f"its hot set cannot be used: {e}")
+                else:
+                    self._complain(None)
+                await asyncio.sleep(max(0.05, 1.0 - (time.monotonic() - begun)))
+
+    async def _fetch_hot(self, session: aiohttp.ClientSession) -> None:
+        async with session.get(f"{self._autoscaler}/hot", allow_redirects=False) as reply:
+            if reply.status == 503:
+                return  # it does not know its fleet yet: what we know stays as it is
+            said = await _answer(reply)
+        self._desk.hot_set(parse_hot(said))
+
+    async def _report_busy(self, session: aiohttp.ClientSession) -> bool:
+        """Report; whether the autoscaler's hot set is the one we have."""
+        async with session.post(
+            f"{self._autoscaler}/busy",
+            data=busy_body(self._desk),
+            headers={"Content-Type": "application/json"},
+            allow_redirects=False,
+        ) as reply:
+            said = await _answer(reply)
+        balancer, now = self._desk.balancer, self._desk.clock()
+        told = http_face.check_fields(
+            said,
+            {
+                "hot_epoch": Text(1, 64),
+                "hot_version": Whole(0, 2**53),
+                "expected_hot_s": Number(0.0, 1e6, optional=True),
+            },
+        )
+        balancer.expect_hot(told.get("expected_hot_s"), now)
+        if (balancer.epoch, balancer.version) != (told["hot_epoch"], told["hot_version"]):
+            return False
+        self._desk.heard_at = now
+        return True
+
+    def _complain(self, why: str | None) -> None:
+        """Log when the autoscaler goes away and when it is back, not every second between."""
+        if why is not None and self._complaint is None:
+            log.warning("autoscaler %s: %s; the hot set stays as it is", self._autoscaler, why)
+        elif why is None and self._complaint is not None:
+            log.info("autoscaler %s answers again", self._autoscaler)
+        self._complaint = why
+
+
+async def _answer(reply: aiohttp.ClientResponse) -> Any:
+    raw = await reply.read()
+    if reply.status != 200:
+        raise ValueError(f"{reply.method} {reply.url.path} answered {reply.status}: {raw[:200]!r}")
+    return json.loads(raw)
+
+
+def serve(config: Config) -> None:
+    """Run until SIGTERM or Ctrl-C. Leases and tokens are forgotten then: clients hold what they need."""
+    config = config.checked()
+    clients = http_face.load_keys(config.client_keys_file)
+    operator = http_face.load_keys(config.operator_key_file)
+    http_face.check_bind(config.host, config.port, keys_present=bool(clients) and bool(operator))
+    state_dir = http_face.make_private_dir(config.state_dir or http_face.default_state_dir(config.label))
+    keys = Keys(http_face.load_or_make_key(state_dir / "control.key"), clients, operator)
+    sock = http_face.bind_socket(config.host, config.port)
+    balancer = LoadBalancer(
+        random.Random(), request_id, config.lease_s, config.max_held, config.poll_interval_s
+    )
+    desk = Desk(balancer, steady_clock())
+    errands = Errands(desk, config.autoscaler, keys.control)
+    log.info("loadbalancer of fleet %s on http://%s:%d", config.label, config.host, config.port)
+    http_face.serve(
+        create_app(desk, keys),
+        sock,
+        background=[errands.clockwork, errands.ticks, errands.autoscaler],
+        any_host=bool(clients and operator),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    d = Config()
+    parser = argparse.ArgumentParser(
+        prog="loadbalancer_server.py",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Listening off loopback needs both key files.",
+    )
+    add = parser.add_argument
+    add("--host", default=d.host, help="address to listen on (default %(default)s)")
+    add("--port", type=int, default=d.port, help="port to listen on (default %(default)s)")
+    add("--autoscaler", default=d.autoscaler, metavar="URL", help="the autoscaler (default %(default)s)")
+    add(
+        "--label",
+        default=d.label,
+        help="label of the fleet, as given to the autoscaler (default %(default)s)",
+    )
+    add(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="holds the control key, shared with the autoscaler (default ~/.local/state/autoscaler-py/LABEL)",
+    )
+    add(
+        "--client-keys",
+        "--client-keys-file",
+        dest="client_keys_file",
+        type=Path,
+        metavar="FILE",
+        help="keys that /route and /done then want, one a line, mode 0600 (default: open on loopback)",
+    )
+    add(
+        "--operator-key",
+        "--operator-key-file",
+        dest="operator_key_file",
+        type=Path,
+        metavar="FILE",
+        help="keys that /status and /metrics then want, one a line, mode 0600 (default: open on loopback)",
+    )
+    add(
+        "--lease-s",
+        type=float,
+        default=d.lease_s,
+        metavar="S",
+        help="seconds after which a lease that was not started is void (default %(default)g)",
+    )
+    add(
+        "--max-held",
+        type=int,
+        default=d.max_held,
+        metavar="N",
+        help="requests with wait_s that wait at once; beyond it 503 (default %(default)d)",
+    )
+    add(
+        "--poll-interval-s",
+        type=float,
+        default=d.poll_interval_s,
+        metavar="S",
+        help="seconds between load reports of a working instance (default %(default)g)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags and serve."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    serve(Config(**vars(args)))
+
+
+if __name__ == "__main__":
+    http_face.run_main(main)

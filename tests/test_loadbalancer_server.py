@@ -1,0 +1,574 @@
+"""The loadbalancer's face: what it refuses, whom it lets in, and the whole process on real sockets."""
+
+import asyncio
+import http.client
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import http_face
+import loadbalancer_server
+from bench.route import StubHttp, StubInstance, free_port
+from errors import ConfigError
+from http_face import BadField
+from loadbalancer import LoadBalancer
+from loadbalancer_server import Config, Desk, Keys, create_app, parse_hot
+
+ROOT = Path(__file__).parent.parent
+CONTROL, CLIENT, OPERATOR = "control-" + "c" * 32, "client-" + "u" * 32, "operator-" + "o" * 32
+
+INSTANCE: dict[str, Any] = {
+    "id": 7,
+    "state": "hot",
+    "address": "http://10.0.0.7:8000",
+    "auth_url": "http://10.0.0.7:3000",
+    "master_token": "master-secret",
+    "throughput_work_s": 100.0,
+    "capacity_work": 1000.0,
+}
+HOT: dict[str, Any] = {
+    "epoch": "e1",
+    "version": 1,
+    "model": "vllm-13",
+    "prefill_weight": 0.1,
+    "expected_output_tokens": 200.0,
+    "expected_hot_s": None,
+    "instances": [INSTANCE],
+}
+
+
+def wait_until(true: Callable[[], object], what: str, limit_s: float = 30.0) -> None:
+    """Return when it is; fail when it is not in time."""
+    limit = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < limit, f"waited {limit_s:g} s for: {what}"
+        time.sleep(0.01)
+
+
+class Counter:
+    """A face with a clock that stands still, one hot instance and tokens for it."""
+
+    def __init__(self, clients: frozenset[str] = frozenset(), operator: frozenset[str] = frozenset()) -> None:
+        self.balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
+        self.desk = Desk(self.balancer, lambda: 1_700_000_000.0)
+        self.client = create_app(self.desk, Keys(CONTROL, clients, operator)).test_client()
+
+    def stock(self) -> None:
+        """Make the instance hot and give it tokens."""
+        self.desk.hot_set(parse_hot(HOT))
+        for refill in self.balancer.refills(self.desk.clock()):
+            tokens = [f"token-{n:016d}" for n in range(refill.count)]
+            self.balancer.add_tokens(refill, "boot1", tokens, 600.0, 0, self.desk.clock())
+
+
+# -- what a client is answered ---------------------------------------------------------------------------
+
+
+def test_a_lease_holds_what_a_client_needs() -> None:
+    counter = Counter()
+    counter.stock()
+    answer = counter.client.post("/route", json={"prompt_tokens": 100, "max_tokens": 50})
+    assert answer.status_code == 200
+    assert answer.get_json() == {
+        "address": "http://10.0.0.7:8000",
+        "token": "token-0000000000000063",
+        "request_id": "0000000000000063",
+        "instance_id": 7,
+        "model": "vllm-13",
+        "expires_at": 1_700_000_060.0,
+        "expires_in_s": 60.0,
+    }
+
+
+def test_with_nothing_hot_the_answer_says_when_to_come_again() -> None:
+    counter = Counter()
+    counter.desk.hot_set(parse_hot({**HOT, "instances": [], "expected_hot_s": 42.3}))
+    answer = counter.client.post("/route", json={"prompt_tokens": 100})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "43")
+    said = answer.get_json()
+    assert (said["error"], said["retry_after_s"]) == ("nothing_hot", 42.3)
+
+
+def test_with_all_busy_the_answer_says_so() -> None:
+    counter = Counter()
+    counter.stock()
+    assert counter.client.post("/route", json={"work": 1000}).status_code == 200
+    answer = counter.client.post("/route", json={"work": 500})
+    assert (answer.status_code, answer.get_json()["error"]) == (503, "all_busy")
+    assert answer.headers["Retry-After"] == "5"
+
+
+def test_a_client_may_say_how_its_lease_ended_and_say_it_twice() -> None:
+    counter = Counter()
+    counter.stock()
+    lease = counter.client.post("/route", json={"work": 1000}).get_json()
+    for _ in range(2):
+        done = {"request_id": lease["request_id"], "outcome": "failed", "why": "connection refused"}
+        answer = counter.client.post("/done", json=done)
+        assert (answer.status_code, answer.get_json()) == (200, {})
+    assert counter.balancer.usage(counter.desk.clock()).instances[7].failures == 1
+    assert counter.client.post("/route", json={"work": 1000}).status_code == 200
+
+
+def test_status_and_metrics_show_the_instances_and_no_secret() -> None:
+    counter = Counter()
+    counter.stock()
+    lease = counter.client.post("/route", json={"work": 500}).get_json()
+    counter.client.post("/done", json={"request_id": lease["request_id"], "outcome": "finished"})
+    status = counter.client.get("/status")
+    metrics = counter.client.get("/metrics")
+    row = status.get_json()["instances"][0]
+    assert (row["id"], row["state"], row["unfinished"], row["capacity_work"]) == (7, "hot", 0, 1000.0)
+    assert status.get_json()["ends"] == {"finished": 1}
+    assert 'loadbalancer_lease_ends_total{how="finished"} 1\n' in metrics.text
+    assert "loadbalancer_routed_total 1\n" in metrics.text
+    assert 'loadbalancer_instance_tokens_in_stock{instance="7"} 63\n' in metrics.text
+    assert all(
+        line.startswith(("# TYPE loadbalancer_", "loadbalancer_")) for line in metrics.text.splitlines()
+    )
+    for text in (status.text, metrics.text):
+        assert "master-secret" not in text
+        assert "token-0" not in text
+
+
+def test_the_busy_report_is_json_that_says_it_all() -> None:
+    counter = Counter()
+    counter.stock()
+    counter.client.post("/route", json={"work": 500})
+    said = json.loads(loadbalancer_server.busy_body(counter.desk))
+    assert said == {
+        "loadbalancer": counter.desk.name,
+        "hot_epoch": "e1",
+        "hot_version": 1,
+        "busy": 0.5,
+        "demand": 0.5,
+        "held": 0,
+        "held_work": 0.0,
+        "arrivals": 1,
+        "arrived_work": 500.0,
+        "instances": {
+            "7": {"unfinished": 1, "work": 500.0, "working_s": 0.0, "throughput_work_s": 100.0, "failures": 0}
+        },
+    }
+
+
+def test_the_busy_report_of_a_loadbalancer_that_knows_nothing_is_json_too() -> None:
+    said = json.loads(loadbalancer_server.busy_body(Counter().desk))
+    assert (said["hot_epoch"], said["instances"], said["demand"]) == (None, {}, 0.0)
+
+
+# -- what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ("", "body"),
+        ("nonsense", "body"),
+        ("[]", "body"),
+        ('{"prompt_tokens": NaN}', "body"),
+        ("{}", "prompt_tokens"),
+        ('{"max_tokens": 5}', "prompt_tokens"),
+        ('{"prompt_tokens": -1}', "prompt_tokens"),
+        ('{"prompt_tokens": 1.5}', "prompt_tokens"),
+        ('{"prompt_tokens": "5"}', "prompt_tokens"),
+        ('{"prompt_tokens": true}', "prompt_tokens"),
+        ('{"prompt_tokens": 1e999}', "prompt_tokens"),
+        ('{"prompt_tokens": 99999999999}', "prompt_tokens"),
+        ('{"prompt_tokens": 5, "max_tokens": 0}', "max_tokens"),
+        ('{"prompt_tokens": 5, "max_tokens": [1]}', "max_tokens"),
+        ('{"work": -1}', "work"),
+        ('{"work": 0}', "work"),
+        ('{"work": 1e300}', "work"),
+        ('{"work": 1' + "0" * 400 + "}", "work"),
+        ('{"work": "much"}', "work"),
+        ('{"work": 5, "prompt_tokens": 5}', "work"),
+        ('{"work": 5, "wait_s": -1}', "wait_s"),
+        ('{"work": 5, "wait_s": 601}', "wait_s"),
+        ('{"work": 5, "avoid": 3}', "avoid"),
+        ('{"work": 5, "avoid": ["3"]}', "avoid[0]"),
+        ('{"work": 5, "avoid": [1, -3]}', "avoid[1]"),
+        ('{"work": 5, "avoid": [' + "1," * 64 + "1]}", "avoid"),
+        ('{"work": 5, "affinity": {}}', "affinity"),
+        ('{"work": 5, "colour": "blue"}', "colour"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_the_field_named(body: str, field: str) -> None:
+    answer = Counter().client.post("/route", data=body)
+    said = answer.get_json()
+    assert (answer.status_code, said["error"]) == (400, "bad_request")
+    assert said["message"].startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ("{}", "request_id"),
+        ('{"request_id": "x"}', "outcome"),
+        ('{"request_id": "x", "outcome": "perfect"}', "outcome"),
+        ('{"request_id": 5, "outcome": "finished"}', "request_id"),
+        ('{"request_id": "", "outcome": "finished"}', "request_id"),
+        ('{"request_id": "x", "outcome": "failed", "why": 5}', "why"),
+        ('{"request_id": "x", "outcome": "failed", "tokens": 5}', "tokens"),
+    ],
+)
+def test_a_wrong_end_is_refused_with_the_field_named(body: str, field: str) -> None:
+    answer = Counter().client.post("/done", data=body)
+    assert answer.status_code == 400
+    assert answer.get_json()["message"].startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"version": -1}, "version"),
+        ({"epoch": 5}, "epoch"),
+        ({"expected_output_tokens": 0}, "expected_output_tokens"),
+        ({"instances": {}}, "instances"),
+        ({"instances": [5]}, "instances[0]"),
+        ({"instances": [{**INSTANCE, "id": "7"}]}, "instances[0].id"),
+        ({"instances": [{**INSTANCE, "state": "cold"}]}, "instances[0].state"),
+        ({"instances": [{**INSTANCE, "address": "ftp://10.0.0.7"}]}, "instances[0].address"),
+        ({"instances": [{**INSTANCE, "capacity_work": 0}]}, "instances[0].capacity_work"),
+        ({"instances": [INSTANCE, {**INSTANCE, "throughput_work_s": -1}]}, "instances[1].throughput_work_s"),
+        ({"instances": [INSTANCE, INSTANCE]}, "instances[1].id"),
+        ({"colour": "blue"}, "colour"),
+    ],
+)
+def test_a_wrong_hot_set_is_refused_whole_with_the_field_named(change: dict[str, Any], field: str) -> None:
+    counter = Counter()
+    answer = counter.client.put(
+        "/hot", json={**HOT, **change}, headers={"Authorization": f"Bearer {CONTROL}"}
+    )
+    assert answer.status_code == 400
+    assert answer.get_json()["message"].startswith(f"{field}: ")
+    assert counter.balancer.hot == 0
+
+
+def test_a_complaint_about_a_hot_set_shows_no_master_token() -> None:
+    with pytest.raises(BadField) as refused:
+        parse_hot({**HOT, "instances": [{**INSTANCE, "id": "master-secret-is-elsewhere", "address": 5}]})
+    assert "m" * 20 not in str(refused.value)
+    with pytest.raises(BadField) as refused:
+        parse_hot({**HOT, "instances": [INSTANCE, INSTANCE]})
+    assert "master-secret" not in str(refused.value)
+
+
+def test_a_hot_set_of_a_thousand_is_taken_and_nobody_else_may_send_so_much() -> None:
+    counter = Counter()
+    many = {**HOT, "instances": [{**INSTANCE, "id": i} for i in range(1000)]}
+    answer = counter.client.put("/hot", json=many, headers={"Authorization": f"Bearer {CONTROL}"})
+    assert answer.get_json() == {"taken": True, "epoch": "e1", "version": 1}
+    assert counter.balancer.hot == 1000
+    assert counter.client.post("/route", data=b" " * 65_537).status_code == 413
+
+
+def test_an_old_hot_set_is_answered_with_what_is_known() -> None:
+    counter = Counter()
+    bearer = {"Authorization": f"Bearer {CONTROL}"}
+    counter.client.put("/hot", json={**HOT, "version": 5}, headers=bearer)
+    answer = counter.client.put("/hot", json={**HOT, "version": 4, "instances": []}, headers=bearer)
+    assert answer.get_json() == {"taken": False, "epoch": "e1", "version": 5}
+    assert counter.balancer.hot == 1
+
+
+# -- who may -----------------------------------------------------------------------------------------------
+
+PROTECTED = [
+    ("POST", "/route", CLIENT, {"work": 5}),
+    ("POST", "/done", CLIENT, {"request_id": "x", "outcome": "unused"}),
+    ("PUT", "/hot", CONTROL, HOT),
+    ("GET", "/status", OPERATOR, None),
+    ("GET", "/metrics", OPERATOR, None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "key", "body"), PROTECTED, ids=[p[1] for p in PROTECTED])
+def test_every_protected_route_refuses_the_wrong_caller(
+    method: str, path: str, key: str, body: dict[str, Any] | None
+) -> None:
+    counter = Counter(frozenset({CLIENT}), frozenset({OPERATOR}))
+    counter.stock()
+    allowed = {key, CONTROL} if key == OPERATOR else {key}
+    for who in (None, "", "Bearer", "Bearer wrong", *(f"Bearer {k}" for k in (CONTROL, CLIENT, OPERATOR))):
+        headers = {} if who is None else {"Authorization": who}
+        answer = counter.client.open(path, method=method, json=body, headers=headers)
+        let_in = who is not None and who.removeprefix("Bearer ") in allowed
+        assert answer.status_code == (200 if let_in else 401), who
+
+
+def test_every_route_is_protected_or_known_to_be_open() -> None:
+    """A route that is added must be added to the list above, or be open on purpose."""
+    app = create_app(Counter().desk, Keys(CONTROL))
+    paths = {rule.rule for rule in app.url_map.iter_rules()}
+    assert paths == {p[1] for p in PROTECTED} | {"/health"}
+
+
+def test_without_keys_clients_and_operator_are_let_in_but_nobody_may_set_the_hot_set() -> None:
+    counter = Counter()
+    assert counter.client.get("/status").status_code == 200
+    assert counter.client.post("/route", json={"work": 5}).status_code == 503
+    assert counter.client.put("/hot", json=HOT).status_code == 401
+
+
+def test_health_is_open_and_says_little() -> None:
+    counter = Counter(frozenset({CLIENT}), frozenset({OPERATOR}))
+    answer = counter.client.get("/health")
+    assert (answer.status_code, answer.get_json()) == (200, {"status": "ok", "hot": 0})
+
+
+def test_the_state_refuses_a_second_thread() -> None:
+    counter = Counter()
+    counter.stock()
+    found: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            counter.desk.balancer  # noqa: B018
+        except RuntimeError as e:
+            found.append(e)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(found) == 1
+
+
+# -- the command line ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"port": 0}, "--port 0: wanted 1 to 65535"),
+        ({"lease_s": 0.5}, "--lease-s 0.5: wanted 1 to 600"),
+        ({"lease_s": float("nan")}, "--lease-s nan"),
+        ({"max_held": -1}, "--max-held -1: wanted 0 to 100000"),
+        ({"poll_interval_s": 0.0}, "--poll-interval-s 0: wanted 0.1 to 60"),
+        ({"autoscaler": "127.0.0.1:8100"}, "--autoscaler"),
+        ({"autoscaler": "http://127.0.0.1:99999"}, "--autoscaler"),
+        ({"autoscaler": "http://127.0.0.1/path"}, "--autoscaler"),
+        ({"autoscaler": "ftp://127.0.0.1"}, "--autoscaler"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_range(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Config(**change).checked()
+    assert str(refused.value).startswith(said)
+
+
+def run(*flags: str) -> tuple[int, str]:
+    """Exit code and stderr of the process with these flags."""
+    done = subprocess.run(
+        [sys.executable, "loadbalancer_server.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60.0,
+    )
+    return done.returncode, done.stderr or done.stdout
+
+
+def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    with http_face.bind_socket("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        code, said = run("--port", port, "--state-dir", str(tmp_path / "state"))
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith(f"loadbalancer_server.py: cannot listen on 127.0.0.1:{port}: ")
+    code, said = run("--host", "0.0.0.0", "--state-dir", str(tmp_path / "state"))
+    assert (code, said.count("\n")) == (2, 1)
+    assert "needs keys" in said
+
+
+def test_help_shows_each_setting_with_its_default() -> None:
+    code, said = run("--help")
+    assert code == 0
+    for name in Config.__dataclass_fields__:
+        flag = "--" + name.removesuffix("_file").replace("_", "-")
+        assert flag in said
+    assert "seconds after which a lease that was not started is void (default 60)" in " ".join(said.split())
+
+
+# -- the whole, on real sockets --------------------------------------------------------------------------
+
+
+class StubFleet:
+    """Stub instances and a stub autoscaler on real sockets, in a thread."""
+
+    def __init__(self, count: int) -> None:
+        self.instances: list[StubInstance] = []
+        self.loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._end = asyncio.Event()
+        self._count = count
+        self.port = 0
+        self._thread = threading.Thread(target=lambda: self.loop.run_until_complete(self._serve()))
+
+    async def _serve(self) -> None:
+        servers = []
+        for number in range(self._count):
+            instance = StubInstance(number, free_port())
+            self.instances.append(instance)
+            servers.append(
+                await self.loop.create_server(
+                    lambda i=instance: StubHttp(self.instances, i),  # type: ignore[misc]
+                    "127.0.0.1",
+                    instance.port,
+                )
+            )
+        servers.append(await self.loop.create_server(lambda: StubHttp(self.instances, None), "127.0.0.1", 0))
+        self.port = servers[-1].sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._end.wait()
+        for server in servers:
+            server.close()
+
+    def __enter__(self) -> "StubFleet":
+        self._thread.start()
+        self._ready.wait(20.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(20.0)
+        self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.close()
+
+
+class Process:
+    """A running loadbalancer."""
+
+    def __init__(self, port: int, process: "subprocess.Popen[str]", state_dir: Path) -> None:
+        self.port = port
+        self.process = process
+        self.control = state_dir / "control.key"
+
+    def call(self, method: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
+        """One request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20.0)
+        try:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def status(self) -> Any:
+        """GET /status, or None while the process does not listen."""
+        try:
+            return self.call("GET", "/status")[1]
+        except OSError:
+            return None
+
+
+@contextmanager
+def loadbalancer(autoscaler_port: int, state_dir: Path, *flags: str) -> Iterator[Process]:
+    """A loadbalancer process; it must end by itself on SIGTERM."""
+    port = free_port()
+    command = ["--port", str(port), "--autoscaler", f"http://127.0.0.1:{autoscaler_port}"]
+    with subprocess.Popen(
+        [sys.executable, "loadbalancer_server.py", *command, "--state-dir", str(state_dir), *flags],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    ) as process:
+        made = Process(port, process, state_dir)
+        try:
+            wait_until(made.status, "the loadbalancer to listen")
+            yield made
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(timeout=20.0)
+        assert code == 0
+
+
+def test_a_loadbalancer_finds_its_fleet_serves_it_and_learns_how_requests_end(tmp_path: Path) -> None:
+    with (
+        StubFleet(3) as fleet,
+        loadbalancer(fleet.port, tmp_path / "state", "--poll-interval-s", "0.2") as it,
+    ):
+        wait_until(lambda: len([i for i in it.status()["instances"] if i["in_queue"]]) == 3, "tokens")
+        leases = [it.call("POST", "/route", {"prompt_tokens": 10, "max_tokens": 20}) for _ in range(6)]
+        assert {status for status, _ in leases} == {200}
+        assert sorted(x["instance_id"] for _, x in leases) == [0, 0, 1, 1, 2, 2]
+        for _, lease in leases[1:]:
+            fleet.loop.call_soon_threadsafe(
+                fleet.instances[lease["instance_id"]].started, lease["request_id"], time.monotonic()
+            )
+        wait_until(lambda: it.status()["ends"] == {"finished": 5}, "the ends to be reported")
+        assert sum(i["unfinished"] for i in it.status()["instances"]) == 1
+        unused = {"request_id": leases[0][1]["request_id"], "outcome": "unused"}
+        assert it.call("POST", "/done", unused) == (200, {})
+        assert sum(i["unfinished"] for i in it.status()["instances"]) == 0
+        assert it.control.stat().st_mode & 0o777 == 0o600
+
+
+def test_those_who_wait_are_served_when_an_instance_becomes_hot_and_told_at_the_end(tmp_path: Path) -> None:
+    """Nobody answers on the autoscaler's port: the hot set comes by PUT."""
+    with StubFleet(1) as fleet, loadbalancer(free_port(), tmp_path / "state") as it:
+        answers: list[tuple[int, Any]] = []
+
+        def wait(work: float) -> None:
+            answers.append(it.call("POST", "/route", {"work": work, "wait_s": 60}))
+
+        threads = [threading.Thread(target=wait, args=(10.0,)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: it.status()["held"] == 20, "20 to wait")
+        assert it.status()["demand"] > 0.0
+        gone = http.client.HTTPConnection("127.0.0.1", it.port, timeout=20.0)
+        gone.request("POST", "/route", json.dumps({"work": 10.0, "wait_s": 60}))
+        wait_until(lambda: it.status()["held"] == 21, "the 21st to wait")
+        gone.close()
+        wait_until(lambda: it.status()["held"] == 20, "the 21st to be forgotten")
+        hot = {
+            **HOT,
+            "instances": [{**INSTANCE, "auth_url": f"http://127.0.0.1:{fleet.instances[0].port}"}],
+        }
+        key = it.control.read_text().strip()
+        assert it.call("PUT", "/hot", hot, key)[0] == 200
+        for thread in threads:
+            thread.join(20.0)
+        assert [status for status, _ in answers] == [200] * 20
+        assert len({lease["token"] for _, lease in answers}) == 20
+        last = threading.Thread(target=wait, args=(5000.0,))
+        last.start()
+        wait_until(lambda: it.status()["held"] == 1, "the last to wait")
+        it.process.send_signal(signal.SIGTERM)
+        last.join(20.0)
+        assert (answers[-1][0], answers[-1][1]["error"]) == (503, "shutting_down")
+
+
+def test_an_instance_that_does_not_answer_delays_nobody(tmp_path: Path) -> None:
+    """Its port takes connections and never says a word; the other instance serves meanwhile."""
+    with (
+        http_face.bind_socket("127.0.0.1", 0) as silent,
+        StubFleet(1) as fleet,
+        loadbalancer(free_port(), tmp_path / "state") as it,
+    ):
+        hot = {
+            **HOT,
+            "instances": [
+                {**INSTANCE, "id": 1, "auth_url": f"http://127.0.0.1:{silent.getsockname()[1]}"},
+                {**INSTANCE, "id": 2, "auth_url": f"http://127.0.0.1:{fleet.instances[0].port}"},
+            ],
+        }
+        assert it.call("PUT", "/hot", hot, it.control.read_text().strip())[0] == 200
+        wait_until(lambda: any(i["in_queue"] for i in it.status()["instances"]), "tokens of the other")
+        begun = time.monotonic()
+        answers = [it.call("POST", "/route", {"work": 1.0}) for _ in range(40)]
+        assert {(status, lease["instance_id"]) for status, lease in answers} == {(200, 2)}
+        assert time.monotonic() - begun < 4.0, "a refill that hangs takes 5 s"
