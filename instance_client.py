@@ -24,9 +24,9 @@ from errors import InstanceError
 
 T = TypeVar("T")
 
-KEEP_ALIVE_S = 3.0
-"""An idle connection is not used again after so long: vLLM's uvicorn closes them after 5 s, and a request
-on a connection that is just being closed would be lost."""
+MODEL_KEEP_ALIVE_S, AUTH_KEEP_ALIVE_S = 3.0, 60.0
+"""An idle connection is not used again after so long: vLLM's uvicorn closes them after 5 s, the auth_server
+after 120, and a request on a connection that is just being closed would be lost."""
 
 MAX_ANSWER = 4 * 2**20
 """Bytes of an answer that is read whole: 2,000 tokens and 65,536 events are under 4 MiB."""
@@ -261,24 +261,22 @@ class InstanceClient:
 
     def __init__(self) -> None:
         """Nothing is opened before the context is entered."""
-        self._session: aiohttp.ClientSession | None = None
+        self._auth: aiohttp.ClientSession | None = None
+        self._model: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         """Open it; belongs to the running event loop from here on."""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,  # a proxy from the environment must not see tokens or prompts
-        )
+        self._auth, self._model = _session(AUTH_KEEP_ALIVE_S), _session(MODEL_KEEP_ALIVE_S)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close every connection."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._auth, self._model):
+            if session is not None:
+                await session.close()
+        self._auth = self._model = None
 
     async def fetch_tokens(
         self, auth_url: str, master_token: str, count: int, timeout_s: float
@@ -310,11 +308,11 @@ class InstanceClient:
         An answer of 4xx or 5xx is returned as it is, except those that mean "not taken": 401, 429 and 503.
         Raises NotStarted, BrokenOff.
         """
-        assert self._session is not None, "used outside its context"  # noqa: S101 a mistake of ours
+        assert self._model is not None, "used outside its context"  # noqa: S101 a mistake of ours
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         sent = False
         try:
-            async with self._session.post(
+            async with self._model.post(
                 f"{address}{path}",
                 json=body,
                 headers={"Authorization": f"Bearer {token}"},
@@ -336,10 +334,10 @@ class InstanceClient:
     async def _ask(
         self, method: str, url: str, master_token: str, body: Mapping[str, Any] | None, timeout_s: float
     ) -> object:
-        assert self._session is not None, "used outside its context"  # noqa: S101 a mistake of ours
+        assert self._auth is not None, "used outside its context"  # noqa: S101 a mistake of ours
         shown = url.partition("?")[0]
         try:
-            async with self._session.request(
+            async with self._auth.request(
                 method,
                 url,
                 json=body,
@@ -357,6 +355,14 @@ class InstanceClient:
             return json.loads(raw)
         except ValueError:
             raise InstanceError(f"{shown}: wanted JSON, got {raw[:60]!r}") from None
+
+
+def _session(keep_alive_s: float) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive_s),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,  # a proxy from the environment must not see tokens or prompts
+    )
 
 
 def _read(url: str, parse: Callable[[object], T], said: object) -> T:
