@@ -36,7 +36,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from typing import Any, NamedTuple, Protocol
 
 FLOOR = 0.5
@@ -92,6 +92,9 @@ RENEW_SHARE = 0.7
 
 REFILL_DRY, REFILL_LOW = 20, 4
 """Refills begun in one call: each is about 0.6 ms of processor in which nothing is answered."""
+
+REFILL_LOOK = 4 * (REFILL_DRY + REFILL_LOW)
+"""Instances looked at in one call, those longest in want first: a thousand may run low in the same second."""
 
 REFILL_RETRY_S = (0.25, 10.0)
 """A failed refill is repeated after the first, doubling up to the second."""
@@ -857,12 +860,15 @@ class LoadBalancer:
         """
         dry: list[_Instance] = []
         low: list[_Instance] = []
-        for instance_id in list(self._thirsty):
+        for instance_id in list(islice(self._thirsty, REFILL_LOOK)):
             inst = self._instances[instance_id]
             if not inst.is_low(now):
                 del self._thirsty[instance_id]  # it has been filled since
             elif now >= inst.retry_at:
                 (low if inst.stock.size else dry).append(inst)
+            else:  # it failed lately: the others first
+                del self._thirsty[instance_id]
+                self._thirsty[instance_id] = None
         out: list[Refill] = []
         for inst in dry[:REFILL_DRY] + low[:REFILL_LOW]:
             del self._thirsty[inst.id]
