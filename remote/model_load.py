@@ -1,0 +1,111 @@
+"""How busy the model server is, read from its /metrics: requests, KV memory, and token counters."""
+
+import http.client
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+FRESH_S = 0.2
+"""A reading this old is as good as a new one."""
+
+TIMEOUT_S = 1.0
+"""For a reading. One that takes longer than this on loopback is a model server that does not answer."""
+
+RATE_S = 1.0
+"""The token rate is taken over at least so long."""
+
+_NAMES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_use",
+    "vllm:gpu_cache_usage_perc": "kv_use",  # its name before vLLM 0.10
+    "vllm:prompt_tokens_total": "prompt_tokens_total",
+    "vllm:generation_tokens_total": "generation_tokens_total",
+}
+
+
+@dataclass(frozen=True)
+class ModelLoad:
+    """One reading; zeros when the model server does not answer. kv_use: share of 1, None where unknown."""
+
+    model_up: bool = False
+    running: int = 0
+    waiting: int = 0
+    kv_use: float | None = None
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    tokens_s: float = 0.0
+
+
+def parse_metrics(text: str) -> ModelLoad:
+    """A reading of Prometheus text; several engines are added up, of their KV use the mean is taken."""
+    found: dict[str, list[float]] = {}
+    for line in text.splitlines():
+        name = _NAMES.get(line.partition("{")[0].partition(" ")[0])
+        if name is None:
+            continue
+        try:
+            found.setdefault(name, []).append(float(line.rsplit(" ", 1)[1]))
+        except (ValueError, IndexError):
+            continue
+
+    def total(name: str) -> int:
+        return int(sum(found.get(name, [])))
+
+    kv = found.get("kv_use")
+    return ModelLoad(
+        model_up=True,
+        running=total("running"),
+        waiting=total("waiting"),
+        kv_use=sum(kv) / len(kv) if kv else None,
+        prompt_tokens_total=total("prompt_tokens_total"),
+        generation_tokens_total=total("generation_tokens_total"),
+    )
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+class ModelServer:
+    """The model server beside us. Safe in several threads: one reads, the others get its reading."""
+
+    def __init__(self, host: str, port: int, local_key: str, clock: Callable[[], float]) -> None:
+        """clock: monotonic seconds."""
+        self._host = host
+        self._port = port
+        self._headers = {"Authorization": f"Bearer {local_key}"}
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._read_at = float("-inf")
+        self._last = ModelLoad()
+        self._base: tuple[float, int] | None = None
+
+    def load(self) -> ModelLoad:
+        """The last reading if it is fresh, or a new one."""
+        with self._lock:
+            if self._clock() - self._read_at > FRESH_S:
+                self._last = self._with_rate(self._read(), self._clock())
+                self._read_at = self._clock()
+            return self._last
+
+    def _with_rate(self, load: ModelLoad, now: float) -> ModelLoad:
+        if not load.model_up or self._base is None or load.generation_tokens_total < self._base[1]:
+            self._base = (now, load.generation_tokens_total) if load.model_up else None
+            return load
+        at, before = self._base
+        if now - at < RATE_S:
+            return replace(load, tokens_s=self._last.tokens_s)
+        self._base = (now, load.generation_tokens_total)
+        return replace(load, tokens_s=(load.generation_tokens_total - before) / (now - at))
+
+    def _read(self) -> ModelLoad:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_S)
+        try:
+            connection.request("GET", "/metrics", headers=self._headers)
+            reply = connection.getresponse()
+            text = reply.read(4 * 2**20).decode(errors="replace")
+            return parse_metrics(text) if reply.status == 200 else ModelLoad()
+        except (OSError, http.client.HTTPException):
+            return ModelLoad()
+        finally:
+            connection.close()

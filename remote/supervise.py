@@ -1,0 +1,271 @@
+"""One boot of an instance: auth_server and model server run, a dead one is started again.
+
+    python3 -m remote.supervise --name PROFILE --model MODEL -- [arguments of vLLM]
+
+Each boot begins with a new fleet/boot (keys, tokens, events) and a new fleet/model.log; each new start of the
+model server with a new log, so that an old ready line makes nobody believe in a new process. A model server
+that dies again and again is given up with a line that the autoscaler's log check knows.
+
+It sleeps until a child dies or a signal comes. Of its children none outlives it: each asked the kernel for
+SIGKILL at its parent's death, and a model server's own children are in its process group.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from remote import events, tokens
+
+READY_LINE = b"Application startup complete."
+GIVING_UP = "fleet: giving up"
+
+EARLY_DEATHS = 3
+"""Deaths of a model server that never was ready, in a row, after which it is given up."""
+
+DEATHS, DEATHS_IN_S = 5, 600.0
+"""Deaths of any kind within so many seconds after which it is given up."""
+
+PAUSE_S = (1.0, 30.0)
+"""Before a dead process is started again: the first, doubling up to the second."""
+
+SETTLED_S = 120.0
+"""A process that lived so long had started well: the pause begins anew."""
+
+TERM_GRACE_S = 8.0
+"""From SIGTERM to SIGKILL of the children; docker stop leaves 10 s in all."""
+
+
+class Deaths:
+    """Counts deaths of the model server and says when it is enough. Pure: takes `now`, seconds."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._early = 0
+        self._at: list[float] = []
+
+    def died(self, was_ready: bool, now: float) -> str | None:
+        """Note one; why it should be given up, or None."""
+        self._early = 0 if was_ready else self._early + 1
+        self._at = [at for at in self._at if now - at < DEATHS_IN_S] + [now]
+        if self._early >= EARLY_DEATHS:
+            return f"the model server ended {self._early} times before it was ready"
+        if len(self._at) >= DEATHS:
+            return f"the model server ended {len(self._at)} times in {DEATHS_IN_S:g} s"
+        return None
+
+
+class Pause:
+    """How long to wait before a dead process is started again. Pure."""
+
+    def __init__(self) -> None:
+        """The first pause is next."""
+        self._next_s = PAUSE_S[0]
+
+    def after(self, lived_s: float) -> float:
+        """The pause after a life of so long."""
+        if lived_s >= SETTLED_S:
+            self._next_s = PAUSE_S[0]
+        pause_s, self._next_s = self._next_s, min(PAUSE_S[1], 2.0 * self._next_s)
+        return pause_s
+
+
+def model_command(name: str, model: str, args: list[str], environ: "os._Environ[str]") -> list[str]:
+    """The command line of the model server. It serves the model under the profile's name and its own."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--served-model-name", *dict.fromkeys((name, model))]
+    command += ["--host", environ.get("FLEET_BIND", "0.0.0.0")]  # noqa: S104 the host maps the port
+    command += ["--port", environ.get("FLEET_PORT_8000", "8000")]
+    gpus = environ.get("GPU_COUNT", "1")
+    chosen = any(a.split("=")[0] in ("--tensor-parallel-size", "-tp", "--data-parallel-size") for a in args)
+    if gpus.isdigit() and int(gpus) > 1 and not chosen:
+        command += ["--tensor-parallel-size", gpus]
+    return [*command, "--middleware", "remote.token_check.TokenCheck", *args]
+
+
+def begin_boot(fleet: str) -> str:
+    """fleet/boot is new: another boot id, other keys, no token issued, no event. Gives the directory."""
+    boot = os.path.join(fleet, "boot")
+    shutil.rmtree(boot, ignore_errors=True)
+    os.mkdir(boot, 0o700)
+    for name in ("boot_id", "local.key"):
+        with open(os.path.join(boot, name), "w") as f:
+            f.write(os.urandom(16).hex())
+    tokens.make_store(boot)
+    events.make_ring(boot)
+    return boot
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class Child:
+    """A process that shall run, with its log."""
+
+    def __init__(self, command: list[str], log: str, python_path: Iterable[str]) -> None:
+        """Nothing runs yet. python_path: what its Python looks into before everything else."""
+        self.command = command
+        self.log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start_at: float | None = 0.0
+        self._environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in python_path if p)}
+        self._pause = Pause()
+        self._started_at = 0.0
+
+    def start(self, now: float) -> None:
+        """Run it, in a process group of its own, with a new log; the last one is kept as .old."""
+        parent = os.getpid()
+
+        def prepare() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        if os.path.exists(self.log):
+            os.replace(self.log, self.log + ".old")
+        with open(self.log, "wb") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
+                process_group=0,
+                preexec_fn=prepare,
+            )
+        self.start_at, self._started_at = None, now
+
+    def died(self, now: float) -> bool:
+        """Whether it has ended since the last call; then its group is ended too, and a new start is set."""
+        if self.process is None or self.process.poll() is None:
+            return False
+        self.kill()
+        self.process = None
+        self.start_at = now + self._pause.after(now - self._started_at)
+        return True
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """End it and what it started; its group keeps its number as long as one of them lives."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class Supervisor:
+    """The two children of one boot."""
+
+    def __init__(
+        self, fleet: str, name: str, model: str, args: list[str], clock: Callable[[], float]
+    ) -> None:
+        """Begin a boot; nothing runs yet."""
+        inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        boot = begin_boot(fleet)
+        self._ring = events.Events(boot)
+        self._clock = clock
+        self._deaths = Deaths()
+        # What the auth_server needs and the image has not is in fleet/site; vLLM must not see other versions.
+        site = os.path.join(fleet, "site")
+        self._auth = Child(
+            [sys.executable, "-m", "remote.auth_server"],
+            os.path.join(fleet, "auth.log"),
+            (fleet, *inherited, site),
+        )
+        self._model = Child(
+            model_command(name, model, args, os.environ),
+            os.path.join(fleet, "model.log"),
+            (fleet, *inherited),
+        )
+
+    def run(self) -> None:
+        """Keep both running until SIGTERM or SIGINT."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        while True:
+            now = self._clock()
+            wake_at = self._start_due(now)
+            timeout_s = None if wake_at is None else max(0.0, wake_at - now)
+            got = (
+                signal.sigwaitinfo(_SIGNALS)
+                if timeout_s is None
+                else signal.sigtimedwait(_SIGNALS, timeout_s)
+            )
+            if got is not None and got.si_signo != signal.SIGCHLD:
+                self._end()
+                return
+            self._see_deaths(self._clock())
+
+    def _start_due(self, now: float) -> float | None:
+        """Start what is to be started; when the next one is due."""
+        waiting = []
+        for child in (self._auth, self._model):
+            if child.start_at is not None and child.start_at <= now:
+                child.start(now)
+            elif child.start_at is not None:
+                waiting.append(child.start_at)
+        return min(waiting, default=None)
+
+    def _see_deaths(self, now: float) -> None:
+        self._auth.died(now)
+        if self._model.died(now):
+            self._ring.fail_open()
+            with open(self._model.log, "rb") as f:
+                was_ready = any(READY_LINE in line for line in f)
+            why = self._deaths.died(was_ready, now)
+            if why is not None:
+                self._model.start_at = None
+                with open(self._model.log, "a") as log:
+                    log.write(f"{GIVING_UP}: {why}\n")
+
+    def _end(self) -> None:
+        """Both have ended, within TERM_GRACE_S of being asked."""
+        children = [c for c in (self._auth, self._model) if c.process is not None]
+        for child in children:
+            child.terminate()
+        limit = self._clock() + TERM_GRACE_S
+        while any(c.process is not None and c.process.poll() is None for c in children):
+            left_s = limit - self._clock()
+            if left_s <= 0:
+                break
+            signal.sigtimedwait({signal.SIGCHLD}, left_s)
+        for child in children:
+            child.kill()
+
+
+def main() -> None:
+    """Run until told to end. A second one in the same home ends at once: the first is at work."""
+    parser = argparse.ArgumentParser(prog="supervise")
+    parser.add_argument("--name", required=True, help="the profile's name")
+    parser.add_argument("--model", required=True, help="the model to serve")
+    parser.add_argument("args", nargs="*", help="further arguments of vLLM, after --")
+    args = parser.parse_args()
+    fleet = os.path.expanduser("~/fleet")
+    os.umask(0o077)
+    lock = os.open(os.path.join(fleet, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit("supervise: another one runs here already")
+    print(f"supervise: {args.name}: {args.model} {shlex.join(args.args)}", flush=True)
+    Supervisor(fleet, args.name, args.model, args.args, time.monotonic).run()
+
+
+if __name__ == "__main__":
+    main()
