@@ -106,7 +106,9 @@ class Deadlines:
     loading: float = 1800.0  # image pull; skypilot allows 30 min overall (vast-contract 6.1)
     first_load: float = 1800.0  # container up to hot, model not on disk: weights come over the network
     reload: float = 420.0  # container up to hot, model on disk
-    recover: float = 180.0  # hot lost to a health check and not earned again
+    recover: float = (
+        180.0  # hot lost to a health check and not earned again; a restarted model loads meanwhile
+    )
     starting: float = 60.0  # start to container up; longer means its GPU is taken (vast-contract 6.5)
     draining: float = 300.0  # the longest answer we let finish
     stopping: float = 180.0  # stop is repeated meanwhile
@@ -114,6 +116,12 @@ class Deadlines:
     lost_cold: float = 3600.0  # the same for a stopped one: its bill is small and its disk worth a wait
     mourn: float = 600.0  # one that vanished from the listing still counts against the hard limits
     absent: float = 30.0  # not in the listing although it should be
+    disbelief: float = (
+        120.0  # a listing that lacks most of the fleet is taken for an outage; those last a minute
+    )
+    patience: float = (
+        60.0  # after a time without a believable view nothing fails before it could be looked at
+    )
     broken_host: float = 10.0  # a docker error in status_msg that stays
     repeat: float = 15.0  # a stop or destroy without effect is sent again
     no_gpu_rest: float = 600.0  # a cold instance whose GPU was taken is left alone
@@ -128,22 +136,32 @@ class Deadlines:
         real = cls(
             first_load=max(cls.first_load, 3.0 * profile.load_time_s),
             reload=max(cls.reload, 4.0 * profile.start_time_s),
+            recover=max(cls.recover, 2.0 * profile.start_time_s),
         )
         if speedup == 1.0:
             return real
         # One CLI call takes 0.5 s and up to several wait for each other, so nothing below these is fair.
-        floors = {"ordered": 30, "loading": 30, "first_load": 45, "reload": 45, "recover": 30, "starting": 20}
+        floors: dict[str, float] = {
+            "ordered": 30,
+            "loading": 30,
+            "first_load": 45,
+            "reload": 45,
+            "recover": 30,
+            "starting": 20,
+        }
         floors |= {
-            "draining": 30,
             "stopping": 30,
             "lost": 15,
             "lost_cold": 60,
             "mourn": 60,
             "absent": 12,
+            "patience": 20,
             "broken_host": 5,
             "repeat": 8,
         }
-        floors |= {"no_gpu_rest": 30, "lease": 10, "offers": 60, "create_rest": 2, "bad_machine": 600}
+        floors |= {"no_gpu_rest": 30, "offers": 60, "create_rest": 2, "bad_machine": 600}
+        # Requests, leases and outages take their real time on a fast cloud too.
+        floors |= {"draining": real.draining, "lease": real.lease, "disbelief": real.disbelief}
         return cls(**{name: max(float(f), getattr(real, name) / speedup) for name, f in floors.items()})
 
 

@@ -7,10 +7,11 @@ last seen: the next process goes on from them, and no dollar between is lost.
     stretch      instance, machine, label, state, from, to (NULL while it lasts), $/h now, $/h if running
     worked       seconds an instance had at least one request in flight, in buckets of 15 s
     fleet        one row an instance: what must be known again after a restart
+    mourned      instances that vanished: they count against the limits until then
     bad_machine  machine_id and until when it is not rented again
     host_key     the ssh host key an instance showed first
 
-Times are epoch seconds. Everything is written by one thread and read by any.
+Times are epoch seconds. Any thread may call.
 """
 
 import sqlite3
@@ -37,6 +38,7 @@ CREATE TABLE IF NOT EXISTS fleet(
   label TEXT PRIMARY KEY, instance INTEGER, machine INTEGER, loaded INTEGER NOT NULL,
   doomed INTEGER NOT NULL, ordered_s REAL NOT NULL, throughput REAL);
 CREATE TABLE IF NOT EXISTS bad_machine(machine INTEGER PRIMARY KEY, until_s REAL NOT NULL, why TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS mourned(label TEXT PRIMARY KEY, until_s REAL NOT NULL, usd_h REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS host_key(label TEXT PRIMARY KEY, key TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS took(kind TEXT NOT NULL, at_s REAL NOT NULL, seconds REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS took_at ON took(at_s);
@@ -65,7 +67,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Remembered:
-    """What a restarted autoscaler must know of an instance; state and since come from its open stretch."""
+    """What a restarted autoscaler must know of an instance; from `state` on it is its open stretch."""
 
     label: str
     instance: int | None
@@ -76,6 +78,8 @@ class Remembered:
     throughput: float | None
     state: str | None
     since: float | None
+    usd_h: float = 0.0
+    running_usd_h: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Ledger:
     """The file. Raises sqlite3.Error when it cannot be written: without a ledger nothing may be rented."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file (0600)."""
+        """Open or make the file (0600). Raises OSError too."""
         path.touch(mode=0o600, exist_ok=True)
         self._lock = threading.Lock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -124,12 +128,14 @@ class Ledger:
         fleet: Iterable[Remembered] = (),
         took: Iterable[tuple[str, float, float]] = (),
         bad_machines: Mapping[int, tuple[float, str]] | None = None,
+        mourned: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         """Record what changed, in one transaction.
 
         A stretch with to_s None closes the label's open one at its from_s and opens itself; one with state
         "gone" closes only. took holds (kind, at, seconds): "create", "start", "stop",
-        "destroy" from order to effect, "load" from create to hot, "boot" from start to hot.
+        "destroy" from order to effect, "load" from create to hot, "boot" from start to hot. mourned holds
+        (until when, $/h) by label.
         """
         with self._lock, self._transaction():
             for s in stretches:
@@ -159,9 +165,13 @@ class Ledger:
             self._db.executemany("INSERT INTO took VALUES (?,?,?)", took)
             for machine, (until_s, why) in (bad_machines or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO bad_machine VALUES (?,?,?)", (machine, until_s, why))
+            for label, (until_s, usd_h) in (mourned or {}).items():
+                self._db.execute("INSERT OR REPLACE INTO mourned VALUES (?,?,?)", (label, until_s, usd_h))
 
     def add_worked(self, seconds_by_label: Mapping[str, float], now: float) -> None:
         """Add seconds in which an instance had a request in flight, ending now."""
+        if not seconds_by_label:
+            return
         bucket = int(now // BUCKET_S)
         with self._lock, self._transaction():
             self._db.executemany(
@@ -184,7 +194,8 @@ class Ledger:
         with self._lock:
             rows = self._db.execute(
                 "SELECT f.label, f.instance, f.machine, f.loaded, f.doomed, f.ordered_s, f.throughput,"
-                " s.state, s.from_s FROM fleet f LEFT JOIN stretch s ON s.label = f.label AND s.to_s IS NULL"
+                " s.state, s.from_s, COALESCE(s.usd_h, 0.0), COALESCE(s.running_usd_h, 0.0)"
+                " FROM fleet f LEFT JOIN stretch s ON s.label = f.label AND s.to_s IS NULL"
                 " WHERE s.state IS NOT NULL OR f.doomed"
             ).fetchall()
         return [Remembered(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:]) for r in rows]
@@ -197,6 +208,14 @@ class Ledger:
                     "SELECT machine, until_s FROM bad_machine WHERE until_s > ?", (now,)
                 ).fetchall()
             )
+
+    def mourned(self, now: float) -> dict[str, tuple[float, float]]:
+        """What vanished lately, by label: until when it counts against the limits, and its $/h."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT label, until_s, usd_h FROM mourned WHERE until_s > ?", (now,)
+            ).fetchall()
+        return {label: (until_s, usd_h) for label, until_s, usd_h in rows}
 
     def took(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
         """(kind, at, seconds) of what finished inside the window."""
@@ -284,4 +303,10 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            if kind is None:
+                self._db.execute("COMMIT")
+        finally:
+            # Also after a COMMIT that failed: else no transaction could ever begin again.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")

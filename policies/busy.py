@@ -35,6 +35,16 @@ class Busy:
     min_hot: int = 1
     spare: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, with ValueError."""
+        if not 0.0 < self.aim <= self.add_above:
+            raise ValueError(f"aim {self.aim:g}: wanted over 0 and at most add_above, {self.add_above:g}")
+        if not 0.0 <= self.remove_below <= self.add_above:
+            raise ValueError(
+                f"remove_below {self.remove_below:g}: wanted 0 to add_above, {self.add_above:g}, "
+                "or it would add again at once"
+            )
+
     @property
     def memory_s(self) -> float:
         """It looks back as far as it waits before it removes."""

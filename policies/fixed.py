@@ -12,7 +12,10 @@ class Fixed:
     hot: int = 1
     total: int = 1
 
-    memory_s: float = 0.0
+    @property
+    def memory_s(self) -> float:
+        """It looks at nothing."""
+        return 0.0
 
     def targets(self, seen: Seen) -> Targets:  # noqa: ARG002 - a fixed fleet looks at nothing
         """The same two numbers, always."""

@@ -82,7 +82,9 @@ def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
         os.kill(child.pid, signal.SIGKILL)
     again = Ledger(path)
     try:
-        assert again.remembered() == [Remembered("f/a", 1, 7, True, False, 50.0, 900.0, "hot", 100.0)]
+        assert again.remembered() == [
+            Remembered("f/a", 1, 7, True, False, 50.0, 900.0, "hot", 100.0, 3600.0, 3600.0)
+        ]
         again.write(stretches=[stretch("f/a", "running", 160.0, 3600.0)])
         costs = again.costs(0.0, 200.0)
         assert (costs.hot_idle, costs.loading) == (pytest.approx(60), pytest.approx(40))

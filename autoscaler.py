@@ -1,0 +1,1338 @@
+"""The fleet: what each instance is, what the cloud shows of it, and what to ask of the cloud next.
+
+The states and the moves between them are in `instance_states.py`. `InstanceSet` is arithmetic
+only. A turn is three calls with the I/O between them:
+
+    observe(rows, checks, now)   copy what the world says; deadlines; passive moves
+    decide(demand, policy, now)  a Decision: what was seen, what is wanted, which commands; changes nothing
+    begin / finish(command)      an order was written down / its reply came (or did not)
+
+Invariants
+- Exactly one place makes an instance hot (`judge`), exactly one checks the hard limits (`_Room.admit`).
+- An order counts as capacity and as money from `begin` until it is seen or its deadline has passed.
+- A listing that failed, or that lost most of what was there, is "unknown": nothing is decided on it, no
+  deadline passes, and what answers a test prompt exists whatever the listing says.
+- Nothing with requests is stopped, unless it failed, passed its drain deadline, or a person asked.
+"""
+
+import itertools
+import logging
+import queue
+import secrets
+import sqlite3
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from demand import Demand, Report
+from errors import CloudError, ConfigError
+from health import Check, CheckOrder, Verdict
+from instance_states import BILLS_GPU, SERVING, Deadlines, IllegalMove, Limits, State, check_move
+from ledger import Ledger, Remembered, Stretch
+from orders import (
+    Command,
+    Create,
+    Destroy,
+    Drain,
+    LookForOffers,
+    Performed,
+    Performer,
+    Reply,
+    Start,
+    Stop,
+    Undrain,
+    with_label,
+)
+from policies import Policy, Seen, Targets
+from profiles import Profile
+from vast import Offer, Row, Vast
+
+log = logging.getLogger("autoscaler")
+
+
+# Words of `actual_status` (vast-contract 2.12).
+UP = frozenset({"running"})
+DOWN = frozenset({"stopped", "exited"})
+LOST = frozenset({"offline", "unknown", "frozen"})
+# Docker and host failures seen in status_msg (vast-contract 6.2), matched without case.
+BROKEN_HOST = (
+    "error response from daemon",
+    "oci runtime create failed",
+    "failed to inject cdi",
+    "no space left on device",
+    "failed to resolve reference",
+)
+
+
+@dataclass
+class Instance:
+    """One rented machine. Times are seconds on the caller's clock, prices $/h."""
+
+    label: str
+    state: State
+    since: float
+    why: str
+    ordered_at: float
+    id: int | None = None
+    machine_id: int | None = None
+    gpu_name: str = ""
+    num_gpus: int = 1
+    running_usd_h: float = 0.0
+    stopped_usd_h: float = 0.0
+    price_usd_h: float = 0.0
+    throughput_work_s: float = 1.0
+    loaded: bool = False
+    doomed: bool = False
+    was_hot: bool = False
+    booted_at: float = 0.0
+    boot_ordered_at: float | None = None
+    host: str | None = None
+    ports: Mapping[int, int] = field(default_factory=dict)
+    ssh: tuple[str, int] | None = None
+    listed: bool = False
+    intended: str | None = None
+    last_check_at: float = float("-inf")
+    checks: int = 0
+    in_flight_at: float = 0.0
+    in_flight: int | None = None
+    drain_version: int = 0
+    orders_out: int = 0
+    asked_at: float = 0.0
+    answered_at: float = float("-inf")
+    destroyed: bool = False
+    patience_until: float = float("-inf")
+    absent_since: float | None = None
+    absent_turns: int = 0
+    lost_since: float | None = None
+    broken_since: float | None = None
+    no_start_before: float = 0.0
+    failed_starts: int = 0
+    refused_starts: int = 0
+
+    @property
+    def address(self) -> str | None:
+        """Where clients send prompts, once the listing shows it."""
+        return f"http://{self.host}:{self.ports[8000]}" if self.host and 8000 in self.ports else None
+
+    @property
+    def auth_url(self) -> str | None:
+        """Where the loadbalancer fetches tokens, once the listing shows it."""
+        return f"http://{self.host}:{self.ports[3000]}" if self.host and 3000 in self.ports else None
+
+    @property
+    def usd_per_work(self) -> float:
+        """Price of throughput: what victims and starts are ranked by."""
+        return self.running_usd_h / max(self.throughput_work_s, 1e-9)
+
+    @property
+    def committed_usd_h(self) -> float:
+        """What it may cost at most in its state, as far as is known."""
+        if self.state in BILLS_GPU:
+            return max(self.price_usd_h, self.running_usd_h)
+        return max(self.price_usd_h, self.stopped_usd_h) or self.running_usd_h  # no price: never listed
+
+    def __repr__(self) -> str:
+        """<1001 fleet/3f2a… hot 12:ok>; designed to be read in test failures."""
+        return f"<{self.id} {self.label} {self.state} {self.why!r}>"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was seen, what was wanted and what is ordered; the record `GET /decisions` shows."""
+
+    at: float
+    seen: Seen | None
+    targets: Targets | None
+    commands: tuple[Command, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class Journal:
+    """What the ledger must learn since the last `take_journal`."""
+
+    stretches: list[Stretch] = field(default_factory=list)
+    fleet: dict[str, Remembered] = field(default_factory=dict)
+    took: list[tuple[str, float, float]] = field(default_factory=list)
+    bad_machines: dict[int, tuple[float, str]] = field(default_factory=dict)
+    mourned: dict[str, tuple[float, float]] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+
+    def before(self, later: "Journal") -> "Journal":
+        """This one and a later one as one; its log lines are taken for written."""
+        return Journal(
+            self.stretches + later.stretches,
+            self.fleet | later.fleet,
+            self.took + later.took,
+            self.bad_machines | later.bad_machines,
+            self.mourned | later.mourned,
+            later.log,
+        )
+
+
+class InstanceSet:
+    """All instances of one fleet, keyed by their unique labels. No I/O, no clock, no lock of its own."""
+
+    def __init__(
+        self,
+        fleet: str,
+        profile: Profile,
+        limits: Limits,
+        deadlines: Deadlines,
+        speedup: float = 1.0,
+        check_hot_every_s: float = 15.0,
+        check_boot_every_s: float = 3.0,
+    ) -> None:
+        """An empty set for the fleet whose labels are `<fleet>/<something>`."""
+        self.fleet = fleet
+        self.profile = profile
+        self.limits = limits
+        self.deadlines = deadlines
+        self.speedup = speedup
+        self.check_hot_every_s = check_hot_every_s
+        self.check_boot_every_s = check_boot_every_s
+        self.instances: dict[str, Instance] = {}
+        self.bad_machines: dict[int, float] = {}
+        self.version = 0  # of the hot set
+        self.manage = True
+        self.listed_at: float | None = None  # last good listing
+        self.plausible = False
+        self.gone: deque[Instance] = deque(maxlen=50)  # the last that went, and why
+        self._strange_since: float | None = None  # since when the listings lack most of the fleet
+        self._blind_since: float | None = float("-inf")  # since when there is no believable listing
+        self._unearned: set[str] = set()  # hot before a restart, not yet checked again
+        self._doomed: set[str] = set()  # labels given up: destroyed again if they reappear
+        self._offers: tuple[Offer, ...] = ()
+        self._offers_at = float("-inf")
+        self._looking_since = float("-inf")
+        self._failed_creates = 0
+        self._no_create_before = float("-inf")
+        self._start_times: list[float] = []
+        self._load_times: list[float] = []
+        self._mourned: dict[str, tuple[float, float]] = {}  # vanished without our asking: until when, $/h
+        self._journal = Journal()
+
+    # -- restart ------------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        remembered: Iterable[Remembered],
+        bad_machines: Mapping[int, float],
+        start_times: Sequence[float] = (),
+        load_times: Sequence[float] = (),
+        *,
+        mourned: Mapping[str, tuple[float, float]] | None = None,
+        now: float | None = None,
+    ) -> None:
+        """Take over what the ledger knows of the last process. What was hot must earn it again.
+
+        Labels of another fleet are left alone: a state directory may have served two.
+        """
+        self.bad_machines.update(bad_machines)
+        self._mourned.update(mourned or {})
+        self._start_times += start_times
+        self._load_times += load_times
+        for r in remembered:
+            if not r.label.startswith(self.fleet + "/"):
+                continue
+            if r.doomed:
+                self._doomed.add(r.label)
+            if r.state is None or r.since is None:
+                continue
+            state = State(r.state)
+            # The machine's clock may have been set back since.
+            since = r.since if now is None else min(r.since, now)
+            if state in SERVING:
+                self._unearned.add(r.label)
+                state = State.RUNNING
+                since = r.since if now is None else now
+            self.instances[r.label] = Instance(
+                label=r.label,
+                state=state,
+                since=since,
+                why="found again after a restart",
+                ordered_at=r.ordered_s,
+                id=r.instance,
+                machine_id=r.machine,
+                price_usd_h=r.usd_h,
+                running_usd_h=r.running_usd_h,
+                loaded=r.loaded,
+                doomed=r.doomed,
+                was_hot=State(r.state) in SERVING,
+                boot_ordered_at=since if state is State.STARTING else None,
+                asked_at=since,
+                throughput_work_s=r.throughput or self.profile.throughput_work_s,
+            )
+
+    def knows_fleet(self) -> bool:
+        """Whether the hot set can be told: a listing came, and what was hot before a restart was checked."""
+        if self.listed_at is None:
+            return False
+        self._unearned = {
+            label
+            for label in self._unearned
+            if label in self.instances and self.instances[label].state is State.RUNNING
+        }
+        return not self._unearned
+
+    # -- observe ------------------------------------------------------------------------------------
+
+    def observe(self, rows: Sequence[Row] | None, checks: Iterable[Check], now: float) -> None:
+        """Copy what the world says: the listing (None when it failed), then the finished health checks.
+
+        Deadlines are judged only on a believable listing: with the cloud away nobody can tell a dead machine
+        from a dead view of it.
+        """
+        if rows is None:
+            self.plausible = False
+        else:
+            ours = self._ours(rows)
+            self.plausible = self._believable(ours, now)
+        if not self.plausible and self._blind_since is None:
+            self._blind_since = now
+        if rows is not None:
+            if self.plausible:
+                self._open_eyes(now)
+            self._mark_absent(ours, now)
+            for label, row in ours.items():
+                self._see(label, row, now)
+            self.listed_at = now
+        for check in checks:
+            self.judge(check, now)
+        if self.plausible:
+            self._pass_deadlines(now)
+
+    def _believable(self, ours: Mapping[str, Row], now: float) -> bool:
+        """False when more than half of what was there is missing, unless it stays so for long."""
+        expected = [
+            i.label in ours
+            for i in self.instances.values()
+            if i.id is not None and i.state not in (State.ORDERED, State.DESTROYING)
+        ]
+        if sum(expected) * 2 >= len(expected):
+            self._strange_since = None
+            return True
+        if self._strange_since is None:
+            self._strange_since = now
+        return now - self._strange_since >= self.deadlines.disbelief
+
+    def _open_eyes(self, now: float) -> None:
+        """After a time without a view (an outage, a restart) no deadline passes before all was looked at."""
+        if self._blind_since is not None and now - self._blind_since > self.deadlines.absent:
+            for i in self.instances.values():
+                i.patience_until = now + self.deadlines.patience
+        self._blind_since = None
+
+    def _ours(self, rows: Sequence[Row]) -> dict[str, Row]:
+        """The rows with our label; a second row of one label gets a label of its own and is doomed."""
+        ours: dict[str, Row] = {}
+        prefix = self.fleet + "/"
+        for row in rows:
+            if row.label is None or not row.label.startswith(prefix):
+                continue
+            known = self.instances.get(row.label)
+            if row.label in ours or (known and known.id is not None and known.id != row.id):
+                twin = f"{row.label}#{row.id}"
+                self._doomed.add(twin)
+                ours[twin] = row
+            else:
+                ours[row.label] = row
+        return ours
+
+    def _mark_absent(self, ours: Mapping[str, Row], now: float) -> None:
+        """Count who is missing, and give up who is missing for too long."""
+        absent = self.deadlines.absent
+        for i in list(self.instances.values()):
+            if i.label in ours:
+                i.absent_since, i.absent_turns = None, 0
+                continue
+            if i.state is State.ORDERED:
+                late = now - max(i.since, i.answered_at) > self.deadlines.ordered and not i.orders_out
+                if self.plausible and late and now >= i.patience_until:
+                    if i.id is None:
+                        self._doom(i)
+                        self._vanish(i, "its order was never seen", now)
+                    else:
+                        self._fail(i, "ordered, but never listed", now)
+                continue
+            if i.absent_since is None:
+                i.absent_since = now
+            i.absent_turns += 1
+            if not self.plausible:
+                continue
+            away = now - i.absent_since >= absent
+            # A destroyed instance is gone when the cloud said so and two believable listings in a row lack
+            # it; another is mourned longer, because to forget a machine that bills is the costlier mistake.
+            # One that passes its checks exists: then it is the listing that lacks something.
+            if i.state is State.DESTROYING:
+                if i.absent_turns >= 2 and (i.destroyed or away):
+                    self._move(i, State.GONE, "destroyed", now)
+            elif i.absent_turns >= 3 and away and i.state not in SERVING:
+                self._vanish(i, "the cloud does not list it any more", now)
+        self._mourned = {
+            label: m for label, m in self._mourned.items() if m[0] > now and label not in self.instances
+        }
+
+    def _see(self, label: str, row: Row, now: float) -> None:
+        """Copy one row, then make the moves it causes."""
+        i = self.instances.get(label)
+        if i is None:
+            i = self._adopt(label, row, now)
+        records = len(self._journal.stretches)
+        repriced = i.price_usd_h != row.price_now_usd_h
+        i.price_usd_h = row.price_now_usd_h
+        i.listed, i.intended = True, row.intended_status
+        i.id = row.id
+        i.machine_id = row.machine_id
+        i.gpu_name, i.num_gpus = row.gpu_name, row.num_gpus
+        if i.throughput_work_s <= 1.0:
+            i.throughput_work_s = self.profile.throughput_on(row.gpu_name, row.num_gpus)
+        i.running_usd_h, i.stopped_usd_h = row.dph_total, row.storage_usd_h
+        if (i.host, i.ports) != (row.public_ip, row.ports):
+            i.host, i.ports = row.public_ip, row.ports
+            if i.state in SERVING:
+                self._hot_changed()
+        i.ssh = _ssh_address(row)
+        i.lost_since = _since(i.lost_since, now, row.actual_status in LOST)
+        message = row.status_msg.lower() if row.status_msg else ""
+        i.broken_since = _since(i.broken_since, now, any(words in message for words in BROKEN_HOST))
+        self._follow(i, row, now)
+        if repriced and len(self._journal.stretches) == records:
+            self._record(i, now)
+
+    def _adopt(self, label: str, row: Row, now: float) -> Instance:
+        """An instance with our label that we do not know: a lost order, or the ledger is gone."""
+        i = Instance(
+            label=label,
+            state=State.LOADING,
+            since=now,
+            why="found in the listing by its label",
+            ordered_at=now,
+            id=row.id,
+            booted_at=now,
+        )
+        # Without a ledger a stopped instance is taken to hold the model: a start will show.
+        i.loaded = row.actual_status in DOWN
+        self.instances[label] = i
+        if label in self._doomed:
+            i.doomed = True
+            self._move(i, State.DESTROYING, "given up earlier, and still listed", now)
+        else:
+            if row.actual_status in DOWN:
+                i.state = State.COLD
+            elif row.actual_status in UP and self.listed_at is None:
+                self._unearned.add(label)  # may well be hot: its first check will tell
+            self._record(i, now)
+        return i
+
+    def _follow(self, i: Instance, row: Row, now: float) -> None:
+        """Move the instance to where the row says it is; passive moves only."""
+        status, intended = row.actual_status, row.intended_status
+        if i.state is State.ORDERED:
+            self._move(i, State.LOADING, "listed", now)
+        if status in UP:
+            if i.state in (State.LOADING, State.STARTING):
+                self._booted(i, "container up", now)
+            elif i.state is State.COLD:
+                i.boot_ordered_at = now
+                self._booted(i, "runs without our asking", now)
+        elif status in DOWN:
+            self._follow_down(i, intended, now)
+
+    def _follow_down(self, i: Instance, intended: str | None, now: float) -> None:
+        if i.state is State.STOPPING:
+            self._took("stop", i.asked_at, now)
+            self._move(i, State.COLD, "stopped", now)
+        elif i.state in (State.LOADING, State.RUNNING, State.HOT, State.DRAINING):
+            if intended != "stopped":
+                self._fail(i, "its container ended by itself", now)
+            elif i.loaded:
+                self._move(
+                    i, State.COLD, "stopped without our asking: outbid, out of credit, or by hand", now
+                )
+            else:
+                self._fail(i, "stopped before its model was loaded", now)
+
+    def _booted(self, i: Instance, why: str, now: float) -> None:
+        kind = "start" if i.state is State.STARTING else "create"
+        self._took(kind, i.ordered_at if i.boot_ordered_at is None else i.boot_ordered_at, now)
+        i.booted_at = now
+        i.was_hot = False
+        i.in_flight = None
+        self._move(i, State.RUNNING, why, now)
+
+    def judge(self, check: Check, now: float) -> None:
+        """Apply one health check. The only place that makes an instance hot."""
+        i = self.instances.get(check.label)
+        if (
+            i is None
+            or i.state not in (State.RUNNING, State.HOT, State.DRAINING)
+            or check.started_at < i.booted_at
+        ):
+            return
+        self._unearned.discard(i.label)
+        if check.in_flight is not None:
+            i.in_flight, i.in_flight_at = check.in_flight, check.started_at
+        if check.verdict is Verdict.FATAL:
+            self._fail(i, check.why, now)
+        elif check.verdict is Verdict.PASSED:
+            if i.state is State.RUNNING and i.lost_since is None:
+                self._warm(i, now)
+                self._move(i, State.HOT, check.why, now)
+        elif check.verdict in (Verdict.FAILED, Verdict.LOADING):
+            if i.state in SERVING:
+                self._move(i, State.RUNNING, check.why, now)
+            else:
+                i.why = check.why
+
+    def _warm(self, i: Instance, now: float) -> None:
+        """Remember how long it took to become hot, and that its disk holds the model."""
+        self._failed_creates = 0
+        i.failed_starts = i.refused_starts = 0
+        if not i.was_hot:
+            if i.boot_ordered_at is not None:
+                self._took("boot", i.boot_ordered_at, now)
+                self._start_times.append(now - i.boot_ordered_at)
+            elif not i.loaded:
+                self._took("load", i.ordered_at, now)
+                self._load_times.append(now - i.ordered_at)
+            del self._start_times[:-20], self._load_times[:-20]
+        i.was_hot = i.loaded = True
+        self._remember(i)
+
+    def _pass_deadlines(self, now: float) -> None:
+        d = self.deadlines
+        for i in self.instances.values():
+            age = now - i.since
+            if now < i.patience_until:
+                continue
+            if i.lost_since is not None and i.state not in (State.FAILED, State.DESTROYING):
+                if i.state in SERVING:
+                    self._move(i, State.RUNNING, "its host is offline", now)
+                # A stopped machine that is offline costs nothing and may come back with the model.
+                if now - i.lost_since > (d.lost_cold if i.state is State.COLD else d.lost):
+                    self._fail(i, f"host offline for {now - i.lost_since:.0f} s", now)
+            elif i.state is State.LOADING and i.broken_since and now - i.broken_since >= d.broken_host:
+                self._fail(i, "docker or host error in status_msg", now)
+            elif i.state is State.LOADING and age > d.loading:
+                self._fail(i, f"its container was not up after {age:.0f} s", now)
+            elif i.state is State.RUNNING:
+                limit = d.recover if i.was_hot else d.reload if i.loaded else d.first_load
+                if age > limit:
+                    self._fail(i, f"not hot after {age:.0f} s: {i.why}", now)
+            elif i.state is State.STARTING and not i.orders_out and now - i.answered_at > d.starting:
+                i.failed_starts += 1
+                i.no_start_before = now + d.no_gpu_rest
+                if i.failed_starts >= 3:
+                    self._fail(i, "three starts found no GPU", now)
+                else:
+                    self._move(i, State.STOPPING, f"its GPU was not free within {d.starting:.0f} s", now)
+            elif i.state is State.STOPPING and not i.orders_out and age > 3 * d.stopping:
+                self._fail(i, f"would not stop in {age:.0f} s", now)
+
+    # -- decide -------------------------------------------------------------------------------------
+
+    def see(self, demand: Demand, now: float) -> Seen:
+        """The fleet in numbers, as a policy sees it."""
+        count = dict.fromkeys(State, 0)
+        reloading = 0
+        for i in self.instances.values():
+            count[i.state] += 1
+            reloading += self._comes_back(i)
+        return Seen(
+            now=now,
+            demand=demand.series,
+            hot=count[State.HOT],
+            coming=count[State.STARTING] + reloading,
+            loading=count[State.ORDERED] + count[State.LOADING] + count[State.RUNNING] - reloading,
+            cold=count[State.COLD] + count[State.STOPPING],
+            draining=count[State.DRAINING],
+            start_time_s=self.start_time_s,
+            load_time_s=self.load_time_s,
+        )
+
+    def decide(self, demand: Demand, policy: Policy, now: float) -> Decision:
+        """Say what to ask of the cloud so that capacity meets demand; ask nothing, change nothing.
+
+        Calling it twice gives the same answer. On a listing that is not believed nothing is decided.
+        """
+        if self.listed_at is None or not self.plausible:
+            return Decision(now, None, None, (), ("the listing failed or is not believed: nothing decided",))
+        seen = self.see(demand, now)
+        targets = policy.targets(seen)
+        notes: list[str] = []
+        wanted_hot = _clamp("hot", targets.hot, self.limits.max_instances, notes)
+        wanted_total = max(wanted_hot, _clamp("total", targets.total, self.limits.max_instances, notes))
+        commands: list[Command] = list(self._finish_what_was_begun(demand, now))
+        if self.manage:
+            room = _Room(self, commands)
+            commands += self._reach_hot(wanted_hot, room, now, notes)
+            commands += self._reach_total(wanted_total, room, now, notes)
+        return Decision(now, seen, targets, tuple(commands), tuple(notes))
+
+    def _finish_what_was_begun(self, demand: Demand, now: float) -> Iterable[Command]:
+        """Orders that follow from earlier ones, whatever the policy says and whether or not we manage."""
+        repeat = self.deadlines.repeat
+        for i in self.instances.values():
+            if i.id is None:
+                continue
+            # Counted from the reply: what still waits to be sent is not sent twice.
+            again = not i.orders_out and now - i.answered_at >= repeat
+            if i.state is State.FAILED and self.manage:
+                yield Destroy(i.label, i.id, i.why)
+            elif i.state is State.DESTROYING and again:
+                yield Destroy(i.label, i.id, "still listed")
+            elif i.state is State.STOPPING and again:
+                yield Stop(i.label, i.id, "not stopped yet")
+            elif i.state is State.STARTING and again and i.intended == "stopped" and self.manage:
+                yield Start(i.label, i.id, "the cloud does not mean it to run: asked again")
+            elif i.state is State.DRAINING:
+                if now - i.since > self.deadlines.draining:
+                    yield Stop(
+                        i.label, i.id, f"still busy {self.deadlines.draining:.0f} s after the drain began"
+                    )
+                elif self._drained(i, demand):
+                    yield Stop(i.label, i.id, "its last request has ended")
+
+    def _drained(self, i: Instance, demand: Demand) -> bool:
+        """Whether it is certain that no request is, or will be, on it.
+
+        The instance itself must say it is idle, in a check made after the drain began; and no lease may be
+        out: every loadbalancer knows of the drain and counts none, or, where none reports, it said so after
+        the last lease had expired.
+        """
+        if i.id is None or i.in_flight != 0 or i.in_flight_at < i.since:
+            return False
+        if demand.reporting:
+            return demand.no_lease_on(i.id, i.drain_version)
+        return i.in_flight_at - i.since > self.deadlines.lease
+
+    def _reach_hot(self, wanted: int, room: "_Room", now: float, notes: list[str]) -> list[Command]:
+        states = self._by_state()
+        coming = [*states[State.STARTING], *filter(self._comes_back, states[State.RUNNING])]
+        missing = wanted - len(states[State.HOT]) - len(coming)
+        if missing > 0:
+            return self._add_hot(missing, states, room, now, notes)
+        return self._remove_hot(-missing, states, coming)
+
+    def _add_hot(
+        self,
+        missing: int,
+        states: Mapping[State, list[Instance]],
+        room: "_Room",
+        now: float,
+        notes: list[str],
+    ) -> list[Command]:
+        """Undrain, then start the cold ones with the best price per throughput."""
+        out: list[Command] = []
+        stopping = room.stopped
+        for i in sorted(states[State.DRAINING], key=_cheapest_first):
+            if missing > 0 and i.id is not None and i.label not in stopping:
+                out.append(Undrain(i.label, i.id, "needed again"))
+                missing -= 1
+        for i in sorted(states[State.COLD], key=_cheapest_first):
+            if missing <= 0:
+                break
+            # An earlier order that is still to be sent would follow the start.
+            if i.id is None or i.orders_out or now < i.no_start_before or i.lost_since is not None:
+                continue
+            start = Start(i.label, i.id, f"{missing} more wanted hot")
+            if room.admit(start, i.running_usd_h - i.stopped_usd_h, 0, notes):
+                out.append(start)
+                missing -= 1
+        return out
+
+    def _remove_hot(
+        self, surplus: int, states: Mapping[State, list[Instance]], coming: Sequence[Instance]
+    ) -> list[Command]:
+        """Cancel what is still coming, newest first; then drain the dearest, idle ones before busy ones."""
+        out: list[Command] = []
+        for i in sorted(coming, key=lambda i: -i.since):
+            may_serve = i.was_hot or i.label in self._unearned
+            if surplus > 0 and i.id is not None and not may_serve:
+                out.append(Stop(i.label, i.id, "no longer needed"))
+                surplus -= 1
+        for i in sorted(states[State.HOT], key=lambda i: (bool(i.in_flight), -i.usd_per_work, i.label)):
+            if surplus > 0 and i.id is not None:
+                out.append(Drain(i.label, i.id, "not needed; the worst price for its throughput"))
+                surplus -= 1
+        return out
+
+    def _reach_total(self, wanted: int, room: "_Room", now: float, notes: list[str]) -> list[Command]:
+        states = self._by_state()
+        missing = wanted - sum(
+            len(states[s]) for s in State if s not in (State.FAILED, State.DESTROYING, State.GONE)
+        )
+        if missing > 0:
+            return self._create(missing, room, now, notes)
+        if missing == 0:
+            return []
+        spare = [i for i in states[State.COLD] if i.label not in room.started]
+        worst_first = sorted(spare, key=lambda i: (i.loaded, -i.usd_per_work, i.label))
+        why = "more stopped instances than wanted"
+        return [Destroy(i.label, i.id, why) for i in worst_first[:-missing] if i.id is not None]
+
+    def _create(self, missing: int, room: "_Room", now: float, notes: list[str]) -> list[Command]:
+        if now < self._no_create_before:
+            notes.append(f"{self._failed_creates} creates in a row failed: none for a while")
+            return []
+        if now - self._offers_at > self.deadlines.offers:
+            if now - self._looking_since <= self.deadlines.offers:
+                notes.append("looking at the market")
+                return []
+            return [LookForOffers(f"{missing} more wanted in all")]
+        out: list[Command] = []
+        taken: set[int] = set()
+        used = {i.machine_id for i in self.instances.values() if i.state is State.FAILED}
+        for offer in sorted(self._offers, key=self._offer_rank):
+            if len(out) >= min(missing, self.limits.max_creates_per_turn):
+                break
+            bad_until = self.bad_machines.get(offer.machine_id, now)
+            if bad_until > now or offer.machine_id in used or offer.id in taken:
+                continue
+            create = Create(offer, f"{missing} more wanted in all")
+            if room.admit(create, offer.dph_total, 1, notes):
+                out.append(create)
+                taken.add(offer.id)
+        if not out and not notes:
+            notes.append("no suitable offer on the market")
+        return out
+
+    def _offer_rank(self, offer: Offer) -> tuple[float, int]:
+        """Dollars per work: the price over the throughput expected of that GPU."""
+        return offer.dph_total / self.profile.throughput_on(offer.gpu_name, offer.num_gpus), offer.id
+
+    def committed_usd_h(self) -> float:
+        """Dollars per hour if every order goes through: what the hard limit is held against."""
+        return sum(i.committed_usd_h for i in self.instances.values()) + sum(
+            usd_h for _, usd_h in self._mourned.values()
+        )
+
+    def committed_instances(self) -> int:
+        """Instances that exist or may exist: what the hard limit is held against."""
+        return len(self.instances) + len(self._mourned)
+
+    # -- orders -------------------------------------------------------------------------------------
+
+    def begin(self, command: Command, now: float) -> None:
+        """Write the order down before it is sent, so that it counts and can be found again.
+
+        Raises IllegalMove when the instance has moved on since the decision; then nothing is to be sent.
+        """
+        if isinstance(command, LookForOffers):
+            self._looking_since = now
+            return
+        if isinstance(command, Create):
+            if not command.label.startswith(self.fleet + "/") or command.label in self.instances:
+                raise ConfigError(f"label {command.label!r} is not a new one of fleet {self.fleet!r}")
+            o = command.offer
+            self.instances[command.label] = i = Instance(
+                label=command.label,
+                state=State.ORDERED,
+                since=now,
+                why=command.why,
+                ordered_at=now,
+                machine_id=o.machine_id,
+                gpu_name=o.gpu_name,
+                num_gpus=o.num_gpus,
+                running_usd_h=o.dph_total,
+                throughput_work_s=self.profile.throughput_on(o.gpu_name, o.num_gpus),
+                orders_out=1,
+                asked_at=now,
+            )
+            self._offers = tuple(other for other in self._offers if other.id != o.id)
+            self._remember(i)
+            self._record(i, now)
+            return
+        found = self.instances.get(command.label)
+        if found is None or found.id != command.id:
+            raise IllegalMove(f"{command.label}: not there any more")
+        i = found
+        if isinstance(command, Start):
+            if i.state is not State.STARTING:
+                self._move(i, State.STARTING, command.why, now)
+                i.boot_ordered_at, i.was_hot = now, False
+        elif isinstance(command, Stop):
+            if i.state is not State.STOPPING:
+                self._move(i, State.STOPPING, command.why, now)
+                i.asked_at = now
+        elif isinstance(command, Destroy):
+            if i.state is not State.DESTROYING:
+                self._doom(i)
+                self._move(i, State.DESTROYING, command.why, now)
+                i.asked_at = now
+        elif isinstance(command, Drain):
+            self._move(i, State.DRAINING, command.why, now)
+            i.drain_version = self.version
+            return
+        else:
+            self._move(i, State.HOT, command.why, now)
+            return
+        i.orders_out += 1
+
+    def finish(
+        self,
+        command: Command,
+        reply: Reply,
+        now: float,
+        new_id: int | None = None,
+        why: str = "",
+        *,
+        offer_gone: bool = False,
+    ) -> None:
+        """Note how the cloud answered; once for each order begun. What stays UNKNOWN the listing settles.
+
+        offer_gone: somebody else has it, which says nothing against the next one.
+        """
+        if isinstance(command, LookForOffers):
+            self._looking_since = float("-inf")
+            return
+        if isinstance(command, Drain | Undrain):
+            return
+        if offer_gone:
+            self.offer_gone(now)
+        i = self.instances.get(command.label)
+        if i is None:
+            return
+        i.orders_out, i.answered_at = max(0, i.orders_out - 1), now
+        if isinstance(command, Create):
+            if reply is Reply.DONE:
+                i.id = i.id or new_id
+                self._remember(i)
+            elif reply is Reply.REFUSED and i.state is State.ORDERED:
+                if not offer_gone:
+                    self._failed_create(now)
+                self._doom(i)
+                self._move(i, State.GONE, why, now)
+        elif isinstance(command, Start) and reply is Reply.REFUSED and i.state is State.STARTING:
+            i.refused_starts += 1
+            rest = self.deadlines.repeat * 2 ** min(i.refused_starts, 10)
+            i.no_start_before = now + min(rest, self.deadlines.no_gpu_rest)
+            self._move(i, State.COLD, f"start refused: {why}", now)
+        elif isinstance(command, Destroy) and reply is Reply.DONE:
+            i.destroyed = True
+            self._took("destroy", i.asked_at, now)
+
+    def offers_found(self, offers: Iterable[Offer], now: float) -> None:
+        """The market as it was searched now."""
+        self._offers = tuple(offers)
+        self._offers_at = now
+        self._looking_since = float("-inf")
+
+    def offer_gone(self, now: float) -> None:
+        """Somebody else took an offer: the market is searched again before the next create."""
+        self._offers_at = min(self._offers_at, now - self.deadlines.offers - 1.0)
+
+    # -- what others ask ----------------------------------------------------------------------------
+
+    def checks_due(self, now: float, under_way: Collection[str] = ()) -> list[CheckOrder]:
+        """The health checks to make now; each is counted as made. under_way: labels that are being checked.
+
+        Nothing is checked before a listing of this process said where it is.
+        """
+        due = []
+        for i in self.instances.values():
+            if i.state not in (State.RUNNING, State.HOT, State.DRAINING) or i.id is None or not i.listed:
+                continue
+            if i.label in under_way:
+                continue
+            every = self.check_hot_every_s if i.state is State.HOT else self.check_boot_every_s
+            if now - i.last_check_at < every:
+                continue
+            i.last_check_at = now
+            i.checks += 1
+            # Reading the log of a hot instance costs an ssh handshake; the prompt is the sharper test.
+            read_log = i.state is State.RUNNING or (i.state is State.HOT and i.checks % 4 == 0)
+            due.append(CheckOrder(i.label, i.id, i.state, i.ssh, i.auth_url, i.address, read_log))
+        return due
+
+    def suspect(self, instance_id: int) -> None:
+        """Somebody met a failure there: its next health check is due at once."""
+        for i in self.instances.values():
+            if i.id == instance_id:
+                i.last_check_at = float("-inf")
+
+    def told(self, label: str, why: str) -> None:
+        """The instance says how it is. It is looked at now; what it says makes nothing hot or failed."""
+        i = self.instances.get(label)
+        if i is not None:
+            i.last_check_at = float("-inf")
+            if i.state is State.RUNNING:
+                i.why = f"it says: {why}"
+
+    def measured(self, throughput_work_s: Mapping[int, float]) -> None:
+        """A loadbalancer measured these instances' work per second, by id. Less than 2 % is noise."""
+        for i in self.instances.values():
+            new = throughput_work_s.get(i.id) if i.id is not None else None
+            if new is not None and abs(new - i.throughput_work_s) > 0.02 * i.throughput_work_s:
+                i.throughput_work_s = new
+                self._remember(i)
+
+    def serving(self) -> list[Instance]:
+        """The hot and the draining, in a fixed order."""
+        return sorted(
+            (i for i in self.instances.values() if i.state in SERVING and i.address and i.auth_url),
+            key=lambda i: i.id or 0,
+        )
+
+    @property
+    def start_time_s(self) -> float:
+        """Median of the last measured start-to-hot times, or the profile's; seconds."""
+        return statistics.median(self._start_times or [self.profile.start_time_s / self.speedup])
+
+    @property
+    def load_time_s(self) -> float:
+        """Median of the last measured order-to-hot times, or the profile's; seconds."""
+        return statistics.median(self._load_times or [self.profile.load_time_s / self.speedup])
+
+    def expected_hot_s(self, now: float) -> float | None:
+        """Seconds until one more is likely hot; None when none is on its way."""
+        waits = []
+        for i in self.instances.values():
+            if i.state is State.STARTING or (i.state is State.RUNNING and i.loaded):
+                waits.append(self.start_time_s - (now - (i.boot_ordered_at or i.since)))
+            elif i.state in (State.ORDERED, State.LOADING, State.RUNNING):
+                waits.append(self.load_time_s - (now - i.ordered_at))
+        return max(1.0, min(waits)) if waits else None
+
+    def take_journal(self) -> Journal:
+        """What happened since the last call, for ledger and log."""
+        journal, self._journal = self._journal, Journal()
+        return journal
+
+    def put_back(self, journal: Journal) -> None:
+        """It could not be written: the next `take_journal` has it again."""
+        self._journal = journal.before(self._journal)
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _comes_back(self, i: Instance) -> bool:
+        """Running and on its way to hot with the model on its disk, as far as we know."""
+        return i.state is State.RUNNING and (i.loaded or i.label in self._unearned)
+
+    def _by_state(self) -> dict[State, list[Instance]]:
+        found: dict[State, list[Instance]] = {state: [] for state in State}
+        for i in self.instances.values():
+            found[i.state].append(i)
+        return found
+
+    def _move(self, i: Instance, to: State, why: str, now: float) -> None:
+        check_move(i.state, to)
+        spent = now - i.since
+        self._journal.log.append(f"{i.id or i.label} {i.state} -> {to}: {why} (after {spent:.0f} s)")
+        if (i.state in SERVING) or (to in SERVING):
+            self.version += 1
+        if i.state is State.DESTROYING and to is State.GONE:
+            self._took("destroyed", i.asked_at, now)
+        if to is State.GONE:
+            why = f"{why} (was {i.state}: {i.why})"
+            self.gone.append(i)
+        i.state, i.since, i.why = to, now, why
+        self._record(i, now)
+        if to is State.GONE:
+            self._remember(i)
+            del self.instances[i.label]
+
+    def _fail(self, i: Instance, why: str, now: float) -> None:
+        if i.state in (State.FAILED, State.DESTROYING, State.GONE):
+            return
+        if not i.loaded:
+            self._failed_create(now)
+        if i.machine_id is not None:
+            until = now + self.deadlines.bad_machine
+            self.bad_machines[i.machine_id] = until
+            self._journal.bad_machines[i.machine_id] = (until, why)
+        self._doom(i)
+        self._move(i, State.FAILED, why, now)
+
+    def _vanish(self, i: Instance, why: str, now: float) -> None:
+        """Gone, as far as the listing can be trusted: it goes on counting against the limits for a while."""
+        usd_h = max(i.price_usd_h, i.running_usd_h)
+        self._mourned[i.label] = self._journal.mourned[i.label] = (now + self.deadlines.mourn, usd_h)
+        self._move(i, State.GONE, why, now)
+
+    def _failed_create(self, now: float) -> None:
+        if now < self._no_create_before:
+            return  # ordered together with one that failed: the same trouble, not the next
+        self._failed_creates += 1
+        rest = min(900.0, self.deadlines.create_rest * 2 ** min(self._failed_creates - 1, 10))
+        self._no_create_before = now + rest
+        self.offer_gone(now)
+
+    def _doom(self, i: Instance) -> None:
+        """Whatever the cloud does later, this label is not to live on."""
+        i.doomed = True
+        self._doomed.add(i.label)
+        self._remember(i)
+
+    def _hot_changed(self) -> None:
+        self.version += 1
+
+    def _took(self, kind: str, since: float, now: float) -> None:
+        self._journal.took.append((kind, now, now - since))
+
+    def _remember(self, i: Instance) -> None:
+        self._journal.fleet[i.label] = Remembered(
+            i.label,
+            i.id,
+            i.machine_id,
+            i.loaded,
+            i.doomed,
+            i.ordered_at,
+            i.throughput_work_s,
+            i.state,
+            i.since,
+            i.price_usd_h,
+            i.running_usd_h,
+        )
+
+    def _record(self, i: Instance, now: float) -> None:
+        self._journal.stretches.append(
+            Stretch(
+                i.label,
+                i.id,
+                i.machine_id,
+                str(i.state),
+                now,
+                None,
+                i.price_usd_h,
+                i.running_usd_h,
+                i.why,
+            )
+        )
+        if i.state is not State.GONE:
+            self._remember(i)
+
+    def describe(self, now: float) -> list[dict[str, Any]]:
+        """Every instance for `GET /instances`; no secret is in it."""
+        order = sorted(self.instances.values(), key=lambda i: (i.ordered_at, i.label))
+        return [self._described(i, now) for i in order]
+
+    def describe_gone(self, now: float) -> list[dict[str, Any]]:
+        """The last that went, newest first, and why."""
+        return [self._described(i, now) for i in reversed(self.gone)]
+
+    def _described(self, i: Instance, now: float) -> dict[str, Any]:
+        return {
+            "id": i.id,
+            "label": i.label,
+            "machine_id": i.machine_id,
+            "state": str(i.state),
+            "since": i.since,
+            "seconds_in_state": round(now - i.since, 1),
+            "why": i.why,
+            "gpu_name": i.gpu_name,
+            "num_gpus": i.num_gpus,
+            "price_usd_h": round(i.price_usd_h, 6),
+            "running_usd_h": round(i.running_usd_h, 6),
+            "address": i.address,
+            "loaded": i.loaded,
+            "throughput_work_s": round(i.throughput_work_s, 1),
+        }
+
+
+class _Room:
+    """What the hard limits still leave while one decision is put together: the one place that checks them."""
+
+    def __init__(self, fleet: InstanceSet, begun: Iterable[Command]) -> None:
+        self._limits = fleet.limits
+        self._instances = fleet.committed_instances()
+        self._usd_h = fleet.committed_usd_h()
+        self.stopped = {c.label for c in begun if isinstance(c, Stop | Destroy)}
+        self.started: set[str] = set()
+
+    def admit(
+        self, command: Start | Create, more_usd_h: float, more_instances: int, notes: list[str]
+    ) -> bool:
+        """Whether the order fits; if so it is counted."""
+        what = type(command).__name__.lower()
+        if more_instances and self._instances + more_instances > self._limits.max_instances:
+            notes.append(f"{what} refused: {self._instances} of {self._limits.max_instances} instances")
+            return False
+        if self._usd_h + more_usd_h > self._limits.max_usd_h + 1e-9:
+            notes.append(
+                f"{what} refused: {self._usd_h:.3f} + {more_usd_h:.3f} $/h is over {self._limits.max_usd_h:g}"
+            )
+            return False
+        self._instances += more_instances
+        self._usd_h += more_usd_h
+        if isinstance(command, Start):
+            self.started.add(command.label)
+        return True
+
+
+def _clamp(what: str, wanted: int, most: int, notes: list[str]) -> int:
+    """The wanted number inside 0 … most; says so in the notes when it was not."""
+    kept = max(0, min(wanted, most))
+    if kept != wanted:
+        notes.append(f"the policy wanted {wanted} {what}: clamped to {kept}")
+    return kept
+
+
+def _since(before: float | None, now: float, lasts: bool) -> float | None:
+    """Since when something lasts, given since when it did before."""
+    return (now if before is None else before) if lasts else None
+
+
+def _cheapest_first(i: Instance) -> tuple[float, str]:
+    return i.usd_per_work, i.label
+
+
+def _ssh_address(row: Row) -> tuple[str, int] | None:
+    """Direct where the listing maps port 22, else the cloud's proxy (vast-contract 2.7)."""
+    if row.public_ip and 22 in row.ports:
+        return row.public_ip, row.ports[22]
+    return (row.ssh_host, row.ssh_port) if row.ssh_host and row.ssh_port else None
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An order that was not done, or perhaps not, and why."""
+
+    at: float
+    command: Command
+    reply: Reply
+    why: str
+
+
+def steady_clock() -> Callable[[], float]:
+    """Epoch seconds that follow no later setting of the machine's clock: a step would pass every deadline."""
+    offset = time.time() - time.monotonic()
+    return lambda: time.monotonic() + offset
+
+
+_URGENCY: Mapping[type, int] = {Start: 0, Stop: 0, Destroy: 1, LookForOffers: 2, Create: 2}
+"""What is sent first: a create must wait 4.5 s for the one before, and may wait 12 (vast-contract 1.3)."""
+
+_LAST = 9
+
+
+class Autoscaler:
+    """Turns, one after another: list, observe and decide under the lock, then send the orders.
+
+    Two threads call it: one runs `turn` at every poll interval, one runs `perform_next` for ever. The
+    Flask face and the health checks call the rest from others. `lock` is held for arithmetic only; who
+    writes to the ledger waits for his turn there, so that it learns things in the order they happened.
+    """
+
+    def __init__(
+        self,
+        fleet: InstanceSet,
+        policy: Policy,
+        demand: Demand,
+        vast: Vast,
+        performer: Performer,
+        ledger: Ledger,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """Take over what the ledger knows; nothing is asked of the cloud yet. clock: never goes back."""
+        self.lock = threading.Lock()
+        self.fleet = fleet
+        self.policy = policy
+        self.demand = demand
+        self.decisions: deque[Decision] = deque(maxlen=500)
+        self.failures: deque[Failure] = deque(maxlen=100)
+        self.last_good_turn: float | None = None
+        self.last_error = "no turn yet"
+        self._vast = vast
+        self._performer = performer
+        self.ledger = ledger
+        self.clock = clock or steady_clock()
+        self._writing = threading.Lock()
+        self._orders: queue.PriorityQueue[tuple[int, int, Command | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._ending = False
+        now = self.clock()
+        fleet.restore(
+            ledger.remembered(),
+            ledger.bad_machines(now),
+            ledger.last_took("boot", 20)[::-1],
+            ledger.last_took("load", 20)[::-1],
+            mourned=ledger.mourned(now),
+            now=now,
+        )
+
+    @property
+    def epoch(self) -> str:
+        """Names this process to the loadbalancers: versions of the hot set count from its start."""
+        return self.demand.epoch
+
+    def turn(self) -> Decision:
+        """One round. A listing that fails is logged and nothing is decided. Raises sqlite3.Error only."""
+        rows, trouble = self._list()
+        now = self.clock()
+        with self.lock:
+            self.fleet.observe(rows, (), now)
+            self.demand.tick(now)
+            decision = self.fleet.decide(self.demand, self.policy, now)
+            if trouble is not None:
+                decision = replace(decision, notes=(*decision.notes, trouble))
+            begun = self._begin(decision, now)
+            self._keep(decision)
+        self._send(begun)
+        if rows is not None:
+            self.last_good_turn = now
+        return decision
+
+    def _list(self) -> tuple[list[Row] | None, str | None]:
+        """The rows of the fleet, or None and why not. Rows of others are not even read."""
+        try:
+            return self._vast.list_instances(self.fleet.fleet + "/"), None
+        except CloudError as e:
+            self.last_error = str(e)
+            log.warning("listing failed, nothing is decided this turn: %s", e)
+            return None, self.last_error
+
+    def _keep(self, decision: Decision) -> None:
+        """Remember it when it orders or says something new; of the demand only the last value."""
+        last = self.decisions[-1] if self.decisions else None
+        said = (decision.targets, decision.notes)
+        if decision.commands or last is None or (last.targets, last.notes) != said:
+            seen = decision.seen and replace(decision.seen, demand=tuple(decision.seen.demand[-1:]))
+            self.decisions.append(replace(decision, seen=seen))
+
+    def _send(self, begun: Sequence[Command]) -> None:
+        """Queue what was begun, once it is written down.
+
+        After a kill in between the label is known, and its order is looked for. What cannot be written
+        down is not sent.
+        """
+        try:
+            self._flush()
+        except sqlite3.Error as e:
+            with self.lock:
+                for command in begun:
+                    why = f"not sent, the ledger cannot be written: {e}"
+                    self.fleet.finish(command, Reply.REFUSED, self.clock(), why=why)
+            raise
+        for command in begun:
+            if type(command) in _URGENCY:
+                self._queue(_URGENCY[type(command)], command)
+
+    def _queue(self, urgency: int, command: Command | None) -> None:
+        self._orders.put((urgency, next(self._numbers), command))
+
+    def _begin(self, decision: Decision, now: float) -> list[Command]:
+        begun: list[Command] = []
+        for command in decision.commands:
+            if isinstance(command, Create):
+                command = with_label(command, f"{self.fleet.fleet}/{secrets.token_hex(6)}")
+            try:
+                self.fleet.begin(command, now)
+            except IllegalMove as e:
+                log.warning("order dropped: %s", e)
+                continue
+            begun.append(command)
+        return begun
+
+    def perform_next(self) -> bool:
+        """Send the next order and note its reply; False when `stop_performing` was called."""
+        _, _, command = self._orders.get()
+        if command is None:
+            return False
+        if self._ending and isinstance(command, Create | Start | LookForOffers):
+            self._noted(command, Performed(Reply.REFUSED, "not sent: the autoscaler ends"))
+            return True
+        try:
+            done = self._performer.perform(command)
+        except Exception as e:
+            log.exception("%s: a fault of ours", _words(command))
+            done = Performed(Reply.UNKNOWN, f"a fault of ours, the log has it: {type(e).__name__}")
+        self._noted(command, done)
+        return True
+
+    def stop_performing(self) -> None:
+        """Let `perform_next` return False once the stops and destroys that were begun are sent.
+
+        Nothing is rented or started any more.
+        """
+        self._ending = True
+        self._queue(_LAST, None)
+
+    def _noted(self, command: Command, done: Performed) -> None:
+        now = self.clock()
+        if done.reply is not Reply.DONE:
+            log.warning("%s: %s: %s", _words(command), done.reply, done.why)
+        with self.lock:
+            if done.reply is not Reply.DONE:
+                self.failures.append(Failure(now, command, done.reply, done.why))
+            if done.offers is not None:
+                self.fleet.offers_found(done.offers, now)
+            self.fleet.finish(command, done.reply, now, done.new_id, done.why, offer_gone=done.offer_gone)
+        self._flush()
+
+    def checks_due(self, under_way: Collection[str] = ()) -> list[CheckOrder]:
+        """The health checks to make now, but for the labels that are being checked."""
+        with self.lock:
+            return self.fleet.checks_due(self.clock(), under_way)
+
+    def judge(self, check: Check) -> None:
+        """Apply one finished health check at once: a new hot instance should not wait for the next turn."""
+        with self.lock:
+            self.fleet.judge(check, self.clock())
+        self._flush()
+
+    def told(self, label: str, why: str) -> None:
+        """An instance says how it is; its next health check is due at once."""
+        with self.lock:
+            self.fleet.told(label, why)
+
+    def heard(self, report: Report, measured: Mapping[int, float]) -> None:
+        """Take in a loadbalancer's report; measured: work per second by instance id."""
+        now = self.clock()
+        with self.lock:
+            worked, failing = self.demand.heard(report, now)
+            self.fleet.measured(measured)
+            for instance_id in failing:
+                self.fleet.suspect(instance_id)
+            labels = {i.id: i.label for i in self.fleet.instances.values()}
+        self.ledger.add_worked({labels[i]: s for i, s in worked.items() if i in labels}, now)
+
+    def destroy_all(self, why: str) -> None:
+        """Order the end of every instance of the fleet. A person asked: busy ones too."""
+        now = self.clock()
+        with self.lock:
+            commands = [
+                Destroy(i.label, i.id, why)
+                for i in self.fleet.instances.values()
+                if i.id is not None and i.state is not State.DESTROYING
+            ]
+            begun = self._begin(Decision(now, None, None, tuple(commands), (why,)), now)
+        self._send(begun)
+
+    def _flush(self) -> None:
+        """Log and write down what has happened. When that fails it is kept for the next time."""
+        with self._writing:
+            with self.lock:
+                journal = self.fleet.take_journal()
+            for line in journal.log:
+                log.info("%s", line)
+            if journal == Journal(log=journal.log):
+                return
+            try:
+                self.ledger.write(
+                    stretches=journal.stretches,
+                    fleet=journal.fleet.values(),
+                    took=journal.took,
+                    bad_machines=journal.bad_machines,
+                    mourned=journal.mourned,
+                )
+            except sqlite3.Error:
+                with self.lock:
+                    self.fleet.put_back(journal)
+                raise
+
+
+def _words(command: Command) -> str:
+    """The command for a log line."""
+    name = type(command).__name__.lower()
+    if isinstance(command, LookForOffers):
+        return name
+    return f"{name} {command.label}"

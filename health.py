@@ -1,0 +1,174 @@
+"""What a health check is, and how it is made: the log of this boot over ssh, and a test prompt.
+
+A running instance becomes hot when its log has the ready line and no fatal one, and a test
+prompt, sent to the public address with a real token, brought back at least one token. A hot one
+is asked again and again with a prompt, and now and then its log is read. A draining one is only
+asked how many requests it still has.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from errors import InstanceError
+from instance_client import InstanceClient, Load
+from instance_states import State
+from ssh_log import HostKeyChanged, LogView, SshLog
+
+log = logging.getLogger("autoscaler")
+
+T = TypeVar("T")
+
+
+class Verdict(StrEnum):
+    """What a health check found."""
+
+    PASSED = "passed"
+    LOADING = "loading"  # reachable, but the ready line is not there yet
+    FATAL = "fatal"  # the log of this boot holds a fatal line, or the host key changed
+    FAILED = "failed"  # did not answer as a hot instance must
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finished health check. in_flight: requests the instance itself says it is working on."""
+
+    label: str
+    started_at: float
+    verdict: Verdict
+    why: str
+    in_flight: int | None = None
+
+
+@dataclass(frozen=True)
+class CheckOrder:
+    """A health check to be made: where, and whether the log must be read (always, until it is hot)."""
+
+    label: str
+    id: int
+    state: State
+    ssh: tuple[str, int] | None
+    auth_url: str | None
+    address: str | None
+    read_log: bool
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+NO_EVENTS = 2**53
+"""As `after` of a load question: no event is that late, so none is sent."""
+
+
+class HealthChecker:
+    """Makes health checks, any number at once, each inside one timeout, so a dead machine delays nobody."""
+
+    def __init__(
+        self,
+        client: InstanceClient,
+        ssh: SshLog,
+        master_token: Callable[[str], str],
+        model: str,
+        timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """model: the served model's name; timeout_s: for a whole check."""
+        self._client = client
+        self._ssh = ssh
+        self._master_token = master_token
+        self._model = model
+        self._timeout_s = timeout_s
+        self._clock = clock
+
+    async def check(self, order: CheckOrder) -> Check:
+        """Make one check. Never raises and never takes longer than the timeout."""
+        started_at = self._clock()
+
+        def found(verdict: Verdict, why: str, in_flight: int | None = None) -> Check:
+            return Check(order.label, started_at, verdict, why, in_flight)
+
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._look(order, found)
+        except TimeoutError:
+            return found(Verdict.FAILED, f"health check took over {self._timeout_s:g} s")
+        except InstanceError as e:
+            return found(Verdict.FAILED, str(e))
+        except Exception as e:  # an instance may answer anything: that must not keep it hot, nor end the loop
+            log.exception("health check of %s: a fault of ours", order.label)
+            return found(Verdict.FAILED, f"health check: {type(e).__name__}")
+
+    async def _look(self, order: CheckOrder, found: Callable[..., Check]) -> Check:
+        if order.auth_url is None or order.address is None:
+            return found(Verdict.FAILED, "running, but the listing shows no ports")
+        token = self._master_token(order.label)
+        if order.state is State.DRAINING:
+            load = await self._client.fetch_load(order.auth_url, token, NO_EVENTS, timeout_s=self._timeout_s)
+            return found(Verdict.PASSED, "draining", _in_flight(load))
+        if order.read_log:
+            view = await self._read_log(order)
+            if view.changed_host_key:
+                return found(Verdict.FATAL, "its ssh host key changed: refused")
+            if view.fatal is not None:
+                return found(Verdict.FATAL, f"fatal line in its log: {view.fatal}")
+            if not view.ready and view.reached:
+                return found(Verdict.LOADING, "the ready line is not in its log yet")
+            if not view.reached and order.state is State.RUNNING:
+                return found(Verdict.FAILED, view.why)
+        batch = await self._client.fetch_tokens(order.auth_url, token, 1, timeout_s=self._timeout_s)
+        tokens = await self._client.test_prompt(
+            order.address, batch.tokens[0], self._model, timeout_s=self._timeout_s
+        )
+        return found(Verdict.PASSED, f"test prompt: {tokens} token(s)", _in_flight(batch.load))
+
+    async def _read_log(self, order: CheckOrder) -> LogView:
+        """The log as ssh shows it. An unreachable ssh is no fatal sign by itself: the prompt decides."""
+        if order.ssh is None:
+            return LogView(reached=False, why="the listing shows no ssh address")
+        host, port = order.ssh
+        hot = order.state is not State.RUNNING
+        try:
+            return await _in_thread(lambda: self._ssh.read(order.label, host, port, hot, self._timeout_s))
+        except HostKeyChanged:
+            return LogView(reached=True, changed_host_key=True)
+        except InstanceError as e:
+            return LogView(reached=False, why=str(e))
+
+
+def _in_flight(load: Load) -> int | None:
+    """Requests on it; None when the engine did not say, for then 0 would be a guess."""
+    return load.running + load.waiting if load.model_up else None
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """What the blocking call returns or raises, from a thread of its own.
+
+    A pool has a last thread, and hanging machines could have them all; and the end of the process would
+    wait for a pool's threads, but not for a daemon's.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: Exception | None) -> None:
+        if future.done():
+            return  # the check was given up meanwhile
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = call()
+        except Exception as e:  # noqa: BLE001 it is raised where the call is awaited
+            error = e
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="ssh", daemon=True).start()
+    return await future

@@ -1,0 +1,162 @@
+"""What can be asked of the cloud, as data; and, below the line, the one who asks.
+
+A command is made by `InstanceSet.decide`, written down by `begin`, sent by a `Performer`, and its
+reply given to `finish`. Its failure costs only itself: what became of it is seen in the listing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import start_script
+from errors import CloudError, ConfigError
+from profiles import Profile
+from vast import ApiError, CloudAuthError, NoSuchInstance, Offer, OfferGone, RateLimited, Vast
+
+
+@dataclass(frozen=True)
+class Create:
+    """Rent this offer. The label is given by `begin`'s caller and is unique."""
+
+    offer: Offer
+    why: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start a stopped instance."""
+
+    label: str
+    id: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Stop a running instance; its disk stays."""
+
+    label: str
+    id: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Destroy:
+    """End a rental and its bill. Repeated until the listing does not show it any more."""
+
+    label: str
+    id: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Give it no new requests. Nothing is asked of the cloud."""
+
+    label: str
+    id: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Undrain:
+    """Give it requests again. Nothing is asked of the cloud."""
+
+    label: str
+    id: int
+    why: str
+
+
+@dataclass(frozen=True)
+class LookForOffers:
+    """Search the market; the offers come back through `offers_found`."""
+
+    why: str
+
+
+Command = Create | Start | Stop | Destroy | Drain | Undrain | LookForOffers
+
+
+class Reply(StrEnum):
+    """What became of a command at the cloud."""
+
+    DONE = "done"
+    REFUSED = "refused"  # the cloud said no: nothing happened
+    UNKNOWN = "unknown"  # no reply, or one that may hide an effect
+
+
+def with_label(command: Create, label: str) -> Create:
+    """The same order under that label."""
+    return replace(command, label=label)
+
+
+@dataclass(frozen=True)
+class Performed:
+    """How a command went: the reply, the new instance's id, the offers found, and why not."""
+
+    reply: Reply
+    why: str = ""
+    new_id: int | None = None
+    offers: tuple[Offer, ...] | None = None
+    offer_gone: bool = False
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+PORTS_ENV = "-p 3000:3000 -p 8000:8000"
+"""auth_server and model server; nothing secret travels in --env, which is visible in process lists."""
+
+
+class Performer:
+    """Sends one command through the vastai CLI and says how it went; decides nothing."""
+
+    def __init__(self, vast: Vast, profile: Profile, master_token: Callable[[str], str]) -> None:
+        """master_token: the token of the instance with that label."""
+        self._vast = vast
+        self._profile = profile
+        self._master_token = master_token
+
+    def perform(self, command: Command) -> Performed:
+        """Ask the cloud. A clear no is REFUSED; whatever may hide an effect is UNKNOWN."""
+        try:
+            return self._ask(command)
+        except OfferGone as e:
+            # With one attempt per create (vast.py) this is a plain answer; the label would show it if not.
+            return Performed(Reply.REFUSED, str(e), offer_gone=True)
+        except (RateLimited, CloudAuthError) as e:
+            return Performed(Reply.REFUSED, str(e))
+        except NoSuchInstance as e:
+            return Performed(Reply.DONE if isinstance(command, Destroy) else Reply.REFUSED, str(e))
+        except ApiError as e:
+            # 200 is `success: false`: the service itself says that nothing was done.
+            refused = e.status == 200 or (400 <= e.status < 500 and e.status != 408)
+            return Performed(Reply.REFUSED if refused else Reply.UNKNOWN, str(e))
+        except CloudError as e:
+            return Performed(Reply.UNKNOWN, str(e))
+        except (ValueError, ConfigError) as e:
+            # vast.py and the start script refuse what cannot be sent before anything is.
+            return Performed(Reply.REFUSED, f"not sent: {e}")
+
+    def _ask(self, command: Command) -> Performed:
+        p = self._profile
+        if isinstance(command, Create):
+            new_id = self._vast.create(
+                command.offer.id,
+                image=p.image,
+                disk_gb=p.disk_gb,
+                label=command.label,
+                env=PORTS_ENV,
+                onstart=start_script.render(p, self._master_token(command.label)),
+            )
+            return Performed(Reply.DONE, new_id=new_id)
+        if isinstance(command, Start):
+            self._vast.start(command.id)
+        elif isinstance(command, Stop):
+            self._vast.stop(command.id)
+        elif isinstance(command, Destroy):
+            self._vast.destroy(command.id)
+        elif isinstance(command, LookForOffers):
+            offers = self._vast.search_offers(p.offer_query, storage_gb=p.disk_gb)
+            return Performed(Reply.DONE, offers=tuple(offers))
+        return Performed(Reply.DONE)

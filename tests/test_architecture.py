@@ -1,0 +1,136 @@
+"""Who may import whom, and what a pure core may not touch: read from the source with `ast`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {p.stem for p in ROOT.glob("*.py")} | {
+    "policies",
+    "simulation",
+    "remote",
+    "localcloud",
+    "bench",
+    "tests",
+}
+
+# Beside each file or package, everything of ours it may import. What is missing here fails the test.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "profiles": {"errors"},
+    "die_with_parent": set(),
+    "ssh_keys": {"errors", "http_face"},
+    "policies": {"policies"},
+    "demand": set(),
+    "ledger": set(),
+    "instance_states": {"profiles"},
+    "loadbalancer": set(),
+    "http_face": {"errors"},
+    "vast_cli": {"errors"},
+    "vast": {"errors", "vast_cli"},
+    "instance_client": {"errors"},
+    "start_script": {"errors", "profiles"},
+    "ssh_log": {"errors"},
+    "fleet_keys": {"http_face", "ssh_keys"},
+    "orders": {"errors", "profiles", "start_script", "vast"},
+    "health": {"errors", "instance_client", "instance_states", "ssh_log"},
+    "autoscaler": {
+        "demand",
+        "errors",
+        "health",
+        "instance_states",
+        "ledger",
+        "orders",
+        "policies",
+        "profiles",
+        "vast",
+    },
+    "autoscaler_server": OURS
+    - {"sim", "localcloud", "local_stack", "loadbalancer", "bench", "tests", "remote"},
+    "loadbalancer_server": {"errors", "http_face", "instance_client", "loadbalancer", "profiles"},
+    "report": set(),
+    "local_stack": {"die_with_parent", "errors", "profiles"},
+    "sim": {"errors", "instance_client", "local_stack", "profiles", "report"},
+    "remote": {"remote"},
+    "simulation": {"autoscaler", "errors", "loadbalancer", "policies", "profiles", "simulation"},
+    "localcloud": {
+        "die_with_parent",
+        "errors",
+        "http_face",
+        "localcloud",
+        "profiles",
+        "remote",
+        "simulation",
+        "ssh_keys",
+    },
+}
+
+# Decision cores: the part above `# --- outside world ---` does no I/O and reads no clock.
+PURE = (
+    "loadbalancer.py",
+    "demand.py",
+    "policies",
+    "localcloud/model.py",
+    "simulation/timing.py",
+    "report.py",
+)
+WORLDLY = {"os", "socket", "subprocess", "threading", "asyncio", "time", "requests", "aiohttp", "sqlite3"}
+
+
+def files() -> list[Path]:
+    found = list(ROOT.glob("*.py"))
+    for package in ("policies", "simulation", "remote", "localcloud"):
+        found += (ROOT / package).rglob("*.py")
+    return sorted(found)
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The first parts of all module names imported anywhere in the tree."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_import_of_ours_is_an_arrow_of_the_design(path: Path) -> None:
+    unit = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert unit in ALLOWED, f"{unit} has no line in ALLOWED: say what it may import"
+    extra = (imported(ast.parse(path.read_text())) & OURS) - ALLOWED[unit]
+    assert not extra, f"{path.relative_to(ROOT)} imports {', '.join(sorted(extra))}"
+
+
+def test_localcloud_takes_only_the_timing_class_from_the_simulation() -> None:
+    for path in (ROOT / "localcloud").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("simulation"):
+                assert node.module == "simulation.timing", path
+
+
+def pure_files() -> list[Path]:
+    found: list[Path] = []
+    for name in PURE:
+        path = ROOT / name
+        found += path.rglob("*.py") if path.is_dir() else [path]
+    return found
+
+
+@pytest.mark.parametrize("path", pure_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_pure_core_imports_nothing_that_reaches_the_world(path: Path) -> None:
+    source = path.read_text().split("# --- outside world ---")[0]
+    assert not imported(ast.parse(source)) & WORLDLY
+
+
+def test_the_part_of_the_autoscaler_above_the_line_reads_no_clock_and_opens_nothing() -> None:
+    """autoscaler.py imports threads and clocks for the loop below its line; above it none is used."""
+    source = (ROOT / "autoscaler.py").read_text().split("# --- outside world ---")[0]
+    used = {
+        node.value.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    assert not used & (WORLDLY | {"queue", "secrets"})
