@@ -1,0 +1,156 @@
+"""A Vast.ai on this machine, for the real `vastai` command line.
+
+    python -m localcloud [--speedup 30] [--fault NAME[:k=v,…]] …
+    VAST_URL=http://127.0.0.1:8500 VAST_API_KEY=… vastai show instances
+
+It runs what it is asked to run, as the user who started it: whoever has its key can do what that user can.
+The key is in ROOT/api.key, or LOCALCLOUD_API_KEY.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from waitress.server import create_server  # type: ignore[import-untyped]
+
+import http_face
+from errors import ConfigError
+from localcloud import faults
+from localcloud.api import create_app
+from localcloud.market import MACHINES, Machine, machines_from
+from localcloud.model import Cloud
+from localcloud.world import World
+
+log = logging.getLogger("localcloud")
+
+ENGINES = ("paced",)
+THREADS = 16
+"""Calls at once: each that a fault has hang takes one."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"{message} (--help lists the flags)")
+
+    parser = Parser(
+        prog="python -m localcloud",
+        description="A Vast.ai on this machine, for the real vastai command line.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Faults:\n  " + "\n  ".join(line.replace("%", "%%") for line in faults.table()),
+    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on, loopback only (default %(default)s)")
+    add("--port", type=int, default=8500, help="port to listen on (default %(default)s)")
+    add(
+        "--speedup",
+        type=float,
+        default=30.0,
+        metavar="K",
+        help="boot and load times are the real ones divided by it (default %(default)g)",
+    )
+    add("--engine", default="paced", choices=ENGINES, help="what answers requests (default %(default)s)")
+    add(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="disks and key (default ~/.local/state/autoscaler-py/localcloud)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="times are drawn from it (default %(default)s)")
+    add(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="NAME[:k=v,…]",
+        help="switch a fault on at the start; may be repeated",
+    )
+    add("--offers", type=Path, metavar="FILE", help="machines for rent, JSON (default: a built-in market)")
+    add("--credit", type=float, default=100.0, metavar="USD", help="dollars to spend (default %(default)g)")
+    return parser
+
+
+def _machines(path: Path | None) -> tuple[Machine, ...]:
+    if path is None:
+        return MACHINES
+    try:
+        return machines_from(json.loads(path.read_text()))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"--offers {path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _cloud(args: argparse.Namespace, clock_now: float) -> Cloud:
+    if not 1.0 <= args.speedup <= 10_000.0:
+        raise ConfigError(f"--speedup {args.speedup:g}: wanted 1 to 10000")
+    if not 0.0 <= args.credit <= 1e9:
+        raise ConfigError(f"--credit {args.credit:g}: wanted 0 to 1e9")
+    on = faults.Faults()
+    for text in args.fault:
+        try:
+            name, given = faults.parse_flag(text)
+            on.add(name, given, clock_now)
+        except faults.BadFault as e:
+            raise ConfigError(f"--fault {text}: {e}") from None
+    return Cloud(
+        _machines(args.offers),
+        random.Random(args.seed),
+        speedup=args.speedup,
+        faults=on,
+        credit_usd=args.credit,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; then every process of every instance is gone."""
+    import time
+
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    if not http_face.is_loopback(args.host):
+        raise ConfigError(f"--host {args.host}: loopback only: it runs what it is asked to run")
+    if not 1 <= args.port <= 65_535:
+        raise ConfigError(f"--port {args.port}: wanted 1 to 65535")
+    cloud = _cloud(args, time.time())
+    root = http_face.make_private_dir(args.root or http_face.default_state_dir("localcloud"))
+    key = os.environ.get("LOCALCLOUD_API_KEY") or http_face.load_or_make_key(root / "api.key")
+    sock = http_face.bind_socket(args.host, args.port)
+    world = World(cloud, root.resolve(), args.engine)
+    # Waitress, not our own event loop: a call that a fault has hang keeps a thread, and the others go on.
+    logging.getLogger("waitress").setLevel(logging.ERROR)
+    server = create_server(
+        create_app(world, key), sockets=[sock], threads=THREADS, connection_limit=1000, ident=None
+    )
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        world.stopping.set()  # calls that hang are answered
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    print(
+        f"local cloud, {args.engine} engine, on http://{args.host}:{args.port}: not Vast.ai. "
+        f"Times are divided by {args.speedup:g}; the key is in "
+        f"{'LOCALCLOUD_API_KEY' if 'LOCALCLOUD_API_KEY' in os.environ else root / 'api.key'}",
+        flush=True,
+    )
+    world.start()
+    try:
+        server.run()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        world.stop()
+        server.close()
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "localcloud"
+    http_face.run_main(main)

@@ -1,0 +1,323 @@
+"""What can go wrong at the cloud, each by a name: switched on and off while it runs.
+
+A fault strikes either calls to the API or boots of instances. `count` bounds how often it strikes (calls,
+or boots of instances, each boot at most once), `seconds` how long it is on, `instance_id` whom it
+strikes. All times are seconds of the wall clock: they are not divided by the speedup. A fault that makes
+something *be* so (ssh hangs, offline, no credit) lets go when it is switched off or its time is over; one
+that made something happen at a boot (never-ready, fatal-line) holds until the next boot.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+
+class BadFault(ValueError):
+    """No such fault, or a parameter that it does not have or that is out of range; the text says which."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter. A number has a range; a text has choices, or is free up to 300 characters."""
+
+    default: float | str
+    says: str
+    least: float = 0.0
+    most: float = 1e9
+    choices: tuple[str, ...] = ()
+
+    def read(self, fault: str, name: str, value: object) -> float | str:
+        """The value, from JSON or from a flag's text; raises BadFault."""
+        if isinstance(self.default, str):
+            return self._text(fault, name, value)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = math.nan
+        if not self.least <= number <= self.most:
+            raise BadFault(
+                f"fault {fault}: {name}: wanted {self.least:g} to {self.most:g}, got {value!r:.60}"
+            )
+        return number
+
+    def _text(self, fault: str, name: str, value: object) -> str:
+        if not isinstance(value, str) or not 0 < len(value) <= 300:
+            raise BadFault(f"fault {fault}: {name}: wanted text of 1 to 300 characters, got {value!r:.60}")
+        if self.choices and value not in self.choices:
+            raise BadFault(
+                f"fault {fault}: {name}: wanted one of {', '.join(self.choices)}, got {value!r:.60}"
+            )
+        return value
+
+
+class Scope(StrEnum):
+    """What a fault strikes."""
+
+    CALL = "call"
+    INSTANCE = "instance"
+    ACCOUNT = "account"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A fault there is: what it does in one line, what it strikes, and its own parameters."""
+
+    says: str
+    scope: Scope
+    params: Mapping[str, Param] = field(default_factory=lambda: MappingProxyType({}))
+
+
+COUNT = Param(0.0, "strikes at most so often", least=1, most=1e6)
+SECONDS = Param(0.0, "is on for so long", least=0.01, most=1e7)
+INSTANCE_ID = Param(0.0, "strikes only that one", least=1, most=1e12)
+
+ROUTES = ("any", "list", "show", "search", "create", "change", "destroy", "logs", "account")
+_STATUS = Param(500, "HTTP status of the answer", least=400, most=599)
+
+_CALL, _INSTANCE = Scope.CALL, Scope.INSTANCE
+
+FAULTS: Mapping[str, Kind] = MappingProxyType(
+    {
+        # -- the API ------------------------------------------------------------------------------
+        "list-hangs": Kind("the listing accepts the call and never answers", _CALL),
+        "list-429": Kind("the listing answers 429, plain text", _CALL),
+        "list-500": Kind("the listing answers 500", _CALL),
+        "list-empty": Kind("the listing answers {} with status 200", _CALL),
+        "list-missing": Kind(
+            "the listing leaves rows out",
+            _CALL,
+            {
+                "share": Param(1.0, "of the rows, newest first", least=0.01, most=1.0),
+                "total": Param("short", "whether the totals leave them out too", choices=("short", "full")),
+            },
+        ),
+        "rate-limits": Kind("calls faster than the service's thresholds get 429, plain text", _CALL),
+        "api-error": Kind(
+            "calls get an error, before or after they had their effect",
+            _CALL,
+            {
+                "status": _STATUS,
+                "when": Param("before", "the effect or after it", choices=("before", "after")),
+                "route": Param("any", "which calls", choices=ROUTES),
+            },
+        ),
+        "api-hangs": Kind(
+            "calls are accepted and never answered",
+            _CALL,
+            {
+                "when": Param("before", "the effect or after it", choices=("before", "after")),
+                "route": Param("any", "which calls", choices=ROUTES),
+            },
+        ),
+        "create-lost": Kind("a create has its effect and the reply is lost: 504", _CALL),
+        "create-410": Kind("the offer has gone: 410 no_such_ask", _CALL),
+        "log-never": Kind("a log that was asked for is never uploaded", _CALL),
+        # -- the account --------------------------------------------------------------------------
+        "credit-zero": Kind("the credit is used up: everything is stopped", Scope.ACCOUNT),
+        # -- instances ----------------------------------------------------------------------------
+        "docker-error": Kind(
+            "stays in created, with a docker error in status_msg",
+            _INSTANCE,
+            {"msg": Param("Error response from daemon: OCI runtime create failed", "the status_msg")},
+        ),
+        "stuck-loading": Kind("stays in loading", _INSTANCE),
+        "slow-pull": Kind(
+            "the image pull takes longer, with progress in status_msg",
+            _INSTANCE,
+            {"factor": Param(5.0, "times as long", least=1.0, most=1_000.0)},
+        ),
+        "no-ports": Kind("runs, but the listing shows no ports", _INSTANCE),
+        "port-drops": Kind("the ports at the address shown are bound, and nobody answers there", _INSTANCE),
+        "ports-change": Kind("a restart brings other ports", _INSTANCE),
+        "start-waits": Kind("a start waits for its GPU", _INSTANCE),
+        "outbid": Kind("is stopped unasked, and comes back when the fault ends", _INSTANCE),
+        "offline": Kind("its host is lost: frozen, unreachable, and not billed", _INSTANCE),
+        "ssh-hangs": Kind("ssh accepts connections and says nothing", _INSTANCE),
+        "ssh-refuses": Kind("nobody listens at the ssh port", _INSTANCE),
+        "new-host-key": Kind("shows a new ssh host key at its next boot", _INSTANCE),
+        "never-ready": Kind("its model server loads for ever, from its next boot", _INSTANCE),
+        "fatal-line": Kind(
+            "its model server prints a fatal line instead of getting ready, from its next boot",
+            _INSTANCE,
+            {
+                "line": Param(
+                    "RuntimeError: Engine core initialization failed. See root cause above.", "the line"
+                )
+            },
+        ),
+        "dies-hot": Kind(
+            "its processes are killed when its model has been loaded for a while",
+            _INSTANCE,
+            {
+                "after_s": Param(0.0, "seconds after the model is loaded", most=1e6),
+                "part": Param("all", "the model server alone, or everything", choices=("all", "model")),
+            },
+        ),
+    }
+)
+
+
+def limits_of(kind: Kind) -> dict[str, Param]:
+    """The parameters that bound a fault of that kind."""
+    limits = {"seconds": SECONDS}
+    if kind.scope is not Scope.ACCOUNT:
+        limits["count"] = COUNT
+    if kind.scope is Scope.INSTANCE:
+        limits["instance_id"] = INSTANCE_ID
+    return limits
+
+
+def parse_flag(text: str) -> tuple[str, dict[str, str]]:
+    """NAME[:k=v,k=v…] as name and arguments, not checked yet. A comma within a value is part of it."""
+    name, colon, rest = text.partition(":")
+    args = {}
+    for part in re.split(r",(?=[a-z_]+=)", rest) if colon else ():
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise BadFault(f"fault {name}: wanted k=v, got {part!r:.60}")
+        if key in args:
+            raise BadFault(f"fault {name}: {key} given twice")
+        args[key] = value
+    return name, args
+
+
+def table() -> Iterator[str]:
+    """One line for each fault, with its parameters: for --help and the README."""
+    for name, kind in FAULTS.items():
+        params = [*kind.params, *limits_of(kind)]
+        yield f"{name} ({', '.join(params)}): {kind.says}"
+
+
+@dataclass
+class Fault:
+    """One that is switched on. ends_at: epoch seconds, None for never. struck: the boots it struck."""
+
+    name: str
+    args: Mapping[str, float | str]
+    ends_at: float | None = None
+    count: int | None = None
+    instance_id: int | None = None
+    strikes: int = 0
+    struck: set[tuple[int, int]] = field(default_factory=set)
+
+    def on(self, now: float) -> bool:
+        """Whether its time is not over yet."""
+        return self.ends_at is None or now < self.ends_at
+
+    def strike(self, who: tuple[int, int] | None) -> bool:
+        """Whether it strikes that boot, or the next call; counted if it does."""
+        if self.instance_id is not None and (who is None or who[0] != self.instance_id):
+            return False
+        if who in self.struck:
+            return True
+        if self.count is not None and self.strikes >= self.count:
+            return False
+        self.strikes += 1
+        if who is not None:
+            self.struck.add(who)
+        return True
+
+    def shown(self) -> dict[str, Any]:
+        """As the status page has it."""
+        limits = {"count": self.count, "instance_id": self.instance_id, "ends_at": self.ends_at}
+        return {
+            "name": self.name,
+            **self.args,
+            **{k: v for k, v in limits.items() if v is not None},
+            "strikes": self.strikes,
+        }
+
+
+class Faults:
+    """The faults that are on. Pure: takes `now`, epoch seconds."""
+
+    def __init__(self) -> None:
+        """None is on."""
+        self._on: list[Fault] = []
+
+    def add(self, name: str, args: Mapping[str, object], now: float) -> Fault:
+        """It is on from now; raises BadFault and switches nothing on."""
+        kind = FAULTS.get(name)
+        if kind is None:
+            raise BadFault(f"unknown fault {name!r:.60}; known: {', '.join(FAULTS)}")
+        limits = limits_of(kind)
+        known = {**kind.params, **limits}
+        read = {}
+        for key, value in args.items():
+            if key not in known:
+                raise BadFault(f"fault {name}: no parameter {key!r:.60}; it has {', '.join(known)}")
+            read[key] = known[key].read(name, key, value)
+        for key in ("count", "instance_id"):
+            if key in read and read[key] != int(read[key]):
+                raise BadFault(f"fault {name}: {key}: wanted a whole number, got {read[key]!r}")
+        fault = Fault(
+            name,
+            {key: read.get(key, param.default) for key, param in kind.params.items()},
+            ends_at=now + float(read["seconds"]) if "seconds" in read else None,
+            count=int(read["count"]) if "count" in read else None,
+            instance_id=int(read["instance_id"]) if "instance_id" in read else None,
+        )
+        self._on.append(fault)
+        return fault
+
+    def remove(self, name: str) -> int:
+        """All of that name are off; how many there were. Raises BadFault for a name there is not."""
+        if name not in FAULTS:
+            raise BadFault(f"unknown fault {name!r:.60}; known: {', '.join(FAULTS)}")
+        before = len(self._on)
+        self._on = [f for f in self._on if f.name != name]
+        return before - len(self._on)
+
+    def expire(self, now: float) -> None:
+        """Those whose time is over are off."""
+        self._on = [f for f in self._on if f.on(now)]
+
+    def next_end(self) -> float | None:
+        """When the next one ends by itself."""
+        return min((f.ends_at for f in self._on if f.ends_at is not None), default=None)
+
+    def shown(self, now: float) -> list[dict[str, Any]]:
+        """All that are on."""
+        return [f.shown() for f in self._on if f.on(now)]
+
+    def any_on(self, name: str) -> bool:
+        """Whether one of that name may be on: a quick look before asking for strikes."""
+        return any(f.name == name for f in self._on)
+
+    def strikes(self, name: str, now: float, who: tuple[int, int] | None = None) -> Mapping[str, Any] | None:
+        """The arguments of a fault that strikes now, or None; the strike is counted.
+
+        who: (instance id, boot number) for faults of instances. A boot is struck but once, so asking again
+        gives the same answer; without who each call is a strike.
+        """
+        for fault in self._on:
+            if fault.name == name and fault.on(now) and fault.strike(who):
+                return fault.args
+        return None
+
+    def strikes_host(self, instance_id: int, who: tuple[int, int] | None, now: float) -> bool:
+        """Whether the host of that rental is lost: it was named, or it is one that any such fault may strike.
+
+        who: its boot, None when only a fault that names it may strike.
+        """
+        for fault in self._on:
+            if fault.name != "offline" or not fault.on(now):
+                continue
+            named = fault.instance_id == instance_id
+            if (named or (fault.instance_id is None and who is not None)) and fault.strike(
+                who or (instance_id, 0)
+            ):
+                return True
+        return False
+
+    def strikes_route(self, name: str, route: str, when: str, now: float) -> Mapping[str, Any] | None:
+        """The same for faults of calls that have a route and a time: counted only when both fit."""
+        for fault in self._on:
+            fits = fault.args.get("when") == when and fault.args.get("route") in ("any", route)
+            if fault.name == name and fits and fault.on(now) and fault.strike(None):
+                return fault.args
+        return None
