@@ -1,0 +1,1066 @@
+"""Users for a fleet: send requests as planned, measure what comes back, report.
+
+    python sim.py --local               start everything on this machine, run, report, take it all down
+    python sim.py [flags]               against a loadbalancer and an autoscaler that run already
+
+A run is rounds of --round-s seconds. In each round each user sends one request with a probability, at a
+moment drawn uniformly inside the round; the number of users follows the schedule. All of it is
+drawn from the seed before the first request is sent, and nothing that happens later changes it (open loop):
+a slow answer never delays the next arrival, and latencies count from the moment a request was due.
+
+    due ─► POST /route (waits there) ─► lease ─► instance: prompt, answer streamed back ─► completed
+             ▲    │ 503, unreachable: pause                 │ refused, broke off, no end
+             └────┘                                         └─► again from the start, elsewhere
+
+A request fails only when its time is up or somebody says that it can never succeed. Prompts are token ids,
+so that every engine counts the same number, and `ignore_eos` makes answers as long as was drawn.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import ipaddress
+import json
+import math
+import os
+import random
+import resource
+import secrets
+import signal
+import statistics
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import uvloop
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+import report
+from errors import ConfigError, InstanceError
+from instance_client import BrokenOff, InstanceClient, NotStarted
+from local_stack import ChildFailed, LocalStack, StackConfig
+from profiles import PROFILES, get_profile
+from report import COMPLETED, Record
+
+T = TypeVar("T")
+
+LENGTH_SIGMA = (0.81, 0.68)
+"""Of the log-normal lengths of prompts and answers: the spread (standard deviation over mean, 0.96 and 0.77)
+of the Azure conversation log of 2023-11."""
+
+TOKEN_IDS = (3, 256)
+"""First id and number of ids prompts are made of: all vocabularies have these; 0 to 2 are often special."""
+
+AVOID_WAIT_S = 3.0
+"""How long /route may hold a request that avoids an instance; then it takes any, rather than none."""
+
+PAUSE_S = (0.1, 2.0)
+"""After a refusal or a second setback: the first, doubling up to the second; or a longer Retry-After."""
+
+ROUTE_SLACK_S = 5.0
+"""What POST /route may take beyond the wait that was asked for."""
+
+CONNECT_S = 5.0
+"""For a connection: packets cross an ocean in 0.2 s, and a lost SYN is repeated after 1 and 3 s."""
+
+STALL_S = 30.0
+"""A streamed answer silent for so long has died: instances are not given more than hold_s of work."""
+
+ENDS_KEPT, ENDS_AT_ONCE, ENDS_LAST_S = 10_000, 8, 3.0
+"""Ends of leases that wait to be told, those told at once, and what the last may take after the run."""
+
+SAMPLE_S = 1.0
+"""Between two looks at the fleet."""
+
+SETTLE_S = 1.5
+"""After the run, before costs are asked for: the loadbalancer says every second who worked."""
+
+ANSWER_S = 15.0
+"""How long an autoscaler that does not answer is asked again: it may be starting anew."""
+
+SHOW_S = (0.5, 5.0)
+"""Between two pictures of the progress: on a terminal, and elsewhere (a line each)."""
+
+LOCAL_SCHEDULE = (1.0, 3.0, 4.0, 1.0, 0.5, 0.5)
+"""With --local: grows beyond one instance and falls again, in a minute."""
+
+DEFAULT_LOADBALANCER, DEFAULT_AUTOSCALER = "http://127.0.0.1:8200", "http://127.0.0.1:8100"
+DEFAULT_LOCALCLOUD = "http://127.0.0.1:8500"
+
+FAILURES: Mapping[str, str] = {
+    # kind of failure: what happened last before the request was given up
+    "no_capacity": "the loadbalancer had no free instance until the time was up",
+    "loadbalancer_unreachable": "the loadbalancer did not answer until the time was up",
+    "refused_by_loadbalancer": "the loadbalancer said 4xx: no other try can succeed",
+    "not_started": "instances took no request until the time was up",
+    "broken_off": "answers broke off until the time was up",
+    "bad_answer": "answers were not what they must be until the time was up",
+    "rejected": "the model server said 4xx: no other try can succeed",
+    "timeout": "an answer was still coming when the time was up",
+    "interrupted": "the run was ended by Ctrl-C or SIGTERM",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a user may set. Times in seconds, lengths in tokens."""
+
+    num_iterations: int = 60  # rounds
+    round_s: float = 1.0
+    base_num_users: int = 20
+    request_probability: float = 0.1  # 20 users: 2 requests/s, half of what one RTX 4090 can do with vllm-13
+    load_schedule: tuple[float, ...] = (1.0,)
+    streaming: bool = True
+    manage: bool | None = None  # None leaves the autoscaler's flag as it is
+    model: str = "vllm-13"
+    prompt_tokens: float = 300.0  # mean
+    max_tokens: float = 180.0  # mean
+    seed: int = 0
+    local: bool = False
+    instances: int = 4  # with local: the prepared pool
+    speedup: float = 60.0  # with local
+    loadbalancer: str = DEFAULT_LOADBALANCER
+    autoscaler: str = DEFAULT_AUTOSCALER
+    needs_autoscaler: bool = False  # it was named on the command line: unreachable is an error then
+    state_dir: Path | None = None
+    client_key_file: Path | None = None
+    wait_s: float = 30.0  # POST /route holds a request so long before it says 503
+    request_timeout_s: float = 120.0  # from due to the end of the answer, all tries together
+    json: Path | None = None
+    quiet: bool = False
+
+    def checked(self) -> "Config":
+        """Itself, or ConfigError naming the flag, the value and the range."""
+        longest = get_profile(self.model).max_model_len
+        _within("--num-iterations", self.num_iterations, 1, 1_000_000)
+        _within("--round-s", self.round_s, 0.01, 3600.0)
+        _within("--base-num-users", self.base_num_users, 0, 1_000_000)
+        _within("--request-probability", self.request_probability, 0.0, 1.0)
+        _within("--prompt-tokens", self.prompt_tokens, 1.0, longest)
+        _within("--max-tokens", self.max_tokens, 1.0, longest)
+        _within("--seed", self.seed, 0, 2**63 - 1)
+        _within("--wait-s", self.wait_s, 0.0, 600.0)  # the loadbalancer's own bound
+        _within("--request-timeout-s", self.request_timeout_s, 0.1, 86_400.0)
+        if self.prompt_tokens + self.max_tokens > longest:
+            raise ConfigError(
+                f"--prompt-tokens {self.prompt_tokens:g} and --max-tokens {self.max_tokens:g}: "
+                f"wanted at most {longest} together, the context of {self.model}"
+            )
+        if self.base_num_users * self.num_iterations * max(self.load_schedule) > 1e8:
+            raise ConfigError("--base-num-users × --num-iterations: wanted at most 100 million draws in all")
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise ConfigError(f"--json {self.json}: there is no directory {self.json.absolute().parent}")
+        return self
+
+
+def _within(flag: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{flag} {value:g}: wanted {least:g} to {most:g}")
+
+
+def parse_schedule(text: str) -> tuple[float, ...]:
+    """Multiples of the base number of users over equal slices of the run; raises ConfigError."""
+    try:
+        multiples = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        multiples = ()
+    if not multiples or not all(0.0 <= m <= 1000.0 for m in multiples):
+        raise ConfigError(f"--load-schedule {text!r}: wanted numbers from 0 to 1000 with commas between")
+    return multiples
+
+
+# -- what is sent, drawn ahead ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request to come. at_s: when it is due, seconds since the start of the run."""
+
+    number: int
+    at_s: float
+    prompt_tokens: int
+    max_tokens: int
+
+
+def plan(config: Config) -> list[Arrival]:
+    """All requests of the run in order of time; the same config gives the same list.
+
+    Lengths are log-normal with the means asked for, cut so that prompt and answer fit the model's context.
+    """
+    rng = random.Random(config.seed)
+    longest = get_profile(config.model).max_model_len
+    due: list[float] = []
+    for n in range(config.num_iterations):
+        multiple = config.load_schedule[n * len(config.load_schedule) // config.num_iterations]
+        for _ in range(round(config.base_num_users * multiple)):
+            if rng.random() < config.request_probability:
+                due.append((n + rng.random()) * config.round_s)  # noqa: PERF401 two draws, in this order
+    arrivals = []
+    for number, at_s in enumerate(sorted(due)):
+        output = _length(rng, config.max_tokens, LENGTH_SIGMA[1], longest - 1)
+        prompt = _length(rng, config.prompt_tokens, LENGTH_SIGMA[0], longest - output)
+        arrivals.append(Arrival(number, at_s, prompt, output))
+    return arrivals
+
+
+def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
+    # exp(mu + sigma²/2) is the mean of a log-normal
+    return min(most, max(1, round(rng.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
+
+
+def body_of(arrival: Arrival, model: str, streaming: bool, seed: int) -> dict[str, Any]:
+    """The request to an instance. Its prompt is its own, so that no prefix cache can help."""
+    first, ids = TOKEN_IDS
+    raw = random.Random((seed << 32) + arrival.number).randbytes(arrival.prompt_tokens)
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": [first + b % ids for b in raw],
+        "max_tokens": arrival.max_tokens,
+        "ignore_eos": True,
+        "stream": streaming,
+    }
+    if streaming:
+        body["stream_options"] = {"include_usage": True}
+    return body
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+class NoAnswer(Exception):
+    """The autoscaler or the loadbalancer did not answer as it must; the text says who, and what came."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Where one request may go. The token must not be shown."""
+
+    address: str
+    token: str
+    request_id: str
+    instance_id: int
+    model: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is no lease. final: asking again cannot help. retry_after_s: not to be asked sooner."""
+
+    kind: str
+    failure: str
+    retry_after_s: float = 0.0
+    final: bool = False
+
+
+class Loadbalancer:
+    """Its routes for clients."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None) -> None:
+        """key: of a client, where the loadbalancer wants one."""
+        self._session = session
+        self._url = url
+        self._headers = _bearer(key)
+
+    async def route(self, arrival: Arrival, avoid: Sequence[int], wait_s: float) -> Lease | Refusal:
+        """Ask for a lease, waiting there for at most wait_s; never raises for what the other side does."""
+        body: dict[str, Any] = {"prompt_tokens": arrival.prompt_tokens, "max_tokens": arrival.max_tokens}
+        if wait_s > 0.0:
+            body["wait_s"] = wait_s
+        if avoid:
+            body["avoid"] = list(avoid)
+        try:
+            async with self._session.post(
+                f"{self._url}/route",
+                json=body,
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=wait_s + ROUTE_SLACK_S, sock_connect=CONNECT_S),
+                allow_redirects=False,
+            ) as reply:
+                raw = await reply.read()
+                status, retry_after = reply.status, reply.headers.get("Retry-After")
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return Refusal("unreachable", "loadbalancer_unreachable")
+        return read_route(status, raw, retry_after)
+
+    async def done(self, request_id: str, outcome: str, why: str) -> int:
+        """Tell how a lease ended; the HTTP status, or 0 when there was no answer."""
+        body = {"request_id": request_id, "outcome": outcome} | ({"why": why} if why else {})
+        try:
+            async with self._session.post(
+                f"{self._url}/done",
+                json=body,
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=5.0),
+                allow_redirects=False,
+            ) as reply:
+                await reply.read()
+                return reply.status
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return 0
+
+
+def read_route(status: int, raw: bytes, retry_after: str | None) -> Lease | Refusal:
+    """What an answer of POST /route says."""
+    try:
+        said = json.loads(raw)
+        if status == 200:
+            return Lease(
+                str(said["address"]),
+                str(said["token"]),
+                str(said["request_id"]),
+                int(said["instance_id"]),
+                str(said["model"]),
+            )
+        kind = str(said["error"])[:40]
+    except (ValueError, KeyError, TypeError):
+        kind = "bad_answer" if status == 200 else f"http_{status}"
+    if status == 503:
+        return Refusal(kind, "no_capacity", _seconds(retry_after))
+    final = 400 <= status < 500 and status not in (408, 429)
+    failure = "refused_by_loadbalancer" if final else "loadbalancer_unreachable"
+    return Refusal(kind, failure, _seconds(retry_after), final)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """A Retry-After in seconds; one that is a date, or is no number, is as none."""
+    try:
+        return min(600.0, max(0.0, float(retry_after or 0.0)))
+    except ValueError:
+        return 0.0
+
+
+class LeaseEnds:
+    """Tells the loadbalancer how leases ended. Nobody waits for it; it never holds more than ENDS_KEPT."""
+
+    def __init__(self, loadbalancer: Loadbalancer) -> None:
+        """Nothing is told before run()."""
+        self.untold = 0
+        self._waiting = 0
+        self._loadbalancer = loadbalancer
+        self._queue: asyncio.Queue[tuple[str, str, str]] = asyncio.Queue(ENDS_KEPT)
+
+    def tell(self, lease: Lease, outcome: str, why: str = "") -> None:
+        """Have it told: finished, failed (why) or unused."""
+        try:
+            self._queue.put_nowait((lease.request_id, outcome, why))
+            self._waiting += 1
+        except asyncio.QueueFull:
+            self.untold += 1
+
+    async def run(self) -> NoReturn:
+        """Tell what there is, ENDS_AT_ONCE at a time, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(ENDS_AT_ONCE):
+                group.create_task(self._tell_one_by_one())
+        raise AssertionError("its tasks never end")
+
+    async def last(self) -> None:
+        """Return when all is told, or after ENDS_LAST_S; what is left then counts as untold."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ENDS_LAST_S):
+                await self._queue.join()
+        self.untold += self._waiting
+
+    async def _tell_one_by_one(self) -> NoReturn:
+        while True:
+            end = await self._queue.get()
+            try:
+                if await self._loadbalancer.done(*end) != 200:
+                    self.untold += 1
+            finally:
+                self._waiting -= 1
+                self._queue.task_done()
+
+
+class Driver:
+    """Sends the planned requests when they are due and keeps a record of each."""
+
+    def __init__(
+        self, config: Config, loadbalancer: Loadbalancer, ends: LeaseEnds, client: InstanceClient
+    ) -> None:
+        """Nothing is sent before run()."""
+        self.records: list[Record] = []
+        self.in_flight = 0
+        self.outcomes: Counter[str] = Counter()
+        self.first_tokens: deque[float] = deque(maxlen=1000)  # for the live figures only
+        self.seen_addresses: set[str] = set()
+        self.begun = 0.0
+        self._config = config
+        self._loadbalancer = loadbalancer
+        self._ends = ends
+        self._client = client
+        self._jitter = random.Random(config.seed)
+        self._clock = time.perf_counter
+
+    async def run(self, arrivals: Sequence[Arrival]) -> None:
+        """Send all and wait for all. When cancelled, what is in flight ends as interrupted."""
+        self.begun = self._clock()
+        async with asyncio.TaskGroup() as group:
+            for arrival in arrivals:
+                due = self.begun + arrival.at_s
+                # At least once, so that sending late ones cannot starve those that are under way.
+                await asyncio.sleep(max(0.0, due - self._clock()))
+                while (left_s := due - self._clock()) > 0.0:
+                    await asyncio.sleep(left_s)
+                group.create_task(self._request(arrival))
+
+    async def _request(self, arrival: Arrival) -> None:
+        due = self.begun + arrival.at_s
+        record = Record(due_s=arrival.at_s, lag_s=self._clock() - due)
+        self.records.append(record)
+        self.in_flight += 1
+        try:
+            record.outcome = await self._until_served(arrival, record, due)
+        except asyncio.CancelledError:
+            record.outcome = "interrupted"
+            raise
+        finally:
+            if record.outcome != COMPLETED:
+                record.end_s = self._clock() - due
+            self.in_flight -= 1
+            self.outcomes[record.outcome] += 1
+
+    async def _until_served(self, arrival: Arrival, record: Record, due: float) -> str:
+        """Try until it is served or its time is up; "completed" or the kind of failure."""
+        up_at = due + self._config.request_timeout_s
+        avoid: list[int] = []
+        pause_s = 0.0  # the first retry goes at once: another instance is likely well
+        while True:
+            lease = await self._lease(arrival, avoid, record, up_at)
+            if isinstance(lease, str):
+                return lease
+            setback, again = await self._try(arrival, lease, record, due, up_at)
+            if setback is None:
+                return COMPLETED
+            record.setbacks[setback] += 1
+            if not again or self._clock() + pause_s >= up_at:
+                return setback
+            avoid.append(lease.instance_id)
+            await asyncio.sleep(pause_s)
+            pause_s = self._longer(pause_s)
+
+    async def _lease(self, arrival: Arrival, avoid: list[int], record: Record, up_at: float) -> Lease | str:
+        """A lease, or the kind of failure; empties avoid when all that are left are to be avoided."""
+        asked = self._clock()
+        pause_s = PAUSE_S[0]
+        try:
+            while True:
+                left_s = up_at - self._clock()
+                wait_s = min(self._config.wait_s, left_s, AVOID_WAIT_S if avoid else left_s)
+                said = await self._loadbalancer.route(arrival, avoid, max(0.0, wait_s))
+                if isinstance(said, Lease):
+                    return said
+                record.refusals[said.kind] += 1
+                rest_s = max(said.retry_after_s, pause_s) * self._jitter.uniform(1.0, 1.25)
+                if said.final or self._clock() + rest_s >= up_at:
+                    return said.failure
+                avoid.clear()
+                await asyncio.sleep(rest_s)
+                pause_s = self._longer(pause_s)
+        finally:
+            record.route_s += self._clock() - asked
+
+    async def _try(
+        self, arrival: Arrival, lease: Lease, record: Record, due: float, up_at: float
+    ) -> tuple[str | None, bool]:
+        """(None, …) when it was served, else (what went wrong, whether another try may help)."""
+        record.leases += 1
+        self.seen_addresses.add(lease.address)
+        body = body_of(arrival, lease.model, self._config.streaming, self._config.seed)
+        timeouts = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_S, sock_read=STALL_S if self._config.streaming else None
+        )
+        try:
+            async with asyncio.timeout(max(0.0, up_at - self._clock())):
+                answer = await self._client.stream(lease.address, lease.token, body, timeouts)
+        except TimeoutError:
+            return self._failed(lease, "timeout", "no end within the client's time"), False
+        except NotStarted as e:
+            return self._failed(lease, "not_started", str(e)), True
+        except BrokenOff as e:
+            return self._failed(lease, "broken_off", str(e)), True
+        except InstanceError as e:
+            return self._failed(lease, "bad_answer", str(e)), True
+        except asyncio.CancelledError:
+            self._ends.tell(lease, "finished", "the client went away")
+            raise
+        if 400 <= answer.status < 500:
+            self._ends.tell(lease, "finished", f"the model server said {answer.status}")
+            return "rejected", False
+        if answer.status != 200 or answer.error is not None:
+            return self._failed(lease, "broken_off", f"status {answer.status}: {answer.error}"), True
+        if answer.completion_tokens < 1:
+            return self._failed(lease, "bad_answer", "no token in the answer"), True
+        self._ends.tell(lease, "finished")
+        record.end_s = answer.end_s - due
+        record.prompt_tokens, record.output_tokens = answer.prompt_tokens, answer.completion_tokens
+        if self._config.streaming:
+            record.first_token_s = answer.first_token_s - due
+            self.first_tokens.append(record.first_token_s)
+        return None, False
+
+    def _failed(self, lease: Lease, kind: str, why: str) -> str:
+        self._ends.tell(lease, "failed", f"{kind}: {why}"[:500])
+        return kind
+
+    def _longer(self, pause_s: float) -> float:
+        return min(max(2 * pause_s, PAUSE_S[0]), PAUSE_S[1]) * self._jitter.uniform(0.75, 1.0)
+
+
+class Operator:
+    """What an operator may ask: the autoscaler's routes, and the loadbalancer's `GET /status`."""
+
+    def __init__(self, session: aiohttp.ClientSession, config: Config, key: str | None) -> None:
+        """key: the control key, where there is one."""
+        self._session = session
+        self._autoscaler = config.autoscaler
+        self._loadbalancer = config.loadbalancer
+        self._headers = _bearer(key)
+
+    async def instances(self) -> tuple[list[Mapping[str, Any]], bool | None]:
+        """Every instance, and whether the autoscaler manages them; raises NoAnswer."""
+        said = await self._ask("GET", f"{self._autoscaler}/instances")
+        rows, manage = said.get("instances"), said.get("manage")
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and "state" in r for r in rows):
+            raise NoAnswer(f"{self._autoscaler}/instances: wanted instances with states")
+        return rows, manage if isinstance(manage, bool) else None
+
+    async def manage(self, wanted: bool) -> None:
+        """Have it manage the fleet, or leave it as it is; raises NoAnswer."""
+        await self._ask("PUT", f"{self._autoscaler}/manage", {"manage": wanted})
+
+    async def costs(self, from_s: float, to_s: float) -> report.Costs:
+        """What was spent between the two, epoch seconds; raises NoAnswer."""
+        said = await self._ask("GET", f"{self._autoscaler}/costs?from={from_s:.3f}&to={to_s:.3f}")
+        try:
+            return report.parse_costs(said)
+        except ValueError as e:
+            raise NoAnswer(f"{self._autoscaler}/costs: {e}") from None
+
+    async def status(self) -> Mapping[str, Any]:
+        """The loadbalancer's figures; raises NoAnswer."""
+        return await self._ask("GET", f"{self._loadbalancer}/status")
+
+    async def _ask(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        shown = url.partition("?")[0]
+        try:
+            async with self._session.request(
+                method,
+                url,
+                json=body,
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=3.0),
+                allow_redirects=False,
+            ) as reply:
+                raw = await reply.read()
+                status = reply.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            raise NoAnswer(f"{shown}: {e or type(e).__name__}") from None
+        if status != 200:
+            raise NoAnswer(f"{shown}: wanted 200, got {status}")
+        try:
+            said = json.loads(raw)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise NoAnswer(f"{shown}: wanted a JSON object, got {raw[:40]!r}")
+        return said
+
+
+class Watch:
+    """Looks at the fleet every SAMPLE_S; a look that fails is left out."""
+
+    def __init__(self, operator: Operator, clock: Callable[[], float]) -> None:
+        """clock gives seconds since the start of the run."""
+        self.samples: list[report.Sample] = []
+        self._operator = operator
+        self._clock = clock
+
+    async def run(self) -> NoReturn:
+        """Look until cancelled."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        looks = 0
+        while True:
+            with contextlib.suppress(NoAnswer):
+                await self._look()
+            looks += 1
+            await asyncio.sleep(max(0.05, begun + looks * SAMPLE_S - loop.time()))
+
+    async def _look(self) -> None:
+        (rows, _), demand = await asyncio.gather(self._operator.instances(), self._demand())
+        prices = (row.get("price_usd_h") for row in rows)
+        usd_h = sum(p for p in prices if isinstance(p, int | float))
+        states = Counter(str(row["state"]) for row in rows)
+        self.samples.append(report.Sample(max(0.0, self._clock()), dict(states), round(usd_h, 6), demand))
+
+    async def _demand(self) -> float | None:
+        """In instances' worth; None when the loadbalancer does not say."""
+        try:
+            demand = (await self._operator.status()).get("demand")
+        except NoAnswer:
+            return None
+        return float(demand) if isinstance(demand, int | float) else None
+
+
+async def run(config: Config, stop: asyncio.Event, engine: str | None) -> dict[str, Any]:
+    """Carry out the run and give back its report; it ends early, with what there is, when stop is set.
+
+    engine: what answers, where it is known; None finds out. Raises ConfigError when nothing can be run.
+    """
+    arrivals = plan(config)
+    control_key = _control_key(config)
+    async with (
+        aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
+        ) as session,
+        InstanceClient() as client,
+    ):
+        loadbalancer = Loadbalancer(session, config.loadbalancer, _client_key(config))
+        operator = Operator(session, config, control_key)
+        await _check_loadbalancer(loadbalancer, operator, config)
+        managed = await _check_autoscaler(operator, config)
+        try:
+            return await _measure(config, arrivals, stop, engine, loadbalancer, operator, client)
+        finally:
+            if config.manage is not None and managed is not None and managed != config.manage:
+                await _again_and_again(lambda: operator.manage(managed))
+
+
+async def _measure(
+    config: Config,
+    arrivals: Sequence[Arrival],
+    stop: asyncio.Event,
+    engine: str | None,
+    loadbalancer: Loadbalancer,
+    operator: Operator,
+    client: InstanceClient,
+) -> dict[str, Any]:
+    ends = LeaseEnds(loadbalancer)
+    driver = Driver(config, loadbalancer, ends, client)
+    watch = Watch(operator, lambda: time.perf_counter() - driver.begun)
+    screen = Screen(config, driver, watch, len(arrivals))
+    gc.collect()
+    gc.freeze()  # the plan stays: collections need not look at it, which would delay what is due
+    started_at, used = time.time(), time.process_time()
+    begun = time.perf_counter()
+    sending = asyncio.create_task(driver.run(arrivals))
+    background: list[asyncio.Task[None]] = [
+        asyncio.create_task(job) for job in (ends.run(), watch.run(), screen.run())
+    ]
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((sending, stopped, *background), return_when=asyncio.FIRST_COMPLETED)
+        interrupted = stop.is_set() and not sending.done()
+        for task in background:
+            if task.done():
+                task.result()  # they only end by raising
+    finally:
+        sending.cancel()  # changes nothing when all has ended
+        stopped.cancel()
+        await asyncio.wait((sending, stopped))
+        duration_s = time.perf_counter() - begun
+        cpu_share = (time.process_time() - used) / max(duration_s, 1e-9)
+        await ends.last()
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        gc.unfreeze()
+    if not interrupted:
+        sending.result()
+    await asyncio.sleep(0.0 if interrupted else SETTLE_S)
+    costs, why = None, None
+    try:
+        costs = await _again_and_again(lambda: operator.costs(started_at, started_at + duration_s))
+    except NoAnswer as e:
+        why = str(e)
+    engine = engine or await _find_engine(driver.seen_addresses)
+    return report.build(
+        report.Run(
+            engine=engine,
+            local=engine.startswith("local cloud"),
+            model=config.model,
+            seed=config.seed,
+            streaming=config.streaming,
+            started_at=started_at,
+            duration_s=duration_s,
+            interrupted=interrupted,
+            settings=_settings(config),
+            cpu_share=cpu_share,
+            ends_untold=ends.untold,
+        ),
+        driver.records,
+        watch.samples,
+        costs,
+        why,
+    )
+
+
+async def _again_and_again(ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What ask gives, asked again for ANSWER_S while there is no answer; raises the last NoAnswer."""
+    until = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            return await ask()
+        except NoAnswer:
+            if time.monotonic() >= until:
+                raise
+        await asyncio.sleep(0.5)
+
+
+async def _check_loadbalancer(loadbalancer: Loadbalancer, operator: Operator, config: Config) -> None:
+    """Raise ConfigError unless it is there, takes our key, and serves the model we measure for."""
+    # An end of a lease that it never gave is answered 200 and changes nothing.
+    status = await loadbalancer.done("sim-asks-who-is-there", "unused", "")
+    if status == 0:
+        raise ConfigError(f"the loadbalancer {config.loadbalancer} does not answer")
+    if status in (401, 403):
+        raise ConfigError(f"the loadbalancer {config.loadbalancer} wants a client key: --client-key-file")
+    if status != 200:
+        raise ConfigError(f"{config.loadbalancer} is no loadbalancer: POST /done answered {status}")
+    with contextlib.suppress(NoAnswer):  # its status is for operators, and we may be none
+        served = (await operator.status()).get("model")
+        if served and served != config.model:
+            raise ConfigError(f"--model {config.model}: the loadbalancer serves {served}")
+
+
+async def _check_autoscaler(operator: Operator, config: Config) -> bool | None:
+    """Its manage flag as it is now, then set as wanted; raises ConfigError if it is needed and not there."""
+    try:
+        _, managed = await operator.instances()
+        if config.manage is not None:
+            await operator.manage(config.manage)
+    except NoAnswer as e:
+        if config.needs_autoscaler or config.manage is not None:
+            raise ConfigError(f"the autoscaler does not answer: {e}") from None
+        return None
+    return managed
+
+
+async def _find_engine(addresses: Collection[str]) -> str:
+    """What answered, told by where it is: on loopback it can only be a local cloud."""
+    if not addresses:
+        return "unknown engine: no instance was asked"
+    if not all(_is_loopback(address) for address in addresses):
+        return "vLLM on rented machines"
+    async with aiohttp.ClientSession(trust_env=False, timeout=aiohttp.ClientTimeout(total=2.0)) as session:
+        try:
+            async with session.get(f"{DEFAULT_LOCALCLOUD}/localcloud/status") as reply:
+                said = json.loads(await reply.read())
+            return f"local cloud, {said['engine']} engine"
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
+            return "local cloud, unknown engine"
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "rounds": config.num_iterations,
+        "round_s": config.round_s,
+        "users": config.base_num_users,
+        "probability": config.request_probability,
+        "schedule": ",".join(f"{m:g}" for m in config.load_schedule),
+        "streaming": config.streaming,
+        "manage": config.manage,
+        "prompt_tokens": config.prompt_tokens,
+        "max_tokens": config.max_tokens,
+        "wait_s": config.wait_s,
+        "request_timeout_s": config.request_timeout_s,
+    }
+
+
+# -- what is shown ---------------------------------------------------------------------------------------
+
+
+class Screen:
+    """The progress: a live bar on a terminal, a line every few seconds elsewhere; on stderr."""
+
+    def __init__(self, config: Config, driver: Driver, watch: Watch, total: int) -> None:
+        """total: requests to be sent."""
+        self._config = config
+        self._driver = driver
+        self._watch = watch
+        self._total = total
+        self._console = Console(stderr=True)
+
+    async def run(self) -> NoReturn:
+        """Show until cancelled."""
+        if self._config.quiet:
+            await asyncio.Event().wait()
+        if not self._console.is_terminal:
+            while True:
+                await asyncio.sleep(SHOW_S[1])
+                print(self.line(), file=sys.stderr, flush=True)
+        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+            while True:
+                live.update(self._picture(), refresh=True)
+                await asyncio.sleep(SHOW_S[0])
+
+    def line(self) -> str:
+        """The figures of this moment."""
+        driver = self._driver
+        completed = driver.outcomes[COMPLETED]
+        failed = driver.outcomes.total() - completed
+        parts = [
+            f"{self._at_s():.0f} s",
+            f"sent {len(driver.records)}/{self._total}",
+            f"in flight {driver.in_flight}",
+            f"done {completed}",
+            f"failed {failed}",
+        ]
+        if driver.first_tokens:
+            parts.append(f"p50 first token {statistics.median(driver.first_tokens):.2f} s")
+        if self._watch.samples:
+            sample = self._watch.samples[-1]
+            states = ", ".join(f"{n} {state}" for state, n in sorted(sample.states.items()))
+            parts += [states or "no instances", f"${sample.usd_h:.2f}/h"]
+        return "  ".join(parts)
+
+    def _picture(self) -> Group:
+        length_s = self._config.num_iterations * self._config.round_s
+        bar = ProgressBar(total=length_s, completed=min(length_s, self._at_s()), width=60)
+        return Group(bar, Text(self.line(), no_wrap=True, overflow="ellipsis"))
+
+    def _at_s(self) -> float:
+        return max(0.0, time.perf_counter() - self._driver.begun) if self._driver.begun else 0.0
+
+
+# -- the command -----------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the flags)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    d = Config()
+    parser = _Parser(
+        prog="sim.py",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Exit status: 0 all requests completed; 1 some failed, or something was left behind; "
+        "2 it could not be run as asked; 130 interrupted.",
+    )
+
+    def add(flag: str, kind: type, metavar: str, default: object, text: str) -> None:
+        shown = f"default {default:g}" if isinstance(default, int | float) else f"default {default}"
+        parser.add_argument(flag, type=kind, metavar=metavar, help=f"{text} ({shown})")
+
+    def switch(flag: str, text: str) -> None:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+
+    add("--num-iterations", int, "N", d.num_iterations, "rounds")
+    add("--round-s", float, "S", d.round_s, "seconds of a round")
+    add("--base-num-users", int, "N", d.base_num_users, "users")
+    add("--request-probability", float, "P", d.request_probability, "that a user sends a request in a round")
+    local_schedule = ",".join(f"{m:g}" for m in LOCAL_SCHEDULE)
+    add(
+        "--load-schedule",
+        str,
+        "M,M,…",
+        f"1; with --local {local_schedule}",
+        "users over equal slices, times N",
+    )
+    switch("--streaming", "have answers streamed (default)")
+    switch("--manage", "have the autoscaler manage the fleet or not, for the run (default: as it is)")
+    add("--model", str, "NAME", d.model, f"profile: {', '.join(PROFILES)}")
+    add("--prompt-tokens", float, "N", d.prompt_tokens, "mean length of prompts")
+    add("--max-tokens", float, "N", d.max_tokens, "mean length of answers")
+    add("--seed", int, "N", "random, and printed", "everything is drawn from")
+    add("--loadbalancer", str, "URL", d.loadbalancer, "who gives leases")
+    add("--autoscaler", str, "URL", d.autoscaler, "who knows costs and states")
+    add("--state-dir", Path, "DIR", "~/.local/state/autoscaler-py/fleet", "holds the control key")
+    add("--client-key-file", Path, "FILE", "none", "a key of the loadbalancer's clients, mode 0600")
+    add("--wait-s", float, "S", d.wait_s, "how long /route may hold a request")
+    add("--request-timeout-s", float, "S", d.request_timeout_s, "for a request, all tries together")
+    add("--json", Path, "FILE", "none", "write the report there")
+    parser.add_argument("--local", action="store_true", help="start everything on this machine, and end it")
+    add("--instances", int, "N", d.instances, "with --local: stopped instances prepared first")
+    add("--speedup", float, "K", d.speedup, "with --local: boot and load times are divided by it")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the report")
+    return parser
+
+
+_ONLY_LOCAL = ("instances", "speedup")
+_NOT_LOCAL = ("loadbalancer", "autoscaler", "client_key_file")
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The flags as a Config; raises ConfigError."""
+    given = {k: v for k, v in vars(_parser().parse_args(argv)).items() if v is not None}
+    local = given["local"]
+    for name in _NOT_LOCAL if local else _ONLY_LOCAL:
+        if name in given:
+            raise ConfigError(f"--{name.replace('_', '-')} goes {'not' if local else 'only'} with --local")
+    for name in ("loadbalancer", "autoscaler"):
+        if name in given:
+            given[name] = _url(name, given[name])
+    if "load_schedule" in given:
+        given["load_schedule"] = parse_schedule(given["load_schedule"])
+    elif local:
+        given["load_schedule"] = LOCAL_SCHEDULE
+    given.setdefault("seed", secrets.randbelow(2**32))
+    return Config(**given, needs_autoscaler="autoscaler" in given).checked()
+
+
+def _url(name: str, text: str) -> str:
+    try:
+        url = urlsplit(text)
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        good = False
+    if not good or url.path.strip("/") or url.query or url.fragment:
+        raise ConfigError(f"--{name} {text!r}: wanted http://HOST:PORT")
+    return text.rstrip("/")
+
+
+def _client_key(config: Config) -> str | None:
+    """The key that the loadbalancer wants of its clients, if one was given."""
+    return None if config.client_key_file is None else _key(config.client_key_file)
+
+
+def _control_key(config: Config) -> str | None:
+    """The key that autoscaler and loadbalancer share, if it lies where they keep it."""
+    if config.state_dir is not None:
+        return (
+            None if config.local and not config.state_dir.exists() else _key(config.state_dir / "control.key")
+        )
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    usual = Path(base) / "autoscaler-py" / "fleet" / "control.key"
+    return _key(usual) if usual.exists() else None
+
+
+def _key(path: Path) -> str:
+    """The first key in the file; raises ConfigError when it cannot be read, or others can read it."""
+    try:
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(f"key file {path} can be read by others: chmod 600 it")
+        keys = path.read_text().split()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"key file {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    if not keys:
+        raise ConfigError(f"key file {path} is empty")
+    return keys[0]
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def carry_out(config: Config, engine: str | None = None) -> dict[str, Any]:
+    """The report of the run, on an event loop of its own. The first Ctrl-C or SIGTERM ends it early."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(65_536, hard)), hard))  # a stream is a file
+
+    async def with_signals() -> dict[str, Any]:
+        loop, me, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+
+        def on_signal() -> None:
+            if stop.is_set() and me is not None:
+                me.cancel()
+            stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            return await run(config, stop, engine)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+                signal.signal(number, _interrupt)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            return runner.run(with_signals())
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def carry_out_locally(config: Config) -> tuple[dict[str, Any], bool]:
+    """Start everything, run, end everything: the report, and whether nothing was left behind."""
+    wanted = StackConfig(
+        model=config.model,
+        instances=config.instances,
+        speedup=config.speedup,
+        seed=config.seed,
+        state_dir=config.state_dir,
+    )
+    say: Callable[[str], None] = (lambda _: None) if config.quiet else _say
+    stack = LocalStack(wanted, say=say)
+    with stack:
+        there = replace(
+            config,
+            loadbalancer=stack.loadbalancer_url,
+            autoscaler=stack.autoscaler_url,
+            state_dir=stack.state_dir,
+            needs_autoscaler=True,
+        )
+        found = carry_out(there, stack.engine)
+        print(report.table(found), flush=True)
+        say("taking everything down")
+    end = stack.stop()
+    found["local_stack"] = {"restarts": dict(end.restarts), "left_behind": list(end.left_behind)}
+    if end.restarts:
+        print("died and started again: " + ", ".join(f"{name} {n}" for name, n in end.restarts.items()))
+    print(f"left behind: {', '.join(end.left_behind) or 'nothing'}")
+    return found, not end.left_behind
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as the flags say; the exit status. Raises ConfigError, ChildFailed and KeyboardInterrupt."""
+    config = parse(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if not config.quiet:
+        _say(f"seed {config.seed}")
+    clean = True
+    if config.local:
+        found, clean = carry_out_locally(config)
+    else:
+        found = carry_out(config)
+        print(report.table(found))
+    if config.json is not None:
+        try:
+            config.json.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as e:
+            raise ConfigError(f"--json {config.json} cannot be written: {e.strerror}") from e
+    if found["interrupted"]:
+        return 130
+    return 0 if clean and not found["requests"]["failed"] else 1
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except ConfigError as error:
+        print(f"sim.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ChildFailed as error:
+        print(f"sim.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
