@@ -1,0 +1,322 @@
+"""The token check: nobody without a token reaches the engine, and what becomes of requests is noted."""
+
+import asyncio
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remote import events, tokens
+from remote.events import Event, Events
+from remote.token_check import TokenCheck
+from remote.tokens import LIFE_S, Issuer, request_id
+
+LOCAL_KEY = "local-key-of-this-boot"
+USAGE = (
+    b'{"id":"x","choices":[{"text":"a"}],"usage":{"prompt_tokens":3,"total_tokens":10,"completion_tokens":7}}'
+)
+
+
+@pytest.fixture
+def boot(tmp_path: Path) -> str:
+    tokens.make_store(str(tmp_path))
+    events.make_ring(str(tmp_path))
+    (tmp_path / "local.key").write_text(LOCAL_KEY)
+    return str(tmp_path)
+
+
+class Engine:
+    """An ASGI app that answers with those chunks. `reached` holds the scopes it was shown."""
+
+    def __init__(
+        self,
+        *chunks: bytes,
+        status: int = 200,
+        content_type: bytes = b"application/json",
+        then: BaseException | None = None,
+    ) -> None:
+        self.chunks = chunks or (USAGE,)
+        self.status = status
+        self.content_type = content_type
+        self.then = then
+        self.reached: list[Any] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.reached.append(scope)
+        if scope["type"] == "lifespan":
+            return
+        await receive()
+        headers = [(b"content-type", self.content_type)]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        for n, chunk in enumerate(self.chunks):
+            last = n == len(self.chunks) - 1 and self.then is None
+            await send({"type": "http.response.body", "body": chunk, "more_body": not last})
+        if self.then is not None:
+            raise self.then
+
+
+def request(
+    *headers: tuple[bytes, bytes], path: str = "/v1/completions", method: str = "POST", query: bytes = b""
+) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query,
+        "headers": [(b"host", b"x"), *headers],
+    }
+
+
+def bearing(token: str) -> tuple[bytes, bytes]:
+    return (b"authorization", b"Bearer " + token.encode())
+
+
+def ask(check: TokenCheck, scope: dict[str, Any]) -> tuple[int | None, bytes]:
+    """The status and body of the answer."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(check(scope, receive, send))
+    status = next((m["status"] for m in sent if m["type"] == "http.response.start"), None)
+    return status, b"".join(m.get("body", b"") for m in sent)
+
+
+def check_of(engine: Engine, boot: str, now: float = 0.0) -> TokenCheck:
+    return TokenCheck(engine, boot, clock=lambda: now)
+
+
+def fresh(boot: str, count: int = 1) -> list[str]:
+    return Issuer(boot, 0.0).issue(count, 0.0)
+
+
+def noted(boot: str) -> tuple[Event, ...]:
+    return Events(boot).after(0).events
+
+
+# -- who gets in ---------------------------------------------------------------------------------------
+
+
+def test_a_token_admits_one_request(boot: str) -> None:
+    engine, (token,) = Engine(), fresh(boot)
+    check = check_of(engine, boot)
+    assert ask(check, request(bearing(token))) == (200, USAGE)
+    status, body = ask(check, request(bearing(token)))
+    assert status == 401
+    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    assert len(engine.reached) == 1
+
+
+def test_the_engine_does_not_see_the_token(boot: str) -> None:
+    engine, (token,) = Engine(), fresh(boot)
+    ask(check_of(engine, boot), request(bearing(token)))
+    assert token not in repr(engine.reached)
+
+
+MASTER = "a" * 64
+
+
+def bad_requests(token: str) -> dict[str, dict[str, Any]]:
+    return {
+        "no token": request(),
+        "an empty one": request((b"authorization", b"Bearer ")),
+        "another scheme": request((b"authorization", b"Basic " + token.encode())),
+        "no scheme": request((b"authorization", token.encode())),
+        "the master token": request(bearing(MASTER)),
+        "the key for metrics": request(bearing(LOCAL_KEY)),
+        "the key for metrics, posted": request(bearing(LOCAL_KEY), path="/metrics"),
+        "in the query string": request(query=b"token=" + token.encode(), path="/v1/models", method="GET"),
+        "in another header": request((b"x-api-key", token.encode())),
+        "twice": request(bearing(token), bearing(token)),
+        "with another one": request(bearing("x"), bearing(token)),
+        "a list": request((b"authorization", b"Bearer x, Bearer " + token.encode())),
+        "1 MB": request((b"authorization", b"Bearer " + b"A" * 1_000_000)),
+        "a space behind": request((b"authorization", b"Bearer " + token.encode() + b" ")),
+        "not ascii": request((b"authorization", b"Bearer \xff\xfe")),
+        "health by POST": request(path="/health"),
+        "health with a slash": request(path="/health/", method="GET"),
+        "health in front": request(path="/health/../v1/models", method="GET"),
+        "metrics without key": request(path="/metrics", method="GET"),
+        "the documentation": request(path="/docs", method="GET"),
+        "OPTIONS": request(method="OPTIONS"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_requests("")))
+def test_nobody_else_reaches_the_engine(boot: str, name: str) -> None:
+    engine, (token,) = Engine(), fresh(boot)
+    check = check_of(engine, boot)
+    status, _ = ask(check, bad_requests(token)[name])
+    assert (status, engine.reached, noted(boot)) == (401, [], ())
+    assert ask(check, request(bearing(token)))[0] == 200, "the token itself is still good"
+
+
+def test_an_expired_token_is_refused(boot: str) -> None:
+    engine, (token,) = Engine(), fresh(boot)
+    assert ask(check_of(engine, boot, now=LIFE_S), request(bearing(token)))[0] == 401
+    assert engine.reached == []
+
+
+def test_a_websocket_is_closed_before_the_engine_hears_of_it(boot: str) -> None:
+    engine, (token,) = Engine(), fresh(boot)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {**request(bearing(token)), "type": "websocket"}
+    asyncio.run(check_of(engine, boot)(scope, None, send))  # type: ignore[arg-type]
+    assert (sent, engine.reached) == ([{"type": "websocket.close", "code": 1008}], [])
+
+
+def test_health_is_open_and_makes_no_event(boot: str) -> None:
+    engine = Engine(b"")
+    assert ask(check_of(engine, boot), request(path="/health", method="GET"))[0] == 200
+    assert noted(boot) == ()
+
+
+def test_the_auth_server_beside_it_may_read_the_metrics(boot: str) -> None:
+    engine = Engine(b"vllm:x 1")
+    asked = request(bearing(LOCAL_KEY), path="/metrics", method="GET")
+    assert ask(check_of(engine, boot), asked) == (200, b"vllm:x 1")
+    assert noted(boot) == ()
+
+
+def test_the_lifespan_goes_through(boot: str) -> None:
+    engine = Engine()
+    asyncio.run(check_of(engine, boot)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+    assert len(engine.reached) == 1
+
+
+@pytest.mark.parametrize("missing", ["spent", "token.key", "events", "local.key"])
+def test_without_its_files_it_refuses_everybody(boot: str, missing: str) -> None:
+    (token,) = fresh(boot)
+    (Path(boot) / missing).unlink()
+    engine = Engine()
+    assert ask(check_of(engine, boot), request(bearing(token)))[0] == 401
+    assert ask(check_of(engine, boot), request(path="/health", method="GET"))[0] == 200
+
+
+# -- what is noted -------------------------------------------------------------------------------------
+
+
+def events_of(boot: str, engine: Engine) -> tuple[tuple[str, int], ...]:
+    """(kind, tokens) of the events of one request; all have its name."""
+    (token,) = fresh(boot)
+    with contextlib.suppress(RuntimeError, asyncio.CancelledError):
+        ask(check_of(engine, boot), request(bearing(token)))
+    found = noted(boot)
+    assert {e.request_id for e in found} == {request_id(token)}
+    return tuple((e.kind, e.output_tokens) for e in found)
+
+
+def sse(*said: str) -> tuple[bytes, ...]:
+    return tuple(b"data: " + s.encode() + b"\n\n" for s in said)
+
+
+STREAM = b"text/event-stream; charset=utf-8"
+TOKEN = '{"choices":[{"text":"a","finish_reason":null}]}'
+
+
+def test_a_finished_answer_counts_the_tokens_of_its_usage(boot: str) -> None:
+    assert events_of(boot, Engine()) == (("started", 0), ("finished", 7))
+
+
+def test_an_answer_in_pieces_counts_them_too(boot: str) -> None:
+    pieces = [USAGE[i : i + 5] for i in range(0, len(USAGE), 5)]
+    assert events_of(boot, Engine(*pieces)) == (("started", 0), ("finished", 7))
+
+
+def test_a_stream_counts_its_events(boot: str) -> None:
+    engine = Engine(*sse(TOKEN, TOKEN, TOKEN, "[DONE]"), content_type=STREAM)
+    assert events_of(boot, engine) == (("started", 0), ("finished", 3))
+
+
+def test_the_usage_of_a_stream_is_believed_before_its_events(boot: str) -> None:
+    usage = '{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":9}}'
+    engine = Engine(*sse(TOKEN, TOKEN, usage, "[DONE]"), content_type=STREAM)
+    assert events_of(boot, engine) == (("started", 0), ("finished", 9))
+
+
+def test_the_role_of_a_chat_is_no_token(boot: str) -> None:
+    role = '{"choices":[{"delta":{"role":"assistant","content":""}}]}'
+    token = '{"choices":[{"delta":{"content":"a"}}]}'
+    engine = Engine(*sse(role, token, "[DONE]"), content_type=STREAM)
+    assert events_of(boot, engine) == (("started", 0), ("finished", 1))
+
+
+def test_an_error_of_the_engine_is_a_failure(boot: str) -> None:
+    assert events_of(boot, Engine(b"{}", status=500)) == (("started", 0), ("failed", 0))
+
+
+def test_an_error_within_a_stream_is_a_failure(boot: str) -> None:
+    engine = Engine(*sse(TOKEN, '{"error":{"message":"dead"}}', "[DONE]"), content_type=STREAM)
+    assert [kind for kind, _ in events_of(boot, engine)] == ["started", "failed"]
+
+
+def test_a_request_that_the_engine_refuses_is_over(boot: str) -> None:
+    assert events_of(boot, Engine(b"{}", status=400)) == (("started", 0), ("finished", 0))
+
+
+def test_an_engine_that_breaks_has_failed(boot: str) -> None:
+    engine = Engine(*sse(TOKEN, TOKEN), content_type=STREAM, then=RuntimeError("dead"))
+    assert events_of(boot, engine) == (("started", 0), ("failed", 2))
+
+
+def test_an_answer_that_is_cancelled_was_aborted(boot: str) -> None:
+    engine = Engine(*sse(TOKEN), content_type=STREAM, then=asyncio.CancelledError())
+    assert events_of(boot, engine) == (("started", 0), ("aborted", 1))
+
+
+def test_a_client_that_goes_away_frees_its_request_at_once(boot: str) -> None:
+    """Also when the engine has not noticed yet."""
+    (token,) = fresh(boot)
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", STREAM)]})
+        await send({"type": "http.response.body", "body": sse(TOKEN)[0], "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        assert [e.kind for e in noted(boot)] == ["started", "aborted"]
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    check = TokenCheck(engine, boot, clock=lambda: 0.0)
+    asyncio.run(check(request(bearing(token)), receive, send))
+    assert noted(boot)[-1] == Event(request_id(token), "aborted", 1)
+
+
+def test_a_check_takes_far_less_than_a_millisecond(boot: str) -> None:
+    """At the cap of outstanding tokens; the limit leaves a slow machine thirty times what was measured."""
+    issuer = Issuer(boot, 0.0)
+    made = issuer.issue(tokens.CAP, 0.0)
+    check = check_of(Engine(b"x"), boot)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def many() -> list[float]:
+        took = []
+        for token in made[:2000]:
+            begun = time.perf_counter()
+            await check(request(bearing(token)), receive, send)
+            took.append(time.perf_counter() - begun)
+        return sorted(took)
+
+    took = asyncio.run(many())
+    assert took[len(took) // 2] < 1e-3
