@@ -107,6 +107,8 @@ class World:
         """Nothing runs yet. root: an own directory, 0700."""
         self.cloud = cloud
         self.root = make_private_dir(root)
+        # A new process is a new cloud, whose ids begin anew: what an old one left here is nobody's.
+        shutil.rmtree(self.root / "instances", ignore_errors=True)
         self.engine = engine
         self.clock = clock
         self.lock = threading.Lock()

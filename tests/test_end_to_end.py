@@ -1,4 +1,4 @@
-"""The whole system on this machine: real vastai, real ssh, real tokens; and nothing is lost when it is killed."""
+"""The whole system on this machine: real vastai, real ssh, real tokens; killed, it loses nothing."""
 
 import json
 import os

@@ -1,0 +1,293 @@
+"""The local cloud as a process: the real vastai rents, real ssh answers, and nothing is left when it ends."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import paramiko
+import pytest
+
+from errors import InstanceError
+from profiles import get_profile
+from ssh_log import HostKeyChanged, SshLog
+from start_script import render
+from tests.waiting import wait_for
+from vast import Row, Vast, VastSettings
+
+ROOT = Path(__file__).parent.parent
+KEY = "k-of-a-test-0123456789"
+ONSTART = """\
+echo "container $CONTAINER_ID, $GPU_COUNT GPU, port $VAST_TCP_PORT_8000, A is $A"
+mkdir -p "$HOME/fleet"
+echo "Application startup complete." > "$HOME/fleet/model.log"
+sleep 1000 &
+exec sleep 1000
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class LocalCloud:
+    """A local cloud in a process of its own, and the real CLI in front of it."""
+
+    def __init__(self, path: Path, *flags: str) -> None:
+        self.root = path / "cloud"
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.log = path / "log"
+        command = [sys.executable, "-m", "localcloud", "--port", self.url.rpartition(":")[2]]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--root", str(self.root), "--speedup", "300", *flags],
+                cwd=ROOT,
+                env={**os.environ, "LOCALCLOUD_API_KEY": KEY},
+                stdout=log,
+                stderr=log,
+            )
+        wait_for("it answers", self.status)
+        self.vast = Vast(VastSettings(state_dir=path, api_key=KEY, url=self.url, local=True, speedup=300.0))
+
+    def status(self) -> Any:
+        try:
+            with urllib.request.urlopen(f"{self.url}/localcloud/status", timeout=5) as reply:  # noqa: S310
+                return json.load(reply)
+        except OSError:
+            return None
+
+    def post(self, path: str, body: Any) -> None:
+        asked = urllib.request.Request(  # noqa: S310 our own port
+            self.url + path, json.dumps(body).encode(), {"Authorization": f"Bearer {KEY}"}
+        )
+        urllib.request.urlopen(asked, timeout=5).close()  # noqa: S310
+
+    def in_state(self, instance_id: int, state: str) -> Any:
+        """Its row of the status once it is in that state."""
+
+        def look() -> Any:
+            rows = self.status()["instances"]
+            return next((r for r in rows if r["id"] == instance_id and r["state"] == state), None)
+
+        return wait_for(f"{instance_id} is {state}", look)
+
+    def rent(self, onstart: str = ONSTART) -> int:
+        offers = self.vast.search_offers("num_gpus=1 gpu_ram>=20", storage_gb=40.0)
+        return self.vast.create(
+            offers[0].id, "vllm/vllm-openai:x", 40.0, "fleet/a", "-e A=7 -p 8000:8000 -p 3000:3000", onstart
+        )
+
+    def row(self, instance_id: int) -> Row:
+        (row,) = [r for r in self.vast.list_instances() if r.id == instance_id]
+        return row
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=20) == 0
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[LocalCloud]:
+    cloud = LocalCloud(tmp_path)
+    yield cloud
+    cloud.process.kill()
+    cloud.process.wait()
+
+
+def alive(pids: list[int]) -> list[int]:
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        except OSError:
+            return False
+
+    return [pid for pid in pids if runs(pid)]
+
+
+def reader(key: paramiko.PKey) -> SshLog:
+    known: dict[str, str] = {}
+    return SshLog(key, lambda label, shown: known.setdefault(label, shown))
+
+
+def test_a_machine_is_rented_used_stopped_started_and_destroyed(cloud: LocalCloud) -> None:
+    key = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "key")))
+    cloud.vast.register_ssh_key(f"{key.get_name()} {key.get_base64()} test")
+    instance_id = cloud.rent()
+    pids = cloud.in_state(instance_id, "running")["pids"]
+    row = cloud.row(instance_id)
+    assert (row.actual_status, row.label, set(row.ports)) == ("running", "fleet/a", {22, 3000, 8000})
+    assert len(alive(pids)) == 2, "the script and what it started"
+
+    ssh = reader(key)
+    assert ssh.read("a", "127.0.0.1", row.ports[22], False, 10.0).ready
+    stranger = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "other")))
+    with pytest.raises(InstanceError, match="Authentication"):
+        reader(stranger).read("a", "127.0.0.1", row.ports[22], False, 10.0)
+    port = row.ports[8000]
+    assert f"container {instance_id}, 1 GPU, port {port}, A is 7" in cloud.vast.logs(instance_id)
+
+    cloud.vast.stop(instance_id)
+    cloud.in_state(instance_id, "stopped")
+    wait_for("its processes are gone", lambda: not alive(pids))
+    home = cloud.root / "instances" / str(instance_id) / "home"
+    assert (home / "fleet" / "model.log").exists(), "a stopped instance keeps its disk"
+    cloud.vast.start(instance_id)
+    cloud.in_state(instance_id, "running")
+    again = cloud.row(instance_id)
+    assert ssh.read("a", "127.0.0.1", again.ports[22], False, 10.0).ready, "the host key is the same"
+
+    cloud.post("/localcloud/faults", {"name": "ssh-hangs", "instance_id": instance_id})
+    with pytest.raises(InstanceError):
+        ssh.read("a", "127.0.0.1", again.ports[22], False, 0.5)
+
+    pids = cloud.in_state(instance_id, "running")["pids"]
+    cloud.vast.destroy(instance_id)
+    wait_for("its processes are gone", lambda: not alive(pids))
+    wait_for("its disk is gone", lambda: not home.exists())
+    assert cloud.vast.list_instances() == []
+    cloud.end()
+
+
+def test_a_killed_script_is_a_crash_and_a_finished_one_is_not(cloud: LocalCloud) -> None:
+    quick, slow = cloud.rent("echo done"), cloud.rent()
+    cloud.in_state(quick, "running")
+    pids = cloud.in_state(slow, "running")["pids"]
+    os.kill(pids[0], signal.SIGKILL)
+    cloud.in_state(slow, "crashed")
+    wait_for("the rest of it is gone", lambda: not alive(pids))
+    assert cloud.in_state(quick, "running")["pids"] == [], "a container goes on without its script"
+
+
+def test_a_new_host_key_is_noticed_and_a_dropped_port_leads_nowhere(cloud: LocalCloud) -> None:
+    key = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "key")))
+    cloud.vast.register_ssh_key(f"{key.get_name()} {key.get_base64()} test")
+    instance_id = cloud.rent()
+    cloud.in_state(instance_id, "running")
+    ssh = reader(key)
+    assert ssh.read("a", "127.0.0.1", cloud.row(instance_id).ports[22], False, 10.0).ready
+    cloud.post("/localcloud/faults", {"name": "new-host-key", "count": 1})
+    cloud.vast.stop(instance_id)
+    cloud.in_state(instance_id, "stopped")
+    cloud.vast.start(instance_id)
+    cloud.in_state(instance_id, "running")
+    with pytest.raises(HostKeyChanged):
+        ssh.read("a", "127.0.0.1", cloud.row(instance_id).ports[22], False, 10.0)
+
+    cloud.post("/localcloud/faults", {"name": "port-drops", "count": 1})
+    other = cloud.rent()
+    cloud.in_state(other, "running")
+    port = cloud.row(other).ports[22]
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+        sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+
+
+def test_nothing_outlives_a_killed_cloud(cloud: LocalCloud) -> None:
+    pids = cloud.in_state(cloud.rent(render(get_profile("vllm-13"), "m")), "running")["pids"]
+    cloud.process.kill()
+    cloud.process.wait()
+    wait_for("the kernel has ended its instances", lambda: not alive(pids))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--fault", "no-such"], "unknown fault"),
+        (["--fault", "list-500:odd=1"], "no parameter"),
+        (["--speedup", "0"], "--speedup 0"),
+        (["--offers", "/nowhere"], "--offers /nowhere"),
+        (["--host", "0.0.0.0"], "loopback only"),
+        (["--engine", "gpt"], "--engine"),
+        (["--port", "99999"], "--port 99999"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path, flags: list[str], words: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "localcloud", "--root", str(tmp_path / "c"), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert words in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ran = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "localcloud",
+                "--root",
+                str(tmp_path / "c"),
+                "--port",
+                str(taken.getsockname()[1]),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
+
+
+def make_key(path: Path) -> Path:
+    from ssh_keys import load_or_make_ssh_key
+
+    load_or_make_ssh_key(path)
+    return path
+
+
+def is_ready(log: Path) -> bool:
+    return log.exists() and "Application startup complete." in log.read_text()
+
+
+def cpu_s(pids: list[int]) -> float:
+    """Processor seconds that these have used."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def rss_mb(pids: list[int]) -> float:
+    return sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids) * 4096 / 1e6
+
+
+def test_six_idle_instances_cost_little(cloud: LocalCloud) -> None:
+    """Under 15 % of one core and 600 MB together (with the start script that is deployed)."""
+    script = render(get_profile("vllm-13"), "m")
+    offers = cloud.vast.search_offers("num_gpus=1 gpu_ram>=20", storage_gb=40.0)
+    env = "-p 8000:8000 -p 3000:3000"
+    ids = [cloud.vast.create(o.id, "i", 40.0, f"fleet/{o.id}", env, script) for o in offers[:6]]
+    for instance_id in ids:
+        log = cloud.root / "instances" / str(instance_id) / "home" / "fleet" / "model.log"
+        wait_for("ready", functools.partial(is_ready, log))
+    pids = [pid for row in cloud.status()["instances"] for pid in row["pids"]]
+    assert len(pids) == 18
+    everything = [*pids, cloud.process.pid]
+    before, begun = cpu_s(everything), time.monotonic()
+    time.sleep(3.0)  # what is measured is that nothing happens
+    share = (cpu_s(everything) - before) / (time.monotonic() - begun)
+    assert share < 0.15
+    assert rss_mb(pids) < 600
+    print(f"6 idle instances: {rss_mb(pids):.0f} MB, cloud {rss_mb([cloud.process.pid]):.0f} MB, {share:.1%}")
