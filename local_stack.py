@@ -280,9 +280,8 @@ class LocalStack:
             self._taken_down = Takedown(tuple(left), self.restarts)
             if self._temporary and not left:
                 shutil.rmtree(self.state_dir, ignore_errors=True)
-        self.say(f"left behind: {', '.join(left) or 'nothing'}")
         if left:
-            self.say(f"logs: {self._logs}")
+            self.say(f"left behind: {', '.join(left)}; logs: {self._logs}")
         return self._taken_down
 
     # -- inside: start ----------------------------------------------------------------------------

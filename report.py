@@ -11,6 +11,7 @@ known is null in the report and said so in the table, never 0.
 """
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -292,7 +293,7 @@ def _heading(report: Mapping[str, Any]) -> list[str]:
     if report["local"]:
         lines.append("No GPU was used: times and prices are those of the local cloud, not of real machines.")
     load = ", ".join(f"{name} {value}" for name, value in given.items())
-    return lines + ([_fit(load)] if load else [])
+    return lines + textwrap.wrap(load, WIDTH)
 
 
 def _requests(report: Mapping[str, Any]) -> list[str]:
