@@ -587,7 +587,9 @@ class Cloud:
         if r.price is None:
             raise Refused(400, "invalid_args", f"Instance {rental_id} is not interruptible.")
         slots = self._slots(r.machine)
-        floor = min(min_bid(slot) for slot in slots if not slot.rented or slot.index == r.slot)
+        # With all slots rented on demand no bid wins now; its own stands until one is free.
+        open_slots = (slot for slot in slots if not slot.rented or slot.index == r.slot)
+        floor = min((min_bid(slot) for slot in open_slots), default=r.price)
         self._settle(r, now)
         r.price = max(floor, r.price) if price is None else price
         if SHOWN[r.phase].holds_gpu and r.price < MIN_BID_SHARE * r.machine.usd_h:
