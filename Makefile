@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: sim test lint bench-route clean
+.PHONY: sim test lint bench-route bench-turn bench-checks clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY)
@@ -21,6 +21,12 @@ lint: $(READY)
 
 bench-route: $(READY)
 	$(BIN)/python -m bench.route --json build/bench-route.json
+
+bench-turn: $(READY)
+	$(BIN)/python -m bench.turn --json build/bench-turn.json
+
+bench-checks: $(READY)
+	$(BIN)/python -m bench.checks --json build/bench-checks.json
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache

@@ -87,7 +87,9 @@ class Instance:
     throughput_work_s: float = 1.0
     loaded: bool = False
     doomed: bool = False
-    was_hot: bool = False
+    was_hot: bool = False  # in this boot
+    maybe_busy: bool = False  # it was given requests in this boot, or may have been before we knew it
+    adopted: bool = False  # found in the listing: when it was ordered is not known
     booted_at: float = 0.0
     boot_ordered_at: float | None = None
     host: str | None = None
@@ -263,6 +265,7 @@ class InstanceSet:
                 loaded=r.loaded,
                 doomed=r.doomed,
                 was_hot=State(r.state) in SERVING,
+                maybe_busy=state is State.RUNNING,
                 boot_ordered_at=since if state is State.STARTING else None,
                 asked_at=since,
                 throughput_work_s=r.throughput or self.profile.throughput_work_s,
@@ -318,6 +321,8 @@ class InstanceSet:
             return True
         if self._strange_since is None:
             self._strange_since = now
+            lacking = len(expected) - sum(expected)
+            self._journal.log.append(f"the listing lacks {lacking} of {len(expected)}: not believed for now")
         return now - self._strange_since >= self.deadlines.disbelief
 
     def _open_eyes(self, now: float) -> None:
@@ -414,6 +419,7 @@ class InstanceSet:
             ordered_at=now,
             id=row.id,
             booted_at=now,
+            adopted=True,
         )
         # Without a ledger a stopped instance is taken to hold the model: a start will show.
         i.loaded = row.actual_status in DOWN
@@ -424,8 +430,10 @@ class InstanceSet:
         else:
             if row.actual_status in DOWN:
                 i.state = State.COLD
-            elif row.actual_status in UP and self.listed_at is None:
-                self._unearned.add(label)  # may well be hot: its first check will tell
+            elif row.actual_status in UP:
+                i.state, i.maybe_busy = State.RUNNING, True
+                if self.listed_at is None:
+                    self._unearned.add(label)  # may well be hot: its first check will tell
             self._record(i, now)
         return i
 
@@ -461,7 +469,7 @@ class InstanceSet:
         kind = "start" if i.state is State.STARTING else "create"
         self._took(kind, i.ordered_at if i.boot_ordered_at is None else i.boot_ordered_at, now)
         i.booted_at = now
-        i.was_hot = False
+        i.was_hot = i.maybe_busy = False
         i.in_flight = None
         self._move(i, State.RUNNING, why, now)
 
@@ -497,11 +505,11 @@ class InstanceSet:
             if i.boot_ordered_at is not None:
                 self._took("boot", i.boot_ordered_at, now)
                 self._start_times.append(now - i.boot_ordered_at)
-            elif not i.loaded:
+            elif not i.loaded and not i.adopted:
                 self._took("load", i.ordered_at, now)
                 self._load_times.append(now - i.ordered_at)
             del self._start_times[:-20], self._load_times[:-20]
-        i.was_hot = i.loaded = True
+        i.was_hot = i.loaded = i.maybe_busy = True
         self._remember(i)
 
     def _pass_deadlines(self, now: float) -> None:
@@ -576,20 +584,16 @@ class InstanceSet:
 
     def _finish_what_was_begun(self, demand: Demand, now: float) -> Iterable[Command]:
         """Orders that follow from earlier ones, whatever the policy says and whether or not we manage."""
-        repeat = self.deadlines.repeat
         for i in self.instances.values():
             if i.id is None:
                 continue
-            # Counted from the reply: what still waits to be sent is not sent twice.
-            again = not i.orders_out and now - i.answered_at >= repeat
+            again = self._unheeded(i, now)
             if i.state is State.FAILED and self.manage:
                 yield Destroy(i.label, i.id, i.why)
             elif i.state is State.DESTROYING and again:
                 yield Destroy(i.label, i.id, "still listed")
             elif i.state is State.STOPPING and again:
                 yield Stop(i.label, i.id, "not stopped yet")
-            elif i.state is State.STARTING and again and i.intended == "stopped" and self.manage:
-                yield Start(i.label, i.id, "the cloud does not mean it to run: asked again")
             elif i.state is State.DRAINING:
                 if now - i.since > self.deadlines.draining:
                     yield Stop(
@@ -597,6 +601,10 @@ class InstanceSet:
                     )
                 elif self._drained(i, demand):
                     yield Stop(i.label, i.id, "its last request has ended")
+
+    def _unheeded(self, i: Instance, now: float) -> bool:
+        """Whether its last order was answered a while ago. One that waits to be sent is not sent twice."""
+        return not i.orders_out and now - i.answered_at >= self.deadlines.repeat
 
     def _drained(self, i: Instance, demand: Demand) -> bool:
         """Whether it is certain that no request is, or will be, on it.
@@ -616,8 +624,15 @@ class InstanceSet:
         coming = [*states[State.STARTING], *filter(self._comes_back, states[State.RUNNING])]
         missing = wanted - len(states[State.HOT]) - len(coming)
         if missing > 0:
-            return self._add_hot(missing, states, room, now, notes)
-        return self._remove_hot(-missing, states, coming)
+            out = self._add_hot(missing, states, room, now, notes)
+        else:
+            out = self._remove_hot(-missing, states, coming)
+        changed = {c.label for c in out if isinstance(c, Stop)}
+        for i in states[State.STARTING]:
+            lost = i.intended == "stopped" and self._unheeded(i, now)
+            if lost and i.id is not None and i.label not in changed:
+                out.append(Start(i.label, i.id, "the cloud does not mean it to run: asked again"))
+        return out
 
     def _add_hot(
         self,
@@ -652,8 +667,7 @@ class InstanceSet:
         """Cancel what is still coming, newest first; then drain the dearest, idle ones before busy ones."""
         out: list[Command] = []
         for i in sorted(coming, key=lambda i: -i.since):
-            may_serve = i.was_hot or i.label in self._unearned
-            if surplus > 0 and i.id is not None and not may_serve:
+            if surplus > 0 and i.id is not None and not i.maybe_busy:
                 out.append(Stop(i.label, i.id, "no longer needed"))
                 surplus -= 1
         for i in sorted(states[State.HOT], key=lambda i: (bool(i.in_flight), -i.usd_per_work, i.label)):
@@ -755,7 +769,7 @@ class InstanceSet:
         if isinstance(command, Start):
             if i.state is not State.STARTING:
                 self._move(i, State.STARTING, command.why, now)
-                i.boot_ordered_at, i.was_hot = now, False
+                i.boot_ordered_at, i.was_hot, i.maybe_busy = now, False, False
         elif isinstance(command, Stop):
             if i.state is not State.STOPPING:
                 self._move(i, State.STOPPING, command.why, now)
@@ -1177,8 +1191,10 @@ class Autoscaler:
             begun = self._begin(decision, now)
             self._keep(decision)
         self._send(begun)
-        if rows is not None:
+        if rows is not None and self.fleet.plausible:
             self.last_good_turn = now
+        elif rows is not None:
+            self.last_error = "the listing lacks most of the fleet"
         return decision
 
     def _list(self) -> tuple[list[Row] | None, str | None]:

@@ -303,9 +303,9 @@ def test_an_order_that_never_shows_up_is_given_up_after_its_deadline_and_repeate
             return Reply.UNKNOWN
         return None
 
-    w.reply_hook = swallow  # type: ignore[assignment]
+    w.reply_hook = swallow
     apply = w._apply
-    w._apply = lambda c: None if getattr(c, "label", "") in swallowed else apply(c)  # type: ignore[method-assign]
+    w._apply = lambda c: None if getattr(c, "label", "") in swallowed else apply(c)  # type: ignore[method-assign, assignment]
     w.tick(w.deadlines.ordered - 10)
     assert w.kinds() == ["Create"]
     w.tick(60 + w.deadlines.create_rest)
@@ -339,7 +339,7 @@ def test_a_second_row_with_one_label_is_destroyed_and_the_first_kept() -> None:
             return None
         return apply(c)  # type: ignore[arg-type]
 
-    w._apply = destroy_twin  # type: ignore[method-assign]
+    w._apply = destroy_twin  # type: ignore[method-assign, assignment]
     w.tick(60)
     assert w.states() == {"hot": 1}
     assert [c.id for c in w.ordered if isinstance(c, Destroy)] == [4711]
@@ -492,7 +492,7 @@ def test_a_destroy_is_repeated_until_the_listing_no_longer_shows_the_instance() 
             return Reply.REFUSED
         return None
 
-    w.reply_hook = lose_two  # type: ignore[assignment]
+    w.reply_hook = lose_two
     w.policy = Fixed(0, 0)
     w.tick(120)
     assert w.kinds() == ["Destroy"] * 3
@@ -510,7 +510,7 @@ def test_a_stop_without_effect_is_repeated() -> None:
             return Reply.REFUSED
         return None
 
-    w.reply_hook = lose_one  # type: ignore[assignment]
+    w.reply_hook = lose_one
     w.policy = Fixed(0, 1)
     w.tick(120)
     assert w.kinds() == ["Drain", "Stop", "Stop"]
@@ -864,7 +864,7 @@ def test_a_start_that_was_lost_is_sent_again() -> None:
             return None
         return apply(c)
 
-    w._apply = lose_one  # type: ignore[method-assign]
+    w._apply = lose_one  # type: ignore[method-assign, assignment]
     w.policy = Fixed(1, 1)
     w.tick(120)
     assert w.kinds() == ["Start", "Start"]
@@ -1048,7 +1048,8 @@ def test_an_order_is_in_the_ledger_before_it_is_sent(ledger: Ledger) -> None:
     assert [type(c) for c in loop.cloud.sent] == [LookForOffers]
     again = Loop(ledger, loop.world, Fixed(1, 1))
     (i,) = again.scaler.fleet.instances.values()
-    assert (i.state, i.running_usd_h) == (State.ORDERED, pytest.approx(0.4))
+    assert i.state is State.ORDERED
+    assert i.running_usd_h == pytest.approx(0.4)
     again.scaler.turn()
     again.send_all()
     assert again.cloud.sent == []
@@ -1058,7 +1059,7 @@ def test_what_cannot_be_written_down_is_not_sent_and_is_written_later(ledger: Le
     loop = Loop(ledger, policy=Fixed(1, 1))
     loop.scaler.turn()
     loop.send_all()
-    write, ledger.write = ledger.write, full_disk  # type: ignore[method-assign, assignment]
+    write, ledger.write = ledger.write, full_disk  # type: ignore[method-assign]
     with pytest.raises(sqlite3.Error):
         loop.scaler.turn()
     loop.send_all()
@@ -1158,3 +1159,28 @@ def test_a_step_of_the_machines_clock_is_not_followed(monkeypatch: pytest.Monkey
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 3600.0)
     assert clock() - before < 60.0
+
+
+def test_a_turn_whose_listing_is_not_believed_is_not_a_good_one(ledger: Ledger) -> None:
+    loop = Loop(ledger, World().with_pool(hot=1, total=2))
+    loop.scaler.turn()
+    good = loop.scaler.last_good_turn
+    loop.world.now += 5
+    for c in loop.world.contracts.values():
+        c.hidden = True
+    assert loop.scaler.turn().commands == ()
+    assert (loop.scaler.last_good_turn, loop.scaler.last_error) == (
+        good,
+        "the listing lacks most of the fleet",
+    )
+
+
+def test_an_instance_that_may_have_requests_from_before_a_restart_is_drained_not_cancelled() -> None:
+    """It had just failed a check when the process was killed, and its clients still read their answers."""
+    w = World().with_pool(hot=1, total=1)
+    label = w.only()
+    w.fleet.judge(Check(label, w.now, Verdict.FAILED, "once"), w.now)
+    assert w.states() == {"running": 1}
+    restarted(w)
+    w.fleet.observe(listing(w), (), w.now)
+    assert w.fleet.decide(w.demand, Fixed(0, 1), w.now).commands == ()

@@ -39,7 +39,7 @@ class BadDay(World):
         self.bad: dict[int, float] = {}
         self.outage_until = 0.0
         self.hide_until = 0.0
-        self.refused: list[str] = []
+        self.swallowed = False
         self.listing_hook = self._lie
         self.reply_hook = self._answer
         self.check_hook = self._look
@@ -59,7 +59,10 @@ class BadDay(World):
         if self.happens(0.1):
             return Reply.REFUSED
         if self.happens(0.1):
+            self.swallowed = self.chance.random() < 0.5  # lost on the way there, or on the way back
             return Reply.UNKNOWN
+        # A start or stop may be confirmed and have no effect all the same.
+        self.swallowed = isinstance(command, Start | Stop) and self.happens(0.03)
         return None
 
     def _look(self, label: str) -> Verdict | None:
@@ -72,10 +75,11 @@ class BadDay(World):
         self.go_wrong()
         try:
             super().turn()
-            if self.happens(0.01):
-                raise Killed
         except Killed:
             self.restart()
+        else:
+            if self.happens(0.01):
+                self.restart()
         self.write_down()
 
     def go_wrong(self) -> None:
@@ -96,8 +100,13 @@ class BadDay(World):
                 c.status = "offline"
             elif c.status == "offline" and self.happens(0.1):
                 c.status = "running" if c.intended == "running" else "exited"
-        serving = [i.label for i in self.fleet.instances.values() if i.state is State.HOT]
-        self.busy = {label for label in self.busy if self.chance.random() < 0.9 and label in self.contracts}
+        alive = {c.label for c in self.contracts.values() if c.status == "running"}
+        serving = [
+            i.label for i in self.fleet.instances.values() if i.state is State.HOT and i.label in alive
+        ]
+        self.busy = {
+            label for label in sorted(self.busy) if self.chance.random() < 0.9 and label in self.contracts
+        }
         self.busy |= {label for label in serving if self.chance.random() < 0.2}
         if self.chance.random() < 0.02:
             hot = self.chance.randint(0, 6)
@@ -149,8 +158,8 @@ class BadDay(World):
 
     def _apply(self, command: Command) -> int | None:
         self.judge_order(command)
-        lost = self.reply_hook is not None and self.happens(0.03)
-        if lost or (not isinstance(command, Create) and getattr(command, "label", "") not in self.contracts):
+        there = isinstance(command, Create) or getattr(command, "label", "") in self.contracts
+        if self.swallowed or not there:
             return None
         return super()._apply(command)
 
@@ -160,20 +169,18 @@ class BadDay(World):
         """Nothing with requests is stopped or destroyed, unless it failed or had its time to drain."""
         if not isinstance(command, Stop | Destroy) or command.label not in self.busy:
             return
-        i = self.fleet.instances.get(command.label)
-        assert i is None or i.doomed or "still busy" in command.why or i.state is State.STOPPING, (
-            f"{command} although it is busy: {i}"
-        )
-        if isinstance(command, Stop) and "not stopped yet" not in command.why:
-            assert "still busy" in command.why, f"{command} although it is busy: {i}"
+        # Repeated orders follow a first one that was judged; what failed is destroyed, whatever it does.
+        allowed = ("still busy", "not stopped yet", "still listed", "given up")
+        failed = isinstance(command, Destroy) and command.why != "more stopped instances than wanted"
+        assert failed or any(words in command.why for words in allowed), f"{command} although it is busy"
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(15))
 def test_whatever_goes_wrong_the_limits_hold_nothing_busy_is_stopped_and_all_can_be_given_back(
     seed: int,
 ) -> None:
     w = BadDay(limits=Limits(max_instances=7, max_usd_h=3.5), chance=random.Random(seed))
-    for _ in range(3 * 720):  # three hours
+    for _ in range(2 * 720):  # two hours
         w.now += 5.0
         w.turn()
     w.calm(Fixed(0, 0))
@@ -184,7 +191,7 @@ def test_whatever_goes_wrong_the_limits_hold_nothing_busy_is_stopped_and_all_can
 
 
 def test_after_bad_luck_the_fleet_is_what_the_policy_wants() -> None:
-    for seed in range(10):
+    for seed in range(8):
         w = BadDay(limits=Limits(max_instances=7, max_usd_h=9.0), chance=random.Random(100 + seed))
         for _ in range(720):
             w.now += 5.0

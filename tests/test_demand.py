@@ -60,3 +60,29 @@ def test_the_series_keeps_only_what_a_policy_may_read() -> None:
     for t in range(100):
         d.tick(float(t))
     assert len(d.series) == 11
+
+
+def test_a_loadbalancer_that_was_silent_for_a_while_is_not_counted_from_the_beginning_again() -> None:
+    d = Demand("e")
+    d.heard(report("a", arrivals=1000, working_s={1: 500.0}, failures={1: 3}), 0.0)
+    d.tick(SILENT_S + 1)
+    assert d.demand == 0.0
+    again = report("a", arrivals=1002, working_s={1: 501.5}, failures={1: 3})
+    assert d.heard(again, SILENT_S + 2) == ({1: 1.5}, [])
+    assert d.arrivals == 1002
+
+
+def test_what_a_loadbalancer_counted_before_we_began_is_in_the_ledger_already() -> None:
+    """After our restart its first report covers hours; else all hot dollars would become working ones."""
+    d = Demand("e", began=1000.0)
+    assert d.heard(report("a", working_s={1: 9999.0, 2: 0.5}), 1002.0)[0] == {1: 2.0, 2: 0.5}
+
+
+def test_somebody_reports_while_a_loadbalancer_was_heard_of_lately() -> None:
+    d = Demand("e")
+    assert not d.reporting
+    d.heard(report("a"), 0.0)
+    assert d.reporting
+    d.tick(SILENT_S + 1)
+    assert not d.reporting
+    assert Demand("e", told_nobody=True).reporting

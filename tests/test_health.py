@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import paramiko
 import pytest
@@ -15,7 +15,7 @@ from errors import InstanceError
 from health import Check, CheckOrder, HealthChecker, Verdict
 from instance_client import Load, TokenBatch
 from instance_states import State
-from ssh_log import FATAL_LINES, READY_LINE, HostKeyChanged, LogView, SshLog, grep_command, parse
+from ssh_log import FATAL_LINES, MAX_OUTPUT, READY_LINE, HostKeyChanged, LogView, SshLog, grep_command, parse
 
 LOAD = Load(
     boot_id="b",
@@ -133,6 +133,33 @@ def test_fifty_checks_of_which_ten_hang_are_done_within_one_timeout() -> None:
     assert together < 1.5 * alone + 0.5
 
 
+def test_an_engine_that_does_not_say_how_much_it_has_is_not_taken_for_idle() -> None:
+    """Its zeros are no zeros: it may be too busy to answer."""
+
+    class Silent(Client):
+        async def fetch_load(self, auth_url: str, master: str, after: int, timeout_s: float = 5.0) -> Load:
+            return replace(LOAD, running=0, waiting=0, model_up=False)
+
+    assert check(order(state=State.DRAINING), Log(READY), Silent()).in_flight is None
+
+
+def test_an_answer_nobody_thought_of_fails_the_check_and_only_that(caplog: pytest.LogCaptureFixture) -> None:
+    found = check(order(), Log(KeyError("odd")), Client())
+    assert (found.verdict, found.why) == (Verdict.FAILED, "health check: KeyError")
+    assert "a fault of ours" in caplog.text
+
+
+def test_as_many_checks_as_hang_in_ssh_leave_others_their_turn() -> None:
+    """150 hanging machines: more than any pool of threads would have."""
+    hanging = frozenset(f"f/{n}" for n in range(1, 151))
+    checker = HealthChecker(Client(), Log(READY, hanging), lambda label: "m", "vllm-13", 2.0, lambda: 1.0)  # type: ignore[arg-type]
+
+    async def run() -> list[Check]:
+        return list(await asyncio.gather(*(checker.check(order(n)) for n in [*range(1, 151), 151])))
+
+    assert [c.verdict for c in asyncio.run(run())].count(Verdict.PASSED) == 1
+
+
 # -- the log -------------------------------------------------------------------------------------------
 
 
@@ -183,13 +210,13 @@ def ssh_server(answer: bytes, host_key: paramiko.PKey) -> Iterator[int]:
 
     class Server(paramiko.ServerInterface):
         def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
-            return paramiko.AUTH_SUCCESSFUL
+            return paramiko.common.AUTH_SUCCESSFUL
 
         def get_allowed_auths(self, username: str) -> str:
             return "publickey"
 
         def check_channel_request(self, kind: str, chanid: int) -> int:
-            return paramiko.OPEN_SUCCEEDED
+            return paramiko.common.OPEN_SUCCEEDED
 
         def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
             def reply() -> None:
@@ -247,3 +274,12 @@ def test_an_ssh_that_accepts_and_never_answers_ends_with_the_timeout() -> None:
         with pytest.raises(InstanceError):
             reader.read("f/1", "127.0.0.1", silent.getsockname()[1], False, 1.0)
         assert time.monotonic() - begun < 5.0
+
+
+def test_an_ssh_that_never_stops_talking_is_not_listened_to_for_ever() -> None:
+    reader = SshLog(paramiko.ECDSAKey.generate(), lambda label, key: key)
+    with (
+        ssh_server(b"x" * (MAX_OUTPUT + 1), paramiko.ECDSAKey.generate()) as port,
+        pytest.raises(InstanceError, match="no end"),
+    ):
+        reader.read("f/1", "127.0.0.1", port, False, 10.0)

@@ -87,7 +87,7 @@ def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
         ]
         again.write(stretches=[stretch("f/a", "running", 160.0, 3600.0)])
         costs = again.costs(0.0, 200.0)
-        assert (costs.hot_idle, costs.loading) == (pytest.approx(60), pytest.approx(40))
+        assert [costs.hot_idle, costs.loading] == pytest.approx([60.0, 40.0])
     finally:
         again.close()
 
@@ -121,3 +121,24 @@ def test_a_write_that_fails_changes_nothing(ledger: Ledger) -> None:
 def test_the_file_is_private(tmp_path: Path) -> None:
     Ledger(tmp_path / "l.sqlite").close()
     assert (tmp_path / "l.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_what_vanished_is_remembered_until_its_time_is_up(ledger: Ledger) -> None:
+    ledger.write(mourned={"f/a": (100.0, 0.4), "f/b": (50.0, 0.3)})
+    assert ledger.mourned(60.0) == {"f/a": (100.0, 0.4)}
+
+
+def test_a_commit_that_failed_does_not_keep_the_next_from_beginning(tmp_path: Path) -> None:
+    made = Ledger(tmp_path / "l.sqlite")
+    reader = sqlite3.connect(tmp_path / "l.sqlite", isolation_level=None)
+    made._db.execute("PRAGMA journal_mode=DELETE")
+    made._db.execute("PRAGMA busy_timeout=0")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM stretch").fetchall()  # a reader keeps a commit from happening
+    with pytest.raises(sqlite3.OperationalError):
+        made.write(stretches=[stretch("f/a", "hot", 0.0, 1.0)])
+    reader.execute("COMMIT")
+    reader.close()
+    made.write(stretches=[stretch("f/a", "hot", 0.0, 1.0)])
+    assert [s.label for s in made.costs(0.0, 10.0).stretches] == ["f/a"]
+    made.close()

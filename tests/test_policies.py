@@ -73,3 +73,10 @@ def test_scaled_divides_the_waiting_time_but_not_under_ten_seconds() -> None:
 def test_a_fixed_fleet_is_fixed() -> None:
     assert Fixed(2, 5).targets(seen([9.0])) == Targets(2, 5, "fixed at 2 hot, 5 in all")
     assert Fixed(3, 1).targets(seen([9.0])).total == 3
+
+
+@pytest.mark.parametrize("wrong", [{"aim": 0.0}, {"aim": 0.9}, {"remove_below": 0.9}, {"add_above": 0.0}])
+def test_parameters_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
+    """An aim of 0 would divide by it at every turn; removing above the adding threshold never rests."""
+    with pytest.raises(ValueError, match="wanted"):
+        Busy(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,256 @@
+"""How long the health checks of a fleet take when some of its machines hang.
+
+    python -m bench.checks [--json FILE]
+
+Real sockets on loopback: a second process has the machines, each with an auth_server and a model server of
+its own, and an ssh server (paramiko) that answers as the log of a loaded model does. Those that hang accept
+connections and never answer: some at ssh, some at the auth_server, some at the model server. They are
+checked by the autoscaler's own `HealthChecker`, log included, all at once: first the healthy ones alone, then
+all together. Those that hang take a whole timeout; nobody else may be delayed by them.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import paramiko
+
+from health import Check, CheckOrder, HealthChecker, Verdict
+from instance_client import InstanceClient
+from instance_states import State
+from ssh_log import SshLog
+
+ROOT = Path(__file__).parent.parent
+SLACK_S = 0.5
+"""What a loaded machine may need to notice that a timeout has passed."""
+
+HANGS_AT = ("ssh", "auth", "model")
+
+
+# -- the machines, in a process of their own --------------------------------------------------------------
+
+
+class Session(paramiko.ServerInterface):
+    """Lets everybody in and answers every command as a loaded model's log would."""
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:  # noqa: ARG002
+        """Yes."""
+        return paramiko.common.AUTH_SUCCESSFUL
+
+    def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
+        """Keys."""
+        return "publickey"
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
+        """Yes."""
+        return paramiko.common.OPEN_SUCCEEDED
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:  # noqa: ARG002
+        """Answer from another thread: this one must first say that the command runs."""
+
+        def reply() -> None:
+            channel.sendall(b"READY\nEND\n")
+            channel.send_exit_status(0)
+            channel.shutdown_write()
+
+        threading.Thread(target=reply, daemon=True).start()
+        return True
+
+
+def serve_ssh(listener: socket.socket, host_key: paramiko.PKey) -> None:
+    """Serve until the process ends."""
+    sessions: list[paramiko.Transport] = []
+    while True:
+        connection, _ = listener.accept()
+        transport = paramiko.Transport(connection)
+        sessions.append(transport)
+        transport.add_server_key(host_key)
+        transport.start_server(event=threading.Event(), server=Session())
+
+
+async def answer_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Give tokens, and an answer of four tokens to any prompt."""
+    load = {
+        **{"boot_id": "b", "seq": 0, "missed": False, "started": [], "ended": [], "running": 0, "waiting": 0},
+        **{"kv_use": 0.1, "model_up": True, "prompt_tokens_total": 0, "generation_tokens_total": 0},
+    }
+    said = {
+        **{"tokens": ["t" * 64], "boot_id": "b", "expires_at": time.time() + 600, "expires_in_s": 600.0},
+        **{
+            "load": load,
+            "choices": [{"text": "a b c d"}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 4},
+        },
+    }
+    payload = json.dumps(said).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(payload)
+    try:
+        while True:
+            asked = await reader.readuntil(b"\r\n\r\n")
+            for line in asked.lower().split(b"\r\n"):
+                if line.startswith(b"content-length:"):
+                    await reader.readexactly(int(line.partition(b":")[2]))
+            writer.write(head + payload)
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
+
+
+async def run_machines(count: int, hanging: int) -> None:
+    """Serve until killed; the ports of each go to stdout as JSON."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    threading.Thread(target=serve_ssh, args=(listener, paramiko.ECDSAKey.generate()), daemon=True).start()
+    silent = socket.create_server(("127.0.0.1", 0), backlog=1024)  # the kernel accepts, nobody answers
+    never = silent.getsockname()[1]
+    machines: list[dict[str, int]] = []
+    servers = []
+    for n in range(count):
+        ports = {"ssh": listener.getsockname()[1]}
+        for name in ("auth", "model"):
+            servers.append(await asyncio.start_server(answer_http, "127.0.0.1", 0))
+            ports[name] = servers[-1].sockets[0].getsockname()[1]
+        if n < hanging:
+            ports[HANGS_AT[n % len(HANGS_AT)]] = never
+        machines.append(ports)
+    print(json.dumps(machines), flush=True)
+    await asyncio.Event().wait()
+
+
+@contextmanager
+def machines(count: int, hanging: int) -> Iterator[list[CheckOrder]]:
+    """So many machines, the first of which hang, as orders to check them."""
+    argv = [sys.executable, "-m", "bench.checks", "--machines", str(count), str(hanging)]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            told: list[dict[str, int]] = json.loads(process.stdout.readline())
+            yield [
+                CheckOrder(
+                    label=f"fleet/{n}",
+                    id=n,
+                    state=State.RUNNING,
+                    ssh=("127.0.0.1", ports["ssh"]),
+                    auth_url=f"http://127.0.0.1:{ports['auth']}",
+                    address=f"http://127.0.0.1:{ports['model']}",
+                    read_log=True,
+                )
+                for n, ports in enumerate(told)
+            ]
+        finally:
+            process.kill()
+
+
+# -- the checks -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds: of all checks together, and of those that passed."""
+
+    machines: int
+    hanging: int
+    passed: int
+    all_s: float
+    passed_median_s: float
+    passed_worst_s: float
+
+
+async def check_all(orders: list[CheckOrder], hanging: int, timeout_s: float) -> Round:
+    """Check all of them at once, as the autoscaler does."""
+    known: dict[str, str] = {}
+    took: dict[str, float] = {}
+    begun = time.perf_counter()
+    async with InstanceClient() as client:
+        checker = HealthChecker(
+            client,
+            SshLog(paramiko.ECDSAKey.generate(), known.setdefault),
+            lambda _: "m" * 64,
+            "bench",
+            timeout_s,
+            time.monotonic,
+        )
+
+        async def one(order: CheckOrder) -> Check:
+            found = await checker.check(order)
+            took[order.label] = time.perf_counter() - begun
+            return found
+
+        found = await asyncio.gather(*(one(order) for order in orders))
+    all_s = time.perf_counter() - begun
+    passed = [took[c.label] for c in found if c.verdict is Verdict.PASSED]
+    return Round(
+        len(orders),
+        hanging,
+        len(passed),
+        round(all_s, 3),
+        round(statistics.median(passed), 3),
+        round(max(passed), 3),
+    )
+
+
+def measure(count: int, hanging: int, timeout_s: float) -> tuple[Round, Round]:
+    """The healthy ones alone, then all."""
+    with machines(count, hanging) as orders:
+        alone = asyncio.run(check_all(orders[hanging:], 0, timeout_s))
+        together = asyncio.run(check_all(orders, hanging, timeout_s))
+    return alone, together
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table, write JSON."""
+    parser = argparse.ArgumentParser(prog="bench.checks", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--instances", type=int, default=50, metavar="N", help="in all (default 50)")
+    parser.add_argument("--hanging", type=int, default=10, metavar="N", help="that hang (default 10)")
+    parser.add_argument(
+        "--timeout-s", type=float, default=5.0, metavar="S", help="seconds of one check (default 5)"
+    )
+    parser.add_argument("--machines", type=int, nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.machines is not None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        asyncio.run(run_machines(*args.machines))
+        return
+    rounds = measure(args.instances, args.hanging, args.timeout_s)
+    print(
+        f"{'instances':>9} {'hanging':>7} {'passed':>6} {'all s':>7} {'passed: median s':>16} {'worst s':>7}"
+    )
+    for r in rounds:
+        print(
+            f"{r.machines:9d} {r.hanging:7d} {r.passed:6d} {r.all_s:7.2f} {r.passed_median_s:16.2f} "
+            f"{r.passed_worst_s:7.2f}"
+        )
+    within = rounds[1].all_s <= args.timeout_s + SLACK_S
+    print(f"one check timeout: {args.timeout_s:g} s; all done within it: {'yes' if within else 'no'}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result: dict[str, Any] = {
+            "machine": {
+                "platform": platform.platform(),
+                "python": platform.python_version(),
+                "cores": os.cpu_count(),
+            },
+            "timeout_s": args.timeout_s,
+            "within_one_timeout": within,
+            "alone": asdict(rounds[0]),
+            "together": asdict(rounds[1]),
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
