@@ -22,7 +22,6 @@ import secrets
 import sqlite3
 import statistics
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +48,7 @@ from orders import (
 )
 from policies import Policy, Seen, Targets
 from profiles import Profile
+from steady_clock import steady_clock
 from vast import Offer, Row, Vast
 
 log = logging.getLogger("autoscaler")
@@ -1114,12 +1114,6 @@ class Failure:
     command: Command
     reply: Reply
     why: str
-
-
-def steady_clock() -> Callable[[], float]:
-    """Epoch seconds that follow no later setting of the machine's clock: a step would pass every deadline."""
-    offset = time.time() - time.monotonic()
-    return lambda: time.monotonic() + offset
 
 
 _URGENCY: Mapping[type, int] = {Start: 0, Stop: 0, Destroy: 1, LookForOffers: 2, Create: 2}

@@ -21,14 +21,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 from flask import Flask, Response, jsonify, request
 
+import command_line
 import http_face
-from autoscaler import Autoscaler, InstanceSet, steady_clock
+import private_files
+from autoscaler import Autoscaler, InstanceSet
+from command_line import Parser, within
 from demand import Demand, Report
 from errors import CloudError, ConfigError
 from fleet_keys import FleetKeys
@@ -40,6 +43,7 @@ from orders import Command, LookForOffers, Performer
 from policies import POLICIES, Fixed, Policy
 from profiles import PROFILES, Profile, get_profile
 from ssh_log import SshLog
+from steady_clock import steady_clock
 from vast import Vast, VastSettings, find_api_key
 
 log = logging.getLogger("autoscaler")
@@ -82,14 +86,14 @@ class Config:
 
     def checked(self) -> "Config":
         """Itself, or ConfigError naming the flag, the value and the range."""
-        _within("--port", self.port, 1, 65535)
-        _within("--max-instances", self.max_instances, 1, 10_000)
-        _within("--max-dollars-per-hour", self.max_dollars_per_hour, 0.0, 100_000.0)
-        _within("--poll-interval-s", self.poll_interval_s, 0.5, 600.0)
-        _within("--check-hot-every-s", self.check_hot_every_s, 0.5, 3600.0)
-        _within("--check-boot-every-s", self.check_boot_every_s, 0.5, 600.0)
-        _within("--check-timeout-s", self.check_timeout_s, 1.0, 300.0)
-        _within("--speedup", self.speedup, 1.0, 10_000.0)
+        within("--port", self.port, 1, 65535)
+        within("--max-instances", self.max_instances, 1, 10_000)
+        within("--max-dollars-per-hour", self.max_dollars_per_hour, 0.0, 100_000.0)
+        within("--poll-interval-s", self.poll_interval_s, 0.5, 600.0)
+        within("--check-hot-every-s", self.check_hot_every_s, 0.5, 3600.0)
+        within("--check-boot-every-s", self.check_boot_every_s, 0.5, 600.0)
+        within("--check-timeout-s", self.check_timeout_s, 1.0, 300.0)
+        within("--speedup", self.speedup, 1.0, 10_000.0)
         if self.speedup != 1.0 and not self.local:
             raise ConfigError("--speedup is for --local only: real machines take their time")
         # Narrower than what the cloud allows, so that a label is one word in every message and command.
@@ -99,11 +103,6 @@ class Config:
             if not _is_base_url(url):
                 raise ConfigError(f"--loadbalancer {url!r}: wanted http://HOST:PORT")
         return self
-
-
-def _within(flag: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ConfigError(f"{flag} {value:g}: wanted {least:g} to {most:g}")
 
 
 def _is_base_url(url: str) -> bool:
@@ -126,7 +125,7 @@ def local_cloud_key(environ: Mapping[str, str], home: Path) -> str:
             f"no key of the local cloud in {path}: `python -m localcloud` makes it when it starts; "
             "for one with another --root set LOCALCLOUD_API_KEY"
         )
-    keys = http_face.load_keys(path)
+    keys = private_files.load_keys(path)
     if len(keys) != 1:
         raise ConfigError(f"key file {path}: wanted one key, got {len(keys)}")
     return next(iter(keys))
@@ -493,8 +492,8 @@ class Process:
         """Open everything; raises ConfigError when something an operator must mend is wrong."""
         self.config = config.checked()
         self.profile = get_profile(config.model)
-        self.state_dir = config.state_dir or http_face.default_state_dir(config.label)
-        http_face.make_private_dir(self.state_dir)
+        self.state_dir = config.state_dir or private_files.default_state_dir(config.label)
+        private_files.make_private_dir(self.state_dir)
         self._lock_file = _only_one(self.state_dir / "autoscaler.lock")
         self.keys = FleetKeys(self.state_dir)
         find_key = local_cloud_key if config.local else find_api_key
@@ -634,7 +633,7 @@ class Process:
 
     async def run_hot_push(self) -> None:
         """Tell the loadbalancers of a changed hot set at once; they also ask by themselves."""
-        key = http_face.load_or_make_key(self.state_dir / "control.key")
+        key = private_files.load_or_make_key(self.state_dir / "control.key")
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=3.0),
             trust_env=False,
@@ -691,11 +690,11 @@ def _params(pairs: tuple[str, ...]) -> dict[str, float]:
 
 def serve(config: Config) -> None:
     """Run until SIGTERM or Ctrl-C. The fleet goes on running: it is found again at the next start."""
-    operator_keys = http_face.load_keys(config.operator_key_file)
+    operator_keys = private_files.load_keys(config.operator_key_file)
     http_face.check_bind(config.host, config.port, keys_present=bool(operator_keys))
     sock = http_face.bind_socket(config.host, config.port)
     process = Process(config)
-    keys = Keys(http_face.load_or_make_key(process.state_dir / "control.key"), operator_keys)
+    keys = Keys(private_files.load_or_make_key(process.state_dir / "control.key"), operator_keys)
     process.check_account()
     app = create_app(process.scaler, process.profile, keys, config.poll_interval_s, process.keys.master_token)
     log.info(
@@ -721,7 +720,7 @@ def prepare(config: Config, count: int) -> None:
     It is the ordinary loop with a policy that wants them in all but not hot. What an interrupted run left
     half done counts among the new ones. Ctrl-C leaves nothing unlabelled and says what is still rented.
     """
-    _within("--count", count, 1, config.max_instances)
+    within("--count", count, 1, config.max_instances)
     process = Process(replace(config, manage=True), told_nobody=True, policy=Fixed(0, 0))
     try:
         process.check_account()
@@ -843,17 +842,9 @@ def _lists_none(process: Process) -> bool:
         return False
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line about a wrong flag, as about everything else an operator gets wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError."""
-        raise ConfigError(f"{message} (--help shows the flags)")
-
-
 def _parser() -> argparse.ArgumentParser:
     d = Config()
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     add = common.add_argument
     add(
         "--model",
@@ -881,7 +872,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         default = getattr(d, flag[2:].replace("-", "_"))
         add(flag, type=kind, default=default, metavar=unit, help=f"{text} (default %(default)g)")
-    parser = _Parser(prog="autoscaler_server.py", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="autoscaler_server.py", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve_it = commands.add_parser(
         "serve",
@@ -959,4 +950,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    http_face.run_main(main)
+    command_line.run_main(main)

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 from pathlib import Path
 
-from http_face import load_or_make_key
+from private_files import load_or_make_key
 from ssh_keys import load_or_make_ssh_key
 
 

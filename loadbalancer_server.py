@@ -25,16 +25,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from flask import Flask, Response, jsonify
-from instance_client import InstanceClient, request_id
 
+import command_line
 import http_face
-from errors import ConfigError, InstanceError
+import private_files
+from command_line import Parser, server_url, within
+from errors import InstanceError
 from http_face import Answer, BadField, Held, ListOf, Number, Text, Whole
+from instance_client import InstanceClient, request_id
 from loadbalancer import Ask, HotInstance, HotSet, Lease, LoadBalancer, Poll, Refill, Usage, Waiter
+from steady_clock import steady_clock
 
 log = logging.getLogger("loadbalancer")
 
@@ -71,23 +74,12 @@ class Config:
 
     def checked(self) -> "Config":
         """Itself, or ConfigError naming the flag, the value and the range."""
-        _within("--port", self.port, 1, 65535)
-        _within("--lease-s", self.lease_s, 1.0, 600.0)
-        _within("--max-held", self.max_held, 0, 100_000)
-        _within("--poll-interval-s", self.poll_interval_s, 0.1, 60.0)
-        try:
-            url = urlsplit(self.autoscaler)
-            good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        except ValueError:
-            good = False
-        if not good or url.path.strip("/") or url.query or url.fragment:
-            raise ConfigError(f"--autoscaler {self.autoscaler!r}: wanted http://HOST:PORT")
+        within("--port", self.port, 1, 65535)
+        within("--lease-s", self.lease_s, 1.0, 600.0)
+        within("--max-held", self.max_held, 0, 100_000)
+        within("--poll-interval-s", self.poll_interval_s, 0.1, 60.0)
+        server_url("--autoscaler", self.autoscaler)
         return self
-
-
-def _within(flag: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ConfigError(f"{flag} {value:g}: wanted {least:g} to {most:g}")
 
 
 # -- the hot set, as it is told --------------------------------------------------------------------------
@@ -411,12 +403,6 @@ def busy_body(desk: Desk) -> str:
 # --- outside world ---------------------------------------------------------------------------------
 
 
-def steady_clock() -> Callable[[], float]:
-    """Epoch seconds that follow no later setting of the machine's clock, so that estimates never jump."""
-    offset = time.time() - time.monotonic()
-    return lambda: time.monotonic() + offset
-
-
 class Errands:
     """What the loadbalancer asks of instances and autoscaler; each method is a background coroutine."""
 
@@ -574,11 +560,13 @@ async def _answer(reply: aiohttp.ClientResponse) -> Any:
 def serve(config: Config) -> None:
     """Run until SIGTERM or Ctrl-C. Leases and tokens are forgotten then: clients hold what they need."""
     config = config.checked()
-    clients = http_face.load_keys(config.client_keys_file)
-    operator = http_face.load_keys(config.operator_key_file)
+    clients = private_files.load_keys(config.client_keys_file)
+    operator = private_files.load_keys(config.operator_key_file)
     http_face.check_bind(config.host, config.port, keys_present=bool(clients) and bool(operator))
-    state_dir = http_face.make_private_dir(config.state_dir or http_face.default_state_dir(config.label))
-    keys = Keys(http_face.load_or_make_key(state_dir / "control.key"), clients, operator)
+    state_dir = private_files.make_private_dir(
+        config.state_dir or private_files.default_state_dir(config.label)
+    )
+    keys = Keys(private_files.load_or_make_key(state_dir / "control.key"), clients, operator)
     sock = http_face.bind_socket(config.host, config.port)
     balancer = LoadBalancer(
         random.Random(), request_id, config.lease_s, config.max_held, config.poll_interval_s
@@ -596,7 +584,7 @@ def serve(config: Config) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     d = Config()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="loadbalancer_server.py",
         description=(__doc__ or "").split("\n")[0],
         epilog="Listening off loopback needs both key files.",
@@ -664,4 +652,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    http_face.run_main(main)
+    command_line.run_main(main)

@@ -39,6 +39,7 @@ from typing import Any, Self
 
 from die_with_parent import dying_with_parent
 from errors import ConfigError
+from private_files import make_private_dir
 from profiles import get_profile
 
 ROOT = Path(__file__).resolve().parent
@@ -488,13 +489,7 @@ def _private_dir(wanted: Path | None) -> Path:
     """An absolute directory, 0700; raises ConfigError when it cannot be made or others can look into it."""
     if wanted is None:
         return Path(tempfile.mkdtemp(prefix="autoscaler-py-"))
-    try:
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if wanted.stat().st_mode & 0o077:
-            raise ConfigError(f"--state-dir {wanted} is open to other users: chmod 700 it")
-    except OSError as e:
-        raise ConfigError(f"--state-dir {wanted} cannot be used: {e.strerror}") from e
-    return wanted.resolve()
+    return make_private_dir(wanted).resolve()
 
 
 def _child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
@@ -503,7 +498,6 @@ def _child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
     local = "127.0.0.1,localhost"
     return kept | {
         "LOCALCLOUD_API_KEY": cloud_key,
-        "VAST_API_KEY": cloud_key,
         "NO_PROXY": local,
         "no_proxy": local,
         "TMPDIR": str(state_dir),

@@ -23,7 +23,6 @@ import gc
 import ipaddress
 import json
 import math
-import os
 import random
 import resource
 import secrets
@@ -46,9 +45,11 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 import report
+from command_line import Parser, server_url, within
 from errors import ConfigError, InstanceError
 from instance_client import BrokenOff, InstanceClient, NotStarted
 from local_stack import ChildFailed, LocalStack, StackConfig
+from private_files import default_state_dir, load_keys
 from profiles import PROFILES, get_profile
 from report import COMPLETED, Record
 
@@ -142,15 +143,15 @@ class Config:
     def checked(self) -> "Config":
         """Itself, or ConfigError naming the flag, the value and the range."""
         longest = get_profile(self.model).max_model_len
-        _within("--num-iterations", self.num_iterations, 1, 1_000_000)
-        _within("--round-s", self.round_s, 0.01, 3600.0)
-        _within("--base-num-users", self.base_num_users, 0, 1_000_000)
-        _within("--request-probability", self.request_probability, 0.0, 1.0)
-        _within("--prompt-tokens", self.prompt_tokens, 1.0, longest)
-        _within("--max-tokens", self.max_tokens, 1.0, longest)
-        _within("--seed", self.seed, 0, 2**63 - 1)
-        _within("--wait-s", self.wait_s, 0.0, 600.0)  # the loadbalancer's own bound
-        _within("--request-timeout-s", self.request_timeout_s, 0.1, 86_400.0)
+        within("--num-iterations", self.num_iterations, 1, 1_000_000)
+        within("--round-s", self.round_s, 0.01, 3600.0)
+        within("--base-num-users", self.base_num_users, 0, 1_000_000)
+        within("--request-probability", self.request_probability, 0.0, 1.0)
+        within("--prompt-tokens", self.prompt_tokens, 1.0, longest)
+        within("--max-tokens", self.max_tokens, 1.0, longest)
+        within("--seed", self.seed, 0, 2**63 - 1)
+        within("--wait-s", self.wait_s, 0.0, 600.0)  # the loadbalancer's own bound
+        within("--request-timeout-s", self.request_timeout_s, 0.1, 86_400.0)
         if self.prompt_tokens + self.max_tokens > longest:
             raise ConfigError(
                 f"--prompt-tokens {self.prompt_tokens:g} and --max-tokens {self.max_tokens:g}: "
@@ -161,11 +162,6 @@ class Config:
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise ConfigError(f"--json {self.json}: there is no directory {self.json.absolute().parent}")
         return self
-
-
-def _within(flag: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ConfigError(f"{flag} {value:g}: wanted {least:g} to {most:g}")
 
 
 def parse_schedule(text: str) -> tuple[float, ...]:
@@ -845,14 +841,9 @@ class Screen:
 # -- the command -----------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the flags)")
-
-
 def _parser() -> argparse.ArgumentParser:
     d = Config()
-    parser = _Parser(
+    parser = Parser(
         prog="sim.py",
         description=(__doc__ or "").split("\n")[0],
         epilog="Exit status: 0 all requests completed; 1 some failed, or something was left behind; "
@@ -911,24 +902,13 @@ def parse(argv: Sequence[str]) -> Config:
             raise ConfigError(f"--{name.replace('_', '-')} goes {'not' if local else 'only'} with --local")
     for name in ("loadbalancer", "autoscaler"):
         if name in given:
-            given[name] = _url(name, given[name])
+            given[name] = server_url(f"--{name}", given[name])
     if "load_schedule" in given:
         given["load_schedule"] = parse_schedule(given["load_schedule"])
     elif local:
         given["load_schedule"] = LOCAL_SCHEDULE
     given.setdefault("seed", secrets.randbelow(2**32))
     return Config(**given, needs_autoscaler="autoscaler" in given).checked()
-
-
-def _url(name: str, text: str) -> str:
-    try:
-        url = urlsplit(text)
-        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:
-        good = False
-    if not good or url.path.strip("/") or url.query or url.fragment:
-        raise ConfigError(f"--{name} {text!r}: wanted http://HOST:PORT")
-    return text.rstrip("/")
 
 
 def _client_key(config: Config) -> str | None:
@@ -942,22 +922,13 @@ def _control_key(config: Config) -> str | None:
         return (
             None if config.local and not config.state_dir.exists() else _key(config.state_dir / "control.key")
         )
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    usual = Path(base) / "autoscaler-py" / "fleet" / "control.key"
+    usual = default_state_dir("fleet") / "control.key"
     return _key(usual) if usual.exists() else None
 
 
 def _key(path: Path) -> str:
-    """The first key in the file; raises ConfigError when it cannot be read, or others can read it."""
-    try:
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(f"key file {path} can be read by others: chmod 600 it")
-        keys = path.read_text().split()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"key file {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    if not keys:
-        raise ConfigError(f"key file {path} is empty")
-    return keys[0]
+    """A key in the file; raises ConfigError when it cannot be read, or others can read it."""
+    return min(load_keys(path))
 
 
 def _bearer(key: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from errors import ConfigError
-from http_face import write_private
+from private_files import write_private
 
 
 def load_or_make_ssh_key(path: Path) -> paramiko.Ed25519Key:

@@ -17,11 +17,13 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from waitress.server import create_server  # type: ignore[import-untyped]
 
+import command_line
 import http_face
+import private_files
+from command_line import Parser, within
 from errors import ConfigError
 from localcloud import faults
 from localcloud.api import create_app
@@ -37,10 +39,6 @@ THREADS = 16
 
 
 def _parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"{message} (--help lists the flags)")
-
     parser = Parser(
         prog="python -m localcloud",
         description="A Vast.ai on this machine, for the real vastai command line.",
@@ -87,10 +85,8 @@ def _machines(path: Path | None) -> tuple[Machine, ...]:
 
 
 def _cloud(args: argparse.Namespace, clock_now: float) -> Cloud:
-    if not 1.0 <= args.speedup <= 10_000.0:
-        raise ConfigError(f"--speedup {args.speedup:g}: wanted 1 to 10000")
-    if not 0.0 <= args.credit <= 1e9:
-        raise ConfigError(f"--credit {args.credit:g}: wanted 0 to 1e9")
+    within("--speedup", args.speedup, 1.0, 10_000.0)
+    within("--credit", args.credit, 0.0, 1e9)
     on = faults.Faults()
     for text in args.fault:
         try:
@@ -115,11 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     if not http_face.is_loopback(args.host):
         raise ConfigError(f"--host {args.host}: loopback only: it runs what it is asked to run")
-    if not 1 <= args.port <= 65_535:
-        raise ConfigError(f"--port {args.port}: wanted 1 to 65535")
+    within("--port", args.port, 1, 65_535)
     cloud = _cloud(args, time.time())
-    root = http_face.make_private_dir(args.root or http_face.default_state_dir("localcloud"))
-    key = os.environ.get("LOCALCLOUD_API_KEY") or http_face.load_or_make_key(root / "api.key")
+    root = private_files.make_private_dir(args.root or private_files.default_state_dir("localcloud"))
+    key = os.environ.get("LOCALCLOUD_API_KEY") or private_files.load_or_make_key(root / "api.key")
     sock = http_face.bind_socket(args.host, args.port)
     world = World(cloud, root.resolve(), args.engine)
     # Waitress, not our own event loop: a call that a fault has hang keeps a thread, and the others go on.
@@ -153,4 +148,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.argv[0] = "localcloud"
-    http_face.run_main(main)
+    command_line.run_main(main)

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 from die_with_parent import dying_with_parent
-from http_face import make_private_dir
 from localcloud.model import (
     Authorize,
     Boot,
@@ -49,6 +48,7 @@ from localcloud.model import (
     Terminate,
 )
 from localcloud.ssh_server import HANG, SshServer, listen_on
+from private_files import make_private_dir
 from ssh_keys import load_or_make_ssh_key
 
 log = logging.getLogger("localcloud")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from autoscaler import Autoscaler, InstanceSet, steady_clock
+from autoscaler import Autoscaler, InstanceSet
 from demand import Demand
 from errors import CloudError
 from health import Check, Verdict
@@ -18,6 +18,7 @@ from instance_states import FROM_ANYWHERE, TRANSITIONS, Deadlines, IllegalMove, 
 from ledger import Ledger, Remembered
 from orders import Command, Create, Destroy, Drain, LookForOffers, Reply, Start, Stop, with_label
 from policies import Busy, Fixed, Seen, Targets
+from steady_clock import steady_clock
 from tests.fleet_world import TURN_S, Contract, FakeVast, World, make_offer
 from vast import Row
 

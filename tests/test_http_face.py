@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 from flask import Flask, jsonify
 
+import command_line
 import http_face
+import private_files
 from errors import ConfigError
 from http_face import Answer, BadField, Boolean, Choice, Held, ListOf, Mapping, Number, Text, Whole
 
@@ -227,17 +229,17 @@ def test_only_a_key_opens_a_guarded_route(path: str, header: str | None, status:
 
 def test_a_key_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) -> None:
     path = tmp_path / "control.key"
-    key = http_face.load_or_make_key(path)
+    key = private_files.load_or_make_key(path)
     assert len(key) == 64
     assert path.stat().st_mode & 0o777 == 0o600
-    assert http_face.load_or_make_key(path) == key
+    assert private_files.load_or_make_key(path) == key
 
 
 def test_processes_that_make_a_key_at_once_get_the_same_one(tmp_path: Path) -> None:
     path = tmp_path / "control.key"
     found: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.append(http_face.load_or_make_key(path))) for _ in range(8)
+        threading.Thread(target=lambda: found.append(private_files.load_or_make_key(path))) for _ in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -265,44 +267,44 @@ def test_a_key_file_that_is_open_or_weak_is_refused(
     path.write_text(content)
     path.chmod(mode)
     with pytest.raises(ConfigError, match=what):
-        http_face.load_keys(path)
+        private_files.load_keys(path)
 
 
 def test_a_key_file_that_is_missing_binary_or_unwritable_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        http_face.load_keys(tmp_path / "none")
+        private_files.load_keys(tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff" * 40)
     (tmp_path / "binary").chmod(0o600)
     with pytest.raises(ConfigError, match="not text"):
-        http_face.load_keys(tmp_path / "binary")
+        private_files.load_keys(tmp_path / "binary")
     with pytest.raises(ConfigError, match="cannot be made"):
-        http_face.load_or_make_key(tmp_path / "nowhere" / "key")
+        private_files.load_or_make_key(tmp_path / "nowhere" / "key")
 
 
 def test_a_file_of_several_keys_is_no_control_key(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"{KEY}\n{'z' * 32}\n")
     path.chmod(0o600)
-    assert http_face.load_keys(path) == {KEY, "z" * 32}
+    assert private_files.load_keys(path) == {KEY, "z" * 32}
     with pytest.raises(ConfigError, match="wanted one key, got 2"):
-        http_face.load_or_make_key(path)
+        private_files.load_or_make_key(path)
 
 
 def test_the_state_directory_is_private(tmp_path: Path) -> None:
-    made = http_face.make_private_dir(tmp_path / "a" / "b")
+    made = private_files.make_private_dir(tmp_path / "a" / "b")
     assert made.stat().st_mode & 0o777 == 0o700
     made.chmod(0o750)
     with pytest.raises(ConfigError, match="chmod 700"):
-        http_face.make_private_dir(made)
+        private_files.make_private_dir(made)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be used"):
-        http_face.make_private_dir(tmp_path / "file")
+        private_files.make_private_dir(tmp_path / "file")
 
 
 @pytest.mark.parametrize("label", ["", "a/b", "..", ".", "a\n", "x" * 65])
 def test_a_label_that_is_no_file_name_is_refused(label: str) -> None:
     with pytest.raises(ConfigError, match="--label"):
-        http_face.default_state_dir(label)
+        private_files.default_state_dir(label)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.5.5.5", "::1", "localhost"])
@@ -345,7 +347,7 @@ def test_a_main_ends_with_one_line_at_most(
             raise fault
 
     with pytest.raises(SystemExit) as ended:
-        http_face.run_main(main)
+        command_line.run_main(main)
     assert ended.value.code == code
     assert capsys.readouterr().err.endswith(said)
     assert capsys.readouterr().err.count("\n") <= 1
@@ -656,6 +658,7 @@ def test_a_background_task_that_crashes_is_logged_and_starts_again(
 
 SCRIPT = """
 import asyncio, sys
+import command_line
 import http_face
 app = http_face.make_app("script")
 
@@ -678,7 +681,7 @@ def main():
     finally:
         print("cleaned up", flush=True)
 
-http_face.run_main(main)
+command_line.run_main(main)
 """
 
 
