@@ -5,9 +5,9 @@ arguments) and what to expect of it until the instance's own reports say better:
 in work per second, prefill weight, times to load and to start. *Work* is in output-token
 equivalents: `prompt_tokens * prefill_weight + expected output tokens`.
 
-Throughputs are arithmetic on the timing table of the reference notes (step time a + b*batch +
-c*context at the batch that keeps 100 ms per output token and fits the KV memory), so they are
-starting points: an instance's measured rate replaces them as soon as it is known.
+Throughputs are what `simulation/timing.py` gives at a full queue of 300-token prompts and 180-token
+answers (tests/test_profiles.py computes them), so they are starting points: an instance's measured rate
+replaces them as soon as it is known.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Profile:
     """What one model needs and what it is expected to give.
 
     prefill_weight: work per prompt token (one output token is 1).
-    throughput_work_s: work per second of one instance near its latency objective; _by_gpu refines it.
+    throughput_work_s: work per second of one instance with all it can hold; _by_gpu refines it.
     hold_s: seconds of work an instance may be given before a new request would wait too long.
     load_time_s: seconds from order to hot on a new machine.
     start_time_s: seconds from start to hot on a stopped machine that holds the model.
@@ -63,14 +63,15 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             disk_gb=40.0,
             vllm_args="--quantization awq --max-model-len 4096 --gpu-memory-utilization 0.9",
             prefill_weight=0.1,
-            throughput_work_s=850.0,
+            throughput_work_s=620.0,  # a GPU that we have no figure for is taken for the slowest one here
             throughput_by_gpu=MappingProxyType(
                 {
-                    "RTX 3090": 780.0,
-                    "RTX 4090": 900.0,
-                    "RTX A6000": 850.0,
-                    "L40S": 1000.0,
-                    "A100 SXM4": 1700.0,
+                    "RTX 3090": 620.0,
+                    "RTX 4090": 950.0,
+                    "RTX A6000": 845.0,
+                    "L40S": 1170.0,
+                    "A100 SXM4": 1720.0,
+                    "H100 SXM": 3650.0,
                 }
             ),
             hold_s=6.0,
@@ -88,9 +89,9 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             disk_gb=80.0,
             vllm_args="--max-model-len 8192 --gpu-memory-utilization 0.92",
             prefill_weight=0.1,
-            throughput_work_s=450.0,
+            throughput_work_s=490.0,
             throughput_by_gpu=MappingProxyType(
-                {"2x RTX A6000": 330.0, "A100 SXM4": 500.0, "2x A100 SXM4": 900.0, "H100 SXM": 900.0}
+                {"2x RTX A6000": 490.0, "A100 SXM4": 570.0, "2x A100 SXM4": 1220.0, "H100 SXM": 1310.0}
             ),
             hold_s=8.0,
             expected_output_tokens=220.0,
