@@ -82,6 +82,15 @@ class LocalCloud:
 
         return wait_for(f"{instance_id} is {state}", look)
 
+    def pids(self, instance_id: int, count: int) -> list[int]:
+        """Its processes, once it has so many and runs."""
+
+        def look() -> list[int] | None:
+            found: list[int] = self.in_state(instance_id, "running")["pids"]
+            return found if len(found) == count else None
+
+        return wait_for(f"{instance_id} has {count} processes", look)
+
     def rent(self, onstart: str = ONSTART) -> int:
         offers = self.vast.search_offers("num_gpus=1 gpu_ram>=20", storage_gb=40.0)
         return self.vast.create(
@@ -124,10 +133,9 @@ def test_a_machine_is_rented_used_stopped_started_and_destroyed(cloud: LocalClou
     key = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "key")))
     cloud.vast.register_ssh_key(f"{key.get_name()} {key.get_base64()} test")
     instance_id = cloud.rent()
-    pids = cloud.in_state(instance_id, "running")["pids"]
+    pids = cloud.pids(instance_id, 2)  # the script and what it started
     row = cloud.row(instance_id)
     assert (row.actual_status, row.label, set(row.ports)) == ("running", "fleet/a", {22, 3000, 8000})
-    assert len(alive(pids)) == 2, "the script and what it started"
 
     ssh = reader(key)
     assert ssh.read("a", "127.0.0.1", row.ports[22], False, 10.0).ready
@@ -151,7 +159,7 @@ def test_a_machine_is_rented_used_stopped_started_and_destroyed(cloud: LocalClou
     with pytest.raises(InstanceError):
         ssh.read("a", "127.0.0.1", again.ports[22], False, 0.5)
 
-    pids = cloud.in_state(instance_id, "running")["pids"]
+    pids = cloud.pids(instance_id, 2)
     cloud.vast.destroy(instance_id)
     wait_for("its processes are gone", lambda: not alive(pids))
     wait_for("its disk is gone", lambda: not home.exists())
@@ -162,7 +170,7 @@ def test_a_machine_is_rented_used_stopped_started_and_destroyed(cloud: LocalClou
 def test_a_killed_script_is_a_crash_and_a_finished_one_is_not(cloud: LocalCloud) -> None:
     quick, slow = cloud.rent("echo done"), cloud.rent()
     cloud.in_state(quick, "running")
-    pids = cloud.in_state(slow, "running")["pids"]
+    pids = cloud.pids(slow, 2)
     os.kill(pids[0], signal.SIGKILL)
     cloud.in_state(slow, "crashed")
     wait_for("the rest of it is gone", lambda: not alive(pids))
@@ -195,7 +203,7 @@ def test_a_new_host_key_is_noticed_and_a_dropped_port_leads_nowhere(cloud: Local
 
 
 def test_nothing_outlives_a_killed_cloud(cloud: LocalCloud) -> None:
-    pids = cloud.in_state(cloud.rent(render(get_profile("vllm-13"), "m")), "running")["pids"]
+    pids = cloud.pids(cloud.rent(render(get_profile("vllm-13"), "m")), 3)
     cloud.process.kill()
     cloud.process.wait()
     wait_for("the kernel has ended its instances", lambda: not alive(pids))
