@@ -292,7 +292,7 @@ def _heading(report: Mapping[str, Any]) -> list[str]:
     ]
     if report["local"]:
         lines.append("No GPU was used: times and prices are those of the local cloud, not of real machines.")
-    load = ", ".join(f"{name} {value}" for name, value in given.items())
+    load = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
     return lines + textwrap.wrap(load, WIDTH)
 
 

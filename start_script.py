@@ -45,7 +45,8 @@ tarfile.open(fileobj=io.BytesIO(packed)).extractall()' <<'END'
 END
 export PYTHONPATH="$fleet${{PYTHONPATH:+:$PYTHONPATH}}"
 until PYTHONPATH="$PYTHONPATH:$fleet/site" python3 -c 'import flask, waitress'; do
-  python3 -m pip install --quiet --upgrade --target "$fleet/site" {needs} || sleep 5
+  python3 -m pip install --quiet --upgrade --target "$fleet/site" {needs} ||
+    uv pip install --quiet --upgrade --target "$fleet/site" {needs} || sleep 5
 done
 exec python3 -m remote.supervise --name {name} --model {model} -- {args}
 """
