@@ -69,8 +69,10 @@ LENGTH_PRIOR = 20.0
 LENGTH_MEMORY = 1000.0
 """Completions of about this number make up the learned mean: minutes of traffic of a small fleet."""
 
-STOCK_LEAST, STOCK_MOST = 64, 2000
-"""Tokens kept for an instance: a burst on an idle one (its capacity is some 30 requests), and a bound."""
+STOCK_LEAST, STOCK_MOST = 400, 2000
+"""Tokens kept for an instance, and a bound. An idle one has enough for a burst and for a while of use: with
+64 a thousand that begin to be used together were refilled twice in their first seconds, which took a sixth
+of the rate (bench/route.py, 2026-11). 400 are 40 kB."""
 
 STOCK_S = 40.0
 """Seconds of use a full stock lasts; it is refilled at a quarter, or at half of the least."""
@@ -873,6 +875,8 @@ class LoadBalancer:
         for inst in dry[:REFILL_DRY] + low[:REFILL_LOW]:
             del self._thirsty[inst.id]
             inst.refilling = True
+            # By its use until now: one that has just begun to be used is not refilled in two steps.
+            inst.level = max(inst.level, self._wanted_level(inst, now))
             count = min(BATCH, inst.level - inst.stock.fresh(now))
             out.append(Refill(inst.id, inst.told.auth_url, inst.told.master_token, count))
         return out
@@ -897,18 +901,21 @@ class LoadBalancer:
         inst.refill_failures = 0
         if inst.boot_id != boot_id:
             self._booted(inst, boot_id, seq, now)
-        used_s = now - inst.counted_from
-        level = STOCK_S * inst.taken / max(used_s, 0.05)
-        if not inst.stock.size and inst.taken:
-            level = max(level, 2.0 * inst.level)  # it ran dry, so how much was wanted is not known
-        level = round(min(STOCK_MOST, max(STOCK_LEAST, level)))
-        if used_s < USE_INTERVAL_S:
+        level = self._wanted_level(inst, now)
+        if now - inst.counted_from < USE_INTERVAL_S:
             inst.level = max(inst.level, level)  # too short to say that it is used less
         else:
             inst.level, inst.counted_from, inst.taken = level, now, 0
         inst.stock.add(tokens, expires_in_s, now)
         self._wants_tokens(inst, now)
         self._requeue(inst, now)
+
+    def _wanted_level(self, inst: _Instance, now: float) -> int:
+        """Tokens that last STOCK_S by its use since counted_from."""
+        level = STOCK_S * inst.taken / max(now - inst.counted_from, 0.05)
+        if not inst.stock.size and inst.taken:
+            level = max(level, 2.0 * inst.level)  # it ran dry, so how much was wanted is not known
+        return round(min(STOCK_MOST, max(STOCK_LEAST, level)))
 
     def refill_failed(self, refill: Refill, now: float) -> None:
         """No tokens came: it is tried again later, and counts as a failure of the instance."""

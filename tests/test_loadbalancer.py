@@ -427,7 +427,7 @@ def test_only_one_refill_of_an_instance_is_under_way() -> None:
 
 def test_the_stock_is_refilled_before_it_is_empty_and_grows_with_use() -> None:
     b = bench(instance(1, throughput=1e6))
-    least = 64
+    least = lb.STOCK_LEAST
     for _ in range(4000):
         b.now += 0.005
         b.lease(1.0)
@@ -497,12 +497,12 @@ def test_a_reboot_takes_tokens_and_requests_with_it() -> None:
 
 def test_a_reboot_seen_in_a_token_batch_is_one_too() -> None:
     b = bench(instance(1))
-    old = [b.lease(1.0) for _ in range(40)]
+    old = [b.lease(1.0) for _ in range(lb.STOCK_LEAST // 2 + 8)]  # enough that tokens are fetched again
     b.boots[1] = "boot2"
     b.refill()
     assert b.row(1)["unfinished"] == 0
     assert b.lease().token not in {x.token for x in old}
-    assert b.balancer.ends == {"lost": 40}
+    assert b.balancer.ends == {"lost": len(old)}
 
 
 def test_tokens_for_an_instance_that_has_left_are_dropped() -> None:

@@ -82,8 +82,8 @@ def test_a_lease_holds_what_a_client_needs() -> None:
     assert answer.status_code == 200
     assert answer.get_json() == {
         "address": "http://10.0.0.7:8000",
-        "token": "token-0000000000000063",
-        "request_id": "0000000000000063",
+        "token": "token-0000000000000399",
+        "request_id": "0000000000000399",
         "instance_id": 7,
         "model": "vllm-13",
         "expires_at": 1_700_000_060.0,
@@ -133,7 +133,7 @@ def test_status_and_metrics_show_the_instances_and_no_secret() -> None:
     assert status.get_json()["ends"] == {"finished": 1}
     assert 'loadbalancer_lease_ends_total{how="finished"} 1\n' in metrics.text
     assert "loadbalancer_routed_total 1\n" in metrics.text
-    assert 'loadbalancer_instance_tokens_in_stock{instance="7"} 63\n' in metrics.text
+    assert 'loadbalancer_instance_tokens_in_stock{instance="7"} 399\n' in metrics.text
     assert all(
         line.startswith(("# TYPE loadbalancer_", "loadbalancer_")) for line in metrics.text.splitlines()
     )
