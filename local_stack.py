@@ -165,6 +165,7 @@ class LocalStack:
         say is given a line for people now and then, by the thread that called start() or stop().
         """
         self.config = config.checked()
+        self.taken_down: Takedown | None = None  # how it ended, once it has
         self.programs = programs
         self.say = say
         self._temporary = config.state_dir is None
@@ -189,7 +190,6 @@ class LocalStack:
         self._end_of_watch = threading.Event()
         self._watcher: threading.Thread | None = None
         self._may_have_rented = False
-        self._taken_down: Takedown | None = None
 
     def __enter__(self) -> Self:
         """Start everything; when that fails or is interrupted everything is ended before it raises."""
@@ -262,8 +262,8 @@ class LocalStack:
 
     def stop(self) -> Takedown:
         """End everything, in order; Ctrl-C during it only makes it quicker. A second call changes nothing."""
-        if self._taken_down is not None:
-            return self._taken_down
+        if self.taken_down is not None:
+            return self.taken_down
         left: list[str] = []
         try:
             left = self._end_in_order()
@@ -278,12 +278,12 @@ class LocalStack:
             if self._watcher is not None:
                 self._watcher.join()
             left += _end_strays(self.state_dir)
-            self._taken_down = Takedown(tuple(left), self.restarts)
+            self.taken_down = Takedown(tuple(left), self.restarts)
             if self._temporary and not left:
                 shutil.rmtree(self.state_dir, ignore_errors=True)
         if left:
             self.say(f"left behind: {', '.join(left)}; logs: {self._logs}")
-        return self._taken_down
+        return self.taken_down
 
     # -- inside: start ----------------------------------------------------------------------------
 
@@ -332,7 +332,13 @@ class LocalStack:
         )
         with self._lock:
             self._children["prepare"] = _Child("prepare", (), log, process, time.monotonic())
-        limit = threading.Timer(PREPARE_TIMEOUT_S, process.kill)
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        limit = threading.Timer(PREPARE_TIMEOUT_S, give_up)
         limit.start()
         try:
             assert process.stdout is not None  # noqa: S101 it was asked for above
@@ -344,6 +350,8 @@ class LocalStack:
             status = process.wait()
         finally:
             limit.cancel()
+        if late.is_set():
+            raise ChildFailed(f"prepare was not done after {PREPARE_TIMEOUT_S:g} s:\n{_tail(log)}")
         if status != 0:
             raise ChildFailed(f"prepare exited with status {status}:\n{_tail(log)}")
         del self._children["prepare"]

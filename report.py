@@ -25,6 +25,19 @@ CHART_ROWS = 10
 
 COMPLETED = "completed"
 
+FAILURES: Mapping[str, str] = {
+    # kind of failure: what happened last before the request was given up
+    "no_capacity": "the loadbalancer had no free instance until the time was up",
+    "loadbalancer_unreachable": "the loadbalancer did not answer until the time was up",
+    "refused_by_loadbalancer": "the loadbalancer said 4xx: no other try can succeed",
+    "not_started": "instances took no request until the time was up",
+    "broken_off": "answers broke off until the time was up",
+    "bad_answer": "answers were not what they must be until the time was up",
+    "rejected": "the model server said 4xx: no other try can succeed",
+    "timeout": "an answer was still coming when the time was up",
+    "interrupted": "the run was ended by Ctrl-C or SIGTERM",
+}
+
 QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 
 STACK: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -46,8 +59,8 @@ class Record:
     """One request. Times in seconds.
 
     due_s: since the start of the run. lag_s: how late it was sent. route_s: spent on getting leases, all
-    attempts and pauses added up. first_token_s and end_s: since it was due. outcome: "completed" or the
-    kind of failure. setbacks: what an instance did wrong, by kind; each was followed by another try, or
+    attempts and pauses added up. first_token_s and end_s: since it was due. outcome: "completed" or one
+    of FAILURES. setbacks: what an instance did wrong, by kind; each was followed by another try, or
     by the end. refusals: what the loadbalancer said instead of giving a lease, by kind.
     """
 
@@ -292,6 +305,7 @@ def _heading(report: Mapping[str, Any]) -> list[str]:
     ]
     if report["local"]:
         lines.append("No GPU was used: times and prices are those of the local cloud, not of real machines.")
+    lines = [_fit(line) for line in lines]
     load = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
     return lines + textwrap.wrap(load, WIDTH)
 
@@ -308,8 +322,11 @@ def _requests(report: Mapping[str, Any]) -> list[str]:
         )
         + " output tokens/s",
     ]
+    lines += [
+        _row("failed" if n == 0 else "", f"{count:,} {kind}: {FAILURES.get(kind, 'a kind without a name')}")
+        for n, (kind, count) in enumerate(sorted(r["failed_by_kind"].items()))
+    ]
     for title, key in (
-        ("failed", "failed_by_kind"),
         ("setbacks", "setbacks_by_kind"),
         ("refusals", "route_refusals_by_kind"),
     ):
@@ -419,7 +436,7 @@ def chart(samples: Sequence[Sample], duration_s: float) -> list[str]:
         bars = "".join(_bar(s.demand, peak) for s in columns)
         lines.append(f"{'demand':>12}  {bars}")
     end = f"{duration_s:.0f} s"
-    lines.append(f"{'':14}0 s{end:>{max(len(end), len(columns) - 3)}}")
+    lines.append(f"{'':14}0 s{end:>{max(len(end) + 1, len(columns) - 3)}}")
     if peak > 0:
         lines.append(f"{'':14}demand at its peak: {peak:.2f} instances' worth")
     return lines

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "vast",
     },
     "autoscaler_server": OURS
-    - {"sim", "localcloud", "local_stack", "loadbalancer", "bench", "tests", "remote"},
+    - {"sim", "driver", "localcloud", "local_stack", "loadbalancer", "bench", "tests", "remote"},
     "loadbalancer_server": {
         "command_line",
         "errors",
@@ -63,8 +63,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": set(),
     "local_stack": {"die_with_parent", "errors", "private_files", "profiles"},
+    "driver": {"errors", "instance_client", "profiles", "report"},
     "sim": {
         "command_line",
+        "driver",
         "errors",
         "instance_client",
         "local_stack",

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.waiting import wait_for
 ROOT = Path(__file__).parent.parent
 
 SERVER = """
-import http.server, json, os, sys
+import http.server, json, os, sys, time
 rows = json.loads(os.environ.get("ROWS", "[]"))
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -34,8 +35,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
 words = sys.argv[1:]
 if "prepare" in words:
     print("prepared 1 of 1", flush=True)
+    time.sleep(float(os.environ.get("PREPARE_S", "0")))
     sys.exit(int(os.environ.get("PREPARE_STATUS", "0")))
 if "destroy-fleet" in words:
+    time.sleep(float(os.environ.get("DESTROY_S", "0")))
     file = os.environ.get("ROWS_FILE", "")
     if file and not os.environ.get("DESTROY_FAILS"):
         open(file, "w").write("[]")
@@ -108,11 +111,117 @@ def test_a_child_that_dies_is_started_again_on_its_port(tmp_path: Path, rows: Pa
     assert running(tmp_path) == []
 
 
+DIES_AT_ONCE = "import sys; sys.exit(7)"
+
+IGNORES_SIGTERM = """
+import signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+del sys.argv[0]
+exec(open(sys.argv[0]).read())
+"""
+
+LEAVES_ONE_BEHIND = """
+import os, subprocess, sys
+root = sys.argv[sys.argv.index("--root") + 1]
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]],
+                 env={"HOME": root + "/instances/7"}, start_new_session=True)
+del sys.argv[0]
+exec(open(sys.argv[0]).read())
+"""
+
+
+def test_a_child_that_dies_again_and_again_is_given_longer_and_longer(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not take the processor from those that are well; after a settled life it is quick again."""
+    stack = LocalStack(config(tmp_path), stand_ins(tmp_path), lambda _: None)
+    dead = subprocess.Popen([sys.executable, "-c", DIES_AT_ONCE])
+    dead.wait()
+    monkeypatch.setattr(stack, "_popen", lambda *_: dead)
+    child = local_stack._Child(CLOUD, (), tmp_path / "log", dead, started_at=0.0)
+    pauses, now = [], 0.0
+    for _ in range(7):
+        stack._revive(child, now)
+        assert child.restart_at is not None
+        pauses.append(round(child.restart_at - now, 3))
+        stack._revive(child, child.restart_at - 0.001)
+        assert child.restart_at is not None, "not before its time"
+        now = child.restart_at
+        stack._revive(child, now)
+        assert child.restart_at is None
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    stack._revive(child, now + local_stack.SETTLED_S + 1.0)
+    assert child.restart_at == pytest.approx(now + local_stack.SETTLED_S + 1.0 + 0.2)
+    assert dict(stack.restarts) == {CLOUD: 7}
+
+
+def test_a_child_that_ignores_sigterm_is_killed(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_stack, "TERM_GRACE_S", 0.3)
+    deaf = (sys.executable, "-c", IGNORES_SIGTERM, str(tmp_path / "server.py"))
+    with LocalStack(config(tmp_path), stand_ins(tmp_path, loadbalancer=deaf), lambda _: None) as stack:
+        assert len(running(tmp_path)) == 3
+    assert running(tmp_path) == []
+    assert stack.stop().left_behind == ()
+
+
+def test_a_process_that_outlives_its_cloud_is_named_and_ended(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_stack, "STRAY_GRACE_S", 0.2)
+    cloud = (sys.executable, "-c", LEAVES_ONE_BEHIND, str(tmp_path / "server.py"))
+    with LocalStack(config(tmp_path), stand_ins(tmp_path, cloud=cloud), lambda _: None) as stack:
+        assert len(running(tmp_path)) == 4
+    (left,) = stack.stop().left_behind
+    assert left.startswith("process ")
+    assert "sleep(60)" in left
+    wait_for("it is gone", lambda: not running(tmp_path))
+
+
 def test_what_is_left_is_named(tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DESTROY_FAILS", "1")
     with LocalStack(config(tmp_path), stand_ins(tmp_path), lambda _: None) as stack:
         pass
     assert stack.stop().left_behind == ("instance 1",)
+
+
+def test_a_destroy_fleet_that_hangs_is_ended_and_what_it_left_is_named(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DESTROY_S", "60")
+    monkeypatch.setattr(local_stack, "DESTROY_TIMEOUT_S", 0.5)
+    said: list[str] = []
+    with LocalStack(config(tmp_path), stand_ins(tmp_path), said.append) as stack:
+        pass
+    assert stack.stop().left_behind == ("instance 1",)
+    assert any("destroy-fleet hung" in line for line in said)
+    assert running(tmp_path) == []
+
+
+def test_a_cloud_that_does_not_answer_at_the_end_leaves_it_unknown(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is claimed to be gone that nobody has seen gone."""
+    monkeypatch.setenv("DESTROY_FAILS", "1")  # else it would mend what the cloud answers
+    with LocalStack(config(tmp_path), stand_ins(tmp_path), lambda _: None) as stack:
+        monkeypatch.setattr(local_stack, "UP_TIMEOUT_S", 0.3)
+        rows.write_text("not JSON")
+    assert stack.stop().left_behind == ("unknown: the local cloud does not answer",)
+
+
+def test_a_temporary_directory_goes_with_it_unless_something_was_left(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with LocalStack(StackConfig(), stand_ins(tmp_path), lambda _: None) as stack:
+        assert stack.state_dir.stat().st_mode & 0o077 == 0
+    assert not stack.state_dir.exists()
+    rows.write_text('[{"id": 1, "state": "hot"}]')
+    monkeypatch.setenv("DESTROY_FAILS", "1")
+    with LocalStack(StackConfig(), stand_ins(tmp_path), lambda _: None) as stack:
+        pass
+    assert (stack.state_dir / "logs" / "autoscaler.log").exists(), "its logs are needed now"
 
 
 def test_a_program_that_does_not_start_is_told_with_its_log_and_all_are_ended(
@@ -139,6 +248,44 @@ def test_a_pool_that_cannot_be_prepared_ends_everything(
     assert running(tmp_path) == []
 
 
+def test_a_program_that_never_answers_is_told(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_stack, "UP_TIMEOUT_S", 1.0)
+    mute = (sys.executable, "-c", "print('thinking', flush=True); import time; time.sleep(60)")
+    with (
+        pytest.raises(ChildFailed, match=r"(?s)localcloud did not answer within 1 s.*thinking"),
+        LocalStack(config(tmp_path), stand_ins(tmp_path, cloud=mute), lambda _: None),
+    ):
+        pass
+
+
+def test_a_pool_that_is_never_ready_is_given_up(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREPARE_S", "60")
+    monkeypatch.setattr(local_stack, "PREPARE_TIMEOUT_S", 0.5)
+    with (
+        pytest.raises(ChildFailed, match=r"prepare was not done after 0\.5 s"),
+        LocalStack(config(tmp_path), stand_ins(tmp_path), lambda _: None),
+    ):
+        pass
+    assert running(tmp_path) == []
+
+
+def test_a_fleet_that_never_becomes_hot_is_told_with_its_states(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_stack, "HOT_TIMEOUT_S", 0.5)
+    rows.write_text('[{"id": 1, "state": "cold"}]')
+    with (
+        pytest.raises(ChildFailed, match=r"0 of 1 instances hot after 0\.5 s, states \['cold'\]"),
+        LocalStack(config(tmp_path), stand_ins(tmp_path), lambda _: None),
+    ):
+        pass
+    assert running(tmp_path) == []
+
+
 def test_an_error_inside_ends_everything(tmp_path: Path, rows: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="inside"),
@@ -149,33 +296,49 @@ def test_an_error_inside_ends_everything(tmp_path: Path, rows: Path) -> None:
 
 
 PARENT = """
-import sys
+import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from local_stack import LocalStack, Programs, StackConfig
+from local_stack import LOADBALANCER, LocalStack, Programs, StackConfig
 program = (sys.executable, sys.argv[2])
-with LocalStack(StackConfig(state_dir=Path(sys.argv[3])), Programs(program, program, program), print):
+programs = Programs(program, program, program)
+with LocalStack(StackConfig(state_dir=Path(sys.argv[3])), programs, print) as stack:
+    if sys.argv[4] == "revived":
+        first = stack.pid(LOADBALANCER)
+        os.kill(first, signal.SIGKILL)
+        while stack.pid(LOADBALANCER) == first:
+            time.sleep(0.01)
     print("all are up", flush=True)
-    import time
     time.sleep(60)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_child_outlives_its_parent(tmp_path: Path, rows: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("when", ["up", "revived", "preparing"])
+def test_no_child_outlives_its_parent(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, when: str
+) -> None:
+    """After kill -9 and after Ctrl-C: when all are up, when one was started again by the watcher's thread,
+    and while the pool is still being prepared."""
     stand_ins(tmp_path)
+    if when == "preparing":
+        monkeypatch.setenv("PREPARE_S", "60")
+    arguments = (str(ROOT), str(tmp_path / "server.py"), str(tmp_path / "state"), when)
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(ROOT), str(tmp_path / "server.py"), str(tmp_path / "state")],
+        [sys.executable, "-c", PARENT, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
+    awaited = "prepared 1 of 1" if when == "preparing" else "all are up"
     try:
         assert parent.stdout is not None
-        wait_for("all are up", lambda: parent.stdout and "all are up" in parent.stdout.readline())
+        wait_for(awaited, lambda: parent.stdout and awaited in parent.stdout.readline())
+        wait_for("there are children", lambda: len(running(tmp_path)) >= 2)
         parent.send_signal(number)
         parent.wait(timeout=30)
-        wait_for("all are gone", lambda: not running(tmp_path))
+        wait_for("all are gone", lambda: running(tmp_path) == [])
     finally:
         parent.kill()
         parent.communicate()

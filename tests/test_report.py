@@ -5,10 +5,24 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import report
-from report import COMPLETED, WIDTH, Record, Run, Sample, build, chart, parse_costs, percentile, spread, table
+from report import (
+    COMPLETED,
+    FAILURES,
+    WIDTH,
+    Record,
+    Run,
+    Sample,
+    build,
+    chart,
+    parse_costs,
+    percentile,
+    spread,
+    table,
+)
 
 COSTS: dict[str, Any] = {
     "usd": {"total": 0.5, "hot_working": 0.3, "hot_idle": 0.1, "loading": 0.06, "stopped": 0.04, "lost": 0.0},
@@ -81,6 +95,12 @@ def test_a_percentile_is_interpolated(values: list[float], share: float, found: 
     assert percentile(values, share) == pytest.approx(found)
 
 
+def test_percentiles_are_those_of_numpy() -> None:
+    values = sorted(np.random.default_rng(1).lognormal(size=37).tolist())
+    for share in (0.5, 0.9, 0.95, 0.99):
+        assert percentile(values, share) == pytest.approx(float(np.quantile(values, share)))
+
+
 def test_a_spread_of_nothing_is_null_everywhere() -> None:
     assert spread([]) == dict.fromkeys(("mean", "p50", "p90", "p95", "p99", "max"))
 
@@ -141,8 +161,10 @@ def test_scaling_has_counts_times_and_states_over_time() -> None:
     }
 
 
-def test_the_keys_that_others_rely_on_are_there() -> None:
-    found = json.loads(json.dumps(whole()))
+@pytest.mark.parametrize("costs", [COSTS, None], ids=["costs known", "costs unknown"])
+def test_the_keys_that_others_rely_on_are_there(costs: dict[str, Any] | None) -> None:
+    known = parse_costs(costs) if costs else None
+    found = json.loads(json.dumps(build(run(), RECORDS, SAMPLES, known, "not there")))
     spread_keys = {"mean", "p50", "p90", "p95", "p99", "max"}
     wanted = {
         "requests": {"sent", "completed", "failed", "retried"},
@@ -209,6 +231,30 @@ def test_all_settings_are_shown() -> None:
     assert all(f"setting{n} " in shown for n in range(9))
 
 
+def test_the_table_says_where_tokens_and_times_come_from() -> None:
+    text = table(whole())
+    assert "400 in   32 out   as the model servers counted" in text
+    assert "order to hot 20.000 s mean, 30.000 s at most" in text
+
+
+def test_each_kind_of_failure_is_explained_and_all_of_them_fit() -> None:
+    many = Counter(dict.fromkeys(FAILURES, 10**9))
+    records = [Record(0.0, 0.0, kind, setbacks=many.copy()) for kind in FAILURES]
+    lines = table(build(run(), records, SAMPLES, parse_costs(COSTS))).splitlines()
+    for kind, what in FAILURES.items():
+        assert any(line.endswith(f"1 {kind}: {what}") for line in lines), kind
+    assert max(len(line) for line in lines) <= WIDTH
+    assert sum(line.startswith("failed") for line in lines) == 1
+
+
+def test_huge_figures_and_long_names_fit_too() -> None:
+    records = [Record(0.0, 3e4, COMPLETED, 1e5, 2e5, 3e5, 10**12, 10**12, leases=1)] * 3
+    costs = parse_costs({**COSTS, "usd": {**COSTS["usd"], "total": 9e9, "lost": 5e8}, "usd_if_all_hot": 9e12})
+    text = table(build(run(model="m" * 90, engine="e" * 90), records, SAMPLES, costs))
+    assert max(len(line) for line in text.splitlines()) <= WIDTH
+    assert "failed" in text, "money lost on machines that failed is shown"
+
+
 def test_an_empty_run_has_a_table_too() -> None:
     text = table(build(run(duration_s=0.0), [], [], parse_costs({**COSTS, "order_to_hot_s": []})))
     assert "0 sent" in text
@@ -225,6 +271,10 @@ def test_the_chart_stacks_what_there_was_of_each_state() -> None:
     lines = chart([replace(s, at_s=s.at_s * 1.1) for s in SAMPLES], 3.0)
     assert [line[14:] for line in lines[1:4]] == ["...", ".+#", "###"]
     assert lines[-1].strip() == "demand at its peak: 1.70 instances' worth"
+
+
+def test_a_short_run_has_the_ends_of_its_axis_apart() -> None:
+    assert "0 s 3 s" in " ".join(chart(SAMPLES, 3.0)[-2].split())
 
 
 def test_a_large_fleet_has_a_chart_of_bounded_height() -> None:
