@@ -29,7 +29,7 @@ LIMIT_BYTES = 16_384
 
 _TEMPLATE = """\
 #!/bin/bash
-# autoscaler-py: {name}. Made by start_script.py.
+# autoscaler-py: made by start_script.py.
 set -u
 umask 077
 export HOME="${{HOME:-/root}}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
@@ -48,7 +48,7 @@ until PYTHONPATH="$PYTHONPATH:$fleet/site" python3 -c 'import flask, waitress'; 
   python3 -m pip install --quiet --upgrade --target "$fleet/site" {needs} ||
     uv pip install --quiet --upgrade --target "$fleet/site" {needs} || sleep 5
 done
-exec python3 -m remote.supervise --name {name} --model {model} -- {args}
+exec python3 -m remote.supervise {name} {model} {args}
 """
 
 

@@ -9,6 +9,7 @@ The master token itself is not on the machine: its SHA-256 is, and what is sent 
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import threading
@@ -147,12 +148,15 @@ def main() -> None:
     )
     port = int(os.environ.get("FLEET_PORT_3000", "3000"))
     print(f"auth_server on {bind}:{port}", flush=True)
+    # Else a line for each request that waits for a thread: whoever likes could fill the disk.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     serve(
         app,
         host=bind,
         port=port,
         threads=4,
         connection_limit=1000,  # 100 by default: then the next client would wait (servers.md)
+        asyncore_use_poll=True,  # select() cannot have a descriptor above 1023
         max_request_body_size=2 * MAX_BODY,
         channel_timeout=120,
         ident=None,

@@ -69,8 +69,10 @@ class Events:
             newest = file.counter
             asked = seq if seq <= newest else 0
             begin = max(asked, newest - RECORDS)
-            raw = [self._raw(n) for n in range(begin, newest)]
-        return News(newest, begin > asked, tuple(_event(r) for r in raw))
+            # One or two copies of memory; the model server waits for this lock, so nothing is read in it.
+            first, end = begin % RECORDS, begin % RECORDS + newest - begin
+            raw = self._raw(first, min(end, RECORDS)) + self._raw(0, max(0, end - RECORDS))
+        return News(newest, begin > asked, tuple(_event(*fields) for fields in _RECORD.iter_unpack(raw)))
 
     def newest(self) -> int:
         """The number of the newest event."""
@@ -89,11 +91,9 @@ class Events:
             self.write(request_id, FAILED)
         return len(under_way)
 
-    def _raw(self, number: int) -> bytes:
-        at = HEADER + number % RECORDS * _RECORD.size
-        return self._file.data[at : at + _RECORD.size]
+    def _raw(self, begin: int, end: int) -> bytes:
+        return self._file.data[HEADER + begin * _RECORD.size : HEADER + end * _RECORD.size]
 
 
-def _event(raw: bytes) -> Event:
-    request_id, kind, output_tokens = _RECORD.unpack(raw)
+def _event(request_id: bytes, kind: int, output_tokens: int) -> Event:
     return Event(request_id.hex(), KINDS[kind], output_tokens)

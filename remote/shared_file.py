@@ -13,9 +13,9 @@ import threading
 from types import TracebackType
 
 HEADER = 64
-"""Bytes before the first slot; the first eight are a counter."""
+"""Bytes before the first slot; the first eight are a counter, the next eight a mark."""
 
-_COUNTER = struct.Struct("<Q")
+_NUMBER = struct.Struct("<Q")
 
 
 def make_file(path: str, slots_bytes: int) -> None:
@@ -28,7 +28,7 @@ def make_file(path: str, slots_bytes: int) -> None:
 
 
 class SharedFile:
-    """An opened file; `with` holds its lock, under which `counter` and `data` may be used."""
+    """An opened file; `with` holds its lock, under which `counter`, `mark` and `data` may be used."""
 
     def __init__(self, path: str) -> None:
         """Open it; raises OSError, or ValueError when it is empty."""
@@ -56,12 +56,22 @@ class SharedFile:
     @property
     def counter(self) -> int:
         """The header's counter."""
-        found: int = _COUNTER.unpack_from(self.data, 0)[0]
+        found: int = _NUMBER.unpack_from(self.data, 0)[0]
         return found
 
     @counter.setter
     def counter(self, value: int) -> None:
-        _COUNTER.pack_into(self.data, 0, value)
+        _NUMBER.pack_into(self.data, 0, value)
+
+    @property
+    def mark(self) -> int:
+        """The header's second number: what before it is done with."""
+        found: int = _NUMBER.unpack_from(self.data, _NUMBER.size)[0]
+        return found
+
+    @mark.setter
+    def mark(self, value: int) -> None:
+        _NUMBER.pack_into(self.data, _NUMBER.size, value)
 
     def close(self) -> None:
         """Let go of the file; what was written stays."""

@@ -1,6 +1,6 @@
 """One boot of an instance: auth_server and model server run, a dead one is started again.
 
-    python3 -m remote.supervise --name PROFILE --model MODEL -- [arguments of vLLM]
+    python3 -m remote.supervise PROFILE MODEL [arguments of vLLM]
 
 Each boot begins with a new fleet/boot (keys, tokens, events) and a new fleet/model.log; each new start of the
 model server with a new log, so that an old ready line makes nobody believe in a new process. A model server
@@ -8,22 +8,19 @@ that dies again and again is given up with a line that the autoscaler's log chec
 
 It sleeps until a child dies or a signal comes. Of its children none outlives it: each asked the kernel for
 SIGKILL at its parent's death, and a model server's own children are in its process group.
+
+It is on every machine all the time and does next to nothing, so it imports little: 10 MB instead of 19.
+What needs more is done by a process that ends (remote/boot.py).
 """
 
-import argparse
 import ctypes
 import fcntl
 import os
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-
-from remote import events, tokens
 
 READY_LINE = b"Application startup complete."
 GIVING_UP = "fleet: giving up"
@@ -84,6 +81,9 @@ def model_command(name: str, model: str, args: list[str], environ: "os._Environ[
     command += ["--served-model-name", *dict.fromkeys((name, model))]
     command += ["--host", environ.get("FLEET_BIND", "0.0.0.0")]  # noqa: S104 the host maps the port
     command += ["--port", environ.get("FLEET_PORT_8000", "8000")]
+    # An access log has what stands in a URL, so also a token that somebody put there, and a line a second
+    # of load reports.
+    command += ["--disable-uvicorn-access-log"]
     gpus = environ.get("GPU_COUNT", "1")
     chosen = any(a.split("=")[0] in ("--tensor-parallel-size", "-tp", "--data-parallel-size") for a in args)
     if gpus.isdigit() and int(gpus) > 1 and not chosen:
@@ -91,17 +91,13 @@ def model_command(name: str, model: str, args: list[str], environ: "os._Environ[
     return [*command, "--middleware", "remote.token_check.TokenCheck", *args]
 
 
-def begin_boot(fleet: str) -> str:
-    """fleet/boot is new: another boot id, other keys, no token issued, no event. Gives the directory."""
-    boot = os.path.join(fleet, "boot")
-    shutil.rmtree(boot, ignore_errors=True)
-    os.mkdir(boot, 0o700)
-    for name in ("boot_id", "local.key"):
-        with open(os.path.join(boot, name), "w") as f:
-            f.write(os.urandom(16).hex())
-    tokens.make_store(boot)
-    events.make_ring(boot)
-    return boot
+def _has_line(path: str, text: bytes) -> bool:
+    """Whether a line of the file has the text; a file that somebody removed has none."""
+    try:
+        with open(path, "rb") as f:
+            return any(text in line for line in f)
+    except OSError:
+        return False
 
 
 # --- outside world ---------------------------------------------------------------------------------
@@ -111,6 +107,15 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
+def boot_step(step: str) -> bool:
+    """That step of remote/boot.py is done; whether it went well."""
+    command = [sys.executable, "-m", "remote.boot", step]
+    try:
+        return os.spawnv(os.P_WAIT, command[0], command) == 0  # noqa: S606 ours, and never a shell
+    except OSError:  # no memory for another process
+        return False
+
+
 class Child:
     """A process that shall run, with its log."""
 
@@ -118,56 +123,75 @@ class Child:
         """Nothing runs yet. python_path: what its Python looks into before everything else."""
         self.command = command
         self.log = log
-        self.process: subprocess.Popen[bytes] | None = None
+        self.pid = 0  # 0: does not run
         self.start_at: float | None = 0.0
         self._environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in python_path if p)}
         self._pause = Pause()
         self._started_at = 0.0
 
     def start(self, now: float) -> None:
-        """Run it, in a process group of its own, with a new log; the last one is kept as .old."""
-        parent = os.getpid()
+        """It runs, in a process group of its own, with a new log; the last one is kept as .old.
 
-        def prepare() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
+        Raises OSError when there is no memory or no space for it.
+        """
         if os.path.exists(self.log):
             os.replace(self.log, self.log + ".old")
-        with open(self.log, "wb") as out:
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=self._environ,
-                process_group=0,
-                preexec_fn=prepare,
-            )
+        out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            parent = os.getpid()
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._become(out, parent)
+        finally:
+            os.close(out)
+        with suppress(OSError):  # it has done so itself and is another program already
+            os.setpgid(self.pid, self.pid)
         self.start_at, self._started_at = None, now
+
+    def _become(self, out: int, parent: int) -> None:
+        """In the new process: be the program, or end."""
+        try:
+            os.setpgid(0, 0)
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == parent:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec keeps that
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+                os.execve(self.command[0], self.command, self._environ)  # noqa: S606 ours, and never a shell
+        finally:
+            os._exit(127)
+
+    def start_later(self, now: float) -> None:
+        """It could not be started; a new start is set."""
+        self.start_at = now + self._pause.after(0.0)
+
+    def has_ended(self) -> bool:
+        """Whether it does not run. It stays known to the kernel until `kill`, so nobody gets its number."""
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return not self.pid or os.waitid(os.P_PID, self.pid, look) is not None
 
     def died(self, now: float) -> bool:
         """Whether it has ended since the last call; then its group is ended too, and a new start is set."""
-        if self.process is None or self.process.poll() is None:
+        if not self.pid or not self.has_ended():
             return False
         self.kill()
-        self.process = None
         self.start_at = now + self._pause.after(now - self._started_at)
         return True
 
     def terminate(self) -> None:
         """Ask it to end."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
+        if self.pid:
+            os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it and what it started; its group keeps its number as long as one of them lives."""
-        if self.process is not None:
+        """It has ended, and what it started."""
+        if self.pid:
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+                os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
 
 
 class Supervisor:
@@ -178,8 +202,8 @@ class Supervisor:
     ) -> None:
         """Begin a boot; nothing runs yet."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        boot = begin_boot(fleet)
-        self._ring = events.Events(boot)
+        if not boot_step("begin"):
+            sys.exit("supervise: fleet/boot cannot be made")
         self._clock = clock
         self._deaths = Deaths()
         # What the auth_server needs and the image has not is in fleet/site; vLLM must not see other versions.
@@ -217,30 +241,33 @@ class Supervisor:
         waiting = []
         for child in (self._auth, self._model):
             if child.start_at is not None and child.start_at <= now:
-                child.start(now)
-            elif child.start_at is not None:
+                try:
+                    child.start(now)
+                except OSError as e:  # no memory or no space at the moment
+                    with suppress(OSError):
+                        print(f"supervise: {child.log}: cannot start: {e}", flush=True)
+                    child.start_later(now)
+            if child.start_at is not None:
                 waiting.append(child.start_at)
         return min(waiting, default=None)
 
     def _see_deaths(self, now: float) -> None:
         self._auth.died(now)
         if self._model.died(now):
-            self._ring.fail_open()
-            with open(self._model.log, "rb") as f:
-                was_ready = any(READY_LINE in line for line in f)
-            why = self._deaths.died(was_ready, now)
+            boot_step("fail_open")
+            why = self._deaths.died(_has_line(self._model.log, READY_LINE), now)
             if why is not None:
                 self._model.start_at = None
-                with open(self._model.log, "a") as log:
+                with suppress(OSError), open(self._model.log, "a") as log:
                     log.write(f"{GIVING_UP}: {why}\n")
 
     def _end(self) -> None:
         """Both have ended, within TERM_GRACE_S of being asked."""
-        children = [c for c in (self._auth, self._model) if c.process is not None]
+        children = (self._auth, self._model)
         for child in children:
             child.terminate()
         limit = self._clock() + TERM_GRACE_S
-        while any(c.process is not None and c.process.poll() is None for c in children):
+        while not all(child.has_ended() for child in children):
             left_s = limit - self._clock()
             if left_s <= 0:
                 break
@@ -251,11 +278,9 @@ class Supervisor:
 
 def main() -> None:
     """Run until told to end. A second one in the same home ends at once: the first is at work."""
-    parser = argparse.ArgumentParser(prog="supervise")
-    parser.add_argument("--name", required=True, help="the profile's name")
-    parser.add_argument("--model", required=True, help="the model to serve")
-    parser.add_argument("args", nargs="*", help="further arguments of vLLM, after --")
-    args = parser.parse_args()
+    if len(sys.argv) < 3:
+        sys.exit("usage: python3 -m remote.supervise PROFILE MODEL [arguments of vLLM]")
+    name, model, *args = sys.argv[1:]
     fleet = os.path.expanduser("~/fleet")
     os.umask(0o077)
     lock = os.open(os.path.join(fleet, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -263,8 +288,8 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         sys.exit("supervise: another one runs here already")
-    print(f"supervise: {args.name}: {args.model} {shlex.join(args.args)}", flush=True)
-    Supervisor(fleet, args.name, args.model, args.args, time.monotonic).run()
+    print("supervise:", name, model, *args, flush=True)
+    Supervisor(fleet, name, model, args, time.monotonic).run()
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LONGEST_HEADER = 512
 """Bytes of an Authorization header that is looked at; ours has 45."""
 
-TAIL = 4096
-"""Bytes at the end of an answer in which its usage is looked for."""
+TAIL = 48
+"""Bytes of a piece of an answer that are looked at again with the next: more than a usage figure has."""
 
 _USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,9})')
 
@@ -94,19 +94,17 @@ class Watched:
             # vLLM sends one event a token; the role of a chat and the end are no tokens.
             self._chunks += body.count(b"data: {") - body.count(b'"role":')
             self._broken = self._broken or b'data: {"error"' in body
-            # Quotes inside a text are escaped, so this is a key of vLLM's own.
-            if b'"completion_tokens"' in body and (found := _USAGE.findall(body)):
-                self._usage = int(found[-1])
-        else:
-            self._tail = (self._tail + body)[-TAIL:]
+        # Quotes inside a text are escaped, so this is a key of vLLM's own.
+        body = self._tail + body
+        if b'"completion_tokens"' in body and (found := _USAGE.findall(body)):
+            self._usage = int(found[-1])
+        self._tail = body[-TAIL:]
 
     def end(self, kind: int) -> None:
         """The request is over; the first to say how is believed."""
         if self._ended:
             return
         self._ended = True
-        if self._usage is None and self._tail and (found := _USAGE.findall(self._tail)):
-            self._usage = int(found[-1])
         self._ring.write(self._name, kind, max(0, self._chunks) if self._usage is None else self._usage)
 
 

@@ -109,8 +109,8 @@ class Issuer(_Store):
         """Go on where an earlier one ended: what it issued and is unspent counts as fresh."""
         super().__init__(boot_dir)
         with self._ring as ring:
-            self._next = ring.counter
-        begin = max(0, self._next - SLOTS)
+            # Before the mark all had expired when the last batch was made: those do not count again.
+            begin, self._next = ring.mark, ring.counter
         self._batches: deque[tuple[float, list[int]]] = deque()  # (expires, numbers)
         if left := self._outstanding(list(range(begin, self._next))):
             self._batches.append((now + LIFE_S, left))
@@ -137,8 +137,8 @@ class Issuer(_Store):
         with self._ring as ring:
             for n in numbers:
                 ring.data[HEADER + n % SLOTS] = _unspent(n)
-            ring.counter = self._next
-        self._batches.append((now + LIFE_S, numbers))
+            self._batches.append((now + LIFE_S, numbers))
+            ring.mark, ring.counter = self._batches[0][1][0], self._next
         expires_ms = int((now + LIFE_S) * 1000.0)
         signed = (_SIGNED.pack(n & 0xFFFFFFFF, expires_ms) for n in numbers)
         return [_encode(s + self._mac(s)) for s in signed]

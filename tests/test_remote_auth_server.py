@@ -1,6 +1,15 @@
 """The auth_server: tokens and load reports for the master token, nothing for anybody else."""
 
 import hashlib
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +17,14 @@ import pytest
 from flask.testing import FlaskClient
 
 from instance_client import parse_load, parse_tokens
+from remote import boot as boots
 from remote import events, tokens
 from remote.auth_server import MAX_BODY, MOST_TOKENS, create_app
 from remote.events import Events
 from remote.model_load import ModelLoad, ModelServer, parse_metrics
 from remote.tokens import CAP, Gate, Issuer
+from tests.instance_home import two_ports
+from tests.waiting import wait_for
 
 MASTER = "m" * 64
 KEY = {"Authorization": f"Bearer {MASTER}"}
@@ -147,8 +159,6 @@ def test_the_metrics_of_several_engines_are_added_up() -> None:
 
 
 def test_a_model_server_that_does_not_answer_is_not_up() -> None:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -174,3 +184,97 @@ def test_a_reading_is_kept_for_a_moment_and_gives_a_rate(monkeypatch: pytest.Mon
     assert model.load().tokens_s == pytest.approx(30.0)
     now = 2.5
     assert model.load().tokens_s == pytest.approx(30.0), "too short a time for a new rate"
+
+
+# -- a real process ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """The port of a real auth_server, and its home."""
+    fleet = tmp_path / "fleet"
+    fleet.mkdir()
+    boots.begin(str(fleet))
+    (fleet / "master.sha256").write_text(hashlib.sha256(MASTER.encode()).hexdigest())
+    port, model_port = two_ports()
+    environ = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "FLEET_BIND": "127.0.0.1",
+        "FLEET_PORT_3000": str(port),
+        "FLEET_PORT_8000": str(model_port),
+    }
+    with (fleet / "auth.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "remote.auth_server"], env=environ, stdout=log, stderr=log
+        )
+    try:
+        wait_for("it serves", lambda: _health(port))
+        yield port, fleet
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _health(port: int) -> bool:
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/health")
+        ok = connection.getresponse().status == 200
+        connection.close()
+    except OSError:
+        return False
+    return ok
+
+
+def test_several_loadbalancers_on_open_connections_get_different_tokens(served: tuple[int, Path]) -> None:
+    """More of them than the server has threads, each asking again on the connection that it has."""
+    port, fleet = served
+    got: list[str] = []
+    reused: list[bool] = []
+
+    def ask() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.connect()
+        first = connection.sock
+        for _ in range(10):
+            connection.request("POST", "/tokens", b'{"count": 20}', KEY)
+            got.extend(json.loads(connection.getresponse().read())["tokens"])
+        reused.append(connection.sock is first)
+        connection.close()
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert reused == [True] * 12
+    assert (len(got), len(set(got))) == (2400, 2400)
+    gate = Gate(str(fleet / "boot"))
+    now = time.monotonic()
+    assert all(gate.take(token, now) for token in got)
+    assert not any(gate.take(token, now) for token in got)
+    log = (fleet / "auth.log").read_text()
+    assert "queue" not in log, "a line for each request that waits would fill the disk"
+    assert not [s for s in (MASTER, *got) if s in log]
+
+
+def test_hundreds_of_idle_connections_keep_nobody_out(served: tuple[int, Path]) -> None:
+    port, _ = served
+    idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(500)]
+    try:
+        assert _health(port)
+    finally:
+        for sock in idle:
+            sock.close()
+
+
+def test_an_overlong_body_is_refused_by_the_real_server(served: tuple[int, Path]) -> None:
+    port, _ = served
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("POST", "/tokens", b"x" * (MAX_BODY + 1), KEY)
+        assert connection.getresponse().status == 413
+    finally:
+        connection.close()

@@ -3,16 +3,21 @@
 import asyncio
 import contextlib
 import json
+import socket
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
 from remote import events, tokens
 from remote.events import Event, Events
 from remote.token_check import TokenCheck
 from remote.tokens import LIFE_S, Issuer, request_id
+from tests.waiting import wait_for
 
 LOCAL_KEY = "local-key-of-this-boot"
 USAGE = (
@@ -218,6 +223,13 @@ def events_of(boot: str, engine: Engine) -> tuple[tuple[str, int], ...]:
     return tuple((e.kind, e.output_tokens) for e in found)
 
 
+def events_of_stream(boot: str, *said: str) -> tuple[tuple[str, int], ...]:
+    (token,) = fresh(boot)
+    seen = len(noted(boot))
+    ask(check_of(Engine(*sse(*said, "[DONE]"), content_type=STREAM), boot), request(bearing(token)))
+    return tuple((e.kind, e.output_tokens) for e in noted(boot)[seen:])
+
+
 def sse(*said: str) -> tuple[bytes, ...]:
     return tuple(b"data: " + s.encode() + b"\n\n" for s in said)
 
@@ -233,6 +245,18 @@ def test_a_finished_answer_counts_the_tokens_of_its_usage(boot: str) -> None:
 def test_an_answer_in_pieces_counts_them_too(boot: str) -> None:
     pieces = [USAGE[i : i + 5] for i in range(0, len(USAGE), 5)]
     assert events_of(boot, Engine(*pieces)) == (("started", 0), ("finished", 7))
+
+
+def test_what_stands_behind_the_usage_does_not_hide_it(boot: str) -> None:
+    """As vLLM's prompt_logprobs, which may be long."""
+    behind = b',"prompt_logprobs":[' + b"0," * 10_000 + b"0]}"
+    assert events_of(boot, Engine(USAGE[:-1] + behind)) == (("started", 0), ("finished", 7))
+
+
+def test_a_text_that_looks_like_a_usage_is_none(boot: str) -> None:
+    text = json.dumps({"choices": [{"text": '{"completion_tokens": 5000}'}]})
+    assert events_of(boot, Engine(text.encode())) == (("started", 0), ("finished", 0))
+    assert events_of_stream(boot, text) == (("started", 0), ("finished", 1))
 
 
 def test_a_stream_counts_its_events(boot: str) -> None:
@@ -320,3 +344,99 @@ def test_a_check_takes_far_less_than_a_millisecond(boot: str) -> None:
 
     took = asyncio.run(many())
     assert took[len(took) // 2] < 1e-3
+
+
+# -- behind a real server ------------------------------------------------------------------------------
+
+
+class NeverEnds:
+    """Sends one event of a stream, and listens as vLLM does until its client goes away."""
+
+    def __init__(self) -> None:
+        self.reached: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            assert (await receive())["type"] == "lifespan.startup"
+            await send({"type": "lifespan.startup.complete"})
+            assert (await receive())["type"] == "lifespan.shutdown"
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        self.reached.append(scope["type"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", STREAM)]})
+        await send({"type": "http.response.body", "body": sse(TOKEN)[0], "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+@pytest.fixture
+def served(boot: str) -> Iterator[tuple[int, NeverEnds]]:
+    """The port of a real server with the check in front of an engine, and the engine."""
+    engine = NeverEnds()
+    check = TokenCheck(engine, boot, clock=lambda: 0.0)
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(check, lifespan="on", log_level="critical", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        wait_for("it serves", lambda: server.started)
+        yield listening.getsockname()[1], engine
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listening.close()
+
+
+def spoken(port: int, *lines: bytes) -> bytes:
+    """The first that the server says to those header lines."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock, contextlib.suppress(OSError):
+        sock.sendall(b"\r\n".join((*lines, b"host: x", b"", b"")))
+        return sock.recv(65_536)
+    return b""
+
+
+def test_a_client_that_hangs_up_in_a_stream_is_noted_at_once(
+    served: tuple[int, NeverEnds], boot: str
+) -> None:
+    port, engine = served
+    (token,) = fresh(boot)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        sock.sendall(
+            b"GET /v1/x HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + token.encode() + b"\r\n\r\n"
+        )
+        assert b" 200 " in sock.recv(65_536)
+        assert noted(boot) == (Event(request_id(token), "started"),)
+        assert engine.reached == ["http"]
+    wait_for("it is noted", lambda: len(noted(boot)) == 2)
+    assert noted(boot)[1] == Event(request_id(token), "aborted", 1)
+
+
+@pytest.mark.parametrize(
+    "how", ["websocket", "twice", "1 MB", "in the query", "in lower case and upper case"]
+)
+def test_what_a_server_lets_through_the_check_does_not(
+    served: tuple[int, NeverEnds], boot: str, how: str
+) -> None:
+    port, engine = served
+    word = fresh(boot)[0].encode()
+    get, key = b"GET /v1/models HTTP/1.1", b"authorization: Bearer " + word
+    said = spoken(
+        port,
+        *{
+            "websocket": (
+                get,
+                b"connection: upgrade",
+                b"upgrade: websocket",
+                b"sec-websocket-version: 13",
+                b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==",
+            ),
+            "twice": (get, key, key),
+            "1 MB": (get, key + b"A" * 1_000_000),
+            "in the query": (b"GET /v1/models?token=" + word + b" HTTP/1.1",),
+            "in lower case and upper case": (get, key, key.replace(b"authorization", b"AUTHORIZATION")),
+        }[how],
+    )
+    assert b" 101 " not in said
+    assert b" 200 " not in said
+    assert (engine.reached, noted(boot)) == ([], ())

@@ -179,6 +179,33 @@ def test_after_a_restart_the_cap_counts_what_was_issued_before(boot: str) -> Non
     assert len(issuer.issue(1, 1.0 + LIFE_S)) == 1
 
 
+def test_after_a_restart_what_had_expired_does_not_count(boot: str) -> None:
+    """Else the stock of a quiet day, none of it spent, would stop the issuing for ten minutes."""
+    issuer, now = Issuer(boot, 0.0), 0.0
+    for _ in range(3):
+        issuer.issue(CAP // 2, now)
+        now += LIFE_S
+    last = issuer.issue(10, now)
+    issuer.close()
+    again = Issuer(boot, now)
+    assert again.outstanding(now) == 10
+    assert len(again.issue(CAP - 10, now)) == CAP - 10
+    gate = Gate(boot)
+    assert all(gate.take(token, now + 1.0) for token in last)
+
+
+def test_a_token_that_the_ring_has_been_round_still_counts_after_a_restart(boot: str, gate: Gate) -> None:
+    issuer = Issuer(boot, 0.0)
+    kept = issuer.issue(5, 0.0)
+    for _ in range(2 * SLOTS // 50_000 + 1):
+        assert all(gate.take(token, 1.0) for token in issuer.issue(50_000, 1.0))
+    issuer.close()
+    again = Issuer(boot, 2.0)
+    assert again.outstanding(2.0) == 5
+    again.issue(SLOTS // 2, 2.0)
+    assert all(gate.take(token, 3.0) for token in kept)
+
+
 def test_both_sides_give_a_request_the_same_name() -> None:
     for token in ("a", "token", "x" * TOKEN_CHARS):
         assert tokens.request_id(token) == instance_client.request_id(token)
@@ -228,6 +255,15 @@ def test_who_asks_too_late_is_told_that_events_are_missing(
     late, in_time = ring.after(2), ring.after(12)
     assert (late.seq, late.missed, len(late.events)) == (20, True, 8)
     assert (in_time.missed, len(in_time.events)) == (False, 8)
+
+
+def test_round_the_ring_events_stay_in_order(boot: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "RECORDS", 8)
+    ring = Events(boot)
+    for n in range(1, 30):
+        ring.write(A, events.FINISHED, n)
+        for seq in range(max(0, n - 8), n + 1):
+            assert [e.output_tokens for e in ring.after(seq).events] == list(range(seq + 1, n + 1))
 
 
 def test_requests_of_a_dead_model_server_have_failed(boot: str) -> None:

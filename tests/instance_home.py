@@ -1,0 +1,177 @@
+"""A home directory in which the real start script runs, with a stand-in for vLLM: no GPU, no cloud."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from profiles import Profile, get_profile
+from start_script import render
+from tests.waiting import wait_for
+
+MASTER = "master-token-of-a-test"
+MODEL = "vllm.entrypoints.openai.api_server"
+AUTH = "remote.auth_server"
+
+ENGINE = """
+import http.server, os, sys
+print("starting", flush=True)
+if os.path.exists("broken"):
+    sys.exit(3)
+print("path", *sys.path, flush=True)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"vllm:num_requests_running 1.0")
+    def log_message(self, *args):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", port), Answer)
+print("INFO:     Application startup complete.", flush=True)
+server.serve_forever()
+"""
+"""Ready at once; ends with 3 while there is a file "broken"."""
+
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if "core" not in sys.argv:
+    import subprocess
+    core = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "core"])
+    print("INFO:     Application startup complete.", flush=True)
+    print("core", core.pid, flush=True)
+while True:
+    time.sleep(60)
+"""
+"""Does not hear SIGTERM, nor does its own child, as little as an engine in the middle of a CUDA call."""
+
+
+def two_ports() -> tuple[int, int]:
+    """Two that nobody listens on."""
+    with socket.socket() as a, socket.socket() as b:
+        a.bind(("127.0.0.1", 0))
+        b.bind(("127.0.0.1", 0))
+        return a.getsockname()[1], b.getsockname()[1]
+
+
+class Machine:
+    """A rented machine, as the start script finds it. python: the directory of the image's python3."""
+
+    def __init__(self, path: Path, engine: str = ENGINE, python: Path | None = None) -> None:
+        """Nothing runs yet. engine: what the image has for vLLM."""
+        self.home = path / "home"
+        self.home.mkdir()
+        self.image = path / "image"
+        package = self.image / "vllm" / "entrypoints" / "openai"
+        package.mkdir(parents=True)
+        (package / "api_server.py").write_text(engine)
+        self.script = path / "onstart.sh"
+        self.log = path / "console.log"
+        self.auth_port, self.model_port = two_ports()
+        self.environ = {
+            "HOME": str(self.home),
+            "PATH": f"{python or Path(sys.executable).parent}:/usr/bin:/bin",
+            "PYTHONPATH": str(self.image),
+            "FLEET_BIND": "127.0.0.1",
+            "FLEET_PORT_3000": str(self.auth_port),
+            "FLEET_PORT_8000": str(self.model_port),
+        }
+        self.give(get_profile("vllm-13"))
+
+    @property
+    def fleet(self) -> Path:
+        """Where our files lie."""
+        return self.home / "fleet"
+
+    def give(self, profile: Profile) -> None:
+        """It was created with that profile."""
+        self.script.write_text(render(profile, MASTER))
+
+    @contextmanager
+    def running(self) -> Iterator["subprocess.Popen[bytes]"]:
+        """The container runs; afterwards it was killed and nothing of it is left."""
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                ["bash", str(self.script)], env=self.environ, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            wait_for("its children die with it", lambda: not self.all_processes())
+
+    def all_processes(self) -> list[tuple[int, str]]:
+        """(id, module) of each Python program that runs in that home."""
+        found = []
+        home = f"HOME={self.home}\0".encode()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environ = (entry / "environ").read_bytes()
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if home in environ and b"-m" in words:
+                    found.append((int(entry.name), words[words.index(b"-m") + 1].decode()))
+        return found
+
+    def processes(self) -> dict[str, int]:
+        """The process id of each module."""
+        return {module: pid for pid, module in self.all_processes()}
+
+    def kill(self, module: str) -> int:
+        """kill -9; the process id that it had."""
+        pid = self.processes()[module]
+        os.kill(pid, 9)
+        return pid
+
+    def model_log(self) -> str:
+        """Of the model server that runs, or ran last."""
+        path = self.fleet / "model.log"
+        return path.read_text() if path.exists() else ""
+
+    def is_ready(self) -> bool:
+        """As the autoscaler's log check sees it."""
+        return "Application startup complete." in self.model_log()
+
+    def wait_until_ready(self) -> None:
+        """The model server is."""
+        wait_for("ready", self.is_ready)
+
+    def wait_for_another(self, module: str, pid: int) -> None:
+        """Another process than that one runs the module."""
+        wait_for(f"another {module}", lambda: self.processes().get(module) not in (None, pid))
+
+    def ask(self, path: str, body: bytes | None = None) -> dict[str, Any] | None:
+        """What the auth_server says to the owner of the master token; None when it does not answer."""
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{self.auth_port}{path}",
+            data=body,
+            headers={"Authorization": f"Bearer {MASTER}"},
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=5) as reply:  # noqa: S310 our own port
+                said: dict[str, Any] = json.load(reply)
+                return said
+        except OSError:
+            return None
+
+    def tokens(self) -> dict[str, Any] | None:
+        """A batch of one token."""
+        return self.ask("/tokens", b'{"count": 1}')
+
+
+def ended_within(process: "subprocess.Popen[bytes]", limit_s: float) -> float:
+    """Seconds until it ended; raises subprocess.TimeoutExpired."""
+    begun = time.monotonic()
+    process.wait(timeout=limit_s)
+    return time.monotonic() - begun
