@@ -39,6 +39,7 @@ from typing import Any, Self
 
 from die_with_parent import dying_with_parent
 from errors import ConfigError
+from localcloud import processes
 from private_files import make_private_dir
 from profiles import get_profile
 
@@ -478,18 +479,10 @@ def _end_strays(state_dir: Path) -> list[str]:
 def _strays(state_dir: Path) -> dict[int, str]:
     """Processes whose home lies in the state directory, as an instance's does, by number."""
     found = {}
-    home = f"HOME={state_dir}/".encode()
-    for proc in Path("/proc").iterdir():
-        if not proc.name.isdigit():
-            continue
-        try:
-            if not any(entry.startswith(home) for entry in (proc / "environ").read_bytes().split(b"\0")):
-                continue
-            what = (proc / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:
-            continue  # it ended meanwhile, or is another user's
-        if what:  # a zombie has none: it has ended
-            found[int(proc.name)] = what[:60]
+    for pid in processes.living_in(state_dir):
+        program, *arguments = (part.decode(errors="replace") for part in processes.command_line(pid))
+        if program:  # else it has ended meanwhile
+            found[pid] = " ".join((Path(program).name, *arguments)).strip()[:80]
     return found
 
 

@@ -25,7 +25,7 @@ import http_face
 import private_files
 from command_line import Parser, within
 from errors import ConfigError
-from localcloud import faults
+from localcloud import faults, processes
 from localcloud.api import create_app
 from localcloud.market import MACHINES, Machine, machines_from
 from localcloud.model import Cloud
@@ -35,7 +35,10 @@ log = logging.getLogger("localcloud")
 
 ENGINES = ("paced",)
 THREADS = 16
-"""Calls at once: each that a fault has hang takes one."""
+"""Calls at once: each that a fault has hang takes one, until its caller gives up."""
+
+LOCK_WAIT_S = 2.0
+"""For what a cloud that was killed has left in the same directory to be ended."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,11 +119,20 @@ def main(argv: list[str] | None = None) -> None:
     root = private_files.make_private_dir(args.root or private_files.default_state_dir("localcloud"))
     key = os.environ.get("LOCALCLOUD_API_KEY") or private_files.load_or_make_key(root / "api.key")
     sock = http_face.bind_socket(args.host, args.port)
+    locked = processes.lock(root / "lock", LOCK_WAIT_S)
+    if locked is None:
+        raise ConfigError(f"--root {root}: another local cloud has its instances there")
+    warden = processes.Warden(root.resolve() / "instances", locked)
     world = World(cloud, root.resolve(), args.engine)
     # Waitress, not our own event loop: a call that a fault has hang keeps a thread, and the others go on.
     logging.getLogger("waitress").setLevel(logging.ERROR)
     server = create_server(
-        create_app(world, key), sockets=[sock], threads=THREADS, connection_limit=1000, ident=None
+        create_app(world, key),
+        sockets=[sock],
+        threads=THREADS,
+        connection_limit=1000,
+        channel_request_lookahead=1,  # a call that hangs learns that its caller has hung up
+        ident=None,
     )
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -135,8 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{'LOCALCLOUD_API_KEY' if 'LOCALCLOUD_API_KEY' in os.environ else root / 'api.key'}",
         flush=True,
     )
-    world.start()
     try:
+        world.start()
         server.run()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -144,6 +156,9 @@ def main(argv: list[str] | None = None) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         world.stop()
         server.close()
+        warden.close()
+    if world.failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

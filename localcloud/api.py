@@ -12,9 +12,11 @@ import html
 import json
 import logging
 import secrets
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
@@ -31,7 +33,10 @@ PAGE_ROWS = 25
 """The most that one page of the listing holds (vast-contract 2.3)."""
 
 HANG_S = 300.0
-"""How long a call that is never answered is kept."""
+"""How long a call that is never answered is kept, unless its caller hangs up."""
+
+HUNG_UP_CHECK_S = 0.25
+"""A call that hangs looks so often whether its caller is still there."""
 
 UPLOAD_S = 0.4
 """From asking for a log to its being there, on the wall clock: the host uploads it meanwhile."""
@@ -40,9 +45,31 @@ MIN_DISK_GB = 8.0
 MAX_ONSTART = 16_384
 MAX_LABEL = 256
 
-# Seconds between two calls (vast-contract 1.3), per kind of call; the penalty is for a create too soon.
-THRESHOLDS = {"list": 1.0, "show": 2.0, "search": 6.0, "create": 4.5, "change": 1.0, "destroy": 3.0}
+# Seconds between two calls of an endpoint (vast-contract 1.3), by its view; the others have no limit.
+THRESHOLDS: Mapping[str, float] = MappingProxyType(
+    {
+        "instances": 1.0,
+        "show": 2.0,
+        "bundles": 6.0,
+        "search_asks": 6.0,
+        "create": 4.5,
+        "put_instance": 1.0,
+        "put_instances": 1.0,
+        "destroy": 3.0,
+        "destroy_many": 3.0,
+        "bid_price": 5.5,
+        "command": 1.5,
+        "reboot": 1.0,
+        "recycle": 1.0,
+        "attach": 1.0,
+        "add_ssh_key": 1.0,
+    }
+)
 CREATE_PENALTY_S = 12.0
+"""For a create too soon."""
+
+COMPUTED = frozenset({"dph_total", "num_gpus"})
+"""Columns that the listing cannot be filtered by (vast-contract 2.3)."""
 
 View = Callable[..., Any]
 
@@ -55,19 +82,19 @@ class Later:
 
 
 class _Pace:
-    """When each kind of call was last made. Times are the caller's."""
+    """When each endpoint may be called again. Times are the caller's."""
 
     def __init__(self, speedup: float) -> None:
         self._speedup = speedup
         self._not_before: dict[str, float] = {}
 
-    def too_soon(self, kind: str, now: float) -> bool:
-        threshold = THRESHOLDS.get(kind)
+    def too_soon(self, view: str, now: float) -> bool:
+        threshold = THRESHOLDS.get(view)
         if threshold is None:
             return False
-        early = now < self._not_before.get(kind, 0.0)
-        wait_s = CREATE_PENALTY_S if early and kind == "create" else threshold
-        self._not_before[kind] = now + wait_s / self._speedup
+        early = now < self._not_before.get(view, 0.0)
+        wait_s = CREATE_PENALTY_S if early and view == "create" else threshold
+        self._not_before[view] = now + wait_s / self._speedup
         return early
 
 
@@ -92,7 +119,10 @@ def create_app(world: World, api_key: str) -> Flask:
         return hmac.compare_digest(header.encode(), f"Bearer {api_key}".encode())
 
     def hang() -> tuple[Response, int]:
-        world.stopping.wait(HANG_S)
+        hung_up = request.environ.get("waitress.client_disconnected", lambda: False)
+        limit = time.monotonic() + HANG_S
+        while not (world.stopping.wait(HUNG_UP_CHECK_S) or hung_up() or time.monotonic() > limit):
+            pass
         return _no(504, "timeout", "the local cloud had this call hang")
 
     def broken(kind: str, when: str) -> Any | None:
@@ -118,8 +148,9 @@ def create_app(world: World, api_key: str) -> Flask:
                 if not knows_key():
                     return _no(401, "auth_error", "Invalid user key")
                 with world.lock:
-                    limited = cloud.faults.strikes("rate-limits", world.clock()) is not None
-                    if limited and pace.too_soon(kind, world.clock()):
+                    now = world.clock()
+                    early = cloud.faults.any_on("rate-limits") and pace.too_soon(view.__name__, now)
+                    if early and cloud.faults.strikes("rate-limits", now) is not None:
                         return _too_many()
                 if (answer := broken(kind, "before")) is not None:
                     return answer
@@ -143,7 +174,10 @@ def create_app(world: World, api_key: str) -> Flask:
 
     def told() -> dict[str, Any]:
         """The body, an object; raises Refused."""
-        said = request.get_json(force=True, silent=True)
+        try:
+            said = request.get_json(force=True, silent=True)
+        except RecursionError:
+            said = None
         if not isinstance(said, dict):
             raise Refused(400, "invalid_args", "error 400/3467: Invalid args: wanted a JSON object")
         return said
@@ -157,6 +191,7 @@ def create_app(world: World, api_key: str) -> Flask:
     @app.get("/api/v0/users/current", strict_slashes=False)
     @api("account")
     def user() -> Response:
+        cloud.advance(world.clock())
         credit = cloud.credit(world.clock())
         keys = [key for key, _ in cloud.ssh_keys.values()]
         return jsonify(
@@ -261,6 +296,7 @@ def create_app(world: World, api_key: str) -> Flask:
     @api("list")
     def filters() -> Response:
         now = world.clock()
+        cloud.advance(now)
         rows = [cloud.row(r, now) for r in cloud.rentals.values()]
         return jsonify(
             filters=[{k: row[k] for k in ("actual_status", "verification", "gpu_name")} for row in rows]
@@ -363,8 +399,7 @@ def create_app(world: World, api_key: str) -> Flask:
         history = list(found.history)
         daemon = str(said.get("daemon_logs", "")).lower() == "true"
         words = str(said.get("filter") or "")
-        tail = str(said.get("tail") or "1000")
-        most = int(tail) if tail.isdigit() else 1000
+        most = max(0, _number(said.get("tail"), 1000))
 
         def find() -> str:
             lines = history if daemon else world.console(instance_id).splitlines()
@@ -388,7 +423,7 @@ def create_app(world: World, api_key: str) -> Flask:
         text = world.uploaded(name)
         if text is None:
             return Response("not there yet", 403, mimetype="text/plain")
-        return Response(text, 200, mimetype="text/plain")
+        return Response(text.encode(errors="replace"), 200, mimetype="text/plain")
 
     # -- our own ------------------------------------------------------------------------------------
 
@@ -450,7 +485,8 @@ def create_app(world: World, api_key: str) -> Flask:
 
     @app.get("/")
     def page() -> Response:
-        return Response(_page_html(world.status()), mimetype="text/html")
+        # A renter may have written half a character, which has no bytes.
+        return Response(_page_html(world.status()).encode(errors="replace"), mimetype="text/html")
 
     return app
 
@@ -470,9 +506,17 @@ def _ssh_key(said: Mapping[str, Any]) -> str:
 
 
 def _ids(said: object, name: str) -> list[int]:
-    if not isinstance(said, list) or not all(isinstance(i, int) for i in said):
+    if not isinstance(said, list) or not all(type(i) is int for i in said):
         raise _bad(f"{name}: wanted a list of numbers")
     return said
+
+
+def _number(said: object, default: int) -> int:
+    """A number that travels as text; the default for what is none, as the service is lenient there."""
+    try:
+        return int(str(said))
+    except ValueError:
+        return default
 
 
 def _price(price: object) -> float | None:
@@ -524,12 +568,14 @@ def _page(rows: list[dict[str, Any]], total: int, args: Mapping[str, str]) -> di
     def parsed(name: str, default: Any) -> Any:
         try:
             return json.loads(args[name]) if name in args else default
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadQuery(f"{name}: wanted JSON") from None
 
     filters = parsed("select_filters", {})
     if not isinstance(filters, dict):
         raise BadQuery("select_filters: wanted an object")
+    for name in COMPUTED & filters.keys():
+        raise BadQuery(f"select_filters: {name} is computed and cannot be filtered by")
     labels: dict[str, int] = {}
     for row in rows:
         label = str(row["label"] or "")
@@ -538,37 +584,41 @@ def _page(rows: list[dict[str, Any]], total: int, args: Mapping[str, str]) -> di
     order = parsed("order_by", [])
     if not isinstance(order, list) or not all(isinstance(o, dict) and "col" in o for o in order):
         raise BadQuery("order_by: wanted a list of {col, dir}")
-    found = in_order(found, [(str(o["col"]), o.get("dir") == "desc") for o in order])
-    limit = args.get("limit", str(PAGE_ROWS))
-    most = int(limit) if limit.lstrip("-").isdigit() else PAGE_ROWS
-    most = 5 if most <= 0 else min(most, PAGE_ROWS)
-    begin = _position(args.get("after_token"))
+    columns = parsed("select_cols", ["*"])
+    if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns):
+        raise BadQuery("select_cols: wanted a list of names")
+    ordered = [(str(o["col"]), o.get("dir") == "desc") for o in order]
+    found = in_order(found, ordered)
+    limit = _number(args.get("limit"), PAGE_ROWS)
+    most = 5 if limit <= 0 else min(limit, PAGE_ROWS)
+    begin = _after(found, ordered, args.get("after_token"))
     page = found[begin : begin + most]
-    columns = parsed("select_cols", None)
-    if isinstance(columns, list) and columns and "*" not in columns:
+    token = None
+    if begin + most < len(found):
+        last = {name: page[-1].get(name) for name in ("id", *(name for name, _ in ordered))}
+        token = base64.b64encode(json.dumps({"values": last}).encode()).decode()
+    if columns and "*" not in columns:
         page = [{k: v for k, v in row.items() if k in {"id", *columns}} for row in page]
-    more = begin + most < len(found)
-    token = base64.b64encode(json.dumps({"values": {"position": begin + most}}).encode()).decode()
     return {
         "success": True,
         "instances_found": len(found),
         "total_instances": total,
         "label_counts": labels,
-        "next_token": token if more else None,
+        "next_token": token,
         "instances": page,
     }
 
 
-def _position(token: str | None) -> int:
+def _after(rows: list[dict[str, Any]], order: list[tuple[str, bool]], token: str | None) -> int:
+    """Where the page begins: after the row in the token, or its place if it has gone meanwhile."""
     if not token:
         return 0
     try:
-        position = json.loads(base64.b64decode(token, validate=True))["values"]["position"]
-    except (binascii.Error, ValueError, KeyError, TypeError):
-        position = None
-    if not isinstance(position, int) or position < 0:
-        raise Refused(400, "invalid_token", "after_token is not one of ours")
-    return position
+        last = json.loads(base64.b64decode(token, validate=True))["values"]
+        # Equal rows stay as they are, so it comes right behind itself.
+        return next(at for at, row in enumerate(in_order([*rows, last], order)) if row is last)
+    except (binascii.Error, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise Refused(400, "invalid_token", "after_token is not one of ours") from None
 
 
 def _page_html(status: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ class Param:
             return self._text(fault, name, value)
         try:
             number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not self.least <= number <= self.most:
             raise BadFault(

@@ -396,7 +396,7 @@ def _comparable(value: Any, name: str, operand: object) -> tuple[Any, Any]:
     if isinstance(value, int | float):
         try:
             number = float(operand)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise BadQuery(f"{name}: wanted a number, got {operand!r:.60}") from None
         if math.isnan(number):
             raise BadQuery(f"{name}: not a number")

@@ -127,6 +127,7 @@ TRANSITIONS: Mapping[Phase, Mapping[Phase, str]] = MappingProxyType(
         },
         P.STOPPING: {
             P.STOPPED: "its processes are gone",
+            P.OUTBID: "somebody bids more, and it was started again meanwhile",
         },
         P.STOPPED: {
             P.SCHEDULING: "started by its owner",

@@ -8,9 +8,12 @@ they run is a process of the instance: its home, its user, nothing of the enviro
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,6 +31,12 @@ OUTPUT_LIMIT = 2**20
 
 SESSION_S = 120.0
 """A connection is closed after so long, whatever it does."""
+
+HELD = 64
+"""Connections that are accepted and told nothing; the oldest gives way, or files would run out."""
+
+ACCEPT_PAUSE_S = 0.1
+"""Before accepting again when the process has no file left."""
 
 OK, HANG, REFUSE = "ok", "hang", "refuse"
 
@@ -50,7 +59,7 @@ class SshServer:
         self._environ = {**environ, "HOME": str(home)}
         self._lock = threading.Lock()
         self._mode = OK
-        self._held: list[socket.socket] = []
+        self._held: deque[socket.socket] = deque()
         self._transports: set[paramiko.Transport] = set()
         self._closed = False
         self._sock: socket.socket | None = None
@@ -63,7 +72,7 @@ class SshServer:
             was, self._mode = self._mode, mode
             if self._closed or was == mode:
                 return
-            held, self._held = self._held, []
+            held, self._held = self._held, deque()
         for sock in held:
             sock.close()
         if mode == REFUSE:
@@ -79,7 +88,7 @@ class SshServer:
         with self._lock:
             self._closed = True
             transports, held = list(self._transports), self._held
-            self._held = []
+            self._held = deque()
         self._stop_listening()
         for sock in held:
             sock.close()
@@ -102,13 +111,18 @@ class SshServer:
             try:
                 connection, _ = sock.accept()
             except OSError:
-                return
+                if self._sock is not sock:  # closed
+                    return
+                time.sleep(ACCEPT_PAUSE_S)
+                continue
             with self._lock:
                 if self._closed:
                     connection.close()
                     return
                 if self._mode == HANG:
                     self._held.append(connection)
+                    if len(self._held) > HELD:
+                        self._held.popleft().close()
                     continue
             threading.Thread(target=self._talk, args=(connection,), name="ssh session", daemon=True).start()
 
@@ -118,7 +132,7 @@ class SshServer:
             self._transports.add(transport)
         try:
             transport.add_server_key(self._host_key)
-            transport.start_server(server=_Session(self._authorized_keys(), self._home, self._environ))
+            transport.start_server(server=_Session(self._authorized_keys(), self._run))
             transport.join(SESSION_S)
         except (paramiko.SSHException, EOFError, OSError) as e:
             log.debug("ssh session: %s", e)
@@ -127,14 +141,46 @@ class SshServer:
             with self._lock:
                 self._transports.discard(transport)
 
+    def _run(self, channel: paramiko.Channel, line: bytes) -> None:
+        """Run the command; what it says and its status go through the channel."""
+        try:
+            command = _Command(line, self._home, self._environ)
+        except (OSError, ValueError) as e:
+            log.debug("ssh command: %s", e)
+            channel.close()
+            return
+        timer = threading.Timer(COMMAND_TIMEOUT_S, command.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            if self._closed:  # if not yet, the end of the instance finds it by its home
+                command.kill()
+            left = OUTPUT_LIMIT
+            while left > 0 and (chunk := command.output(min(left, 65_536))):
+                channel.sendall(chunk)
+                left -= len(chunk)
+            if left == 0:
+                command.kill()
+            channel.send_exit_status(command.wait())
+            # Not close: that could overtake paramiko's own "yes, it runs", and the client hangs up anyway.
+            channel.shutdown_write()
+        except (OSError, EOFError, paramiko.SSHException) as e:
+            log.debug("ssh command: %s", e)
+            command.kill()  # nobody listens any more
+        finally:
+            command.wait()
+            timer.cancel()
+            command.close()
+
 
 class _Session(paramiko.ServerInterface):
     """One connection."""
 
-    def __init__(self, authorized_keys: tuple[str, ...], home: Path, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, authorized_keys: tuple[str, ...], run: Callable[[paramiko.Channel, bytes], None]
+    ) -> None:
         self._keys = {tuple(line.split()[:2]) for line in authorized_keys}
-        self._home = home
-        self._environ = environ
+        self._run = run
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         good = username == "root" and (key.get_name(), key.get_base64()) in self._keys
@@ -152,42 +198,48 @@ class _Session(paramiko.ServerInterface):
         threading.Thread(target=self._run, args=(channel, command), name="ssh command", daemon=True).start()
         return True
 
-    def _run(self, channel: paramiko.Channel, command: bytes) -> None:
-        process = subprocess.Popen(
+
+class _Command:
+    """A command that runs in a session of its own, and can be ended with all that it started there."""
+
+    def __init__(self, command: bytes, home: Path, environ: Mapping[str, str]) -> None:
+        """Raises OSError when there is no home any more."""
+        self._process = subprocess.Popen(
             ["/bin/bash", "-c", command],
-            cwd=self._home,
-            env=self._environ,
+            cwd=home,
+            env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            process_group=0,
+            start_new_session=True,
         )
-        timer = threading.Timer(COMMAND_TIMEOUT_S, _kill, (process,))
-        timer.start()
-        try:
-            assert process.stdout is not None  # noqa: S101 it was asked for above
-            left = OUTPUT_LIMIT
-            while left > 0 and (chunk := process.stdout.read1(min(left, 65_536))):  # type: ignore[attr-defined]
-                channel.sendall(chunk)
-                left -= len(chunk)
-            if left == 0:
-                _kill(process)
-            channel.send_exit_status(process.wait() & 0xFF)
-            # Not close: that could overtake paramiko's own "yes, it runs", and the client hangs up anyway.
-            channel.shutdown_write()
-        except (OSError, EOFError, paramiko.SSHException) as e:
-            log.debug("ssh command: %s", e)
-        finally:
-            timer.cancel()
-            _kill(process)
-            process.stdout.close()  # type: ignore[union-attr]
-            process.wait()
+        self._lock = threading.Lock()
+        self._reaped = False
 
+    def kill(self) -> None:
+        """End it, and what it started. Any thread."""
+        with self._lock:
+            if not self._reaped:  # until then the number of its group cannot be another's
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+    def output(self, most: int) -> bytes:
+        """What it says next; empty when it and what it started in the background say no more."""
+        assert self._process.stdout is not None  # noqa: S101 it was asked for above
+        return self._process.stdout.read1(most)  # type: ignore[attr-defined, no-any-return]
+
+    def wait(self) -> int:
+        """Its status as a shell gives it, once it has ended."""
+        if not self._reaped:
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        with self._lock:
+            self._reaped = True
+            status = self._process.wait()
+        return 128 - status if status < 0 else status
+
+    def close(self) -> None:
+        """Take no more output of it."""
+        self._process.stdout.close()  # type: ignore[union-attr]
 
 
 def listen_on(port: int) -> socket.socket:

@@ -10,7 +10,7 @@ a `kick` from the face. An instance is a directory and a session of processes:
     ROOT/instances/<id>/machine.json  what the stand-in for vLLM must know of the machine
 
 No process outlives the local cloud: the kernel kills a start script with the thread that started it, and that
-is this one, which ends last.
+is this one, which ends last; what the script started is ended by the warden (processes.py).
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from die_with_parent import dying_with_parent
+from localcloud import processes
 from localcloud.model import (
     Authorize,
     Boot,
@@ -67,9 +68,6 @@ UPLOADS = 64
 LONGEST_SLEEP_S = 3600.0
 """A poll takes no longer times than some weeks."""
 
-GONE_S = 5.0
-"""How long killed processes may take to be gone."""
-
 MODEL_SERVER = b"vllm.entrypoints.openai.api_server"
 """In the command line of a model server."""
 
@@ -95,6 +93,11 @@ class Host:
         return self.path / "home"
 
     @property
+    def session(self) -> int | None:
+        """The session of its start script, while that runs."""
+        return None if self.process is None else self.process.pid
+
+    @property
     def console(self) -> Path:
         """What its start script prints."""
         return self.path / "console.log"
@@ -113,6 +116,7 @@ class World:
         self.clock = clock
         self.lock = threading.Lock()
         self.stopping = threading.Event()
+        self.failed = False
         self._hosts: dict[int, Host] = {}
         self._uploads: OrderedDict[str, tuple[float, str]] = OrderedDict()
         self._ports = random.SystemRandom()
@@ -166,13 +170,17 @@ class World:
         return text if self.clock() >= ready_at else None
 
     def command(self, instance_id: int, command: str) -> str:
-        """What `ls`, `rm` or `du` say inside its disk (vast-contract 2.8)."""
-        home = self.root / "instances" / str(instance_id) / "home"
+        """What `ls`, `rm` or `du` say inside its disk (vast-contract 2.8), and nowhere else."""
+        home = (self.root / "instances" / str(instance_id) / "home").resolve()
         try:
             words = shlex.split(command)
+            for word in words[1:]:
+                if not word.startswith("-") and not (home / word).resolve().is_relative_to(home):
+                    return f"{words[0]}: {word}: not on this instance's disk"
             ran = subprocess.run(
                 words,
                 cwd=home,
+                env={"PATH": _PATH, "HOME": str(home)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -180,16 +188,20 @@ class World:
                 check=False,
             )
             return ran.stdout[:LOG_LIMIT].decode(errors="replace")
-        except (OSError, ValueError, subprocess.TimeoutExpired) as e:
+        # RuntimeError: links that lead in a circle.
+        except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as e:
             return f"{type(e).__name__}: {e}"
 
     def processes(self) -> dict[int, list[int]]:
         """Process ids by instance, of those that run now."""
-        sessions = {h.process.pid: h.id for h in list(self._hosts.values()) if h.process is not None}
+        hosts = list(self._hosts.values())
+        sessions = {h.session: h.id for h in hosts if h.session is not None}
+        homes = {str(h.home): h.id for h in hosts}
         found: dict[int, list[int]] = {}
-        for pid, session in _sessions():
-            if session in sessions:
-                found.setdefault(sessions[session], []).append(pid)
+        for pid, session in processes.living():
+            instance_id = sessions.get(session) or homes.get(processes.home_of(pid))
+            if instance_id is not None:
+                found.setdefault(instance_id, []).append(pid)
         return found
 
     # -- the thread -------------------------------------------------------------------------------
@@ -210,6 +222,10 @@ class World:
                 with self.lock:
                     at = self.cloud.next_event(self.clock())
                 self._sleep(LONGEST_SLEEP_S if at is None else at - self.clock())
+        except Exception:
+            log.exception("the local cloud cannot go on")
+            self.failed = True
+            os.kill(os.getpid(), signal.SIGTERM)  # a face without a world would tell lies
         finally:
             for host in self._hosts.values():
                 self._end(host)
@@ -226,12 +242,16 @@ class World:
         """The start script of that instance has ended. A container goes on, unless it was killed."""
         if host.process is None:
             return
-        status = self._forget_process(host)
+        session, status = host.session, self._forget_process(host)
         log.info("instance %d: its start script ended with status %s", host.id, status)
         if status < 0:
-            self._end(host)
-            with self.lock:
-                self.cloud.crashed(host.id, host.boot, self.clock())
+            processes.end_all(host.path, session)
+            self._crash(host)
+
+    def _crash(self, host: Host) -> None:
+        self._end(host)
+        with self.lock:
+            self.cloud.crashed(host.id, host.boot, self.clock())
 
     def _forget_process(self, host: Host) -> int:
         assert host.process is not None  # noqa: S101 asked by the callers
@@ -239,10 +259,8 @@ class World:
             if key.data is host:
                 self._selector.unregister(key.fileobj)
                 os.close(key.fd)
-        session, status = host.process.pid, host.process.wait()
+        status = host.process.wait()
         host.process = None
-        if status < 0:
-            _kill_session(session)
         return status
 
     def _do(self, effect: Effect) -> None:
@@ -412,19 +430,18 @@ class World:
         }
 
     def _signal(self, host: Host, number: int) -> None:
-        if host.process is not None:
-            _signal_session(host.process.pid, number)
+        processes.signal_all(host.path, number, host.session)
 
     def _kill(self, host: Host, part: str) -> None:
-        if host.process is None:
-            return
-        if part == "all":
-            _signal_session(host.process.pid, signal.SIGKILL)  # its end is seen as any other
-        else:
-            for pid, session in _sessions():
-                if session == host.process.pid and MODEL_SERVER in _command_line(pid):
+        if part == "model":
+            for pid in processes.living_in(host.path, host.session):
+                if MODEL_SERVER in processes.command_line(pid):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+        elif host.process is None:  # its start script ended by itself: nobody will see it die
+            self._crash(host)
+        else:
+            self._signal(host, signal.SIGKILL)  # its end is seen as any other
 
     def _end(self, host: Host) -> None:
         """No process of it and no socket is left."""
@@ -434,9 +451,8 @@ class World:
         for sock in host.decoys:
             sock.close()
         host.decoys.clear()
+        processes.end_all(host.path, host.session)
         if host.process is not None:
-            session = host.process.pid
-            _kill_session(session)
             self._forget_process(host)
         host.frozen = False
 
@@ -452,40 +468,3 @@ class World:
 
 _PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Our own Python first: it is the image's."""
-
-
-def _sessions() -> Iterator[tuple[int, int]]:
-    """(process, session) of every living process."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                with open(f"/proc/{entry.name}/stat", "rb") as f:
-                    fields = f.read().rpartition(b")")[2].split()
-                if fields[0] not in (b"Z", b"X"):
-                    yield int(entry.name), int(fields[3])
-
-
-def _command_line(pid: int) -> bytes:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as f:
-            return f.read()
-    except OSError:
-        return b""
-
-
-def _signal_session(session: int, number: int) -> int:
-    """That signal to every process of the session; how many there were."""
-    found = 0
-    for pid, of in _sessions():
-        if of == session:
-            found += 1
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-    return found
-
-
-def _kill_session(session: int) -> None:
-    """No process of the session is left, or GONE_S are over."""
-    limit = time.monotonic() + GONE_S
-    while _signal_session(session, signal.SIGKILL) and time.monotonic() < limit:
-        time.sleep(0.005)

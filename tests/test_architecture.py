@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "steady_clock",
     },
     "report": set(),
-    "local_stack": {"die_with_parent", "errors", "private_files", "profiles"},
+    "local_stack": {"die_with_parent", "errors", "localcloud", "private_files", "profiles"},
     "driver": {"errors", "instance_client", "profiles", "report"},
     "sim": {
         "command_line",

@@ -1,5 +1,6 @@
 """The local cloud's face: the service's routes and words as the CLI needs them, and faults of calls."""
 
+import base64
 import json
 import logging
 from collections.abc import Iterator
@@ -168,6 +169,20 @@ def test_the_listing_comes_in_pages_of_25(face: Face) -> None:
     assert face.ask("GET", "/api/v1/instances/?after_token=x").get_json()["error"] == "invalid_token"
 
 
+@pytest.mark.parametrize("direction", ["asc", "desc"])
+def test_a_page_begins_where_the_last_one_ended_whatever_has_gone_meanwhile(
+    face: Face, direction: str
+) -> None:
+    many = [face.rent(offer=m.machine_id * 100 + s, disk=8.0) for m in MACHINES[:8] for s in range(4)]
+    many = many if direction == "asc" else many[::-1]
+    query = "?order_by=" + quote(f'[{{"col":"id","dir":"{direction}"}}]')
+    token = face.listing(query)["next_token"]
+    for gone in (many[3], many[24], many[30]):
+        face.ask("DELETE", f"/api/v0/instances/{gone}/", {})
+    second = face.listing(f"{query}&after_token={quote(token)}")
+    assert [r["id"] for r in second["instances"]] == [*many[25:30], many[31]]
+
+
 def test_the_listing_is_filtered_and_cut_as_asked(face: Face) -> None:
     face.rent(label="a")
     other = face.rent(offer=OFFER + 1, label=None)
@@ -175,7 +190,8 @@ def test_the_listing_is_filtered_and_cut_as_asked(face: Face) -> None:
         "?select_filters=" + quote('{"label":{"in":[""]}}') + "&select_cols=" + quote('["label"]')
     )
     assert unlabelled["instances"] == [{"id": other, "label": None}]
-    assert face.ask("GET", "/api/v1/instances/?select_filters=x").status_code == 400
+    for odd in ("x", '{"dph_total":{"lt":1}}', '{"label":1}'):
+        assert face.ask("GET", "/api/v1/instances/?select_filters=" + quote(odd)).status_code == 400
 
 
 def test_the_old_listing_is_retired(face: Face) -> None:
@@ -235,6 +251,60 @@ def test_a_body_that_is_no_object_is_never_a_crash(face: Face, method: str, path
     assert 400 <= reply.status_code < 500
 
 
+ODD_BODIES = [
+    b"[" * 60_000,
+    b"\xff",
+    b"9" * 5_000,
+    *(
+        json.dumps({field: value}).encode()
+        for field in ("num_gpus", "allocated_storage", "disk", "price", "label", "tail", "ids", "command")
+        for value in (
+            10**400,
+            {"eq": 10**400},
+            {"in": [10**400]},
+            {"eq": [1]},
+            float("inf"),
+            "\ud800",
+            "\u00b2",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [r for r in ROUTES if r[0] != "GET" and not r[1].endswith("1/ssh/")]
+)
+def test_nothing_that_a_body_can_say_is_a_crash(face: Face, method: str, path: str) -> None:
+    path = path.replace("/1/", f"/{face.rent()}/")
+    for body in ODD_BODIES:
+        reply = face.client.open(path, method=method, data=body, headers=AUTH)
+        assert reply.status_code < 500, (body[:60], reply.text)
+    assert face.client.get("/").status_code == 200
+
+
+@pytest.mark.parametrize("field", ["limit", "after_token", "select_filters", "order_by", "select_cols"])
+def test_nothing_that_a_query_can_say_is_a_crash(face: Face, field: str) -> None:
+    face.rent()
+
+    def token(values: Any) -> str:
+        return base64.b64encode(json.dumps({"values": values}).encode()).decode()
+
+    odd: tuple[Any, ...] = (5, [], "abc", {"id": None}, {"id": float("inf")}, {"id": [1]})
+    tokens = [token(values) for values in odd]
+    for said in (
+        *("\u00b2", "--5", "9" * 5_000, "[" * 30_000, "null", '"x"', "[1]", "[{}]", '[{"col":{}}]'),
+        *('{"label":5}', '{"label":{"in":[{}]}}', '{"ports":{"gt":"x"}}', '{"start_date":{"gt":"x"}}'),
+        *tokens,
+    ):
+        reply = face.ask("GET", f"/api/v1/instances/?{field}={quote(said)}")
+        assert reply.status_code < 500, (said[:60], reply.text)
+
+
+def test_a_label_with_half_a_character_is_shown(face: Face) -> None:
+    face.rent(label="half \ud800")
+    assert "half ?" in face.client.get("/").text
+
+
 def test_state_label_and_reboot_are_changed_by_put(face: Face) -> None:
     instance_id = face.rent()
     url = f"/api/v0/instances/{instance_id}/"
@@ -283,12 +353,34 @@ def test_only_three_commands_can_be_executed(face: Face) -> None:
         assert face.ask("PUT", url, {"command": command}).status_code == 400
 
 
+@pytest.mark.parametrize("path", ["{outside}", "../../../kept", "link", "-- ../../../kept"])
+def test_a_command_reaches_no_file_but_those_of_its_instance(face: Face, path: str) -> None:
+    instance_id = face.rent()
+    home = face.world.root / "instances" / str(instance_id) / "home"
+    home.mkdir(parents=True)
+    kept = face.world.root / "kept"
+    kept.mkdir()
+    (home / "link").symlink_to(kept)
+    (home / "mine").touch()
+    path = path.format(outside=kept)
+    assert "not on this instance's disk" in face.world.command(instance_id, f"rm -rf {path}")
+    assert kept.exists()
+    assert face.world.command(instance_id, "rm mine") == ""
+    assert not (home / "mine").exists()
+
+
 def test_the_account_knows_its_keys_and_dollars(face: Face) -> None:
     key = "ssh-ed25519 AAAA me"
     assert face.ask("POST", "/api/v0/ssh/", {"ssh_key": key}).get_json()["success"] is True
     assert [k["public_key"] for k in face.ask("GET", "/api/v0/ssh/").get_json()] == [key]
     assert face.ask("GET", "/api/v0/users/current").get_json()["credit"] == 100.0
     assert face.ask("POST", "/api/v0/ssh/", {"ssh_key": "no-key"}).status_code == 400
+
+
+def test_the_credit_shown_is_that_of_now(face: Face) -> None:
+    face.rent()
+    face.now += 3600.0
+    assert face.ask("GET", "/api/v0/users/current").get_json()["credit"] < 100.0
 
 
 # -- faults of calls -----------------------------------------------------------------------------------
@@ -349,6 +441,21 @@ def test_a_call_that_hangs_is_kept_until_the_cloud_ends(face: Face, fault: str, 
     assert face.ask("GET", path).status_code == 200
 
 
+def test_a_limit_is_of_one_endpoint_and_strikes_only_who_is_too_fast(face: Face) -> None:
+    instance_id = face.rent()
+    face.fault("rate-limits", count=2)
+    url = f"/api/v0/instances/{instance_id}/"
+    asks: list[tuple[str, str, Any]] = [
+        ("GET", "/api/v1/instances/", None),
+        ("GET", "/api/v0/instances/filters/", None),
+        ("GET", url, None),
+        ("PUT", url, {"label": "b"}),
+        ("PUT", f"/api/v0/instances/bid_price/{instance_id}/", {"price": 0.3}),
+    ]
+    assert [face.ask(*ask).status_code for ask in asks] == [200, 200, 200, 200, 400]
+    assert [face.ask(*ask).status_code for ask in asks] == [429, 200, 429, 200, 400], "count is 2"
+
+
 def test_calls_faster_than_the_service_allows_are_refused(face: Face) -> None:
     face.fault("rate-limits")
     assert [face.ask("GET", "/api/v1/instances/").status_code for _ in range(2)] == [200, 429]
@@ -368,6 +475,9 @@ def test_a_log_is_never_uploaded(face: Face) -> None:
     asked = face.ask("PUT", f"/api/v0/instances/request_logs/{instance_id}/", {})
     face.now += 3600.0
     assert face.client.get(asked.get_json()["result_url"].removeprefix("http://localhost")).status_code == 403
+    asked = face.ask("PUT", f"/api/v0/instances/request_logs/{instance_id}/", {})
+    face.now += 1.0
+    assert face.client.get(asked.get_json()["result_url"].removeprefix("http://localhost")).status_code == 200
 
 
 @pytest.mark.parametrize(

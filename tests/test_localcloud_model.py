@@ -186,12 +186,13 @@ def test_a_crash_is_shown_and_a_start_boots_it_again() -> None:
     assert world.phase(rental) is Phase.RUNNING
 
 
-def test_a_boot_that_fails_is_the_hosts_error_and_is_tried_again() -> None:
+def test_a_boot_that_fails_is_the_hosts_error_and_it_stays_created() -> None:
     world = World()
     world.boots_work = False
     rental = world.rent()
     world.after(UP_S)
     assert world.row(rental)["status_msg"] == "Error response from daemon: no bash"
+    assert world.after(1000.0).row(rental)["actual_status"] == "created"
 
 
 def test_a_boot_that_nobody_waits_for_any_more_changes_nothing() -> None:
@@ -357,6 +358,20 @@ def test_a_changed_bid_loses_or_wins_the_slot() -> None:
     rental = on_demand.rent()
     with pytest.raises(Refused, match="not interruptible"):
         on_demand.cloud.change_bid(rental, 0.5, 0.0)
+
+
+def test_who_is_outbid_while_it_stops_to_start_again_waits_for_the_slot() -> None:
+    world = World([Machine(7, "RTX 4090", 0.5, slots=1)])
+    rental = world.rent(price=0.30)
+    world.after(UP_S)
+    world.cloud.stop(rental, world.now)
+    world.cloud.start(rental, world.now)
+    assert world.phase(rental) is Phase.STOPPING
+    other = world.rent()
+    assert world.phase(rental) is Phase.OUTBID
+    world.cloud.destroy(other, world.now)
+    world.after(15.0)
+    assert world.phase(rental) is Phase.RUNNING
 
 
 def test_a_disk_that_the_machine_has_not_is_refused() -> None:
