@@ -30,6 +30,7 @@ from typing import Any
 from demand import Demand, Report
 from errors import CloudError, ConfigError
 from health import Check, CheckOrder, Verdict
+from instance_messages import Heard
 from instance_states import BILLS_GPU, SERVING, Deadlines, IllegalMove, Limits, State, check_move
 from ledger import Ledger, Remembered, Stretch
 from orders import (
@@ -53,6 +54,9 @@ from vast import Offer, Row, Vast
 
 log = logging.getLogger("autoscaler")
 
+
+CHECKED = SERVING | {State.RUNNING}
+"""States in which health checks are made."""
 
 # Words of `actual_status` (vast-contract 2.12).
 UP = frozenset({"running"})
@@ -94,6 +98,8 @@ class Instance:
     boot_ordered_at: float | None = None
     host: str | None = None
     ports: Mapping[int, int] = field(default_factory=dict)
+    heard: Heard = field(default_factory=Heard)  # of what it says by itself
+    certificate: str | None = None  # as ssh showed it in this boot, or in the one before
     ssh: tuple[str, int] | None = None
     listed: bool = False
     intended: str | None = None
@@ -118,12 +124,17 @@ class Instance:
     @property
     def address(self) -> str | None:
         """Where clients send prompts, once the listing shows it."""
-        return f"http://{self.host}:{self.ports[8000]}" if self.host and 8000 in self.ports else None
+        return self._url(8000)
 
     @property
     def auth_url(self) -> str | None:
         """Where the loadbalancer fetches tokens, once the listing shows it."""
-        return f"http://{self.host}:{self.ports[3000]}" if self.host and 3000 in self.ports else None
+        return self._url(3000)
+
+    def _url(self, inside: int) -> str | None:
+        if not self.host or inside not in self.ports:
+            return None
+        return f"{'https' if self.certificate else 'http'}://{self.host}:{self.ports[inside]}"
 
     @property
     def usd_per_work(self) -> float:
@@ -476,15 +487,15 @@ class InstanceSet:
     def judge(self, check: Check, now: float) -> None:
         """Apply one health check. The only place that makes an instance hot."""
         i = self.instances.get(check.label)
-        if (
-            i is None
-            or i.state not in (State.RUNNING, State.HOT, State.DRAINING)
-            or check.started_at < i.booted_at
-        ):
+        if i is None or i.state not in CHECKED or check.started_at < i.booted_at:
             return
         self._unearned.discard(i.label)
         if check.in_flight is not None:
             i.in_flight, i.in_flight_at = check.in_flight, check.started_at
+        if check.certificate is not None and check.certificate != i.certificate:
+            i.certificate = check.certificate
+            if i.state in SERVING:
+                self._hot_changed()
         if check.verdict is Verdict.FATAL:
             self._fail(i, check.why, now)
         elif check.verdict is Verdict.PASSED:
@@ -850,7 +861,7 @@ class InstanceSet:
         """
         due = []
         for i in self.instances.values():
-            if i.state not in (State.RUNNING, State.HOT, State.DRAINING) or i.id is None or not i.listed:
+            if i.state not in CHECKED or i.id is None or not i.listed:
                 continue
             if i.label in under_way:
                 continue
@@ -861,7 +872,9 @@ class InstanceSet:
             i.checks += 1
             # Reading the log of a hot instance costs an ssh handshake; the prompt is the sharper test.
             read_log = i.state is State.RUNNING or (i.state is State.HOT and i.checks % 4 == 0)
-            due.append(CheckOrder(i.label, i.id, i.state, i.ssh, i.auth_url, i.address, read_log))
+            due.append(
+                CheckOrder(i.label, i.id, i.state, i.ssh, i.auth_url, i.address, read_log, i.certificate)
+            )
         return due
 
     def suspect(self, instance_id: int) -> None:
@@ -870,13 +883,18 @@ class InstanceSet:
             if i.id == instance_id:
                 i.last_check_at = float("-inf")
 
-    def told(self, label: str, why: str) -> None:
-        """The instance says how it is. It is looked at now; what it says makes nothing hot or failed."""
+    def told(self, label: str, boot_id: str, number: int, why: str) -> bool:
+        """The instance says how it is. It is looked at now; what it says makes nothing hot or failed.
+
+        False when it was heard before.
+        """
         i = self.instances.get(label)
-        if i is not None:
-            i.last_check_at = float("-inf")
-            if i.state is State.RUNNING:
-                i.why = f"it says: {why}"
+        if i is None or not i.heard.is_new(boot_id, number):
+            return False
+        i.last_check_at = float("-inf")
+        if i.state is State.RUNNING:
+            i.why = f"it says: {why}"
+        return True
 
     def measured(self, throughput_work_s: Mapping[int, float]) -> None:
         """A loadbalancer measured these instances' work per second, by id. Less than 2 % is noise."""
@@ -1157,6 +1175,7 @@ class Autoscaler:
         self._orders: queue.PriorityQueue[tuple[int, int, Command | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._ending = False
+        self.look = threading.Event()  # the next turn should not wait for its time
         now = self.clock()
         fleet.restore(
             ledger.remembered(),
@@ -1289,10 +1308,14 @@ class Autoscaler:
             self.fleet.judge(check, self.clock())
         self._flush()
 
-    def told(self, label: str, why: str) -> None:
-        """An instance says how it is; its next health check is due at once."""
+    def told(self, label: str, boot_id: str, number: int, why: str) -> bool:
+        """An instance says how it is; its next health check is due at once. False when heard before."""
         with self.lock:
-            self.fleet.told(label, why)
+            new = self.fleet.told(label, boot_id, number, why)
+            waiting = new and self.fleet.instances[label].state not in CHECKED
+        if waiting:
+            self.look.set()  # the listing that we have is older than the machine
+        return new
 
     def heard(self, report: Report, measured: Mapping[int, float]) -> None:
         """Take in a loadbalancer's report; measured: work per second by instance id."""

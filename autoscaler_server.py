@@ -8,7 +8,6 @@ python autoscaler_server.py destroy-fleet [flags]       end everything that carr
 import argparse
 import asyncio
 import fcntl
-import hashlib
 import logging
 import os
 import re
@@ -37,6 +36,7 @@ from errors import CloudError, ConfigError
 from fleet_keys import FleetKeys
 from health import CheckOrder, HealthChecker
 from instance_client import InstanceClient
+from instance_messages import name_and_key, signer
 from instance_states import Deadlines, Limits, State
 from ledger import Ledger
 from orders import Command, LookForOffers, Performer
@@ -57,7 +57,13 @@ SLOW_ROUTES = frozenset({"/costs", "/metrics"})
 """They read the whole ledger: in a thread, so that nothing else waits for it."""
 
 HOT_PUSH_S = 0.25
-"""How long a loadbalancer does not know of a changed hot set, at most."""
+"""How long a loadbalancer does not know of a changed hot set, at most; a passed check is told at once."""
+
+CHECK_TICK_S = 0.25
+"""How often it is looked which health checks are due, if nobody says that one is."""
+
+MIN_TURN_S = 1.0
+"""Between two listings, at least."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,14 @@ class Config:
     cloud_url: str = "http://127.0.0.1:8500"  # of the localcloud
     speedup: float = 1.0  # deadlines and policy times are divided by it; local cloud only
     operator_key_file: Path | None = None
+    public_url: str | None = None  # of this server, as instances reach it: then they say when they are ready
+
+    @property
+    def ready_url(self) -> str | None:
+        """Where an instance says that it is ready, if it can reach us at all."""
+        if self.public_url is None and self.local:
+            return f"http://127.0.0.1:{self.port}/ready"
+        return None if self.public_url is None else f"{self.public_url}/ready"
 
     def checked(self) -> "Config":
         """Itself, or ConfigError naming the flag, the value and the range."""
@@ -102,6 +116,8 @@ class Config:
         for url in self.loadbalancer:
             if not _is_base_url(url):
                 raise ConfigError(f"--loadbalancer {url!r}: wanted http://HOST:PORT")
+        if self.public_url is not None and not _is_base_url(self.public_url):
+            raise ConfigError(f"--public-url {self.public_url!r}: wanted http://HOST:PORT")
         return self
 
 
@@ -179,8 +195,12 @@ def create_app(
     keys: Keys,
     poll_interval_s: float,
     master_token: Callable[[str], str],
+    nudge: Callable[[], None] = lambda: None,
 ) -> Flask:
-    """The routes of design section 4. Views fetch, check, act and answer; nothing is decided here."""
+    """The routes of design section 4. Views fetch, check, act and answer; nothing is decided here.
+
+    nudge: a health check has become due.
+    """
     app = http_face.make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
     control = http_face.requires(lambda: frozenset({keys.control}))
     operator = http_face.requires(lambda: keys.operator and keys.operator | {keys.control})
@@ -229,17 +249,21 @@ def create_app(
 
     @app.post("/ready")
     def ready() -> Response:
+        raw = request.get_data(cache=False)
         with scaler.lock:
             labels = list(scaler.fleet.instances)
-        header = request.headers.get("Authorization")
-        keys_of = {instance_key(master_token(label)): label for label in labels}
-        mine = [label for key, label in keys_of.items() if http_face.bearer_is(header, {key})]
-        if not mine:
-            return http_face.error(401, "unauthorized", "this route needs the key of an instance")
-        said = http_face.body(_READY)
+        names = {label: name_and_key(master_token(label)) for label in labels}
+        name = signer(request.headers.get("Authorization"), "/ready", raw, dict(names.values()))
+        if name is None:
+            return http_face.error(401, "unauthorized", "wanted the signature of an instance of the fleet")
+        label = next(label for label, (known, _) in names.items() if known == name)
+        said = http_face.check_fields(http_face.parse_json(raw), _READY)
         why = f"{said['state']}: {said['why']}" if said.get("why") else said["state"]
-        scaler.told(mine[0], why)
-        return jsonify(label=mine[0])
+        if not scaler.told(label, said["boot_id"], said["number"], why):
+            return http_face.error(409, "heard_before", "this message, or one after it, was heard before")
+        log.info("%s says: %s", label, why)
+        nudge()
+        return jsonify(label=label)
 
     @app.get("/decisions")
     @operator
@@ -302,11 +326,6 @@ def create_app(
     return app
 
 
-def instance_key(master_token: str) -> str:
-    """What an instance shows us: it has no more of its master token than the hash (start_script.py)."""
-    return hashlib.sha256(master_token.encode()).hexdigest()
-
-
 def _shown(command: Command) -> dict[str, str]:
     """An order for people."""
     shown = {"do": type(command).__name__.lower()}
@@ -316,6 +335,8 @@ def _shown(command: Command) -> dict[str, str]:
 _READY: dict[str, Any] = {
     "state": http_face.Choice(("loading", "ready", "failed")),
     "why": http_face.Text(0, 300, optional=True),
+    "boot_id": http_face.Text(1, 64),
+    "number": http_face.Whole(0, 2**63),
 }
 
 _BUSY: dict[str, Any] = {
@@ -394,6 +415,7 @@ def hot_set(
                 "state": str(i.state),
                 "address": i.address,
                 "auth_url": i.auth_url,
+                "certificate": i.certificate,
                 "master_token": master_token(i.label),
                 "throughput_work_s": i.throughput_work_s,
                 "capacity_work": i.throughput_work_s * profile.hold_s,
@@ -485,6 +507,29 @@ def metrics_text(scaler: Autoscaler) -> str:
 # --- outside world ---------------------------------------------------------------------------------
 
 
+class Bell:
+    """Wakes those of one event loop who wait for it. Ring it in that loop."""
+
+    def __init__(self) -> None:
+        """Nobody waits."""
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def ring(self) -> None:
+        """All who wait go on."""
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until it rings, or for so long."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        try:
+            await asyncio.wait((future,), timeout=timeout_s)
+        finally:
+            self._waiting.discard(future)
+
+
 class Process:
     """One autoscaler process: its state directory (locked), its keys, its ledger and its threads."""
 
@@ -527,10 +572,11 @@ class Process:
             policy or make_policy(config.policy, _params(config.policy_params), config.speedup),
             demand,
             self.vast,
-            Performer(self.vast, self.profile, self.keys.master_token),
+            Performer(self.vast, self.profile, self.keys.master_token, config.ready_url),
             self.ledger,
             clock,
         )
+        self.due, self.hot_changed = Bell(), Bell()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -552,6 +598,7 @@ class Process:
     def stop(self) -> None:
         """Stop ordering. What was begun and not sent is in the ledger: the next process goes on from it."""
         self._stop.set()
+        self.scaler.look.set()
         self.scaler.stop_performing()
         for thread in self._threads:
             thread.join(timeout=30.0)
@@ -587,7 +634,10 @@ class Process:
             except Exception as e:  # the loop must live: what it does not do now it does next turn
                 self.scaler.last_error = f"a turn failed: {type(e).__name__}: {e}"
                 log.exception("a turn failed")
-            self._stop.wait(max(0.05, self.config.poll_interval_s - (time.monotonic() - begun)))
+            # An instance that speaks up before the listing showed it makes us look, but not without a pause.
+            self._stop.wait(min(MIN_TURN_S, self.config.poll_interval_s))
+            self.scaler.look.wait(max(0.0, self.config.poll_interval_s - (time.monotonic() - begun)))
+            self.scaler.look.clear()
 
     def _run_orders(self) -> None:
         while True:
@@ -618,13 +668,15 @@ class Process:
                     log.exception("what a health check changed is not written down yet")
                 finally:
                     del running[order.label]
+                    self.due.ring()
+                    self.hot_changed.ring()
 
             try:
                 while True:
                     # One at a time of each: a machine that hangs would gather more and more of them.
                     for order in self.scaler.checks_due(running.keys()):
                         running[order.label] = asyncio.create_task(one(order))
-                    await asyncio.sleep(0.25)
+                    await self.due.wait(CHECK_TICK_S)
             finally:
                 tasks = list(running.values())
                 for task in tasks:
@@ -661,7 +713,7 @@ class Process:
                 if trouble is not None and trouble != complaint:
                     log.warning("loadbalancer %s %s; it will ask when it can", url, trouble)
                 complaint = trouble
-            await asyncio.sleep(HOT_PUSH_S)
+            await self.hot_changed.wait(HOT_PUSH_S)
 
 
 def _only_one(path: Path) -> int:
@@ -696,7 +748,14 @@ def serve(config: Config) -> None:
     process = Process(config)
     keys = Keys(private_files.load_or_make_key(process.state_dir / "control.key"), operator_keys)
     process.check_account()
-    app = create_app(process.scaler, process.profile, keys, config.poll_interval_s, process.keys.master_token)
+    app = create_app(
+        process.scaler,
+        process.profile,
+        keys,
+        config.poll_interval_s,
+        process.keys.master_token,
+        process.due.ring,
+    )
     log.info(
         "autoscaler of fleet %s (%s) on http://%s:%d", config.label, config.model, config.host, config.port
     )
@@ -860,6 +919,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keys and ledger (default ~/.local/state/autoscaler-py/LABEL)",
     )
     add("--local", action="store_true", help="a localcloud instead of Vast.ai (default: Vast.ai)")
+    add(
+        "--public-url",
+        metavar="URL",
+        help="this server as instances reach it, so that they say when they are ready (default: none)",
+    )
     add("--cloud-url", default=d.cloud_url, metavar="URL", help="the localcloud (default %(default)s)")
     for flag, kind, unit, text in (
         ("--speedup", float, "X", "of the localcloud, a factor: divides deadlines"),

@@ -148,6 +148,7 @@ class Lease:
     request_id: str
     instance_id: int
     model: str
+    certificate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ def read_route(status: int, raw: bytes, retry_after: str | None) -> Lease | Refu
                 str(said["request_id"]),
                 int(said["instance_id"]),
                 str(said["model"]),
+                said.get("certificate"),
             )
         kind = str(said["error"])[:40]
     except (ValueError, KeyError, TypeError):
@@ -382,25 +384,27 @@ class Driver:
         )
         try:
             async with asyncio.timeout(max(0.0, up_at - self._clock())):
-                answer = await self._client.stream(lease.address, lease.token, body, timeouts)
+                answer = await self._client.stream(
+                    lease.address, lease.token, body, timeouts, lease.certificate
+                )
         except TimeoutError:
-            return self._failed(lease, "timeout", "no end within the client's time"), False
-        except NotStarted as e:
-            return self._failed(lease, "not_started", str(e)), True
-        except BrokenOff as e:
-            return self._failed(lease, "broken_off", str(e)), True
-        except InstanceError as e:
-            return self._failed(lease, "bad_answer", str(e)), True
+            return self._failed(lease, "timeout"), False
+        except NotStarted:
+            return self._failed(lease, "not_started"), True
+        except BrokenOff:
+            return self._failed(lease, "broken_off"), True
+        except InstanceError:
+            return self._failed(lease, "bad_answer"), True
         except asyncio.CancelledError:
-            self._ends.tell(lease, "finished", "the client went away")
+            self._ends.tell(lease, "finished", "client_went_away")
             raise
         if 400 <= answer.status < 500:
-            self._ends.tell(lease, "finished", f"the model server said {answer.status}")
+            self._ends.tell(lease, "finished", f"status_{answer.status}")
             return "rejected", False
         if answer.status != 200 or answer.error is not None:
-            return self._failed(lease, "broken_off", f"status {answer.status}: {answer.error}"), True
+            return self._failed(lease, "broken_off"), True
         if answer.completion_tokens < 1:
-            return self._failed(lease, "bad_answer", "no token in the answer"), True
+            return self._failed(lease, "bad_answer"), True
         self._ends.tell(lease, "finished")
         record.end_s = answer.end_s - due
         record.prompt_tokens, record.output_tokens = answer.prompt_tokens, answer.completion_tokens
@@ -409,8 +413,9 @@ class Driver:
             self.first_tokens.append(record.first_token_s)
         return None, False
 
-    def _failed(self, lease: Lease, kind: str, why: str) -> str:
-        self._ends.tell(lease, "failed", f"{kind}: {why}"[:500])
+    def _failed(self, lease: Lease, kind: str) -> str:
+        """The loadbalancer is told the kind only: an error's own words may quote prompt and answer."""
+        self._ends.tell(lease, "failed", kind)
         return kind
 
     def _longer(self, pause_s: float) -> float:

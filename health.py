@@ -36,18 +36,25 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One finished health check. in_flight: requests the instance itself says it is working on."""
+    """One finished health check. in_flight: requests the instance itself says it is working on.
+
+    certificate: the machine's (PEM), when the check read it over ssh.
+    """
 
     label: str
     started_at: float
     verdict: Verdict
     why: str
     in_flight: int | None = None
+    certificate: str | None = None
 
 
 @dataclass(frozen=True)
 class CheckOrder:
-    """A health check to be made: where, and whether the log must be read (always, until it is hot)."""
+    """A health check to be made: where, and whether the log must be read (always, until it is hot).
+
+    certificate: the machine's, as far as it is known; the log check reads it anew.
+    """
 
     label: str
     id: int
@@ -56,6 +63,7 @@ class CheckOrder:
     auth_url: str | None
     address: str | None
     read_log: bool
+    certificate: str | None = None
 
 
 # --- outside world ---------------------------------------------------------------------------------
@@ -86,11 +94,7 @@ class HealthChecker:
 
     async def check(self, order: CheckOrder) -> Check:
         """Make one check. Never raises and never takes longer than the timeout."""
-        started_at = self._clock()
-
-        def found(verdict: Verdict, why: str, in_flight: int | None = None) -> Check:
-            return Check(order.label, started_at, verdict, why, in_flight)
-
+        found = _Found(order, self._clock())
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._look(order, found)
@@ -102,12 +106,14 @@ class HealthChecker:
             log.exception("health check of %s: a fault of ours", order.label)
             return found(Verdict.FAILED, f"health check: {type(e).__name__}")
 
-    async def _look(self, order: CheckOrder, found: Callable[..., Check]) -> Check:
+    async def _look(self, order: CheckOrder, found: "_Found") -> Check:
         if order.auth_url is None or order.address is None:
             return found(Verdict.FAILED, "running, but the listing shows no ports")
         token = self._master_token(order.label)
         if order.state is State.DRAINING:
-            load = await self._client.fetch_load(order.auth_url, token, NO_EVENTS, timeout_s=self._timeout_s)
+            load = await self._client.fetch_load(
+                order.auth_url, token, NO_EVENTS, self._timeout_s, order.certificate
+            )
             return found(Verdict.PASSED, "draining", _in_flight(load))
         if order.read_log:
             view = await self._read_log(order)
@@ -119,9 +125,12 @@ class HealthChecker:
                 return found(Verdict.LOADING, "the ready line is not in its log yet")
             if not view.reached and order.state is State.RUNNING:
                 return found(Verdict.FAILED, view.why)
-        batch = await self._client.fetch_tokens(order.auth_url, token, 1, timeout_s=self._timeout_s)
+            found.certificate = view.certificate
+        certificate = found.certificate or order.certificate
+        auth_url, address = (_secure(url, certificate) for url in (order.auth_url, order.address))
+        batch = await self._client.fetch_tokens(auth_url, token, 1, self._timeout_s, certificate)
         tokens = await self._client.test_prompt(
-            order.address, batch.tokens[0], self._model, timeout_s=self._timeout_s
+            address, batch.tokens[0], self._model, self._timeout_s, certificate
         )
         return found(Verdict.PASSED, f"test prompt: {tokens} token(s)", _in_flight(batch.load))
 
@@ -137,6 +146,23 @@ class HealthChecker:
             return LogView(reached=True, changed_host_key=True)
         except InstanceError as e:
             return LogView(reached=False, why=str(e))
+
+
+class _Found:
+    """What a check will say in the end; certificate: what it has read meanwhile."""
+
+    def __init__(self, order: CheckOrder, started_at: float) -> None:
+        self.certificate: str | None = None
+        self._label = order.label
+        self._started_at = started_at
+
+    def __call__(self, verdict: Verdict, why: str, in_flight: int | None = None) -> Check:
+        return Check(self._label, self._started_at, verdict, why, in_flight, self.certificate)
+
+
+def _secure(url: str, certificate: str | None) -> str:
+    """The URL under TLS, when the certificate that belongs to it is known."""
+    return url if certificate is None else url.replace("http://", "https://", 1)
 
 
 def _in_flight(load: Load) -> int | None:

@@ -32,7 +32,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from collections.abc import Mapping as MappingType
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar, cast
 from urllib.parse import unquote_to_bytes
 
 import uvicorn
@@ -276,25 +276,26 @@ def _extension(app: Flask) -> _Extension:
 
 def error(status: int, code: str, message: str) -> Response:
     """The one shape errors have."""
-    return _response(_error(status, code, message))
+    return response(error_answer(status, code, message))
 
 
-def _error(status: int, code: str, message: str, *headers: tuple[str, str]) -> Answer:
+def error_answer(status: int, code: str, message: str, *headers: tuple[str, str]) -> Answer:
     return Answer({"error": code, "message": message}, status, headers)
 
 
-def _response(answer: Answer) -> Response:
+def response(answer: Answer) -> Response:
+    """The answer as Flask wants it."""
     response = Response(json.dumps(answer.said), answer.status, mimetype="application/json")
     for name, value in answer.headers:
         response.headers[name] = value
     return response
 
 
-_UNAUTHORIZED = _error(
+_UNAUTHORIZED = error_answer(
     401, "unauthorized", "this route needs Authorization: Bearer <key>", ("WWW-Authenticate", "Bearer")
 )
-_OUR_FAULT = _error(500, "internal_error", "a fault of ours; the log has it")
-_CLOSING = _error(503, "shutting_down", "the server is shutting down: ask again")
+_OUR_FAULT = error_answer(500, "internal_error", "a fault of ours; the log has it")
+_CLOSING = error_answer(503, "shutting_down", "the server is shutting down: ask again")
 
 
 def make_app(
@@ -327,7 +328,7 @@ def make_app(
     @app.errorhandler(Exception)
     def crashed(e: Exception) -> Response:
         log.error("%s %s failed", request.method, request.path, exc_info=e)
-        return _response(_OUR_FAULT)
+        return response(_OUR_FAULT)
 
     return app
 
@@ -343,7 +344,7 @@ def requires(keys: Callable[[], Collection[str]]) -> Callable[[Callable[P, R]], 
         def guarded(*args: P.args, **more: P.kwargs) -> R | Response:
             known = keys()
             if known and not bearer_is(request.headers.get("Authorization"), known):
-                return _response(_UNAUTHORIZED)
+                return response(_UNAUTHORIZED)
             return view(*args, **more)
 
         return guarded
@@ -369,7 +370,7 @@ class _Direct:
         try:
             return self.view(check_fields(parse_json(raw), self.fields))
         except BadField as e:
-            return _error(400, "bad_request", str(e))
+            return error_answer(400, "bad_request", str(e))
 
 
 def direct(
@@ -389,7 +390,7 @@ def direct(
 
         def through_flask() -> Response:
             answer = rules.answer(request.get_data(cache=False), request.headers.get("Authorization"))
-            return _response(answer.late() if isinstance(answer, Held) else answer)
+            return response(answer.late() if isinstance(answer, Held) else answer)
 
         app.add_url_rule(path, view.__name__, through_flask, methods=["POST"])
         return view
@@ -492,6 +493,17 @@ class Held:
 
 Background = Callable[[], Awaitable[None]]
 
+
+class AsgiApp(Protocol):
+    """What speaks ASGI itself, in place of a Flask app; all of it happens on the loop's thread."""
+
+    async def __call__(self, scope: MappingType[str, Any], receive: Any, send: Any) -> None:
+        """One request."""
+
+    def close(self) -> None:
+        """The server ends: answer those who wait."""
+
+
 _Plain = tuple[int, list[tuple[bytes, bytes]], bytes]
 
 
@@ -502,7 +514,8 @@ def _environ_name(header: bytes) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _names_loopback(host_header: bytes) -> bool:
+def names_loopback(host_header: bytes) -> bool:
+    """Whether a Host header, or what follows http:// in an Origin, is a name of this machine."""
     host = host_header.decode("latin-1")
     if host.startswith("["):
         return is_loopback(host[1:].split("]")[0])
@@ -569,16 +582,16 @@ class _Bridge:
         """
         if self._loopback:
             for name, value in headers:
-                if name == b"host" and not _names_loopback(value):
+                if name == b"host" and not names_loopback(value):
                     shown = value[:100].decode("latin-1")
-                    return _error(403, "wrong_host", f"Host: {shown} is not this machine")
+                    return error_answer(403, "wrong_host", f"Host: {shown} is not this machine")
         return None
 
     def _answer_directly(
         self, rules: _Direct, headers: Sequence[tuple[bytes, bytes]], raw: bytes, most: int
     ) -> Answer | Held:
         if len(raw) > most:
-            return _error(413, "request_entity_too_large", f"a body may have {most} bytes here")
+            return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
         # Given twice they are joined, so two Authorization headers match no key.
         authorization = b",".join([value for name, value in headers if name == b"authorization"])
         try:
@@ -732,7 +745,7 @@ class _Protocol(HttpToolsProtocol):
 class _Uvicorn(uvicorn.Server):
     """uvicorn that lets everybody in at once, ends when told to, and lets its caller go on afterwards."""
 
-    def __init__(self, config: uvicorn.Config, bridge: _Bridge) -> None:
+    def __init__(self, config: uvicorn.Config, bridge: AsgiApp) -> None:
         super().__init__(config)
         self._bridge = bridge
         self._connecting: set[asyncio.Future[Any]] = set()
@@ -824,7 +837,7 @@ class Server:
 
     def __init__(
         self,
-        app: Flask,
+        app: Flask | AsgiApp,
         sock: socket.socket,
         background: Sequence[Background] = (),
         blocking: Collection[str] = (),
@@ -836,6 +849,7 @@ class Server:
         background: coroutine functions that run on the same loop as long as the server does.
         blocking: paths whose views may take long; they run in a thread pool, and must lock what they touch.
         any_host: answer also under foreign host names on loopback (a proxy in front, with keys).
+        Both are for a Flask app; one that speaks ASGI sees to that itself.
         """
         self._app = app
         self._sock = sock
@@ -852,7 +866,11 @@ class Server:
         gc.collect()
         gc.freeze()  # what is there now stays: full collections then look at 50,000 objects less, some 20 ms
         with self._sock, ThreadPoolExecutor(max_workers=4, thread_name_prefix="view") as pool:
-            bridge = _Bridge(self._app, self._blocking, pool, self._loopback)
+            bridge: AsgiApp = (
+                _Bridge(self._app, self._blocking, pool, self._loopback)
+                if isinstance(self._app, Flask)
+                else self._app
+            )
             config = uvicorn.Config(
                 bridge,
                 http=_Protocol,
@@ -895,7 +913,7 @@ class Server:
 
 
 def serve(
-    app: Flask,
+    app: Flask | AsgiApp,
     sock: socket.socket,
     background: Sequence[Background] = (),
     blocking: Collection[str] = (),

@@ -4,14 +4,18 @@ An instance has two addresses. Its auth_server answers `POST /tokens` and `GET /
 master token; its model server answers vLLM's own routes to whoever has a single-use token, which travels as
 the API key. Nothing of an answer but its length is looked at here, and no token is ever part of a message.
 
-What can go wrong with a completion has two names, because they differ in what the client may assume:
+Everything goes under TLS to the certificate that is known of the machine, and in the clear on loopback only.
 
-    NotStarted   the engine never saw the prompt: no connection, token refused, 429, 503
-    BrokenOff    it may have seen it: the connection broke, or the answer has no proper end
+What can go wrong with a completion has names, because they differ in what the client may assume:
+
+    NotStarted         the engine never saw the prompt: no connection, token refused, 429, 503
+    WrongCertificate   the same: somebody else answered
+    BrokenOff          it may have seen it: the connection broke, or the answer has no proper end
 """
 
 import hashlib
 import json
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from typing import Any, Self, TypeVar
 import aiohttp
 
 from errors import InstanceError
+from tls_pin import BadAddress, context_for
 
 T = TypeVar("T")
 
@@ -40,6 +45,10 @@ TEST_PROMPT_TOKENS = 4
 
 class NotStarted(InstanceError):
     """The instance did not take the request: another one may serve it, nothing was lost but time."""
+
+
+class WrongCertificate(NotStarted):
+    """Who answers there is not the machine whose certificate is known: it was told nothing."""
 
 
 class BrokenOff(InstanceError):
@@ -279,21 +288,35 @@ class InstanceClient:
         self._auth = self._model = None
 
     async def fetch_tokens(
-        self, auth_url: str, master_token: str, count: int, timeout_s: float
+        self,
+        auth_url: str,
+        master_token: str,
+        count: int,
+        timeout_s: float,
+        certificate: str | None = None,
+        report_to: str | None = None,
     ) -> TokenBatch:
-        """Fetch count single-use tokens; raises InstanceError."""
-        said = await self._ask("POST", f"{auth_url}/tokens", master_token, {"count": count}, timeout_s)
-        return _read(f"{auth_url}/tokens", parse_tokens, said)
+        """Fetch count single-use tokens; raises InstanceError. report_to: where it is to push its reports."""
+        body = {"count": count} | ({} if report_to is None else {"report_to": report_to})
+        url = f"{auth_url}/tokens"
+        return _read(
+            url, parse_tokens, await self._ask("POST", url, master_token, body, timeout_s, certificate)
+        )
 
-    async def fetch_load(self, auth_url: str, master_token: str, after: int, timeout_s: float) -> Load:
+    async def fetch_load(
+        self, auth_url: str, master_token: str, after: int, timeout_s: float, certificate: str | None = None
+    ) -> Load:
         """The load report with the events numbered above `after`; raises InstanceError."""
-        said = await self._ask("GET", f"{auth_url}/load?after={after}", master_token, None, timeout_s)
+        url = f"{auth_url}/load?after={after}"
+        said = await self._ask("GET", url, master_token, None, timeout_s, certificate)
         return _read(f"{auth_url}/load", parse_load, said)
 
-    async def test_prompt(self, address: str, token: str, model: str, timeout_s: float) -> int:
+    async def test_prompt(
+        self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
+    ) -> int:
         """Completion tokens that a short prompt brought back, at least one; raises InstanceError."""
         body = {"model": model, "prompt": "Hello", "max_tokens": TEST_PROMPT_TOKENS, "temperature": 0.0}
-        answer = await self.stream(address, token, body, aiohttp.ClientTimeout(total=timeout_s))
+        answer = await self.stream(address, token, body, aiohttp.ClientTimeout(total=timeout_s), certificate)
         if answer.status != 200:
             raise InstanceError(f"{address}: test prompt: wanted 200, got {answer.status}: {answer.error}")
         if answer.completion_tokens < 1:
@@ -301,7 +324,12 @@ class InstanceClient:
         return answer.completion_tokens
 
     async def stream(
-        self, address: str, token: str, body: Mapping[str, Any], timeouts: aiohttp.ClientTimeout
+        self,
+        address: str,
+        token: str,
+        body: Mapping[str, Any],
+        timeouts: aiohttp.ClientTimeout,
+        certificate: str | None = None,
     ) -> Completion:
         """Send a completion request and read its answer to the end, streamed or not as the body says.
 
@@ -317,6 +345,7 @@ class InstanceClient:
                 json=body,
                 headers={"Authorization": f"Bearer {token}"},
                 timeout=timeouts,
+                ssl=_context(address, certificate),
                 allow_redirects=False,
             ) as reply:
                 sent = True
@@ -325,6 +354,8 @@ class InstanceClient:
                 if body.get("stream"):
                     return await _read_stream(address, reply)
                 return _read_answer(address, await _read_whole(reply))
+        except (aiohttp.ClientSSLError, ssl.SSLError) as e:
+            raise _wrong(address, e) from e
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
             raise NotStarted(f"{address}: no connection: {_named(e)}") from e
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
@@ -332,7 +363,13 @@ class InstanceClient:
             raise BrokenOff(f"{address}: {what}: {_named(e)}") from e
 
     async def _ask(
-        self, method: str, url: str, master_token: str, body: Mapping[str, Any] | None, timeout_s: float
+        self,
+        method: str,
+        url: str,
+        master_token: str,
+        body: Mapping[str, Any] | None,
+        timeout_s: float,
+        certificate: str | None,
     ) -> object:
         assert self._auth is not None, "used outside its context"  # noqa: S101 a mistake of ours
         shown = url.partition("?")[0]
@@ -343,10 +380,13 @@ class InstanceClient:
                 json=body,
                 headers={"Authorization": f"Bearer {master_token}"},
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
+                ssl=_context(shown, certificate),
                 allow_redirects=False,
             ) as reply:
                 raw = await _read_whole(reply)
                 status = reply.status
+        except (aiohttp.ClientSSLError, ssl.SSLError) as e:
+            raise _wrong(shown, e) from e
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
             raise InstanceError(f"{shown}: {_named(e)}") from e
         if status != 200:
@@ -363,6 +403,20 @@ def _session(keep_alive_s: float) -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,  # a proxy from the environment must not see tokens or prompts
     )
+
+
+def _context(url: str, certificate: str | None) -> ssl.SSLContext | bool:
+    """aiohttp's `ssl` for that URL; raises InstanceError where nothing may be sent to."""
+    try:
+        return context_for(url, certificate) or True
+    except BadAddress as e:
+        raise NotStarted(f"{url}: {e}") from None
+    except ValueError as e:
+        raise WrongCertificate(f"{url}: {e}") from None
+
+
+def _wrong(url: str, error: Exception) -> WrongCertificate:
+    return WrongCertificate(f"{url}: it does not have the certificate that is known of it: {_named(error)}")
 
 
 def _read(url: str, parse: Callable[[object], T], said: object) -> T:

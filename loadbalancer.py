@@ -113,6 +113,12 @@ IDLE_POLL_RATIO = 5.0
 MAX_POLLS_S = 200.0
 """Load reports asked for in all; at about 0.25 ms of processor each, 5 % of one core."""
 
+MAX_PUSHES_S = 400.0
+"""Reports that instances push in all; at about 0.15 ms of processor each, 6 % of one core."""
+
+PUSH_INTERVAL_S = 0.1
+"""Between two of one instance, at least: with what it takes to see and to send, well below 250 ms."""
+
 SWEEP, POLL_FEW = 10, 4
 """Calls of polls in which every instance is looked at, 0.2 s, and reports asked for in one call."""
 
@@ -144,7 +150,10 @@ REMEMBER_DONE = 10_000
 
 @dataclass(frozen=True)
 class HotInstance:
-    """One instance of the hot set; capacity_work / throughput_work_s are the seconds of work it may hold."""
+    """One instance of the hot set; capacity_work / throughput_work_s are the seconds of work it may hold.
+
+    certificate: the only one that TLS to it may find (PEM), public_key_sha256: of its key; None without TLS.
+    """
 
     id: int
     draining: bool
@@ -153,6 +162,8 @@ class HotInstance:
     master_token: str = field(repr=False)
     throughput_work_s: float
     capacity_work: float
+    certificate: str | None = None
+    public_key_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -243,7 +254,7 @@ class Lease:
     request_id: str
     token: str = field(repr=False)
     instance_id: int
-    address: str
+    told: HotInstance = field(repr=False)
     work: float
     max_tokens: int | None
     given_at: float
@@ -252,6 +263,11 @@ class Lease:
     boot_id: str | None
     started: int = 0
     over: bool = False
+
+    @property
+    def address(self) -> str:
+        """Where its request goes."""
+        return self.told.address
 
 
 @dataclass(slots=True, eq=False)
@@ -267,20 +283,39 @@ class Waiter:
 class Refill:
     """Fetch so many tokens there, then call add_tokens or refill_failed with this."""
 
-    instance_id: int
-    auth_url: str
-    master_token: str = field(repr=False)
+    told: HotInstance = field(repr=False)
     count: int
+
+    @property
+    def instance_id(self) -> int:
+        """Of whom."""
+        return self.told.id
 
 
 @dataclass(frozen=True)
 class Poll:
     """Ask for the load report there, then call report or poll_failed with this."""
 
-    instance_id: int
-    auth_url: str
-    master_token: str = field(repr=False)
+    told: HotInstance = field(repr=False)
     after: int
+
+    @property
+    def instance_id(self) -> int:
+        """Whose."""
+        return self.told.id
+
+
+class Push(NamedTuple):
+    """What an instance says by itself: its events after..seq. number grows within a boot."""
+
+    boot_id: str
+    number: int
+    after: int
+    seq: int
+    missed: bool
+    started: Sequence[str]
+    ended: Sequence[Ended]
+    model_up: bool
 
 
 class InstanceUse(NamedTuple):
@@ -389,6 +424,8 @@ class _Instance:
         self.refill_failures = 0
         self.retry_at = now
         self.seq = 0
+        self.push_number = -1
+        self.pushes = 0
         self.polling = False
         self.polled_at = now
         self.reports = 0
@@ -717,7 +754,7 @@ class LoadBalancer:
             request_id=request_id,
             token=token,
             instance_id=told.id,
-            address=told.address,
+            told=told,
             work=ask.work,
             max_tokens=ask.max_tokens,
             given_at=now,
@@ -740,10 +777,11 @@ class LoadBalancer:
         self._requeue(inst, now)
         return lease
 
-    def done(self, request_id: str, outcome: str, now: float) -> bool:
+    def done(self, request_id: str, outcome: str, now: float, *, impostor: bool = False) -> bool:
         """A client says how its lease ended: finished, failed or unused. False when none such is known.
 
-        An unused token goes back into stock, unless a report said that it was taken.
+        An unused token goes back into stock, unless a report said that it was taken. impostor: who answered
+        there had another certificate.
         """
         lease = self._leases.get(request_id)
         if lease is None:
@@ -755,7 +793,7 @@ class LoadBalancer:
             if len(self._done_early) > REMEMBER_DONE:
                 del self._done_early[next(iter(self._done_early))]
         elif outcome == "failed":
-            self._failed(inst, now)
+            (self._give_up if impostor else self._failed)(inst, now)
         elif not lease.started and lease.boot_id == inst.boot_id:
             inst.stock.give_back(lease.token, lease.batch)
             inst.taken -= 1
@@ -878,7 +916,7 @@ class LoadBalancer:
             # By its use until now: one that has just begun to be used is not refilled in two steps.
             inst.level = max(inst.level, self._wanted_level(inst, now))
             count = min(BATCH, inst.level - inst.stock.fresh(now))
-            out.append(Refill(inst.id, inst.told.auth_url, inst.told.master_token, count))
+            out.append(Refill(inst.told, count))
         return out
 
     def add_tokens(
@@ -938,7 +976,7 @@ class LoadBalancer:
         for lease in list(inst.leases.values()):
             self._release(inst, lease, "lost", now)
         inst.stock.clear()
-        inst.boot_id, inst.seq = boot_id, seq
+        inst.boot_id, inst.seq, inst.push_number = boot_id, seq, -1
         inst.base, inst.foreign, inst.quiet, inst.free_at = None, 0.0, False, now
         self._wants_tokens(inst, now)
 
@@ -960,7 +998,7 @@ class LoadBalancer:
                 continue
             if now - inst.polled_at >= self._poll_interval_of(inst):
                 inst.polling = True
-                out.append(Poll(inst.id, inst.told.auth_url, inst.told.master_token, inst.seq))
+                out.append(Poll(inst.told, inst.seq))
         return out
 
     def _poll_interval_of(self, inst: _Instance) -> float:
@@ -984,12 +1022,7 @@ class LoadBalancer:
         inst.seq = load.seq
         inst.running, inst.waiting = load.running, load.waiting
         self._learn_throughput(inst, load, now)
-        for request_id in load.started:
-            lease = inst.leases.get(request_id)
-            if lease is not None and not lease.started:
-                lease.started = inst.reports
-        for end in load.ended:
-            self._ended(inst, end, now)
+        self._take_events(inst, load.started, load.ended, inst.reports, now)
         self._release_lost(inst, load, now)
         foreign = max(0, load.running + load.waiting - len(inst.leases))
         inst.foreign = foreign * self._mean_work
@@ -1009,6 +1042,37 @@ class LoadBalancer:
             inst.polled_at = now
             self._failed(inst, now)
             self._requeue(inst, now)
+
+    def pushed(self, instance_id: int, push: Push, now: float) -> float | None:
+        """An instance said by itself what happened: seconds until it may speak again.
+
+        None when it is not believed: of a boot that we do not know, or heard before. What it cannot say, how
+        busy its engine is, is polled; what it leaves out too.
+        """
+        inst = self._instances.get(instance_id)
+        if inst is None or inst.boot_id != push.boot_id or push.number <= inst.push_number:
+            return None
+        inst.push_number = push.number
+        inst.pushes += 1
+        self._take_events(inst, push.started, push.ended, inst.reports + 1, now)
+        if push.missed or push.after > inst.seq:
+            inst.polled_at = -math.inf
+        else:
+            inst.seq = max(inst.seq, push.seq)
+        if not push.model_up:
+            self._give_up(inst, now)
+        self._requeue(inst, now)
+        return max(PUSH_INTERVAL_S, self._working / MAX_PUSHES_S)
+
+    def _take_events(
+        self, inst: _Instance, started: Iterable[str], ended: Iterable[Ended], report: int, now: float
+    ) -> None:
+        for request_id in started:
+            lease = inst.leases.get(request_id)
+            if lease is not None and not lease.started:
+                lease.started = report
+        for end in ended:
+            self._ended(inst, end, now)
 
     def _ended(self, inst: _Instance, end: Ended, now: float) -> None:
         lease = inst.leases.get(end.id)
@@ -1074,6 +1138,11 @@ class LoadBalancer:
             inst.avoided_until = now + inst.avoid_s
             inst.avoid_s = min(AVOID_S[1], 2.0 * inst.avoid_s)
 
+    def _give_up(self, inst: _Instance, now: float) -> None:
+        """There is no doubt about it: it is avoided at once."""
+        inst.streak = max(inst.streak, FAILURES_IN_A_ROW - 1)
+        self._failed(inst, now)
+
     def _succeeded(self, inst: _Instance) -> None:
         inst.streak = 0
         inst.avoid_s = AVOID_S[0]
@@ -1094,7 +1163,7 @@ class LoadBalancer:
     def _same(self, errand: Refill | Poll) -> _Instance | None:
         """The instance an errand was for; None when it is gone or has become another."""
         inst = self._instances.get(errand.instance_id)
-        return inst if inst is not None and inst.told.auth_url == errand.auth_url else None
+        return inst if inst is not None and inst.told.auth_url == errand.told.auth_url else None
 
     # -- what it looks like --
 
@@ -1136,6 +1205,7 @@ class LoadBalancer:
                 "running": i.running,
                 "waiting": i.waiting,
                 "tokens_in_stock": i.stock.size,
+                "reports_pushed": i.pushes,
                 "failures": i.failures,
                 "avoided": i.avoided_until is not None,
                 "working_s": round(i.working(now), 1),

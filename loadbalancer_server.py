@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import random
+import re
 import secrets
 import threading
 import time
@@ -25,18 +26,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, jsonify, request
 
 import command_line
 import http_face
 import private_files
+import tls_pin
 from command_line import Parser, server_url, within
 from errors import InstanceError
 from http_face import Answer, BadField, Held, ListOf, Number, Text, Whole
-from instance_client import InstanceClient, request_id
-from loadbalancer import Ask, HotInstance, HotSet, Lease, LoadBalancer, Poll, Refill, Usage, Waiter
+from instance_client import Ended, InstanceClient, request_id
+from instance_messages import name_and_key, signer
+from loadbalancer import Ask, HotInstance, HotSet, Lease, LoadBalancer, Poll, Push, Refill, Usage, Waiter
 from steady_clock import steady_clock
 
 log = logging.getLogger("loadbalancer")
@@ -52,6 +56,9 @@ AUTOSCALER_TIMEOUT_S = 3.0
 
 MAX_HOT_BODY = 8 * 2**20
 """Bytes of a hot set: 10,000 instances at about 0.4 kB."""
+
+MOST_EVENTS, MAX_REPORT_BODY = 2_000, 2**18
+"""Of a report that is pushed, and its bytes; an instance that has more to say is polled."""
 
 MAX_TOKENS, MAX_WORK, MAX_WAIT_S, MAX_AVOID = 10_000_000, 1e7, 600.0, 64
 """Bounds of a request: ten times the longest context there is; ten minutes; more than anybody retries."""
@@ -71,6 +78,7 @@ class Config:
     lease_s: float = 60.0  # a lease not started by then is void; clients start within a second or so
     max_held: int = 5000  # requests that wait at once; about 10 kB each
     poll_interval_s: float = 1.0  # age of a load report at most, with up to 200 working instances
+    public_url: str | None = None  # of this server, as instances reach it: then they report by themselves
 
     def checked(self) -> "Config":
         """Itself, or ConfigError naming the flag, the value and the range."""
@@ -79,7 +87,17 @@ class Config:
         within("--max-held", self.max_held, 0, 100_000)
         within("--poll-interval-s", self.poll_interval_s, 0.1, 60.0)
         server_url("--autoscaler", self.autoscaler)
+        if self.public_url is not None:
+            server_url("--public-url", self.public_url)
         return self
+
+    def report_to(self, auth_url: str) -> str | None:
+        """Where the instance with that auth_server is to send its reports, if it can reach us at all."""
+        if self.public_url is not None:
+            return f"{self.public_url.rstrip('/')}/report"
+        # Beside us on one machine, as with a local cloud; a rented one would talk to itself.
+        near = urlsplit(auth_url).hostname == "127.0.0.1" and self.host in ("127.0.0.1", "0.0.0.0")  # noqa: S104
+        return f"http://127.0.0.1:{self.port}/report" if near else None
 
 
 # -- the hot set, as it is told --------------------------------------------------------------------------
@@ -102,6 +120,7 @@ _HOT_INSTANCE: dict[str, http_face.Field] = {
     "master_token": Text(1, 200),
     "throughput_work_s": Number(1e-3, 1e9),
     "capacity_work": Number(1e-3, 1e12),
+    "certificate": Text(1, tls_pin.LONGEST, optional=True),
 }
 
 
@@ -111,13 +130,19 @@ def parse_hot(said: object) -> HotSet:
     instances: dict[int, HotInstance] = {}
     for n, one in enumerate(hot["instances"]):
         told = http_face.check_fields(one, _HOT_INSTANCE, f"instances[{n}].")
+        certificate = told.get("certificate")
         for name in ("address", "auth_url"):
-            if not told[name].startswith(("http://", "https://")):
-                raise BadField(f"instances[{n}].{name}", f"wanted http://…, got {told[name][:60]!r}")
+            try:
+                tls_pin.context_for(told[name], certificate)
+            except tls_pin.BadAddress as e:
+                raise BadField(f"instances[{n}].{name}", f"{told[name][:60]!r}: {e}") from None
+            except ValueError as e:
+                raise BadField(f"instances[{n}].certificate", str(e)) from None
         if told["id"] in instances:
             raise BadField(f"instances[{n}].id", f"{told['id']} is there twice")
         draining = told.pop("state") == "draining"
-        instances[told["id"]] = HotInstance(draining=draining, **told)
+        key = None if certificate is None else tls_pin.public_key_sha256(certificate)
+        instances[told["id"]] = HotInstance(draining=draining, public_key_sha256=key, **told)
     return HotSet(
         epoch=hot["epoch"],
         version=hot["version"],
@@ -127,6 +152,33 @@ def parse_hot(said: object) -> HotSet:
         expected_hot_s=hot.get("expected_hot_s"),
         instances=tuple(instances.values()),
     )
+
+
+_PUSH: dict[str, http_face.Field] = {
+    "boot_id": Text(1, 64),
+    "number": Whole(0, 2**63),
+    "after": Whole(0, 2**53),
+    "seq": Whole(0, 2**53),
+    "missed": http_face.Boolean(),
+    "started": ListOf(Text(16, 16), MOST_EVENTS),
+    "ended": ListOf(http_face.Mapping(), MOST_EVENTS),
+    "model_up": http_face.Boolean(),
+}
+
+_ENDED: dict[str, http_face.Field] = {
+    "id": Text(16, 16),
+    "status": http_face.Choice(("finished", "aborted", "failed")),
+    "output_tokens": Whole(0, 2**32),
+}
+
+
+def parse_push(said: object) -> Push:
+    """What an instance says by itself; BadField names what is wrong with it."""
+    told = http_face.check_fields(said, _PUSH)
+    told["ended"] = [
+        Ended(**http_face.check_fields(one, _ENDED, f"ended[{n}].")) for n, one in enumerate(told["ended"])
+    ]
+    return Push(**told)
 
 
 # -- the state of the process ----------------------------------------------------------------------------
@@ -144,6 +196,8 @@ class Desk:
         )
         self._balancer = balancer
         self._parked: dict[Waiter, Held] = {}
+        self._signers: dict[str, int] = {}  # what an instance calls itself -> its id
+        self._signing_keys: dict[str, str] = {}
         self._thread: int | None = None
 
     @property
@@ -183,6 +237,9 @@ class Desk:
         if not self.balancer.replace_hot(hot, now):
             return False
         self.heard_at = now
+        names = {i.id: name_and_key(i.master_token) for i in hot.instances}
+        self._signers = {name: i for i, (name, _) in names.items()}
+        self._signing_keys = dict(names.values())
         if before != (hot.epoch, hot.version):
             draining = sum(i.draining for i in hot.instances)
             log.info(
@@ -194,6 +251,23 @@ class Desk:
             )
         self.serve_waiting()
         return True
+
+    def report(self, raw: bytes, authorization: str | None) -> Answer:
+        """An instance says by itself what has happened there."""
+        name = signer(authorization, "/report", raw, self._signing_keys)
+        if name is None:
+            return http_face.error_answer(
+                401, "unauthorized", "wanted the signature of an instance that is hot"
+            )
+        push = parse_push(http_face.parse_json(raw))
+        instance_id = self._signers[name]
+        next_in_s = self.balancer.pushed(instance_id, push, self.clock())
+        if next_in_s is None:
+            return http_face.error_answer(409, "not_now", "of a boot that is not known here, or heard before")
+        if not push.model_up:
+            log.warning("instance %d says that its model server is down: it gets no requests", instance_id)
+        self.serve_waiting()
+        return Answer({"next_in_s": round(next_in_s, 3)})
 
     def _park(self, waiter: Waiter, wait_s: float) -> Held:
         def leave() -> None:
@@ -211,17 +285,19 @@ class Desk:
         self.balancer.done(lease.request_id, "unused", self.clock())
 
     def _granted(self, lease: Lease, now: float) -> Answer:
-        return Answer(
-            {
-                "address": lease.address,
-                "token": lease.token,
-                "request_id": lease.request_id,
-                "instance_id": lease.instance_id,
-                "model": self._balancer.model,
-                "expires_at": round(lease.expires_at, 3),
-                "expires_in_s": round(lease.expires_at - now, 3),
-            }
-        )
+        said = {
+            "address": lease.told.address,
+            "token": lease.token,
+            "request_id": lease.request_id,
+            "instance_id": lease.instance_id,
+            "model": self._balancer.model,
+            "expires_at": round(lease.expires_at, 3),
+            "expires_in_s": round(lease.expires_at - now, 3),
+        }
+        if lease.told.certificate is not None:
+            said["certificate"] = lease.told.certificate
+            said["public_key_sha256"] = lease.told.public_key_sha256
+        return Answer(said)
 
     def _refused(self, ask: Ask) -> Answer:
         why, after_s = self.balancer.refuse(ask, self.clock())
@@ -247,7 +323,7 @@ _ROUTE: dict[str, http_face.Field] = {
 _DONE: dict[str, http_face.Field] = {
     "request_id": Text(1, 64),
     "outcome": http_face.Choice(("finished", "failed", "unused")),
-    "why": Text(0, 500, optional=True),
+    "why": Text(0, 40, optional=True),
 }
 
 
@@ -262,7 +338,7 @@ class Keys:
 
 def create_app(desk: Desk, keys: Keys) -> Flask:
     """The routes. Views check, act and answer; what is decided is decided in `loadbalancer.py`."""
-    app = http_face.make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY})
+    app = http_face.make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
     control = http_face.requires(lambda: frozenset({keys.control}))
     operator = http_face.requires(lambda: keys.operator and keys.operator | {keys.control})
 
@@ -272,11 +348,22 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
 
     @http_face.direct(app, "/done", _DONE, lambda: keys.clients)
     def done(said: dict[str, Any]) -> Answer:
-        known = desk.balancer.done(said["request_id"], said["outcome"], desk.clock())
+        why = said.get("why", "")
+        if not re.fullmatch(r"[a-z0-9_]*", why):
+            raise BadField("why", "wanted one word of a-z, 0-9 and _: a sentence could quote a prompt")
+        known = desk.balancer.done(
+            said["request_id"], said["outcome"], desk.clock(), impostor=why == "wrong_certificate"
+        )
         if known and said["outcome"] == "failed":
-            log.warning("a client's request %s failed: %.200r", said["request_id"], said.get("why", ""))
+            log.warning("a client's request %s failed: %s", said["request_id"], why or "no reason given")
         desk.serve_waiting()
         return Answer({})
+
+    @app.post("/report")
+    def report() -> Response:
+        request.max_content_length = MAX_REPORT_BODY
+        answer = desk.report(request.get_data(cache=False), request.headers.get("Authorization"))
+        return http_face.response(answer)
 
     @app.put("/hot")
     @control
@@ -406,9 +493,16 @@ def busy_body(desk: Desk) -> str:
 class Errands:
     """What the loadbalancer asks of instances and autoscaler; each method is a background coroutine."""
 
-    def __init__(self, desk: Desk, autoscaler: str, control_key: str) -> None:
-        """autoscaler: its URL."""
+    def __init__(
+        self,
+        desk: Desk,
+        autoscaler: str,
+        control_key: str,
+        report_to: Callable[[str], str | None] = lambda _: None,
+    ) -> None:
+        """autoscaler: its URL. report_to: where the instance with that auth_server is to send reports."""
         self._desk = desk
+        self._report_to = report_to
         self._autoscaler = autoscaler.rstrip("/")
         self._bearer = {"Authorization": f"Bearer {control_key}"}
         self._complaint: str | None = None
@@ -442,8 +536,14 @@ class Errands:
         desk = self._desk
         batch = None
         try:
+            told = refill.told
             batch = await client.fetch_tokens(
-                refill.auth_url, refill.master_token, refill.count, timeout_s=INSTANCE_TIMEOUT_S
+                told.auth_url,
+                told.master_token,
+                refill.count,
+                INSTANCE_TIMEOUT_S,
+                told.certificate,
+                self._report_to(told.auth_url),
             )
         except InstanceError as e:
             self._silent(refill.instance_id, e)
@@ -461,8 +561,9 @@ class Errands:
         desk = self._desk
         load = None
         try:
+            told = poll.told
             load = await client.fetch_load(
-                poll.auth_url, poll.master_token, poll.after, timeout_s=INSTANCE_TIMEOUT_S
+                told.auth_url, told.master_token, poll.after, INSTANCE_TIMEOUT_S, told.certificate
             )
         except InstanceError as e:
             self._silent(poll.instance_id, e)
@@ -572,7 +673,7 @@ def serve(config: Config) -> None:
         random.Random(), request_id, config.lease_s, config.max_held, config.poll_interval_s
     )
     desk = Desk(balancer, steady_clock())
-    errands = Errands(desk, config.autoscaler, keys.control)
+    errands = Errands(desk, config.autoscaler, keys.control, config.report_to)
     log.info("loadbalancer of fleet %s on http://%s:%d", config.label, config.host, config.port)
     http_face.serve(
         create_app(desk, keys),
@@ -619,6 +720,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="keys that /status and /metrics then want, one a line, mode 0600 (default: open on loopback)",
+    )
+    add(
+        "--public-url",
+        metavar="URL",
+        help="this server as instances reach it, so that they report by themselves "
+        "(default: none but for instances on this machine)",
     )
     add(
         "--lease-s",

@@ -111,8 +111,15 @@ PORTS_ENV = "-p 3000:3000 -p 8000:8000"
 class Performer:
     """Sends one command through the vastai CLI and says how it went; decides nothing."""
 
-    def __init__(self, vast: Vast, profile: Profile, master_token: Callable[[str], str]) -> None:
-        """master_token: the token of the instance with that label."""
+    def __init__(
+        self,
+        vast: Vast,
+        profile: Profile,
+        master_token: Callable[[str], str],
+        ready_url: str | None = None,
+    ) -> None:
+        """master_token: the token of the instance with that label. ready_url: where it says how it is."""
+        self._ready_url = ready_url
         self._vast = vast
         self._profile = profile
         self._master_token = master_token
@@ -147,7 +154,7 @@ class Performer:
                 disk_gb=p.disk_gb,
                 label=command.label,
                 env=PORTS_ENV,
-                onstart=start_script.render(p, self._master_token(command.label)),
+                onstart=start_script.render(p, self._master_token(command.label), self._ready_url),
             )
             return Performed(Reply.DONE, new_id=new_id)
         if isinstance(command, Start):

@@ -1,8 +1,9 @@
-"""Reading the model server's log over ssh: is it ready, did it fail? (lineage 1.3, 5)
+"""Reading the model server's log over ssh: is it ready, did it fail? (lineage 1.3, 5) And the certificate.
 
 Lines are matched as substrings, because real ones begin with "INFO:" or "(APIServer pid=..)".
 The start script begins a new log at each boot and each restart of the model server, so an old
-ready line cannot make a new boot look ready.
+ready line cannot make a new boot look ready. The machine's certificate is read on the same way: the host
+key that was seen first vouches for it, and it vouches for every connection that clients make.
 """
 
 import logging
@@ -29,13 +30,11 @@ FATAL_LINES = (
     "No space left on device",
     "is not a valid model identifier",
     "You are trying to access a gated repo",
-    "fleet: giving up",
 )
-FATAL_WHEN_HOT = (
-    # A request's own error may print a Traceback; these mean that the engine is dead.
-    "EngineDeadError",
-    "fleet: giving up",
-)
+_CERTIFICATE = "CERTIFICATE"
+
+GIVEN_UP = "fleet: giving up"
+"""What the supervisor writes at the beginning of a line. vLLM whose engine has died ends by itself."""
 
 # paramiko logs a traceback for each peer that hangs up; our checks report that in their own words.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -47,21 +46,29 @@ class HostKeyChanged(InstanceError):
 
 @dataclass(frozen=True)
 class LogView:
-    """What the log says. reached: ssh worked. fatal: the fatal line, shortened."""
+    """What the log says. reached: ssh worked. fatal: the fatal line, shortened. certificate: PEM."""
 
     reached: bool = True
     ready: bool = False
     fatal: str | None = None
     changed_host_key: bool = False
+    certificate: str | None = None
     why: str = ""
 
 
 def grep_command(*, hot: bool) -> str:
     """The shell command whose output `parse` reads. All words in it are constants of this file."""
     log = '"$HOME/fleet/model.log"'
-    fatal = " ".join(f"-e {shlex.quote(line)}" for line in (FATAL_WHEN_HOT if hot else FATAL_LINES))
+    # vLLM logs what requests say (the names of models, what a chat's template raises): nothing counts that it
+    # wrote after it was ready, and of what it wrote before only our own words for it come over here.
+    fatal = " ".join(f"-e {shlex.quote(line)}" for line in FATAL_LINES)
+    loading = f"sed {shlex.quote(f'/{READY_LINE}/q')} {log} 2>/dev/null | grep -a -F -o -m 1 {fatal}"
+    given_up = f"grep -a -m 1 {shlex.quote('^' + GIVEN_UP)} {log} 2>/dev/null | cut -c 1-300"
     ready = f"grep -a -F -m 1 -e {shlex.quote(READY_LINE)} {log} >/dev/null 2>&1 && echo READY"
-    return f"{ready}; grep -a -F -m 1 {fatal} {log} 2>/dev/null | cut -c 1-300; echo END"
+    # The first certificate of the file is the machine's, those after it are its authority's.
+    certificate = 'sed -n "1,/END CERTIFICATE/p" "$HOME/fleet/tls.crt" 2>/dev/null'
+    found = given_up if hot else f"{{ {given_up}; {loading}; }} | head -n 1"
+    return f"{ready}; {found}; echo {_CERTIFICATE}; {certificate}; echo END"
 
 
 def parse(output: str) -> LogView:
@@ -71,7 +78,11 @@ def parse(output: str) -> LogView:
         raise InstanceError(f"ssh log check: expected a last line END, got {output[-80:]!r}")
     ready = "READY" in lines[:1]
     rest = lines[1:-1] if ready else lines[:-1]
-    return LogView(ready=ready, fatal=rest[0].strip() if rest else None)
+    if _CERTIFICATE not in rest:
+        raise InstanceError(f"ssh log check: expected a line {_CERTIFICATE}, got {output[-80:]!r}")
+    at = rest.index(_CERTIFICATE)
+    pem = "".join(line.rstrip() + "\n" for line in rest[at + 1 :])
+    return LogView(ready=ready, fatal=rest[0].strip() if at else None, certificate=pem or None)
 
 
 # --- outside world ---------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from profiles import Profile
 
 REMOTE = Path(__file__).resolve().parent / "remote"
 
-NEEDS = ("flask==3.1.3", "waitress==3.0.2")
-"""What the auth_server needs and vLLM's image has not; the versions of requirements.txt."""
+NEEDS = ("flask==3.1.3", "a2wsgi==1.10.10", "cryptography==49.0.0")
+"""What the auth_server needs and vLLM's image may not have; the versions of requirements.txt."""
 
 LIMIT_BYTES = 16_384
 """The service refuses or cuts longer scripts (vast-contract 2.2)."""
@@ -37,6 +37,9 @@ export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 fleet="$HOME/fleet"
 mkdir -p "$fleet" && cd "$fleet" || exit 1
 printf %s {digest} > master.sha256
+[ -n "${{VLLM_MODEL:-}}" ] || VLLM_MODEL={model}
+[ -n "${{VLLM_ARGS+given}}" ] || VLLM_ARGS={args}
+export VLLM_MODEL VLLM_ARGS FLEET_READY_URL={ready_url}
 rm -rf remote
 python3 -c 'import base64, io, lzma, sys, tarfile
 packed = lzma.decompress(base64.b85decode(sys.stdin.read().strip()))
@@ -44,17 +47,17 @@ tarfile.open(fileobj=io.BytesIO(packed)).extractall()' <<'END'
 {packed}
 END
 export PYTHONPATH="$fleet${{PYTHONPATH:+:$PYTHONPATH}}"
-until PYTHONPATH="$PYTHONPATH:$fleet/site" python3 -c 'import flask, waitress'; do
+until PYTHONPATH="$PYTHONPATH:$fleet/site" python3 -c 'import flask, a2wsgi, cryptography'; do
   python3 -m pip install --quiet --upgrade --target "$fleet/site" {needs} ||
     uv pip install --quiet --upgrade --target "$fleet/site" {needs} || sleep 5
 done
-exec python3 -m remote.supervise {name} {model} {args}
+exec python3 -m remote.supervise {name}
 """
 
 
 def without_words(source: str) -> str:
-    """The same program without comments and docstrings."""
-    tree = ast.parse(source)
+    """The same program without comments, docstrings, and the types of functions and local variables."""
+    tree = _Untyped().visit(ast.parse(source))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -62,6 +65,28 @@ def without_words(source: str) -> str:
             kept = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
             node.body = kept or ([ast.Pass()] if not isinstance(node, ast.Module) else [])  # type: ignore[attr-defined]
     return ast.unparse(tree) + "\n"
+
+
+class _Untyped(ast.NodeTransformer):
+    """Takes the types off; those of a class's fields stay, a dataclass is made of them."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.returns = None
+        node.body = [_plain(n) for n in node.body]
+        return self.generic_visit(node)  # type: ignore[return-value]
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+
+def _plain(node: ast.stmt) -> ast.stmt:
+    """An assignment without its type, where that is all there is to take off."""
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        return ast.copy_location(ast.Assign([node.target], node.value), node)
+    return node
 
 
 @functools.lru_cache(maxsize=1)
@@ -78,16 +103,21 @@ def _packed() -> str:
     return base64.b85encode(lzma.compress(archive.getvalue(), filters=filters)).decode()
 
 
-def render(profile: Profile, master_token: str) -> str:
-    """The script for an instance with that profile and master token; raises ConfigError if it is too long."""
+def render(profile: Profile, master_token: str, ready_url: str | None = None) -> str:
+    """The script for an instance with that profile and master token; raises ConfigError if it is too long.
+
+    ready_url: the autoscaler's `POST /ready` as instances reach it. VLLM_MODEL and VLLM_ARGS in the
+    container's environment go before the profile's.
+    """
     try:
-        args = shlex.split(profile.vllm_args)
+        shlex.split(profile.vllm_args)
     except ValueError as e:
         raise ConfigError(f"profile {profile.name}: vllm_args: {e}") from None
     script = _TEMPLATE.format(
         name=shlex.quote(profile.name),
         model=shlex.quote(profile.model),
-        args=shlex.join(args),
+        args=shlex.quote(profile.vllm_args),
+        ready_url=shlex.quote(ready_url or ""),
         digest=hashlib.sha256(master_token.encode()).hexdigest(),
         needs=" ".join(NEEDS),
         packed=_packed(),

@@ -63,7 +63,7 @@ class Session(paramiko.ServerInterface):
         """Answer from another thread: this one must first say that the command runs."""
 
         def reply() -> None:
-            channel.sendall(b"READY\nEND\n")
+            channel.sendall(b"READY\nCERTIFICATE\nEND\n")
             channel.send_exit_status(0)
             channel.shutdown_write()
 

@@ -9,7 +9,9 @@ errors, names of metrics, lines of the log. What differs, beside the text:
   more, and the answer's opening three. A prompt of token ids has as many tokens as ids;
 - an answer ends where `max_tokens` says or, without `ignore_eos`, at a length drawn from the hash of its
   prompt, so that the same prompt always has the same length;
-- `echo`, `logprobs` and `suffix` are refused; what shapes text (temperature, stop, tools) changes nothing.
+- `echo` of a completion repeats the prompt; of token ids, which are no text here, placeholder text;
+- `logprobs`, `suffix` and a chat's `echo` are refused; what shapes text (temperature, stop, tools) changes
+  nothing.
 
 One process, one event loop. All streams share one timer, which is set for the end of the step under way;
 when nothing is under way there is no timer, and nothing wakes up.
@@ -103,17 +105,22 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is to be answered: how many tokens, and its bytes, from which the natural length is drawn."""
+    """What is to be answered: how many tokens, its bytes (of which the natural length is drawn), its text."""
 
     tokens: int
     key: bytes
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request that was read and found good. max_tokens is None where the context is the only limit."""
+    """A request that was read and found good. max_tokens is None where the context is the only limit.
+
+    echo: each answer begins with its prompt, and with max_tokens 0 it is nothing else.
+    """
 
     chat: bool
+    echo: bool
     prompts: tuple[Prompt, ...]
     n: int
     max_tokens: int | None
@@ -169,15 +176,17 @@ def read_ask(said: Mapping[str, Any], model: Model, *, chat: bool) -> Ask:
     """What a body asks for; raises Refused, naming the field."""
     read_model(said, model)
     prompts = (_chat_prompt(said),) if chat else _prompts(said)
+    echo = not chat and _typed(said, "echo", bool, default=False)
     options = _typed(said, "stream_options", dict, {})
     stream = _typed(said, "stream", bool, default=False)
     if options and not stream:
         raise Refused("stream_options: only a request with stream=true may have them", "stream_options")
     ask = Ask(
         chat=chat,
+        echo=echo,
         prompts=prompts,
         n=_whole(said, "n", 1, 1, MAX_AT_ONCE),
-        max_tokens=_max_tokens(said, chat=chat),
+        max_tokens=_max_tokens(said, chat=chat, least=0 if echo else 1),
         min_tokens=_whole(said, "min_tokens", 0, 0, None),
         ignore_eos=_typed(said, "ignore_eos", bool, default=False),
         stream=stream,
@@ -188,7 +197,7 @@ def read_ask(said: Mapping[str, Any], model: Model, *, chat: bool) -> Ask:
         raise Refused(
             f"n: at most {MAX_AT_ONCE} answers to a request, {len(ask.prompts)} x {ask.n} wanted", "n"
         )
-    _check_ignored(said)
+    _check_ignored(said, chat=chat)
     for prompt in ask.prompts:
         _check_length(prompt, ask, model)
     return ask
@@ -220,11 +229,11 @@ def _whole(said: Mapping[str, Any], name: str, default: int, least: int, most: i
     return value
 
 
-def _max_tokens(said: Mapping[str, Any], *, chat: bool) -> int | None:
+def _max_tokens(said: Mapping[str, Any], *, chat: bool, least: int) -> int | None:
     if chat and said.get("max_completion_tokens") is not None:
         return _whole(said, "max_completion_tokens", 1, 1, None)
     if said.get("max_tokens") is not None:
-        return _whole(said, "max_tokens", 1, 1, None)
+        return _whole(said, "max_tokens", 1, least, None)
     return None if chat else COMPLETION_MAX_TOKENS
 
 
@@ -246,7 +255,7 @@ def _text_prompt(text: str) -> Prompt:
     if not text:
         raise Refused("prompt: cannot be empty", "prompt")
     # JSON can name halves of surrogate pairs, which are no characters.
-    return Prompt(count_tokens(text), text.encode(errors="surrogatepass"))
+    return Prompt(count_tokens(text), text.encode(errors="surrogatepass"), text)
 
 
 def _ids_prompt(ids: list[Any]) -> Prompt:
@@ -254,7 +263,8 @@ def _ids_prompt(ids: list[Any]) -> Prompt:
         raise Refused("prompt: cannot be empty", "prompt")
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
         raise Refused("prompt: token ids are whole numbers from 0 on", "prompt")
-    return Prompt(len(ids), repr(ids).encode())
+    text = b"".join(PIECES[i % len(PIECES)] for i in ids).decode()
+    return Prompt(len(ids), repr(ids).encode(), text)
 
 
 def _chat_prompt(said: Mapping[str, Any]) -> Prompt:
@@ -283,10 +293,10 @@ def _message_texts(content: object) -> Iterator[str]:
         yield text
 
 
-def _check_ignored(said: Mapping[str, Any]) -> None:
+def _check_ignored(said: Mapping[str, Any], *, chat: bool) -> None:
     """Raises Refused for what the answer cannot have, and for nonsense in what changes nothing."""
-    for name in ("echo", "logprobs", "suffix"):
-        if said.get(name):
+    for name in ("logprobs", "suffix", "echo"):
+        if said.get(name) and (chat or name != "echo"):
             raise Refused(f"{name}: the paced engine of localcloud does not have it", name)
     for name, least, most in (("temperature", 0.0, math.inf), ("top_p", 0.0, 1.0)):
         value = said.get(name, 0.0)
@@ -304,7 +314,7 @@ def _all_texts(value: object) -> bool:
 
 
 def _check_length(prompt: Prompt, ask: Ask, model: Model) -> None:
-    wanted = 1 if ask.max_tokens is None else ask.max_tokens
+    wanted = max(1, ask.max_tokens or 1)  # vLLM makes a token also for an echo of the prompt alone
     if prompt.tokens + wanted > model.max_model_len:
         raise Refused(
             f"This model's maximum context length is {model.max_model_len} tokens: {prompt.tokens} of the "
@@ -319,7 +329,7 @@ def answer_length(prompt: Prompt, ask: Ask, model: Model, which: int) -> tuple[i
     """(tokens, finish reason) of the which-th answer to a prompt."""
     most = model.max_model_len - prompt.tokens
     if ask.max_tokens is not None:
-        most = min(most, ask.max_tokens)
+        most = min(most, max(1, ask.max_tokens))
     if ask.ignore_eos:
         return most, "length"
     natural = max(ask.min_tokens, natural_length(prompt.key + b"\0%d" % which, model.natural_tokens))
@@ -330,8 +340,8 @@ def answer_length(prompt: Prompt, ask: Ask, model: Model, which: int) -> tuple[i
 
 
 def compact(said: object) -> bytes:
-    """JSON as vLLM writes it, without spaces."""
-    return json.dumps(said, separators=(",", ":")).encode()
+    """JSON as vLLM writes it, without spaces, in UTF-8."""
+    return json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -367,12 +377,19 @@ class Answer:
     def token(self, index: int, at: int, finish: str | None, made: int) -> bytes:
         """The event of the at-th token (from 0) of a choice. made: tokens of the whole answer up to it."""
         field = b'"delta":{"content":"' if self._ask.chat else b'"text":"'
+        piece = PIECES[at % len(PIECES)]
+        if self._ask.echo and at == 0:
+            piece = compact(self._begin(index))[1:-1] + (piece if self._ask.max_tokens else b"")
         ends = b"null%s}" % self._stop if finish is None else b'"%s","stop_reason":null}' % finish.encode()
         return self._event(
             b'{"index":%d,%s%s%s,"logprobs":null,"finish_reason":%s'
-            % (index, field, PIECES[at % len(PIECES)], self._rest, ends),
+            % (index, field, piece, self._rest, ends),
             made,
         )
+
+    def _begin(self, index: int) -> str:
+        """What stands before the first token of a choice: with echo its prompt."""
+        return self._ask.prompts[index // self._ask.n].text if self._ask.echo else ""
 
     def _event(self, choice: bytes, made: int) -> bytes:
         used = self._usage
@@ -391,7 +408,9 @@ class Answer:
         """An answer that is not streamed. lengths: (tokens, finish reason) of each choice."""
         choices = []
         for index, (tokens, finish) in enumerate(lengths):
-            text = b"".join(PIECES[at % len(PIECES)] for at in range(tokens)).decode()
+            shown = 0 if self._ask.max_tokens == 0 else tokens
+            text = b"".join(PIECES[at % len(PIECES)] for at in range(shown)).decode()
+            text = self._begin(index) + text
             content = (
                 {"message": {"role": "assistant", "content": text}} if self._ask.chat else {"text": text}
             )
@@ -789,6 +808,8 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--quantization", "-q", default=None)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--middleware", action="append", default=[])
+    parser.add_argument("--ssl-keyfile", default=None)
+    parser.add_argument("--ssl-certfile", default=None)
     return parser.parse_known_args(argv)
 
 
@@ -872,8 +893,11 @@ class _Server(uvicorn.Server):
         self._told.set()
 
 
-def serve(app: App, sock: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C. Logs as uvicorn does, so the ready line is the real one."""
+def serve(app: App, sock: socket.socket, certfile: str | None = None, keyfile: str | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C. Logs as uvicorn does, so the ready line is the real one.
+
+    certfile, keyfile: with TLS.
+    """
     config = uvicorn.Config(
         app,
         http=HttpToolsProtocol,
@@ -884,6 +908,8 @@ def serve(app: App, sock: socket.socket) -> None:
         log_config=None,
         proxy_headers=False,
         date_header=False,
+        ssl_certfile=certfile,
+        ssl_keyfile=keyfile,
         timeout_graceful_shutdown=2,
         backlog=2048,
     )
@@ -937,7 +963,7 @@ def _run(flags: argparse.Namespace, others: Sequence[str], machine: Machine) -> 
     time.sleep(machine.ready_s)
     log.info("Model loading took %.2f seconds", time.monotonic() - started)
     log.info("Starting vLLM API server 0 on http://%s:%d", *sock.getsockname()[:2])
-    serve(app, sock)
+    serve(app, sock, flags.ssl_certfile, flags.ssl_keyfile)
 
 
 def _make_app(flags: argparse.Namespace, names: tuple[str, ...], machine: Machine) -> App:

@@ -1,15 +1,16 @@
 """The auth_server of an instance: gives tokens and load reports to whoever has the master token.
 
-    POST /tokens   {"count": n}   fresh single-use tokens, and the load at that moment
+    POST /tokens   {"count": n}   fresh single-use tokens, and the load at that moment;
+                   "report_to": URL   where to send reports from now on (speaker.py)
     GET  /load?after=SEQ          events since that number, and how busy the model server is
     GET  /health                  200, and nothing else
 
 The master token itself is not on the machine: its SHA-256 is, and what is sent is hashed and compared.
+Everything travels under TLS, with the machine's certificate; uvicorn, which vLLM brings, serves it.
 """
 
 import hashlib
 import hmac
-import logging
 import os
 import re
 import threading
@@ -20,12 +21,14 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
-from remote.events import Events
+from remote.events import Events, News, events_told
 from remote.model_load import ModelLoad
 from remote.tokens import LIFE_S, Issuer, TooMany
 
 MAX_BODY = 65_536
 MOST_TOKENS = 2_000
+
+_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}(/[A-Za-z0-9._~/-]{0,255})?")
 
 
 def _error(status: int, code: str, message: str) -> tuple[Response, int]:
@@ -39,8 +42,12 @@ def create_app(
     ring: Events,
     model_load: Callable[[], ModelLoad],
     clock: Callable[[], float] = time.monotonic,
+    listen: Callable[[str], None] = lambda _: None,
 ) -> Flask:
-    """The three routes. model_load: how busy the model server is; clock: monotonic seconds."""
+    """The three routes. model_load: how busy the model server is; clock: monotonic seconds.
+
+    listen: reports are to be sent to that URL.
+    """
     app = Flask("auth_server", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     issuing = threading.Lock()
@@ -67,18 +74,11 @@ def create_app(
     def health() -> Response:
         return jsonify(status="ok")
 
-    def report(seq: int, missed: bool, events: tuple[Any, ...]) -> dict[str, Any]:
+    def report(news: News) -> dict[str, Any]:
         load = model_load()
         return {
             "boot_id": boot_id,
-            "seq": seq,
-            "missed": missed,
-            "started": [e.request_id for e in events if e.kind == "started"],
-            "ended": [
-                {"id": e.request_id, "status": e.kind, "output_tokens": e.output_tokens}
-                for e in events
-                if e.kind != "started"
-            ],
+            **events_told(news),
             "running": load.running,
             "waiting": load.waiting,
             "kv_use": load.kv_use,
@@ -91,20 +91,27 @@ def create_app(
     @app.post("/tokens")
     def tokens() -> tuple[Response, int]:
         said = request.get_json(force=True, silent=True)
-        count = said.get("count") if isinstance(said, dict) else None
+        if not isinstance(said, dict):
+            return _error(400, "bad_request", "count: wanted a JSON object with it")
+        count = said.get("count")
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_TOKENS:
             return _error(400, "bad_request", f"count: wanted a whole number from 1 to {MOST_TOKENS}")
+        report_to = said.get("report_to")
+        if report_to is not None and not (isinstance(report_to, str) and _URL.fullmatch(report_to)):
+            return _error(400, "bad_request", "report_to: wanted http://… or https://…")
         try:
             with issuing:
                 made = issuer.issue(count, clock())
         except TooMany as e:
             return _error(429, "too_many_tokens", str(e))
+        if report_to is not None:
+            listen(report_to)
         return jsonify(
             tokens=made,
             boot_id=boot_id,
             expires_at=round(time.time() + LIFE_S, 3),
             expires_in_s=LIFE_S,
-            load=report(ring.newest(), False, ()),
+            load=report(News(ring.newest(), False, ())),
         ), 200
 
     @app.get("/load")
@@ -112,8 +119,7 @@ def create_app(
         after = request.args.get("after", "0")
         if not re.fullmatch(r"\d{1,16}", after):
             return _error(400, "bad_request", "after: wanted the number of an event")
-        news = ring.after(int(after))
-        return jsonify(report(news.seq, news.missed, news.events)), 200
+        return jsonify(report(ring.after(int(after)))), 200
 
     return app
 
@@ -123,9 +129,11 @@ def create_app(
 
 def main() -> None:
     """Serve until SIGTERM; what it needs is in the home directory and the environment (supervise.py)."""
-    from waitress import serve  # type: ignore[import-untyped]
+    import uvicorn
+    from a2wsgi import WSGIMiddleware
 
     from remote.model_load import ModelServer
+    from remote.speaker import Speaker, Watch
 
     fleet = os.path.expanduser("~/fleet")
     boot = os.path.join(fleet, "boot")
@@ -134,33 +142,35 @@ def main() -> None:
         with open(os.path.join(*path)) as f:
             return f.read().strip()
 
-    bind = os.environ.get("FLEET_BIND", "0.0.0.0")  # noqa: S104 the port is mapped to the outside by the host
-    beside_us = "127.0.0.1"
+    certificate, key = os.path.join(fleet, "tls.crt"), os.path.join(fleet, "tls.key")
     model = ModelServer(
-        beside_us, int(os.environ.get("FLEET_PORT_8000", "8000")), text(boot, "local.key"), time.monotonic
+        int(os.environ.get("FLEET_PORT_8000", "8000")), text(boot, "local.key"), certificate, time.monotonic
     )
-    app = create_app(
-        text(fleet, "master.sha256"),
-        text(boot, "boot_id"),
-        Issuer(boot, time.monotonic()),
-        Events(boot),
-        model.load,
-    )
+    ring, digest, boot_id = Events(boot), text(fleet, "master.sha256"), text(boot, "boot_id")
+    watch = Watch(os.path.join(fleet, "model.log"), ring, lambda: model.load(0.0).model_up)
+    speaker = Speaker(watch, ring, digest, boot_id)
+    app = create_app(digest, boot_id, Issuer(boot, time.monotonic()), ring, model.load, listen=speaker.listen)
+    bind = os.environ.get("FLEET_BIND", "0.0.0.0")  # noqa: S104 the port is mapped to the outside by the host
     port = int(os.environ.get("FLEET_PORT_3000", "3000"))
     print(f"auth_server on {bind}:{port}", flush=True)
-    # Else a line for each request that waits for a thread: whoever likes could fill the disk.
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    serve(
-        app,
+    started = os.path.join(boot, "auth_started")
+    speaker.begin(os.environ.get("FLEET_READY_URL", ""), again=os.path.exists(started))
+    with open(started, "w"):
+        pass
+    uvicorn.run(
+        WSGIMiddleware(app, workers=4),  # type: ignore[arg-type]
         host=bind,
         port=port,
-        threads=4,
-        connection_limit=1000,  # 100 by default: then the next client would wait (servers.md)
-        asyncore_use_poll=True,  # select() cannot have a descriptor above 1023
-        max_request_body_size=2 * MAX_BODY,
-        channel_timeout=120,
-        ident=None,
-        clear_untrusted_proxy_headers=True,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        limit_concurrency=1000,
+        timeout_keep_alive=120,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
     )
 
 

@@ -1,6 +1,6 @@
 """What a boot begins with, and what a dead model server leaves behind.
 
-    python3 -m remote.boot begin        fleet/boot is new
+    python3 -m remote.boot begin        fleet/boot is new, and there is a certificate
     python3 -m remote.boot fail_open    requests that were under way have failed
 
 A program of its own, so that what it imports does not stay in the supervisor's memory.
@@ -8,9 +8,13 @@ A program of its own, so that what it imports does not stay in the supervisor's 
 
 import os
 import shutil
+import ssl
 import sys
 
 from remote import events, tokens
+
+GIVEN = "/etc/instance"
+"""Where Vast.ai puts a machine's certificate and key, .crt and .key, signed by its own authority."""
 
 
 def begin(fleet: str) -> str:
@@ -24,7 +28,66 @@ def begin(fleet: str) -> str:
             f.write(os.urandom(16).hex())
     tokens.make_store(boot)
     events.make_ring(boot)
+    if not take_certificate(fleet, os.environ.get("FLEET_GIVEN_CERTIFICATE", GIVEN)):
+        make_certificate(fleet)
     return boot
+
+
+def take_certificate(fleet: str, given: str) -> bool:
+    """Take the pair given.crt and given.key as fleet/tls.crt and tls.key; else whether there is one already.
+
+    One that was made stays as long as the disk does, so that what is known of it outlives a stop.
+    """
+    for path in (given, os.path.join(fleet, "tls")):
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path + ".crt", path + ".key")
+            if path == given:
+                _write_pair(fleet, *(_read(given + end) for end in (".crt", ".key")))
+        except OSError:  # also ssl.SSLError: one that is half there is none
+            continue
+        return True
+    return False
+
+
+def make_certificate(fleet: str) -> None:
+    """A new key and a certificate that it signs itself. Its dates say nothing: it is known by itself."""
+    from datetime import datetime
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "instance of a fleet")])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(datetime(2020, 1, 1))  # noqa: DTZ001 X.509 has UTC only
+        .not_valid_after(datetime(2120, 1, 1))  # noqa: DTZ001
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    _write_pair(fleet, made.public_bytes(serialization.Encoding.PEM), private)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def _write_pair(fleet: str, certificate: bytes, key: bytes) -> None:
+    for name, content in (("tls.key", key), ("tls.crt", certificate)):
+        path = os.path.join(fleet, name)
+        fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "wb") as f:
+            f.write(content)
+        os.replace(path + ".new", path)
 
 
 def fail_open(fleet: str) -> int:

@@ -39,6 +39,20 @@ class News:
     events: tuple[Event, ...]
 
 
+def events_told(news: News) -> dict[str, object]:
+    """The part of a load report that tells them."""
+    return {
+        "seq": news.seq,
+        "missed": news.missed,
+        "started": [e.request_id for e in news.events if e.kind == "started"],
+        "ended": [
+            {"id": e.request_id, "status": e.kind, "output_tokens": e.output_tokens}
+            for e in news.events
+            if e.kind != "started"
+        ],
+    }
+
+
 def make_ring(boot_dir: str) -> None:
     """An empty ring is in the directory."""
     make_file(os.path.join(boot_dir, "events"), RECORDS * _RECORD.size)
@@ -78,6 +92,10 @@ class Events:
         """The number of the newest event."""
         with self._file as file:
             return file.counter
+
+    def peek(self) -> int:
+        """The number of the newest event, without the lock: one that is just being written may be missed."""
+        return self._file.counter
 
     def fail_open(self) -> int:
         """Every request that has started and not ended has failed: its model server is gone. How many."""

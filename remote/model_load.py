@@ -1,6 +1,7 @@
 """How busy the model server is, read from its /metrics: requests, KV memory, and token counters."""
 
 import http.client
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -69,10 +70,14 @@ def parse_metrics(text: str) -> ModelLoad:
 class ModelServer:
     """The model server beside us. Safe in several threads: one reads, the others get its reading."""
 
-    def __init__(self, host: str, port: int, local_key: str, clock: Callable[[], float]) -> None:
-        """clock: monotonic seconds."""
-        self._host = host
-        self._port = port
+    def __init__(
+        self, port: int, local_key: str, certificate: str | None, clock: Callable[[], float]
+    ) -> None:
+        """port: on this machine. certificate: a file with the only one to talk to; None: no TLS.
+
+        clock: monotonic seconds.
+        """
+        self._connection = _connection(port, certificate)
         self._headers = {"Authorization": f"Bearer {local_key}"}
         self._clock = clock
         self._lock = threading.Lock()
@@ -80,10 +85,10 @@ class ModelServer:
         self._last = ModelLoad()
         self._base: tuple[float, int] | None = None
 
-    def load(self) -> ModelLoad:
-        """The last reading if it is fresh, or a new one."""
+    def load(self, fresh_s: float = FRESH_S) -> ModelLoad:
+        """The last reading if it is not older than that, or a new one."""
         with self._lock:
-            if self._clock() - self._read_at > FRESH_S:
+            if self._clock() - self._read_at > fresh_s:
                 self._last = self._with_rate(self._read(), self._clock())
                 self._read_at = self._clock()
             return self._last
@@ -99,13 +104,29 @@ class ModelServer:
         return replace(load, tokens_s=(load.generation_tokens_total - before) / (now - at))
 
     def _read(self) -> ModelLoad:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_S)
-        try:
-            connection.request("GET", "/metrics", headers=self._headers)
-            reply = connection.getresponse()
-            text = reply.read(4 * 2**20).decode(errors="replace")
-            return parse_metrics(text) if reply.status == 200 else ModelLoad()
-        except (OSError, http.client.HTTPException):
-            return ModelLoad()
-        finally:
-            connection.close()
+        for fresh in (False, True):  # the model server may just have closed a connection that was idle
+            try:
+                if fresh:
+                    self._connection.close()
+                self._connection.request("GET", "/metrics", headers=self._headers)
+                reply = self._connection.getresponse()
+                text = reply.read(4 * 2**20).decode(errors="replace")
+                return parse_metrics(text) if reply.status == 200 else ModelLoad()
+            except TimeoutError:
+                break
+            except (OSError, http.client.HTTPException):
+                continue
+        self._connection.close()
+        return ModelLoad()
+
+
+def _connection(port: int, certificate: str | None) -> http.client.HTTPConnection:
+    """To this machine; with TLS, to nobody but who has that certificate."""
+    if certificate is None:
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    # It is its own anchor, and its dates say nothing (X509_V_FLAG_NO_CHECK_TIME has no name in ssl).
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(0x200000)
+    context.load_verify_locations(certificate)
+    return http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_S, context=context)

@@ -1,6 +1,6 @@
 """One boot of an instance: auth_server and model server run, a dead one is started again.
 
-    python3 -m remote.supervise PROFILE MODEL [arguments of vLLM]
+    VLLM_MODEL=MODEL VLLM_ARGS='arguments of vLLM' python3 -m remote.supervise PROFILE
 
 Each boot begins with a new fleet/boot (keys, tokens, events) and a new fleet/model.log; each new start of the
 model server with a new log, so that an old ready line makes nobody believe in a new process. A model server
@@ -16,6 +16,7 @@ What needs more is done by a process that ends (remote/boot.py).
 import ctypes
 import fcntl
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from contextlib import suppress
 
 READY_LINE = b"Application startup complete."
 GIVING_UP = "fleet: giving up"
+ENDED = "fleet: the model server ended"
 
 EARLY_DEATHS = 3
 """Deaths of a model server that never was ready, in a row, after which it is given up."""
@@ -75,12 +77,16 @@ class Pause:
         return pause_s
 
 
-def model_command(name: str, model: str, args: list[str], environ: "os._Environ[str]") -> list[str]:
+def model_command(
+    fleet: str, name: str, model: str, args: list[str], environ: "os._Environ[str]"
+) -> list[str]:
     """The command line of the model server. It serves the model under the profile's name and its own."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", *dict.fromkeys((name, model))]
     command += ["--host", environ.get("FLEET_BIND", "0.0.0.0")]  # noqa: S104 the host maps the port
     command += ["--port", environ.get("FLEET_PORT_8000", "8000")]
+    command += ["--ssl-keyfile", os.path.join(fleet, "tls.key")]
+    command += ["--ssl-certfile", os.path.join(fleet, "tls.crt")]
     # An access log has what stands in a URL, so also a token that somebody put there, and a line a second
     # of load reports.
     command += ["--disable-uvicorn-access-log"]
@@ -107,11 +113,12 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
-def boot_step(step: str) -> bool:
+def boot_step(step: str, python_path: Iterable[str]) -> bool:
     """That step of remote/boot.py is done; whether it went well."""
     command = [sys.executable, "-m", "remote.boot", step]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in python_path if p)}
     try:
-        return os.spawnv(os.P_WAIT, command[0], command) == 0  # noqa: S606 ours, and never a shell
+        return os.spawnve(os.P_WAIT, command[0], command, environ) == 0  # noqa: S606 ours, and never a shell
     except OSError:  # no memory for another process
         return False
 
@@ -202,19 +209,19 @@ class Supervisor:
     ) -> None:
         """Begin a boot; nothing runs yet."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if not boot_step("begin"):
+        # What we need and the image has not is in fleet/site; vLLM must not see other versions.
+        self._ours = (fleet, *inherited, os.path.join(fleet, "site"))
+        if not boot_step("begin", self._ours):
             sys.exit("supervise: fleet/boot cannot be made")
         self._clock = clock
         self._deaths = Deaths()
-        # What the auth_server needs and the image has not is in fleet/site; vLLM must not see other versions.
-        site = os.path.join(fleet, "site")
         self._auth = Child(
             [sys.executable, "-m", "remote.auth_server"],
             os.path.join(fleet, "auth.log"),
-            (fleet, *inherited, site),
+            self._ours,
         )
         self._model = Child(
-            model_command(name, model, args, os.environ),
+            model_command(fleet, name, model, args, os.environ),
             os.path.join(fleet, "model.log"),
             (fleet, *inherited),
         )
@@ -254,12 +261,12 @@ class Supervisor:
     def _see_deaths(self, now: float) -> None:
         self._auth.died(now)
         if self._model.died(now):
-            boot_step("fail_open")
             why = self._deaths.died(_has_line(self._model.log, READY_LINE), now)
             if why is not None:
                 self._model.start_at = None
-                with suppress(OSError), open(self._model.log, "a") as log:
-                    log.write(f"{GIVING_UP}: {why}\n")
+            with suppress(OSError), open(self._model.log, "a") as log:
+                log.write(f"\n{ENDED}\n" if why is None else f"\n{GIVING_UP}: {why}\n")
+            boot_step("fail_open", self._ours)
 
     def _end(self) -> None:
         """Both have ended, within TERM_GRACE_S of being asked."""
@@ -278,9 +285,11 @@ class Supervisor:
 
 def main() -> None:
     """Run until told to end. A second one in the same home ends at once: the first is at work."""
-    if len(sys.argv) < 3:
-        sys.exit("usage: python3 -m remote.supervise PROFILE MODEL [arguments of vLLM]")
-    name, model, *args = sys.argv[1:]
+    if len(sys.argv) != 2 or "VLLM_MODEL" not in os.environ:
+        sys.exit("usage: VLLM_MODEL=MODEL VLLM_ARGS='arguments' python3 -m remote.supervise PROFILE")
+    # Not left for vLLM, which wonders about variables with its name.
+    name, model = sys.argv[1], os.environ.pop("VLLM_MODEL")
+    args = shlex.split(os.environ.pop("VLLM_ARGS", ""))
     fleet = os.path.expanduser("~/fleet")
     os.umask(0o077)
     lock = os.open(os.path.join(fleet, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

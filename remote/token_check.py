@@ -8,6 +8,7 @@ boot. What the answer says is not looked at, but for the number of its tokens. N
 """
 
 import hmac
+import logging
 import os
 import re
 import time
@@ -92,7 +93,9 @@ class Watched:
     def _look(self, body: bytes) -> None:
         if self._stream:
             # vLLM sends one event a token; the role of a chat and the end are no tokens.
-            self._chunks += body.count(b"data: {") - body.count(b'"role":')
+            # An event begins a line; in a text, which may be the client's own (echo), line ends are escaped.
+            begun = b"\n" if self._tail[-1:] in (b"", b"\n") else b""
+            self._chunks += (begun + body).count(b"\ndata: {") - body.count(b'"role":')
             self._broken = self._broken or b'data: {"error"' in body
         # Quotes inside a text are escaped, so this is a key of vLLM's own.
         body = self._tail + body
@@ -120,6 +123,7 @@ class TokenCheck:
         boot_dir = boot_dir or os.environ.get("FLEET_BOOT_DIR") or os.path.expanduser("~/fleet/boot")
         self._gate: tokens.Gate | None = None
         self._local_key = b""
+        self._quiet = False
         try:
             with open(os.path.join(boot_dir, "local.key"), "rb") as f:
                 self._local_key = f.read().strip()
@@ -131,6 +135,10 @@ class TokenCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         kind = scope["type"]
+        if kind != "lifespan" and not self._quiet:
+            # uvicorn has said that it is ready; from here on each malformed request would be a line.
+            self._quiet = True
+            logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         if kind == "lifespan":
             await self._app(scope, receive, send)
         elif kind != "http":

@@ -15,13 +15,14 @@ from typing import Any
 from profiles import Profile, get_profile
 from start_script import render
 from tests.waiting import wait_for
+from tls_pin import pinned_context
 
 MASTER = "master-token-of-a-test"
 MODEL = "vllm.entrypoints.openai.api_server"
 AUTH = "remote.auth_server"
 
 ENGINE = """
-import http.server, os, sys
+import http.server, os, ssl, sys
 print("starting", flush=True)
 if os.path.exists("broken"):
     sys.exit(3)
@@ -35,6 +36,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 server = http.server.HTTPServer(("127.0.0.1", port), Answer)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(*(sys.argv[sys.argv.index(f"--ssl-{what}file") + 1] for what in ("cert", "key")))
+server.socket = context.wrap_socket(server.socket, server_side=True)
 print("INFO:     Application startup complete.", flush=True)
 server.serve_forever()
 """
@@ -154,12 +158,13 @@ class Machine:
     def ask(self, path: str, body: bytes | None = None) -> dict[str, Any] | None:
         """What the auth_server says to the owner of the master token; None when it does not answer."""
         asked = urllib.request.Request(
-            f"http://127.0.0.1:{self.auth_port}{path}",
+            f"https://127.0.0.1:{self.auth_port}{path}",
             data=body,
             headers={"Authorization": f"Bearer {MASTER}"},
         )
         try:
-            with urllib.request.urlopen(asked, timeout=5) as reply:  # noqa: S310 our own port
+            context = pinned_context((self.fleet / "tls.crt").read_text())
+            with urllib.request.urlopen(asked, timeout=5, context=context) as reply:  # noqa: S310 ours
                 said: dict[str, Any] = json.load(reply)
                 return said
         except OSError:

@@ -989,12 +989,13 @@ def test_what_is_gone_can_be_asked_why() -> None:
 def test_what_an_instance_says_of_itself_makes_it_neither_hot_nor_failed() -> None:
     w = World(policy=Fixed(1, 1)).tick(80)
     label = w.only(State.RUNNING)
-    for said in ("ready", "failed: no such model"):
-        w.fleet.told(label, said)
+    for number, said in enumerate(("ready", "failed: no such model")):
+        assert w.fleet.told(label, "boot", number, said)
         assert w.fleet.instances[label].state is State.RUNNING
         assert w.fleet.instances[label].why == f"it says: {said}"
         assert [order.label for order in w.fleet.checks_due(w.now)] == [label]
-    w.fleet.told("fleet/unknown", "ready")
+        assert not w.fleet.told(label, "boot", number, said), "heard before"
+    assert not w.fleet.told("fleet/unknown", "boot", 9, "ready")
 
 
 def test_a_measured_rate_that_hardly_changed_is_not_written_down_again() -> None:

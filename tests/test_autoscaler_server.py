@@ -26,7 +26,6 @@ from autoscaler_server import (
     Keys,
     create_app,
     destroy_fleet,
-    instance_key,
     local_cloud_key,
     make_policy,
     prepare,
@@ -35,10 +34,12 @@ from demand import Demand
 from errors import CloudError, ConfigError
 from health import Check, CheckOrder, Verdict
 from http_face import MAX_BODY
+from instance_messages import instance_key
 from instance_states import State
 from ledger import Ledger
 from policies import Busy, Fixed
 from profiles import get_profile
+from remote.speaker import signed
 from tests.fleet_world import FakeVast, World, make_offer
 from vast import Offer, Row
 
@@ -83,14 +84,28 @@ class Face:
         )
         self.scaler.turn()
         self.profile = get_profile("vllm-13")
-        app = create_app(self.scaler, self.profile, Keys(CONTROL, operator), 5.0, master_token)
+        self.nudged = 0
+        app = create_app(
+            self.scaler, self.profile, Keys(CONTROL, operator), 5.0, master_token, self._count_nudge
+        )
         self.app = app
         self.client = app.test_client()
 
     def ask(self, method: str, path: str, key: str | None = None, **more: Any) -> TestResponse:
-        """One request."""
+        """One request. An instance does not show its key, it signs with it."""
+        if path == "/ready" and key is not None:
+            body = more["data"] if "data" in more else json.dumps(more["json"])
+            header = {"Authorization": signed(key, path, body.encode())}
+            return self.client.open(path, method=method, headers=header, data=body)
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         return self.client.open(path, method=method, headers=headers, **more)
+
+    def say_ready(self, said: dict[str, Any]) -> TestResponse:
+        """A hot instance says how it is."""
+        return self.ask("POST", "/ready", instance_key(master_token(self.hot_label)), json=said)
+
+    def _count_nudge(self) -> None:
+        self.nudged += 1
 
     @property
     def hot_label(self) -> str:
@@ -116,7 +131,7 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("GET", "/instances", None, "operator"),
     ("GET", "/hot", None, "control"),
     ("POST", "/busy", REPORT, "control"),
-    ("POST", "/ready", {"state": "ready"}, "instance"),
+    ("POST", "/ready", {"state": "ready", "boot_id": "b", "number": 1}, "instance"),
     ("GET", "/decisions", None, "operator"),
     ("GET", "/costs", None, "operator"),
     ("PUT", "/manage", {"manage": False}, "operator"),
@@ -200,6 +215,7 @@ def test_the_hot_set_is_what_a_loadbalancer_must_know(face: Face) -> None:
         "master_token": SECRET + first.label,
         "throughput_work_s": 950.0,
         "capacity_work": 5700.0,
+        "certificate": None,
     }
 
 
@@ -247,11 +263,30 @@ def test_a_report_on_thousands_of_instances_is_no_over_long_body(face: Face) -> 
 def test_what_an_instance_says_brings_its_next_check_forward(face: Face) -> None:
     face.world.fleet.checks_due(face.world.now)
     assert face.world.fleet.checks_due(face.world.now) == []
-    key = instance_key(master_token(face.hot_label))
-    answer = face.ask("POST", "/ready", key, json={"state": "failed", "why": "no such model"})
-    assert answer.get_json() == {"label": face.hot_label}
+    said = {"state": "failed", "why": "no such model", "boot_id": "b", "number": 7}
+    assert face.say_ready(said).get_json() == {"label": face.hot_label}
+    assert face.nudged == 1
     assert [order.label for order in face.world.fleet.checks_due(face.world.now)] == [face.hot_label]
     assert face.world.fleet.instances[face.hot_label].state is State.HOT
+    assert face.say_ready(said).status_code == 409, "heard before"
+    assert face.say_ready({**said, "number": 6}).status_code == 409
+    assert face.say_ready({**said, "boot_id": "c", "number": 1}).status_code == 200
+    assert face.say_ready({**said, "number": 8}).status_code == 409, "of a boot that is over"
+
+
+@pytest.mark.parametrize("what", ["body", "path", "key", "none", "bearer"])
+def test_what_no_instance_has_signed_is_not_heard(face: Face, what: str) -> None:
+    body = json.dumps({"state": "ready", "boot_id": "b", "number": 1})
+    key = instance_key(master_token(face.hot_label))
+    header = {
+        "body": signed(key, "/ready", body.encode() + b" "),
+        "path": signed(key, "/report", body.encode()),
+        "key": signed(instance_key("another"), "/ready", body.encode()),
+        "none": "",
+        "bearer": f"Bearer {key}",
+    }[what]
+    answer = face.client.post("/ready", data=body, headers={"Authorization": header})
+    assert (answer.status_code, face.nudged) == (401, 0)
 
 
 def test_instances_shows_each_with_its_state_since_why_price_and_address_and_what_went(face: Face) -> None:
@@ -542,7 +577,7 @@ def taken_port() -> Iterator[int]:
     [
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--port", "many"], "argument --port: invalid int value: 'many'"),
-        (["--model", "vllm-9000", "--local"], "unknown model 'vllm-9000': known are vllm-13, vllm-70"),
+        (["--model", "vllm-9000", "--local"], "unknown model 'vllm-9000': known are tiny, vllm-13, vllm-70"),
         (["--port", "TAKEN"], "cannot listen on 127.0.0.1:TAKEN: Address already in use"),
         (["--host", "0.0.0.0"], "listening on 0.0.0.0:8100 needs keys"),
         (["--port", "FREE"], "no Vast.ai API key"),

@@ -40,16 +40,20 @@ class Client:
     refuses: frozenset[str] = frozenset()
 
     async def fetch_tokens(
-        self, auth_url: str, master: str, count: int, timeout_s: float = 5.0
+        self, auth_url: str, master: str, count: int, timeout_s: float, certificate: str | None = None
     ) -> TokenBatch:
         if auth_url in self.hangs:
             await asyncio.sleep(3600)
         return TokenBatch(("token",) * count, "b", 600.0, LOAD)
 
-    async def fetch_load(self, auth_url: str, master: str, after: int, timeout_s: float = 5.0) -> Load:
+    async def fetch_load(
+        self, auth_url: str, master: str, after: int, timeout_s: float, certificate: str | None = None
+    ) -> Load:
         return LOAD
 
-    async def test_prompt(self, address: str, token: str, model: str, timeout_s: float) -> int:
+    async def test_prompt(
+        self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
+    ) -> int:
         if address in self.refuses:
             raise InstanceError(f"{address}: expected a token, got 500")
         return 1
@@ -137,7 +141,9 @@ def test_an_engine_that_does_not_say_how_much_it_has_is_not_taken_for_idle() -> 
     """Its zeros are no zeros: it may be too busy to answer."""
 
     class Silent(Client):
-        async def fetch_load(self, auth_url: str, master: str, after: int, timeout_s: float = 5.0) -> Load:
+        async def fetch_load(
+            self, auth_url: str, master: str, after: int, timeout_s: float, certificate: str | None = None
+        ) -> Load:
             return replace(LOAD, running=0, waiting=0, model_up=False)
 
     assert check(order(state=State.DRAINING), Log(READY), Silent()).in_flight is None
@@ -164,9 +170,10 @@ def test_as_many_checks_as_hang_in_ssh_leave_others_their_turn() -> None:
 
 
 def test_lines_are_matched_as_substrings() -> None:
-    assert parse("READY\nEND\n") == LogView(ready=True)
-    assert parse("END\n") == LogView(ready=False)
-    assert parse("READY\n(APIServer pid=7) CUDA out of memory\nEND\n").fatal == (
+    assert parse("READY\nCERTIFICATE\nEND\n") == LogView(ready=True)
+    assert parse("CERTIFICATE\nEND\n") == LogView(ready=False)
+    assert parse("CERTIFICATE\n-----BEGIN\nxy\nEND\n").certificate == "-----BEGIN\nxy\n"
+    assert parse("READY\n(APIServer pid=7) CUDA out of memory\nCERTIFICATE\nEND\n").fatal == (
         "(APIServer pid=7) CUDA out of memory"
     )
 
@@ -175,6 +182,9 @@ def test_a_reply_that_was_cut_short_says_nothing() -> None:
     for cut in ("", "READY\n", "READY\nEN"):
         with pytest.raises(InstanceError):
             parse(cut)
+
+
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
 
 def test_the_shell_command_reads_the_log_of_this_boot(tmp_path: object) -> None:
@@ -200,7 +210,9 @@ def test_the_shell_command_reads_the_log_of_this_boot(tmp_path: object) -> None:
     log.write_text(f"INFO:     {READY_LINE}\n")
     assert look(False) == LogView(ready=True)
     log.write_text(f"INFO: x {FATAL_LINES[0]} y\n")
-    assert look(False).fatal == f"INFO: x {FATAL_LINES[0]} y"
+    assert look(False).fatal == FATAL_LINES[0]
+    (tmp_path / "fleet" / "tls.crt").write_text(f"{PEM}{PEM}")  # type: ignore[operator]
+    assert look(True).certificate == PEM, "the first of the file"
     assert look(True).fatal is None, "what kills a boot may be one request's error later"
 
 
@@ -259,9 +271,9 @@ def ssh_server(answer: bytes, host_key: paramiko.PKey) -> Iterator[int]:
 def test_a_changed_host_key_is_refused() -> None:
     known: dict[str, str] = {}
     reader = SshLog(paramiko.ECDSAKey.generate(), lambda label, key: known.setdefault(label, key))
-    with ssh_server(b"READY\nEND\n", paramiko.ECDSAKey.generate()) as port:
+    with ssh_server(b"READY\nCERTIFICATE\nEND\n", paramiko.ECDSAKey.generate()) as port:
         assert reader.read("f/1", "127.0.0.1", port, False, 10.0) == LogView(ready=True)
-    with ssh_server(b"READY\nEND\n", paramiko.ECDSAKey.generate()) as port:
+    with ssh_server(b"READY\nCERTIFICATE\nEND\n", paramiko.ECDSAKey.generate()) as port:
         with pytest.raises(HostKeyChanged):
             reader.read("f/1", "127.0.0.1", port, False, 10.0)
         assert reader.read("f/2", "127.0.0.1", port, False, 10.0).ready

@@ -31,8 +31,8 @@ CONTROL, CLIENT, OPERATOR = "control-" + "c" * 32, "client-" + "u" * 32, "operat
 INSTANCE: dict[str, Any] = {
     "id": 7,
     "state": "hot",
-    "address": "http://10.0.0.7:8000",
-    "auth_url": "http://10.0.0.7:3000",
+    "address": "http://127.0.0.7:8000",
+    "auth_url": "http://127.0.0.7:3000",
     "master_token": "master-secret",
     "throughput_work_s": 100.0,
     "capacity_work": 1000.0,
@@ -81,7 +81,7 @@ def test_a_lease_holds_what_a_client_needs() -> None:
     answer = counter.client.post("/route", json={"prompt_tokens": 100, "max_tokens": 50})
     assert answer.status_code == 200
     assert answer.get_json() == {
-        "address": "http://10.0.0.7:8000",
+        "address": "http://127.0.0.7:8000",
         "token": "token-0000000000000399",
         "request_id": "0000000000000399",
         "instance_id": 7,
@@ -114,7 +114,7 @@ def test_a_client_may_say_how_its_lease_ended_and_say_it_twice() -> None:
     counter.stock()
     lease = counter.client.post("/route", json={"work": 1000}).get_json()
     for _ in range(2):
-        done = {"request_id": lease["request_id"], "outcome": "failed", "why": "connection refused"}
+        done = {"request_id": lease["request_id"], "outcome": "failed", "why": "not_started"}
         answer = counter.client.post("/done", json=done)
         assert (answer.status_code, answer.get_json()) == (200, {})
     assert counter.balancer.usage(counter.desk.clock()).instances[7].failures == 1
@@ -220,6 +220,7 @@ def test_a_wrong_request_is_refused_with_the_field_named(body: str, field: str) 
         ('{"request_id": 5, "outcome": "finished"}', "request_id"),
         ('{"request_id": "", "outcome": "finished"}', "request_id"),
         ('{"request_id": "x", "outcome": "failed", "why": 5}', "why"),
+        ('{"request_id": "x", "outcome": "failed", "why": "a prompt"}', "why"),
         ('{"request_id": "x", "outcome": "failed", "tokens": 5}', "tokens"),
     ],
 )
@@ -312,7 +313,7 @@ def test_every_route_is_protected_or_known_to_be_open() -> None:
     """A route that is added must be added to the list above, or be open on purpose."""
     app = create_app(Counter().desk, Keys(CONTROL))
     paths = {rule.rule for rule in app.url_map.iter_rules()}
-    assert paths == {p[1] for p in PROTECTED} | {"/health"}
+    assert paths == {p[1] for p in PROTECTED} | {"/health", "/report"}
 
 
 def test_without_keys_clients_and_operator_are_let_in_but_nobody_may_set_the_hot_set() -> None:

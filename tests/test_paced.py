@@ -302,6 +302,64 @@ def test_a_chat_message_may_be_in_parts_or_empty() -> None:
     assert said["usage"]["completion_tokens"] == 2
 
 
+# -- echo, as in serving_completion.py of vLLM 0.11 ------------------------------------------------------
+
+ODD = 'Say "hi"\n\\ to Жанна and 🦎 data: {"error"'
+
+
+def texts(call: Call) -> dict[int, list[str]]:
+    """The text of each event of each choice."""
+    found: dict[int, list[str]] = {}
+    for event in call.events[:-1]:
+        for choice in event["choices"]:
+            found.setdefault(choice["index"], []).append(choice["text"])
+    return found
+
+
+def test_echo_puts_the_prompt_before_the_answer_and_counts_as_without() -> None:
+    plain, echoed = (asked(COMPLETION, HELLO | {"prompt": ODD} | more) for more in ({}, {"echo": True}))
+    assert echoed.said["choices"][0].pop("text") == ODD + plain.said["choices"][0].pop("text")
+    assert echoed.said["usage"] == plain.said["usage"]
+    assert "🦎".encode() in echoed.body, "vLLM writes UTF-8, not escapes"
+
+
+def test_a_streamed_echo_has_the_prompt_in_the_event_of_the_first_token() -> None:
+    call = asked(COMPLETION, HELLO | {"prompt": ODD, "echo": True, "stream": True})
+    assert texts(call) == {0: [ODD + " This", " is", " placeholder"]}
+    assert "🦎".encode() in call.body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_without_tokens_is_the_prompt_alone_though_one_token_is_made(stream: bool) -> None:
+    body = {"prompt": ODD, "echo": True, "max_tokens": 0, "stream": stream}
+    call = asked(COMPLETION, body | ({"stream_options": {"include_usage": True}} if stream else {}))
+    if stream:
+        assert texts(call) == {0: [ODD]}
+        said = call.events[-2]
+    else:
+        said = call.said
+        assert [(c["text"], c["finish_reason"]) for c in said["choices"]] == [(ODD, "length")]
+    assert said["usage"]["completion_tokens"] == 1
+
+
+def test_each_answer_echoes_its_own_prompt() -> None:
+    body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 1, "echo": True}
+    said = asked(COMPLETION, body).said
+    assert [c["text"] for c in said["choices"]] == ["a This", "a This", "b This", "b This"]
+    streamed = texts(asked(COMPLETION, body | {"stream": True}))
+    assert streamed == {0: ["a This"], 1: ["a This"], 2: ["b This"], 3: ["b This"]}
+
+
+def test_an_echo_of_token_ids_has_as_many_pieces_of_placeholder_text() -> None:
+    said = asked(COMPLETION, {"prompt": [0, 1, 2], "max_tokens": 1, "echo": True}).said
+    assert said["choices"][0]["text"] == " This is placeholder" + " This"
+
+
+def test_half_characters_do_not_break_an_echo() -> None:
+    call = asked(COMPLETION, b'{"prompt": "\\ud800x", "max_tokens": 1, "echo": true}')
+    assert call.said["choices"][0]["text"] == "?x This"
+
+
 # -- length ----------------------------------------------------------------------------------------------
 
 
@@ -539,7 +597,9 @@ def test_the_server_may_start_and_end() -> None:
         ({"prompt": "x", "top_p": 2}, "top_p"),
         ({"prompt": "x", "stop": 1}, "stop"),
         ({"prompt": "x", "stop": [1]}, "stop"),
-        ({"prompt": "x", "echo": True}, "echo"),
+        ({"prompt": "x", "echo": 1}, "echo"),
+        ({"prompt": "x", "echo": True, "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "x" * 4_000, "echo": True, "max_tokens": 0}, "prompt"),
         ({"prompt": "x", "logprobs": 3}, "logprobs"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
     ],
@@ -552,6 +612,12 @@ def test_a_bad_completion_is_a_400_in_vllms_shape_that_names_the_field(
     assert (call.status, error["type"], error["code"], error["param"]) == (400, "BadRequestError", 400, param)
     assert set(error) == {"message", "type", "param", "code"}
     assert 0 < len(error["message"]) < 6_000
+
+
+def test_a_chat_has_no_echo() -> None:
+    """vLLM's echoes the last message, and only where the template does not open the answer."""
+    call = asked(CHAT, HELLO_CHAT | {"echo": True})
+    assert (call.status, call.said["error"]["param"]) == (400, "echo")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from remote.model_load import ModelLoad, ModelServer, parse_metrics
 from remote.tokens import CAP, Gate, Issuer
 from tests.instance_home import two_ports
 from tests.waiting import wait_for
+from tls_pin import pinned_context
 
 MASTER = "m" * 64
 KEY = {"Authorization": f"Bearer {MASTER}"}
@@ -162,7 +163,7 @@ def test_a_model_server_that_does_not_answer_is_not_up() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-        assert ModelServer("127.0.0.1", port, "k", lambda: 0.0).load() == ModelLoad()
+        assert ModelServer(port, "k", None, lambda: 0.0).load() == ModelLoad()
 
 
 def test_a_reading_is_kept_for_a_moment_and_gives_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +176,7 @@ def test_a_reading_is_kept_for_a_moment_and_gives_a_rate(monkeypatch: pytest.Mon
         return ModelLoad(model_up=True, generation_tokens_total=next(totals))
 
     monkeypatch.setattr(ModelServer, "_read", read)
-    model = ModelServer("h", 1, "k", lambda: now)
+    model = ModelServer(1, "k", None, lambda: now)
     assert model.load().tokens_s == 0.0
     now = 0.1
     assert model.load().generation_tokens_total == 100
@@ -210,16 +211,22 @@ def served(tmp_path: Path) -> Iterator[tuple[int, Path]]:
             [sys.executable, "-m", "remote.auth_server"], env=environ, stdout=log, stderr=log
         )
     try:
-        wait_for("it serves", lambda: _health(port))
+        wait_for("it serves", lambda: _health(port, fleet))
         yield port, fleet
     finally:
         process.kill()
         process.wait()
 
 
-def _health(port: int) -> bool:
+def connect(port: int, fleet: Path) -> http.client.HTTPSConnection:
+    """To the auth_server, and to nobody without its certificate."""
+    context = pinned_context((fleet / "tls.crt").read_text())
+    return http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
+
+
+def _health(port: int, fleet: Path) -> bool:
     try:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection = connect(port, fleet)
         connection.request("GET", "/health")
         ok = connection.getresponse().status == 200
         connection.close()
@@ -235,7 +242,7 @@ def test_several_loadbalancers_on_open_connections_get_different_tokens(served: 
     reused: list[bool] = []
 
     def ask() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection = connect(port, fleet)
         connection.connect()
         first = connection.sock
         for _ in range(10):
@@ -261,18 +268,18 @@ def test_several_loadbalancers_on_open_connections_get_different_tokens(served: 
 
 
 def test_hundreds_of_idle_connections_keep_nobody_out(served: tuple[int, Path]) -> None:
-    port, _ = served
+    port, fleet = served
     idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(500)]
     try:
-        assert _health(port)
+        assert _health(port, fleet)
     finally:
         for sock in idle:
             sock.close()
 
 
 def test_an_overlong_body_is_refused_by_the_real_server(served: tuple[int, Path]) -> None:
-    port, _ = served
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    port, fleet = served
+    connection = connect(port, fleet)
     try:
         connection.request("POST", "/tokens", b"x" * (MAX_BODY + 1), KEY)
         assert connection.getresponse().status == 413

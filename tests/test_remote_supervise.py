@@ -49,13 +49,14 @@ def test_the_pause_doubles_until_a_process_has_settled() -> None:
 
 
 def _command(args: list[str], **environ: str) -> list[str]:
-    return model_command("vllm-13", "some/model", args, environ)  # type: ignore[arg-type]
+    return model_command("/fleet", "vllm-13", "some/model", args, environ)  # type: ignore[arg-type]
 
 
 def test_vllm_is_started_with_the_check_in_front() -> None:
     assert _command(["--max-model-len", "4096"])[1:] == [
         *("-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"),
         *("--served-model-name", "vllm-13", "some/model", "--host", "0.0.0.0", "--port", "8000"),
+        *("--ssl-keyfile", "/fleet/tls.key", "--ssl-certfile", "/fleet/tls.crt"),
         "--disable-uvicorn-access-log",
         *("--middleware", "remote.token_check.TokenCheck", "--max-model-len", "4096"),
     ]

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("name", list(PROFILES))
 def test_every_profile_fits_into_the_services_limit_with_room(name: str) -> None:
     """Room for a longer model name and more arguments of a user's own profile."""
-    assert len(render(get_profile(name), MASTER).encode()) <= LIMIT_BYTES - 2_000
+    assert len(render(get_profile(name), MASTER).encode()) <= LIMIT_BYTES - 900
 
 
 def test_a_script_over_the_limit_is_refused() -> None:
@@ -95,7 +95,7 @@ def test_a_word_of_a_profile_cannot_become_a_command(tmp_path: Path) -> None:
 
 
 RECORDER = """#!/bin/sh
-case "$*" in *remote.supervise*) printf '%s\\0' "$@" > "$HOME/arguments"; exit;; esac
+case "$*" in *remote.supervise*) printf '%s\\0' "$VLLM_MODEL" "$VLLM_ARGS" > "$HOME/arguments"; exit;; esac
 exec {python} "$@"
 """
 
@@ -123,11 +123,18 @@ def test_the_arguments_of_a_profile_arrive_as_they_were_written(tmp_path: Path) 
     machine.give(replace(get_profile("vllm-13"), vllm_args=shlex.join(words)))
     with machine.running() as boot:
         assert boot.wait(timeout=30) == 0
-    got = (machine.home / "arguments").read_text().split("\0")[:-1]
-    assert got == [
-        *("-m", "remote.supervise", "vllm-13", get_profile("vllm-13").model),
-        *words,
-    ]
+    model, args, _ = (machine.home / "arguments").read_text().split("\0")
+    assert (model, shlex.split(args)) == (get_profile("vllm-13").model, words)
+
+
+def test_model_and_arguments_of_the_environment_go_before_those_of_the_profile(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, engine="import sys; print('told', *sys.argv, flush=True); input()")
+    machine.environ |= {"VLLM_MODEL": "/models/my own", "VLLM_ARGS": "--seed '7 8'"}
+    with machine.running():
+        wait_for("its arguments", lambda: "told" in machine.model_log())
+    said = machine.model_log()
+    assert "--model /models/my own --served-model-name vllm-13 /models/my own" in said
+    assert said.split("TokenCheck ")[1].startswith("--seed 7 8")
 
 
 # -- starts, on an image without Flask -----------------------------------------------------------------
@@ -143,17 +150,25 @@ shutil.copytree({wheels!r}, words[words.index("--target") + 1], dirs_exist_ok=Tr
 """
 
 
+INSTALLED = (
+    *("flask", "werkzeug", "jinja2", "markupsafe", "itsdangerous", "blinker"),
+    *("a2wsgi", "cryptography", "cffi", "pycparser"),
+)
+BROUGHT = ("uvicorn", "h11", "click")
+"""By an image of vLLM."""
+
+
 @pytest.fixture
 def bare(tmp_path: Path) -> Machine:
     """A machine whose Python has no Flask, and a pip that notes what it is asked for."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    for name in ("flask", "waitress", "werkzeug", "jinja2", "markupsafe", "itsdangerous", "click", "blinker"):
-        tops = {f.parts[0] for f in files(name) or () if f.parts[0] not in ("..", "__pycache__")}
-        for top in tops:
-            (wheels / top).symlink_to(Path(sys.prefix, "lib", _version(), "site-packages", top))
     machine = Machine(tmp_path, python=tmp_path / "venv" / "bin")
+    for where, names in ((wheels, INSTALLED), (machine.image, BROUGHT)):
+        for name in names:
+            for top in {f.parts[0] for f in files(name) or () if f.parts[0] not in ("..", "__pycache__")}:
+                (where / top).symlink_to(Path(sys.prefix, "lib", _version(), "site-packages", top))
     impatient = tmp_path / "venv" / "bin" / "sleep"
     impatient.write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")
     impatient.chmod(0o700)
@@ -183,7 +198,7 @@ def test_what_the_image_lacks_is_installed_once_and_not_seen_by_the_model_server
         bare.wait_until_ready()
     assert second["boot_id"] != first["boot_id"]
     (asked,) = _installs(bare)
-    assert asked.split()[-2:] == list(NEEDS)
+    assert asked.split()[-len(NEEDS) :] == list(NEEDS)
     assert str(bare.fleet / "site") not in bare.model_log()
     assert str(bare.fleet) in bare.model_log(), "it has the token check, though"
 

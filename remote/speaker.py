@@ -1,0 +1,243 @@
+"""The instance speaks up: how its model is, and what becomes of its requests; nobody must ask for it.
+
+    model.log ─┐                  ┌─► POST /ready   to the autoscaler, when the model's state has changed
+               ├─► Watch (50 ms) ─┤
+    events ────┘                  └─► POST /report  to each loadbalancer that asked for it with POST /tokens
+
+A message is signed with what there is of the master token here, its SHA-256. It names the boot and has a
+number that grows, so that none counts twice. What gets lost is found by polling.
+"""
+
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from remote.events import Events, News, events_told
+
+TICK_S = 0.05
+"""How often the log and the events are looked at: a fifth of what a loadbalancer may lag behind."""
+
+PROGRESS_S = 5.0
+"""Between two messages that say no more than how far loading is."""
+
+POST_S = 2.0
+"""For a message: one that takes longer is tried again, or left to polling."""
+
+RETRY_S = (0.25, 5.0)
+"""After a message that did not get through: the first, doubling up to the second."""
+
+TRIES = 3
+"""Reports in a row that do not get through, after which a loadbalancer must ask for them anew."""
+
+MOST_LISTENERS = 8
+"""Loadbalancers that reports are sent to."""
+
+MOST_EVENTS = 2_000
+"""In a report; a loadbalancer that lags behind further asks for the rest."""
+
+READ_BYTES = 65_536
+"""Of the log at a time."""
+
+READY_LINE = b"Application startup complete."
+GIVING_UP = b"fleet: giving up"
+ENDED = b"fleet: the model server ended"
+
+_PERCENT = re.compile(rb"\b(\d{1,3})%")
+
+
+def signed(key: str, path: str, body: bytes) -> str:
+    """The Authorization header of a message: who signs, by a name that tells nothing, and the signature."""
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return f"Fleet {name}:{hmac.new(key.encode(), path.encode() + b' ' + body, hashlib.sha256).hexdigest()}"
+
+
+class ModelState:
+    """What the log of a model server says of it. Nothing of a line but a percentage is ever repeated."""
+
+    def __init__(self) -> None:
+        """A model server was started, and has said nothing."""
+        self.state, self.why = "loading", ""
+        self.said_ready = False
+        self._rest = b""
+
+    def feed(self, raw: bytes) -> None:
+        """Take in what was written to the log."""
+        *lines, self._rest = (self._rest + raw).split(b"\n")
+        self._rest = self._rest[-READ_BYTES:]
+        for line in lines:
+            # vLLM logs what requests say, but never at the beginning of a line.
+            percent = None if self.said_ready else _PERCENT.search(line.rpartition(b"\r")[2])
+            if line.startswith(GIVING_UP):
+                self.state, self.why = "failed", line.decode(errors="replace")[:200]
+            elif line.startswith(ENDED):
+                self.state, self.why, self.said_ready = "loading", "the model server ended", False
+            elif READY_LINE in line:
+                self.said_ready = True
+            elif percent and self.state == "loading" and not self.said_ready:
+                self.why = f"{int(percent[1])} %"
+
+    def answers(self) -> None:
+        """After its ready line it answered a request."""
+        self.state, self.why = "ready", ""
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+class Watch(threading.Thread):
+    """Looks at the log and the events, and wakes those who wait for news of them."""
+
+    def __init__(self, log: str, ring: Events, answers: Callable[[], bool]) -> None:
+        """answers: whether the model server answers at this moment."""
+        super().__init__(name="watch", daemon=True)
+        self.changed = threading.Condition()
+        self.model = ModelState()
+        self.newest = 0
+        self._log = log
+        self._ring = ring
+        self._answers = answers
+        self._inode = self._offset = 0
+
+    @property
+    def news(self) -> tuple[int, bool]:
+        """(number of the newest event, whether the model server is ready)."""
+        return self.newest, self.model.state == "ready"
+
+    def run(self) -> None:
+        """Look, for ever."""
+        while True:
+            before = self.newest, self.model.state, self.model.why
+            self.newest = self._ring.peek()
+            self._read_log()
+            if self.model.said_ready and self.model.state == "loading" and self._answers():
+                self.model.answers()
+            if before != (self.newest, self.model.state, self.model.why):
+                with self.changed:
+                    self.changed.notify_all()
+            time.sleep(TICK_S)
+
+    def _read_log(self) -> None:
+        try:
+            now = os.stat(self._log)
+            if now.st_ino != self._inode:  # each start of a model server has its own
+                self._inode, self._offset, self.model = now.st_ino, 0, ModelState()
+            if now.st_size > self._offset:
+                with open(self._log, "rb") as f:
+                    f.seek(self._offset)
+                    raw = f.read(READ_BYTES)
+                self._offset += len(raw)
+                self.model.feed(raw)
+        except OSError:
+            return
+
+
+class Speaker:
+    """Sends what the watch sees to whoever wants to hear it."""
+
+    def __init__(self, watch: Watch, ring: Events, key: str, boot_id: str) -> None:
+        """key: SHA-256 of the master token. Call `begin` to start."""
+        self._watch = watch
+        self._ring = ring
+        self._key = key
+        self._boot_id = boot_id
+        self._listeners: dict[str, threading.Thread] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, ready_url: str, *, again: bool) -> None:
+        """Watch, and tell that URL how the model is, if there is one. again: we ran before in this boot."""
+        self._watch.start()
+        if ready_url:
+            target = threading.Thread(target=self._say_ready, args=(_Line(ready_url), again), daemon=True)
+            target.start()
+
+    def listen(self, url: str) -> None:
+        """Send reports to that URL from now on."""
+        with self._lock:
+            self._listeners = {u: t for u, t in self._listeners.items() if t.is_alive()}
+            if url in self._listeners or len(self._listeners) >= MOST_LISTENERS:
+                return
+            self._listeners[url] = threading.Thread(target=self._report, args=(_Line(url),), daemon=True)
+            self._listeners[url].start()
+
+    def _post(self, line: "_Line", said: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        # The clock of this machine's kernel: it grows also when this process is started again.
+        number = time.monotonic_ns() // 1000
+        body = json.dumps({"boot_id": self._boot_id, "number": number, **said}).encode()
+        return line.post(body, signed(self._key, line.path, body))
+
+    def _say_ready(self, line: "_Line", again: bool) -> None:
+        watch = self._watch
+        said, said_at, pause_s = None, float("-inf"), RETRY_S[0]
+        note = "auth_server was started again" if again else ""
+        while True:
+            now = watch.model.state, watch.model.why or note
+            progress = said is not None and now[0] == said[0] == "loading"
+            rest_s = said_at + PROGRESS_S - time.monotonic() if progress else 0.0
+            if now == said or rest_s > 0.0:
+                with watch.changed:
+                    watch.changed.wait(rest_s if now != said else None)
+                continue
+            status, _ = self._post(line, {"state": now[0], "why": now[1]})
+            if status == 200:
+                said, said_at, pause_s, note = now, time.monotonic(), RETRY_S[0], ""
+            else:
+                time.sleep(pause_s)
+                pause_s = min(RETRY_S[1], 2.0 * pause_s)
+
+    def _report(self, line: "_Line") -> None:
+        watch = self._watch
+        sent, failed = (watch.newest, False), 0
+        first = True
+        while failed < TRIES:
+            now = watch.news
+            if now == sent and not first:
+                with watch.changed:
+                    watch.changed.wait(1.0)
+                continue
+            first = False
+            news = self._ring.after(sent[0])
+            too_many = len(news.events) > MOST_EVENTS
+            report = events_told(News(news.seq, news.missed or too_many, () if too_many else news.events))
+            status, told = self._post(line, {"after": sent[0], **report, "model_up": now[1]})
+            if status == 200:
+                sent, failed = (news.seq, now[1]), 0
+                time.sleep(min(60.0, max(0.0, float(told.get("next_in_s", 1.0)))))
+            elif 400 <= status < 500:
+                return  # it does not know this boot, or not yet: it asks again when it does
+            else:
+                failed += 1
+                time.sleep(RETRY_S[0])
+
+
+class _Line:
+    """A kept-alive connection to one URL, for one thread."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.path = parts.path or "/"
+        self._connection = kind(parts.hostname or "", parts.port, timeout=POST_S)
+
+    def post(self, body: bytes, authorization: str) -> tuple[int, dict[str, Any]]:
+        """(status, answer); status 0 when there was none."""
+        headers = {"Authorization": authorization, "Content-Type": "application/json"}
+        for _ in range(2):  # a connection that was idle may just have been closed by the other side
+            try:
+                self._connection.request("POST", self.path, body, headers)
+                reply = self._connection.getresponse()
+                said = json.loads(reply.read(READ_BYTES) or b"{}")
+                return reply.status, said if isinstance(said, dict) else {}
+            except TimeoutError:
+                break
+            except (OSError, ValueError, http.client.HTTPException):
+                self._connection.close()
+        self._connection.close()
+        return 0, {}
