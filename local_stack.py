@@ -47,9 +47,6 @@ ROOT = Path(__file__).resolve().parent
 
 CLOUD, AUTOSCALER, LOADBALANCER = "localcloud", "autoscaler", "loadbalancer"
 
-ENGINE = "paced"
-"""Of the local cloud: placeholder text at the speed of the model on that GPU."""
-
 UP_TIMEOUT_S = 30.0
 """For a child to answer: Python and its imports take 1 to 3 s on a busy core."""
 
@@ -82,6 +79,44 @@ _PORTS = (20_000, 30_000)
 those may sit on the port of a child that has died and is about to be started again."""
 
 
+@dataclass(frozen=True)
+class Engine:
+    """What an engine of the local cloud asks of the rest of the stack.
+
+    model, instances: what is served by how many, when nothing else is said. only_model: it serves no other.
+    most_instances: so many fit on two cores. speedup: of the autoscaler's deadlines, where the model server
+    takes its own time; None: as the cloud's. patience: the stack waits so many times as long.
+    autoscaler_args: further flags of `serve`.
+    """
+
+    model: str
+    instances: int
+    most_instances: int
+    only_model: bool = False
+    speedup: float | None = None
+    patience: float = 1.0
+    autoscaler_args: tuple[str, ...] = ()
+
+
+ENGINES: Mapping[str, Engine] = MappingProxyType(
+    {
+        # Placeholder text at the speed of the model on that GPU.
+        "paced": Engine(model="vllm-13", instances=4, most_instances=1000),
+        # Real vLLM: 2.5 GB each, and a start takes both cores for 20 s and more. Of the real deadlines, the
+        # 300 s after which the policy stops what is idle are longer than a run.
+        "vllm": Engine(
+            model="tiny",
+            instances=2,
+            most_instances=2,
+            only_model=True,
+            speedup=1.0,
+            patience=3.0,
+            autoscaler_args=("--policy", "busy", "--policy-param", "remove_after_s=15"),
+        ),
+    }
+)
+
+
 class ChildFailed(Exception):
     """A child did not do its part; the text has the end of its log."""
 
@@ -96,6 +131,7 @@ class StackConfig:
     autoscaler_args: further flags of `autoscaler_server.py serve`.
     """
 
+    engine: str = "paced"
     model: str = "vllm-13"
     instances: int = 4
     speedup: float = 60.0
@@ -112,11 +148,21 @@ class StackConfig:
     def checked(self) -> "StackConfig":
         """Itself, or ConfigError naming the value and the range."""
         get_profile(self.model)
-        if not 1 <= self.instances <= self.max_instances:
-            raise ConfigError(f"--instances {self.instances}: wanted 1 to {self.max_instances}")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"--engine {self.engine}: wanted {' or '.join(ENGINES)}")
+        engine = ENGINES[self.engine]
+        if engine.only_model and self.model != engine.model:
+            raise ConfigError(f"--model {self.model}: the {self.engine} engine serves {engine.model} only")
+        if not 1 <= self.instances <= self.limit:
+            raise ConfigError(f"--instances {self.instances}: wanted 1 to {self.limit}")
         if not 1.0 <= self.speedup <= 10_000.0:
             raise ConfigError(f"--speedup {self.speedup:g}: wanted 1 to 10000")
         return self
+
+    @property
+    def limit(self) -> int:
+        """So many instances there are at most."""
+        return min(self.max_instances, ENGINES[self.engine].most_instances)
 
 
 @dataclass(frozen=True)
@@ -166,6 +212,7 @@ class LocalStack:
         say is given a line for people now and then, by the thread that called start() or stop().
         """
         self.config = config.checked()
+        self._engine = ENGINES[config.engine]
         self.taken_down: Takedown | None = None  # how it ended, once it has
         self.programs = programs
         self.say = say
@@ -177,8 +224,9 @@ class LocalStack:
         self.cloud_url, self.autoscaler_url, self.loadbalancer_url = (f"http://127.0.0.1:{p}" for p in ports)
         self._common = (
             *("--local", "--cloud-url", self.cloud_url, "--state-dir", str(self.state_dir)),
-            *("--label", config.label, "--model", config.model, "--speedup", f"{config.speedup:g}"),
-            *("--max-instances", str(config.max_instances)),
+            *("--label", config.label, "--model", config.model),
+            *("--speedup", f"{self._engine.speedup or config.speedup:g}"),
+            *("--max-instances", str(config.limit)),
             *("--max-dollars-per-hour", f"{config.max_dollars_per_hour:g}"),
             *("--poll-interval-s", f"{config.poll_interval_s:g}"),
             *("--check-boot-every-s", f"{config.check_boot_every_s:g}"),
@@ -215,7 +263,7 @@ class LocalStack:
     @property
     def engine(self) -> str:
         """What answers the requests, in words that must stand in every report."""
-        return f"local cloud, {ENGINE} engine"
+        return f"local cloud, {self.config.engine} engine"
 
     def pid(self, name: str) -> int:
         """The process id of that child as it runs now."""
@@ -235,7 +283,7 @@ class LocalStack:
         self._launch(
             CLOUD,
             *self.programs.cloud,
-            *("--port", _port(self.cloud_url), "--speedup", f"{c.speedup:g}", "--engine", ENGINE),
+            *("--port", _port(self.cloud_url), "--speedup", f"{c.speedup:g}", "--engine", c.engine),
             *("--root", str(self.state_dir / "cloud"), "--seed", str(c.seed)),
         )
         self._wait_up(CLOUD, f"{self.cloud_url}/localcloud/status")
@@ -246,6 +294,7 @@ class LocalStack:
             *self.programs.autoscaler,
             *("--port", _port(self.autoscaler_url), "--loadbalancer", self.loadbalancer_url),
             *self._common,
+            *self._engine.autoscaler_args,
             *c.autoscaler_args,
         )
         self._launch(
@@ -310,11 +359,12 @@ class LocalStack:
 
     def _wait_up(self, name: str, url: str) -> None:
         """Return when the URL answers 200; raises ChildFailed when the child ends or takes too long."""
-        limit = time.monotonic() + UP_TIMEOUT_S
+        timeout_s = UP_TIMEOUT_S * self._engine.patience
+        limit = time.monotonic() + timeout_s
         while _get(url) is None:
             self._still_there(name)
             if time.monotonic() > limit:
-                raise ChildFailed(f"{name} did not answer within {UP_TIMEOUT_S:g} s:\n{self.tail(name)}")
+                raise ChildFailed(f"{name} did not answer within {timeout_s:g} s:\n{self.tail(name)}")
             time.sleep(0.05)
 
     def _still_there(self, name: str) -> None:
@@ -339,7 +389,8 @@ class LocalStack:
             late.set()
             process.kill()
 
-        limit = threading.Timer(PREPARE_TIMEOUT_S, give_up)
+        timeout_s = PREPARE_TIMEOUT_S * self._engine.patience
+        limit = threading.Timer(timeout_s, give_up)
         limit.start()
         try:
             assert process.stdout is not None  # noqa: S101 it was asked for above
@@ -352,13 +403,14 @@ class LocalStack:
         finally:
             limit.cancel()
         if late.is_set():
-            raise ChildFailed(f"prepare was not done after {PREPARE_TIMEOUT_S:g} s:\n{_tail(log)}")
+            raise ChildFailed(f"prepare was not done after {timeout_s:g} s:\n{_tail(log)}")
         if status != 0:
             raise ChildFailed(f"prepare exited with status {status}:\n{_tail(log)}")
         del self._children["prepare"]
 
     def _wait_hot(self) -> None:
-        limit = time.monotonic() + HOT_TIMEOUT_S
+        timeout_s = HOT_TIMEOUT_S * self._engine.patience
+        limit = time.monotonic() + timeout_s
         while True:
             states = self._states()
             if states.count("hot") >= self.config.hot:
@@ -366,7 +418,7 @@ class LocalStack:
                 return
             if time.monotonic() > limit:
                 raise ChildFailed(
-                    f"{states.count('hot')} of {self.config.hot} instances hot after {HOT_TIMEOUT_S:g} s, "
+                    f"{states.count('hot')} of {self.config.hot} instances hot after {timeout_s:g} s, "
                     f"states {states}:\n{self.tail(AUTOSCALER)}"
                 )
             time.sleep(0.1)

@@ -5,7 +5,7 @@ arguments) and what to expect of it until the instance's own reports say better:
 in work per second, prefill weight, times to load and to start. *Work* is in output-token
 equivalents: `prompt_tokens * prefill_weight + expected output tokens`.
 
-Throughputs are what `simulation/timing.py` gives at a full queue of 300-token prompts and 180-token
+Throughputs by GPU are what `simulation/timing.py` gives at a full queue of 300-token prompts and 180-token
 answers (tests/test_profiles.py computes them), so they are starting points: an instance's measured rate
 replaces them as soon as it is known.
 """
@@ -98,6 +98,29 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             load_time_s=3600.0,
             start_time_s=210.0,
             max_model_len=8192,
+        ),
+        # For the local cloud's engine vllm: real vLLM on two cores, with random weights of 0.9 MB that
+        # localcloud/tiny_model.py makes; its image names their directory in VLLM_MODEL. No GPU is used.
+        "tiny": Profile(
+            name="tiny",
+            model="tiny-random-llama",
+            image=_VLLM_IMAGE,
+            offer_query="num_gpus=1 reliability>0.95",
+            disk_gb=10.0,
+            # Without --enforce-eager it compiles for 25 s at its first boot, with a C++ compiler. With it
+            # bfloat16 uses AMX where a processor has that, and vLLM 0.32.0 dies of an illegal instruction
+            # if its first prompt is short: only a longer one makes it ask the kernel for AMX.
+            # Four at once, so that two cores can fill two of them.
+            vllm_args="--max-model-len 1024 --dtype float32 --max-num-seqs 4 --enforce-eager",
+            # Measured on two cores, 2026-11-26: one server that is alone gives 1,600 output tokens/s (4,200
+            # with 16 at once) and 60,000 prompt tokens/s.
+            prefill_weight=0.07,
+            throughput_work_s=1300.0,
+            hold_s=1.0,
+            expected_output_tokens=180.0,
+            load_time_s=60.0,  # 26 s alone, 30 s two at once, 55 s when nothing of vLLM is in memory yet
+            start_time_s=40.0,
+            max_model_len=1024,
         ),
         # Your own model: copy an entry, give it a name, and pass that name to --model.
     }

@@ -1,6 +1,7 @@
 """Users for a fleet: send requests as planned, measure what comes back, report.
 
     python sim.py --local               start everything on this machine, run, report, take it all down
+    python sim.py --local --engine vllm     the same with real vLLM and a tiny model, on the processor
     python sim.py [flags]               against a loadbalancer and an autoscaler that run already
 
 A run is rounds of --round-s seconds. In each round each user sends one request with a probability, at a
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -41,7 +43,7 @@ from command_line import Parser, server_url, within
 from driver import Arrival, Driver, LeaseEnds, Loadbalancer, Workload, bearer, plan
 from errors import ConfigError
 from instance_client import InstanceClient
-from local_stack import ChildFailed, LocalStack, StackConfig
+from local_stack import ENGINES, ChildFailed, LocalStack, StackConfig
 from private_files import default_state_dir, load_keys
 from profiles import PROFILES, get_profile
 from report import COMPLETED
@@ -64,6 +66,20 @@ SHOW_S = (0.5, 5.0)
 LOCAL_SCHEDULE = (1.0, 3.0, 4.0, 1.0, 0.5, 0.5)
 """With --local: grows beyond one instance and falls again, in a minute."""
 
+LOCAL_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "paced": {"load_schedule": LOCAL_SCHEDULE},
+        # A second vLLM takes 30 to 50 s to be hot, so the run is longer; 6 requests/s are 1,500 tokens/s.
+        "vllm": {
+            "load_schedule": (1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 1.0, 0.5, 0.5),
+            "num_iterations": 135,
+            "prompt_tokens": 100.0,
+            "max_tokens": 250.0,
+        },
+    }
+)
+"""What is sent with --local unless flags say otherwise, by engine."""
+
 DEFAULT_LOADBALANCER, DEFAULT_AUTOSCALER = "http://127.0.0.1:8200", "http://127.0.0.1:8100"
 DEFAULT_LOCALCLOUD = "http://127.0.0.1:8500"
 
@@ -74,6 +90,7 @@ class Config(Workload):
 
     manage: bool | None = None  # None leaves the autoscaler's flag as it is
     local: bool = False
+    engine: str = "paced"  # with local
     instances: int = 4  # with local: the prepared pool
     speedup: float = 60.0  # with local
     loadbalancer: str = DEFAULT_LOADBALANCER
@@ -507,13 +524,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--request-timeout-s", float, "S", d.request_timeout_s, "for a request, all tries together")
     add("--json", Path, "FILE", "none", "write the report there")
     parser.add_argument("--local", action="store_true", help="start everything on this machine, and end it")
-    add("--instances", int, "N", d.instances, "with --local: stopped instances prepared first")
-    add("--speedup", float, "K", d.speedup, "with --local: boot and load times are divided by it")
+    add("--engine", str, "NAME", d.engine, f"with --local: what answers, {' or '.join(ENGINES)}")
+    add("--instances", int, "N", "4, vllm 2", "with --local: stopped instances prepared first")
+    add("--speedup", float, "K", d.speedup, "with --local: the cloud's times, not real vLLM's, are divided")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the report")
     return parser
 
 
-_ONLY_LOCAL = ("instances", "speedup")
+_ONLY_LOCAL = ("engine", "instances", "speedup")
 _NOT_LOCAL = ("loadbalancer", "autoscaler", "client_key_file")
 
 
@@ -529,10 +547,18 @@ def parse(argv: Sequence[str]) -> Config:
             given[name] = server_url(f"--{name}", given[name])
     if "load_schedule" in given:
         given["load_schedule"] = parse_schedule(given["load_schedule"])
-    elif local:
-        given["load_schedule"] = LOCAL_SCHEDULE
+    if local:
+        given = _local_defaults(given.get("engine", "paced")) | given
     given.setdefault("seed", secrets.randbelow(2**32))
     return Config(**given, needs_autoscaler="autoscaler" in given).checked()
+
+
+def _local_defaults(engine: str) -> dict[str, Any]:
+    """What a run on that engine of a local cloud is like; raises ConfigError."""
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: wanted {' or '.join(ENGINES)}")
+    kind = ENGINES[engine]
+    return {"model": kind.model, "instances": kind.instances, **LOCAL_DEFAULTS[engine]}
 
 
 def _client_key(config: Config) -> str | None:
@@ -591,6 +617,7 @@ def _interrupt(*_: object) -> NoReturn:
 def carry_out_locally(config: Config) -> tuple[dict[str, Any], bool]:
     """Start everything, run, end everything: the report, and whether nothing was left behind."""
     wanted = StackConfig(
+        engine=config.engine,
         model=config.model,
         instances=config.instances,
         speedup=config.speedup,

@@ -1,6 +1,6 @@
 """A Vast.ai on this machine, for the real `vastai` command line.
 
-    python -m localcloud [--speedup 30] [--fault NAME[:k=v,…]] …
+    python -m localcloud [--speedup 30] [--engine vllm] [--fault NAME[:k=v,…]] …
     VAST_URL=http://127.0.0.1:8500 VAST_API_KEY=… vastai show instances
 
 It runs what it is asked to run, as the user who started it: whoever has its key can do what that user can.
@@ -27,13 +27,13 @@ from command_line import Parser, within
 from errors import ConfigError
 from localcloud import faults, processes
 from localcloud.api import create_app
+from localcloud.engines import ENGINES
 from localcloud.market import MACHINES, Machine, machines_from
 from localcloud.model import Cloud
 from localcloud.world import World
 
 log = logging.getLogger("localcloud")
 
-ENGINES = ("paced",)
 THREADS = 16
 """Calls at once: each that a fault has hang takes one, until its caller gives up."""
 
@@ -56,9 +56,16 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=30.0,
         metavar="K",
-        help="boot and load times are the real ones divided by it (default %(default)g)",
+        help="boot and load times are the real ones divided by it (default %(default)g); "
+        "those of real vLLM are not",
     )
-    add("--engine", default="paced", choices=ENGINES, help="what answers requests (default %(default)s)")
+    add(
+        "--engine",
+        default="paced",
+        choices=tuple(ENGINES),
+        help="what answers requests: paced, a stand-in at the speed of the model on that GPU; or vllm, real "
+        "vLLM on this machine's processor with a tiny model (default %(default)s)",
+    )
     add(
         "--root",
         type=Path,
@@ -90,6 +97,7 @@ def _machines(path: Path | None) -> tuple[Machine, ...]:
 def _cloud(args: argparse.Namespace, clock_now: float) -> Cloud:
     within("--speedup", args.speedup, 1.0, 10_000.0)
     within("--credit", args.credit, 0.0, 1e9)
+    engine = ENGINES[args.engine]
     on = faults.Faults()
     for text in args.fault:
         try:
@@ -97,10 +105,13 @@ def _cloud(args: argparse.Namespace, clock_now: float) -> Cloud:
             on.add(name, given, clock_now)
         except faults.BadFault as e:
             raise ConfigError(f"--fault {text}: {e}") from None
+        if name in engine.deaf_to:
+            raise ConfigError(f"--fault {text}: the {args.engine} engine cannot play it")
     return Cloud(
         _machines(args.offers),
         random.Random(args.seed),
         speedup=args.speedup,
+        times=engine.times(args.speedup),
         faults=on,
         credit_usd=args.credit,
     )
@@ -116,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--host {args.host}: loopback only: it runs what it is asked to run")
     within("--port", args.port, 1, 65_535)
     cloud = _cloud(args, time.time())
+    ENGINES[args.engine].make_ready()
     root = private_files.make_private_dir(args.root or private_files.default_state_dir("localcloud"))
     key = os.environ.get("LOCALCLOUD_API_KEY") or private_files.load_or_make_key(root / "api.key")
     sock = http_face.bind_socket(args.host, args.port)

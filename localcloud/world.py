@@ -5,6 +5,7 @@ One thread does it all, in the order of the effects: it lets the cloud's time pa
 a `kick` from the face. An instance is a directory and a session of processes:
 
     ROOT/instances/<id>/home/         its disk, $HOME of its start script; stays until it is destroyed
+    ROOT/instances/<id>/tmp/          its /tmp, $TMPDIR
     ROOT/instances/<id>/host_key      of its ssh server
     ROOT/instances/<id>/console.log   what its start script prints
     ROOT/instances/<id>/machine.json  what the stand-in for vLLM must know of the machine
@@ -24,17 +25,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from die_with_parent import dying_with_parent
 from localcloud import processes
+from localcloud.engines import ENGINES
 from localcloud.model import (
     Authorize,
     Boot,
@@ -53,8 +54,6 @@ from private_files import make_private_dir
 from ssh_keys import load_or_make_ssh_key
 
 log = logging.getLogger("localcloud")
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 PORTS = (20_000, 30_000)
 """Below Linux's range for outgoing connections, so that none of those sits on a port that will be needed."""
@@ -86,11 +85,17 @@ class Host:
     authorized_keys: tuple[str, ...] = ()
     decoys: list[socket.socket] = field(default_factory=list)
     ports: Mapping[str, int] = field(default_factory=dict)
+    shared_memory: set[int] = field(default_factory=set)  # of processes that were told to end
 
     @property
     def home(self) -> Path:
         """Its disk."""
         return self.path / "home"
+
+    @property
+    def tmp(self) -> Path:
+        """Its /tmp."""
+        return self.path / "tmp"
 
     @property
     def session(self) -> int | None:
@@ -113,6 +118,7 @@ class World:
         # A new process is a new cloud, whose ids begin anew: what an old one left here is nobody's.
         shutil.rmtree(self.root / "instances", ignore_errors=True)
         self.engine = engine
+        self._image = ENGINES[engine]
         self.clock = clock
         self.lock = threading.Lock()
         self.stopping = threading.Event()
@@ -180,7 +186,7 @@ class World:
             ran = subprocess.run(
                 words,
                 cwd=home,
-                env={"PATH": _PATH, "HOME": str(home)},
+                env={"PATH": self._image.path, "HOME": str(home)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -282,6 +288,7 @@ class World:
                 shutil.rmtree(self.root / "instances" / str(effect.id), ignore_errors=True)
         elif isinstance(effect, Terminate):
             if host.process is not None:
+                self._note_shared_memory(host)
                 host.process.terminate()
         elif isinstance(effect, End):
             self._end(host)
@@ -312,7 +319,8 @@ class World:
         self._end(host)
         host.boot, host.authorized_keys, host.ssh_mode = b.boot, b.authorized_keys, b.ssh
         try:
-            host.home.mkdir(mode=0o700, exist_ok=True)
+            for directory in (host.home, host.tmp):
+                directory.mkdir(mode=0o700, exist_ok=True)
             if b.new_host_key:
                 (host.path / "host_key").unlink(missing_ok=True)
             ssh_sock, ports = self._choose_ports(b)
@@ -374,7 +382,7 @@ class World:
         except BaseException:
             sock.close()
             raise
-        environ = {"PATH": _PATH, "USER": "root", "SHELL": "/bin/bash"}
+        environ = {"PATH": self._image.path, "USER": "root", "SHELL": "/bin/bash"}
         host.ssh = SshServer(sock, key, lambda: host.authorized_keys, host.home, environ)
         self._set_ssh(host)
 
@@ -398,7 +406,7 @@ class World:
         machine.write_text(json.dumps(told))
         with host.console.open("wb") as console:
             host.process = subprocess.Popen(
-                dying_with_parent(("/bin/bash", str(script))),
+                dying_with_parent((*self._image.started_by, str(script))),
                 cwd=host.home,
                 env=self._environment(host, b, ports, machine),
                 stdin=subprocess.DEVNULL,
@@ -412,10 +420,12 @@ class World:
         """What a container sees (vast-contract 2.14), and where to listen: here is but one network."""
         inside = {name.partition("/")[0]: port for name, port in ports.items() if name.endswith("/tcp")}
         return {
-            "PATH": _PATH,
+            "PATH": self._image.path,
             "LANG": "C.UTF-8",
+            **self._image.variables,
             **b.order.variables,
             "HOME": str(host.home),
+            "TMPDIR": str(host.tmp),
             "CONTAINER_ID": str(b.id),
             "CONTAINER_API_KEY": b.order.instance_key,
             "VAST_CONTAINERLABEL": f"C.{b.id}",
@@ -426,13 +436,17 @@ class World:
             **{f"FLEET_PORT_{name}": str(port) for name, port in inside.items()},
             "FLEET_BIND": "127.0.0.1",
             "LOCALCLOUD_MACHINE": str(machine),
-            "PYTHONPATH": os.pathsep.join((str(PROJECT / "localcloud" / "image"), str(PROJECT))),
         }
 
     def _signal(self, host: Host, number: int) -> None:
         processes.signal_all(host.path, number, host.session)
 
+    def _note_shared_memory(self, host: Host) -> None:
+        """Before it ends: then nobody says any more what it had, and what it left is nobody's."""
+        host.shared_memory |= _shared_memory(processes.living_in(host.path, host.session))
+
     def _kill(self, host: Host, part: str) -> None:
+        self._note_shared_memory(host)
         if part == "model":
             for pid in processes.living_in(host.path, host.session):
                 if MODEL_SERVER in processes.command_line(pid):
@@ -444,16 +458,19 @@ class World:
             self._signal(host, signal.SIGKILL)  # its end is seen as any other
 
     def _end(self, host: Host) -> None:
-        """No process of it and no socket is left."""
+        """No process of it, no socket and no shared memory is left."""
         if host.ssh is not None:
             host.ssh.close()
             host.ssh = None
         for sock in host.decoys:
             sock.close()
         host.decoys.clear()
+        self._note_shared_memory(host)
         processes.end_all(host.path, host.session)
         if host.process is not None:
             self._forget_process(host)
+        _remove_shared_memory(host.shared_memory)
+        host.shared_memory.clear()
         host.frozen = False
 
     def status(self) -> dict[str, Any]:
@@ -466,5 +483,18 @@ class World:
         return {"engine": self.engine, "speedup": self.cloud.speedup, **status}
 
 
-_PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""Our own Python first: it is the image's."""
+def _shared_memory(pids: Iterable[int]) -> set[int]:
+    """What these have open of /dev/shm, by inode: a semaphore is opened under another name than it has."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as f:
+            found |= {int(line.split(maxsplit=5)[4]) for line in f if "/dev/shm/" in line}  # noqa: S108
+    return found
+
+
+def _remove_shared_memory(inodes: set[int]) -> None:
+    """A container's shared memory vanishes with it; that of killed processes here would stay."""
+    for entry in os.scandir("/dev/shm") if inodes else ():  # noqa: S108
+        if entry.inode() in inodes:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(entry.path)

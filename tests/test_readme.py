@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 
 import autoscaler_server
+import gateway
 import loadbalancer_server
 import sim
 from loadbalancer import LoadBalancer
@@ -39,8 +40,9 @@ FLAGS = {
     "loadbalancer_server.py": flags_of(loadbalancer_server._parser()),
     "sim.py": flags_of(sim._parser()),
     "localcloud": flags_of(localcloud_main._parser()),
+    "gateway.py": flags_of(gateway._parser()),
 }
-OTHERS = {"--help", "--raw"}
+OTHERS = {"--help", "--raw", "--pinnedpubkey"}
 
 
 @pytest.mark.parametrize("program", list(FLAGS))

@@ -1,0 +1,120 @@
+"""The engines: what answers requests on an instance, and what its image has for that.
+
+    paced   our own Python, and a package `vllm` that is a stand-in (paced.py); loads as long as it is told
+    vllm    the environment .venv-vllm with real vLLM, and a tiny model (tiny_model.py); takes its own time
+
+The start script is the same, and finds in PATH, PYTHONPATH and its environment what the image gives it.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from errors import ConfigError
+from localcloud.model import Times
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+VLLM_ENVIRONMENT = PROJECT / ".venv-vllm"
+TINY_MODEL = PROJECT / "build" / "tiny-llama"
+
+MAKE_MODEL_TIMEOUT_S = 180.0
+"""It takes 4 s, and the first import of torch from a cold disk half a minute."""
+
+VLLM_STOP_S = 4.0
+"""From SIGTERM to SIGKILL, not sped up: vLLM ends within 2 s when nobody else wants the processor."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an image has.
+
+    bin: its programs, first in PATH. variables: its environment; what the order says goes before it.
+    started_by: what runs its start script. times: how long things take, given the speedup.
+    deaf_to: faults that it cannot play.
+    make_ready: called once before anything boots; raises ConfigError when something must be installed.
+    """
+
+    bin: Path
+    variables: Mapping[str, str]
+    started_by: tuple[str, ...] = ("/bin/bash",)
+    times: Callable[[float], Times] = lambda _: Times()
+    deaf_to: frozenset[str] = frozenset()
+    make_ready: Callable[[], None] = lambda: None
+
+    @property
+    def path(self) -> str:
+        """PATH of what runs in it."""
+        return f"{self.bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def _own_times(speedup: float) -> Times:
+    """The model server loads and ends in its own time, whatever the speedup; only the cloud is sped up."""
+    real_stop_s = VLLM_STOP_S * speedup
+    return Times(load_s=0.0, start_s=0.0, stop_s=real_stop_s, reboot_s=real_stop_s)
+
+
+def _make_vllm_ready() -> None:
+    """The tiny model is there. Raises ConfigError when the environment of vLLM is not."""
+    if not (VLLM_ENVIRONMENT / ".ready").exists():
+        raise ConfigError(
+            f"--engine vllm: there is no vLLM in {VLLM_ENVIRONMENT}; "
+            f"`make -C {PROJECT} .venv-vllm/.ready` installs it there (3.5 GB, 2 minutes)"
+        )
+    if TINY_MODEL.exists():
+        return
+    # -I: the files beside tiny_model.py have names that others import.
+    made = subprocess.run(
+        (VLLM_ENVIRONMENT / "bin" / "python", "-I", PROJECT / "localcloud" / "tiny_model.py", TINY_MODEL),
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=MAKE_MODEL_TIMEOUT_S,
+        check=False,
+    )
+    if made.returncode != 0:
+        last = made.stdout.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ConfigError(f"--engine vllm: the tiny model cannot be made: {last or made.returncode}")
+
+
+ENGINES: Mapping[str, Engine] = MappingProxyType(
+    {
+        "paced": Engine(
+            bin=Path(sys.executable).parent,
+            variables=MappingProxyType(
+                {"PYTHONPATH": os.pathsep.join((str(PROJECT / "localcloud" / "image"), str(PROJECT)))}
+            ),
+        ),
+        "vllm": Engine(
+            bin=VLLM_ENVIRONMENT / "bin",
+            variables=MappingProxyType(
+                {
+                    "VLLM_MODEL": str(TINY_MODEL),  # the start script's, as the next
+                    "VLLM_TARGET_DEVICE": "cpu",
+                    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for 2 million tokens
+                    "VLLM_NO_USAGE_STATS": "1",
+                    "HF_HUB_OFFLINE": "1",
+                    # Else every server binds itself to the same processor, and they share that one.
+                    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                    "OMP_NUM_THREADS": "1",
+                    # Its sockets stay behind when it ends: where it runs they go with the instance's disk.
+                    # Relative, because the path of a socket has at most 107 characters.
+                    "VLLM_RPC_BASE_PATH": ".",
+                    # Else it writes its title over what /proc shows of its environment, by which processes.py
+                    # knows the processes of an instance.
+                    "SPT_NOENV": "1",
+                }
+            ),
+            # Two of them take all there is of two cores: the cloud and those who measure it come first.
+            started_by=("nice", "-n", "10", "/bin/bash"),
+            times=_own_times,
+            deaf_to=frozenset({"never-ready", "fatal-line"}),
+            make_ready=_make_vllm_ready,
+        ),
+    }
+)
