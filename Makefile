@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks clean
+.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY)
@@ -37,6 +37,9 @@ bench-turn: $(READY)
 
 bench-checks: $(READY)
 	$(BIN)/python -m bench.checks --json build/bench-checks.json
+
+bench-client: $(READY)
+	$(BIN)/python -m bench.client --json build/bench-client.json
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build .mypy_cache .ruff_cache
