@@ -1,8 +1,8 @@
 """Users' requests: drawn ahead, sent when they are due whatever happens, tried again elsewhere, recorded.
 
-    due ─► POST /route (waits there) ─► lease ─► instance: prompt, answer streamed back ─► completed
-             ▲    │ 503, unreachable: pause                 │ refused, broke off, no end
-             └────┘                                         └─► again from the start, elsewhere
+    due ─► fleet_client: lease, instance, answer streamed back ─► completed
+             ▲    │ no lease: pause        │ refused, broke off, no end
+             └────┘                        └─► again from the start, elsewhere
 
 All of a run is drawn from the seed before the first request is sent, and nothing that happens later changes
 it (open loop): a slow answer never delays the next arrival, and latencies count from the moment a request
@@ -12,7 +12,6 @@ was drawn.
 """
 
 import asyncio
-import contextlib
 import json
 import math
 import random
@@ -20,12 +19,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-import aiohttp
+import httpx2
 
 from errors import InstanceError
-from instance_client import BrokenOff, InstanceClient, NotStarted
+from fleet_client import Answer, AsyncFleetTransport, Call, Lease, Size, Timeouts
+from instance_client import BrokenOff, read_answer, read_stream
 from profiles import get_profile
 from report import COMPLETED, Record
 
@@ -36,9 +36,6 @@ of the Azure conversation log of 2023-11."""
 TOKEN_IDS = (3, 256)
 """First id and number of ids prompts are made of: all vocabularies have these; 0 to 2 are often special."""
 
-AVOID_WAIT_S = 3.0
-"""How long /route may hold a request that avoids an instance; then it takes any, rather than none."""
-
 MOST_AVOIDED = 16
 """Instances that a request avoids at once, the last that failed it; the loadbalancer refuses more than 64."""
 
@@ -48,17 +45,14 @@ PAUSE_S = (0.1, 2.0)
 LAST_TRY_S = 0.5
 """With less time left than this no lease is asked for again: nothing could be answered in it."""
 
-ROUTE_SLACK_S = 5.0
-"""What POST /route may take beyond the wait that was asked for."""
-
 CONNECT_S = 5.0
 """For a connection: packets cross an ocean in 0.2 s, and a lost SYN is repeated after 1 and 3 s."""
 
 STALL_S = 30.0
 """A streamed answer silent for so long has died: instances are not given more than hold_s of work."""
 
-ENDS_KEPT, ENDS_AT_ONCE, ENDS_LAST_S = 10_000, 8, 3.0
-"""Ends of leases that wait to be told, those told at once, and what the last may take after the run."""
+NOT_STARTED = frozenset(("no_connection", "no_tls", "wrong_certificate", "bad_address"))
+"""Setbacks of the transport after which the engine has not seen the prompt."""
 
 
 @dataclass(frozen=True)
@@ -140,155 +134,39 @@ def bearer(key: str | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Lease:
-    """Where one request may go. The token must not be shown."""
+class Tried:
+    """How a try went. failure: its kind, None when it was served. instance_id: who failed it, None when
+    nobody was asked; then retry_after_s says when to ask again. final: another try cannot help.
+    """
 
-    address: str
-    token: str
-    request_id: str
-    instance_id: int
-    model: str
-    certificate: str | None = None
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why there is no lease. final: asking again cannot help. retry_after_s: not to be asked sooner."""
-
-    kind: str
-    failure: str
-    retry_after_s: float = 0.0
+    failure: str | None
+    instance_id: int | None = None
     final: bool = False
+    retry_after_s: float = 0.0
 
 
-class Loadbalancer:
-    """Its routes for clients."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None) -> None:
-        """key: of a client, where the loadbalancer wants one."""
-        self._session = session
-        self._url = url
-        self._headers = bearer(key)
-
-    async def route(self, arrival: Arrival, avoid: Sequence[int], wait_s: float) -> Lease | Refusal:
-        """Ask for a lease, waiting there for at most wait_s; never raises for what the other side does."""
-        body: dict[str, Any] = {"prompt_tokens": arrival.prompt_tokens, "max_tokens": arrival.max_tokens}
-        if wait_s > 0.0:
-            body["wait_s"] = wait_s
-        if avoid:
-            body["avoid"] = list(avoid)
-        try:
-            async with self._session.post(
-                f"{self._url}/route",
-                json=body,
-                headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=wait_s + ROUTE_SLACK_S, sock_connect=CONNECT_S),
-                allow_redirects=False,
-            ) as reply:
-                raw = await reply.read()
-                status, retry_after = reply.status, reply.headers.get("Retry-After")
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return Refusal("unreachable", "loadbalancer_unreachable")
-        return read_route(status, raw, retry_after)
-
-    async def done(self, request_id: str, outcome: str, why: str) -> int:
-        """Tell how a lease ended; the HTTP status, or 0 when there was no answer."""
-        body = {"request_id": request_id, "outcome": outcome} | ({"why": why} if why else {})
-        try:
-            async with self._session.post(
-                f"{self._url}/done",
-                json=body,
-                headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=5.0),
-                allow_redirects=False,
-            ) as reply:
-                await reply.read()
-                return reply.status
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return 0
+def _setback(call: Call, failure: str) -> Tried:
+    return Tried(failure, call.setbacks[-1][0])
 
 
-def read_route(status: int, raw: bytes, retry_after: str | None) -> Lease | Refusal:
-    """What an answer of POST /route says."""
-    try:
-        said = json.loads(raw)
-        if status == 200:
-            return Lease(
-                str(said["address"]),
-                str(said["token"]),
-                str(said["request_id"]),
-                int(said["instance_id"]),
-                str(said["model"]),
-                said.get("certificate"),
-            )
-        kind = str(said["error"])[:40]
-    except (ValueError, KeyError, TypeError):
-        kind = "bad_answer" if status == 200 else f"http_{status}"
-    if status == 503:
-        return Refusal(kind, "no_capacity", _seconds(retry_after))
-    final = 400 <= status < 500 and status not in (408, 429)
-    failure = "refused_by_loadbalancer" if final else "loadbalancer_unreachable"
-    return Refusal(kind, failure, _seconds(retry_after), final)
+def _id_of(answer: Answer) -> int | None:
+    return None if answer.lease is None else answer.lease.instance_id
 
 
-def _seconds(retry_after: str | None) -> float:
-    """A Retry-After in seconds; one that is a date, or is no number, is as none."""
-    try:
-        return min(600.0, max(0.0, float(retry_after or 0.0)))
-    except ValueError:
-        return 0.0
-
-
-class LeaseEnds:
-    """Tells the loadbalancer how leases ended. Nobody waits for it; it never holds more than ENDS_KEPT."""
-
-    def __init__(self, loadbalancer: Loadbalancer) -> None:
-        """Nothing is told before run()."""
-        self.untold = 0
-        self._waiting = 0
-        self._loadbalancer = loadbalancer
-        self._queue: asyncio.Queue[tuple[str, str, str]] = asyncio.Queue(ENDS_KEPT)
-
-    def tell(self, lease: Lease, outcome: str, why: str = "") -> None:
-        """Have it told: finished, failed (why) or unused."""
-        try:
-            self._queue.put_nowait((lease.request_id, outcome, why))
-            self._waiting += 1
-        except asyncio.QueueFull:
-            self.untold += 1
-
-    async def run(self) -> NoReturn:
-        """Tell what there is, ENDS_AT_ONCE at a time, until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for _ in range(ENDS_AT_ONCE):
-                group.create_task(self._tell_one_by_one())
-        raise AssertionError("its tasks never end")
-
-    async def last(self) -> None:
-        """Return when all is told, or after ENDS_LAST_S; what is left then counts as untold."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ENDS_LAST_S):
-                await self._queue.join()
-        self.untold += self._waiting
-
-    async def _tell_one_by_one(self) -> NoReturn:
-        while True:
-            end = await self._queue.get()
-            try:
-                if await self._loadbalancer.done(*end) != 200:
-                    self.untold += 1
-            finally:
-                self._waiting -= 1
-                self._queue.task_done()
+def _no_lease(call: Call, answer: Answer) -> Tried:
+    if answer.status < 500:
+        return Tried("refused_by_loadbalancer", final=True)
+    code = call.refusals[-1] if call.refusals else ""
+    silent = code.startswith("http_") or code in ("unreachable", "bad_answer")
+    retry_after = next((v for name, v in answer.headers if name.lower() == b"retry-after"), b"0")
+    return Tried("loadbalancer_unreachable" if silent else "no_capacity", retry_after_s=float(retry_after))
 
 
 class Driver:
     """Sends the planned requests when they are due and keeps a record of each."""
 
-    def __init__(
-        self, load: Workload, loadbalancer: Loadbalancer, ends: LeaseEnds, client: InstanceClient
-    ) -> None:
-        """Nothing is sent before run()."""
+    def __init__(self, load: Workload, transport: AsyncFleetTransport) -> None:
+        """Nothing is sent before run(). transport: with one try a call; the others are made here."""
         self.records: list[Record] = []
         self.in_flight = 0
         self.outcomes: Counter[str] = Counter()
@@ -296,9 +174,7 @@ class Driver:
         self.seen_addresses: set[str] = set()
         self.begun = 0.0
         self._load = load
-        self._loadbalancer = loadbalancer
-        self._ends = ends
-        self._client = client
+        self._transport = transport
         self._jitter = random.Random(load.seed)
         self._clock = time.perf_counter
 
@@ -333,90 +209,107 @@ class Driver:
     async def _until_served(self, arrival: Arrival, record: Record, due: float) -> str:
         """Try until it is served or its time is up; "completed" or the kind of failure."""
         up_at = due + self._load.request_timeout_s
+        body = body_of(arrival, self._load.model, self._load.streaming, self._load.seed)
+        raw = json.dumps(body).encode()
         avoid: list[int] = []
-        pause_s = 0.0  # the first retry goes at once: another instance is likely well
+        pause_s, rest_s = 0.0, PAUSE_S[0]  # the first retry goes at once: another instance is likely well
         while True:
-            lease = await self._lease(arrival, avoid, record, up_at)
-            if isinstance(lease, str):
-                return lease
-            setback, again = await self._try(arrival, lease, record, due, up_at)
-            if setback is None:
+            call = self._call(arrival, raw, avoid, up_at)
+            tried = await self._try(call, record, due, up_at)
+            record.route_s += call.asked_s
+            record.refusals.update(call.refusals)
+            record.leases += call.leases
+            if tried.failure is None:
                 return COMPLETED
-            record.setbacks[setback] += 1
-            if not again or self._clock() + pause_s >= up_at:
-                return setback
-            avoid = [*avoid, lease.instance_id][-MOST_AVOIDED:]
-            await asyncio.sleep(pause_s)
-            pause_s = self._longer(pause_s)
-
-    async def _lease(self, arrival: Arrival, avoid: list[int], record: Record, up_at: float) -> Lease | str:
-        """A lease, or the kind of failure; empties avoid when all that are left are to be avoided."""
-        asked = self._clock()
-        pause_s = PAUSE_S[0]
-        try:
-            while True:
-                left_s = up_at - self._clock()
-                wait_s = min(self._load.wait_s, left_s, AVOID_WAIT_S if avoid else left_s)
-                said = await self._loadbalancer.route(arrival, avoid, max(0.0, wait_s))
-                if isinstance(said, Lease):
-                    return said
-                record.refusals[said.kind] += 1
-                left_s = up_at - self._clock()
-                if said.final or left_s < LAST_TRY_S:
-                    return said.failure
-                avoid.clear()
-                rest_s = max(said.retry_after_s, pause_s) * self._jitter.uniform(1.0, 1.25)
-                # When a Retry-After is longer than the time that is left, room may still come sooner.
-                await asyncio.sleep(min(rest_s, left_s / 2))
+            if tried.instance_id is not None:
+                record.setbacks[tried.failure] += 1
+                if tried.final or self._clock() + pause_s >= up_at:
+                    return tried.failure
+                avoid = [*avoid, tried.instance_id][-MOST_AVOIDED:]
+                await asyncio.sleep(pause_s)
                 pause_s = self._longer(pause_s)
-        finally:
-            record.route_s += self._clock() - asked
+                continue
+            left_s = up_at - self._clock()
+            if tried.final or left_s < LAST_TRY_S:
+                return tried.failure
+            avoid = []
+            # When a Retry-After is longer than the time that is left, room may still come sooner.
+            nap_s = min(max(tried.retry_after_s, rest_s) * self._jitter.uniform(1.0, 1.25), left_s / 2)
+            await asyncio.sleep(nap_s)
+            record.route_s += nap_s
+            rest_s = self._longer(rest_s)
 
-    async def _try(
-        self, arrival: Arrival, lease: Lease, record: Record, due: float, up_at: float
-    ) -> tuple[str | None, bool]:
-        """(None, …) when it was served, else (what went wrong, whether another try may help)."""
-        record.leases += 1
-        self.seen_addresses.add(lease.address)
-        body = body_of(arrival, lease.model, self._load.streaming, self._load.seed)
-        timeouts = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_S, sock_read=STALL_S if self._load.streaming else None
+    def _call(self, arrival: Arrival, raw: bytes, avoid: list[int], up_at: float) -> Call:
+        left_s = max(0.0, up_at - self._clock())
+        return Call(
+            "POST",
+            "/v1/completions",
+            ((b"Content-Type", b"application/json"),),
+            raw,
+            Size(arrival.prompt_tokens, arrival.max_tokens),
+            Timeouts(
+                connect=CONNECT_S,
+                read=STALL_S if self._load.streaming else None,
+                pool=min(self._load.wait_s, left_s),
+            ),
+            avoid=avoid,
         )
+
+    async def _try(self, call: Call, record: Record, due: float, up_at: float) -> Tried:
+        """One lease and one instance, at most."""
+        answer: Answer | None = None
         try:
             async with asyncio.timeout(max(0.0, up_at - self._clock())):
-                answer = await self._client.stream(
-                    lease.address, lease.token, body, timeouts, lease.certificate
-                )
+                answer = await self._transport.exchange(call)
+                if answer.lease is None:
+                    return _no_lease(call, answer) if not call.setbacks else _setback(call, "not_started")
+                self.seen_addresses.add(answer.lease.address)
+                if call.setbacks:  # 429 or 503
+                    return _setback(call, "not_started")
+                return await self._read(call, answer, answer.lease, record, due)
         except TimeoutError:
-            return self._failed(lease, "timeout"), False
-        except NotStarted:
-            return self._failed(lease, "not_started"), True
-        except BrokenOff:
-            return self._failed(lease, "broken_off"), True
-        except InstanceError:
-            return self._failed(lease, "bad_answer"), True
-        except asyncio.CancelledError:
-            self._ends.tell(lease, "finished", "client_went_away")
-            raise
-        if 400 <= answer.status < 500:
-            self._ends.tell(lease, "finished", f"status_{answer.status}")
-            return "rejected", False
-        if answer.status != 200 or answer.error is not None:
-            return self._failed(lease, "broken_off"), True
-        if answer.completion_tokens < 1:
-            return self._failed(lease, "bad_answer"), True
-        self._ends.tell(lease, "finished")
-        record.end_s = answer.end_s - due
-        record.prompt_tokens, record.output_tokens = answer.prompt_tokens, answer.completion_tokens
-        if self._load.streaming:
-            record.first_token_s = answer.first_token_s - due
-            self.first_tokens.append(record.first_token_s)
-        return None, False
+            if not call.leases:
+                return Tried("no_capacity", final=True)
+            if answer is not None:
+                answer.fail("timeout")
+            return Tried("timeout", None if answer is None else _id_of(answer), final=True)
+        except httpx2.RequestError:
+            if not call.setbacks:
+                return Tried("loadbalancer_unreachable")
+            unsent = call.setbacks[-1][1] in NOT_STARTED
+            return _setback(call, "not_started" if unsent else "broken_off")
+        finally:
+            if answer is not None:
+                await answer.aclose()
 
-    def _failed(self, lease: Lease, kind: str) -> str:
-        """The loadbalancer is told the kind only: an error's own words may quote prompt and answer."""
-        self._ends.tell(lease, "failed", kind)
-        return kind
+    async def _read(self, call: Call, answer: Answer, lease: Lease, record: Record, due: float) -> Tried:
+        """The answer to its end, and into the record."""
+        if 400 <= answer.status < 500:
+            return Tried("rejected", lease.instance_id, final=True)
+        failure = "broken_off"
+        try:
+            if answer.status == 200 and self._load.streaming:
+                done = await read_stream(lease.address, aiter(answer))
+            elif answer.status == 200:
+                done = read_answer(lease.address, b"".join([chunk async for chunk in answer]))
+            else:
+                done = None
+        except BrokenOff:
+            done = None
+        except InstanceError:
+            done, failure = None, "bad_answer"
+        if done is not None and done.error is None and done.completion_tokens < 1:
+            failure = "bad_answer"
+        if done is None or done.error is not None or done.completion_tokens < 1:
+            # The loadbalancer is told the kind only: an error's own words may quote prompt and answer.
+            answer.fail(failure)
+            return _setback(call, failure)
+        record.end_s = done.end_s - due
+        record.prompt_tokens, record.output_tokens = done.prompt_tokens, done.completion_tokens
+        if self._load.streaming:
+            record.first_token_s = done.first_token_s - due
+            self.first_tokens.append(record.first_token_s)
+        return Tried(None, lease.instance_id)
 
     def _longer(self, pause_s: float) -> float:
         return min(max(2 * pause_s, PAUSE_S[0]), PAUSE_S[1]) * self._jitter.uniform(0.75, 1.0)

@@ -283,7 +283,12 @@ class Call:
     body: bytes = field(repr=False)
     size: Size
     timeouts: Timeouts = NO_TIMEOUTS
+    avoid: Sequence[int] = ()  # instances that it must not go to, unless there are no others
+    # What became of it:
     setbacks: list[tuple[int, str]] = field(default_factory=list)  # instances that failed it, and how
+    refusals: list[str] = field(default_factory=list)  # what the loadbalancer said instead of giving a lease
+    leases: int = 0
+    asked_s: float = 0.0  # seconds spent on getting leases, pauses included
 
     def __post_init__(self) -> None:
         """Check it: a line end in a header would be a second header, or a second request."""
@@ -320,12 +325,16 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why there is no lease. status: the answer's, 0 without one. final: asking again cannot help."""
+    """Why there is no lease. status: the answer's, 0 without one. final: asking again cannot help.
+
+    code: one word for it.
+    """
 
     status: int
     message: str
     retry_after_s: float = 0.0
     final: bool = False
+    code: str = field(default="unreachable", compare=False)
 
 
 def read_route(status: int, raw: bytes, retry_after: str | None, now: float) -> Lease | Refusal:
@@ -338,10 +347,11 @@ def read_route(status: int, raw: bytes, retry_after: str | None, now: float) -> 
         said = {}
     if status == 200:
         lease = _lease_in(said, now)
-        return Refusal(0, "its lease cannot be read") if lease is None else lease
+        return Refusal(0, "its lease cannot be read", code="bad_answer") if lease is None else lease
     message = str(said.get("message") or said.get("error") or f"status {status}")[:300]
     final = 400 <= status < 500 and status not in (408, 429)
-    return Refusal(status, message, _seconds(retry_after), final)
+    code = str(said.get("error") or f"http_{status}")[:40]
+    return Refusal(status, message, _seconds(retry_after), final, code)
 
 
 def _lease_in(said: Mapping[str, Any], now: float) -> Lease | None:
@@ -564,7 +574,7 @@ def course(
 
     lease: one that was fetched ahead. url: the loadbalancer's, for messages.
     """
-    avoid: list[int] = []  # failed this request, the last one last
+    avoid = list(call.avoid)  # failed this request, the last one last
     strangers: set[int] = set()  # those that had another certificate
     last: Reply | httpx2.RequestError | None = None
     left_s = rules.wait_s if call.timeouts.pool is None else min(rules.wait_s, call.timeouts.pool)
@@ -574,6 +584,7 @@ def course(
             if isinstance(got, Refusal):
                 return _last_word(last) if last is not None else _no_lease(got, url)
             lease = got
+        call.leases += 1
         came, now = yield from _try(lease, now)
         if isinstance(came, Reply):
             if came.status not in ELSEWHERE:
@@ -642,6 +653,9 @@ def _lease(
         said, now = yield Ask(route_body(call.size, hold_s, avoid), hold_s)
         assert isinstance(said, Lease | Refusal)  # noqa: S101 what Ask gives
         left_s = max(0.0, left_s - (now - begun))
+        call.asked_s += now - begun
+        if isinstance(said, Refusal):
+            call.refusals.append(said.code)
         if isinstance(said, Lease) or said.final:
             return said, left_s, now
         rest_s = max(said.retry_after_s, pause_s) * rng.uniform(1.0, 1.25)
@@ -659,6 +673,7 @@ def _lease(
             begun = now
             _, now = yield Rest(rest_s)
             left_s = max(0.0, left_s - (now - begun))
+            call.asked_s += now - begun
         pause_s = min(PAUSE_S[1], 2.0 * pause_s)
 
 
@@ -931,10 +946,11 @@ class Answer(httpx2.AsyncByteStream):
             self._chunk = chunk
             yield chunk
         if not self._over:  # nobody closed it
-            self._failed("read_timeout" if isinstance(error, httpx2.ReadTimeout) else "broke_off")
+            self.fail("read_timeout" if isinstance(error, httpx2.ReadTimeout) else "broke_off")
         raise error
 
-    def _failed(self, why: str) -> None:
+    def fail(self, why: str) -> None:
+        """What came is not what it must be: the loadbalancer is told that word, and no more is read."""
         self._over = True
         if self._source is not None:
             _abort(self._source)
@@ -1003,6 +1019,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         self._fleet = _Fleet(loadbalancer, api_key, max_tries, wait_s, ahead, connect_s, trust_network)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self.untold = 0  # ends of leases that the loadbalancer did not take in
         self._ends: deque[tuple[Lease, str, str]] = deque()
         self._tellers: set[asyncio.Task[None]] = set()
         self._fetchers: set[asyncio.Task[None]] = set()
@@ -1211,6 +1228,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
 
     def _tell(self, lease: Lease, outcome: str, why: str) -> None:
         if len(self._ends) >= ENDS_KEPT or self._loop is None or self._route.closed:
+            self.untold += 1
             return
         self._ends.append((lease, outcome, why))
         if len(self._tellers) < ENDS_AT_ONCE:
@@ -1224,6 +1242,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
     async def _tell_all(self) -> None:
         while self._ends:
             lease, outcome, why = self._ends.popleft()
+            status = 0
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
                 async with self._route.post(
                     f"{self._fleet.url}/done",
@@ -1233,6 +1252,8 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                     allow_redirects=False,
                 ) as reply:
                     await reply.read()
+                    status = reply.status
+            self.untold += status != 200
 
 
 def _texts(headers: Iterable[Header]) -> CIMultiDict[str]:

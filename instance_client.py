@@ -17,7 +17,7 @@ import hashlib
 import json
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -352,8 +352,8 @@ class InstanceClient:
                 if reply.status != 200:
                     return _refused(address, reply.status, await _read_whole(reply))
                 if body.get("stream"):
-                    return await _read_stream(address, reply)
-                return _read_answer(address, await _read_whole(reply))
+                    return await read_stream(address, reply.content.iter_any())
+                return read_answer(address, await _read_whole(reply))
         except (aiohttp.ClientSSLError, ssl.SSLError) as e:
             raise _wrong(address, e) from e
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
@@ -438,7 +438,8 @@ def _refused(address: str, status: int, raw: bytes) -> Completion:
     return Completion(status, message, 0, 0, 0.0, time.perf_counter())
 
 
-def _read_answer(address: str, raw: bytes) -> Completion:
+def read_answer(address: str, raw: bytes) -> Completion:
+    """An answer that was not streamed; raises InstanceError. address: for messages."""
     now = time.perf_counter()
     try:
         prompt, output = parse_usage(json.loads(raw))
@@ -447,9 +448,10 @@ def _read_answer(address: str, raw: bytes) -> Completion:
     return Completion(200, None, prompt, output, 0.0, now)
 
 
-async def _read_stream(address: str, reply: aiohttp.ClientResponse) -> Completion:
+async def read_stream(address: str, chunks: AsyncIterator[bytes]) -> Completion:
+    """A streamed answer, read to its end; raises BrokenOff. address: for messages."""
     stream, first_token_s = Stream(), 0.0
-    async for chunk in reply.content.iter_any():
+    async for chunk in chunks:
         was_begun = stream.begun
         stream.feed(chunk)
         if stream.begun and not was_begun:

@@ -40,9 +40,9 @@ from rich.text import Text
 
 import report
 from command_line import Parser, server_url, within
-from driver import Arrival, Driver, LeaseEnds, Loadbalancer, Workload, bearer, plan
+from driver import Arrival, Driver, Workload, bearer, plan
 from errors import ConfigError
-from instance_client import InstanceClient
+from fleet_client import AsyncFleetTransport
 from local_stack import ENGINES, ChildFailed, LocalStack, StackConfig
 from private_files import default_state_dir, load_keys
 from profiles import PROFILES, get_profile
@@ -253,14 +253,13 @@ async def run(config: Config, stop: asyncio.Event, engine: str | None) -> dict[s
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
         ) as session,
-        InstanceClient() as client,
     ):
-        loadbalancer = Loadbalancer(session, config.loadbalancer, _client_key(config))
+        client_key = _client_key(config)
         operator = Operator(session, config, control_key)
-        await _check_loadbalancer(loadbalancer, operator, config)
+        await _check_loadbalancer(session, client_key, operator, config)
         managed = await _check_autoscaler(operator, config)
         try:
-            return await _measure(config, arrivals, stop, engine, loadbalancer, operator, client)
+            return await _measure(config, arrivals, stop, engine, operator, client_key)
         finally:
             if config.manage is not None and managed is not None and managed != config.manage:
                 await _manage_as_before(operator, managed)
@@ -271,12 +270,17 @@ async def _measure(
     arrivals: Sequence[Arrival],
     stop: asyncio.Event,
     engine: str | None,
-    loadbalancer: Loadbalancer,
     operator: Operator,
-    client: InstanceClient,
+    client_key: str | None,
 ) -> dict[str, Any]:
-    ends = LeaseEnds(loadbalancer)
-    driver = Driver(config, loadbalancer, ends, client)
+    transport = AsyncFleetTransport(
+        config.loadbalancer,
+        api_key=client_key or "",
+        max_tries=1,  # the driver tries again itself, and keeps a record of it
+        wait_s=config.wait_s,
+        trust_network=True,  # an operator's own measurement
+    )
+    driver = Driver(config, transport)
     watch = Watch(operator, lambda: time.perf_counter() - driver.begun)
     screen = Screen(config, driver, watch, len(arrivals))
     gc.collect()
@@ -284,9 +288,7 @@ async def _measure(
     started_at, used = time.time(), time.process_time()
     begun = time.perf_counter()
     sending = asyncio.create_task(driver.run(arrivals))
-    background: list[asyncio.Task[None]] = [
-        asyncio.create_task(job) for job in (ends.run(), watch.run(), screen.run())
-    ]
+    background: list[asyncio.Task[None]] = [asyncio.create_task(job) for job in (watch.run(), screen.run())]
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((sending, stopped, *background), return_when=asyncio.FIRST_COMPLETED)
@@ -300,7 +302,7 @@ async def _measure(
         await asyncio.wait((sending, stopped))
         duration_s = time.perf_counter() - begun
         cpu_share = (time.process_time() - used) / max(duration_s, 1e-9)
-        await ends.last()
+        await transport.aclose()
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
@@ -326,7 +328,7 @@ async def _measure(
             interrupted=interrupted,
             settings=_settings(config),
             cpu_share=cpu_share,
-            ends_untold=ends.untold,
+            ends_untold=transport.untold,
         ),
         driver.records,
         watch.samples,
@@ -355,12 +357,24 @@ async def _manage_as_before(operator: Operator, managed: bool) -> None:
         _say(f"--{'manage' if managed else 'no-manage'}, as it was before, could not be set again: {e}")
 
 
-async def _check_loadbalancer(loadbalancer: Loadbalancer, operator: Operator, config: Config) -> None:
+async def _check_loadbalancer(
+    session: aiohttp.ClientSession, client_key: str | None, operator: Operator, config: Config
+) -> None:
     """Raise ConfigError unless it is there, takes our key, and serves the model we measure for."""
     # An end of a lease that it never gave is answered 200 and changes nothing.
-    status = await loadbalancer.done("sim-asks-who-is-there", "unused", "")
-    if status == 0:
-        raise ConfigError(f"the loadbalancer {config.loadbalancer} does not answer")
+    body = {"request_id": "sim-asks-who-is-there", "outcome": "unused"}
+    timeout = aiohttp.ClientTimeout(total=5.0)
+    try:
+        async with session.post(
+            f"{config.loadbalancer}/done",
+            json=body,
+            headers=bearer(client_key),
+            timeout=timeout,
+            allow_redirects=False,
+        ) as reply:
+            status = reply.status
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        raise ConfigError(f"the loadbalancer {config.loadbalancer} does not answer") from None
     if status in (401, 403):
         raise ConfigError(f"the loadbalancer {config.loadbalancer} wants a client key: --client-key-file")
     if status != 200:

@@ -8,7 +8,6 @@ one; and the same search must find every one where they did pass, and where some
 
 import asyncio
 import base64
-import dataclasses
 import http.client
 import json
 import os
@@ -31,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
+import httpx2
 import pytest
 
 import ssh_log
@@ -686,26 +686,29 @@ def test_nor_does_the_instance_tell_it() -> None:
 @pytest.mark.parametrize("how", ["an error", "an error in a stream", "a broken answer", "a refusal"])
 def test_our_own_driver_tells_the_loadbalancer_nothing_that_a_model_server_said(how: str) -> None:
     """An error may quote what it is about, as pydantic's do (input_value='…'), a parser's the answer."""
-    from driver import Arrival, Driver, Lease, Workload
-    from instance_client import BrokenOff, Completion, NotStarted
+    from driver import Arrival, Driver, Workload
+    from fleet_client import Answer, Lease, Reply
     from report import Record
 
     canary = secrets.token_hex(12)
     told: list[Any] = []
+    lease = Lease("http://127.0.0.1:1", "r" * 16, 7, 0.0, 60.0, "t" * 38, None)
 
-    async def stream(*_: Any, **__: Any) -> Completion:
-        if how == "a broken answer":
-            raise BrokenOff(f"http://x: ClientPayloadError: 400, message: Invalid chunk: b'{canary}'")
+    async def exchange(call: Any) -> Answer:
         if how == "a refusal":
-            raise NotStarted(f"http://x: 503: {canary}")
-        return Completion(500 if how == "an error" else 200, canary, 0, 0, 0.0, 0.0)
+            call.setbacks.append((7, "no_connection"))
+            raise httpx2.ConnectError(canary)
+        status = 500 if how == "an error" else 200
+        event = f'data: {{"error": {{"message": "{canary}"}}}}\n\ndata: [DONE]\n\n'.encode()
+        body = b"}" + canary.encode() if how == "a broken answer" else event
+        reply = Reply(status, b"", (), body=body, lease=lease)
+        return Answer(call, reply, lambda *args: told.append(args), lambda _: None)
 
-    values = {"address": "http://127.0.0.1:1", "instance_id": 7}
-    lease = Lease(**{f.name: values.get(f.name) for f in dataclasses.fields(Lease)})  # type: ignore[arg-type]
-    ends: Any = SimpleNamespace(tell=lambda *args: told.append(args))
-    driver = Driver(Workload(), cast(Any, None), ends, cast(Any, SimpleNamespace(stream=stream)))
-    asyncio.run(driver._try(Arrival(0, 0.0, 5, 5), lease, Record(0.0, 0.0), 0.0, time.perf_counter() + 60))
-    assert [end[1] for end in told] == ["failed"]
+    driver = Driver(Workload(), cast(Any, SimpleNamespace(exchange=exchange)))
+    call = driver._call(Arrival(0, 0.0, 5, 5), b"{}", [], time.perf_counter() + 60)
+    tried = asyncio.run(driver._try(call, Record(0.0, 0.0), 0.0, time.perf_counter() + 60))
+    assert tried.failure in ("not_started", "broken_off", "bad_answer")
+    assert [end[1] for end in told] == ([] if how == "a refusal" else ["failed"])
     assert canary not in repr(told)
 
 

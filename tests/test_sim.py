@@ -19,7 +19,7 @@ from aiohttp import web
 
 import driver
 import sim
-from driver import Lease, Refusal, body_of, plan, read_route
+from driver import body_of, plan
 from errors import ConfigError
 from local_stack import LocalStack
 from report import FAILURES
@@ -72,36 +72,9 @@ def test_every_prompt_is_its_own_and_has_the_length_that_was_planned() -> None:
     assert "stream_options" not in body_of(arrivals[0], "m", False, 1)
 
 
-# -- what /route says ----------------------------------------------------------------------------------
-
-LEASE = {"address": "http://a", "token": "t", "request_id": "r", "instance_id": 1, "model": "m"}
-
-
-@pytest.mark.parametrize(
-    ("status", "said", "retry_after", "found"),
-    [
-        (200, LEASE, None, Lease("http://a", "t", "r", 1, "m")),
-        (503, {"error": "all_busy"}, "3", Refusal("all_busy", "no_capacity", 3.0)),
-        (503, {"error": "nothing_hot"}, "soon", Refusal("nothing_hot", "no_capacity")),
-        (400, {"error": "bad_request"}, None, Refusal("bad_request", "refused_by_loadbalancer", final=True)),
-        (
-            401,
-            {"error": "unauthorized"},
-            None,
-            Refusal("unauthorized", "refused_by_loadbalancer", final=True),
-        ),
-        (429, {"error": "slow"}, None, Refusal("slow", "loadbalancer_unreachable")),
-        (502, "odd", None, Refusal("http_502", "loadbalancer_unreachable")),
-        (200, {"address": "http://a"}, None, Refusal("bad_answer", "loadbalancer_unreachable")),
-    ],
-)
-def test_an_answer_of_route_is_a_lease_or_says_whether_to_ask_again(
-    status: int, said: Any, retry_after: str | None, found: Lease | Refusal
-) -> None:
-    assert read_route(status, json.dumps(said).encode(), retry_after) == found
-
-
 # -- a fleet of fakes ----------------------------------------------------------------------------------
+
+LEASE = {"address": "http://a", "token": "t", "request_id": "r", "instance_id": 1, "expires_in_s": 60.0}
 
 Serve = Callable[[int, web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 
@@ -306,7 +279,7 @@ def carried_out(fakes: Fakes, **other: Any) -> dict[str, Any]:
 ONE: dict[str, Any] = {"base_num_users": 1, "num_iterations": 1}
 
 
-def test_every_request_is_served_and_its_lease_ended() -> None:
+def test_every_request_is_served() -> None:
     with Fakes(well).running() as fakes:
         found = carried_out(fakes)
         arrivals = plan(SMALL)
@@ -315,7 +288,7 @@ def test_every_request_is_served_and_its_lease_ended() -> None:
             "prompt": sum(a.prompt_tokens for a in arrivals),
             "output": sum(a.max_tokens for a in arrivals),
         }
-        assert [d["outcome"] for d in fakes.done[1:]] == ["finished"] * 20, "the first asks who is there"
+        assert len(fakes.done) == 1, "that asks who is there: ends are reported by the instances"
         assert found["cost_usd"]["total"] == 0.1
         assert found["latency_s"]["ttft"]["max"] <= found["latency_s"]["e2e"]["max"]
 
@@ -368,7 +341,7 @@ def test_an_answer_that_is_not_one_is_tried_elsewhere(events: list[dict[str, Any
     with Fakes(first_is_odd).running() as fakes:
         found = carried_out(fakes, **ONE)
         assert (found["requests"]["completed"], found["requests"]["setbacks_by_kind"]) == (1, {kind: 1})
-        assert [d["outcome"] for d in fakes.done[1:]] == ["failed", "finished"]
+        assert [(d["outcome"], d["why"]) for d in fakes.done[1:]] == [("failed", kind)]
 
 
 def test_what_the_loadbalancer_calls_wrong_is_not_asked_again() -> None:
@@ -511,7 +484,7 @@ def test_a_stop_ends_the_run_with_what_there_is() -> None:
         found = asyncio.run(stopped(fakes))
         assert found["interrupted"]
         assert found["requests"]["failed_by_kind"] == {"interrupted": found["requests"]["sent"]}
-        assert {d["outcome"] for d in fakes.done[1:]} == {"finished"}, "it was not the instances' fault"
+        assert fakes.done[1:] == [], "it was not the instances' fault"
 
 
 # -- who is there, and who wants a key -----------------------------------------------------------------
@@ -587,7 +560,7 @@ def test_a_client_key_is_asked_for_and_sent(tmp_path: Path) -> None:
             carried_out(fakes, **ONE)
         found = carried_out(fakes, **ONE, client_key_file=key_file)
         assert found["requests"]["completed"] == 1
-        assert len(fakes.done) == 2, "the end of the lease is told with the key too"
+        assert len(fakes.done) == 1, "who is there was asked with the key too"
 
 
 def test_a_client_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
