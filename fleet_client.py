@@ -865,7 +865,7 @@ _STAGE: ContextVar[_Stage | None] = ContextVar("fleet_client_stage", default=Non
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Notes at which stage a request is; aiohttp's own tracing says the same at ten times the cost."""
+    """Notes at which stage a request is, which aiohttp's errors do not say."""
 
     async def connect(self, req: Any, traces: Any, timeout: Any) -> Any:
         connection = await super().connect(req, traces, timeout)
@@ -995,7 +995,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
     """For `httpx2.AsyncClient(transport=...)`, and so for `openai.AsyncOpenAI(http_client=...)`.
 
     It belongs to the event loop of its first request. Close it (`aclose`, or the client's) when done: leases
-    that were fetched ahead go back then.
+    that were fetched ahead go back then. asyncio.run does it for a program that forgets.
     """
 
     def __init__(
@@ -1025,6 +1025,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         self._fetchers: set[asyncio.Task[None]] = set()
         self._lingering: set[asyncio.Task[None]] = set()
         self._look: asyncio.TimerHandle | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._route: aiohttp.ClientSession
         self._model: aiohttp.ClientSession
         self._again: aiohttp.ClientSession
@@ -1065,20 +1066,31 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         if self._closed:
             return
         self._closed = True
-        if self._loop is None:
-            return
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        """Close everything when cancelled: by `aclose`, or by asyncio.run at the end of a program."""
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self._closed = True
+            await self._finish()
+
+    async def _finish(self) -> None:
         if self._look is not None:
             self._look.cancel()
         for task in (*self._fetchers, *self._lingering):
             task.cancel()
         await asyncio.gather(*self._fetchers, *self._lingering, return_exceptions=True)
-        for lease in self._fleet.ahead.close():
-            self._tell(lease, "unused", "")
-        if self._tellers:
-            await asyncio.wait(self._tellers, timeout=CLOSE_S)
-        for task in self._tellers:
-            task.cancel()
-        await asyncio.gather(*self._tellers, return_exceptions=True)
+        self._ends.extend((lease, "unused", "") for lease in self._fleet.ahead.close())
+        own = [self._tell_all() for _ in range(min(len(self._ends), ENDS_AT_ONCE))]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await asyncio.gather(*self._tellers, *own, return_exceptions=True)
+        self.untold += len(self._ends)
+        self._ends.clear()
         for session in (self._model, self._again, self._route):
             await session.close()
 
@@ -1091,6 +1103,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
             self._route = _session(ROUTE_KEEP_ALIVE_S)
             self._model = _session(MODEL_KEEP_ALIVE_S)
             self._again = _session(None)
+            self._keeper = loop.create_task(self._keep())
         elif self._loop is not loop:
             raise RuntimeError(
                 "this AsyncFleetTransport belongs to another event loop: make one (and its client) in each "
@@ -1243,7 +1256,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         while self._ends:
             lease, outcome, why = self._ends.popleft()
             status = 0
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+            try:
                 async with self._route.post(
                     f"{self._fleet.url}/done",
                     data=json.dumps(done_body(lease, outcome, why)),
@@ -1253,7 +1266,10 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                 ) as reply:
                     await reply.read()
                     status = reply.status
-            self.untold += status != 200
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                pass
+            finally:
+                self.untold += status != 200
 
 
 def _texts(headers: Iterable[Header]) -> CIMultiDict[str]:
@@ -1446,9 +1462,9 @@ class _Wires:
 
     def __init__(self, keep_alive_s: float) -> None:
         self._keep_alive_s = keep_alive_s
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection of garbage may close a forgotten transport anywhere
         self._idle: dict[_Key, list[_Wire]] = {}
-        self._busy: set[_Wire] = set()
+        self._busy: weakref.WeakSet[_Wire] = weakref.WeakSet()
         self._swept_at = 0.0
         self._closed = False
 
@@ -1512,7 +1528,7 @@ class _Wires:
         with self._lock:
             self._closed = True
             wires = [*self._busy, *(w for wires in self._idle.values() for w in wires)]
-            self._busy, self._idle = set(), {}
+            self._busy, self._idle = weakref.WeakSet(), {}
         for wire in wires:
             wire.close()
 

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import gc
 import gzip
 import json
 import logging
@@ -11,6 +12,7 @@ import ssl
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +24,8 @@ import openai
 import pytest
 
 import fleet_client
+import http_face
+import loadbalancer_server
 from fleet_client import (
     Ask,
     AsyncFleetTransport,
@@ -458,6 +462,8 @@ def test_waiting_for_leases_is_bounded_and_keeps_to_retry_after() -> None:
     assert 1.0 <= rests[0] <= 1.25
     assert 4.0 <= rests[1] <= 5.0
     assert world.now == pytest.approx(30.0, abs=0.01)
+    assert world.call.asked_s == pytest.approx(30.0, abs=0.01)
+    assert len(world.call.refusals) == 3
     assert world.asked[-1]["wait_s"] == pytest.approx(30.0 - sum(rests), abs=0.01)
 
 
@@ -1435,6 +1441,34 @@ def test_an_async_transport_may_be_made_outside_a_loop_but_belongs_to_one(fleet:
         first.run(http.aclose())
 
 
+def test_a_program_that_forgets_to_close_gives_leases_back_all_the_same(fleet: FakeFleet) -> None:
+    async def main() -> None:
+        transport = AsyncFleetTransport(fleet.url, ahead=2)
+        http = httpx2.AsyncClient(transport=transport)
+        assert (await http.get("http://fleet/v1/models")).status_code == 200
+        while len(transport._fleet.ahead) < 2:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert [done["outcome"] for done in fleet.loadbalancer.dones] == ["unused"] * 2
+
+
+def test_an_answer_that_is_forgotten_closes_its_connection(fleet: FakeFleet) -> None:
+    for instance in fleet.instances:
+        instance.pause_s = 60.0
+    with httpx2.Client(transport=FleetTransport(fleet.url)) as http:
+        request = http.build_request(
+            "POST", "http://fleet/v1/completions", json={"prompt": "x", "stream": True}
+        )
+        response = http.send(request, stream=True)
+        wait_for("a stream", lambda: sum(instance.streams for instance in fleet.instances) == 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # as it should be told
+            del response
+            gc.collect()
+        wait_for("its end", lambda: sum(instance.disconnects for instance in fleet.instances) == 1)
+
+
 def test_a_redirect_is_followed_with_a_lease_of_its_own(user: Make, fleet: FakeFleet) -> None:
     plan(fleet, says(307, b"", Location="https://evil.example/v1/models"))
     response = user(fleet.url).request("GET", "/v1/models/", follow_redirects=True)
@@ -1474,6 +1508,17 @@ def test_a_thread_that_reads_is_ended_by_another_that_closes(fleet: FakeFleet) -
             next(chunks)
         timer.join()
     assert fleet.loadbalancer.dones == []
+
+
+def test_what_is_asked_of_the_loadbalancer_is_what_the_real_one_takes() -> None:
+    body = fleet_client.route_body(Size(5, 7), 3.0, [1, 1, 2])
+    checked = http_face.check_fields(body, loadbalancer_server._ROUTE)
+    assert checked == {"prompt_tokens": 5, "max_tokens": 7, "wait_s": 3.0, "avoid": [1, 2]}
+    assert http_face.check_fields(fleet_client.route_body(Size(0, None), 0.0), loadbalancer_server._ROUTE)
+    for outcome, why in (("unused", ""), ("failed", "wrong_certificate")):
+        assert http_face.check_fields(
+            fleet_client.done_body(lease(), outcome, why), loadbalancer_server._DONE
+        )
 
 
 def test_the_certificate_of_an_instance_is_the_only_one_that_counts() -> None:

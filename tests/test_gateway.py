@@ -18,13 +18,12 @@ import httpx2
 import openai
 import pytest
 
-import fleet_client
 import gateway
 import http_face
 from errors import ConfigError
 from fleet_client import AsyncFleetTransport, Header
 from gateway import Config, Gateway, client_key, from_loopback, preflight, refusal
-from tests.fake_fleet import Act, FakeFleet, FakeLoadbalancer, Out, Seen, fake_fleet
+from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -240,8 +239,8 @@ def ask(port: int, method: str, target: str, body: bytes = b"", **headers: str) 
     """(status, head, body) of an answer on a connection of its own."""
     raw = Raw(port)
     raw.send(method, target, body, **({"Connection": "close"} | headers))
-    head, _, rest = raw.rest().partition(b"\r\n\r\n")
-    raw.sock.close()
+    with raw.sock:
+        head, _, rest = raw.rest().partition(b"\r\n\r\n")
     return int(head.split()[1]), head, rest
 
 
@@ -288,13 +287,14 @@ def test_an_answer_passes_as_it_is_but_for_the_headers_of_its_connection(fleet: 
             X_Gone="1",
         )
     assert (got, body) == (418, b"\x00\xff/v1/a%2Fb//c?x=%20&y \x01\x02")
-    lines = head.decode().split("\r\n")[1:]
-    assert [line for line in lines if line.startswith("X-")] == ["X-Two: 1", "X-Two: 2"]
-    assert {"Server: odd/1", "Date: yesterday", "Content-Type: application/x-odd"} <= set(lines)
+    lines = head.decode().lower().split("\r\n")[1:]
+    assert [line for line in lines if line.startswith("x-")] == ["x-two: 1", "x-two: 2"]
+    assert {"server: odd/1", "date: yesterday", "content-type: application/x-odd"} <= set(lines)
     seen = fleet.requests[0]
     assert seen.header("x-mine") == "1"
     assert seen.header("x-gone") is None
     assert seen.header("host") != "127.0.0.1"
+    assert {name.lower() for name, _ in seen.headers} == {"host", "content-length", "x-mine", "authorization"}
 
 
 @pytest.mark.parametrize("code", [400, 404, 422, 500])
@@ -306,7 +306,7 @@ def test_errors_pass_as_they_are(fleet: FakeFleet, code: int) -> None:
     with running(fleet) as port:
         got, head, body = ask(port, "POST", "/v1/completions", b"{}")
     assert (got, json.loads(body)) == (code, {"error": {"message": "as it is", "code": code}})
-    assert b"X-Request-Id: 7" in head
+    assert b"x-request-id: 7" in head
 
 
 def test_a_stream_passes_event_by_event(fleet: FakeFleet) -> None:
@@ -336,7 +336,7 @@ def test_when_its_client_goes_before_the_answer_the_instance_learns_of_it(fleet:
 def test_an_answer_that_breaks_off_breaks_off_here_too(fleet: FakeFleet) -> None:
     async def break_off(seen: Seen, out: Out) -> None:
         await out.start(200, {"Content-Type": "text/event-stream"})
-        await out.chunk(b"data: {}\n\n")
+        await out.chunk(b'data: {"choices": [{"index": 0, "delta": {"content": "one"}}]}\n\n')
         out.abort()
 
     plan(fleet, break_off)
@@ -347,7 +347,7 @@ def test_an_answer_that_breaks_off_breaks_off_here_too(fleet: FakeFleet) -> None
         raw.sock.close()
         with client(port) as one, pytest.raises(openai.APIConnectionError):
             text(one)
-    assert got.endswith(b"a\r\ndata: {}\n\n\r\n")  # and no end
+    assert got.endswith(b'"one"}}]}\n\n\r\n')  # and no end
     wait_for("both are told", lambda: len(fleet.loadbalancer.dones) == 2)
 
 
@@ -386,27 +386,29 @@ def test_pages_from_elsewhere_spend_nothing(fleet: FakeFleet) -> None:
         assert ask(port, "POST", "/v1/completions", b"{}", Origin="https://evil.example")[0] == 403
         assert ask(port, "POST", "/v1/completions", b"{}", Origin="null", Content_Type="text/plain")[0] == 403
         assert ask(port, "GET", "/v1/models", Sec_Fetch_Site="cross-site")[0] == 403
-        preflight = {"Origin": "https://evil.example", "Access_Control_Request_Method": "POST"}
-        assert ask(port, "OPTIONS", "/v1/completions", **preflight)[0] == 403
+        asks = {"Origin": "https://evil.example", "Access_Control_Request_Method": "POST"}
+        assert ask(port, "OPTIONS", "/v1/completions", b"", **asks)[0] == 403
         assert fleet.loadbalancer.routes == []
 
 
 def test_a_page_of_this_machine_may_ask_and_read(fleet: FakeFleet) -> None:
     with running(fleet) as port:
         here = {"Origin": "http://localhost:3000"}
-        got, head, _ = ask(port, "OPTIONS", "/v1/completions", Access_Control_Request_Method="POST", **here)
+        got, head, _ = ask(
+            port, "OPTIONS", "/v1/completions", b"", **here, Access_Control_Request_Method="POST"
+        )
         assert got == 204
         assert fleet.loadbalancer.routes == []
-        got, head, _ = ask(port, "GET", "/v1/models", **here)
+        got, head, _ = ask(port, "GET", "/v1/models", b"", **here)
         assert got == 200
-        assert b"Access-Control-Allow-Origin: http://localhost:3000" in head
+        assert b"access-control-allow-origin: http://localhost:3000" in head
 
 
 def test_with_a_key_requests_need_it(fleet: FakeFleet) -> None:
     with running(fleet, keys=frozenset({KEY})) as port:
         with client(port, key="wrong") as one, pytest.raises(openai.AuthenticationError, match="its own key"):
             chat(one)
-        assert ask(port, "GET", "/health")[0] == 401
+        assert ask(port, "GET", "/health")[0] == 200
         assert fleet.loadbalancer.routes == []
         with client(port, key=KEY) as one:
             assert text(one) == ALL
@@ -506,10 +508,6 @@ def process(*flags: str, **environ: str) -> Iterator[tuple["subprocess.Popen[str
     ) as running:
         lines: list[str] = []
 
-        def read() -> None:
-            assert running.stdout is not None
-            lines.extend(iter(running.stdout.readline, ""))
-
         def follow() -> None:
             assert running.stdout is not None
             for line in running.stdout:
@@ -590,13 +588,3 @@ def test_a_port_in_use_is_one_line(fleet: FakeFleet) -> None:
     with process("--port", str(fleet.loadbalancer.port)) as (one, lines):
         assert one.wait(20) == 2
     assert "cannot listen on" in lines[0]
-
-
-def test_the_loadbalancer_of_the_tests_holds_what_the_client_sends() -> None:
-    """What the fake takes is no more than what the real one would."""
-    import loadbalancer_server
-
-    body = fleet_client.route_body(fleet_client.Size(5, 7), 3.0, [1, 1, 2])
-    checked = http_face.check_fields(body, loadbalancer_server._ROUTE)
-    assert checked == {"prompt_tokens": 5, "max_tokens": 7, "wait_s": 3.0, "avoid": [1, 2]}
-    assert isinstance(FakeLoadbalancer, type)
