@@ -69,12 +69,12 @@ LOCAL_SCHEDULE = (1.0, 3.0, 4.0, 1.0, 0.5, 0.5)
 LOCAL_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paced": {"load_schedule": LOCAL_SCHEDULE},
-        # A second vLLM takes 30 to 50 s to be hot, so the run is longer; 6 requests/s are 1,500 tokens/s.
+        # Beside a busy vLLM another one takes 40 to 60 s to be hot, so the run is longer than with paced.
         "vllm": {
-            "load_schedule": (1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 1.0, 0.5, 0.5),
-            "num_iterations": 135,
+            "load_schedule": (1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 1.0, 0.5, 0.5, 0.5),
+            "num_iterations": 165,
             "prompt_tokens": 100.0,
-            "max_tokens": 250.0,
+            "max_tokens": 120.0,
         },
     }
 )

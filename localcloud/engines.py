@@ -34,14 +34,12 @@ class Engine:
     """What an image has.
 
     bin: its programs, first in PATH. variables: its environment; what the order says goes before it.
-    started_by: what runs its start script. times: how long things take, given the speedup.
-    deaf_to: faults that it cannot play.
+    times: how long things take, given the speedup. deaf_to: faults that it cannot play.
     make_ready: called once before anything boots; raises ConfigError when something must be installed.
     """
 
     bin: Path
     variables: Mapping[str, str]
-    started_by: tuple[str, ...] = ("/bin/bash",)
     times: Callable[[float], Times] = lambda _: Times()
     deaf_to: frozenset[str] = frozenset()
     make_ready: Callable[[], None] = lambda: None
@@ -110,8 +108,6 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                     "SPT_NOENV": "1",
                 }
             ),
-            # Two of them take all there is of two cores: the cloud and those who measure it come first.
-            started_by=("nice", "-n", "10", "/bin/bash"),
             times=_own_times,
             deaf_to=frozenset({"never-ready", "fatal-line"}),
             make_ready=_make_vllm_ready,

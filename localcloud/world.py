@@ -406,7 +406,7 @@ class World:
         machine.write_text(json.dumps(told))
         with host.console.open("wb") as console:
             host.process = subprocess.Popen(
-                dying_with_parent((*self._image.started_by, str(script))),
+                dying_with_parent(("/bin/bash", str(script))),
                 cwd=host.home,
                 env=self._environment(host, b, ports, machine),
                 stdin=subprocess.DEVNULL,
