@@ -183,7 +183,8 @@ class Speaker:
             rest_s = said_at + PROGRESS_S - time.monotonic() if progress else 0.0
             if now == said or rest_s > 0.0:
                 with watch.changed:
-                    watch.changed.wait(rest_s if now != said else None)
+                    if now == (watch.model.state, watch.model.why or note):  # else it has just changed
+                        watch.changed.wait(rest_s if now != said else None)
                 continue
             status, _ = self._post(line, {"state": now[0], "why": now[1]})
             if status == 200:
@@ -210,9 +211,9 @@ class Speaker:
             if status == 200:
                 sent, failed = (news.seq, now[1]), 0
                 time.sleep(min(60.0, max(0.0, float(told.get("next_in_s", 1.0)))))
-            elif 400 <= status < 500:
-                return  # it does not know this boot, or not yet: it asks again when it does
-            else:
+            elif 400 <= status < 500 and status != 409:
+                return  # it does not know us: it asks again when it does
+            else:  # 409: the answer that tells it of this boot, and made us speak, may still be under way
                 failed += 1
                 time.sleep(RETRY_S[0])
 
