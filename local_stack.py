@@ -102,8 +102,8 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
     {
         # Placeholder text at the speed of the model on that GPU.
         "paced": Engine(model="vllm-13", instances=4, most_instances=1000),
-        # Real vLLM: 2.5 GB each, and a start takes both cores for 20 s and more. Of the real deadlines, the
-        # 300 s after which the policy stops what is idle are longer than a run.
+        # Real vLLM: 2.5 GB each, and a start takes 20 s of processor and more, beside a busy one 60 s. The
+        # 300 s after which the policy stops what is not needed are longer than a run.
         "vllm": Engine(
             model="tiny",
             instances=2,
@@ -111,7 +111,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
             only_model=True,
             speedup=1.0,
             patience=3.0,
-            autoscaler_args=("--policy", "busy", "--policy-param", "remove_after_s=15"),
+            autoscaler_args=("--policy", "busy", "--policy-param", "remove_after_s=45"),
         ),
     }
 )
@@ -226,6 +226,8 @@ class LocalStack:
             *("--local", "--cloud-url", self.cloud_url, "--state-dir", str(self.state_dir)),
             *("--label", config.label, "--model", config.model),
             *("--speedup", f"{self._engine.speedup or config.speedup:g}"),
+            # Else those that prepare rents, which does not know the port, would never be heard.
+            *("--public-url", self.autoscaler_url),
             *("--max-instances", str(config.limit)),
             *("--max-dollars-per-hour", f"{config.max_dollars_per_hour:g}"),
             *("--poll-interval-s", f"{config.poll_interval_s:g}"),

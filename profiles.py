@@ -112,7 +112,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             # if its first prompt is short: only a longer one makes it ask the kernel for AMX.
             vllm_args="--max-model-len 1024 --dtype float32 --max-num-seqs 16 --enforce-eager",
             # Measured on two cores, 2026-11-26, one server alone: 500 output tokens/s with one request, 1,600
-            # with 4, 4,200 with 16; 60,000 prompt tokens/s. Two that are busy leave each other less than half.
+            # with 4, 4,200 with 16; 60,000 prompt tokens/s. Two that are busy have less than half each.
             prefill_weight=0.07,
             throughput_work_s=700.0,
             hold_s=0.5,  # three short answers: it is to grow before it takes all of two cores

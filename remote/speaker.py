@@ -212,10 +212,11 @@ class Speaker:
                 sent, failed = (news.seq, now[1]), 0
                 time.sleep(min(60.0, max(0.0, float(told.get("next_in_s", 1.0)))))
             elif 400 <= status < 500 and status != 409:
-                return  # it does not know us: it asks again when it does
+                break  # it does not know us: it asks again when it does
             else:  # 409: the answer that tells it of this boot, and made us speak, may still be under way
                 failed += 1
                 time.sleep(RETRY_S[0])
+        line.close()
 
 
 class _Line:
@@ -240,5 +241,9 @@ class _Line:
                 break
             except (OSError, ValueError, http.client.HTTPException):
                 self._connection.close()
-        self._connection.close()
+        self.close()
         return 0, {}
+
+    def close(self) -> None:
+        """Nothing is open until the next message."""
+        self._connection.close()
