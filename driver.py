@@ -143,6 +143,7 @@ class Tried:
     instance_id: int | None = None
     final: bool = False
     retry_after_s: float = 0.0
+    cut_short: bool = False  # the time was up before anything came
 
 
 def _setback(call: Call, failure: str) -> Tried:
@@ -212,6 +213,7 @@ class Driver:
         body = body_of(arrival, self._load.model, self._load.streaming, self._load.seed)
         raw = json.dumps(body).encode()
         avoid: list[int] = []
+        last: str | None = None  # how an instance failed it
         pause_s, rest_s = 0.0, PAUSE_S[0]  # the first retry goes at once: another instance is likely well
         while True:
             call = self._call(arrival, raw, avoid, up_at)
@@ -221,7 +223,10 @@ class Driver:
             record.leases += call.leases
             if tried.failure is None:
                 return COMPLETED
+            if tried.cut_short and last is not None:
+                return last  # the time was up in a try that had come to nothing yet
             if tried.instance_id is not None:
+                last = tried.failure
                 record.setbacks[tried.failure] += 1
                 if tried.final or self._clock() + pause_s >= up_at:
                     return tried.failure
@@ -268,11 +273,10 @@ class Driver:
                     return _setback(call, "not_started")
                 return await self._read(call, answer, answer.lease, record, due)
         except TimeoutError:
-            if not call.leases:
-                return Tried("no_capacity", final=True)
-            if answer is not None:
-                answer.fail("timeout")
-            return Tried("timeout", None if answer is None else _id_of(answer), final=True)
+            if answer is None:
+                return Tried("timeout" if call.leases else "no_capacity", final=True, cut_short=True)
+            answer.fail("timeout")
+            return Tried("timeout", _id_of(answer), final=True)
         except httpx2.RequestError:
             if not call.setbacks:
                 return Tried("loadbalancer_unreachable")
