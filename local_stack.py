@@ -102,8 +102,8 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
     {
         # Placeholder text at the speed of the model on that GPU.
         "paced": Engine(model="vllm-13", instances=4, most_instances=1000),
-        # Real vLLM: 2.5 GB each, and a start takes 20 s of processor and more, beside a busy one 60 s. The
-        # 300 s after which the policy stops what is not needed are longer than a run.
+        # Real vLLM: 2.5 GB and a processor each. The 300 s after which the policy stops what is not needed
+        # are longer than a run, and it must not stop what has only just started.
         "vllm": Engine(
             model="tiny",
             instances=2,
@@ -111,7 +111,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
             only_model=True,
             speedup=1.0,
             patience=3.0,
-            autoscaler_args=("--policy", "busy", "--policy-param", "remove_after_s=45"),
+            autoscaler_args=("--policy", "busy", "--policy-param", "remove_after_s=25"),
         ),
     }
 )

@@ -110,15 +110,16 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             # Without --enforce-eager it compiles for 25 s at its first boot, with a C++ compiler. With it
             # bfloat16 uses AMX where a processor has that, and vLLM 0.32.0 dies of an illegal instruction
             # if its first prompt is short: only a longer one makes it ask the kernel for AMX.
-            vllm_args="--max-model-len 1024 --dtype float32 --max-num-seqs 16 --enforce-eager",
-            # Measured on two cores, 2026-11-26, one server alone: 500 output tokens/s with one request, 1,600
-            # with 4, 4,200 with 16; 60,000 prompt tokens/s. Two that are busy have less than half each.
-            prefill_weight=0.07,
-            throughput_work_s=700.0,
-            hold_s=0.5,  # three short answers: it is to grow before it takes all of two cores
-            expected_output_tokens=180.0,
-            load_time_s=60.0,  # 26 s alone, 30 s two at once, 55 s when nothing of vLLM is in memory yet
-            start_time_s=40.0,
+            # Four at once: two cores can fill two of them.
+            vllm_args="--max-model-len 1024 --dtype float32 --max-num-seqs 4 --enforce-eager",
+            # Measured on one core of two, 2026-11-26: 390 output tokens/s with one request, 1,370 with 4 (and
+            # 3,700 with 16, if it were allowed); 45,000 prompt tokens/s.
+            prefill_weight=0.03,
+            throughput_work_s=1370.0,
+            hold_s=0.6,  # four answers of 200 tokens
+            expected_output_tokens=200.0,
+            load_time_s=45.0,  # 20 s of one core, twice that when nothing of vLLM is in memory yet
+            start_time_s=30.0,
             max_model_len=1024,
         ),
         # Your own model: copy an entry, give it a name, and pass that name to --model.

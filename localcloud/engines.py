@@ -34,12 +34,14 @@ class Engine:
     """What an image has.
 
     bin: its programs, first in PATH. variables: its environment; what the order says goes before it.
+    own_processor: each instance has one, which it shares only when there are more instances than processors.
     times: how long things take, given the speedup. deaf_to: faults that it cannot play.
     make_ready: called once before anything boots; raises ConfigError when something must be installed.
     """
 
     bin: Path
     variables: Mapping[str, str]
+    own_processor: bool = False
     times: Callable[[float], Times] = lambda _: Times()
     deaf_to: frozenset[str] = frozenset()
     make_ready: Callable[[], None] = lambda: None
@@ -97,7 +99,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for 2 million tokens
                     "VLLM_NO_USAGE_STATS": "1",
                     "HF_HUB_OFFLINE": "1",
-                    # Else every server binds itself to the same processor, and they share that one.
+                    # Else it binds itself to a processor of its choice, and all choose the same.
                     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                     "OMP_NUM_THREADS": "1",
                     # Its sockets stay behind when it ends: where it runs they go with the instance's disk.
@@ -108,6 +110,8 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                     "SPT_NOENV": "1",
                 }
             ),
+            # Between tokens its processes wait without sleeping, and would take all there is from the others.
+            own_processor=True,
             times=_own_times,
             deaf_to=frozenset({"never-ready", "fatal-line"}),
             make_ready=_make_vllm_ready,

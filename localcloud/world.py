@@ -85,6 +85,7 @@ class Host:
     authorized_keys: tuple[str, ...] = ()
     decoys: list[socket.socket] = field(default_factory=list)
     ports: Mapping[str, int] = field(default_factory=dict)
+    processor: int | None = None
     shared_memory: set[int] = field(default_factory=set)  # of processes that were told to end
 
     @property
@@ -414,7 +415,15 @@ class World:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        if self._image.own_processor:
+            host.processor = self._least_used_processor(host)
+            os.sched_setaffinity(host.process.pid, {host.processor})  # and what it starts
         self._selector.register(os.pidfd_open(host.process.pid), selectors.EVENT_READ, host)
+
+    def _least_used_processor(self, host: Host) -> int:
+        """Of those that this process may use, by the other instances that run."""
+        others = [h.processor for h in self._hosts.values() if h is not host and h.process is not None]
+        return min(sorted(os.sched_getaffinity(0)), key=others.count)
 
     def _environment(self, host: Host, b: Boot, ports: Mapping[str, int], machine: Path) -> dict[str, str]:
         """What a container sees (vast-contract 2.14), and where to listen: here is but one network."""
