@@ -128,11 +128,6 @@ def body_of(arrival: Arrival, model: str, streaming: bool, seed: int) -> dict[st
 # --- outside world ---------------------------------------------------------------------------------
 
 
-def bearer(key: str | None) -> dict[str, str]:
-    """The header that carries the key; none without one."""
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
 @dataclass(frozen=True)
 class Tried:
     """How a try went. failure: its kind, None when it was served. instance_id: who failed it, None when
@@ -148,10 +143,6 @@ class Tried:
 
 def _setback(call: Call, failure: str) -> Tried:
     return Tried(failure, call.setbacks[-1][0])
-
-
-def _id_of(answer: Answer) -> int | None:
-    return None if answer.lease is None else answer.lease.instance_id
 
 
 def _no_lease(call: Call, answer: Answer) -> Tried:
@@ -276,7 +267,7 @@ class Driver:
             if answer is None:
                 return Tried("timeout" if call.leases else "no_capacity", final=True, cut_short=True)
             answer.fail("timeout")
-            return Tried("timeout", _id_of(answer), final=True)
+            return Tried("timeout", None if answer.lease is None else answer.lease.instance_id, final=True)
         except httpx2.RequestError:
             if not call.setbacks:
                 return Tried("loadbalancer_unreachable")

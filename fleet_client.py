@@ -33,8 +33,6 @@ import logging
 import os
 import random
 import re
-import select
-import socket
 import ssl
 import threading
 import time
@@ -47,11 +45,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import httptools
 import httpx2
 from multidict import CIMultiDict
 from yarl import URL
 
+from fleet_wire import BadHttp, Header, Wire, Wires
 from tls_pin import BadAddress, context_for
 
 log = logging.getLogger("fleet")
@@ -130,8 +128,6 @@ _NOT_FORWARDED = HOP_BY_HOP | _CREDENTIALS | {b"host", b"content-length", b"expe
 
 _METHOD, _TARGET = re.compile(r"[A-Z]{1,20}"), re.compile(r"/[!-~]*")
 _HEADER_NAME, _NO_HEADER_VALUE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"), re.compile(rb"[\r\n\0]")
-
-Header = tuple[bytes, bytes]
 
 
 # -- how long a request is -----------------------------------------------------------------------------
@@ -1316,223 +1312,6 @@ async def _read_some(source: aiohttp.ClientResponse) -> bytes:
 # -- threads -------------------------------------------------------------------------------------------
 
 
-class _Wire:
-    """One connection of the synchronous transport, with one request at a time.
-
-    Its own HTTP/1.1, parsed by httptools, because what httpx2 offers cannot wait a moment for the end of an
-    answer: openai stops reading at [DONE], and each request would need a new TLS connection.
-    """
-
-    def __init__(self, address: str, context: ssl.SSLContext | None, connect_s: float) -> None:
-        """Connects; raises OSError."""
-        parts = urlsplit(address)
-        host, port = parts.hostname or "", parts.port or (80 if context is None else 443)
-        self.idle_since = 0.0
-        self.fresh = True
-        self._host = parts.netloc.encode()
-        sock = socket.create_connection((host, port), connect_s)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._sock = sock if context is None else context.wrap_socket(sock, server_hostname=host)
-        except BaseException:
-            sock.close()
-            raise
-        self._begin(head_only=False)
-
-    def _begin(self, head_only: bool) -> None:
-        self._parser = httptools.HttpResponseParser(self)
-        self._head_only = head_only
-        self.status = 0
-        self.reason = b""
-        self.headers: list[Header] = []
-        self.chunks: list[bytes] = []
-        self._headed = False
-        self._framed = False
-        self.complete = False
-        self._reusable = False
-
-    # -- what httptools calls
-
-    def on_message_begin(self) -> None:
-        """A status line: the first, or the one after an interim answer."""
-        self.headers, self.reason, self._framed = [], b"", False
-
-    def on_status(self, reason: bytes) -> None:
-        """The words after the status."""
-        self.reason += reason
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        self.headers.append((name, value))
-        low = name.lower()
-        self._framed = self._framed or low == b"content-length" or low == b"transfer-encoding"
-
-    def on_headers_complete(self) -> None:
-        """All headers."""
-        self.status = self._parser.get_status_code()
-        if self.status >= 200:
-            self._headed = True
-            self._reusable = self._parser.should_keep_alive() and not self._head_only
-            self.complete = self._head_only
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
-        self.chunks.append(body)
-
-    def on_message_complete(self) -> None:
-        """The end."""
-        self.complete = self.complete or self._headed
-
-    # -- what is asked of it
-
-    def send(self, method: str, target: str, headers: Iterable[Header], body: bytes) -> None:
-        """The request is sent; raises OSError."""
-        self._begin(method == "HEAD")
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        length = b"Content-Length: %d\r\n" % len(body) if body or method in ("POST", "PUT", "PATCH") else b""
-        first = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (method.encode(), target.encode(), self._host)
-        self._sock.sendall(b"".join((first, *lines, length, b"\r\n", body)))
-
-    def head(self) -> None:
-        """Status and headers are here; raises OSError."""
-        while not self._headed:
-            self._receive()
-
-    def body(self) -> Iterator[bytes]:
-        """The body as it comes; raises OSError."""
-        while True:
-            if self.chunks:
-                chunks, self.chunks = self.chunks, []
-                yield chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            elif self.complete:
-                return
-            else:
-                self._receive()
-
-    def _receive(self) -> None:
-        data = self._sock.recv(65_536)
-        if not data:
-            if not self._headed or self._framed:
-                raise ConnectionResetError("the connection was closed")
-            self.complete, self._reusable = True, False
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            raise BadHttp("an answer that changes the protocol") from None
-        except httptools.HttpParserError as e:
-            raise BadHttp(f"an answer that is no HTTP: {e}") from None
-
-    def wait(self, limit_s: float | None) -> None:
-        """Each read and each write may take so long from now on."""
-        self._sock.settimeout(limit_s)
-
-    def alive(self) -> bool:
-        """Whether it can be used again: the server has neither closed it nor said anything unasked."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return not poll.poll(0)
-
-    def finish(self, moment_s: float) -> bool:
-        """Whether it can be used again, after waiting at most so long for the end of the answer."""
-        try:
-            if not self.complete:
-                self.wait(moment_s)
-                self._receive()
-        except OSError:
-            return False
-        return self.complete and self._reusable and not self.chunks
-
-    def close(self) -> None:
-        """Close it at once, also when another thread is reading."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-
-
-class BadHttp(OSError):
-    """What came is no answer."""
-
-
-_Key = tuple[str, str | None]
-
-
-class _Wires:
-    """Kept-alive connections, by address and certificate."""
-
-    def __init__(self, keep_alive_s: float) -> None:
-        self._keep_alive_s = keep_alive_s
-        self._lock = threading.RLock()  # a collection of garbage may close a forgotten transport anywhere
-        self._idle: dict[_Key, list[_Wire]] = {}
-        self._busy: weakref.WeakSet[_Wire] = weakref.WeakSet()
-        self._swept_at = 0.0
-        self._closed = False
-
-    def take(self, key: _Key) -> _Wire | None:
-        """One that can be used again."""
-        now = time.monotonic()
-        while True:
-            with self._lock:
-                wires = self._idle.get(key)
-                if not wires:
-                    return None
-                wire = wires.pop()
-                self._busy.add(wire)
-            if now - wire.idle_since < self._keep_alive_s and wire.alive():
-                wire.fresh = False
-                return wire
-            self.drop(wire)
-
-    def add(self, wire: _Wire) -> None:
-        """A new one is in use; raises OSError after `close`."""
-        with self._lock:
-            if not self._closed:
-                self._busy.add(wire)
-                return
-        wire.close()
-        raise ConnectionAbortedError("the transport is closed")
-
-    def put(self, key: _Key, wire: _Wire) -> None:
-        """It can be used again; those that nobody has used for long are closed."""
-        wire.idle_since = now = time.monotonic()
-        with self._lock:
-            self._busy.discard(wire)
-            old = [wire] if self._closed else []
-            if not self._closed:
-                self._idle.setdefault(key, []).append(wire)
-                if now - self._swept_at > self._keep_alive_s:
-                    self._swept_at = now
-                    old = self._sweep(now)
-        for one in old:
-            one.close()
-
-    def _sweep(self, now: float) -> list[_Wire]:
-        old = []
-        for key, wires in list(self._idle.items()):
-            old += [w for w in wires if now - w.idle_since >= self._keep_alive_s]
-            kept = [w for w in wires if now - w.idle_since < self._keep_alive_s]
-            if kept:
-                self._idle[key] = kept
-            else:
-                del self._idle[key]
-        return old
-
-    def drop(self, wire: _Wire) -> None:
-        """It is of no more use."""
-        with self._lock:
-            self._busy.discard(wire)
-        wire.close()
-
-    def close(self) -> None:
-        """Close all, also those in use."""
-        with self._lock:
-            self._closed = True
-            wires = [*self._busy, *(w for wires in self._idle.values() for w in wires)]
-            self._busy, self._idle = weakref.WeakSet(), {}
-        for wire in wires:
-            wire.close()
-
-
 class _Errands:
     """The loadbalancer, as threads ask it; what can wait is done in a thread of its own."""
 
@@ -1542,7 +1321,7 @@ class _Errands:
         secure = fleet.url.startswith("https:")
         self._context = httpx2.create_ssl_context(trust_env=False) if secure else None
         self._headers = [(name.encode(), value.encode()) for name, value in fleet.headers.items()]
-        self._wires = _Wires(ROUTE_KEEP_ALIVE_S)
+        self._wires = Wires(ROUTE_KEEP_ALIVE_S)
         self._wake = threading.Condition()
         self._ends: deque[tuple[Lease, str, str]] = deque()
         self._thread: threading.Thread | None = None
@@ -1595,7 +1374,7 @@ class _Errands:
     def _post(self, path: str, body: Mapping[str, Any], limit_s: float) -> tuple[int, list[Header], bytes]:
         wire = self._wires.take(self._key)
         if wire is None:
-            wire = _Wire(self._fleet.url, self._context, min(limit_s, self._fleet.rules.connect_s))
+            wire = Wire(self._fleet.url, self._context, min(limit_s, self._fleet.rules.connect_s))
             self._wires.add(wire)
         try:
             wire.wait(limit_s)
@@ -1658,12 +1437,12 @@ class _Errands:
 class _SyncAnswer(httpx2.SyncByteStream):
     """The bytes of an answer as they come."""
 
-    def __init__(self, call: Call, reply: Reply, tell: Tell, wires: _Wires, owner: object) -> None:
+    def __init__(self, call: Call, reply: Reply, tell: Tell, wires: Wires, owner: object) -> None:
         """owner: is not to be forgotten, and so closed, while this is read."""
         assert reply.lease is not None  # noqa: S101 it came from an instance
         self._call = call
         self._lease = reply.lease
-        self._wire: _Wire = reply.source
+        self._wire: Wire = reply.source
         self._tell = tell
         self._wires = wires
         self._owner = owner
@@ -1727,7 +1506,7 @@ class FleetTransport(httpx2.BaseTransport):
     ) -> None:
         """Nothing is opened before the first request; the arguments are those of AsyncFleetTransport."""
         self._fleet = _Fleet(loadbalancer, api_key, max_tries, wait_s, ahead, connect_s, trust_network)
-        self._wires = _Wires(MODEL_KEEP_ALIVE_S)
+        self._wires = Wires(MODEL_KEEP_ALIVE_S)
         self._errands = _Errands(self._fleet)
         # Also when it is forgotten, and at the end of the program.
         self._finalizer = weakref.finalize(self, _close_both, self._errands, self._wires)
@@ -1787,7 +1566,7 @@ class FleetTransport(httpx2.BaseTransport):
         if wire is None:
             try:
                 context = context_for(lease.address, lease.certificate)
-                wire = _Wire(lease.address, context, self._fleet.connect_s(timeouts))
+                wire = Wire(lease.address, context, self._fleet.connect_s(timeouts))
                 self._wires.add(wire)
             except OSError as e:
                 return _not_connected(lease, e)
@@ -1816,12 +1595,12 @@ class FleetTransport(httpx2.BaseTransport):
         return kept
 
 
-def _close_both(errands: _Errands, wires: _Wires) -> None:
+def _close_both(errands: _Errands, wires: Wires) -> None:
     errands.close()
     wires.close()
 
 
-def _sync_setback(lease: Lease, wire: _Wire, error: OSError) -> Setback:
+def _sync_setback(lease: Lease, wire: Wire, error: OSError) -> Setback:
     if isinstance(error, TimeoutError):
         return Setback("read_timeout", httpx2.ReadTimeout(f"{lease}: no answer in time"), elsewhere=False)
     said = f"{lease}: the connection broke before an answer came: {type(error).__name__}"
@@ -1830,7 +1609,7 @@ def _sync_setback(lease: Lease, wire: _Wire, error: OSError) -> Setback:
     return Setback("broke_off", httpx2.ReadError(said), elsewhere=False, again=not wire.fresh)
 
 
-def _read_some_sync(wire: _Wire) -> bytes:
+def _read_some_sync(wire: Wire) -> bytes:
     """The body of an answer that is not wanted, as far as it comes soon and is not long."""
     raw = b""
     wire.wait(CLOSE_S)

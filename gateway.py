@@ -40,12 +40,12 @@ from fleet_client import (
     Answer,
     AsyncFleetTransport,
     Call,
-    Header,
     Reply,
     Timeouts,
     error_reply,
     size_of,
 )
+from fleet_wire import Header
 
 log = logging.getLogger("gateway")
 

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import json
 import resource
 import secrets
@@ -29,7 +28,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 import uvloop
@@ -40,10 +38,11 @@ from rich.text import Text
 
 import report
 from command_line import Parser, server_url, within
-from driver import Arrival, Driver, Workload, bearer, plan
+from driver import Arrival, Driver, Workload, plan
 from errors import ConfigError
 from fleet_client import AsyncFleetTransport
 from local_stack import ENGINES, ChildFailed, LocalStack, StackConfig
+from loopback import is_loopback
 from private_files import default_state_dir, load_keys
 from profiles import PROFILES, get_profile
 from report import COMPLETED
@@ -154,7 +153,7 @@ class Operator:
         self._session = session
         self._autoscaler = config.autoscaler
         self._loadbalancer = config.loadbalancer
-        self._headers = bearer(key)
+        self._headers = _bearer(key)
 
     async def instances(self) -> tuple[list[Mapping[str, Any]], bool | None]:
         """Every instance, and whether the autoscaler manages them; raises NoAnswer."""
@@ -368,7 +367,7 @@ async def _check_loadbalancer(
         async with session.post(
             f"{config.loadbalancer}/done",
             json=body,
-            headers=bearer(client_key),
+            headers=_bearer(client_key),
             timeout=timeout,
             allow_redirects=False,
         ) as reply:
@@ -398,11 +397,16 @@ async def _check_autoscaler(operator: Operator, config: Config) -> bool | None:
     return managed
 
 
+def _bearer(key: str | None) -> dict[str, str]:
+    """The header that carries the key; none without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 async def _find_engine(addresses: Collection[str]) -> str:
     """What answered, told by where it is: on loopback it can only be a local cloud."""
     if not addresses:
         return "unknown engine: no instance was asked"
-    if not all(_is_loopback(address) for address in addresses):
+    if not all(is_loopback(address) for address in addresses):
         return "vLLM on rented machines"
     async with aiohttp.ClientSession(trust_env=False, timeout=aiohttp.ClientTimeout(total=2.0)) as session:
         try:
@@ -411,14 +415,6 @@ async def _find_engine(addresses: Collection[str]) -> str:
             return f"local cloud, {said['engine']} engine"
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             return "local cloud, unknown engine"
-
-
-def _is_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -9,12 +9,13 @@ looked at, and a clock that is wrong by minutes changes nothing.
 import base64
 import functools
 import hashlib
-import ipaddress
 import ssl
 from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from loopback import is_loopback
 
 LONGEST = 16_384
 """Characters of a certificate that is looked at; one with an RSA key of 4096 bits has 2,000."""
@@ -66,19 +67,11 @@ def context_for(url: str, certificate: str | None) -> ssl.SSLContext | None:
 
     Raises BadAddress for everything else.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "https" and certificate is not None:
+    scheme = urlsplit(url).scheme
+    if scheme == "https" and certificate is not None:
         return pinned_context(certificate)
-    if parts.scheme == "https":
+    if scheme == "https":
         raise BadAddress("https, but its certificate is not known")
-    if parts.scheme != "http" or not _is_loopback(parts.hostname):
+    if scheme != "http" or not is_loopback(url):
         raise BadAddress("in the clear, which is for loopback only")
     return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False

@@ -17,7 +17,6 @@ Invariants
 - At most two runs at once: one that lists, one of all the others.
 """
 
-import ipaddress
 import json
 import logging
 import math
@@ -35,6 +34,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from errors import CloudError, ConfigError
+from loopback import is_loopback
 
 log = logging.getLogger("vast")
 
@@ -132,15 +132,6 @@ def _check_url(url: str) -> None:
         raise ConfigError(f"VAST_URL must end after host and port, without a slash, got {url!r}")
     if parts.scheme == "http" and not is_loopback(url):
         raise ConfigError(f"VAST_URL {url!r} would send the API key unencrypted: use https")
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the url's host is this machine by name or number."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def find_api_key(environ: Mapping[str, str], home: Path) -> str:

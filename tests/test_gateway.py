@@ -21,7 +21,8 @@ import pytest
 import gateway
 import http_face
 from errors import ConfigError
-from fleet_client import AsyncFleetTransport, Header
+from fleet_client import AsyncFleetTransport
+from fleet_wire import Header
 from gateway import Config, Gateway, client_key, from_loopback, preflight, refusal
 from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet
 from tests.waiting import wait_for
