@@ -3,18 +3,19 @@
 Vast.ai runs it at every start of the container, so it does everything again that may be new and nothing that
 is long: it unpacks remote/, looks whether Flask is there (a vLLM image has none), and becomes the
 supervisor. Of the master token only the SHA-256 is in it, so that a listing, which shows it, gives nobody
-tokens. Comments and docstrings stay at home: they are two thirds of what there would be to send.
+tokens. Comments, docstrings, types and long names stay at home: most of what there would be to send.
 """
 
-import ast
 import base64
 import functools
 import hashlib
-import io
+import json
 import lzma
 import shlex
-import tarfile
 from pathlib import Path
+
+import python_minifier
+from python_minifier import RemoveAnnotationsOptions
 
 from errors import ConfigError
 from profiles import Profile
@@ -41,9 +42,9 @@ printf %s {digest} > master.sha256
 [ -n "${{VLLM_ARGS+given}}" ] || VLLM_ARGS={args}
 export VLLM_MODEL VLLM_ARGS FLEET_READY_URL={ready_url}
 rm -rf remote
-python3 -c 'import base64, io, lzma, sys, tarfile
-packed = lzma.decompress(base64.b85decode(sys.stdin.read().strip()))
-tarfile.open(fileobj=io.BytesIO(packed)).extractall()' <<'END'
+mkdir remote && python3 -c 'import base64, json, lzma, sys
+for name, source in json.loads(lzma.decompress(base64.b85decode(sys.stdin.read().strip()))).items():
+    open("remote/" + name, "w").write(source)' <<'END'
 {packed}
 END
 export PYTHONPATH="$fleet${{PYTHONPATH:+:$PYTHONPATH}}"
@@ -55,52 +56,27 @@ exec python3 -m remote.supervise {name}
 """
 
 
-def without_words(source: str) -> str:
-    """The same program without comments, docstrings, and the types of functions and local variables."""
-    tree = _Untyped().visit(ast.parse(source))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            # A text that is a statement does nothing: a docstring, also one below a constant.
-            kept = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-            node.body = kept or ([ast.Pass()] if not isinstance(node, ast.Module) else [])  # type: ignore[attr-defined]
-    return ast.unparse(tree) + "\n"
-
-
-class _Untyped(ast.NodeTransformer):
-    """Takes the types off; those of a class's fields stay, a dataclass is made of them."""
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        node.returns = None
-        node.body = [_plain(n) for n in node.body]
-        return self.generic_visit(node)  # type: ignore[return-value]
-
-    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
-
-    def visit_arg(self, node: ast.arg) -> ast.arg:
-        node.annotation = None
-        return node
-
-
-def _plain(node: ast.stmt) -> ast.stmt:
-    """An assignment without its type, where that is all there is to take off."""
-    if isinstance(node, ast.AnnAssign) and node.value is not None:
-        return ast.copy_location(ast.Assign([node.target], node.value), node)
-    return node
-
-
 @functools.lru_cache(maxsize=1)
 def _packed() -> str:
-    """remote/*.py as a compressed archive, in characters that need no quoting inside a here-document."""
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for path in sorted(REMOTE.glob("*.py")):
-            entry = tarfile.TarInfo(f"remote/{path.name}")
-            raw = without_words(path.read_text()).encode()
-            entry.size, entry.mode = len(raw), 0o600
-            tar.addfile(entry, io.BytesIO(raw))
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    return base64.b85encode(lzma.compress(archive.getvalue(), filters=filters)).decode()
+    """remote/*.py, minified and compressed, in characters that need no quoting inside a here-document."""
+    sources = {path.name: minified(path.read_text()) for path in sorted(REMOTE.glob("*.py"))}
+    # Most of it is text of no alignment: pb 0.
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
+    return base64.b85encode(lzma.compress(json.dumps(sources).encode(), filters=filters)).decode()
+
+
+def minified(source: str) -> str:
+    """The same program without comments, docstrings and types, and with short names inside functions."""
+    types = RemoveAnnotationsOptions(
+        remove_variable_annotations=True,
+        remove_return_annotations=True,
+        remove_argument_annotations=True,
+        remove_class_attribute_annotations=False,  # a dataclass is made of them
+    )
+    small: str = python_minifier.minify(
+        source, remove_literal_statements=True, remove_annotations=types, hoist_literals=False
+    )
+    return small
 
 
 def render(profile: Profile, master_token: str, ready_url: str | None = None) -> str:
