@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from remote.events import Events, News, events_told
+from remote.log_lines import ENDED, GIVING_UP, READY
 
 TICK_S = 0.05
 """How often the log and the events are looked at: a fifth of what a loadbalancer may lag behind."""
@@ -45,10 +46,6 @@ MOST_EVENTS = 2_000
 
 READ_BYTES = 65_536
 """Of the log at a time."""
-
-READY_LINE = b"Application startup complete."
-GIVING_UP = b"fleet: giving up"
-ENDED = b"fleet: the model server ended"
 
 _PERCENT = re.compile(rb"\b(\d{1,3})%")
 
@@ -79,7 +76,7 @@ class ModelState:
                 self.state, self.why = "failed", line.decode(errors="replace")[:200]
             elif line.startswith(ENDED):
                 self.state, self.why, self.said_ready = "loading", "the model server ended", False
-            elif READY_LINE in line:
+            elif READY in line:
                 self.said_ready = True
             elif percent and self.state == "loading" and not self.said_ready:
                 self.why = f"{int(percent[1])} %"
@@ -110,6 +107,11 @@ class Watch(threading.Thread):
     def news(self) -> tuple[int, bool]:
         """(number of the newest event, whether the model server is ready)."""
         return self.newest, self.model.state == "ready"
+
+    def wait_for_other(self, read: Callable[[], object], than: object, limit_s: float | None = None) -> None:
+        """Return when read() gives something else, or after so long. Nothing is missed between two calls."""
+        with self.changed:
+            self.changed.wait_for(lambda: read() != than, limit_s)
 
     def run(self) -> None:
         """Look, for ever."""
@@ -177,14 +179,16 @@ class Speaker:
         watch = self._watch
         said, said_at, pause_s = None, float("-inf"), RETRY_S[0]
         note = "auth_server was started again" if again else ""
+
+        def state() -> tuple[str, str]:
+            return watch.model.state, watch.model.why or note
+
         while True:
-            now = watch.model.state, watch.model.why or note
+            now = state()
             progress = said is not None and now[0] == said[0] == "loading"
             rest_s = said_at + PROGRESS_S - time.monotonic() if progress else 0.0
             if now == said or rest_s > 0.0:
-                with watch.changed:
-                    if now == (watch.model.state, watch.model.why or note):  # else it has just changed
-                        watch.changed.wait(rest_s if now != said else None)
+                watch.wait_for_other(state, now, rest_s if now != said else None)
                 continue
             status, _ = self._post(line, {"state": now[0], "why": now[1]})
             if status == 200:
@@ -195,15 +199,11 @@ class Speaker:
 
     def _report(self, line: "_Line") -> None:
         watch = self._watch
-        sent, failed = (watch.newest, False), 0
-        first = True
+        sent: tuple[int, bool | None] = watch.newest, None  # at first it is told whether the model is up
+        failed = 0
         while failed < TRIES:
+            watch.wait_for_other(lambda: watch.news, sent)
             now = watch.news
-            if now == sent and not first:
-                with watch.changed:
-                    watch.changed.wait(1.0)
-                continue
-            first = False
             news = self._ring.after(sent[0])
             too_many = len(news.events) > MOST_EVENTS
             report = events_told(News(news.seq, news.missed or too_many, () if too_many else news.events))

@@ -23,9 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-READY_LINE = b"Application startup complete."
-GIVING_UP = "fleet: giving up"
-ENDED = "fleet: the model server ended"
+from remote.log_lines import ENDED, GIVING_UP, READY
 
 EARLY_DEATHS = 3
 """Deaths of a model server that never was ready, in a row, after which it is given up."""
@@ -261,11 +259,11 @@ class Supervisor:
     def _see_deaths(self, now: float) -> None:
         self._auth.died(now)
         if self._model.died(now):
-            why = self._deaths.died(_has_line(self._model.log, READY_LINE), now)
+            why = self._deaths.died(_has_line(self._model.log, READY), now)
             if why is not None:
                 self._model.start_at = None
-            with suppress(OSError), open(self._model.log, "a") as log:
-                log.write(f"\n{ENDED}\n" if why is None else f"\n{GIVING_UP}: {why}\n")
+            with suppress(OSError), open(self._model.log, "ab") as log:
+                log.write(b"\n%b\n" % (ENDED if why is None else GIVING_UP + b": " + why.encode()))
             boot_step("fail_open", self._ours)
 
     def _end(self) -> None:

@@ -18,11 +18,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from local_stack import AUTOSCALER, LOADBALANCER, LocalStack, StackConfig
+from remote.log_lines import ENDED, READY
 from tests.waiting import wait_for
 from tls_pin import context_for
 
-READY = b"Application startup complete."
-ENDED = b"fleet: the model server ended"
 GET_HOT_S = 90.0
 
 
@@ -103,9 +102,6 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     )
     said_at: list[float] = []
     stack = LocalStack(config, say=lambda _: said_at.append(time.time()))
-    if "--public-url" not in stack._common:  # what is prepared must know whom to tell
-        flags: Any = (*stack._common, "--public-url", stack.autoscaler_url)
-        stack._common = flags
     with stack:
         rows = wait_for("the fleet is known", lambda: ask(f"{stack.autoscaler_url}/instances"))["instances"]
         prepared_at = said_at[-2]  # the last word is that 0 are hot
