@@ -252,11 +252,14 @@ def create_app(
         raw = request.get_data(cache=False)
         with scaler.lock:
             labels = list(scaler.fleet.instances)
-        names = {label: name_and_key(master_token(label)) for label in labels}
-        name = signer(request.headers.get("Authorization"), "/ready", raw, dict(names.values()))
-        if name is None:
+        names, label_of = {}, {}
+        for one in labels:
+            name, names[name] = name_and_key(master_token(one))
+            label_of[name] = one
+        said_by = signer(request.headers.get("Authorization"), "/ready", raw, names)
+        if said_by is None:
             return http_face.error(401, "unauthorized", "wanted the signature of an instance of the fleet")
-        label = next(label for label, (known, _) in names.items() if known == name)
+        label = label_of[said_by]
         said = http_face.check_fields(http_face.parse_json(raw), _READY)
         why = f"{said['state']}: {said['why']}" if said.get("why") else said["state"]
         if not scaler.told(label, said["boot_id"], said["number"], why):

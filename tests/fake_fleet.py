@@ -20,16 +20,19 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 WORDS = ("one", " two", " three", " four", " five")
 """What an instance answers, a word a token."""
 
 
-def make_certificate(days: tuple[int, int] = (-30, 3650)) -> tuple[str, str]:
-    """(certificate, key), both PEM, good from and to so many days from now."""
-    key = ec.generate_private_key(ec.SECP256R1())
+def make_certificate(
+    days: tuple[int, int] = (-30, 3650),
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None,
+) -> tuple[str, str]:
+    """(certificate, key), both PEM, good from and to so many days from now. key: default a new one."""
+    key = key or ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "instance")])
     now = datetime.datetime.now(datetime.UTC)
     made = (

@@ -552,21 +552,5 @@ def test_a_clock_that_is_five_minutes_wrong_changes_nothing(
 
 def test_an_rsa_certificate_will_do(serve: Callable[[Pair], FakeInstance]) -> None:
     """Vast.ai's are; ours are of an elliptic curve."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "rsa")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now)
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    pair = (made.public_bytes(serialization.Encoding.PEM).decode(), pem.decode())
+    pair = make_certificate(key=rsa.generate_private_key(public_exponent=65537, key_size=2048))
     shake_hands(serve(pair), pair[0])
