@@ -14,6 +14,7 @@ Processor time is the server's (user and system) per answer, everything it does 
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import platform
@@ -36,6 +37,7 @@ from urllib.request import urlopen
 import uvloop
 
 from http_face import allow_many_files
+from remote import boot
 
 ROOT = Path(__file__).parent.parent
 BODY = b'{"prompt_tokens": 300, "max_tokens": 200}'
@@ -165,7 +167,8 @@ class StubHttp(asyncio.Protocol):
                 {
                     "id": i.number,
                     "state": "hot",
-                    "address": f"http://127.0.0.1:{i.port + 1}",
+                    "address": f"https://127.0.0.1:{i.port + 1}",
+                    "certificate": certificate(),  # each lease carries it
                     "auth_url": f"http://127.0.0.1:{i.port}",
                     "master_token": "m" * 64,
                     "throughput_work_s": FLEET_THROUGHPUT / len(self._fleet),
@@ -174,6 +177,14 @@ class StubHttp(asyncio.Protocol):
                 for i in self._fleet
             ],
         }
+
+
+@functools.lru_cache(maxsize=1)
+def certificate() -> str:
+    """One as instances make it; here all have the same."""
+    with tempfile.TemporaryDirectory() as directory:
+        boot.make_certificate(directory)
+        return Path(directory, "tls.crt").read_text()
 
 
 async def run_fleet(count: int) -> None:
