@@ -109,14 +109,16 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             disk_gb=10.0,
             # Without --enforce-eager it compiles for 25 s at its first boot, with a C++ compiler. With it
             # bfloat16 uses AMX where a processor has that, and vLLM 0.32.0 dies of an illegal instruction
-            # if its first prompt is short: only a longer one makes it ask the kernel for AMX.
-            # Four at once: two cores can fill two of them.
+            # if its first prompt is short: only a longer one makes it ask the kernel for AMX. Four at once,
+            # so that a small load fills it.
             vllm_args="--max-model-len 1024 --dtype float32 --max-num-seqs 4 --enforce-eager",
-            # Measured on one core of two, 2026-11-26: 390 output tokens/s with one request, 1,370 with 4 (and
-            # 3,700 with 16, if it were allowed); 45,000 prompt tokens/s.
+            # Measured on one core of two, 2026-11-26: 390 output tokens/s with one request, 1,370 with 4,
+            # 3,700 with 16; 45,000 prompt tokens/s.
             prefill_weight=0.03,
             throughput_work_s=1370.0,
-            hold_s=0.6,  # four answers of 200 tokens
+            # Twice what an answer of 200 tokens takes when nothing else runs: an instance that may hold no
+            # more than one answer is given one at a time, and seems slower and slower by that.
+            hold_s=1.0,
             expected_output_tokens=200.0,
             load_time_s=45.0,  # 20 s of one core, twice that when nothing of vLLM is in memory yet
             start_time_s=30.0,

@@ -68,9 +68,10 @@ LOCAL_SCHEDULE = (1.0, 3.0, 4.0, 1.0, 0.5, 0.5)
 LOCAL_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "paced": {"load_schedule": LOCAL_SCHEDULE},
-        # vLLM takes 20 to 30 s to start, so the run is longer than with paced, and what is sent is less.
+        # vLLM takes 20 to 30 s to start, so the run is longer than with paced. One instance answers 5 to 6 of
+        # these requests a second.
         "vllm": {
-            "load_schedule": (1.0, 3.0, 3.0, 3.0, 3.0, 1.0, 0.5, 0.5),
+            "load_schedule": (1.0, 3.5, 3.5, 3.5, 3.5, 1.0, 0.5, 0.5),
             "num_iterations": 120,
             "prompt_tokens": 100.0,
             "max_tokens": 200.0,

@@ -67,16 +67,19 @@ def _make_vllm_ready() -> None:
         )
     if TINY_MODEL.exists():
         return
-    # -I: the files beside tiny_model.py have names that others import.
-    made = subprocess.run(
-        (VLLM_ENVIRONMENT / "bin" / "python", "-I", PROJECT / "localcloud" / "tiny_model.py", TINY_MODEL),
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=MAKE_MODEL_TIMEOUT_S,
-        check=False,
-    )
+    try:
+        made = subprocess.run(
+            # -I: the files beside tiny_model.py have names that others import.
+            (VLLM_ENVIRONMENT / "bin" / "python", "-I", PROJECT / "localcloud" / "tiny_model.py", TINY_MODEL),
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=MAKE_MODEL_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise ConfigError(f"--engine vllm: the tiny model cannot be made: {e}") from None
     if made.returncode != 0:
         last = made.stdout.decode(errors="replace").strip().rpartition("\n")[2]
         raise ConfigError(f"--engine vllm: the tiny model cannot be made: {last or made.returncode}")
@@ -94,9 +97,9 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
             bin=VLLM_ENVIRONMENT / "bin",
             variables=MappingProxyType(
                 {
-                    "VLLM_MODEL": str(TINY_MODEL),  # the start script's, as the next
+                    "VLLM_MODEL": str(TINY_MODEL),  # goes before the profile's (start_script.py)
                     "VLLM_TARGET_DEVICE": "cpu",
-                    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for 2 million tokens
+                    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for a million tokens
                     "VLLM_NO_USAGE_STATS": "1",
                     "HF_HUB_OFFLINE": "1",
                     # Else it binds itself to a processor of its choice, and all choose the same.

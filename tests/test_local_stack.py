@@ -357,8 +357,46 @@ def test_no_real_key_and_no_real_address_reaches_a_child(
             assert b"console.vast.ai" not in environ
 
 
+def command_of(stack: LocalStack, name: str) -> list[str]:
+    return Path(f"/proc/{stack.pid(name)}/cmdline").read_text().split("\0")
+
+
+def flag_of(stack: LocalStack, name: str, flag: str) -> str:
+    words = command_of(stack, name)
+    return words[words.index(flag) + 1]
+
+
+def test_with_real_vllm_the_cloud_is_sped_up_and_deadlines_are_not(tmp_path: Path, rows: Path) -> None:
+    """Its model server takes its own time, and no more than two fit."""
+    wanted = config(tmp_path, engine="vllm", model="tiny", instances=2)
+    with LocalStack(wanted, stand_ins(tmp_path), lambda _: None) as stack:
+        assert stack.engine == "local cloud, vllm engine"
+        assert flag_of(stack, CLOUD, "--engine") == "vllm"
+        assert flag_of(stack, CLOUD, "--speedup") == "60"
+        assert flag_of(stack, AUTOSCALER, "--speedup") == "1"
+        assert flag_of(stack, AUTOSCALER, "--max-instances") == "2"
+        assert flag_of(stack, AUTOSCALER, "--model") == "tiny"
+
+
+def test_with_the_paced_engine_both_are_sped_up(tmp_path: Path, rows: Path) -> None:
+    with LocalStack(config(tmp_path), stand_ins(tmp_path), lambda _: None) as stack:
+        assert flag_of(stack, CLOUD, "--engine") == "paced"
+        assert flag_of(stack, CLOUD, "--speedup") == flag_of(stack, AUTOSCALER, "--speedup") == "60"
+        assert flag_of(stack, AUTOSCALER, "--max-instances") == "6"
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"model": "no-such"}, {"instances": 0}, {"instances": 99}, {"speedup": 0.5}], ids=str
+    "wrong",
+    [
+        {"model": "no-such"},
+        {"instances": 0},
+        {"instances": 99},
+        {"speedup": 0.5},
+        {"engine": "gpu"},
+        {"engine": "vllm", "instances": 1},
+        {"engine": "vllm", "model": "tiny", "instances": 3},
+    ],
+    ids=str,
 )
 def test_a_stack_that_cannot_be_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

@@ -22,6 +22,7 @@ import sim
 from driver import body_of, plan
 from errors import ConfigError
 from local_stack import LocalStack
+from profiles import get_profile
 from report import FAILURES
 from sim import Config, parse, parse_schedule
 from tests.test_local_stack import running, stand_ins
@@ -590,12 +591,26 @@ def test_a_client_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         (["--round-s", "nan"], "--round-s nan"),
         (["--local", "--loadbalancer", "http://127.0.0.1:1"], "goes not with --local"),
         (["--instances", "3"], "goes only with --local"),
+        (["--engine", "vllm"], "goes only with --local"),
+        (["--local", "--engine", "gpu"], "--engine gpu: wanted paced or vllm"),
         (["--no-such-flag"], "--no-such-flag"),
     ],
 )
 def test_a_wrong_flag_is_refused_by_name(flags: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse(flags)
+
+
+def test_with_real_vllm_a_local_run_has_its_model_and_two_instances() -> None:
+    config = parse(["--local", "--engine", "vllm"])
+    assert (config.model, config.instances) == ("tiny", 2)
+    assert config.prompt_tokens + config.max_tokens < get_profile("tiny").max_model_len
+    assert parse(["--local"]).model == "vllm-13"
+
+
+def test_what_is_said_on_the_command_line_goes_before_what_suits_the_engine() -> None:
+    config = parse(["--local", "--engine", "vllm", "--instances", "1", "--load-schedule", "1,2"])
+    assert (config.instances, config.load_schedule) == (1, (1.0, 2.0))
 
 
 def test_without_a_seed_one_is_drawn_and_shown() -> None:
@@ -702,6 +717,15 @@ def test_a_local_run_reports_what_answered_and_that_nothing_was_left(
     assert found["engine"] == "local cloud, paced engine"
     assert found["local_stack"] == {"restarts": {}, "left_behind": []}
     assert capsys.readouterr().out.endswith("left behind: nothing\n")
+
+
+def test_a_local_run_with_real_vllm_says_so(
+    tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Fakes(well).running() as fakes:
+        monkeypatch.setattr(sim, "carry_out", lambda config, engine: ran(engine, fakes))
+        sim.main([*local_flags(tmp_path), "--engine", "vllm"])
+    assert json.loads((tmp_path / "r.json").read_text())["engine"] == "local cloud, vllm engine"
 
 
 def test_what_a_local_run_leaves_is_named_and_exit_1(

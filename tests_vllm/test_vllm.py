@@ -4,7 +4,9 @@ One stack serves all tests of this file; each begins and ends with both instance
 """
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from openai.types import Completion
 
 from driver import Workload, plan
 from local_stack import ENGINES, LocalStack, StackConfig
-from localcloud.engines import TINY_MODEL
+from localcloud.engines import TINY_MODEL, VLLM_ENVIRONMENT
 from tests.waiting import wait_for
 from tests_vllm.fleet import Fleet, Lease
 
@@ -64,6 +66,11 @@ def both_hot(fleet: Fleet) -> Iterator[None]:
     wait_for("both serve", both_ready, BOOT_S)
 
 
+def files_of(directory: Path) -> dict[str, tuple[int, int]]:
+    """Name, inode and time of change of what is in it."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in directory.iterdir()}
+
+
 def shared_memory(pids: list[int]) -> set[str]:
     """The inodes in /dev/shm that these processes have open."""
     return {
@@ -72,6 +79,23 @@ def shared_memory(pids: list[int]) -> set[str]:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
         if "/dev/shm/" in line  # noqa: S108
     }
+
+
+# -- the model ---------------------------------------------------------------------------------------
+
+
+def made(directory: Path) -> dict[str, bytes]:
+    """The files of a tiny model in that directory, made there if there is none."""
+    script = ROOT / "localcloud" / "tiny_model.py"
+    subprocess.run((VLLM_ENVIRONMENT / "bin" / "python", "-I", script, directory), check=True, timeout=100)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_tiny_model_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
+    there = files_of(TINY_MODEL)
+    assert made(tmp_path / "new" / "tiny") == made(TINY_MODEL)
+    assert files_of(TINY_MODEL) == there, "one that is there is left as it is"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tiny"]
 
 
 # -- hot ---------------------------------------------------------------------------------------------
@@ -101,12 +125,11 @@ def test_it_is_said_to_be_the_local_cloud_with_real_vllm(fleet: Fleet) -> None:
 # -- requests ----------------------------------------------------------------------------------------
 
 
-def ran(fleet: Fleet, tmp_path: Path, load: Workload) -> dict[str, Any]:
-    """The report of `sim.py` with that load against the running fleet."""
-    written = tmp_path / "report.json"
-    done = subprocess.run(
+def users(fleet: Fleet, report: Path, load: Workload) -> "subprocess.Popen[str]":
+    """`sim.py` sends that load to the running fleet, and writes what came of it to that file."""
+    return subprocess.Popen(
         [
-            *(sys.executable, "sim.py", "--quiet", "--json", str(written), "--model", load.model),
+            *(sys.executable, "sim.py", "--quiet", "--json", str(report), "--model", load.model),
             *("--seed", str(load.seed), "--num-iterations", str(load.num_iterations)),
             *("--base-num-users", str(load.base_num_users)),
             *("--request-probability", str(load.request_probability)),
@@ -118,12 +141,21 @@ def ran(fleet: Fleet, tmp_path: Path, load: Workload) -> dict[str, Any]:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=200,
-        check=False,
+        text=True,
     )
-    assert done.returncode == 0, done.stdout.decode()
-    report: dict[str, Any] = json.loads(written.read_text())
-    return report
+
+
+def ended(running: "subprocess.Popen[str]", report: Path) -> dict[str, Any]:
+    """The report of that run, in which every request was completed."""
+    try:
+        said, _ = running.communicate(timeout=200)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 0, said
+    found: dict[str, Any] = json.loads(report.read_text())
+    assert found["requests"]["completed"] == found["requests"]["sent"]
+    return found
 
 
 def completed(client: openai.OpenAI, changed: dict[str, Any]) -> Completion:
@@ -148,8 +180,8 @@ def test_all_requests_of_a_run_are_answered_and_every_token_is_counted(
     )
     arrivals = plan(load)
     before = fleet.working_s()
-    report = ran(fleet, tmp_path, load)
-    assert report["requests"]["completed"] == report["requests"]["sent"] == len(arrivals) > 60
+    report = ended(users(fleet, tmp_path / "report", load), tmp_path / "report")
+    assert report["requests"]["sent"] == len(arrivals) > 60
     assert report["tokens"] == {
         "prompt": sum(a.prompt_tokens for a in arrivals),
         "output": sum(a.max_tokens for a in arrivals),
@@ -245,17 +277,11 @@ def test_tokens_are_fetched_anew_before_they_run_out(fleet: Fleet, tmp_path: Pat
         seed=11,
     )
     assert len(plan(load)) > stock
-    report = ran(fleet, tmp_path, load)
-    assert report["requests"]["completed"] == report["requests"]["sent"] == len(plan(load))
+    report = ended(users(fleet, tmp_path / "report", load), tmp_path / "report")
     assert report["requests"]["route_refusals_by_kind"] == {}
 
 
 # -- stop and start ----------------------------------------------------------------------------------
-
-
-def files_of(directory: Path) -> dict[str, tuple[int, int]]:
-    """Name, inode and time of change of what is in it."""
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in directory.iterdir()}
 
 
 def in_state(fleet: Fleet, state: str, count: int) -> list[int]:
@@ -290,3 +316,47 @@ def test_an_instance_that_was_stopped_comes_back_with_its_model_and_without_its_
     assert fleet.post(lease, "/v1/completions", QUESTION, token=old).status == 401
     answer = fleet.post(lease, "/v1/completions", QUESTION)
     assert (answer.status, answer.said["usage"]["completion_tokens"]) == (200, QUESTION["max_tokens"])
+
+
+# -- death -------------------------------------------------------------------------------------------
+
+
+def test_when_an_engine_dies_in_the_middle_of_its_work_no_request_is_lost(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    """vLLM ends with its engine, is started again on its machine, and earns hot again."""
+    load = Workload(
+        num_iterations=15,
+        base_num_users=30,
+        request_probability=0.2,
+        model=MODEL,
+        prompt_tokens=50.0,
+        max_tokens=200.0,
+        seed=3,
+    )
+
+    def busy_one() -> int | None:
+        rows = fleet.status()["instances"]
+        return next((row["id"] for row in rows if row["running"] > 0 and row["unfinished"] > 0), None)
+
+    running = users(fleet, tmp_path / "report", load)
+    try:
+        victim = wait_for("one is busy", busy_one)
+        memory = shared_memory(fleet.rentals()[victim]["pids"])
+        os.kill(engine_of(fleet, victim), signal.SIGKILL)
+        wait_for("it is no longer hot", lambda: victim not in fleet.in_state("hot"))
+    finally:
+        report = ended(running, tmp_path / "report")
+    assert report["requests"]["retried"] > 0
+    in_state(fleet, "hot", INSTANCES)
+    assert "fleet: the model server ended" in (fleet.home(victim) / "fleet" / "model.log.old").read_text()
+    for path in Path("/dev/shm").iterdir():  # noqa: S108 a rented machine's goes with its container
+        if str(path.stat().st_ino) in memory:
+            path.unlink()
+
+
+def engine_of(fleet: Fleet, instance_id: int) -> int:
+    """The process of vLLM's engine on that instance."""
+    pids = fleet.rentals()[instance_id]["pids"]
+    (engine,) = [pid for pid in pids if "EngineCor" in Path(f"/proc/{pid}/comm").read_text()]
+    return int(engine)
