@@ -14,7 +14,9 @@ first token at the end of that step.
     at least   e*tokens/1000, because every token of a step passes through the same multiplications
 
 Steps in which nobody comes, ends or runs out of memory differ by a constant, so they are one *stretch*
-whose ends are known in closed form: whoever asks seldom pays for changes, not for tokens.
+whose ends are known in closed form: whoever asks seldom pays for changes, not for tokens. A change costs
+O(log n): steps that make tokens are counted, a request that makes them ends at a count known when it begins,
+and of all together only the batch and its context are kept.
 
 True after every call:
 - KV memory in use is the sum over the running requests, and never over capacity;
@@ -24,13 +26,18 @@ True after every call:
 Times are seconds on the caller's clock; the constants are milliseconds, as in their source.
 """
 
+import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from heapq import heappop, heappush
+from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from errors import ConfigError
 
 # -- the constants ---------------------------------------------------------------------------------------
 
@@ -122,8 +129,77 @@ PROFILE_MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Model and quantization behind the names of profiles.py."""
 
 
-def timing_for(profile: str, gpu_name: str, num_gpus: int = 1) -> Timing:
+Key = tuple[str, str, str, int]
+"""Model, quantization, GPU as Vast names it, number of GPUs."""
+
+_TEXTS = ("model", "quantization", "gpu")
+_NUMBERS = ("a", "b", "c", "d", "e", "f")
+_COUNTS = {"num_gpus": None, "kv_tokens": None, "max_seqs": 256, "step_tokens": 2048}
+
+
+def read_timings(path: Path) -> Mapping[Key, Timing]:
+    """Constants of your own, from a JSON file; raises ConfigError naming file, entry and field.
+
+    A list of objects; max_seqs (256) and step_tokens (2048) may be left out:
+
+        [{"model": "13B", "quantization": "awq4", "gpu": "RTX 5090", "num_gpus": 1,
+          "a": 6.0, "b": 0.05, "c": 0.6, "d": 6.0, "e": 110.0, "f": 3.5, "kv_tokens": 25000}]
+    """
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as wrong:
+        raise ConfigError(f"{path}: {wrong}") from None
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path}: wanted a list of at least one object")
+    found: dict[Key, Timing] = {}
+    for n, entry in enumerate(entries):
+        where = f"{path}: entry {n}"
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{where}: wanted an object, got {entry!r:.60}")
+        for name in entry:
+            if name not in (*_TEXTS, *_NUMBERS, *_COUNTS):
+                raise ConfigError(f"{where}: unknown field {name!r:.60}")
+        model, quantization, gpu = (_text(where, entry, name) for name in _TEXTS)
+        numbers = [_number(where, entry, name) for name in _NUMBERS]
+        num_gpus, kv_tokens, max_seqs, step_tokens = (
+            _count(where, entry, name, default) for name, default in _COUNTS.items()
+        )
+        if max_seqs > step_tokens:
+            raise ConfigError(f"{where}: max_seqs: wanted at most step_tokens, {step_tokens}, got {max_seqs}")
+        label = f"{model} {quantization} on {num_gpus}x {gpu}, {path.name}"
+        a, b, c, d, e, f = numbers
+        timing = Timing(label, a, b, c, d, e, f, kv_tokens, max_seqs, step_tokens)
+        found[(model, quantization, gpu, num_gpus)] = timing
+    return MappingProxyType(found)
+
+
+def _text(where: str, entry: Mapping[str, Any], name: str) -> str:
+    value = entry.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= 100:
+        raise ConfigError(f"{where}: {name}: wanted text, got {value!r:.60}")
+    return value
+
+
+def _number(where: str, entry: Mapping[str, Any], name: str) -> float:
+    value = entry.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1e6:
+        raise ConfigError(f"{where}: {name}: wanted 0 to 1e6 ms, got {value!r:.60}")
+    return float(value)
+
+
+def _count(where: str, entry: Mapping[str, Any], name: str, default: int | None) -> int:
+    value = entry.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**9:
+        raise ConfigError(f"{where}: {name}: wanted a whole number of 1 or more, got {value!r:.60}")
+    return value
+
+
+def timing_for(
+    profile: str, gpu_name: str, num_gpus: int = 1, own: Mapping[Key, Timing] = MappingProxyType({})
+) -> Timing:
     """The constants of a profile on so many of these GPUs; `name` says which were taken.
+
+    own: constants that go before the table's, and add to it (`read_timings`).
 
     Where the table has no such row, what is taken promises too little rather than too much:
     - more GPUs than it knows of that kind: the row with the most that is not more, the others idle;
@@ -131,7 +207,7 @@ def timing_for(profile: str, gpu_name: str, num_gpus: int = 1) -> Timing:
     - a profile it does not know: as if it were vllm-13.
     """
     model, quant = PROFILE_MODELS.get(profile, PROFILE_MODELS["vllm-13"])
-    rows = {key: timing for key, timing in TIMINGS.items() if key[:2] == (model, quant)}
+    rows = {key: timing for key, timing in {**TIMINGS, **own}.items() if key[:2] == (model, quant)}
     fitting = [key for key in rows if key[2] == gpu_name and key[3] <= num_gpus]
     if fitting:
         return rows[max(fitting, key=lambda key: key[3])]
@@ -160,9 +236,13 @@ class Event(NamedTuple):
 
 
 class _Job:
-    """A request. held: KV tokens it has; unread: prompt (after a preemption also its own tokens) to read."""
+    """A request. held: KV tokens it has; unread: prompt (after a preemption also its own tokens) to read.
 
-    __slots__ = ("held", "id", "made", "prompt", "unread", "wanted")
+    While it makes tokens (`since` is the count of steps at which it began) made and held are what they were
+    then. place: its admissions in order; an entry of the heap with another place is void.
+    """
+
+    __slots__ = ("held", "id", "made", "place", "prompt", "since", "unread", "wanted")
 
     def __init__(self, id: str, prompt: int, wanted: int) -> None:
         self.id = id
@@ -171,13 +251,26 @@ class _Job:
         self.made = 0
         self.unread = 0
         self.held = 0
+        self.since = -1
+        self.place = -1
 
 
 class ModelServer:
     """One model server in time. A `now` before the last one counts as the last one; belongs to one thread."""
 
-    def __init__(self, timing: Timing, max_seqs: int | None = None, step_tokens: int | None = None) -> None:
-        """Idle. max_seqs and step_tokens replace the timing's own; ValueError if they fit no token."""
+    def __init__(
+        self,
+        timing: Timing,
+        max_seqs: int | None = None,
+        step_tokens: int | None = None,
+        *,
+        every_token: bool = True,
+    ) -> None:
+        """Idle. max_seqs and step_tokens replace the timing's own; ValueError if they fit no token.
+
+        every_token: tell of all tokens. Without it a request has one TOKENS event, of its first token, and
+        one FINISHED, of all the others or of the only one: what a simulator needs, at a fraction of the cost.
+        """
         self.timing = timing
         self.max_seqs = timing.max_seqs if max_seqs is None else max_seqs
         self.step_tokens = timing.step_tokens if step_tokens is None else step_tokens
@@ -190,6 +283,8 @@ class ModelServer:
         self._now = float("-inf")
         self._waiting: OrderedDict[str, _Job] = OrderedDict()
         self._running: OrderedDict[str, _Job] = OrderedDict()
+        self._every_token = every_token
+        self._places = 0
         self._used = 0
         self._events: list[Event] = []
         # The stretch under way: step k (from 1) ends at _end(k); no steps means idle.
@@ -198,8 +293,12 @@ class ModelServer:
         self._longer_s = 0.0  # each step takes so much longer than the one before
         self._steps = 0
         self._done = 0
-        self._decoding: list[_Job] = []
-        self._reading: list[tuple[_Job, int]] = []
+        self._count = 0  # of steps so far
+        self._batch = 0  # requests that make tokens
+        self._context = 0  # KV tokens that these hold
+        self._ends: list[tuple[int, int, _Job]] = []  # (count at which it ends, place, request)
+        self._unread: OrderedDict[str, _Job] = OrderedDict()  # those with prompt to read, as admitted
+        self._reading: list[tuple[_Job, int]] = []  # in the stretch under way
 
     @property
     def running(self) -> int:
@@ -250,8 +349,7 @@ class ModelServer:
         """
         self._catch_up(now)
         if job := self._running.pop(id, None):
-            self._used -= job.held
-            self._decoding = [j for j in self._decoding if j is not job]
+            self._leaves(job)
             self._reading = [(j, part) for j, part in self._reading if j is not job]
             self._replan()
         elif self._waiting.pop(id, None):
@@ -285,9 +383,14 @@ class ModelServer:
         return self._begun + steps * self._first_s + self._longer_s * (steps * (steps - 1) // 2)
 
     def _catch_up(self, now: float) -> None:
-        self._now = max(self._now, now)
+        if now > self._now:
+            self._now = now
         while self._steps and self._end(self._done + 1) <= self._now:
-            ended = bisect_right(range(self._steps + 1), self._now, lo=self._done + 1, key=self._end) - 1
+            steps = self._steps
+            if self._end(steps) <= self._now:
+                ended = steps
+            else:
+                ended = bisect_right(range(steps + 1), self._now, lo=self._done + 1, key=self._end) - 1
             self._complete(ended - self._done)
             if self._done == self._steps:
                 self._plan(self._end(self._steps))
@@ -302,57 +405,105 @@ class ModelServer:
     def _complete(self, steps: int) -> None:
         self._done += steps
         at = self._end(self._done)
-        self._used += steps * len(self._decoding)
-        for job in self._decoding:
-            job.made += steps
-            job.held += steps
-            self._made(job, steps, at)
-        self.generation_tokens_total += steps * len(self._decoding)
+        batch = self._batch
+        if batch:
+            self._count += steps
+            self._used += steps * batch
+            self._context += steps * batch
+            self.generation_tokens_total += steps * batch
+            if self._every_token:
+                self._tell_all(steps, at)
+            else:
+                ends, count = self._ends, self._count
+                while ends and ends[0][0] <= count:
+                    _, place, job = heappop(ends)
+                    if job.place == place:
+                        self._finish(job, max(1, job.wanted - 1), at)
         for job, part in self._reading:
             job.unread -= part
             if not job.unread:
+                del self._unread[job.id]
                 if not job.made:
                     self.prompt_tokens_total += job.prompt
                 job.made += 1
                 self.generation_tokens_total += 1
-                self._made(job, 1, at)
+                if job.made == job.wanted:
+                    self._finish(job, job.wanted - 1 if self._only_rest(job) else 1, at)
+                    continue
+                if self._every_token or job.made == 1:
+                    self._events.append(Event(at, job.id, Kind.TOKENS, 1))
+                job.since = self._count
+                self._batch += 1
+                self._context += job.held
+                heappush(self._ends, (self._count + job.wanted - job.made, job.place, job))
 
-    def _made(self, job: _Job, tokens: int, at: float) -> None:
-        if job.made < job.wanted:
-            self._events.append(Event(at, job.id, Kind.TOKENS, tokens))
+    def _only_rest(self, job: _Job) -> bool:
+        """Whether its end tells of more than one token: its first was told of, those after it were not."""
+        return not self._every_token and job.wanted > 1
+
+    def _tell_all(self, steps: int, at: float) -> None:
+        """An event for each request that made tokens in these steps, in the order of their admission."""
+        count = self._count
+        for job in list(self._running.values()):
+            if job.since < 0:
+                continue
+            if job.made + count - job.since < job.wanted:
+                self._events.append(Event(at, job.id, Kind.TOKENS, steps))
+            else:
+                self._finish(job, steps, at)
+
+    def _finish(self, job: _Job, tokens: int, at: float) -> None:
+        self._events.append(Event(at, job.id, Kind.FINISHED, tokens))
+        del self._running[job.id]
+        self._leaves(job)
+
+    def _leaves(self, job: _Job) -> None:
+        """It runs no more: its memory is free, and it makes no tokens."""
+        if job.since >= 0:
+            more = self._count - job.since
+            job.made += more
+            job.held += more
+            job.since = -1
+            self._batch -= 1
+            self._context -= job.held
         else:
-            self._events.append(Event(at, job.id, Kind.FINISHED, tokens))
-            self._used -= self._running.pop(job.id).held
+            self._unread.pop(job.id, None)
+        self._used -= job.held
+        job.place = -1
 
     def _plan(self, at: float) -> None:
         """Begin a stretch: preempt, go on reading, admit, and say how long it is."""
-        decoding = [job for job in self._running.values() if not job.unread]
+        kv_tokens = self.timing.kv_tokens
         preempted = False
-        while self._used + len(decoding) > self.timing.kv_tokens:
+        while self._used + self._batch > kv_tokens:
             self._preempt(at)
             preempted = True
-            decoding = [job for job in decoding if job.id in self._running]
-        budget = self.step_tokens - len(decoding)
+        budget = self.step_tokens - self._batch
         reading: list[tuple[_Job, int]] = []
-        for job in self._running.values():
-            if job.unread and budget:
-                reading.append((job, min(job.unread, budget)))
-                budget -= reading[-1][1]
-        while self._waiting and budget and not preempted and len(self._running) < self.max_seqs:
-            job = next(iter(self._waiting.values()))
-            # What it has, and room for the token that reading it gives.
-            need = job.prompt + job.made + 1
-            if self._used + len(decoding) + need > self.timing.kv_tokens:
-                break
-            self._admit(job, need, at)
-            reading.append((job, min(job.unread, budget)))
-            budget -= reading[-1][1]
-        self._decoding, self._reading = decoding, reading
+        if self._unread:
+            for job in self._unread.values():
+                if not budget:
+                    break
+                part = min(job.unread, budget)
+                reading.append((job, part))
+                budget -= part
+        if self._waiting and not preempted:
+            while self._waiting and budget and len(self._running) < self.max_seqs:
+                job = next(iter(self._waiting.values()))
+                # What it has, and room for the token that reading it gives.
+                need = job.prompt + job.made + 1
+                if self._used + self._batch + need > kv_tokens:
+                    break
+                self._admit(job, need, at)
+                part = min(job.unread, budget)
+                reading.append((job, part))
+                budget -= part
+        self._reading = reading
         self._measure(at)
 
     def _preempt(self, at: float) -> None:
         id, job = self._running.popitem()
-        self._used -= job.held
+        self._leaves(job)
         job.held = job.unread = 0
         self._waiting[id] = job
         self._waiting.move_to_end(id, last=False)
@@ -361,35 +512,38 @@ class ModelServer:
 
     def _admit(self, job: _Job, need: int, at: float) -> None:
         del self._waiting[job.id]
-        self._running[job.id] = job
+        self._running[job.id] = self._unread[job.id] = job
         job.held, job.unread = need, need - 1
+        job.place = self._places
+        self._places += 1
         self._used += need
         self._events.append(Event(at, job.id, Kind.ADMITTED))
 
     def _measure(self, at: float) -> None:
         """How many steps this stretch has, and how long they take."""
         self._begun, self._done = at, 0
-        batch = len(self._decoding)
-        context = sum(job.held for job in self._decoding)
-        if not batch and not self._reading:
+        batch, context, reading = self._batch, self._context, self._reading
+        if not batch and not reading:
             self._steps = 0
             return
         t = self.timing
-        squares = 0
-        for job, part in self._reading:
-            read = job.held - 1 - job.unread
-            squares += (read + part) ** 2 - read**2
-        step_ms = t.step_ms(batch, context, sum(part for _, part in self._reading), squares)
-        self._first_s, self._longer_s = step_ms / 1e3, 0.0
-        if self._reading:
+        if reading:
+            tokens = squares = 0
+            for job, part in reading:
+                read = job.held - 1 - job.unread
+                tokens += part
+                squares += (read + part) ** 2 - read**2
+            self._first_s, self._longer_s = t.step_ms(batch, context, tokens, squares) / 1e3, 0.0
             self._steps = 1
             return
-        self._steps = min(
-            min(job.wanted - job.made for job in self._decoding),
-            (t.kv_tokens - self._used) // batch,
-        )
-        longer_ms = t.c * batch / 1e3
         linear_ms = t.a + t.b * batch + t.c * context / 1e3
+        step_ms = max(linear_ms, t.bound_ms(batch))
+        self._first_s, self._longer_s = step_ms / 1e3, 0.0
+        ends = self._ends
+        while ends[0][2].place != ends[0][1]:
+            heappop(ends)
+        self._steps = min(ends[0][0] - self._count, (t.kv_tokens - self._used) // batch)
+        longer_ms = t.c * batch / 1e3
         if linear_ms < step_ms:
             # Bound by computation: of equal length until the growing context takes longer than that.
             if longer_ms:

@@ -1,14 +1,26 @@
 """The model server in time: hand-computed steps, and what holds for any traffic."""
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from errors import ConfigError
 from localcloud.market import GPUS
 from profiles import PROFILES
-from simulation.timing import PROFILE_MODELS, TIMINGS, Event, Kind, ModelServer, Timing, timing_for
+from simulation.timing import (
+    PROFILE_MODELS,
+    TIMINGS,
+    Event,
+    Kind,
+    ModelServer,
+    Timing,
+    read_timings,
+    timing_for,
+)
 
 # 10 ms a step, 1 ms a request in it, 1 ms for 1,000 tokens of context; 5 ms a prompt, 20 ms for 1,000
 # tokens of it, and 2 ms for their square.
@@ -327,3 +339,94 @@ def test_each_profile_has_rows_and_each_row_holds_its_longest_request() -> None:
         assert all(t.kv_tokens >= p.max_model_len for t in rows)
     assert {key[2] for key in TIMINGS} == set(GPUS)
     assert PROFILES.keys() - PROFILE_MODELS.keys() == {"tiny"}, "that runs on a processor"
+
+
+# -- what a simulator is told ----------------------------------------------------------------------------
+
+
+def play(every_token: bool, seed: int) -> tuple[list[Event], ModelServer]:
+    """A random life with little memory, cancels and odd looks."""
+    rng = random.Random(seed)
+    kv_tokens = rng.choice([1000, 2000, 5000, 50_000])
+    timing = Timing("t", 10.0, 0.5, 1.0, 5.0, 20.0, 2.0, kv_tokens, max_seqs=40, step_tokens=512)
+    server = ModelServer(timing, every_token=every_token)
+    now = 0.0
+    events: list[Event] = []
+    ids: list[str] = []
+    for n in range(300):
+        now += rng.expovariate(8.0)
+        what = rng.random()
+        if what < 0.1 and ids:
+            events += server.cancel(rng.choice(ids), now)
+        elif what < 0.2:
+            events += server.advance(now)
+        else:
+            prompt, output = rng.randint(1, 900), rng.randint(1, 60)
+            if prompt + output <= kv_tokens:
+                events += server.submit(str(n), prompt, output, now)
+                ids.append(str(n))
+    return events + run_dry(server, ModelServer.next_change), server
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_who_is_not_told_of_every_token_still_hears_of_the_first_and_of_the_end_at_the_same_time(
+    seed: int,
+) -> None:
+    def firsts(events: list[Event]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for e in events:
+            if e.tokens:
+                found.setdefault(e.id, e.at)
+        return found
+
+    def without_tokens(events: list[Event]) -> list[tuple[float, str, Kind]]:
+        return [(e.at, e.id, e.kind) for e in events if e.kind is not Kind.TOKENS]
+
+    told, plain = play(every_token=True, seed=seed)
+    brief, server = play(every_token=False, seed=seed)
+    assert firsts(told) == firsts(brief)
+    assert without_tokens(told) == without_tokens(brief)
+    ended = {e.id for e in brief if e.kind is Kind.FINISHED}
+    tokens = {id: sum(e.tokens for e in told if e.id == id) for id in ended}
+    assert tokens == {id: sum(e.tokens for e in brief if e.id == id) for id in ended}
+    for name in ("prompt_tokens_total", "generation_tokens_total", "preemptions", "kv_tokens_used"):
+        assert getattr(server, name) == getattr(plain, name)
+    assert len(brief) < len(told)
+
+
+# -- constants of one's own ------------------------------------------------------------------------------
+
+OWN: dict[str, object] = {
+    "model": "13B", "quantization": "awq4", "gpu": "RTX 5090", "num_gpus": 1,
+    "a": 6.0, "b": 0.05, "c": 0.6, "d": 6.0, "e": 110.0, "f": 3.5, "kv_tokens": 25_000,
+}  # fmt: skip
+
+
+def test_own_constants_go_before_those_of_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([OWN, OWN | {"gpu": "L40S", "max_seqs": 64}]))
+    own = read_timings(path)
+    assert timing_for("vllm-13", "RTX 5090", 1, own).a == 6.0
+    assert timing_for("vllm-13", "L40S", 1, own).max_seqs == 64
+    assert timing_for("vllm-13", "L40S", 1).a == TIMINGS["13B", "awq4", "L40S", 1].a
+
+
+@pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [
+        (OWN | {"a": "fast"}, "entry 0: a: wanted 0 to 1e6 ms, got 'fast'"),
+        (OWN | {"kv_tokens": 0}, "entry 0: kv_tokens: wanted a whole number of 1 or more, got 0"),
+        (OWN | {"max_seqs": 4096}, "entry 0: max_seqs: wanted at most step_tokens, 2048, got 4096"),
+        (OWN | {"speed": 1}, "entry 0: unknown field 'speed'"),
+        ({k: v for k, v in OWN.items() if k != "gpu"}, "entry 0: gpu: wanted text, got None"),
+        (7, "entry 0: wanted an object, got 7"),
+    ],
+)
+def test_wrong_constants_are_refused_with_file_entry_and_field(
+    tmp_path: Path, entry: object, wrong: str
+) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([entry]))
+    with pytest.raises(ConfigError) as refused:
+        read_timings(path)
+    assert str(refused.value) == f"{path}: {wrong}"
