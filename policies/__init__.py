@@ -6,8 +6,21 @@ Shapes are shared here; each policy has a file of its own and one line in `POLIC
 
 from policies.busy import Busy
 from policies.fixed import Fixed
-from policies.types import Policy, Seen, Targets
+from policies.named import make_policy, parse_params
+from policies.types import BIN_S, Capacity, Policy, Seen, Targets, Traffic
 
 POLICIES: dict[str, type[Policy]] = {"busy": Busy, "fixed": Fixed}
 
-__all__ = ["POLICIES", "Busy", "Fixed", "Policy", "Seen", "Targets"]
+__all__ = [
+    "BIN_S",
+    "POLICIES",
+    "Busy",
+    "Capacity",
+    "Fixed",
+    "Policy",
+    "Seen",
+    "Targets",
+    "Traffic",
+    "make_policy",
+    "parse_params",
+]

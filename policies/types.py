@@ -4,8 +4,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+BIN_S = 5.0
+"""Width of a bin of `Seen.arriving`, seconds: about one turn of the autoscaler."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What the loadbalancers say of the load.
+
+    What ends in _total counts arrivals since some start (output tokens and work as expected when they
+    came); the rest is how things stand now. in_flight: requests on instances; held: those that wait at a
+    loadbalancer, held_work the work of these, late ones included, oldest_wait_s the longest of them has
+    waited. kv_tokens: context in the memory of all instances; 0 where nobody says, as in production.
+    """
+
+    requests_total: float = 0.0
+    prompt_tokens_total: float = 0.0
+    output_tokens_total: float = 0.0
+    work_total: float = 0.0
+    in_flight: float = 0.0
+    held: float = 0.0
+    held_work: float = 0.0
+    held_prompt_tokens: float = 0.0
+    oldest_wait_s: float = 0.0
+    kv_tokens: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What one typical hot instance gives when it is full, with the lengths of this load.
+
+    work_s, requests_s: per second. concurrency: requests at once. kv_tokens: context it can hold.
+    """
+
+    work_s: float
+    requests_s: float
+    concurrency: float
+    kv_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """The fleet and its load at one moment, as a policy may see it.
 
@@ -15,6 +53,8 @@ class Seen:
     loading: ordered or loading the model for the first time. cold: stopped with the model on disk.
     draining: hot, but get no new requests.
     start_time_s, load_time_s: stop-to-hot and order-to-hot as measured on this fleet, seconds.
+    capacity: None until something is known. arriving: work per second that arrived, a value per BIN_S,
+    oldest first, the last ends now. running_usd_h, stopped_usd_h: of one typical instance, $/h.
     """
 
     now: float
@@ -26,6 +66,11 @@ class Seen:
     draining: int
     start_time_s: float
     load_time_s: float
+    traffic: Traffic = Traffic()
+    capacity: Capacity | None = None
+    arriving: Sequence[float] = ()
+    running_usd_h: float = 0.0
+    stopped_usd_h: float = 0.0
 
     @property
     def total(self) -> int:

@@ -1,0 +1,38 @@
+"""The latency objective (service level objective): when a request counts as served in time.
+
+    first token   at most first_token_s + prompt_token_s * prompt tokens after it was sent
+    the others    at most output_token_s each, on average over the request
+
+The defaults are the objective of all our comparisons: two seconds and a millisecond for each prompt token,
+because a long prompt takes long to read; and ten tokens a second, twice as fast as people read.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Seconds, as in the formulas above."""
+
+    first_token_s: float = 2.0
+    prompt_token_s: float = 0.001
+    output_token_s: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be kept, with ValueError."""
+        for name in ("first_token_s", "output_token_s"):
+            if not 0.0 < getattr(self, name) <= 3600.0:
+                raise ValueError(f"{name}: wanted over 0 to 3600, got {getattr(self, name)!r}")
+        if not 0.0 <= self.prompt_token_s <= 1.0:
+            raise ValueError(f"prompt_token_s: wanted 0 to 1, got {self.prompt_token_s!r}")
+
+    def first_token_limit_s(self, prompt_tokens: float) -> float:
+        """The latest that the first token of such a prompt may come, after the request was sent."""
+        return self.first_token_s + self.prompt_token_s * prompt_tokens
+
+    def met(self, prompt_tokens: int, output_tokens: int, first_token_s: float, end_s: float) -> bool:
+        """Whether both limits were kept; a request of one token has no others. 1 µs is forgiven."""
+        if first_token_s > self.first_token_limit_s(prompt_tokens) + 1e-6:
+            return False
+        others = output_tokens - 1
+        return others < 1 or end_s - first_token_s <= self.output_token_s * others + 1e-6
