@@ -20,12 +20,20 @@ queue: hot, with tokens in stock, not failing.
                    │
     route ─► lease ┤ released by: ended in a report, /done, expiry if it never started, reboot
                    │
-    hold ─► waiter ┴► granted first come first served when capacity appears
+    hold ─► waiter ┴► granted when capacity appears: who can still be in time, then who is late
+
+Who waits is in one of two lanes, first come first served within each. A request that could not be in time
+any more (slo.py), by the work ahead of it when it came or because its time has passed since, is in the late
+lane, which is served from what the others leave: in one line a burst would spoil every request behind it
+until it is worked off. Who has been late for late_bound_s goes before all others, so that nobody starves.
+
+An instance is also given no more prompts than it reads in READING_S: what waits inside an instance can
+be put into no order, and its first token comes after theirs.
 
 True after every call:
 - the work given to an instance is the sum over its unfinished leases; a token is leased once;
 - no lease takes an instance over its capacity, except that an idle one always gets one;
-- nobody who asks overtakes somebody who waits.
+- nobody who asks overtakes somebody who waits and can still be in time, or is overdue.
 
 Times are epoch seconds, work is in output-token equivalents. All methods belong to one thread.
 """
@@ -39,6 +47,8 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, NamedTuple, Protocol
 
+from slo import Slo
+
 FLOOR = 0.5
 """An unfinished lease counts for at least this share of its work: on average half of it is left."""
 
@@ -47,6 +57,13 @@ CLASS_RATIO = 1.25
 
 FEW = 3
 """Places of a heap that are compared: among machines of about one speed the first ones are near enough."""
+
+READING_S = 1.0
+"""Seconds of prompts an instance may have to read before it is given another: half of the objective."""
+
+LATE_BOUND_S = 300.0
+"""So long a late request waits at most while there are others in time: in the study of the policies none
+waited for much longer (reference/policy-study.md), so the bound seldom costs anybody his time."""
 
 LOOK = 8
 """Looked at when those are full: the key is the room, so behind a few full ones all are full."""
@@ -62,6 +79,21 @@ RATE_RANGE = 8.0
 
 SATURATED = 0.9
 """From this share of its capacity on an instance counts as saturated, so that its rate is its throughput."""
+
+CAPACITY_STEPS = (0.9, 1.05)
+"""What an instance may hold is multiplied by the first when requests wait inside it or its tokens come too
+slowly, by the second when it was full and neither was so: by a report each. Down faster than up."""
+
+CAPACITY_RANGE = 6.0
+"""It stays within this ratio of what was told: that is for a usual mix, and memory holds what it holds."""
+
+WAITING_SHARE = 0.1
+"""Of the requests there: more of them waiting, and at least 2, in two reports in a row is too many.
+
+A few wait for a moment whenever prompts come together."""
+
+SLOW_SHARE = 0.8
+"""Of the objective: tokens this far apart are too slow, because answers grow and prompts come between."""
 
 LENGTH_PRIOR = 20.0
 """The told expected output length counts like so many completions."""
@@ -240,11 +272,15 @@ class Load(Protocol):
 
 @dataclass(slots=True)
 class Ask:
-    """What a client wants: work, the max_tokens behind it if known, instances that must not serve it."""
+    """What a client wants: work, the max_tokens behind it if known, instances that must not serve it.
+
+    prompt_tokens: part of that work; 0 where only the work was told.
+    """
 
     work: float
     max_tokens: int | None = None
     avoid: Collection[int] = ()
+    prompt_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -272,10 +308,16 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A request that is held. over: granted, cancelled, or past `until`."""
+    """A request that is held. over: granted, cancelled, or past `until`.
+
+    since: when it came. give_by: given later it is late.
+    """
 
     ask: Ask
     until: float
+    since: float
+    give_by: float
+    late: bool = False
     over: bool = False
 
 
@@ -330,7 +372,10 @@ class InstanceUse(NamedTuple):
 
 @dataclass(frozen=True)
 class Usage:
-    """What the autoscaler must know. Arrivals are cumulative; demand counts what had to wait."""
+    """What the autoscaler must know. What has arrived is cumulative; demand counts what had to wait.
+
+    arrived_output_tokens: as expected when they came. late: of the held, in the late lane.
+    """
 
     busy: float
     demand: float
@@ -339,6 +384,12 @@ class Usage:
     arrivals: int
     arrived_work: float
     instances: Mapping[int, InstanceUse]
+    arrived_prompt_tokens: int = 0
+    arrived_output_tokens: float = 0.0
+    in_flight: int = 0
+    late: int = 0
+    held_prompt_tokens: int = 0
+    oldest_wait_s: float = 0.0
 
 
 # -- tokens ----------------------------------------------------------------------------------------------
@@ -407,13 +458,15 @@ class _Instance:
     def __init__(self, told: HotInstance, now: float) -> None:
         self.told = told
         self.throughput = told.throughput_work_s
-        self.hold_s = told.capacity_work / told.throughput_work_s
+        self.capacity = told.capacity_work
+        self.crowded = False  # requests waited inside it at the last report
         self.measured = False
         self.cls = (0, 0)
         self.leases: dict[str, Lease] = {}
         self.given = 0.0  # work of the unfinished leases
         self.foreign = 0.0  # work that others gave it, by the last report
         self.free_at = now
+        self.read_at = now  # when it will have read the prompts that it was given
         self.entry: _Entry | None = None  # its place in the queue; None when it cannot serve
         self.stock = _Stock()
         self.boot_id: str | None = None
@@ -429,7 +482,8 @@ class _Instance:
         self.polling = False
         self.polled_at = now
         self.reports = 0
-        self.base: tuple[float, float] | None = None  # (time, work total) the next rate is taken from
+        # (time, work total, tokens made) that the next rate is taken from
+        self.base: tuple[float, float, int] | None = None
         self.was_saturated = False
         self.quiet = False
         self.running = 0
@@ -446,13 +500,12 @@ class _Instance:
     def id(self) -> int:
         return self.told.id
 
-    @property
-    def capacity(self) -> float:
-        return self.throughput * self.hold_s
-
     def classify(self) -> None:
         step = math.log(CLASS_RATIO)
-        self.cls = (round(math.log(self.throughput) / step), round(math.log(self.hold_s) / step))
+        self.cls = (
+            round(math.log(self.throughput) / step),
+            round(math.log(self.capacity / self.throughput) / step),
+        )
 
     def work(self, now: float) -> float:
         """The work it has left, by the estimate."""
@@ -466,9 +519,11 @@ class _Instance:
         """Whether its work stays what it is until something happens."""
         return (self.free_at - now) * self.throughput <= FLOOR * (self.given + self.foreign)
 
-    def has_room(self, work: float, left: float) -> bool:
+    def has_room(self, work: float, left: float, now: float) -> bool:
         """Whether work may be given to one that has left: within its capacity, or because it is idle."""
-        return left + work <= self.throughput * self.hold_s or (not self.leases and self.foreign == 0.0)
+        if left + work <= self.capacity and self.read_at - now <= READING_S:
+            return True
+        return not self.leases and self.foreign == 0.0
 
     def is_low(self, now: float) -> bool:
         """Whether tokens are to be fetched for it."""
@@ -546,14 +601,19 @@ class LoadBalancer:
         lease_s: float = 60.0,
         max_held: int = 5000,
         poll_interval_s: float = 1.0,
+        slo: Slo | None = None,
+        late_bound_s: float | None = LATE_BOUND_S,
     ) -> None:
         """Knows no instance yet.
 
         request_id: the public id of a token. lease_s: a lease not started by then is released.
         max_held: requests held at once. poll_interval_s: how old a working instance's report may get.
+        slo: what late means. late_bound_s: None for one line of all, first come first served.
         """
         self.lease_s = lease_s
         self.max_held = max_held
+        self.slo = slo or Slo()
+        self.late_bound_s = late_bound_s
         self.poll_interval_s = poll_interval_s
         self.epoch: str | None = None
         self.version: int | None = None
@@ -564,8 +624,13 @@ class LoadBalancer:
         self.arrived_work = 0.0
         self.routed = 0
         self.refused = 0
+        self.arrived_prompt_tokens = 0
+        self.arrived_output_tokens = 0.0
         self.held = 0
         self.held_work = 0.0
+        self.held_prompt_tokens = 0
+        self.held_late = 0
+        self.turned_late = 0  # requests that were in the late lane, so far
         self.ends: dict[str, int] = {}  # how leases ended -> how many
         self._rng = rng
         self._request_id = request_id
@@ -577,7 +642,9 @@ class LoadBalancer:
         self._serving: deque[Lease] = deque()  # started when they would have expired; by given_at
         self._done_early: dict[str, int | None] = {}
         self._thirsty: dict[int, None] = {}
-        self._waiters: deque[Waiter] = deque()
+        self._waiters: deque[Waiter] = deque()  # who can be in time
+        self._late: deque[Waiter] = deque()
+        self._work_ahead = 0.0  # of those who can be in time
         self._must_queue = False
         self._left_epochs: deque[str] = deque(maxlen=16)
         self._hot_expected_at: float | None = None
@@ -622,8 +689,8 @@ class LoadBalancer:
             if known is None:
                 known = self._instances[new.id] = _Instance(new, now)
             else:
+                known.capacity *= new.capacity_work / known.told.capacity_work
                 known.told = new
-                known.hold_s = new.capacity_work / new.throughput_work_s
                 if not known.measured:
                     self._set_throughput(known, new.throughput_work_s, now)
                 known.classify()
@@ -672,10 +739,12 @@ class LoadBalancer:
         """Count a new request; once, whatever becomes of it."""
         self.arrivals += 1
         self.arrived_work += ask.work
+        self.arrived_prompt_tokens += ask.prompt_tokens
+        self.arrived_output_tokens += ask.work - ask.prompt_tokens * self.prefill_weight
 
     def route(self, ask: Ask, now: float) -> Lease | None:
         """A lease for it, or None when no instance may take it now or others wait already (see grant)."""
-        if self.held and self._must_queue:
+        if self.held and (self._must_queue or self._overdue_blocks(now)):
             return None
         return self._lease(ask, now)
 
@@ -742,7 +811,7 @@ class LoadBalancer:
             if inst.entry is entry and inst.told.id not in avoid:
                 left = inst.work(now)
                 done_s = (left + work) / inst.throughput
-                if done_s < best_s and inst.has_room(work, left):
+                if done_s < best_s and inst.has_room(work, left, now):
                     best, best_s = inst, done_s
         return None if best is None else (best_s, best)
 
@@ -770,6 +839,8 @@ class LoadBalancer:
         inst.leases[request_id] = lease
         inst.given += ask.work
         inst.free_at = now + left_s + ask.work / inst.throughput
+        read_s = ask.prompt_tokens * self.prefill_weight / inst.throughput
+        inst.read_at = max(now, inst.read_at) + read_s
         self._leases[request_id] = lease
         self._expiring.append(lease)
         self._mean_work += (ask.work - self._mean_work) / LENGTH_MEMORY
@@ -810,6 +881,7 @@ class LoadBalancer:
         if not inst.leases:
             inst.working_s += now - inst.working_since
             self._working -= 1
+            inst.read_at = min(inst.read_at, now)  # nothing is left that it could be reading
         inst.free_at = min(inst.free_at, now + (inst.given + inst.foreign) / inst.throughput)
         self.ends[how] = self.ends.get(how, 0) + 1
 
@@ -842,37 +914,105 @@ class LoadBalancer:
     # -- those who wait --
 
     def hold(self, ask: Ask, until: float, now: float) -> Waiter | None:
-        """A place at the end of the line, or None when the line is full."""
+        """A place at the end of its lane, or None when as many are held as may be."""
         if self.held >= self.max_held:
             return None
-        waiter = Waiter(ask, until)
-        self._waiters.append(waiter)
+        waiter = Waiter(ask, until, now, now + self._time_to_give_s(ask))
         self.held += 1
         self.held_work += ask.work
-        self._must_queue = self._must_queue or not self._only_avoids(ask, now)
+        self.held_prompt_tokens += ask.prompt_tokens
+        if self.late_bound_s is not None and now + self._wait_s(now) > waiter.give_by:
+            self._turn_late(waiter)
+        else:
+            self._must_queue = self._must_queue or not self._only_avoids(ask, now)
+            self._waiters.append(waiter)
+            self._work_ahead += ask.work
         return waiter
+
+    def _time_to_give_s(self, ask: Ask) -> float:
+        """For so long it may wait and still be in time: what reading it takes is not left for waiting."""
+        read_s = ask.prompt_tokens * self.prefill_weight * self._hot / max(self._hot_throughput, 1e-9)
+        return self.slo.first_token_limit_s(ask.prompt_tokens) - read_s
+
+    def _wait_s(self, now: float) -> float:
+        """How long one would wait who came now, by the work ahead and by when something will be hot."""
+        if self._hot:
+            return self._work_ahead / max(self._hot_throughput, 1e-9)
+        return 0.0 if self._hot_expected_at is None else max(0.0, self._hot_expected_at - now)
+
+    def _turn_late(self, waiter: Waiter) -> None:
+        waiter.late = True
+        place = len(self._late)
+        while place and self._late[place - 1].since > waiter.since:
+            place -= 1  # those were late at once; he came before them
+        self._late.insert(place, waiter)
+        self.held_late += 1
+        self.turned_late += 1
 
     def cancel(self, waiter: Waiter) -> None:
         """It waits no more: the client went away, or its time is over."""
-        if not waiter.over:
-            waiter.over = True
-            self.held -= 1
-            self.held_work = self.held_work - waiter.ask.work if self.held else 0.0
+        if waiter.over:
+            return
+        waiter.over = True
+        self.held -= 1
+        self.held_work = self.held_work - waiter.ask.work if self.held else 0.0
+        self.held_prompt_tokens -= waiter.ask.prompt_tokens
+        if waiter.late:
+            self.held_late -= 1
+        else:
+            self._leaves_line(waiter)
+
+    def _leaves_line(self, waiter: Waiter) -> None:
+        more = self.held > self.held_late
+        self._work_ahead = max(0.0, self._work_ahead - waiter.ask.work) if more else 0.0
 
     def grant(self, now: float) -> list[tuple[Waiter, Lease]]:
-        """Leases for those who may be served now, first come first served.
+        """Leases for those who may be served now: the overdue, those in time, the late; each in their order.
 
         Who could be served but for the instances he avoids lets the others pass. Call it whenever capacity
         may have appeared, also with time alone.
         """
         granted: list[tuple[Waiter, Lease]] = []
         self._must_queue = False
-        for waiter in self._waiters:
-            if waiter.over:
+        if self.held:
+            if self._overdue(now):
+                self._serve(self._late, granted, now, only_overdue=True)
+            if not self._must_queue:
+                self._serve(self._waiters, granted, now)
+            if not self._must_queue and self._late:
+                self._serve(self._late, granted, now)
+                self._must_queue = False  # new ones go before the late, who get what is left
+        for lane in (self._waiters, self._late):
+            while lane and (lane[0].over or (lane is self._waiters and lane[0].late)):
+                lane.popleft()
+        if len(self._waiters) > 2 * (self.held - self.held_late) + 64:
+            self._waiters = deque(w for w in self._waiters if not (w.over or w.late))
+        if len(self._late) > 2 * self.held_late + 64:
+            self._late = deque(w for w in self._late if not w.over)
+        return granted
+
+    def _serve(
+        self,
+        lane: deque[Waiter],
+        granted: list[tuple[Waiter, Lease]],
+        now: float,
+        *,
+        only_overdue: bool = False,
+    ) -> None:
+        """Give leases along the lane, until one finds no room: then _must_queue is set."""
+        in_time = lane is self._waiters and self.late_bound_s is not None
+        for waiter in lane:
+            if waiter.over or (in_time and waiter.late):
                 continue
             if waiter.until <= now:
                 self.cancel(waiter)
                 continue
+            if in_time and waiter.give_by < now:
+                self._turn_late(waiter)
+                self._leaves_line(waiter)
+                continue
+            if only_overdue and now - waiter.since <= (self.late_bound_s or 0.0):
+                break
             lease = self._lease(waiter.ask, now)
             if lease is not None:
                 self.cancel(waiter)
@@ -880,11 +1020,17 @@ class LoadBalancer:
             elif not self._only_avoids(waiter.ask, now):
                 self._must_queue = True
                 break
-        while self._waiters and self._waiters[0].over:
-            self._waiters.popleft()
-        if len(self._waiters) > 2 * self.held + 64:
-            self._waiters = deque(w for w in self._waiters if not w.over)
-        return granted
+
+    def _overdue(self, now: float) -> bool:
+        """Whether a late one has waited for as long as it may."""
+        late = self._late
+        while late and late[0].over:
+            late.popleft()
+        return bool(late) and self.late_bound_s is not None and now - late[0].since > self.late_bound_s
+
+    def _overdue_blocks(self, now: float) -> bool:
+        """Whether an overdue one waits for room, and not only because of instances that he avoids."""
+        return self._overdue(now) and not self._only_avoids(self._late[0].ask, now)
 
     def _only_avoids(self, ask: Ask, now: float) -> bool:
         """Whether an instance that it must not go to is all that has room for it."""
@@ -1111,15 +1257,38 @@ class LoadBalancer:
         seen_work = inst.given * min(1.0, present / len(inst.leases)) if inst.leases else 0.0
         saturated = load.waiting > 0 or seen_work >= SATURATED * inst.capacity
         if inst.base is not None:
-            at, before = inst.base
+            at, before, generated = inst.base
             if total >= before and now - at < RATE_INTERVAL_S[0]:
                 return
             if total >= before and now - at <= RATE_INTERVAL_S[1]:
                 rate = (total - before) / (now - at)
+                made = load.generation_tokens_total - generated
+                self._learn_capacity(inst, load, saturated, made / (now - at))
                 if rate > inst.throughput or (saturated and inst.was_saturated):
                     inst.measured = True
                     self._set_throughput(inst, inst.throughput + RATE_WEIGHT * (rate - inst.throughput), now)
-        inst.base, inst.was_saturated = (now, total), saturated
+        inst.base, inst.was_saturated = (now, total, load.generation_tokens_total), saturated
+
+    def _learn_capacity(self, inst: _Instance, load: Load, saturated: bool, tokens_s: float) -> None:
+        """Less while requests wait inside it or get their tokens too slowly, more while it is full and well.
+
+        So it settles where its memory is full or the objective would be missed, whatever the mix of lengths.
+        """
+        present = load.running + load.waiting
+        crowded = load.waiting >= max(2.0, WAITING_SHARE * present)
+        # Without tokens all of the time went into prompts, which says nothing of how far tokens are apart.
+        slow = load.running > 1 and 0.0 < tokens_s * SLOW_SHARE * self.slo.output_token_s < load.running
+        if (crowded and inst.crowded) or (slow and saturated):
+            factor = CAPACITY_STEPS[0]
+        elif saturated and inst.was_saturated and not crowded:
+            factor = CAPACITY_STEPS[1]
+        else:
+            factor = 1.0
+        inst.crowded = crowded
+        if factor != 1.0:
+            told = inst.told.capacity_work
+            inst.capacity = min(told * CAPACITY_RANGE, max(told / CAPACITY_RANGE, inst.capacity * factor))
+            inst.classify()
 
     def _set_throughput(self, inst: _Instance, throughput: float, now: float) -> None:
         """Its work stays what it is; the time to drain it changes."""
@@ -1186,7 +1355,21 @@ class LoadBalancer:
             arrivals=self.arrivals,
             arrived_work=self.arrived_work,
             instances=uses,
+            arrived_prompt_tokens=self.arrived_prompt_tokens,
+            arrived_output_tokens=self.arrived_output_tokens,
+            in_flight=len(self._leases),
+            late=self.held_late,
+            held_prompt_tokens=self.held_prompt_tokens,
+            oldest_wait_s=self._oldest_wait_s(now),
         )
+
+    def _oldest_wait_s(self, now: float) -> float:
+        """For how long the one who waits longest has waited; the lanes are in the order of their coming."""
+        first = [
+            next((w.since for w in lane if not (w.over or w.late is not late)), now)
+            for lane, late in ((self._waiters, False), (self._late, True))
+        ]
+        return max(0.0, now - min(first))
 
     def describe(self, now: float) -> list[dict[str, Any]]:
         """One row per instance for an operator; no tokens."""

@@ -40,7 +40,20 @@ from errors import InstanceError
 from http_face import Answer, BadField, Held, ListOf, Number, Text, Whole
 from instance_client import Ended, InstanceClient, request_id
 from instance_messages import name_and_key, signer
-from loadbalancer import Ask, HotInstance, HotSet, Lease, LoadBalancer, Poll, Push, Refill, Usage, Waiter
+from loadbalancer import (
+    LATE_BOUND_S,
+    Ask,
+    HotInstance,
+    HotSet,
+    Lease,
+    LoadBalancer,
+    Poll,
+    Push,
+    Refill,
+    Usage,
+    Waiter,
+)
+from slo import Slo
 from steady_clock import steady_clock
 
 log = logging.getLogger("loadbalancer")
@@ -79,6 +92,10 @@ class Config:
     max_held: int = 5000  # requests that wait at once; about 10 kB each
     poll_interval_s: float = 1.0  # age of a load report at most, with up to 200 working instances
     public_url: str | None = None  # of this server, as instances reach it: then they report by themselves
+    late_lane: bool = True  # who cannot be in time any more waits behind those who can; else one line of all
+    late_bound_s: float = LATE_BOUND_S  # a late request waits no longer before it goes before all others
+    first_token_s: float = Slo().first_token_s  # in time: the first token comes within this ...
+    prompt_token_s: float = Slo().prompt_token_s  # ... and this for each token of the prompt
 
     def checked(self) -> "Config":
         """Itself, or ConfigError naming the flag, the value and the range."""
@@ -86,10 +103,18 @@ class Config:
         within("--lease-s", self.lease_s, 1.0, 600.0)
         within("--max-held", self.max_held, 0, 100_000)
         within("--poll-interval-s", self.poll_interval_s, 0.1, 60.0)
+        within("--late-bound-s", self.late_bound_s, 0.0, 86_400.0)
+        within("--first-token-s", self.first_token_s, 1e-3, 3600.0)
+        within("--prompt-token-s", self.prompt_token_s, 0.0, 1.0)
         server_url("--autoscaler", self.autoscaler)
         if self.public_url is not None:
             server_url("--public-url", self.public_url)
         return self
+
+    @property
+    def slo(self) -> Slo:
+        """What late means."""
+        return Slo(self.first_token_s, self.prompt_token_s)
 
     def report_to(self, auth_url: str) -> str | None:
         """Where the instance with that auth_server is to send its reports, if it can reach us at all."""
@@ -399,7 +424,8 @@ def _ask(balancer: LoadBalancer, said: Mapping[str, Any]) -> Ask:
         return Ask(work, None, frozenset(said.get("avoid", ())))
     if prompt is None:
         raise BadField("prompt_tokens", "is missing (or give work)")
-    return Ask(balancer.work_of(prompt, max_tokens), max_tokens, frozenset(said.get("avoid", ())))
+    avoid = frozenset(said.get("avoid", ()))
+    return Ask(balancer.work_of(prompt, max_tokens), max_tokens, avoid, prompt)
 
 
 def status_of(desk: Desk) -> dict[str, Any]:
@@ -416,6 +442,9 @@ def status_of(desk: Desk) -> dict[str, Any]:
         "demand": round(usage.demand, 4),
         "held": usage.held,
         "held_work": round(usage.held_work, 1),
+        "held_late": usage.late,
+        "turned_late": balancer.turned_late,
+        "oldest_wait_s": round(usage.oldest_wait_s, 3),
         "arrivals": usage.arrivals,
         "arrived_work": round(usage.arrived_work, 1),
         "routed": balancer.routed,
@@ -434,6 +463,9 @@ def metrics_text(desk: Desk) -> str:
         ("demand", "gauge", "demand"),
         ("held", "gauge", "held"),
         ("held_work", "gauge", "held_work"),
+        ("held_late", "gauge", "held_late"),
+        ("turned_late_total", "counter", "turned_late"),
+        ("oldest_wait_seconds", "gauge", "oldest_wait_s"),
         ("arrivals_total", "counter", "arrivals"),
         ("arrived_work_total", "counter", "arrived_work"),
         ("routed_total", "counter", "routed"),
@@ -477,6 +509,17 @@ def busy_body(desk: Desk) -> str:
             "held_work": round(usage.held_work, 3),
             "arrivals": usage.arrivals,
             "arrived_work": round(usage.arrived_work, 3),
+            "traffic": {
+                "prompt_tokens": usage.arrived_prompt_tokens,
+                "output_tokens": round(max(0.0, usage.arrived_output_tokens), 3),
+                "in_flight": usage.in_flight,
+                "late": usage.late,
+                "held_prompt_tokens": usage.held_prompt_tokens,
+                "oldest_wait_s": round(usage.oldest_wait_s, 3),
+                "first_token_s": balancer.slo.first_token_s,
+                "prompt_token_s": balancer.slo.prompt_token_s,
+                "late_bound_s": balancer.late_bound_s,
+            },
         }
     )
     instances = ",".join(
@@ -658,6 +701,19 @@ async def _answer(reply: aiohttp.ClientResponse) -> Any:
     return json.loads(raw)
 
 
+def make_balancer(config: Config) -> LoadBalancer:
+    """What decides, as the operator wants it."""
+    return LoadBalancer(
+        random.Random(),
+        request_id,
+        config.lease_s,
+        config.max_held,
+        config.poll_interval_s,
+        config.slo,
+        config.late_bound_s if config.late_lane else None,
+    )
+
+
 def serve(config: Config) -> None:
     """Run until SIGTERM or Ctrl-C. Leases and tokens are forgotten then: clients hold what they need."""
     config = config.checked()
@@ -669,10 +725,7 @@ def serve(config: Config) -> None:
     )
     keys = Keys(private_files.load_or_make_key(state_dir / "control.key"), clients, operator)
     sock = http_face.bind_socket(config.host, config.port)
-    balancer = LoadBalancer(
-        random.Random(), request_id, config.lease_s, config.max_held, config.poll_interval_s
-    )
-    desk = Desk(balancer, steady_clock())
+    desk = Desk(make_balancer(config), steady_clock())
     errands = Errands(desk, config.autoscaler, keys.control, config.report_to)
     log.info("loadbalancer of fleet %s on http://%s:%d", config.label, config.host, config.port)
     http_face.serve(
@@ -741,6 +794,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="requests with wait_s that wait at once; beyond it 503 (default %(default)d)",
     )
+    add(
+        "--late-lane",
+        action=argparse.BooleanOptionalAction,
+        default=d.late_lane,
+        help="who cannot be in time any more waits behind those who can; without it all wait in one line "
+        "(default --late-lane)",
+    )
+    for flag, default, text in (
+        ("--late-bound-s", d.late_bound_s, "seconds after which a late request goes before all others"),
+        ("--first-token-s", d.first_token_s, "in time is a first token within so many seconds"),
+        ("--prompt-token-s", d.prompt_token_s, "and so many more for each token of the prompt"),
+    ):
+        add(flag, type=float, default=default, metavar="S", help=f"{text} (default %(default)g)")
     add(
         "--poll-interval-s",
         type=float,

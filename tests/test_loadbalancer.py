@@ -3,11 +3,13 @@
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 import loadbalancer as lb
 from loadbalancer import Ask, HotInstance, HotSet, Lease, LoadBalancer, Poll, Refill
+from slo import Slo
 
 T0 = 1_700_000_000.0
 
@@ -119,9 +121,9 @@ class Bench:
         return next(r for r in self.balancer.describe(self.now) if r["id"] == id)
 
 
-def bench(*instances: HotInstance, seed: int = 1, **settings: float) -> Bench:
+def bench(*instances: HotInstance, seed: int = 1, **settings: Any) -> Bench:
     """A loadbalancer that knows these instances."""
-    made = Bench(LoadBalancer(random.Random(seed), lambda token: f"id-{token}", **settings))  # type: ignore[arg-type]
+    made = Bench(LoadBalancer(random.Random(seed), lambda token: f"id-{token}", **settings))
     if instances:
         made.hot(*instances)
     return made
@@ -571,6 +573,20 @@ def rates(b: Bench, per_s: float, seconds: int = 20, **more: object) -> float:
     return float(str(b.row(1)["throughput_work_s"]))
 
 
+def kept_full(b: Bench, per_s: float, seconds: int = 30, **more: Any) -> dict[str, Any]:
+    """How it is described after so many reports, when it always has all the work that it may hold."""
+    total = 10_000.0
+    for _ in range(seconds):
+        while b.ask(10.0):
+            b.refill()
+        b.now += 1.0
+        total += per_s
+        running = more.get("running", len(b.balancer._leases) - more.get("waiting", 0))
+        started = tuple(b.balancer._leases)
+        b.report(1, generation_tokens_total=round(total), started=started, **{**more, "running": running})
+    return b.row(1)
+
+
 def test_a_rate_above_the_estimate_raises_it() -> None:
     assert rates(bench(instance(1)), 170.0) == pytest.approx(170.0, rel=0.02)
 
@@ -585,8 +601,7 @@ def test_a_rate_below_the_estimate_lowers_it_when_requests_were_waiting() -> Non
 
 def test_a_rate_below_the_estimate_lowers_it_when_it_had_all_it_can_hold() -> None:
     b = bench(instance(1))
-    b.lease(980.0)
-    assert rates(b, 60.0, running=1) == pytest.approx(60.0, rel=0.05)
+    assert kept_full(b, 60.0)["throughput_work_s"] == pytest.approx(60.0, rel=0.05)
 
 
 def test_leases_that_no_client_uses_do_not_make_an_instance_look_slow() -> None:
@@ -617,10 +632,48 @@ def test_no_counter_takes_the_throughput_beyond_eight_times_what_was_told() -> N
     assert rates(bench(instance(1)), 1e6) == 800.0
 
 
-def test_capacity_follows_the_measured_throughput() -> None:
+# -- how much an instance may hold -----------------------------------------------------------------------
+
+
+def test_a_rate_says_nothing_of_how_much_an_instance_may_hold() -> None:
     b = bench(instance(1))
     rates(b, 200.0)
-    assert float(str(b.row(1)["capacity_work"])) == pytest.approx(2000.0, rel=0.02)
+    assert b.row(1)["capacity_work"] == 1000.0
+
+
+def test_an_instance_in_which_requests_wait_may_hold_less() -> None:
+    b = bench(instance(1))
+    rates(b, 100.0, seconds=5, running=8, waiting=2)
+    assert 600.0 < float(str(b.row(1)["capacity_work"])) < 1000.0
+    rates(b, 100.0, seconds=60, running=8, waiting=2)
+    assert b.row(1)["capacity_work"] == pytest.approx(1000.0 / lb.CAPACITY_RANGE, abs=0.1)
+
+
+def test_a_few_that_wait_for_a_moment_are_not_too_many() -> None:
+    b = bench(instance(1))
+    rates(b, 100.0, running=8, waiting=1)
+    for n in range(20):
+        rates(b, 100.0, seconds=1, running=8, waiting=4 * (n % 2))
+    assert float(str(b.row(1)["capacity_work"])) >= 1000.0
+
+
+def test_an_instance_that_is_full_and_well_may_hold_more() -> None:
+    """20 requests of 10 tokens a second each: the objective is a tenth of a second, and 0.08 are near it."""
+    assert kept_full(bench(instance(1)), 4000.0)["capacity_work"] > 1500.0
+    most = kept_full(bench(instance(1)), 1e6, seconds=100)["capacity_work"]
+    assert most == pytest.approx(1000.0 * lb.CAPACITY_RANGE, rel=0.01)
+
+
+def test_an_instance_whose_tokens_come_too_slowly_may_hold_less() -> None:
+    """100 requests want 1,000 tokens a second at the objective; they get 500."""
+    assert kept_full(bench(instance(1)), 500.0, seconds=20)["capacity_work"] < 900.0
+
+
+def test_an_instance_that_is_not_full_learns_nothing_about_how_much_it_may_hold() -> None:
+    b = bench(instance(1))
+    b.lease(500.0)
+    rates(b, 500.0, running=1)
+    assert b.row(1)["capacity_work"] == 1000.0
 
 
 def test_a_hot_set_does_not_undo_what_was_measured_but_corrects_what_was_not() -> None:
@@ -634,17 +687,24 @@ def test_a_hot_set_does_not_undo_what_was_measured_but_corrects_what_was_not() -
 # -- those who wait --------------------------------------------------------------------------------------
 
 
-def full(max_held: int = 100) -> tuple[Bench, Lease]:
+def full(max_held: int = 100, **settings: Any) -> tuple[Bench, Lease]:
     """One instance, full, and the lease that fills it."""
-    b = bench(instance(1), max_held=max_held)
+    b = bench(instance(1), max_held=max_held, **settings)
     return b, b.lease(1000.0)
 
 
-def hold(b: Bench, work: float = 100.0, wait_s: float = 30.0, avoid: tuple[int, ...] = ()) -> lb.Waiter:
+def hold(
+    b: Bench, work: float = 100.0, wait_s: float = 900.0, avoid: tuple[int, ...] = (), prompt_tokens: int = 0
+) -> lb.Waiter:
     """Somebody waits."""
-    waiter = b.balancer.hold(Ask(work, None, avoid), b.now + wait_s, b.now)
+    waiter = b.balancer.hold(Ask(work, None, avoid, prompt_tokens), b.now + wait_s, b.now)
     assert waiter is not None
     return waiter
+
+
+def served(b: Bench) -> list[lb.Waiter]:
+    """Who gets a lease now, in that order."""
+    return [waiter for waiter, _ in b.balancer.grant(b.now)]
 
 
 def test_those_who_wait_are_served_in_the_order_they_came() -> None:
@@ -656,11 +716,19 @@ def test_those_who_wait_are_served_in_the_order_they_came() -> None:
     assert b.balancer.held == 3
 
 
-def test_nobody_who_asks_overtakes_somebody_who_waits() -> None:
+def test_nobody_who_asks_overtakes_somebody_who_waits_and_can_be_in_time() -> None:
     b, _ = full()
     hold(b, 600.0)
-    b.now += 3.0  # room for 300 by the estimate, not for the 600 that came first
-    assert b.balancer.grant(b.now) == []
+    b.now += 1.0  # room for 100 by the estimate, not for the 600 that came first
+    assert served(b) == []
+    assert b.ask(100.0) is None
+
+
+def test_in_one_line_nobody_who_asks_overtakes_anybody_who_waits() -> None:
+    b, _ = full(late_bound_s=None)
+    hold(b, 600.0)
+    b.now += 3.0  # in two lanes he would be late by now
+    assert served(b) == []
     assert b.ask(100.0) is None
 
 
@@ -728,6 +796,270 @@ def test_a_replaced_hot_set_loses_nobody_who_waits() -> None:
         b.refill()
         b.now += 1.0
     assert served == waiters
+
+
+# -- the late lane ---------------------------------------------------------------------------------------
+
+
+def lanes(b: Bench) -> tuple[int, int]:
+    """How many wait who can be in time, and how many who cannot."""
+    return b.balancer.held - b.balancer.held_late, b.balancer.held_late
+
+
+def test_who_cannot_be_in_time_by_the_work_ahead_is_late_at_once() -> None:
+    """100 work/s, two seconds: the third comes behind 2.5 s of work."""
+    b, _ = full()
+    first, second, third = hold(b, 150.0), hold(b, 100.0), hold(b, 1.0)
+    assert [first.late, second.late, third.late] == [False, False, True]
+    assert lanes(b) == (2, 1)
+
+
+def test_work_of_the_late_is_not_ahead_of_who_comes_next() -> None:
+    b, _ = full()
+    hold(b, 210.0)
+    assert hold(b, 5000.0).late
+    b.balancer.cancel(next(w for w in b.balancer._waiters if not w.over))
+    assert not hold(b, 1.0).late
+
+
+def test_who_came_in_time_and_was_not_served_in_time_is_late_then() -> None:
+    b, lease = full()
+    waiter = hold(b, 900.0)
+    assert not waiter.late
+    b.now += 2.1
+    assert served(b) == []
+    assert waiter.late
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == [waiter]
+    assert b.balancer.turned_late == 1
+
+
+def test_a_long_prompt_may_wait_longer_but_for_what_reading_it_takes() -> None:
+    """4,000 tokens: 2 s + 4 s, less 400 work at 100 work/s."""
+    b, _ = full()
+    assert hold(b, 500.0, prompt_tokens=4000).give_by - b.now == pytest.approx(2.0)
+    b.hot(instance(1, throughput=400.0))
+    b.balancer._set_throughput(b.balancer._instances[1], 400.0, b.now)
+    b.balancer._survey()
+    assert hold(b, 500.0, prompt_tokens=4000).give_by - b.now == pytest.approx(5.0)
+
+
+def test_the_objective_says_what_late_is() -> None:
+    b, _ = full(slo=Slo(first_token_s=10.0, prompt_token_s=0.0))
+    hold(b, 900.0)
+    assert not hold(b, 150.0).late
+    assert hold(b, 1.0).late
+
+
+def test_with_nothing_hot_who_would_be_late_is_known_by_when_something_will_be() -> None:
+    b = bench()
+    b.hot(expected_hot_s=60.0)
+    assert hold(b).late
+    b.now += 59.0
+    assert not hold(b).late
+
+
+def test_who_can_be_in_time_is_served_before_the_late() -> None:
+    b, lease = full()
+    early, late = hold(b, 300.0), hold(b, 300.0)
+    b.now += 0.5
+    b.balancer.cancel(early)
+    in_time = hold(b, 300.0)
+    assert (late.late, in_time.late) == (True, False)
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == [in_time, late]
+
+
+def test_the_late_get_what_the_others_leave() -> None:
+    """With room for one, the late one waits on; with nobody in time, he gets it."""
+    b, _ = full()
+    hold(b, 210.0)
+    late = hold(b, 100.0)
+    b.now += 1.0
+    assert served(b) == [], "who is in time does not fit, and so the late one must not either"
+    b.now += 1.0
+    assert served(b) == []
+    b.now += 1.5  # now the first is late too, but he came first
+    assert len(served(b)) == 2
+    assert late.over
+
+
+def test_who_asks_goes_before_the_late() -> None:
+    b, _ = full()
+    hold(b, 210.0)
+    late = hold(b, 300.0)
+    b.balancer.cancel(b.balancer._waiters[0])
+    b.now += 2.0
+    assert served(b) == []
+    assert b.ask(200.0)
+    assert not late.over
+
+
+def test_who_has_been_waiting_for_longer_than_the_bound_goes_before_all_others() -> None:
+    b, lease = full(late_bound_s=60.0, lease_s=600.0)
+    hold(b, 210.0)
+    overdue = hold(b, 800.0)
+    b.balancer.cancel(b.balancer._waiters[0])
+    b.now += 59.0
+    assert served(b) == []
+    in_time = hold(b, 400.0)
+    b.now += 1.5
+    assert b.ask(1.0) is None, "who asks must wait for him too"
+    assert served(b) == []
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == [overdue], "what he leaves is too little for the other"
+    assert not in_time.over
+
+
+def test_only_the_overdue_go_first_and_not_all_who_are_late() -> None:
+    b, lease = full(late_bound_s=60.0, lease_s=600.0)
+    hold(b, 210.0)
+    overdue = hold(b, 100.0)
+    b.balancer.cancel(b.balancer._waiters[0])
+    b.now += 50.0
+    hold(b, 210.0)
+    late = hold(b, 100.0)
+    b.balancer.cancel(b.balancer._waiters[-1])
+    b.now += 11.0
+    in_time = hold(b, 100.0)
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == [overdue, in_time, late]
+
+
+def test_the_late_are_served_in_the_order_they_came_whenever_they_turned_late() -> None:
+    b, lease = full()
+    patient = hold(b, 900.0, prompt_tokens=1000)  # 2 s + 1 s - 1 s
+    b.now += 1.0
+    at_once = hold(b, 1.0)
+    assert (patient.late, at_once.late) == (False, True)
+    b.now += 1.5
+    assert served(b) == []
+    assert (patient.late, lanes(b)) == (True, (0, 2))
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == [patient, at_once]
+
+
+def test_without_the_late_lane_nobody_is_late() -> None:
+    b, lease = full(late_bound_s=None)
+    waiters = [hold(b, 400.0) for _ in range(4)]
+    b.now += 300.0
+    assert served(b) == waiters[:1]
+    b.balancer.done(lease.request_id, "finished", b.now)
+    served(b)
+    assert (b.balancer.held_late, b.balancer.turned_late) == (0, 0)
+    assert not any(w.late for w in waiters)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_goes_away_leaves_his_lane(*, late: bool) -> None:
+    b, lease = full()
+    gone = hold(b, 50.0 if not late else 210.0, prompt_tokens=7)
+    if late:
+        gone = hold(b, 50.0, prompt_tokens=7)
+        b.balancer.cancel(b.balancer._waiters[0])
+    assert gone.late is late
+    stays = hold(b, 60.0)
+    b.balancer.cancel(gone)
+    b.balancer.cancel(gone)
+    assert (b.balancer.held, b.balancer.held_work, b.balancer.held_prompt_tokens) == (1, 60.0, 0)
+    assert b.balancer.held_late == 0
+    assert b.balancer._work_ahead == 60.0
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == [stays]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_is_late_and_waits_too_long_is_not_served_any_more(*, late: bool) -> None:
+    b, lease = full()
+    if late:
+        hold(b, 210.0, wait_s=5.0)
+    assert hold(b, 10.0, wait_s=5.0).late is late
+    b.now += 6.0
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == []
+    assert lanes(b) == (0, 0)
+
+
+def test_a_late_one_who_waits_only_because_of_an_instance_he_avoids_lets_the_others_pass() -> None:
+    b, lease = full()
+    hold(b, 210.0)
+    picky, late = hold(b, 10.0, avoid=(1,)), hold(b, 10.0)
+    b.balancer.cancel(b.balancer._waiters[0])
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == [late]
+    b.hot(instance(1), instance(2))
+    assert served(b) == [picky]
+
+
+def test_an_overdue_one_who_avoids_all_there_is_keeps_nobody_from_being_served() -> None:
+    b, lease = full(late_bound_s=60.0, lease_s=600.0)
+    hold(b, 210.0)
+    picky = hold(b, 10.0, avoid=(1,))
+    b.balancer.cancel(b.balancer._waiters[0])
+    b.now += 61.0
+    assert b.ask(10.0) is None, "there is no room for either"
+    b.balancer.done(lease.request_id, "finished", b.now)
+    assert served(b) == []
+    assert b.ask(10.0)
+    assert not picky.over
+
+
+def test_the_autoscaler_is_told_who_waits_how_long_and_what_has_arrived() -> None:
+    b, _ = full()
+    b.balancer.arrived(Ask(150.0, None, (), 500))
+    hold(b, 210.0, prompt_tokens=500)
+    b.now += 1.0
+    hold(b, 10.0, prompt_tokens=20)
+    usage = b.balancer.usage(b.now)
+    assert (usage.held, usage.late, usage.in_flight) == (2, 1, 1)
+    assert (usage.held_work, usage.held_prompt_tokens, usage.oldest_wait_s) == (220.0, 520, 1.0)
+    assert (usage.arrivals, usage.arrived_prompt_tokens) == (2, 500)
+    assert usage.arrived_output_tokens == pytest.approx(1000.0 + 100.0)
+    b.balancer.cancel(b.balancer._waiters[0])
+    assert b.balancer.usage(b.now).oldest_wait_s == 0.0
+
+
+# -- what an instance has to read ------------------------------------------------------------------------
+
+
+def test_an_instance_with_a_second_of_prompts_to_read_is_given_no_other() -> None:
+    """At 100 work/s 1,000 tokens are read in a second: who came behind two of them would wait for both."""
+    b = bench(instance(1, hold_s=100.0))
+    assert b.lease(110.0, prompt_tokens=1000)
+    assert b.lease(110.0, prompt_tokens=1000), "a second is not more than a second"
+    assert b.ask(20.0, prompt_tokens=10) is None
+    b.now += 1.0
+    assert b.lease(20.0, prompt_tokens=10)
+
+
+def test_prompts_are_spread_over_the_instances_before_any_has_too_much_to_read() -> None:
+    b = bench(*(instance(i, hold_s=100.0) for i in range(1, 5)))
+    assert Counter(b.lease(300.0, prompt_tokens=2500).instance_id for _ in range(4)) == Counter(range(1, 5))
+    assert b.ask(1.0) is None
+
+
+def test_an_idle_instance_is_given_a_prompt_of_any_length() -> None:
+    b = bench(instance(1, hold_s=1000.0))
+    b.lease(10_000.0, prompt_tokens=100_000)
+    assert b.ask(1.0) is None
+
+
+def test_an_instance_without_requests_has_nothing_to_read() -> None:
+    """Its client did not use the lease, or it was booted: the next ones need not wait for that prompt."""
+    b = bench(instance(1, hold_s=1000.0))
+    lease = b.lease(10_000.0, prompt_tokens=100_000)
+    b.balancer.done(lease.request_id, "unused", b.now)
+    assert b.lease(10.0)
+    assert b.lease(10.0)
+
+
+def test_room_that_appears_because_prompts_have_been_read_is_given_to_who_waits() -> None:
+    b = bench(instance(1, hold_s=100.0))
+    b.lease(250.0, prompt_tokens=2500)
+    waiter = hold(b, 10.0)
+    assert served(b) == []
+    b.now += 1.5
+    assert served(b) == [waiter]
 
 
 # -- the hot set -----------------------------------------------------------------------------------------
@@ -1012,17 +1344,36 @@ def check_books(b: Bench) -> None:
             assert not serves
     assert seen == balancer._leases.keys()
     assert balancer._working == sum(bool(i.leases) for i in balancer._instances.values())
-    waiting = [w for w in balancer._waiters if not w.over]
-    assert balancer.held == len(waiting)
+    in_time = [w for w in balancer._waiters if not w.over and not w.late]
+    late = [w for w in balancer._late if not w.over]
+    waiting = in_time + late
+    assert len({id(w) for w in waiting}) == len(waiting)
+    assert all(w.late for w in late)
+    assert (balancer.held, balancer.held_late) == (len(waiting), len(late))
     assert balancer.held_work == pytest.approx(sum(w.ask.work for w in waiting), abs=1e-6)
+    assert balancer.held_prompt_tokens == sum(w.ask.prompt_tokens for w in waiting)
+    assert balancer._work_ahead == pytest.approx(sum(w.ask.work for w in in_time), abs=1e-6)
+    for lane in (in_time, late):
+        assert [w.since for w in lane] == sorted(w.since for w in lane)
+    oldest_s = b.now - min((w.since for w in waiting), default=b.now)
+    assert balancer.usage(b.now).oldest_wait_s == pytest.approx(oldest_s)
+    if balancer.late_bound_s is None:
+        assert not late
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_books_balance_whatever_happens(seed: int) -> None:
+@pytest.mark.parametrize("late_bound_s", [None, 5.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_books_balance_whatever_happens(seed: int, late_bound_s: float | None) -> None:
     """Random life of a small fleet: no token twice, no work lost, capacity kept but for the idle rule."""
     rng = random.Random(seed)
     speed = {i: rng.choice([50.0, 100.0, 105.0, 400.0]) for i in range(1, 9)}
-    b = bench(*(instance(i, speed[i]) for i in range(1, 5)), seed=seed, lease_s=20.0, max_held=10)
+    b = bench(
+        *(instance(i, speed[i]) for i in range(1, 5)),
+        seed=seed,
+        lease_s=20.0,
+        max_held=10,
+        late_bound_s=late_bound_s,
+    )
     out: dict[str, Lease] = {}
     ever: set[tuple[int, str]] = set()
     returned: set[str] = set()
@@ -1041,7 +1392,9 @@ def test_the_books_balance_whatever_happens(seed: int) -> None:
         step = rng.random()
         if step < 0.5:
             avoid = tuple(rng.sample(range(1, 9), rng.choice([0, 0, 0, 1, 3])))
-            ask = Ask(rng.choice([1.0, 30.0, 120.0, 900.0]), rng.choice([None, 10, 200]), avoid)
+            prompt_tokens = rng.choice([0, 0, 100, 3000])
+            work = prompt_tokens * 0.1 + rng.choice([1.0, 30.0, 120.0, 900.0])
+            ask = Ask(work, rng.choice([None, 10, 200]), avoid, prompt_tokens)
             lease = b.balancer.route(ask, b.now)
             if lease is not None:
                 given(lease)
@@ -1089,11 +1442,13 @@ def test_the_books_balance_whatever_happens(seed: int) -> None:
             b.balancer.tick(b.now)
         if rng.random() < 0.7:
             b.refill()
-        for _, lease in b.balancer.grant(b.now):
+        for waiter, lease in b.balancer.grant(b.now):
+            assert waiter.over
             given(lease)
         out = {k: x for k, x in out.items() if not x.over}
         check_books(b)
     assert b.balancer.routed > 1000
+    assert bool(b.balancer.turned_late) is (late_bound_s is not None)
 
 
 def test_the_same_seed_makes_the_same_choices() -> None:

@@ -17,13 +17,16 @@ from typing import Any
 
 import pytest
 
+import autoscaler_server
 import http_face
 import loadbalancer_server
+from autoscaler_server import parse_report
 from bench.route import StubHttp, StubInstance, free_port
 from errors import ConfigError
 from http_face import BadField
-from loadbalancer import LoadBalancer
+from loadbalancer import Ask, LoadBalancer
 from loadbalancer_server import Config, Desk, Keys, create_app, parse_hot
+from slo import Slo
 
 ROOT = Path(__file__).parent.parent
 CONTROL, CLIENT, OPERATOR = "control-" + "c" * 32, "client-" + "u" * 32, "operator-" + "o" * 32
@@ -157,6 +160,17 @@ def test_the_busy_report_is_json_that_says_it_all() -> None:
         "held_work": 0.0,
         "arrivals": 1,
         "arrived_work": 500.0,
+        "traffic": {
+            "prompt_tokens": 0,
+            "output_tokens": 500.0,
+            "in_flight": 1,
+            "late": 0,
+            "held_prompt_tokens": 0,
+            "oldest_wait_s": 0.0,
+            "first_token_s": 2.0,
+            "prompt_token_s": 0.001,
+            "late_bound_s": 300.0,
+        },
         "instances": {
             "7": {"unfinished": 1, "work": 500.0, "working_s": 0.0, "throughput_work_s": 100.0, "failures": 0}
         },
@@ -166,6 +180,45 @@ def test_the_busy_report_is_json_that_says_it_all() -> None:
 def test_the_busy_report_of_a_loadbalancer_that_knows_nothing_is_json_too() -> None:
     said = json.loads(loadbalancer_server.busy_body(Counter().desk))
     assert (said["hot_epoch"], said["instances"], said["demand"]) == (None, {}, 0.0)
+
+
+def test_the_autoscaler_understands_the_busy_report_and_also_one_of_an_older_loadbalancer() -> None:
+    counter = Counter()
+    counter.stock()
+    counter.client.post("/route", json={"prompt_tokens": 1000, "max_tokens": 50})
+    counter.balancer.hold(Ask(900.0, None, (), 100), counter.desk.clock() + 5.0, counter.desk.clock())
+    body = json.loads(loadbalancer_server.busy_body(counter.desk))
+    report, measured = parse_report(http_face.check_fields(body, autoscaler_server._BUSY))
+    assert (report.arrived_prompt_tokens, report.arrived_output_tokens) == (1000, 50.0)
+    assert (report.in_flight, report.held, report.held_work) == (1, 1, 900.0)
+    assert (report.held_prompt_tokens, report.late_bound_s, report.slo) == (100, 300.0, Slo())
+    assert measured == {7: 100.0}
+    del body["traffic"]
+    older, _ = parse_report(http_face.check_fields(body, autoscaler_server._BUSY))
+    assert (older.arrivals, older.in_flight, older.held_work) == (1, 1, 900.0)
+    assert older.late_bound_s is None, "it has one line"
+
+
+def test_prompt_tokens_are_told_to_what_decides_who_is_late() -> None:
+    counter = Counter()
+    counter.stock()
+    counter.client.post("/route", json={"prompt_tokens": 1000, "max_tokens": 50})
+    assert counter.balancer.arrived_prompt_tokens == 1000
+    assert counter.balancer._instances[7].read_at == counter.desk.clock() + 1.0
+
+
+def test_status_and_metrics_show_who_is_late() -> None:
+    counter = Counter()
+    counter.stock()
+    now = counter.desk.clock()
+    counter.client.post("/route", json={"work": 1000})
+    counter.balancer.hold(Ask(210.0), now + 5.0, now)
+    counter.balancer.hold(Ask(10.0), now + 5.0, now)
+    status = counter.client.get("/status").get_json()
+    assert (status["held"], status["held_late"], status["turned_late"]) == (2, 1, 1)
+    metrics = counter.client.get("/metrics").text
+    assert "# TYPE loadbalancer_held_late gauge\nloadbalancer_held_late 1\n" in metrics
+    assert "# TYPE loadbalancer_turned_late_total counter\nloadbalancer_turned_late_total 1\n" in metrics
 
 
 # -- what is refused -------------------------------------------------------------------------------------
@@ -357,6 +410,10 @@ def test_the_state_refuses_a_second_thread() -> None:
         ({"lease_s": float("nan")}, "--lease-s nan"),
         ({"max_held": -1}, "--max-held -1: wanted 0 to 100000"),
         ({"poll_interval_s": 0.0}, "--poll-interval-s 0: wanted 0.1 to 60"),
+        ({"late_bound_s": -1.0}, "--late-bound-s -1: wanted 0 to 86400"),
+        ({"late_bound_s": float("nan")}, "--late-bound-s nan"),
+        ({"first_token_s": 0.0}, "--first-token-s 0: wanted 0.001 to 3600"),
+        ({"prompt_token_s": 2.0}, "--prompt-token-s 2: wanted 0 to 1"),
         ({"autoscaler": "127.0.0.1:8100"}, "--autoscaler"),
         ({"autoscaler": "http://127.0.0.1:99999"}, "--autoscaler"),
         ({"autoscaler": "http://127.0.0.1/path"}, "--autoscaler"),
@@ -367,6 +424,18 @@ def test_a_wrong_setting_is_refused_with_its_range(change: dict[str, Any], said:
     with pytest.raises(ConfigError) as refused:
         Config(**change).checked()
     assert str(refused.value).startswith(said)
+
+
+def test_the_flags_of_the_late_lane_are_what_the_balancer_is_made_with() -> None:
+    parse = loadbalancer_server._parser().parse_args
+    config = Config(**vars(parse([]))).checked()
+    assert (config.late_lane, config.late_bound_s, config.slo) == (True, 300.0, Slo())
+    given = ["--no-late-lane", "--late-bound-s", "60", "--first-token-s", "1", "--prompt-token-s", "0.002"]
+    config = Config(**vars(parse(given))).checked()
+    assert (config.late_lane, config.late_bound_s, config.slo) == (False, 60.0, Slo(1.0, 0.002))
+    one_line = loadbalancer_server.make_balancer(config)
+    assert (one_line.late_bound_s, one_line.slo) == (None, Slo(1.0, 0.002))
+    assert loadbalancer_server.make_balancer(Config(late_bound_s=60.0)).late_bound_s == 60.0
 
 
 def run(*flags: str) -> tuple[int, str]:

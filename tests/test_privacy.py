@@ -400,7 +400,11 @@ class Run:
 
 def get(url: str, key: str = "") -> bytes:
     asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})  # noqa: S310
-    with urllib.request.urlopen(asked, timeout=30) as reply:  # noqa: S310 our own port
+    try:
+        reply = urllib.request.urlopen(asked, timeout=30)  # noqa: S310 our own port
+    except urllib.error.HTTPError as e:
+        reply = e  # that there is no curve yet is an answer too
+    with reply:
         said: bytes = reply.read()
         return said
 
