@@ -17,22 +17,22 @@ Invariants
 
 import itertools
 import logging
+import math
 import queue
 import secrets
 import sqlite3
-import statistics
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-from demand import Demand, Report
+from demand import ARRIVING_S, MIX_S, Demand, Mix, Report
 from errors import CloudError, ConfigError
 from health import Check, CheckOrder, Verdict
 from instance_messages import Heard
 from instance_states import BILLS_GPU, SERVING, Deadlines, IllegalMove, Limits, State, check_move
-from ledger import Ledger, Remembered, Stretch
+from ledger import BUCKET_S, Ledger, Remembered, Stretch
 from orders import (
     Command,
     Create,
@@ -47,7 +47,7 @@ from orders import (
     Undrain,
     with_label,
 )
-from policies import Policy, Seen, Targets
+from policies import BIN_S, Capacity, Policy, Seen, Targets
 from profiles import Profile
 from steady_clock import steady_clock
 from vast import Offer, Row, Vast
@@ -57,6 +57,12 @@ log = logging.getLogger("autoscaler")
 
 CHECKED = SERVING | {State.RUNNING}
 """States in which health checks are made."""
+
+EXPECTED_PROMPT_TOKENS = 300.0
+"""Of a request, until one has arrived: the prompts that the profiles' throughputs are given for."""
+
+GONE_FROM_POOL = frozenset({State.FAILED, State.DESTROYING, State.GONE})
+"""States of what is no part of the fleet any more, although it may still bill."""
 
 # Words of `actual_status` (vast-contract 2.12).
 UP = frozenset({"running"})
@@ -162,6 +168,7 @@ class Decision:
     targets: Targets | None
     commands: tuple[Command, ...]
     notes: tuple[str, ...]
+    clamped: tuple[str, ...] = ()  # "hot", "total": what the policy wanted was beyond the hard limits
 
 
 @dataclass
@@ -226,6 +233,8 @@ class InstanceSet:
         self._no_create_before = float("-inf")
         self._start_times: list[float] = []
         self._load_times: list[float] = []
+        self.start_time_s = profile.start_time_s / speedup
+        self.load_time_s = profile.load_time_s / speedup
         self._mourned: dict[str, tuple[float, float]] = {}  # vanished without our asking: until when, $/h
         self._journal = Journal()
 
@@ -249,6 +258,7 @@ class InstanceSet:
         self._mourned.update(mourned or {})
         self._start_times += start_times
         self._load_times += load_times
+        self._time_it()
         for r in remembered:
             if not r.label.startswith(self.fleet + "/"):
                 continue
@@ -414,8 +424,7 @@ class InstanceSet:
                 self._hot_changed()
         i.ssh = _ssh_address(row)
         i.lost_since = _since(i.lost_since, now, row.actual_status in LOST)
-        message = row.status_msg.lower() if row.status_msg else ""
-        i.broken_since = _since(i.broken_since, now, any(words in message for words in BROKEN_HOST))
+        i.broken_since = _since(i.broken_since, now, _says_broken(row.status_msg))
         self._follow(i, row, now)
         if repriced and len(self._journal.stretches) == records:
             self._record(i, now)
@@ -520,6 +529,7 @@ class InstanceSet:
                 self._took("load", i.ordered_at, now)
                 self._load_times.append(now - i.ordered_at)
             del self._start_times[:-20], self._load_times[:-20]
+            self._time_it()
         i.was_hot = i.loaded = i.maybe_busy = True
         self._remember(i)
 
@@ -555,24 +565,63 @@ class InstanceSet:
 
     # -- decide -------------------------------------------------------------------------------------
 
-    def see(self, demand: Demand, now: float) -> Seen:
-        """The fleet in numbers, as a policy sees it."""
-        count = dict.fromkeys(State, 0)
-        reloading = 0
+    def see(self, demand: Demand, now: float, memory_s: float = math.inf) -> Seen:
+        """The fleet in numbers, as a policy sees it that looks back so far."""
+        hot = coming = loading = cold = draining = 0
+        speeds: list[float] = []  # of the hot
+        loaded_speeds: list[float] = []
+        running_usd_h: list[float] = []
+        stopped_usd_h: list[float] = []
         for i in self.instances.values():
-            count[i.state] += 1
-            reloading += self._comes_back(i)
+            state = i.state
+            if state in GONE_FROM_POOL:
+                continue
+            if state is State.HOT:
+                hot += 1
+                speeds.append(i.throughput_work_s)
+            elif state is State.DRAINING:
+                draining += 1
+            elif state is State.COLD or state is State.STOPPING:
+                cold += 1
+            elif state is State.STARTING or self._comes_back(i):
+                coming += 1
+            else:
+                loading += 1
+            if i.loaded:
+                loaded_speeds.append(i.throughput_work_s)
+            if i.running_usd_h > 0.0:
+                running_usd_h.append(i.running_usd_h)
+            if i.listed:
+                stopped_usd_h.append(i.stopped_usd_h)
+        work_s = _median(speeds) or _median(loaded_speeds) or self.profile.throughput_work_s
         return Seen(
             now=now,
-            demand=demand.series,
-            hot=count[State.HOT],
-            coming=count[State.STARTING] + reloading,
-            loading=count[State.ORDERED] + count[State.LOADING] + count[State.RUNNING] - reloading,
-            cold=count[State.COLD] + count[State.STOPPING],
-            draining=count[State.DRAINING],
+            demand=demand.since(now - memory_s),
+            hot=hot,
+            coming=coming,
+            loading=loading,
+            cold=cold,
+            draining=draining,
             start_time_s=self.start_time_s,
             load_time_s=self.load_time_s,
+            traffic=demand.traffic,
+            capacity=self._capacity(work_s, demand.mix),
+            arriving=cast("Sequence[float]", demand.arriving(now, memory_s)) if memory_s >= BIN_S else (),
+            running_usd_h=_median(running_usd_h) or 0.0,
+            stopped_usd_h=_median(stopped_usd_h) or 0.0,
         )
+
+    def _capacity(self, work_s: float, mix: Mix | None) -> Capacity:
+        """Of one that does so much work per second, with requests like the mean of the last hours."""
+        profile = self.profile
+        if mix is None:
+            output = profile.expected_output_tokens
+            work = profile.prefill_weight * EXPECTED_PROMPT_TOKENS + output
+            mix = Mix(work, EXPECTED_PROMPT_TOKENS, output)
+        concurrency = work_s * profile.hold_s / mix.work
+        # An answer that is under way is half there on average.
+        kv_tokens = concurrency * (mix.prompt_tokens + mix.output_tokens / 2.0)
+        return Capacity(work_s, work_s / mix.work, concurrency, kv_tokens)
 
     def decide(self, demand: Demand, policy: Policy, now: float) -> Decision:
         """Say what to ask of the cloud so that capacity meets demand; ask nothing, change nothing.
@@ -581,17 +630,20 @@ class InstanceSet:
         """
         if self.listed_at is None or not self.plausible:
             return Decision(now, None, None, (), ("the listing failed or is not believed: nothing decided",))
-        seen = self.see(demand, now)
+        seen = self.see(demand, now, policy.memory_s)
         targets = policy.targets(seen)
         notes: list[str] = []
-        wanted_hot = _clamp("hot", targets.hot, self.limits.max_instances, notes)
-        wanted_total = max(wanted_hot, _clamp("total", targets.total, self.limits.max_instances, notes))
+        clamped: list[str] = []
+        most = self.limits.max_instances
+        wanted_hot = _clamp("hot", targets.hot, most, notes, clamped)
+        wanted_total = max(wanted_hot, _clamp("total", targets.total, most, notes, clamped))
         commands: list[Command] = list(self._finish_what_was_begun(demand, now))
         if self.manage:
             room = _Room(self, commands)
-            commands += self._reach_hot(wanted_hot, room, now, notes)
-            commands += self._reach_total(wanted_total, room, now, notes)
-        return Decision(now, seen, targets, tuple(commands), tuple(notes))
+            states = self._by_state()
+            commands += self._reach_hot(wanted_hot, states, room, now, notes)
+            commands += self._reach_total(wanted_total, states, room, now, notes)
+        return Decision(now, seen, targets, tuple(commands), tuple(notes), tuple(clamped))
 
     def _finish_what_was_begun(self, demand: Demand, now: float) -> Iterable[Command]:
         """Orders that follow from earlier ones, whatever the policy says and whether or not we manage."""
@@ -630,8 +682,14 @@ class InstanceSet:
             return demand.no_lease_on(i.id, i.drain_version)
         return i.in_flight_at - i.since > self.deadlines.lease
 
-    def _reach_hot(self, wanted: int, room: "_Room", now: float, notes: list[str]) -> list[Command]:
-        states = self._by_state()
+    def _reach_hot(
+        self,
+        wanted: int,
+        states: Mapping[State, list[Instance]],
+        room: "_Room",
+        now: float,
+        notes: list[str],
+    ) -> list[Command]:
         coming = [*states[State.STARTING], *filter(self._comes_back, states[State.RUNNING])]
         missing = wanted - len(states[State.HOT]) - len(coming)
         if missing > 0:
@@ -653,14 +711,14 @@ class InstanceSet:
         now: float,
         notes: list[str],
     ) -> list[Command]:
-        """Undrain, then start the cold ones with the best price per throughput."""
+        """Undrain, then start the cold ones: whose start failed last behind the others, then by price."""
         out: list[Command] = []
         stopping = room.stopped
         for i in sorted(states[State.DRAINING], key=_cheapest_first):
             if missing > 0 and i.id is not None and i.label not in stopping:
                 out.append(Undrain(i.label, i.id, "needed again"))
                 missing -= 1
-        for i in sorted(states[State.COLD], key=_cheapest_first):
+        for i in sorted(states[State.COLD], key=_likeliest_first):
             if missing <= 0:
                 break
             # An earlier order that is still to be sent would follow the start.
@@ -687,11 +745,15 @@ class InstanceSet:
                 surplus -= 1
         return out
 
-    def _reach_total(self, wanted: int, room: "_Room", now: float, notes: list[str]) -> list[Command]:
-        states = self._by_state()
-        missing = wanted - sum(
-            len(states[s]) for s in State if s not in (State.FAILED, State.DESTROYING, State.GONE)
-        )
+    def _reach_total(
+        self,
+        wanted: int,
+        states: Mapping[State, list[Instance]],
+        room: "_Room",
+        now: float,
+        notes: list[str],
+    ) -> list[Command]:
+        missing = wanted - sum(len(found) for s, found in states.items() if s not in GONE_FROM_POOL)
         if missing > 0:
             return self._create(missing, room, now, notes)
         if missing == 0:
@@ -911,16 +973,6 @@ class InstanceSet:
             key=lambda i: i.id or 0,
         )
 
-    @property
-    def start_time_s(self) -> float:
-        """Median of the last measured start-to-hot times, or the profile's; seconds."""
-        return statistics.median(self._start_times or [self.profile.start_time_s / self.speedup])
-
-    @property
-    def load_time_s(self) -> float:
-        """Median of the last measured order-to-hot times, or the profile's; seconds."""
-        return statistics.median(self._load_times or [self.profile.load_time_s / self.speedup])
-
     def expected_hot_s(self, now: float) -> float | None:
         """Seconds until one more is likely hot; None when none is on its way."""
         waits = []
@@ -1006,6 +1058,18 @@ class InstanceSet:
 
     def _took(self, kind: str, since: float, now: float) -> None:
         self._journal.took.append((kind, now, now - since))
+
+    def _time_it(self) -> None:
+        """Medians of the last measured times from start and from order to hot; till then the profile's."""
+        self.start_time_s = _median(self._start_times) or self.profile.start_time_s / self.speedup
+        self.load_time_s = _median(self._load_times) or self.profile.load_time_s / self.speedup
+
+    @property
+    def start_range_s(self) -> tuple[float, float]:
+        """The shortest and the longest start-to-hot time measured lately, or the profile's -+ a third."""
+        if len(self._start_times) > 1:
+            return min(self._start_times), max(self._start_times)
+        return self.start_time_s * 2.0 / 3.0, self.start_time_s * 4.0 / 3.0
 
     def _remember(self, i: Instance) -> None:
         self._journal.fleet[i.label] = Remembered(
@@ -1097,12 +1161,22 @@ class _Room:
         return True
 
 
-def _clamp(what: str, wanted: int, most: int, notes: list[str]) -> int:
-    """The wanted number inside 0 … most; says so in the notes when it was not."""
+def _clamp(what: str, wanted: int, most: int, notes: list[str], clamped: list[str]) -> int:
+    """The wanted number inside 0 … most; says so when it was not."""
     kept = max(0, min(wanted, most))
     if kept != wanted:
+        clamped.append(what)
         notes.append(f"the policy wanted {wanted} {what}: clamped to {kept}")
     return kept
+
+
+def _median(values: Sequence[float]) -> float | None:
+    """None of none. `statistics.median` takes five times as long, and every turn asks four times."""
+    if not values:
+        return None
+    order = sorted(values)
+    half = len(order) // 2
+    return order[half] if len(order) % 2 else (order[half - 1] + order[half]) / 2.0
 
 
 def _since(before: float | None, now: float, lasts: bool) -> float | None:
@@ -1110,8 +1184,20 @@ def _since(before: float | None, now: float, lasts: bool) -> float | None:
     return (now if before is None else before) if lasts else None
 
 
+def _says_broken(status_msg: str | None) -> bool:
+    if not status_msg:
+        return False
+    message = status_msg.lower()
+    return any(words in message for words in BROKEN_HOST)
+
+
 def _cheapest_first(i: Instance) -> tuple[float, str]:
     return i.usd_per_work, i.label
+
+
+def _likeliest_first(i: Instance) -> tuple[int, float, str]:
+    """By how often it could not be started since it was last hot, then by price per throughput."""
+    return i.failed_starts + i.refused_starts, i.usd_per_work, i.label
 
 
 def _ssh_address(row: Row) -> tuple[str, int] | None:
@@ -1139,6 +1225,12 @@ _URGENCY: Mapping[type, int] = {Start: 0, Stop: 0, Destroy: 1, LookForOffers: 2,
 
 _LAST = 9
 
+REMEMBERED_S = max(ARRIVING_S, MIX_S)
+"""So much of the arrivals in the ledger a new process takes over."""
+
+COUNTS_EVERY_S = 30.0
+"""Seconds worked and arrivals are written down so often: a kill loses no more, and a turn stays cheap."""
+
 
 class Autoscaler:
     """Turns, one after another: list, observe and decide under the lock, then send the orders.
@@ -1157,16 +1249,24 @@ class Autoscaler:
         performer: Performer,
         ledger: Ledger,
         clock: Callable[[], float] | None = None,
+        new_label: Callable[[], str] = lambda: secrets.token_hex(6),
     ) -> None:
-        """Take over what the ledger knows; nothing is asked of the cloud yet. clock: never goes back."""
+        """Take over what the ledger knows; nothing is asked of the cloud yet.
+
+        clock: never goes back. new_label: what a new instance is called in its fleet, never twice the same.
+        """
         self.lock = threading.Lock()
         self.fleet = fleet
         self.policy = policy
         self.demand = demand
         self.decisions: deque[Decision] = deque(maxlen=500)
         self.failures: deque[Failure] = deque(maxlen=100)
+        self.clamps: Counter[str] = Counter()  # turns in which the policy wanted what the limits forbid
         self.last_good_turn: float | None = None
         self.last_error = "no turn yet"
+        self._new_label = new_label
+        self._worked: dict[tuple[str, int], float] = {}  # seconds by label and bucket, not yet in the ledger
+        self._counts_at = float("-inf")
         self._vast = vast
         self._performer = performer
         self.ledger = ledger
@@ -1185,6 +1285,7 @@ class Autoscaler:
             mourned=ledger.mourned(now),
             now=now,
         )
+        demand.remember(ledger.arrived(now - REMEMBERED_S, now), fleet.profile.prefill_weight)
 
     @property
     def epoch(self) -> str:
@@ -1203,7 +1304,10 @@ class Autoscaler:
                 decision = replace(decision, notes=(*decision.notes, trouble))
             begun = self._begin(decision, now)
             self._keep(decision)
+            self.clamps.update(decision.clamped)
         self._send(begun)
+        if now >= self._counts_at:
+            self.write_counts()
         if rows is not None and self.fleet.plausible:
             self.last_good_turn = now
         elif rows is not None:
@@ -1224,7 +1328,7 @@ class Autoscaler:
         last = self.decisions[-1] if self.decisions else None
         said = (decision.targets, decision.notes)
         if decision.commands or last is None or (last.targets, last.notes) != said:
-            seen = decision.seen and replace(decision.seen, demand=tuple(decision.seen.demand[-1:]))
+            seen = decision.seen and replace(decision.seen, demand=decision.seen.demand[-1:], arriving=())
             self.decisions.append(replace(decision, seen=seen))
 
     def _send(self, begun: Sequence[Command]) -> None:
@@ -1252,7 +1356,7 @@ class Autoscaler:
         begun: list[Command] = []
         for command in decision.commands:
             if isinstance(command, Create):
-                command = with_label(command, f"{self.fleet.fleet}/{secrets.token_hex(6)}")
+                command = with_label(command, f"{self.fleet.fleet}/{self._new_label()}")
             try:
                 self.fleet.begin(command, now)
             except IllegalMove as e:
@@ -1325,8 +1429,30 @@ class Autoscaler:
             self.fleet.measured(measured)
             for instance_id in failing:
                 self.fleet.suspect(instance_id)
-            labels = {i.id: i.label for i in self.fleet.instances.values()}
-        self.ledger.add_worked({labels[i]: s for i, s in worked.items() if i in labels}, now)
+            if worked:
+                bucket = int(now // BUCKET_S)
+                for i in self.fleet.instances.values():
+                    seconds = worked.get(i.id) if i.id is not None else None
+                    if seconds is not None:
+                        where = i.label, bucket
+                        self._worked[where] = self._worked.get(where, 0.0) + seconds
+
+    def write_counts(self) -> None:
+        """Write down seconds worked and arrivals; a turn does it by itself every COUNTS_EVERY_S."""
+        with self._writing:
+            now = self.clock()
+            with self.lock:
+                worked, self._worked = self._worked, {}
+                arrived = self.demand.take_arrived()
+                self._counts_at = now + COUNTS_EVERY_S
+            try:
+                self.ledger.add_counts(worked, arrived, now)
+            except sqlite3.Error:
+                with self.lock:
+                    for where, seconds in worked.items():
+                        self._worked[where] = self._worked.get(where, 0.0) + seconds
+                    self.demand.put_back(arrived)
+                raise
 
     def destroy_all(self, why: str) -> None:
         """Order the end of every instance of the fleet. A person asked: busy ones too."""

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import fcntl
 import logging
+import math
 import os
 import re
 import secrets
@@ -40,10 +41,12 @@ from instance_messages import name_and_key, signer
 from instance_states import Deadlines, Limits, State
 from ledger import Ledger
 from orders import Command, LookForOffers, Performer
-from policies import POLICIES, Fixed, Policy
+from policies import POLICIES, Fixed, Policy, make_policy, parse_params
 from profiles import PROFILES, Profile, get_profile
+from slo import Slo
 from ssh_log import SshLog
 from steady_clock import steady_clock
+from tuner import NoCurve, Tuner
 from vast import Vast, VastSettings, find_api_key
 
 log = logging.getLogger("autoscaler")
@@ -79,6 +82,10 @@ class Config:
     manage: bool = True
     policy: str = "busy"
     policy_params: tuple[str, ...] = ()
+    goal: float | None = None  # short for the policy that keeps it: the share of requests served in time
+    replay_every_s: float = (
+        1800.0  # from one replay of the last day to the next, which sets the level; 0: none
+    )
     max_instances: int = 8  # hard limit, stopped ones counted
     max_dollars_per_hour: float = 10.0  # hard limit on what all orders together may cost
     poll_interval_s: float = 5.0  # one listing each; the CLI costs 0.5 s of processor a call
@@ -90,6 +97,15 @@ class Config:
     speedup: float = 1.0  # deadlines and policy times are divided by it; local cloud only
     operator_key_file: Path | None = None
     public_url: str | None = None  # of this server, as instances reach it: then they say when they are ready
+
+    def make_policy(self) -> Policy:
+        """The policy with its parameters; raises ConfigError."""
+        params = parse_params("--policy-param", self.policy_params)
+        if self.goal is None:
+            return make_policy(POLICIES, self.policy, params, self.speedup)
+        if "goal" in params:
+            raise ConfigError("--goal and --policy-param goal=…: wanted one of them")
+        return make_policy(POLICIES, "objective", params | {"goal": self.goal}, self.speedup)
 
     @property
     def ready_url(self) -> str | None:
@@ -107,6 +123,7 @@ class Config:
         within("--check-hot-every-s", self.check_hot_every_s, 0.5, 3600.0)
         within("--check-boot-every-s", self.check_boot_every_s, 0.5, 600.0)
         within("--check-timeout-s", self.check_timeout_s, 1.0, 300.0)
+        within("--replay-every-s", self.replay_every_s, 0.0, 86_400.0)
         within("--speedup", self.speedup, 1.0, 10_000.0)
         if self.speedup != 1.0 and not self.local:
             raise ConfigError("--speedup is for --local only: real machines take their time")
@@ -147,34 +164,6 @@ def local_cloud_key(environ: Mapping[str, str], home: Path) -> str:
     return next(iter(keys))
 
 
-def make_policy(name: str, params: Mapping[str, float], speedup: float = 1.0) -> Policy:
-    """The policy of that name with those parameters; raises ConfigError that lists what there is.
-
-    speedup divides the waiting times that are not given.
-    """
-    kind = POLICIES.get(name)
-    if kind is None:
-        raise ConfigError(f"unknown policy {name!r}: known are {', '.join(sorted(POLICIES))}")
-    fields: dict[str, Any] = {
-        f: v.type
-        for f, v in kind.__dataclass_fields__.items()  # type: ignore[attr-defined]
-    }
-    typed: dict[str, float] = {}
-    for key, value in params.items():
-        if key not in fields:
-            raise ConfigError(f"policy {name} has no parameter {key!r}: it has {', '.join(fields)}")
-        whole = fields[key] is int
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
-            raise ConfigError(f"policy parameter {key} {value!r}: wanted a number from 0 to 1e6")
-        if whole and value != int(value):
-            raise ConfigError(f"policy parameter {key} {value!r}: wanted a whole number")
-        typed[key] = int(value) if whole else float(value)
-    try:
-        return replace(kind().scaled(speedup), **typed)  # type: ignore[type-var]
-    except ValueError as e:
-        raise ConfigError(f"policy {name}: {e}") from None
-
-
 # -- the face --------------------------------------------------------------------------------------------
 
 
@@ -196,10 +185,11 @@ def create_app(
     poll_interval_s: float,
     master_token: Callable[[str], str],
     nudge: Callable[[], None] = lambda: None,
+    tuner: Tuner | None = None,
 ) -> Flask:
     """The routes of design section 4. Views fetch, check, act and answer; nothing is decided here.
 
-    nudge: a health check has become due.
+    nudge: a health check has become due. tuner: whom to ask for the curve, and to tell of a new policy.
     """
     app = http_face.make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
     control = http_face.requires(lambda: frozenset({keys.control}))
@@ -281,7 +271,7 @@ def create_app(
                 {
                     "at": d.at,
                     "seen": d.seen
-                    and {k: v for k, v in asdict(d.seen).items() if k != "demand"}
+                    and {k: v for k, v in asdict(d.seen).items() if k not in ("demand", "arriving")}
                     | {"demand": d.seen.demand[-1][1] if d.seen.demand else 0.0},
                     "targets": d.targets and asdict(d.targets),
                     "commands": [_shown(c) | {"why": c.why} for c in d.commands],
@@ -313,13 +303,27 @@ def create_app(
     def policy() -> Response:
         wanted = http_face.body({"name": http_face.Text(1, 64), "params": http_face.Mapping(optional=True)})
         try:
-            made = make_policy(wanted["name"], wanted.get("params") or {}, scaler.fleet.speedup)
+            params = wanted.get("params") or {}
+            made = make_policy(POLICIES, wanted["name"], params, scaler.fleet.speedup)
         except ConfigError as e:
             raise http_face.BadField("name" if "unknown policy" in str(e) else "params", str(e)) from e
         with scaler.lock:
             scaler.policy = made
         log.info("policy is now %r", made)
-        return jsonify(name=wanted["name"], params=asdict(made))  # type: ignore[call-overload]
+        if tuner is not None:
+            tuner.policy_was_set()
+        fields = asdict(made)  # type: ignore[call-overload]
+        return jsonify(name=wanted["name"], params={k: v for k, v in fields.items() if math.isfinite(v)})
+
+    @app.get("/policy/curve")
+    @operator
+    def policy_curve() -> Response:
+        if tuner is None:
+            return http_face.error(404, "no_curve", "this process makes no replays")
+        try:
+            return jsonify(tuner.curve())
+        except NoCurve as e:
+            return http_face.error(404, "no_curve", str(e))
 
     @app.get("/metrics")
     @operator
@@ -353,6 +357,19 @@ _BUSY: dict[str, Any] = {
     "arrivals": http_face.Whole(0, 2**53),
     "arrived_work": http_face.Number(0.0, 1e18),
     "instances": http_face.Mapping(),
+    "traffic": http_face.Mapping(optional=True),  # an older loadbalancer does not send it
+}
+
+_TRAFFIC: dict[str, Any] = {
+    "prompt_tokens": http_face.Whole(0, 2**53),
+    "output_tokens": http_face.Number(0.0, 1e18),
+    "in_flight": http_face.Whole(0, 10**9),
+    "late": http_face.Whole(0, 10**9),
+    "held_prompt_tokens": http_face.Whole(0, 2**53),
+    "oldest_wait_s": http_face.Number(0.0, 1e9),
+    "first_token_s": http_face.Number(1e-3, 3600.0),
+    "prompt_token_s": http_face.Number(0.0, 1.0),
+    "late_bound_s": http_face.Number(0.0, 86_400.0, optional=True),
 }
 
 _BUSY_INSTANCE: dict[str, Any] = {
@@ -379,6 +396,9 @@ def parse_report(said: Mapping[str, Any]) -> tuple[Report, dict[int, float]]:
         failures[instance_id] = told["failures"]
         if told["throughput_work_s"] > 0.0:
             measured[instance_id] = told["throughput_work_s"]
+    traffic: Mapping[str, Any] = {}
+    if said.get("traffic") is not None:
+        traffic = http_face.check_fields(said["traffic"], _TRAFFIC, "traffic.")
     report = Report(
         loadbalancer=said["loadbalancer"],
         hot_epoch=said.get("hot_epoch"),
@@ -391,6 +411,15 @@ def parse_report(said: Mapping[str, Any]) -> tuple[Report, dict[int, float]]:
         unfinished=unfinished,
         working_s=working,
         failures=failures,
+        held_work=said["held_work"],
+        arrived_prompt_tokens=traffic.get("prompt_tokens", 0),
+        arrived_output_tokens=traffic.get("output_tokens", 0.0),
+        in_flight=traffic.get("in_flight", sum(unfinished.values())),
+        late=traffic.get("late", 0),
+        held_prompt_tokens=traffic.get("held_prompt_tokens", 0),
+        oldest_wait_s=traffic.get("oldest_wait_s", 0.0),
+        slo=Slo(traffic["first_token_s"], traffic["prompt_token_s"]) if traffic else Slo(),
+        late_bound_s=traffic.get("late_bound_s"),
     )
     return report, measured
 
@@ -421,7 +450,7 @@ def hot_set(
                 "certificate": i.certificate,
                 "master_token": master_token(i.label),
                 "throughput_work_s": i.throughput_work_s,
-                "capacity_work": i.throughput_work_s * profile.hold_s,
+                "capacity_work": profile.throughput_on(i.gpu_name, i.num_gpus) * profile.hold_s,
             }
             for i in serving
         ],
@@ -430,6 +459,7 @@ def hot_set(
 
 def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any]:
     """`GET /costs`: dollars of the window, the stretches behind them, and what is being spent now."""
+    scaler.write_counts()
     costs = scaler.ledger.costs(from_s, to_s)
     took = scaler.ledger.took(from_s, to_s)
     with scaler.lock:
@@ -481,6 +511,7 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
 def metrics_text(scaler: Autoscaler) -> str:
     """Prometheus text: instances by state, demand, busy, burn rate, dollars so far, age of the last turn."""
     now = scaler.clock()
+    scaler.write_counts()
     costs = scaler.ledger.costs(0.0, now, with_stretches=False)
     with scaler.lock:
         states = dict.fromkeys(State, 0)
@@ -572,13 +603,14 @@ class Process:
         fleet.manage = config.manage
         self.scaler = Autoscaler(
             fleet,
-            policy or make_policy(config.policy, _params(config.policy_params), config.speedup),
+            policy or config.make_policy(),
             demand,
             self.vast,
             Performer(self.vast, self.profile, self.keys.master_token, config.ready_url),
             self.ledger,
             clock,
         )
+        self.tuner = Tuner(self.scaler, self.state_dir, config.replay_every_s)
         self.due, self.hot_changed = Bell(), Bell()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -592,9 +624,9 @@ class Process:
             raise ConfigError(f"the cloud cannot be used: {e}") from e
 
     def start(self) -> None:
-        """Start the turn thread and the one that sends orders."""
-        for target in (self._run_turns, self._run_orders):
-            thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
+        """Start the turn thread, the one that sends orders and the one that tunes the policy."""
+        for target in (self._run_turns, self._run_orders, self.tuner.run):
+            thread = threading.Thread(target=target, name=target.__qualname__, daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -603,8 +635,13 @@ class Process:
         self._stop.set()
         self.scaler.look.set()
         self.scaler.stop_performing()
+        self.tuner.stop()
         for thread in self._threads:
             thread.join(timeout=30.0)
+        try:
+            self.scaler.write_counts()
+        except sqlite3.Error:
+            log.exception("the arrivals of the last seconds are lost")
 
     def start_health_checks(self) -> None:
         """Make them on a thread of their own until `stop`, where there is no server's loop for them."""
@@ -730,19 +767,6 @@ def _only_one(path: Path) -> int:
     return fd
 
 
-def _params(pairs: tuple[str, ...]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for pair in pairs:
-        name, sep, value = pair.partition("=")
-        try:
-            out[name] = float(value)
-        except ValueError:
-            sep = ""
-        if not sep:
-            raise ConfigError(f"--policy-param {pair!r}: wanted NAME=NUMBER")
-    return out
-
-
 def serve(config: Config) -> None:
     """Run until SIGTERM or Ctrl-C. The fleet goes on running: it is found again at the next start."""
     operator_keys = private_files.load_keys(config.operator_key_file)
@@ -758,6 +782,7 @@ def serve(config: Config) -> None:
         config.poll_interval_s,
         process.keys.master_token,
         process.due.ring,
+        process.tuner,
     )
     log.info(
         "autoscaler of fleet %s (%s) on http://%s:%d", config.label, config.model, config.host, config.port
@@ -962,15 +987,28 @@ def _parser() -> argparse.ArgumentParser:
         default=d.manage,
         help="start, stop, create and destroy instances, or only watch them (default --manage)",
     )
-    serve_it.add_argument(
-        "--policy", default=d.policy, metavar="NAME", help=f"{', '.join(POLICIES)} (default %(default)s)"
-    )
+    serve_it.add_argument("--policy", metavar="NAME", help=f"{', '.join(POLICIES)} (default {d.policy})")
     serve_it.add_argument(
         "--policy-param",
         action="append",
         default=[],
         metavar="NAME=NUMBER",
         help="a parameter of the policy; may be repeated (default: the policy's own)",
+    )
+    serve_it.add_argument(
+        "--goal",
+        type=float,
+        metavar="SHARE",
+        help="short for --policy objective --policy-param goal=SHARE: of the requests so many shall be in "
+        "time, as 0.99 (default: none)",
+    )
+    serve_it.add_argument(
+        "--replay-every-s",
+        type=float,
+        default=d.replay_every_s,
+        metavar="S",
+        help="seconds from one replay of the last day, which sets the level of a policy with a goal, to the "
+        "next; 0: none (default %(default)g)",
     )
     serve_it.add_argument(
         "--operator-key-file",
@@ -994,6 +1032,8 @@ def _config(args: argparse.Namespace) -> Config:
     chosen = {k: v for k, v in given.items() if k in names and v is not None and k != "loadbalancer"}
     if given.get("loadbalancer"):
         chosen["loadbalancer"] = tuple(given["loadbalancer"])
+    if given.get("goal") is not None and given.get("policy") not in (None, "objective"):
+        raise ConfigError(f"--goal and --policy {given['policy']}: only objective has a goal")
     if given.get("policy_param"):
         chosen["policy_params"] = tuple(given["policy_param"])
     return Config(**chosen)

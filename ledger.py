@@ -6,6 +6,8 @@ last seen: the next process goes on from them, and no dollar between is lost.
 
     stretch      instance, machine, label, state, from, to (NULL while it lasts), $/h now, $/h if running
     worked       seconds an instance had at least one request in flight, in buckets of 15 s
+    worked_day   the same by day, of what is older than a week
+    arrived      what arrived in each second: requests, work, prompt tokens; nothing of what was asked
     fleet        one row an instance: what must be known again after a restart
     mourned      instances that vanished: they count against the limits until then
     bad_machine  machine_id and until when it is not rented again
@@ -20,8 +22,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from demand import Arrived
+
 BUCKET_S = 15.0
 """Width of a `worked` bucket: fine enough to clip to a run of a minute, 5,760 rows an instance and day."""
+
+DAY_S = 86_400.0
+
+KEPT_S = 8 * DAY_S
+"""So long seconds of arrivals and buckets of work are kept: a week for comparisons, and the day before."""
+
+PRUNE_EVERY_S = 3600.0
+"""A prune deletes an hour then, in milliseconds."""
 
 HOT_STATES = frozenset({"hot", "draining"})
 BOOT_STATES = frozenset({"ordered", "loading", "running", "starting"})
@@ -34,6 +46,11 @@ CREATE UNIQUE INDEX IF NOT EXISTS open_stretch ON stretch(label) WHERE to_s IS N
 CREATE INDEX IF NOT EXISTS stretch_to ON stretch(to_s);
 CREATE TABLE IF NOT EXISTS worked(
   label TEXT NOT NULL, bucket INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY(label, bucket));
+CREATE TABLE IF NOT EXISTS worked_day(
+  label TEXT NOT NULL, day INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY(label, day));
+CREATE INDEX IF NOT EXISTS worked_bucket ON worked(bucket);
+CREATE TABLE IF NOT EXISTS arrived(
+  second INTEGER PRIMARY KEY, requests REAL NOT NULL, work REAL NOT NULL, prompt_tokens REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS fleet(
   label TEXT PRIMARY KEY, instance INTEGER, machine INTEGER, loaded INTEGER NOT NULL,
   doomed INTEGER NOT NULL, ordered_s REAL NOT NULL, throughput REAL);
@@ -108,6 +125,7 @@ class Ledger:
         """Open or make the file (0600). Raises OSError too."""
         path.touch(mode=0o600, exist_ok=True)
         self._lock = threading.Lock()
+        self._prune_at = float("-inf")
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         # WAL with NORMAL survives kill -9 of the process; only a power cut may lose the last transaction.
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -170,15 +188,48 @@ class Ledger:
 
     def add_worked(self, seconds_by_label: Mapping[str, float], now: float) -> None:
         """Add seconds in which an instance had a request in flight, ending now."""
-        if not seconds_by_label:
-            return
         bucket = int(now // BUCKET_S)
+        self.add_counts({(label, bucket): s for label, s in seconds_by_label.items()}, (), now)
+
+    def add_arrived(self, arrived: Iterable[Arrived], now: float) -> None:
+        """Add to what arrived; a second that is known already gets more."""
+        self.add_counts({}, arrived, now)
+
+    def add_counts(
+        self, worked: Mapping[tuple[str, int], float], arrived: Iterable[Arrived], now: float
+    ) -> None:
+        """Both in one transaction, worked by (label, number of the bucket); once an hour also a prune."""
+        seconds = [(label, bucket, s) for (label, bucket), s in worked.items() if s > 0.0]
+        arrivals = [(a.second, a.requests, a.work, a.prompt_tokens) for a in arrived]
+        if not seconds and not arrivals:
+            return
         with self._lock, self._transaction():
             self._db.executemany(
                 "INSERT INTO worked VALUES (?,?,?) "
                 "ON CONFLICT(label, bucket) DO UPDATE SET seconds = seconds + excluded.seconds",
-                [(label, bucket, s) for label, s in seconds_by_label.items() if s > 0.0],
+                seconds,
             )
+            self._db.executemany(
+                "INSERT INTO arrived VALUES (?,?,?,?) ON CONFLICT(second) DO UPDATE SET"
+                " requests = requests + excluded.requests, work = work + excluded.work,"
+                " prompt_tokens = prompt_tokens + excluded.prompt_tokens",
+                arrivals,
+            )
+            if now >= self._prune_at:
+                self._prune(now - KEPT_S)
+                self._prune_at = now + PRUNE_EVERY_S
+
+    def _prune(self, before_s: float) -> None:
+        """Forget older arrivals, and make days of older buckets of work: no dollar changes its kind."""
+        self._db.execute("DELETE FROM arrived WHERE second < ?", (before_s,))
+        old = int(before_s // DAY_S * DAY_S // BUCKET_S)  # whole days only
+        self._db.execute(
+            "INSERT INTO worked_day SELECT label, CAST(bucket * ?1 / ?2 AS INTEGER) AS day, SUM(seconds)"
+            " FROM worked WHERE bucket < ?3 GROUP BY label, day"
+            " ON CONFLICT(label, day) DO UPDATE SET seconds = seconds + excluded.seconds",
+            (BUCKET_S, DAY_S, old),
+        )
+        self._db.execute("DELETE FROM worked WHERE bucket < ?", (old,))
 
     def remember_host_key(self, label: str, key: str) -> str:
         """The host key first seen for that label; stores this one when there was none."""
@@ -233,6 +284,16 @@ class Ledger:
             ).fetchall()
         return [float(r[0]) for r in rows]
 
+    def arrived(self, from_s: float, to_s: float) -> list[Arrived]:
+        """What arrived in the seconds that begin in the window, oldest first; an empty second has none."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT second, requests, work, prompt_tokens FROM arrived"
+                " WHERE second >= ? AND second < ? ORDER BY second",
+                (from_s, to_s),
+            ).fetchall()
+        return [Arrived(*row) for row in rows]
+
     def costs(self, from_s: float, to_s: float, *, with_stretches: bool = True) -> Costs:
         """What was spent inside the window, to_s being at most now.
 
@@ -248,9 +309,13 @@ class Ledger:
             worked = dict(
                 self._db.execute(
                     "SELECT label,"
-                    " SUM(seconds * MAX(0.0, MIN((bucket + 1) * ?1, ?3) - MAX(bucket * ?1, ?2)) / ?1)"
-                    " FROM worked WHERE (bucket + 1) * ?1 > ?2 AND bucket * ?1 < ?3 GROUP BY label",
-                    (BUCKET_S, from_s, to_s),
+                    " SUM(seconds * MAX(0.0, MIN(from_s + wide_s, ?2) - MAX(from_s, ?1)) / wide_s) FROM ("
+                    "SELECT label, bucket * ?3 AS from_s, ?3 AS wide_s, seconds FROM worked"
+                    " WHERE (bucket + 1) * ?3 > ?1 AND bucket * ?3 < ?2"
+                    " UNION ALL"
+                    " SELECT label, day * ?4, ?4, seconds FROM worked_day"
+                    " WHERE (day + 1) * ?4 > ?1 AND day * ?4 < ?2) GROUP BY label",
+                    (from_s, to_s, BUCKET_S, DAY_S),
                 ).fetchall()
             )
         stretches = [Stretch(*row) for row in rows]

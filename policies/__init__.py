@@ -7,9 +7,10 @@ Shapes are shared here; each policy has a file of its own and one line in `POLIC
 from policies.busy import Busy
 from policies.fixed import Fixed
 from policies.named import make_policy, parse_params
+from policies.objective import Objective
 from policies.types import BIN_S, Capacity, Policy, Seen, Targets, Traffic
 
-POLICIES: dict[str, type[Policy]] = {"busy": Busy, "fixed": Fixed}
+POLICIES: dict[str, type[Policy]] = {"objective": Objective, "busy": Busy, "fixed": Fixed}
 
 __all__ = [
     "BIN_S",
@@ -17,6 +18,7 @@ __all__ = [
     "Busy",
     "Capacity",
     "Fixed",
+    "Objective",
     "Policy",
     "Seen",
     "Targets",

@@ -26,6 +26,7 @@ or coming. docs/policy.md has the mathematics with its sources.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -44,7 +45,7 @@ SETTLE_S = 60.0
 """For so long after a replay the pool may shrink: a few turns, since an order may fail and be repeated."""
 
 ROUND = 1e-9
-"""Taken off before rounding up, so that 3.0000000001 instances, which is 3 and an error of addition, are 3."""
+"""Taken off before rounding up: 3.0000000001 instances are 3 and an error of addition."""
 
 DEFAULT_K = ((0.99, 2.0), (0.999, 3.2))
 """k for a fleet without history, by goal (reference/policy-study.md, "What mattered" 2): between these, and
@@ -197,3 +198,32 @@ def window(mean_s: float) -> int:
 def _between(name: str, value: Any, least: float, most: float) -> None:
     if not least <= value <= most:
         raise ValueError(f"{name} {value:g}: wanted {least:g} to {most:g}")
+
+
+def worth_keeping_s(load_s: float, running_usd_h: float, stopped_usd_h: float) -> float:
+    """For so long a stopped instance is worth its storage: until that has cost as much as loading it again.
+
+    The ski rental rule (Karlin et al., 1988): nobody who knows the future pays less than half of this.
+    """
+    return load_s * running_usd_h / max(stopped_usd_h, 1e-9)
+
+
+class KeptPool:
+    """The largest pool that replays have found in the last keep_s: what was loaded is not given up sooner.
+
+    A replay more or less changes its answer by an instance, and each change would cost a load.
+    """
+
+    def __init__(self, keep_s: float) -> None:
+        """Nothing was found yet."""
+        self.keep_s = keep_s
+        self._found: deque[tuple[float, int]] = deque()
+
+    def note(self, now: float, pool: int) -> int:
+        """A replay found that pool now; the one to keep."""
+        while self._found and self._found[-1][1] <= pool:
+            self._found.pop()
+        self._found.append((now, pool))
+        while self._found[0][0] < now - self.keep_s:
+            self._found.popleft()
+        return self._found[0][1]

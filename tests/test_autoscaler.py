@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from autoscaler import Autoscaler, InstanceSet
-from demand import Demand
+from autoscaler import COUNTS_EVERY_S, Autoscaler, InstanceSet
+from demand import Arrived, Demand, Report
 from errors import CloudError
 from health import Check, Verdict
 from instance_states import FROM_ANYWHERE, TRANSITIONS, Deadlines, IllegalMove, Limits, State, check_move
 from ledger import Ledger, Remembered
 from orders import Command, Create, Destroy, Drain, LookForOffers, Reply, Start, Stop, with_label
-from policies import Busy, Fixed, Seen, Targets
+from policies import Busy, Capacity, Fixed, Seen, Targets
 from steady_clock import steady_clock
 from tests.fleet_world import TURN_S, Contract, FakeVast, World, make_offer
 from vast import Row
@@ -1186,3 +1186,279 @@ def test_an_instance_that_may_have_requests_from_before_a_restart_is_drained_not
     restarted(w)
     w.fleet.observe(listing(w), (), w.now)
     assert w.fleet.decide(w.demand, Fixed(0, 1), w.now).commands == ()
+
+
+# -- what a policy sees ----------------------------------------------------------------------------------
+
+
+def said(world: World, at: float, requests: int) -> None:
+    """A loadbalancer has counted so many requests of 500 tokens to read and 150 to answer."""
+    world.demand.heard(
+        Report(
+            *("lb", "e1", 0, 0.0, 0.0, 0, requests, 200.0 * requests),
+            arrived_prompt_tokens=500 * requests,
+            arrived_output_tokens=150.0 * requests,
+        ),
+        at,
+    )
+
+
+def test_the_capacity_is_that_of_the_median_hot_instance_with_the_requests_there_are() -> None:
+    w = World(loadbalancer=False).with_pool(hot=3, total=5)
+    hot = [i for i in w.fleet.instances.values() if i.state is State.HOT]
+    for i, work_s in zip(hot, (900.0, 1000.0, 5000.0), strict=True):
+        i.throughput_work_s = work_s
+    said(w, w.now - 1.0, 0)
+    said(w, w.now, 10)
+    seen = w.fleet.see(w.demand, w.now)
+    # 200 work each, held for 6 s; an answer of 150 tokens is half there.
+    assert seen.capacity == Capacity(1000.0, 5.0, 30.0, 30.0 * 575.0)
+    assert seen.traffic.requests_total == 10
+    assert list(seen.arriving) == []
+    assert (seen.hot, seen.cold) == (3, 2)
+
+
+def test_with_nothing_hot_the_capacity_is_that_of_what_is_loaded_and_then_the_profiles() -> None:
+    w = World().with_pool(hot=0, total=2)
+    for i in w.fleet.instances.values():
+        i.throughput_work_s = 700.0
+    capacity = w.fleet.see(w.demand, w.now).capacity
+    assert capacity is not None
+    assert capacity.work_s == 700.0
+    assert World().fleet.see(Demand("e"), 0.0).capacity == Capacity(
+        620.0, 620.0 / 210.0, 620.0 * 6.0 / 210.0, 620.0 * 6.0 / 210.0 * 390.0
+    ), "300 tokens to read and 180 to answer, until something has arrived"
+
+
+def test_prices_are_those_of_the_median_instance() -> None:
+    w = World().with_pool(hot=1, total=3)
+    for i, usd_h in zip(w.fleet.instances.values(), (0.3, 0.5, 9.0), strict=True):
+        i.running_usd_h = usd_h
+    seen = w.fleet.see(w.demand, w.now)
+    assert (seen.running_usd_h, seen.stopped_usd_h) == (0.5, 0.01)
+    empty = World().fleet.see(Demand("e"), 0.0)
+    assert (empty.running_usd_h, empty.stopped_usd_h) == (0.0, 0.0)
+
+
+class LooksBack(Fixed):
+    """Remembers what it was shown; looks back for a minute."""
+
+    seen: Seen
+
+    @property
+    def memory_s(self) -> float:
+        return 60.0
+
+    def targets(self, seen: Seen) -> Targets:
+        object.__setattr__(self, "seen", seen)
+        return super().targets(seen)
+
+
+def test_a_policy_sees_as_far_back_as_it_looks() -> None:
+    w = World()
+    w.policy = policy = LooksBack(0, 0)
+    w.demand.heard(Report("lb", "e1", 0, 0.0, 0.0, 0, 0, 0.0), w.now)
+    w.tick(300.0)
+    seen = policy.seen
+    assert [t for t, _ in seen.demand] == [w.now - 60.0 + 5.0 * n for n in range(13)]
+    assert len(seen.arriving) == 12
+
+
+# -- bursts, markets and GPUs ----------------------------------------------------------------------------
+
+
+def test_a_burst_that_lasts_as_long_as_a_load_orders_one_set_and_not_a_second() -> None:
+    w = World(limits=Limits(max_instances=40, max_usd_h=100.0)).with_pool(hot=1, total=1)
+    w.policy = Fixed(6, 6)
+    w.tick(400.0)  # boot and load take 360 s
+    assert w.kinds().count("Create") == 5
+    assert w.states() == {"hot": 6}
+    assert w.kinds() == ["Create"] * 5
+
+
+def test_what_is_loaded_when_the_burst_is_over_becomes_the_pool() -> None:
+    w = World().with_pool(hot=1, total=1)
+    w.policy = Fixed(4, 4)
+    w.tick(100.0)
+    w.policy = Fixed(1, 4)
+    w.tick(400.0)
+    assert w.states() == {"hot": 1, "cold": 3}
+    assert w.kinds().count("Create") == 3
+
+
+def test_while_new_ones_load_the_loaded_ones_are_started_and_neither_is_ordered_twice() -> None:
+    w = World(limits=Limits(max_instances=40, max_usd_h=100.0)).with_pool(hot=1, total=3)
+    w.policy = Fixed(5, 5)
+    w.tick(TURN_S)
+    assert sorted(w.kinds()) == ["Start", "Start"], "the market is looked at first"
+    w.tick(150.0)
+    assert sorted(w.kinds()) == ["Create", "Create", "Start", "Start"]
+    assert w.states()["hot"] == 3
+    w.tick(400.0)
+    assert sorted(w.kinds()) == ["Create", "Create", "Start", "Start"]
+    assert w.states() == {"hot": 5}
+
+
+def test_a_market_with_no_offers_leaves_what_there_is_managed() -> None:
+    w = World().with_pool(hot=1, total=3)
+    w.offers = []
+    w.fleet.offers_found((), w.now)
+    w.policy = Fixed(3, 8)
+    w.tick(300.0)
+    assert w.states() == {"hot": 3}
+    decision = w.fleet.decide(w.demand, w.policy, w.now)
+    assert "no suitable offer on the market" in decision.notes or "looking at the market" in decision.notes
+    w.policy = Fixed(1, 8)
+    w.tick(120.0)
+    assert w.states() == {"hot": 1, "cold": 2}
+    w.offers = [make_offer(n) for n in range(50, 60)]
+    w.tick(130.0)
+    assert w.kinds().count("Create") == 5, "and it goes on when there are offers again"
+
+
+def test_when_a_start_is_refused_the_next_cold_one_is_started_in_the_next_turn() -> None:
+    w = World().with_pool(hot=1, total=4)
+    refused: list[str] = []
+
+    def first_is_refused(command: object) -> Reply | None:
+        if isinstance(command, Start) and len(refused) < 1:
+            refused.append(command.label)
+            return Reply.REFUSED
+        return None
+
+    w.reply_hook = first_is_refused
+    w.policy = Fixed(2, 4)
+    w.tick(TURN_S)
+    w.tick(TURN_S)
+    assert w.kinds() == ["Start", "Start"]
+    assert w.ordered[-1].label != refused[0]  # type: ignore[union-attr]
+    w.tick(120.0)
+    assert w.states() == {"hot": 2, "cold": 2}
+
+
+def test_when_starts_find_no_gpu_one_after_another_each_cold_one_is_tried() -> None:
+    """The first two GPUs are taken for good; the third is free."""
+    w = World().with_pool(hot=1, total=4)
+    tried: list[str] = []
+
+    def two_are_taken(command: object) -> Reply | None:
+        if isinstance(command, Start) and len(tried) < 2:
+            tried.append(command.label)
+            return Reply.REFUSED if len(tried) == 1 else Reply.UNKNOWN
+        return None
+
+    w.reply_hook = two_are_taken
+    w.listing_hook = lambda rows: [
+        replace(r, actual_status="exited", intended_status="running") if r.label in tried[1:2] else r
+        for r in rows
+    ]
+    w.policy = Fixed(2, 4)
+    w.tick(200.0)
+    started = [c.label for c in w.ordered if isinstance(c, Start)]
+    assert len(set(started)) == 3
+    assert w.states()["hot"] == 2
+
+
+def test_the_dearest_for_its_work_is_drained_and_not_the_dearest() -> None:
+    w = World().with_pool(hot=3, total=3)
+    first, second, third = w.fleet.instances.values()
+    first.running_usd_h, first.throughput_work_s = 0.5, 500.0
+    second.running_usd_h, second.throughput_work_s = 2.0, 4000.0
+    third.running_usd_h, third.throughput_work_s = 0.4, 950.0
+    prices = {i.label: i.running_usd_h for i in (first, second, third)}
+    w.listing_hook = lambda rows: [replace(r, dph_total=prices[r.label or ""]) for r in rows]
+    w.policy = Fixed(2, 3)
+    w.tick(TURN_S)
+    assert [c.label for c in w.ordered if isinstance(c, Drain)] == [first.label]
+
+
+# -- what is counted -------------------------------------------------------------------------------------
+
+
+def test_turns_in_which_the_policy_was_clamped_are_counted(ledger: Ledger) -> None:
+    loop = Loop(ledger, policy=Fixed(-1, 10**9))
+    for _ in range(3):
+        loop.world.now += TURN_S
+        decision = loop.scaler.turn()
+    assert decision.clamped == ("hot", "total")
+    assert loop.scaler.clamps == {"hot": 3, "total": 3}
+    loop.scaler.policy = Fixed(0, 1)
+    loop.world.now += TURN_S
+    assert loop.scaler.turn().clamped == ()
+    assert loop.scaler.clamps == {"hot": 3, "total": 3}
+
+
+def test_what_new_instances_are_called_can_be_given(ledger: Ledger) -> None:
+    loop = Loop(ledger, policy=Fixed(0, 2))
+    names = iter(["one", "two"])
+    loop.scaler._new_label = lambda: next(names)
+    loop.scaler.turn()
+    loop.send_all()
+    loop.world.now += TURN_S
+    loop.scaler.turn()
+    assert list(loop.scaler.fleet.instances) == ["fleet/one"]
+
+
+def counted(loop: Loop, at: float, requests: int, working_s: float = 0.0) -> None:
+    loop.world.now = at
+    loop.scaler.heard(
+        Report(
+            *("lb", "e1", 0, 0.0, 0.0, 0, requests, 200.0 * requests),
+            arrived_prompt_tokens=500 * requests,
+            working_s={1001: working_s},
+        ),
+        {},
+    )
+
+
+def test_arrivals_survive_a_restart(ledger: Ledger) -> None:
+    loop = Loop(ledger)
+    for n in range(61):
+        counted(loop, 2000.0 + n, 3 * n)
+        if n % 5 == 0:
+            loop.scaler.turn()
+    loop.world.now = 2065.0
+    loop.scaler.turn()
+    again = Loop(ledger, loop.world)
+    counted(again, 2066.0, 500)
+    counted(again, 2067.0, 502)
+    seen = again.scaler.demand.arriving(2067.0, 3600.0)
+    assert list(seen) == pytest.approx([600.0] * 11 + [360.0, 80.0], abs=121.0)
+    assert seen.sum() * 5.0 == pytest.approx(60 * 600.0 + 2 * 200.0, abs=2 * 600.0)
+    assert again.scaler.demand.mix is not None
+    assert again.scaler.demand.mix.work == pytest.approx(200.0)
+
+
+def test_counts_are_written_every_half_minute_and_what_fails_is_written_later(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(ledger, World().with_pool(hot=1, total=1), policy=Fixed(1, 1))
+    loop.scaler.turn()
+    start = loop.world.now
+    counted(loop, start + 1.0, 0)
+    counted(loop, start + 2.0, 3, working_s=1.0)
+    loop.scaler.turn()
+    assert ledger.arrived(0.0, 1e9) == []
+    add, broken = ledger.add_counts, True
+
+    def fails(*what: Any) -> None:
+        if broken:
+            raise sqlite3.OperationalError("disk full")
+        add(*what)
+
+    monkeypatch.setattr(ledger, "add_counts", fails)
+    loop.world.now = start + COUNTS_EVERY_S
+    with pytest.raises(sqlite3.OperationalError):
+        loop.scaler.turn()
+    broken = False
+    loop.scaler.write_counts()
+    assert ledger.arrived(0.0, 1e9) == [Arrived(int(start + 1.0), 3.0, 600.0, 1500.0)]
+    assert ledger._db.execute("SELECT SUM(seconds) FROM worked").fetchone() == (1.0,)
+
+
+def test_the_range_of_start_times_is_that_of_the_measured_ones() -> None:
+    fleet = World().new_set()
+    assert fleet.start_range_s == pytest.approx((60.0, 120.0)), "90 s by the profile, a third less and more"
+    fleet.restore([], {}, [80.0, 130.0, 70.0], [500.0])
+    assert fleet.start_range_s == (70.0, 130.0)
+    assert (fleet.start_time_s, fleet.load_time_s) == (80.0, 500.0)

@@ -27,20 +27,22 @@ from autoscaler_server import (
     create_app,
     destroy_fleet,
     local_cloud_key,
-    make_policy,
     prepare,
 )
-from demand import Demand
+from demand import Arrived, Demand
 from errors import CloudError, ConfigError
 from health import Check, CheckOrder, Verdict
 from http_face import MAX_BODY
 from instance_messages import instance_key
 from instance_states import State
 from ledger import Ledger
-from policies import Busy, Fixed
+from policies import POLICIES, Busy, Fixed, Traffic, make_policy
+from policies.objective import Objective
 from profiles import get_profile
 from remote.speaker import signed
+from slo import Slo
 from tests.fleet_world import FakeVast, World, make_offer
+from tuner import Tuner
 from vast import Offer, Row
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +65,29 @@ REPORT: dict[str, Any] = {
 }
 
 
+TRAFFIC: dict[str, Any] = {
+    "prompt_tokens": 3000,
+    "output_tokens": 700.0,
+    "in_flight": 4,
+    "late": 2,
+    "held_prompt_tokens": 500,
+    "oldest_wait_s": 1.5,
+    "first_token_s": 3.0,
+    "prompt_token_s": 0.002,
+    "late_bound_s": 60.0,
+}
+
+TUNED: dict[str, Any] = {
+    "at": 500.0,
+    "goal": 0.99,
+    "level": {"k": 1.5, "pool": 3},
+    "hours": 24.0,
+    "requests": 1000,
+    "curve": [{"met": 0.99, "usd_day": 20.0, "k": 1.5}, {"met": 0.999, "usd_day": 30.0, "k": 2.5}],
+    "chosen": {"met": 0.992, "usd_day": 21.0, "k": 1.5},
+}
+
+
 def master_token(label: str) -> str:
     return SECRET + label
 
@@ -71,6 +96,7 @@ class Face:
     """The app over a world with so many hot instances; the clock is the world's and stands still."""
 
     def __init__(self, ledger: Ledger, hot: int = 2, operator: frozenset[str] = frozenset()) -> None:
+        directory = Path(ledger._db.execute("PRAGMA database_list").fetchone()[2]).parent
         self.world = World().with_pool(hot=hot, total=hot + 1)
         self.cloud = FakeVast(lambda: [c.row() for c in self.world.contracts.values()])
         self.scaler = Autoscaler(
@@ -85,8 +111,16 @@ class Face:
         self.scaler.turn()
         self.profile = get_profile("vllm-13")
         self.nudged = 0
+        (directory / "level.json").write_text(json.dumps(TUNED))
+        self.tuner = Tuner(self.scaler, directory)
         app = create_app(
-            self.scaler, self.profile, Keys(CONTROL, operator), 5.0, master_token, self._count_nudge
+            self.scaler,
+            self.profile,
+            Keys(CONTROL, operator),
+            5.0,
+            master_token,
+            self._count_nudge,
+            self.tuner,
         )
         self.app = app
         self.client = app.test_client()
@@ -137,6 +171,7 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("PUT", "/manage", {"manage": False}, "operator"),
     ("PUT", "/policy", {"name": "fixed", "params": {"hot": 2}}, "operator"),
     ("GET", "/metrics", None, "operator"),
+    ("GET", "/policy/curve", None, "operator"),
 ]
 
 
@@ -258,6 +293,70 @@ def test_a_report_on_thousands_of_instances_is_no_over_long_body(face: Face) -> 
     assert len(json.dumps(large)) > MAX_BODY
     assert face.ask("POST", "/busy", CONTROL, json=large).status_code == 200
     assert face.ask("POST", "/busy", CONTROL, data=b" " * (MAX_BUSY_BODY + 1)).status_code == 413
+
+
+def test_what_a_loadbalancer_says_of_the_traffic_is_taken_in(face: Face) -> None:
+    said = {**REPORT, "held": 3, "held_work": 90.0, "traffic": TRAFFIC}
+    face.ask("POST", "/busy", CONTROL, json=said)
+    more = {**TRAFFIC, "prompt_tokens": 3300, "output_tokens": 770.0}
+    said |= {"arrivals": 11, "arrived_work": 1100.0, "traffic": more}
+    assert face.ask("POST", "/busy", CONTROL, json=said).status_code == 200
+    demand = face.scaler.demand
+    assert demand.traffic == Traffic(1, 300, 70.0, 100.0, 4, 3, 90.0, 500, 1.5)
+    assert (demand.slo, demand.late_bound_s) == (Slo(3.0, 0.002), 60.0)
+
+
+def test_what_arrived_and_what_was_worked_is_in_the_ledger_before_costs_are_told(face: Face) -> None:
+    face.ask("POST", "/busy", CONTROL, json=REPORT)
+    later = {**REPORT, "arrivals": 12, "arrived_work": 1200.0}
+    later["instances"] = {"1001": {**REPORT["instances"]["1001"], "working_s": 4.0}}
+    face.ask("POST", "/busy", CONTROL, json=later)
+    assert face.ask("GET", "/costs").status_code == 200
+    second = int(face.world.now)
+    assert face.scaler.ledger.arrived(0.0, 1e9) == [Arrived(second, 2.0, 200.0, 0.0)]
+    assert face.scaler.ledger._db.execute("SELECT SUM(seconds) FROM worked").fetchone() == (4.0,)
+
+
+def test_the_curve_says_what_each_level_would_have_cost_yesterday(face: Face) -> None:
+    face.scaler.policy = Objective(goal=0.99)
+    face.tuner.policy_was_set()
+    said = face.ask("GET", "/policy/curve").get_json()
+    assert said["policy"] == {
+        **{"goal": 0.99, "k": 1.5, "pool": 3, "fast_s": 300.0, "slow_s": 1800.0, "slow_share": 0.8},
+        **{"hold_s": 60.0, "drain_s": 40.0, "pool_headroom": 1.2, "min_hot": 1},
+    }
+    assert {name: said[name] for name in ("at", "goal", "hours", "requests")} == {
+        "at": 500.0,
+        "goal": 0.99,
+        "hours": 24.0,
+        "requests": 1000,
+    }
+    assert (said["curve"], said["chosen"]) == (TUNED["curve"], TUNED["chosen"])
+
+
+def test_without_a_curve_it_is_said_why(face: Face, tmp_path: Path) -> None:
+    tuner = Tuner(face.scaler, tmp_path / "none")
+    client = create_app(
+        face.scaler, face.profile, Keys(CONTROL), 5.0, master_token, tuner=tuner
+    ).test_client()
+    answer = client.get("/policy/curve")
+    assert (answer.status_code, answer.get_json()["error"]) == (404, "no_curve")
+    assert answer.get_json()["message"] == "the policy is busy, which has no goal"
+    face.scaler.policy = Objective()
+    assert "20 minutes" in client.get("/policy/curve").get_json()["message"]
+
+
+def test_a_goal_that_was_put_is_the_policys_and_gets_the_level_known_for_it(
+    face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POLICIES, "objective", Objective)
+    answer = face.ask("PUT", "/policy", json={"name": "objective", "params": {"goal": 0.99}})
+    assert answer.get_json()["params"]["goal"] == 0.99
+    assert face.scaler.policy == Objective(goal=0.99, k=1.5, pool=3)
+    answer = face.ask("PUT", "/policy", json={"name": "objective", "params": {"goal": 0.999}})
+    assert face.scaler.policy == Objective(goal=0.999)
+    wrong = face.ask("PUT", "/policy", json={"name": "objective", "params": {"goal": 2}})
+    assert (wrong.status_code, wrong.get_json()["message"][:7]) == (400, "params:")
 
 
 def test_what_an_instance_says_brings_its_next_check_forward(face: Face) -> None:
@@ -391,6 +490,13 @@ def wrong_instance(**changed: Any) -> str:
         ("POST", "/busy", wrong_instance(throughput_work_s=-5), "instances.1001.throughput_work_s"),
         ("POST", "/busy", wrong_instance(failures=None), "instances.1001.failures"),
         ("POST", "/busy", wrong_instance().replace("2.5", "1e999"), "instances.1001.working_s"),
+        ("POST", "/busy", wrong_report(traffic=[]), "traffic"),
+        ("POST", "/busy", wrong_report(traffic={}), "traffic.prompt_tokens"),
+        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "more": 1}), "traffic.more"),
+        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "in_flight": -1}), "traffic.in_flight"),
+        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "late": 1.5}), "traffic.late"),
+        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "first_token_s": 0}), "traffic.first_token_s"),
+        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "late_bound_s": -1}), "traffic.late_bound_s"),
         ("POST", "/ready", "{}", "state"),
         ("POST", "/ready", '{"state": "hot"}', "state"),
         ("POST", "/ready", '{"state": "ready", "why": 5}', "why"),
@@ -497,6 +603,7 @@ def test_no_body_however_odd_is_a_fault_of_ours(face: Face) -> None:
         ({"check_timeout_s": 0.0}, "--check-timeout-s 0"),
         ({"speedup": 0.5}, "--speedup 0.5"),
         ({"speedup": 2.0}, "--speedup is for --local"),
+        ({"replay_every_s": -1.0}, "--replay-every-s -1: wanted 0 to 86400"),
         ({"label": ""}, "--label ''"),
         ({"label": "a/b"}, "--label 'a/b'"),
         ({"label": "my fleet"}, "--label 'my fleet'"),
@@ -516,8 +623,8 @@ def test_a_wrong_value_is_refused_with_its_flag_and_what_was_wanted(
 
 
 def test_a_policys_given_parameters_are_taken_literally_and_its_own_follow_the_speed() -> None:
-    assert make_policy("busy", {}, 10.0) == Busy(remove_after_s=30.0)
-    assert make_policy("busy", {"remove_after_s": 20.0}, 10.0) == Busy(remove_after_s=20.0)
+    assert make_policy(POLICIES, "busy", {}, 10.0) == Busy(remove_after_s=30.0)
+    assert make_policy(POLICIES, "busy", {"remove_after_s": 20.0}, 10.0) == Busy(remove_after_s=20.0)
     for name, params in (
         ("none", {}),
         ("busy", {"x": 1.0}),
@@ -525,7 +632,30 @@ def test_a_policys_given_parameters_are_taken_literally_and_its_own_follow_the_s
         ("busy", {"aim": 2.0}),
     ):
         with pytest.raises(ConfigError):
-            make_policy(name, params)
+            make_policy(POLICIES, name, params)
+
+
+def test_a_goal_is_short_for_the_policy_that_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "objective", Objective)
+
+    def policy(*flags: str) -> object:
+        return autoscaler_server._config(
+            autoscaler_server._parser().parse_args(["serve", *flags])
+        ).make_policy()
+
+    assert policy("--goal", "0.999") == Objective(goal=0.999)
+    assert policy("--policy", "objective", "--policy-param", "goal=0.999") == Objective(goal=0.999)
+    assert policy("--goal", "0.99", "--policy-param", "min_hot=2") == Objective(goal=0.99, min_hot=2)
+    assert policy() == Busy()
+    for wrong, said in (
+        (("--goal", "2"), "policy objective: goal 2: wanted 0.5 to"),
+        (("--goal", "nan"), "policy parameter goal nan"),
+        (("--goal", "0.9", "--policy", "busy"), "--goal and --policy busy"),
+        (("--goal", "0.9", "--policy-param", "goal=0.8"), "--goal and --policy-param goal"),
+    ):
+        with pytest.raises(ConfigError) as e:
+            policy(*wrong)
+        assert str(e.value).startswith(said)
 
 
 def test_the_help_of_every_flag_names_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ledger import BUCKET_S, Ledger, Remembered, Stretch
+from demand import Arrived
+from ledger import BUCKET_S, DAY_S, KEPT_S, PRUNE_EVERY_S, Ledger, Remembered, Stretch
 
 
 def stretch(label: str, state: str, at: float, usd_h: float, running: float = 3600.0) -> Stretch:
@@ -142,3 +143,62 @@ def test_a_commit_that_failed_does_not_keep_the_next_from_beginning(tmp_path: Pa
     made.write(stretches=[stretch("f/a", "hot", 0.0, 1.0)])
     assert [s.label for s in made.costs(0.0, 10.0).stretches] == ["f/a"]
     made.close()
+
+
+def test_arrivals_are_kept_by_second_and_a_second_may_come_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.add_arrived([Arrived(100, 2.0, 50.0, 300.0), Arrived(103, 1.0, 20.0, 10.0)], 104.0)
+    ledger.add_arrived([Arrived(103, 0.5, 5.0, 90.0)], 105.0)
+    ledger.close()
+    again = Ledger(tmp_path / "ledger.sqlite")
+    assert again.arrived(0.0, 1000.0) == [Arrived(100, 2.0, 50.0, 300.0), Arrived(103, 1.5, 25.0, 100.0)]
+    assert again.arrived(101.0, 103.0) == []
+    assert again.arrived(103.0, 104.0) == [Arrived(103, 1.5, 25.0, 100.0)]
+    again.close()
+
+
+def test_of_what_arrived_only_times_and_counts_are_kept(ledger: Ledger) -> None:
+    columns = [name for _, name, *_ in ledger._db.execute("PRAGMA table_info(arrived)")]
+    assert columns == ["second", "requests", "work", "prompt_tokens"]
+
+
+def test_arrivals_are_forgotten_after_eight_days(ledger: Ledger) -> None:
+    day = [Arrived(int(n * DAY_S), 1.0, 1.0, 1.0) for n in range(20)]
+    ledger.add_arrived(day[:10], 9 * DAY_S)
+    assert [a.second for a in ledger.arrived(0.0, 1e9)] == [a.second for a in day[1:10]]
+    ledger.add_arrived(day[10:11], 9 * DAY_S + PRUNE_EVERY_S - 1.0)
+    assert len(ledger.arrived(0.0, 1e9)) == 10, "it is looked once an hour"
+    ledger.add_arrived(day[11:], 19 * DAY_S)
+    assert [a.second for a in ledger.arrived(0.0, 1e9)] == [a.second for a in day[11:]]
+
+
+def test_what_is_forgotten_of_the_work_changes_no_dollar(ledger: Ledger) -> None:
+    """Buckets of 15 s become days; hot dollars that were for work stay so."""
+    start = 100 * DAY_S
+    ledger.write(stretches=[stretch("f/a", "hot", start, 3600.0), stretch("f/b", "hot", start, 3600.0)])
+    for n in range(0, 12 * 24):  # 9 s of each 15, for 12 days, in a bucket an hour
+        ledger.add_worked({"f/a": 9.0, "f/b": 3.0}, start + n * 3600.0 + 1.0)
+    before = ledger.costs(0.0, start + 2 * DAY_S), ledger.costs(0.0, start + 12 * DAY_S)
+    ledger._prune(start + 12 * DAY_S - KEPT_S)
+    ledger._prune(start + 12 * DAY_S - KEPT_S)
+    assert ledger._db.execute("SELECT COUNT(*) FROM worked_day").fetchone() == (8,)
+    assert ledger._db.execute("SELECT COUNT(*) FROM worked").fetchone() == (2 * 8 * 24,)
+    after = ledger.costs(0.0, start + 2 * DAY_S), ledger.costs(0.0, start + 12 * DAY_S)
+    for one, other in zip(before, after, strict=True):
+        assert other.hot_working == pytest.approx(one.hot_working)
+        assert other.total == pytest.approx(one.total)
+    half = ledger.costs(start, start + DAY_S / 2.0)
+    assert half.hot_working == pytest.approx(12 * 12.0), "inside a day that was folded its work is even"
+
+
+def test_a_ledger_of_before_gets_the_new_tables(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE arrived")
+        db.execute("DROP TABLE worked_day")
+    db.close()
+    again = Ledger(path)
+    again.add_arrived([Arrived(1, 1.0, 1.0, 1.0)], 1.0)
+    assert again.costs(0.0, 10.0).total == 0.0
+    again.close()
