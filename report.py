@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slo import Slo
+
 WIDTH = 100
 """Columns of the table; a common terminal is at least as wide."""
 
@@ -184,16 +186,36 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
     }
 
 
-def build(
-    run: Run,
-    records: Sequence[Record],
-    samples: Sequence[Sample],
-    costs: Costs | None,
-    why_no_costs: str | None = None,
-) -> dict[str, Any]:
-    """Everything the run measured, ready for JSON. costs None needs the reason."""
+@dataclass(frozen=True)
+class Counted:
+    """The requests of a run in figures; `latency_s` has a spread for route, ttft, tpot and e2e.
+
+    missed_by: requests that did not keep the objective, by what they missed; None when it cannot be told.
+    late_wait_s: how long those whose first token was late had waited for a lease. late_lane: requests that
+    the loadbalancer put behind the others, where that is known.
+    """
+
+    sent: int
+    completed: int
+    retried: int
+    failed_by_kind: Mapping[str, int]
+    setbacks_by_kind: Mapping[str, int]
+    refusals_by_kind: Mapping[str, int]
+    prompt_tokens: int
+    output_tokens: int
+    latency_s: Mapping[str, Mapping[str, float | None]]
+    missed_by: Mapping[str, int] | None
+    late_wait_s: Mapping[str, float | None]
+    late_lane: int | None = None
+
+
+LATE, SLOW, FAILED = "first_token_late", "tokens_slow", "failed"
+"""What of the objective a request can miss."""
+
+
+def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
+    """The figures of these records. Without streaming there is no first token, so no objective."""
     completed = [r for r in records if r.outcome == COMPLETED]
-    output_tokens = sum(r.output_tokens for r in completed)
     # The first token takes its own time; the others share what is left. One token alone has no such time.
     tpot = (
         (r.end_s - r.first_token_s) / (r.output_tokens - 1)
@@ -205,7 +227,67 @@ def build(
     for r in records:
         setbacks += r.setbacks
         refusals += r.refusals
+    missed: Counter[str] = Counter()
+    late_waits = []
+    for r in records:
+        if r.outcome != COMPLETED or r.first_token_s is None:
+            missed[FAILED] += 1
+        elif r.first_token_s > slo.first_token_limit_s(r.prompt_tokens):
+            missed[LATE] += 1
+            late_waits.append(r.route_s)
+        elif not slo.met(r.prompt_tokens, r.output_tokens, r.first_token_s, r.end_s):
+            missed[SLOW] += 1
+    return Counted(
+        sent=len(records),
+        completed=len(completed),
+        retried=sum(r.leases > 1 for r in records),
+        failed_by_kind=Counter(r.outcome for r in records if r.outcome != COMPLETED),
+        setbacks_by_kind=setbacks,
+        refusals_by_kind=refusals,
+        prompt_tokens=sum(r.prompt_tokens for r in completed),
+        output_tokens=sum(r.output_tokens for r in completed),
+        latency_s={
+            "route": spread(r.route_s for r in completed),
+            "ttft": spread(r.first_token_s for r in completed if r.first_token_s is not None),
+            "tpot": spread(tpot),
+            "e2e": spread(r.end_s for r in completed),
+        },
+        missed_by=missed if streaming else None,
+        late_wait_s=spread(late_waits),
+    )
+
+
+def build(
+    run: Run,
+    records: Sequence[Record],
+    samples: Sequence[Sample],
+    costs: Costs | None,
+    why_no_costs: str | None = None,
+    slo: Slo | None = None,
+) -> dict[str, Any]:
+    """Everything a live run measured, ready for JSON. costs None needs the reason."""
+    slo = slo or Slo()
+    requests = counted(records, slo, streaming=run.streaming)
+    driver = {
+        "send_lag_s": spread(r.lag_s for r in records),
+        "cpu_share": round(run.cpu_share, 4),
+        "lease_ends_untold": run.ends_untold,
+    }
+    return assemble(run, requests, samples, costs, why_no_costs, slo, driver)
+
+
+def assemble(
+    run: Run,
+    requests: Counted,
+    samples: Sequence[Sample],
+    costs: Costs | None,
+    why_no_costs: str | None,
+    slo: Slo,
+    driver: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The report of figures that were counted already; driver is None where nobody had to send."""
     seconds = run.duration_s
+    completed, output_tokens = requests.completed, requests.output_tokens
     return {
         "engine": run.engine,
         "local": run.local,
@@ -217,32 +299,38 @@ def build(
         "interrupted": run.interrupted,
         "settings": dict(run.settings),
         "requests": {
-            "sent": len(records),
-            "completed": len(completed),
-            "failed": len(records) - len(completed),
-            "retried": sum(r.leases > 1 for r in records),
-            "failed_by_kind": dict(Counter(r.outcome for r in records if r.outcome != COMPLETED)),
-            "setbacks_by_kind": dict(setbacks),
-            "route_refusals_by_kind": dict(refusals),
+            "sent": requests.sent,
+            "completed": completed,
+            "failed": requests.sent - completed,
+            "retried": requests.retried,
+            "failed_by_kind": dict(requests.failed_by_kind),
+            "setbacks_by_kind": dict(requests.setbacks_by_kind),
+            "route_refusals_by_kind": dict(requests.refusals_by_kind),
         },
-        "tokens": {"prompt": sum(r.prompt_tokens for r in completed), "output": output_tokens},
-        "latency_s": {
-            "route": spread(r.route_s for r in completed),
-            "ttft": spread(r.first_token_s for r in completed if r.first_token_s is not None),
-            "tpot": spread(tpot),
-            "e2e": spread(r.end_s for r in completed),
-        },
+        "tokens": {"prompt": requests.prompt_tokens, "output": output_tokens},
+        "latency_s": {name: dict(values) for name, values in requests.latency_s.items()},
+        "objective": _objective(requests, slo),
         "throughput": {
-            "requests_s": len(completed) / seconds if seconds > 0 else None,
+            "requests_s": completed / seconds if seconds > 0 else None,
             "output_tokens_s": output_tokens / seconds if seconds > 0 else None,
         },
-        **_money(costs, why_no_costs, len(completed), output_tokens),
+        **_money(costs, why_no_costs, completed, output_tokens),
         "scaling": _scaling(samples, costs),
-        "driver": {
-            "send_lag_s": spread(r.lag_s for r in records),
-            "cpu_share": round(run.cpu_share, 4),
-            "lease_ends_untold": run.ends_untold,
-        },
+        "driver": None if driver is None else dict(driver),
+    }
+
+
+def _objective(requests: Counted, slo: Slo) -> dict[str, Any]:
+    missed = None if requests.missed_by is None else sum(requests.missed_by.values())
+    return {
+        "first_token_s": slo.first_token_s,
+        "prompt_token_s": slo.prompt_token_s,
+        "output_token_s": slo.output_token_s,
+        "met_share": None if missed is None or not requests.sent else 1.0 - missed / requests.sent,
+        "missed": missed,
+        "missed_by": None if requests.missed_by is None else dict(requests.missed_by),
+        "late_wait_s": dict(requests.late_wait_s),
+        "late_lane": requests.late_lane,
     }
 
 
@@ -290,7 +378,7 @@ def table(report: Mapping[str, Any]) -> str:
     """The report as text of at most WIDTH columns."""
     lines = [*_heading(report), ""]
     lines += [*_requests(report), ""]
-    lines += [*_latencies(report), ""]
+    lines += [*_latencies(report), *_objective_rows(report), ""]
     lines += [*_costs(report), ""]
     lines += [*_scaled(report), ""]
     lines += _driver(report)
@@ -349,6 +437,25 @@ def _latencies(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _objective_rows(report: Mapping[str, Any]) -> list[str]:
+    o = report["objective"]
+    if o["met_share"] is None:
+        return []
+    limit = f"{o['first_token_s']:g} s + {1e3 * o['prompt_token_s']:g} ms per prompt token"
+    missed = [f"{n:,} {kind.replace('_', ' ')}" for kind, n in sorted(o["missed_by"].items()) if n]
+    lines = [
+        _row("in time", f"{o['met_share']:.3%}", *(missed or ["none missed"])),
+        _row("", f"first token within {limit}, {1e3 * o['output_token_s']:g} ms per output token"),
+    ]
+    wait = o["late_wait_s"]
+    if wait["max"] is not None:
+        lane = "" if o["late_lane"] is None else f"{o['late_lane']:,} were in the late lane, "
+        lines.append(
+            _row("", f"{lane}who was late had waited {wait['p50']:.1f} s (p50), {wait['max']:.1f} s at most")
+        )
+    return lines
+
+
 def _costs(report: Mapping[str, Any]) -> list[str]:
     usd, cost = report["cost_usd"], report["cost"]
     if usd["total"] is None:
@@ -400,6 +507,8 @@ def _scaled(report: Mapping[str, Any]) -> list[str]:
 
 
 def _driver(report: Mapping[str, Any]) -> list[str]:
+    if report["driver"] is None:
+        return []
     lag, untold = report["driver"]["send_lag_s"], report["driver"]["lease_ends_untold"]
     if lag["max"] is None:
         return []

@@ -3,6 +3,7 @@
     python sim.py --local               start everything on this machine, run, report, take it all down
     python sim.py --local --engine vllm     the same with real vLLM and a tiny model, on the processor
     python sim.py [flags]               against a loadbalancer and an autoscaler that run already
+    python sim.py --virtual --trace F   in virtual time, with simulated machines: simulation/command.py
 
 A run is rounds of --round-s seconds. In each round each user sends one request with a probability, at a
 moment drawn uniformly inside the round; the number of users follows the schedule. What is sent, when, and
@@ -37,6 +38,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 import report
+import simulation.command
 from command_line import Parser, server_url, within
 from driver import Arrival, Driver, Workload, plan
 from errors import ConfigError
@@ -46,6 +48,7 @@ from loopback import is_loopback
 from private_files import default_state_dir, load_keys
 from profiles import PROFILES, get_profile
 from report import COMPLETED
+from simulation.traces import read
 
 T = TypeVar("T")
 
@@ -58,6 +61,9 @@ SETTLE_S = 1.5
 
 ANSWER_S = 15.0
 """How long an autoscaler that does not answer is asked again: it may be starting anew."""
+
+MOST_TRACED = 100_000
+"""Requests of a log that are sent: each is planned ahead."""
 
 SHOW_S = (0.5, 5.0)
 """Between two pictures of the progress: on a terminal, and elsewhere (a line each)."""
@@ -98,6 +104,7 @@ class Config(Workload):
     needs_autoscaler: bool = False  # it was named on the command line: unreachable is an error then
     state_dir: Path | None = None
     client_key_file: Path | None = None
+    trace: Path | None = None  # a log whose requests are sent in place of drawn ones
     json: Path | None = None
     quiet: bool = False
 
@@ -247,7 +254,7 @@ async def run(config: Config, stop: asyncio.Event, engine: str | None) -> dict[s
 
     engine: what answers, where it is known; None finds out. Raises ConfigError when nothing can be run.
     """
-    arrivals = plan(config)
+    arrivals = plan(config) if config.trace is None else _traced(config.trace, config)
     control_key = _control_key(config)
     async with (
         aiohttp.ClientSession(
@@ -263,6 +270,19 @@ async def run(config: Config, stop: asyncio.Event, engine: str | None) -> dict[s
         finally:
             if config.manage is not None and managed is not None and managed != config.manage:
                 await _manage_as_before(operator, managed)
+
+
+def _traced(path: Path, config: Config) -> list[Arrival]:
+    """The requests of a log, cut to the model's context; raises ConfigError."""
+    longest = get_profile(config.model).max_model_len
+    arrivals = []
+    for number, request in enumerate(read(path)):
+        if number == MOST_TRACED:
+            raise ConfigError(f"--trace {path}: over {MOST_TRACED:,} requests: --virtual plays such a log")
+        output = min(request.output_tokens, longest - 1)
+        prompt = min(request.prompt_tokens, longest - output)
+        arrivals.append(Arrival(number, request.at_s, prompt, output))
+    return arrivals
 
 
 async def _measure(
@@ -282,7 +302,8 @@ async def _measure(
     )
     driver = Driver(config, transport)
     watch = Watch(operator, lambda: time.perf_counter() - driver.begun)
-    screen = Screen(config, driver, watch, len(arrivals))
+    length_s = config.num_iterations * config.round_s if config.trace is None else arrivals[-1].at_s
+    screen = Screen(config, driver, watch, len(arrivals), length_s)
     gc.collect()
     gc.freeze()  # the plan stays: collections need not look at it, which would delay what is due
     started_at, used = time.time(), time.process_time()
@@ -429,6 +450,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "manage": config.manage,
         "prompt_tokens": config.prompt_tokens,
         "max_tokens": config.max_tokens,
+        "trace": None if config.trace is None else config.trace.name,
         "wait_s": config.wait_s,
         "request_timeout_s": config.request_timeout_s,
     }
@@ -440,8 +462,9 @@ def _settings(config: Config) -> dict[str, Any]:
 class Screen:
     """The progress: a live bar on a terminal, a line every few seconds elsewhere; on stderr."""
 
-    def __init__(self, config: Config, driver: Driver, watch: Watch, total: int) -> None:
-        """total: requests to be sent."""
+    def __init__(self, config: Config, driver: Driver, watch: Watch, total: int, length_s: float) -> None:
+        """total: requests to be sent, in so many seconds."""
+        self._length_s = length_s
         self._config = config
         self._driver = driver
         self._watch = watch
@@ -482,7 +505,7 @@ class Screen:
         return "  ".join(parts)
 
     def _picture(self) -> Group:
-        length_s = self._config.num_iterations * self._config.round_s
+        length_s = max(self._length_s, 1.0)
         bar = ProgressBar(total=length_s, completed=min(length_s, self._at_s()), width=60)
         return Group(bar, Text(self.line(), no_wrap=True, overflow="ellipsis"))
 
@@ -533,12 +556,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--client-key-file", Path, "FILE", "none", "a key of the loadbalancer's clients, mode 0600")
     add("--wait-s", float, "S", d.wait_s, "how long /route may hold a request")
     add("--request-timeout-s", float, "S", d.request_timeout_s, "for a request, all tries together")
+    add("--trace", Path, "FILE", "none", "send the requests of a log instead, at its times (traces.py)")
     add("--json", Path, "FILE", "none", "write the report there")
     parser.add_argument("--local", action="store_true", help="start everything on this machine, and end it")
     add("--engine", str, "NAME", d.engine, f"with --local: what answers, {' or '.join(ENGINES)}")
     add("--instances", int, "N", "4, vllm 2", "with --local: stopped instances prepared first")
     add("--speedup", float, "K", d.speedup, "with --local: the cloud's times, not real vLLM's, are divided")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the report")
+    parser.add_argument(
+        "--virtual", action="store_true", help="in virtual time: has flags of its own, --virtual --help"
+    )
     return parser
 
 
@@ -548,7 +575,7 @@ _NOT_LOCAL = ("loadbalancer", "autoscaler", "client_key_file")
 
 def parse(argv: Sequence[str]) -> Config:
     """The flags as a Config; raises ConfigError."""
-    given = {k: v for k, v in vars(_parser().parse_args(argv)).items() if v is not None}
+    given = {k: v for k, v in vars(_parser().parse_args(argv)).items() if v is not None and k != "virtual"}
     local = given["local"]
     for name in _NOT_LOCAL if local else _ONLY_LOCAL:
         if name in given:
@@ -668,7 +695,10 @@ def _say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as the flags say; the exit status. Raises ConfigError, ChildFailed and KeyboardInterrupt."""
-    config = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if "--virtual" in argv:
+        return simulation.command.main(argv)
+    config = parse(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     if not config.quiet:
         _say(f"seed {config.seed}")

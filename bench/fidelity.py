@@ -1,0 +1,160 @@
+"""Whether virtual time can be believed: one short trace live on the local cloud, and in virtual time.
+
+    python -m bench.fidelity [--runs N] [--json FILE]
+
+Live means everything but GPUs: the vastai command line, ssh, tokens, HTTP, and the paced engine, whose model
+servers are of the same class as those of the simulation. So what is compared is all the rest: how the fleet
+grows and shrinks, who is held for how long, what is billed. The trace is drawn from a seed: a quiet minute,
+a rise over what one machine holds, a peak, and a fall.
+"""
+
+import json
+import logging
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from command_line import Parser, run_main, within
+from instance_states import Limits
+from localcloud.market import MACHINES
+from localcloud.model import Times
+from policies import POLICIES, make_policy
+from profiles import get_profile
+from simulation.traces import Request, read
+from simulation.virtual import Setting, simulate
+
+ROOT = Path(__file__).parent.parent
+
+SPEEDUP = 20.0
+POOL = 4
+POLICY = "busy"
+RATES = (2.0, 6.0, 10.0, 4.0, 1.5)
+"""Requests a second, for SLICE_S each; one RTX 3090 or 4090 answers about four of these."""
+SLICE_S = 60.0
+LIVE_TIMEOUT_S = 600.0
+
+TARGETS = {"ttft_p50": 0.10, "ttft_p95": 0.10, "usd": 0.03}
+"""Relative differences of the two that the issue allows; starts and stops must be the same."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is compared. Seconds, dollars, counts."""
+
+    ttft_p50: float
+    ttft_p95: float
+    usd: float
+    starts: int
+    stops: int
+    completed: int
+
+
+def trace(seed: int) -> list[Request]:
+    """The requests, in order of time."""
+    rng = random.Random(seed)
+    found, at = [], 0.0
+    for n, rate in enumerate(RATES):
+        while True:
+            at += rng.expovariate(rate)
+            if at >= (n + 1) * SLICE_S:
+                at = (n + 1) * SLICE_S
+                break
+            prompt = min(2000, max(1, round(rng.lognormvariate(5.4, 0.8))))
+            output = min(1000, max(1, round(rng.lognormvariate(4.9, 0.7))))
+            found.append(Request(round(at, 3), prompt, output, -1))
+    first = found[0].at_s
+    return [Request(r.at_s - first, *r[1:]) for r in found]
+
+
+def live(path: Path, seed: int) -> Figures:
+    """`sim.py --local` with that trace."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "live.json"
+        command = [sys.executable, "sim.py", "--local", "--quiet", "--trace", str(path), "--json", str(out)]
+        command += ["--instances", str(POOL), "--speedup", f"{SPEEDUP:g}", "--seed", str(seed)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=LIVE_TIMEOUT_S, stdout=subprocess.DEVNULL)
+        report: dict[str, Any] = json.loads(out.read_text())
+    return Figures(
+        report["latency_s"]["ttft"]["p50"],
+        report["latency_s"]["ttft"]["p95"],
+        report["cost_usd"]["total"],
+        report["scaling"]["starts"],
+        report["scaling"]["stops"],
+        report["requests"]["completed"],
+    )
+
+
+def virtual(path: Path, seed: int) -> Figures:
+    """The same in virtual time: the same market, times, policy and limits."""
+    setting = Setting(
+        profile=get_profile("vllm-13"),
+        machines=MACHINES,
+        limits=Limits(),
+        times=Times(),
+        speedup=SPEEDUP,
+        pool=POOL,
+        hot=1,
+        seed=seed,
+        tells_length=True,
+    )
+    out = simulate(setting, make_policy(POLICIES, POLICY, {}, SPEEDUP), read(path))
+    kinds = [kind for kind, _, _ in out.took]
+    return Figures(
+        out.first_token.percentile(0.5),
+        out.first_token.percentile(0.95),
+        out.costs.total,
+        kinds.count("start"),
+        kinds.count("stop"),
+        out.completed,
+    )
+
+
+def median(figures: Sequence[Figures]) -> Figures:
+    """Each figure's median."""
+    return Figures(
+        *(statistics.median(getattr(f, name) for f in figures) for name in Figures.__dataclass_fields__)
+    )
+
+
+def main() -> None:
+    """Run both and print the table."""
+    parser = Parser(prog="bench.fidelity", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of each (default %(default)d)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there (default: none)")
+    args = parser.parse_args()
+    logging.getLogger("autoscaler").setLevel(logging.ERROR)
+    within("--runs", args.runs, 1, 100)
+    found: dict[str, list[Figures]] = {"live": [], "virtual": []}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.csv"
+        requests = trace(1)
+        rows = (f"{r.at_s:.3f},{r.prompt_tokens},{r.output_tokens}" for r in requests)
+        path.write_text("\n".join(("arrival_s,prompt_tokens,output_tokens", *rows)) + "\n")
+        for n in range(args.runs):
+            found["live"].append(live(path, n))
+            print(f"live    {n}: {found['live'][-1]}", flush=True)
+        for n in range(max(9, args.runs)):
+            found["virtual"].append(virtual(path, n))
+        print(f"virtual 0: {found['virtual'][0]}")
+    a, b = median(found["live"]), median(found["virtual"])
+    print(f"{len(requests)} requests, medians of {args.runs} live and {len(found['virtual'])} virtual runs")
+    print(f"{'':12}{'live':>10}{'virtual':>10}{'difference':>12}{'allowed':>10}")
+    for name in Figures.__dataclass_fields__:
+        x, y = getattr(a, name), getattr(b, name)
+        allowed = f"{TARGETS[name]:.0%}" if name in TARGETS else "none"
+        difference = f"{y / x - 1:+.1%}" if name in TARGETS else f"{y - x:+g}"
+        print(f"{name:12}{x:>10.4g}{y:>10.4g}{difference:>12}{allowed:>10}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        shown = {kind: [vars(f) for f in figures] for kind, figures in found.items()}
+        args.json.write_text(json.dumps(shown, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
