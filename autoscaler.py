@@ -594,6 +594,7 @@ class InstanceSet:
             if i.listed:
                 stopped_usd_h.append(i.stopped_usd_h)
         work_s = _median(speeds) or _median(loaded_speeds) or self.profile.throughput_work_s
+        work_s = demand.saturated_work_s() or work_s
         return Seen(
             now=now,
             demand=demand.since(now - memory_s),
@@ -966,6 +967,11 @@ class InstanceSet:
                 i.throughput_work_s = new
                 self._remember(i)
 
+    @property
+    def hot(self) -> int:
+        """Instances that are hot."""
+        return sum(i.state is State.HOT for i in self.instances.values())
+
     def serving(self) -> list[Instance]:
         """The hot and the draining, in a fixed order."""
         return sorted(
@@ -1299,6 +1305,7 @@ class Autoscaler:
         with self.lock:
             self.fleet.observe(rows, (), now)
             self.demand.tick(now)
+            self.demand.served(self.fleet.hot, now)
             decision = self.fleet.decide(self.demand, self.policy, now)
             if trouble is not None:
                 decision = replace(decision, notes=(*decision.notes, trouble))

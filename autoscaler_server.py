@@ -80,7 +80,7 @@ class Config:
     port: int = 8100
     loadbalancer: tuple[str, ...] = ("http://127.0.0.1:8200",)
     manage: bool = True
-    policy: str = "busy"
+    policy: str = "objective"
     policy_params: tuple[str, ...] = ()
     goal: float | None = None  # short for the policy that keeps it: the share of requests served in time
     replay_every_s: float = (
@@ -367,6 +367,7 @@ _TRAFFIC: dict[str, Any] = {
     "late": http_face.Whole(0, 10**9),
     "held_prompt_tokens": http_face.Whole(0, 2**53),
     "oldest_wait_s": http_face.Number(0.0, 1e9),
+    "turned_late": http_face.Whole(0, 2**53),
     "first_token_s": http_face.Number(1e-3, 3600.0),
     "prompt_token_s": http_face.Number(0.0, 1.0),
     "late_bound_s": http_face.Number(0.0, 86_400.0, optional=True),
@@ -418,6 +419,7 @@ def parse_report(said: Mapping[str, Any]) -> tuple[Report, dict[int, float]]:
         late=traffic.get("late", 0),
         held_prompt_tokens=traffic.get("held_prompt_tokens", 0),
         oldest_wait_s=traffic.get("oldest_wait_s", 0.0),
+        turned_late=traffic.get("turned_late", 0),
         slo=Slo(traffic["first_token_s"], traffic["prompt_token_s"]) if traffic else Slo(),
         late_bound_s=traffic.get("late_bound_s"),
     )

@@ -37,6 +37,10 @@ AT_ONCE_S = 2.0
 MIX_S = 6 * 3600.0
 """The mean request is that of about so long: the lengths of a day's work differ from those of the night's."""
 
+SATURATED_S, SATURATED_MEMORY_S = 120.0, 1800.0
+"""Hot seconds in which requests waited after which the work done in them says what an instance can do, and
+after which half of what was seen before is forgotten."""
+
 _MEAN = np.full(int(BIN_S), 1.0 / BIN_S)
 _EMPTY: NDArray[np.float64] = np.zeros(0)
 
@@ -46,8 +50,8 @@ class Report:
     """One `POST /busy`. Cumulative figures count from the start of that loadbalancer process.
 
     instances: id -> (unfinished leases, cumulative seconds with a request in flight, cumulative failures).
-    late: of the held, those in the late lane. kv_tokens: only a simulated instance says so. slo: what counts
-    as in time. late_bound_s: None where all wait in one line.
+    late: of the held, those in the late lane; turned_late: requests that ever were. kv_tokens: only a
+    simulated instance says so. slo: what counts as in time. late_bound_s: None where all wait in one line.
     """
 
     loadbalancer: str
@@ -68,6 +72,7 @@ class Report:
     late: int = 0
     held_prompt_tokens: int = 0
     oldest_wait_s: float = 0.0
+    turned_late: int = 0
     kv_tokens: float = 0.0
     slo: Slo = field(default_factory=Slo)
     late_bound_s: float | None = 300.0
@@ -116,6 +121,7 @@ class Demand:
         self.memory_s = memory_s
         self.arrivals = 0
         self.arrived_work = 0.0
+        self.turned_late = 0  # of what arrived: too late for the objective already at a loadbalancer
         self.slo = Slo()  # as the last report had them
         self.late_bound_s: float | None = Report.late_bound_s
         self._began = began
@@ -127,6 +133,8 @@ class Demand:
         self._recent_at = 0.0
         self._seconds = _Seconds()
         self._fresh: dict[int, Arrived] = {}
+        self._served = (-math.inf, 0, 0.0, 0.0)  # (when, hot, work arrived, work held)
+        self._full_work = self._full_s = 0.0
 
     def heard(self, report: Report, now: float) -> tuple[dict[int, float], list[int]]:
         """Take in a report; gives back seconds newly worked by instance, and instances with new failures."""
@@ -154,6 +162,7 @@ class Demand:
             max(0, report.arrived_prompt_tokens - before.arrived_prompt_tokens),
             max(0.0, report.arrived_output_tokens - before.arrived_output_tokens),
         )
+        self.turned_late += max(0, report.turned_late - before.turned_late)
         if not more.requests:
             self._seconds.said(math.floor((at + now) / 2.0))
             return
@@ -210,6 +219,26 @@ class Demand:
         oldest = now - self.memory_s
         if self._series[0][0] < oldest:
             del self._series[: bisect_right(self._series, (oldest, -math.inf))]
+
+    def saturated_work_s(self) -> float | None:
+        """Work per second that a hot instance did while there was always more: the fleet's own capacity.
+
+        What single instances show is what they do when they are given the right requests; with what is lost
+        between them it is less. None until SATURATED_S of hot seconds were seen.
+        """
+        return None if self._full_s < SATURATED_S else self._full_work / self._full_s
+
+    def served(self, hot: int, now: float) -> None:
+        """Note what so many hot instances have served since the last call, if requests waited meanwhile."""
+        t = self.traffic
+        at, hot_then, arrived, held_work = self._served
+        self._served = (now, hot, t.work_total, t.held_work)
+        seconds = now - at
+        if not (0.0 < seconds <= 60.0 and hot == hot_then > 0 and t.held_work > 0.0 and held_work > 0.0):
+            return
+        keep = 0.5 ** (hot * seconds / SATURATED_MEMORY_S)
+        self._full_work = self._full_work * keep + max(0.0, t.work_total - arrived - t.held_work + held_work)
+        self._full_s = self._full_s * keep + hot * seconds
 
     def since(self, from_s: float) -> Sequence[tuple[float, float]]:
         """(time, demand), oldest first, from the last one at or before from_s on."""

@@ -74,6 +74,9 @@ RATE_WEIGHT = 0.3
 RATE_INTERVAL_S = (0.5, 30.0)
 """Intervals a rate is taken over: shorter ones see single steps, longer ones mix idle and busy."""
 
+RATE_UP_S = 10.0
+"""A rate that is above the throughput is believed of an instance that is not full after so long."""
+
 RATE_RANGE = 8.0
 """A measured throughput stays within this ratio of the told one: a wrong counter must not take one out."""
 
@@ -372,7 +375,7 @@ class InstanceUse(NamedTuple):
 
 @dataclass(frozen=True)
 class Usage:
-    """What the autoscaler must know. What has arrived is cumulative; demand counts what had to wait.
+    """What the autoscaler must know. What has arrived or turned late is cumulative; demand counts all.
 
     arrived_output_tokens: as expected when they came. late: of the held, in the late lane.
     """
@@ -390,6 +393,7 @@ class Usage:
     late: int = 0
     held_prompt_tokens: int = 0
     oldest_wait_s: float = 0.0
+    turned_late: int = 0
 
 
 # -- tokens ----------------------------------------------------------------------------------------------
@@ -630,7 +634,7 @@ class LoadBalancer:
         self.held_work = 0.0
         self.held_prompt_tokens = 0
         self.held_late = 0
-        self.turned_late = 0  # requests that were in the late lane, so far
+        self.turned_late = 0  # requests that could not be in time any more, so far
         self.ends: dict[str, int] = {}  # how leases ended -> how many
         self._rng = rng
         self._request_id = request_id
@@ -1017,6 +1021,7 @@ class LoadBalancer:
             if lease is not None:
                 self.cancel(waiter)
                 granted.append((waiter, lease))
+                self.turned_late += waiter.give_by < now and not waiter.late  # all in one line
             elif not self._only_avoids(waiter.ask, now):
                 self._must_queue = True
                 break
@@ -1248,7 +1253,10 @@ class LoadBalancer:
         inst.quiet = quiet
 
     def _learn_throughput(self, inst: _Instance, load: Load, now: float) -> None:
-        """Follow the observed rate up at any time, down only when it had all the work it can hold."""
+        """Follow the observed rate: up at any time, down only when it had all the work it can hold.
+
+        What is not full shows a higher rate now and then by chance, so it is watched for RATE_UP_S first.
+        """
         if not load.model_up:
             inst.base = None
             return
@@ -1260,22 +1268,28 @@ class LoadBalancer:
             at, before, generated = inst.base
             if total >= before and now - at < RATE_INTERVAL_S[0]:
                 return
+            full = saturated and inst.was_saturated
+            if total >= before and now - at < RATE_UP_S and saturated == inst.was_saturated and not full:
+                return
             if total >= before and now - at <= RATE_INTERVAL_S[1]:
                 rate = (total - before) / (now - at)
                 made = load.generation_tokens_total - generated
-                self._learn_capacity(inst, load, saturated, made / (now - at))
-                if rate > inst.throughput or (saturated and inst.was_saturated):
+                self._learn_capacity(inst, load, saturated, made / (now - at), now)
+                if full or (rate > inst.throughput and now - at >= RATE_UP_S):
                     inst.measured = True
                     self._set_throughput(inst, inst.throughput + RATE_WEIGHT * (rate - inst.throughput), now)
         inst.base, inst.was_saturated = (now, total, load.generation_tokens_total), saturated
 
-    def _learn_capacity(self, inst: _Instance, load: Load, saturated: bool, tokens_s: float) -> None:
+    def _learn_capacity(
+        self, inst: _Instance, load: Load, saturated: bool, tokens_s: float, now: float
+    ) -> None:
         """Less while requests wait inside it or get their tokens too slowly, more while it is full and well.
 
         So it settles where its memory is full or the objective would be missed, whatever the mix of lengths.
         """
         present = load.running + load.waiting
-        crowded = load.waiting >= max(2.0, WAITING_SHARE * present)
+        # Prompts that it was given a moment ago wait to be read: that is no lack of memory.
+        crowded = load.waiting >= max(2.0, WAITING_SHARE * present) and now >= inst.read_at
         # Without tokens all of the time went into prompts, which says nothing of how far tokens are apart.
         slow = load.running > 1 and 0.0 < tokens_s * SLOW_SHARE * self.slo.output_token_s < load.running
         if (crowded and inst.crowded) or (slow and saturated):
@@ -1361,6 +1375,7 @@ class LoadBalancer:
             late=self.held_late,
             held_prompt_tokens=self.held_prompt_tokens,
             oldest_wait_s=self._oldest_wait_s(now),
+            turned_late=self.turned_late,
         )
 
     def _oldest_wait_s(self, now: float) -> float:

@@ -516,6 +516,7 @@ def busy_body(desk: Desk) -> str:
                 "late": usage.late,
                 "held_prompt_tokens": usage.held_prompt_tokens,
                 "oldest_wait_s": round(usage.oldest_wait_s, 3),
+                "turned_late": usage.turned_late,
                 "first_token_s": balancer.slo.first_token_s,
                 "prompt_token_s": balancer.slo.prompt_token_s,
                 "late_bound_s": balancer.late_bound_s,

@@ -33,7 +33,7 @@ from autoscaler import Autoscaler
 from demand import Arrived
 from die_with_parent import dying_with_parent
 from policies import Capacity, Policy
-from policies.objective import KeptPool, Objective, worth_keeping_s
+from policies.objective import KeptPool, Margin, Objective, worth_keeping_s
 from slo import Slo
 
 log = logging.getLogger("autoscaler")
@@ -102,6 +102,8 @@ class Day:
     stopped_usd_h: float
     late_lane: bool
     max_instances: int
+    margin: float = 0.8
+    loaded: int = 0
 
     @property
     def seconds(self) -> int:
@@ -141,6 +143,7 @@ def request_of(day: Day) -> dict[str, Any]:
         "late_lane": day.late_lane,
         "max_instances": day.max_instances,
         "seed": SEED,
+        "margin": day.margin,
     }
 
 
@@ -233,6 +236,8 @@ class Tuner:
         self._trouble: str | None = None
         self._given: Policy | None = None  # the policy with the level that we have set
         self._pool: KeptPool | None = None
+        self._margin: Margin | None = None
+        self._counted = (0.0, 0)  # requests and late ones so far, at the last replay
         self._last = self._remembered()
         if self._last is not None:
             with scaler.lock:
@@ -361,13 +366,12 @@ class Tuner:
     def _with_kept_pool(self, level: dict[str, float], day: Day, now: float) -> dict[str, float]:
         """The level with the largest pool of the last replays, for as long as storage is cheaper than a load.
 
-        After a restart the pool that was kept counts as found now.
+        What is there at the first replay counts as found then.
         """
         keep_s = worth_keeping_s(day.load_s, day.running_usd_h, day.stopped_usd_h)
         if self._pool is None:
             self._pool = KeptPool(keep_s)
-            if self._last is not None:
-                self._pool.note(now, int(self._last.level.get("pool", 0)))
+            self._pool.note(now, day.loaded)
         self._pool.keep_s = keep_s
         return level | {"pool": self._pool.note(now, int(level["pool"]))} if "pool" in level else level
 
@@ -389,8 +393,16 @@ class Tuner:
             seen = fleet.see(scaler.demand, now, 0.0)
             start_s, load_s = fleet.start_range_s, fleet.load_time_s
             slo, late_lane = scaler.demand.slo, scaler.demand.late_bound_s is not None
+            late = scaler.demand.turned_late
+            loaded = sum(i.loaded for i in fleet.instances.values())
         if seen.capacity is None or seen.running_usd_h <= 0.0:
             return None  # nothing was ever rented: there is no price to weigh
+        if self._margin is None or self._margin.goal != policy.goal:
+            self._margin = Margin(policy.goal)
+        else:
+            requests, missed = self._counted
+            self._margin.note(max(0.0, seen.traffic.requests_total - requests), max(0, late - missed))
+        self._counted = (seen.traffic.requests_total, late)
         return Day(
             policy.goal,
             arrived,
@@ -404,6 +416,8 @@ class Tuner:
             seen.stopped_usd_h,
             late_lane,
             fleet.limits.max_instances,
+            self._margin.share,
+            loaded,
         )
 
     def _replay(self, request: bytes) -> bytes:

@@ -47,6 +47,16 @@ SETTLE_S = 60.0
 ROUND = 1e-9
 """Taken off before rounding up: 3.0000000001 instances are 3 and an error of addition."""
 
+MARGIN = 0.8
+"""Share of the misses the goal allows that a replayed day may have (reference/policy-study.md)."""
+
+MARGIN_KEEP = 0.985
+"""What was missed fades by half in 46 replays, a day: misses come in bursts, and one says little."""
+
+MARGIN_LEAST, MARGIN_SURE = 5.0, 12
+"""Misses that must be allowed by now before they are judged: with fewer a single one decides. And replays,
+six hours of them, after which what was seen is fully believed."""
+
 DEFAULT_K = ((0.99, 2.0), (0.999, 3.2))
 """k for a fleet without history, by goal (reference/policy-study.md, "What mattered" 2): between these, and
 beyond, straight in the logarithm of the misses."""
@@ -206,6 +216,35 @@ def worth_keeping_s(load_s: float, running_usd_h: float, stopped_usd_h: float) -
     The ski rental rule (Karlin et al., 1988): nobody who knows the future pays less than half of this.
     """
     return load_s * running_usd_h / max(stopped_usd_h, 1e-9)
+
+
+class Margin:
+    """Which share of the misses that the goal allows a replayed day may have.
+
+    A replay knows no batching, no single instances and no deaths, so the fleet can miss more than was
+    replayed. While it keeps the goal the share is MARGIN, because tomorrow is not today. When it has missed
+    more than the goal allows the share falls with the third power of how much: a replay that is wrong by a
+    factor m ends at about m^(1/4) times what is allowed.
+    """
+
+    def __init__(self, goal: float) -> None:
+        """Nothing has happened yet."""
+        self.goal = goal
+        self.share = MARGIN
+        self._requests = self._missed = 0.0
+        self._notes = 0
+
+    def note(self, requests: float, missed: float) -> float:
+        """So many came since the last replay, and so many of them missed; the share for the next one."""
+        self._notes += 1
+        self._requests = self._requests * MARGIN_KEEP + requests
+        self._missed = self._missed * MARGIN_KEEP + missed
+        allowed = (1.0 - self.goal) * self._requests
+        if allowed >= MARGIN_LEAST:
+            sure = min(1.0, self._notes / MARGIN_SURE)
+            over = 1.0 + sure * max(0.0, self._missed / allowed - 1.0)
+            self.share = max(0.02, MARGIN * over**-3)
+        return self.share
 
 
 class KeptPool:

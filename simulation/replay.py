@@ -34,7 +34,7 @@ import numpy as np
 
 from command_line import run_main
 from errors import ConfigError
-from policies.objective import Objective, worth_keeping_s
+from policies.objective import MARGIN, Objective, worth_keeping_s
 from policies.types import Capacity
 from simulation.fluid import MOST_INSTANCES, Bins, Fleet, Floats, FluidResult, level_series, run_level
 
@@ -48,9 +48,6 @@ REPLAY_EVERY_S = 1800
 
 LEAST_HISTORY_S = 1200
 """With less the defaults are the better guess: twenty minutes hold a dozen bursts at best."""
-
-MARGIN = 0.8
-"""Share of the misses the goal allows that the replayed day may have (reference/policy-study.md)."""
 
 UNCOVERED = 0.003
 """Share of the hot instances that were wanted for which the pool may have been too small on the replayed day:
@@ -188,6 +185,8 @@ def tune(
     history: arrivals of the last day or less, one value a second; ValueError when it is under a minute.
     """
     seconds = len(history)
+    if not 0.0 < margin <= 1.0:
+        raise ValueError(f"margin: wanted over 0 to 1, got {margin:g}")
     if seconds < 60:
         raise ValueError(f"{seconds} s of history: wanted a minute or more")
     warm_s = min(600, seconds // 6)
@@ -243,7 +242,7 @@ def answer(said: object) -> dict[str, Any]:
 
     {"bins": {"work", "requests", "limit_s": one number a second}, "goal", "capacity": {"work_s",
     "requests_s", "concurrency", "kv_tokens"}, "start_s": [least, most], "load_s", "running_usd_h",
-    "stopped_usd_h", "late_lane", "max_instances", "seed"}  ->  {"level": {...}, "curve": [...], ...}
+    "stopped_usd_h", "late_lane", "max_instances", "seed", "margin"}  ->  {"level": {...}, "curve": [...]}
     """
     begun = time.perf_counter()
     if not isinstance(said, dict):
@@ -267,7 +266,8 @@ def answer(said: object) -> dict[str, Any]:
             late_lane=bool(said["late_lane"]),
             max_instances=min(int(said["max_instances"]), MOST_INSTANCES),
         )
-        tuned = tune(history, float(said["goal"]), fleet, seed=int(said["seed"]))
+        margin = float(said.get("margin", MARGIN))
+        tuned = tune(history, float(said["goal"]), fleet, margin=margin, seed=int(said["seed"]))
     except KeyError as e:
         raise ConfigError(f"replay: {e.args[0]} is missing") from None
     except (TypeError, ValueError, AttributeError) as e:

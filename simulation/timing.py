@@ -169,7 +169,8 @@ def read_timings(path: Path) -> Mapping[Key, Timing]:
         label = f"{model} {quantization} on {num_gpus}x {gpu}, {path.name}"
         a, b, c, d, e, f = numbers
         timing = Timing(label, a, b, c, d, e, f, kv_tokens, max_seqs, step_tokens)
-        found[(model, quantization, gpu, num_gpus)] = timing
+        if found.setdefault((model, quantization, gpu, num_gpus), timing) is not timing:
+            raise ConfigError(f"{where}: {model} {quantization} on {num_gpus}x {gpu} is there already")
     return MappingProxyType(found)
 
 
@@ -280,6 +281,8 @@ class ModelServer:
         self.preemptions = 0
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
+        # What those in the queue have to read: prompts, and of those that were put back their own tokens.
+        self.waiting_tokens = 0
         self._now = float("-inf")
         self._waiting: OrderedDict[str, _Job] = OrderedDict()
         self._running: OrderedDict[str, _Job] = OrderedDict()
@@ -339,6 +342,7 @@ class ModelServer:
             )
         self._catch_up(now)
         self._waiting[id] = _Job(id, prompt_tokens, output_tokens)
+        self.waiting_tokens += prompt_tokens
         self._replan()
         return self._take_events()
 
@@ -352,7 +356,8 @@ class ModelServer:
             self._leaves(job)
             self._reading = [(j, part) for j, part in self._reading if j is not job]
             self._replan()
-        elif self._waiting.pop(id, None):
+        elif job := self._waiting.pop(id, None):
+            self.waiting_tokens -= job.prompt + job.made
             self._replan()
         return self._take_events()
 
@@ -385,15 +390,12 @@ class ModelServer:
     def _catch_up(self, now: float) -> None:
         if now > self._now:
             self._now = now
-        while self._steps and self._end(self._done + 1) <= self._now:
-            steps = self._steps
-            if self._end(steps) <= self._now:
-                ended = steps
-            else:
-                ended = bisect_right(range(steps + 1), self._now, lo=self._done + 1, key=self._end) - 1
-            self._complete(ended - self._done)
-            if self._done == self._steps:
-                self._plan(self._end(self._steps))
+        while self._steps and (ends := self._end(self._steps)) <= self._now:
+            self._complete(self._steps - self._done, ends)
+            self._plan(ends)
+        if self._done + 1 < self._steps and self._end(self._done + 1) <= self._now:
+            ended = bisect_right(range(self._steps), self._now, lo=self._done + 2, key=self._end) - 1
+            self._complete(ended - self._done, self._end(ended))
 
     def _replan(self) -> None:
         """Somebody came or went: the step under way is the last that was planned without knowing."""
@@ -402,9 +404,8 @@ class ModelServer:
         else:
             self._plan(self._now)
 
-    def _complete(self, steps: int) -> None:
+    def _complete(self, steps: int, at: float) -> None:
         self._done += steps
-        at = self._end(self._done)
         batch = self._batch
         if batch:
             self._count += steps
@@ -418,7 +419,7 @@ class ModelServer:
                 while ends and ends[0][0] <= count:
                     _, place, job = heappop(ends)
                     if job.place == place:
-                        self._finish(job, max(1, job.wanted - 1), at)
+                        self._finish(job, job.wanted - 1, at)
         for job, part in self._reading:
             job.unread -= part
             if not job.unread:
@@ -507,6 +508,7 @@ class ModelServer:
         job.held = job.unread = 0
         self._waiting[id] = job
         self._waiting.move_to_end(id, last=False)
+        self.waiting_tokens += job.prompt + job.made
         self.preemptions += 1
         self._events.append(Event(at, id, Kind.PREEMPTED))
 
@@ -514,6 +516,7 @@ class ModelServer:
         del self._waiting[job.id]
         self._running[job.id] = self._unread[job.id] = job
         job.held, job.unread = need, need - 1
+        self.waiting_tokens -= need - 1
         job.place = self._places
         self._places += 1
         self._used += need
@@ -525,6 +528,7 @@ class ModelServer:
         batch, context, reading = self._batch, self._context, self._reading
         if not batch and not reading:
             self._steps = 0
+            self._ends.clear()  # of those that were cancelled
             return
         t = self.timing
         if reading:

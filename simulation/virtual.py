@@ -868,6 +868,7 @@ class VirtualFleet:
             late=usage.late,
             held_prompt_tokens=usage.held_prompt_tokens,
             oldest_wait_s=usage.oldest_wait_s,
+            turned_late=usage.turned_late,
             kv_tokens=sum(i.server.kv_tokens_used for i in self._instances.values()),
             slo=self.setting.slo,
             late_bound_s=self.setting.late_bound_s,

@@ -72,6 +72,7 @@ TRAFFIC: dict[str, Any] = {
     "late": 2,
     "held_prompt_tokens": 500,
     "oldest_wait_s": 1.5,
+    "turned_late": 7,
     "first_token_s": 3.0,
     "prompt_token_s": 0.002,
     "late_bound_s": 60.0,
@@ -646,7 +647,7 @@ def test_a_goal_is_short_for_the_policy_that_keeps_it(monkeypatch: pytest.Monkey
     assert policy("--goal", "0.999") == Objective(goal=0.999)
     assert policy("--policy", "objective", "--policy-param", "goal=0.999") == Objective(goal=0.999)
     assert policy("--goal", "0.99", "--policy-param", "min_hot=2") == Objective(goal=0.99, min_hot=2)
-    assert policy() == Busy()
+    assert policy() == Objective()
     for wrong, said in (
         (("--goal", "2"), "policy objective: goal 2: wanted 0.5 to"),
         (("--goal", "nan"), "policy parameter goal nan"),

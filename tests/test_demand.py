@@ -8,6 +8,8 @@ import pytest
 from demand import ARRIVING_S, MIX_S, SILENT_S, Arrived, Demand, Mix, Report
 from policies import BIN_S, Traffic
 
+NOW = 1_700_000_000.0
+
 
 def report(name: str = "lb", demand: float = 1.0, **more: object) -> Report:
     defaults: dict[str, object] = {
@@ -257,3 +259,43 @@ def test_a_policy_is_given_the_demand_as_far_back_as_it_looks_and_one_more() -> 
     assert [t for t, _ in d.since(88.0)] == [85.0, 90.0, 95.0], "else it would never have looked back so far"
     assert len(d.since(-math.inf)) == 20
     assert d.since(500.0) == [(95.0, 0.0)]
+
+
+# -- the fleet's own capacity ----------------------------------------------------------------------------
+
+
+def saturated(d: Demand, at: float, arrived: float, held: float) -> None:
+    d.heard(report(arrivals=round(arrived), arrived_work=arrived, held_work=held), at)
+
+
+def test_what_a_full_fleet_serves_is_its_capacity() -> None:
+    """Two hot instances, 300 work/s arrive, and what waits grows by 100 a second: they do 100 each."""
+    d = Demand("a")
+    for n in range(30):
+        at = NOW + 5.0 * n
+        saturated(d, at, 1500.0 * n, 500.0 * n + 1.0)
+        d.served(2, at)
+    assert d.saturated_work_s() == pytest.approx(100.0, rel=0.02)
+
+
+def test_nothing_is_learnt_of_a_fleet_that_is_not_full_or_has_just_changed() -> None:
+    d = Demand("a")
+    for n in range(60):
+        at = NOW + 5.0 * n
+        saturated(d, at, 1500.0 * n, 0.0)
+        d.served(2, at)
+    assert d.saturated_work_s() is None, "nothing waited"
+    d = Demand("a")
+    for n in range(60):
+        at = NOW + 5.0 * n
+        saturated(d, at, 1500.0 * n, 500.0)
+        d.served(2 + n % 2, at)
+    assert d.saturated_work_s() is None, "it was another number each time"
+
+
+def test_late_requests_are_counted_over_loadbalancers_and_their_restarts() -> None:
+    d = Demand("a")
+    d.heard(report(turned_late=5), NOW)
+    d.heard(report(turned_late=9, arrivals=20), NOW + 1.0)
+    d.heard(report(turned_late=2, arrivals=40), NOW + 2.0)
+    assert d.turned_late == 4

@@ -563,7 +563,7 @@ def test_an_expected_answer_never_exceeds_the_limit() -> None:
 # -- throughput ------------------------------------------------------------------------------------------
 
 
-def rates(b: Bench, per_s: float, seconds: int = 20, **more: object) -> float:
+def rates(b: Bench, per_s: float, seconds: int = 200, **more: object) -> float:
     """The measured throughput after so many reports, one a second, of that rate."""
     total = 10_000.0
     for _ in range(seconds):
@@ -591,6 +591,17 @@ def test_a_rate_above_the_estimate_raises_it() -> None:
     assert rates(bench(instance(1)), 170.0) == pytest.approx(170.0, rel=0.02)
 
 
+def test_a_rate_that_is_high_for_a_moment_says_nothing_of_one_that_is_not_full() -> None:
+    """Between two reports many answers may happen to go on and no prompt to be read."""
+    b = bench(instance(1))
+    total = 10_000.0
+    for n in range(60):
+        b.now += 1.0
+        total += 250.0 if n % 5 == 0 else 50.0  # 90 on average
+        b.report(1, generation_tokens_total=round(total))
+    assert b.row(1)["throughput_work_s"] == 100.0
+
+
 def test_a_rate_below_the_estimate_says_nothing_when_there_was_little_to_do() -> None:
     assert rates(bench(instance(1)), 20.0, running=1) == 100.0
 
@@ -612,7 +623,7 @@ def test_leases_that_no_client_uses_do_not_make_an_instance_look_slow() -> None:
 
 def test_prompt_tokens_count_by_their_weight() -> None:
     b = bench(instance(1))
-    for n in range(20):
+    for n in range(200):
         b.now += 1.0
         b.report(1, prompt_tokens_total=2000 * n)
     assert float(str(b.row(1)["throughput_work_s"])) == pytest.approx(200.0, rel=0.02)
@@ -946,7 +957,8 @@ def test_without_the_late_lane_nobody_is_late() -> None:
     assert served(b) == waiters[:1]
     b.balancer.done(lease.request_id, "finished", b.now)
     served(b)
-    assert (b.balancer.held_late, b.balancer.turned_late) == (0, 0)
+    assert b.balancer.held_late == 0
+    assert b.balancer.turned_late == 2, "who was given too late is counted all the same"
     assert not any(w.late for w in waiters)
 
 
@@ -1448,7 +1460,8 @@ def test_the_books_balance_whatever_happens(seed: int, late_bound_s: float | Non
         out = {k: x for k, x in out.items() if not x.over}
         check_books(b)
     assert b.balancer.routed > 1000
-    assert bool(b.balancer.turned_late) is (late_bound_s is not None)
+    assert b.balancer.turned_late > 0
+    assert late_bound_s is not None or b.balancer.held_late == 0
 
 
 def test_the_same_seed_makes_the_same_choices() -> None:

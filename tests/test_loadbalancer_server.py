@@ -167,6 +167,7 @@ def test_the_busy_report_is_json_that_says_it_all() -> None:
             "late": 0,
             "held_prompt_tokens": 0,
             "oldest_wait_s": 0.0,
+            "turned_late": 0,
             "first_token_s": 2.0,
             "prompt_token_s": 0.001,
             "late_bound_s": 300.0,

@@ -153,6 +153,7 @@ def test_a_request_has_a_value_for_every_second_from_the_first_arrival_to_the_en
         "late_lane": True,
         "max_instances": 8,
         "seed": 1,
+        "margin": 0.8,
     }
 
 
