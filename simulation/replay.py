@@ -53,22 +53,33 @@ UNCOVERED = 0.003
 """Share of the hot instances that were wanted for which the pool may have been too small on the replayed day:
 less than the half percent that is promised, because tomorrow is not today."""
 
+POOL_LOADS = 2.0
+"""Load times of history before a pool is sized: what is ordered on less comes after what it was for."""
+
 HEADROOM = 1.1
 """Beyond that pool, loads are ordered when this multiple of what is needed now is not loaded."""
 
 CURVE = (0.95, 0.98, 0.99, 0.995, 0.999)
 """The goals of which the operator is told the cost."""
 
+LEAST_SLOW_S = 1800.0
+"""Means as long as this are tried with any history."""
+
 K_STEP = 1.15
 """From one k to the next. Costs follow k, and the curve between is straight to within a percent."""
 
-K_MOST = 12.0
+KNEE = 1.25
+"""Of the fewest misses of a shape: near enough to them, where no k keeps the goal."""
+
+K_MOST = 6.0
+"""Times the longer mean where its share is over 1; the studies' largest was 4.1 (policy-study.md)."""
+
 MISSES_MOST, MISSES_LEAST = 0.10, 2e-4
 """A curve is followed between these: what no goal allows, and what a day of requests cannot measure."""
 
 
-def ladder(goal: float) -> tuple[Objective, ...]:
-    """The shapes that are tried."""
+def ladder(goal: float, history_s: float) -> tuple[Objective, ...]:
+    """The shapes that are tried. A mean over more than half of the history was never seen to follow it."""
     base = Objective(goal=goal)
     shapes = [
         {"fast_s": 300.0, "slow_s": 1800.0, "slow_share": 0.8, "hold_s": 60.0, "drain_s": 40.0},
@@ -80,7 +91,8 @@ def ladder(goal: float) -> tuple[Objective, ...]:
         {"fast_s": 300.0, "slow_s": 1800.0, "slow_share": 0.8, "hold_s": 60.0, "drain_s": 400.0},
         {"fast_s": 600.0, "slow_s": 1800.0, "slow_share": 0.8, "hold_s": 60.0, "drain_s": 40.0},
     ]
-    return tuple(replace(base, **s) for s in shapes)  # type: ignore[arg-type]
+    most_s = max(LEAST_SLOW_S, history_s / 2.0)
+    return tuple(replace(base, **s) for s in shapes if s["slow_s"] <= most_s)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -123,11 +135,14 @@ class Tried:
     usd: Floats
 
     def at(self, misses: float) -> tuple[float, float, bool]:
-        """k and dollars where the curve has these misses; and whether it comes down to them."""
+        """k and dollars where the curve has these misses; and whether it comes down to them.
+
+        A curve that does not come down so far is taken where it has nearly its fewest: more k buys nothing.
+        """
         # More is never taken to be worse: what a larger k happened to miss, a smaller one can have.
         low = np.minimum.accumulate(np.maximum(self.misses, MISSES_LEAST / 10))
         x = np.log(low[::-1])
-        wanted = math.log(misses)
+        wanted = math.log(max(misses, KNEE * float(low[-1])))
         k = math.exp(float(np.interp(wanted, x, np.log(self.k)[::-1])))
         usd = math.exp(float(np.interp(wanted, x, np.log(self.usd)[::-1])))
         return k, usd, bool(low[-1] <= misses)
@@ -154,7 +169,7 @@ def _try(bins: Bins, shape: Objective, fleet: Fleet, warm_s: int, seed: int) -> 
     middle = 1.5 / max(1.0, shape.slow_share)
     done = {middle: run(middle)}
     k = middle
-    while done[k].misses > MISSES_LEAST and k < K_MOST:
+    while done[k].misses > MISSES_LEAST and k < K_MOST / max(1.0, shape.slow_share):
         k *= K_STEP
         done[k] = run(k)
     k = middle
@@ -191,13 +206,15 @@ def tune(
         raise ValueError(f"{seconds} s of history: wanted a minute or more")
     warm_s = min(600, seconds // 6)
     tried = [
-        _try(history, replace(s, min_hot=min_hot), fleet, warm_s, seed) for s in (shapes or ladder(goal))
+        _try(history, replace(s, min_hot=min_hot), fleet, warm_s, seed)
+        for s in (shapes or ladder(goal, seconds))
     ]
     target = margin * (1.0 - goal)
     best = min(tried, key=lambda t: (not t.at(target)[2], _score(t, target)))
     k, usd, reached = best.at(target)
     level = replace(best.shape, goal=goal, k=k, pool_headroom=HEADROOM)
-    level = replace(level, pool=_pool(history, level, fleet, warm_s, seed))
+    if seconds >= POOL_LOADS * fleet.load_s:
+        level = replace(level, pool=_pool(history, level, fleet, warm_s, seed))
     per_day = DAY_S / (seconds - warm_s)
     curve = []
     for g in CURVE:
