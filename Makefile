@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client clean
+.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-fidelity bench-virtual clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY)
@@ -40,6 +40,17 @@ bench-checks: $(READY)
 
 bench-client: $(READY)
 	$(BIN)/python -m bench.client --json build/bench-client.json
+
+# Every policy on every trace, with pictures: about an hour on two cores. Traces: ../shared/traces, or TRACES=DIR.
+TRACES ?= ../shared/traces
+bench-policies: $(READY)
+	$(BIN)/python -m bench.policies --traces $(TRACES) --json build/bench-policies.json --plots build/policies
+
+bench-fidelity: $(READY)
+	$(BIN)/python -m bench.fidelity --json build/bench-fidelity.json
+
+bench-virtual: $(READY)
+	$(BIN)/python -m bench.virtual --traces $(TRACES) --json build/bench-virtual.json
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build .mypy_cache .ruff_cache

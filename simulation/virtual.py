@@ -62,7 +62,7 @@ MIN_TURN_S = 1.0
 BEAT_S = 1.0
 """Between two rounds of the loadbalancer's own work: tokens, load reports, expiry."""
 
-GRANT_S = (0.05, 0.8)
+GRANT_S = (0.02, 0.1)
 """Between two looks whether time alone has made room for somebody who is held: the first, doubling up to the
 second while it has not. Whatever else makes room is looked at when it happens."""
 

@@ -19,6 +19,7 @@ from localcloud.api import create_app as cloud_app
 from localcloud.market import MACHINES
 from localcloud.model import Cloud
 from localcloud.world import World
+from simulation import command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,6 +40,7 @@ FLAGS = {
     "autoscaler_server.py": flags_of(autoscaler_server._parser()),
     "loadbalancer_server.py": flags_of(loadbalancer_server._parser()),
     "sim.py": flags_of(sim._parser()),
+    "sim.py --virtual": flags_of(command._parser()),
     "localcloud": flags_of(localcloud_main._parser()),
     "gateway.py": flags_of(gateway._parser()),
 }
