@@ -36,7 +36,7 @@ POOL = 4
 POLICY = "busy"
 RATES = (2.0, 6.0, 10.0, 4.0, 1.5)
 """Requests a second, for SLICE_S each; one RTX 3090 or 4090 answers about four of these."""
-SLICE_S = 60.0
+SLICE_S = 40.0
 LIVE_TIMEOUT_S = 600.0
 
 TARGETS = {"ttft_p50": 0.10, "ttft_p95": 0.10, "usd": 0.03}

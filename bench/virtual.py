@@ -26,11 +26,12 @@ from bench.policies import GPUS, START_SHARE, TRACES, read_log
 from command_line import Parser, run_main
 from errors import ConfigError
 from instance_states import Limits
+from localcloud.market import Machine
 from policies import Fixed, Objective, Policy, Seen, Targets
 from profiles import get_profile
 from simulation import traces
 from simulation.capacity import capacity_of
-from simulation.cloud import deep_market, times_for
+from simulation.cloud import times_for
 from simulation.timing import timing_for
 from simulation.traces import Request
 from simulation.virtual import Outcome, Setting, simulate
@@ -67,9 +68,11 @@ class Ticked:
 
 def setting(profile_name: str, **changes: Any) -> Setting:
     """A market of one kind of machine, as the comparison in the fluid model has it."""
-    gpu, _, _ = GPUS[profile_name]
+    gpu, count, usd_h = GPUS[profile_name]
     profile = get_profile(profile_name)
-    machines = [m for m in deep_market() if m.gpu_name == gpu and m.usd_gpu_h < 0.9]
+    machines = [
+        Machine(5000 + n, gpu, usd_h / count, num_gpus=count, slots=64, disk_gb=1e5) for n in range(8)
+    ]
     base = Setting(
         profile=profile,
         machines=machines,
