@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 SPEEDUP = 20.0
 POOL = 4
-POLICY = "busy"
+POLICY = "objective"
 RATES = (2.0, 6.0, 10.0, 4.0, 1.5)
 """Requests a second, for SLICE_S each; one RTX 3090 or 4090 answers about four of these."""
 SLICE_S = 40.0

@@ -99,7 +99,10 @@ def test_a_wrong_trace_is_one_line_and_status_2(tmp_path: Path) -> None:
     )
     assert ran.returncode == 2
     assert ran.stdout == ""
-    assert ran.stderr == f"sim.py: {path}: line 4: arrival_s: its time is 0.5 s before that of the row before it\n"
+    assert (
+        ran.stderr
+        == f"sim.py: {path}: line 4: arrival_s: its time is 0.5 s before that of the row before it\n"
+    )
 
 
 def test_hazards_cost_money_and_no_request(tmp_path: Path) -> None:
