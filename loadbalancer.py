@@ -42,28 +42,27 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import count, islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
+from dispatch.instances import AVOID_S, STOCK_LEAST, STOCK_MOST, Entry, Instance, Queue
+from dispatch.line import LATE_BOUND_S, Line
+from dispatch.stock import Batch
+from dispatch.types import (
+    Ask,
+    Ended,
+    HotSet,
+    InstanceUse,
+    Lease,
+    Load,
+    Poll,
+    Push,
+    Refill,
+    Usage,
+    Waiter,
+)
 from slo import Slo
-
-FLOOR = 0.5
-"""An unfinished lease counts for at least this share of its work: on average half of it is left."""
-
-CLASS_RATIO = 1.25
-"""Instances whose throughputs (and whose seconds of capacity) are within this ratio share a queue."""
-
-FEW = 3
-"""Places of a heap that are compared: among machines of about one speed the first ones are near enough."""
-
-READING_S = 1.0
-"""Seconds of prompts an instance may have to read before it is given another: half of the objective."""
-
-LATE_BOUND_S = 300.0
-"""So long a late request waits at most while there are others in time: in the study of the policies none
-waited for much longer (reference/policy-study.md), so the bound seldom costs anybody his time."""
 
 LOOK = 8
 """Looked at when those are full: the key is the room, so behind a few full ones all are full."""
@@ -104,11 +103,6 @@ LENGTH_PRIOR = 20.0
 LENGTH_MEMORY = 1000.0
 """Completions of about this number make up the learned mean: minutes of traffic of a small fleet."""
 
-STOCK_LEAST, STOCK_MOST = 400, 2000
-"""Tokens kept for an instance, and a bound. An idle one has enough for a burst and for a while of use: with
-64 a thousand that begin to be used together were refilled twice in their first seconds, which took a sixth
-of the rate (bench/route.py, 2026-11). 400 are 40 kB."""
-
 STOCK_S = 40.0
 """Seconds of use a full stock lasts; it is refilled at a quarter, or at half of the least."""
 
@@ -118,14 +112,8 @@ USE_INTERVAL_S = 1.0
 BATCH = 1000
 """Tokens fetched at a time: 1000 are parsed in about 3 ms, for so long nothing is answered."""
 
-TOKEN_SHARE = 0.8
-"""A token is leased in this first part of its life only, so that the client has the rest."""
-
 TOKEN_LIFE_S = 5.0
 """Tokens of a shorter life are of no use: they would be renewed all the time."""
-
-RENEW_SHARE = 0.7
-"""After this part of the newest tokens' life new ones are fetched: an idle instance never runs dry."""
 
 REFILL_DRY, REFILL_LOW = 20, 4
 """Refills begun in one call: each is about 0.6 ms of processor in which nothing is answered."""
@@ -138,9 +126,6 @@ REFILL_RETRY_S = (0.25, 10.0)
 
 FAILURES_IN_A_ROW = 3
 """Failures without a success between them after which an instance is avoided."""
-
-AVOID_S = (1.0, 30.0)
-"""How long it is avoided at least: the first, doubling up to the second until a request is finished there."""
 
 IDLE_POLL_RATIO = 5.0
 """An instance without work is polled so many times less often."""
@@ -180,421 +165,6 @@ REMEMBER_DONE = 10_000
 """So many leases ended by their client are remembered until the report that tells their length."""
 
 
-# -- what is told ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HotInstance:
-    """One instance of the hot set; capacity_work / throughput_work_s are the seconds of work it may hold.
-
-    certificate: the only one that TLS to it may find (PEM), public_key_sha256: of its key; None without TLS.
-    """
-
-    id: int
-    draining: bool
-    address: str
-    auth_url: str
-    master_token: str = field(repr=False)
-    throughput_work_s: float
-    capacity_work: float
-    certificate: str | None = None
-    public_key_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class HotSet:
-    """What the autoscaler says may be used. Versions grow within an epoch: one autoscaler process."""
-
-    epoch: str
-    version: int
-    model: str
-    prefill_weight: float
-    expected_output_tokens: float
-    expected_hot_s: float | None
-    instances: tuple[HotInstance, ...]
-
-
-class Ended(Protocol):
-    """The end of one request, as an instance reports it."""
-
-    @property
-    def id(self) -> str:
-        """Request id."""
-
-    @property
-    def status(self) -> str:
-        """finished, aborted or failed."""
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens it was answered with."""
-
-
-class Load(Protocol):
-    """One load report: events since the one before, and how things stand."""
-
-    @property
-    def boot_id(self) -> str:
-        """Changes when the instance reboots."""
-
-    @property
-    def seq(self) -> int:
-        """Number of the last event in it."""
-
-    @property
-    def started(self) -> Sequence[str]:
-        """Request ids whose token was taken."""
-
-    @property
-    def ended(self) -> Sequence[Ended]:
-        """Requests that ended."""
-
-    @property
-    def running(self) -> int:
-        """Requests being served."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests waiting inside the model server."""
-
-    @property
-    def model_up(self) -> bool:
-        """Whether the model server answers; the other figures are 0 when not."""
-
-    @property
-    def prompt_tokens_total(self) -> int:
-        """Counter since the model server started."""
-
-    @property
-    def generation_tokens_total(self) -> int:
-        """Counter since the model server started."""
-
-
-# -- what is said ----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Ask:
-    """What a client wants: work, the max_tokens behind it if known, instances that must not serve it.
-
-    prompt_tokens: part of that work; 0 where only the work was told.
-    """
-
-    work: float
-    max_tokens: int | None = None
-    avoid: Collection[int] = ()
-    prompt_tokens: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """What a client is given. started: the report in which it was seen to have started, 0 before."""
-
-    request_id: str
-    token: str = field(repr=False)
-    instance_id: int
-    told: HotInstance = field(repr=False)
-    work: float
-    max_tokens: int | None
-    given_at: float
-    expires_at: float
-    batch: "_Batch" = field(repr=False)
-    boot_id: str | None
-    started: int = 0
-    over: bool = False
-
-    @property
-    def address(self) -> str:
-        """Where its request goes."""
-        return self.told.address
-
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    """A request that is held. over: granted, cancelled, or past `until`.
-
-    since: when it came. give_by: given later it is late.
-    """
-
-    ask: Ask
-    until: float
-    since: float
-    give_by: float
-    late: bool = False
-    over: bool = False
-
-
-@dataclass(frozen=True)
-class Refill:
-    """Fetch so many tokens there, then call add_tokens or refill_failed with this."""
-
-    told: HotInstance = field(repr=False)
-    count: int
-
-    @property
-    def instance_id(self) -> int:
-        """Of whom."""
-        return self.told.id
-
-
-@dataclass(frozen=True)
-class Poll:
-    """Ask for the load report there, then call report or poll_failed with this."""
-
-    told: HotInstance = field(repr=False)
-    after: int
-
-    @property
-    def instance_id(self) -> int:
-        """Whose."""
-        return self.told.id
-
-
-class Push(NamedTuple):
-    """What an instance says by itself: its events after..seq. number grows within a boot."""
-
-    boot_id: str
-    number: int
-    after: int
-    seq: int
-    missed: bool
-    started: Sequence[str]
-    ended: Sequence[Ended]
-    model_up: bool
-
-
-class InstanceUse(NamedTuple):
-    """One instance's part of Usage; working_s and failures are cumulative."""
-
-    unfinished: int
-    work: float
-    working_s: float
-    throughput_work_s: float
-    failures: int
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the autoscaler must know. What has arrived or turned late is cumulative; demand counts all.
-
-    arrived_output_tokens: as expected when they came. late: of the held, in the late lane.
-    """
-
-    busy: float
-    demand: float
-    held: int
-    held_work: float
-    arrivals: int
-    arrived_work: float
-    instances: Mapping[int, InstanceUse]
-    arrived_prompt_tokens: int = 0
-    arrived_output_tokens: float = 0.0
-    in_flight: int = 0
-    late: int = 0
-    held_prompt_tokens: int = 0
-    oldest_wait_s: float = 0.0
-    turned_late: int = 0
-
-
-# -- tokens ----------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """Tokens that were fetched together. until: they are leased no longer."""
-
-    tokens: list[str]
-    until: float
-    expires_at: float
-
-
-class _Stock:
-    """The tokens of one instance; those of the oldest batch go first."""
-
-    def __init__(self) -> None:
-        self._batches: deque[_Batch] = deque()
-        self.size = 0
-        self.renew_at = math.inf
-
-    def add(self, tokens: Sequence[str], expires_in_s: float, now: float) -> None:
-        if tokens:
-            until = now + TOKEN_SHARE * expires_in_s
-            self._batches.append(_Batch(list(tokens), until, now + expires_in_s))
-            self.size += len(tokens)
-            self.renew_at = now + RENEW_SHARE * expires_in_s
-
-    def take(self, now: float) -> tuple[str, _Batch] | None:
-        self.drop_old(now)
-        if not self._batches:
-            return None
-        batch = self._batches[0]
-        self.size -= 1
-        token = batch.tokens.pop()
-        if not batch.tokens:
-            self._batches.popleft()
-        return token, batch
-
-    def give_back(self, token: str, batch: _Batch) -> None:
-        if not batch.tokens:
-            self._batches.appendleft(batch)
-        batch.tokens.append(token)
-        self.size += 1
-
-    def drop_old(self, now: float) -> None:
-        while self._batches and self._batches[0].until <= now:
-            self.size -= len(self._batches.popleft().tokens)
-
-    def clear(self) -> None:
-        self._batches.clear()
-        self.size = 0
-
-    def fresh(self, now: float) -> int:
-        """How many there are; none when they are to be renewed, although they are still good."""
-        return self.size if now < self.renew_at else 0
-
-
-# -- one instance ----------------------------------------------------------------------------------------
-
-
-class _Instance:
-    """What is known of one instance of the hot set, under one address."""
-
-    def __init__(self, told: HotInstance, now: float) -> None:
-        self.told = told
-        self.throughput = told.throughput_work_s
-        self.capacity = told.capacity_work
-        self.crowded = False  # requests waited inside it at the last report
-        self.measured = False
-        self.cls = (0, 0)
-        self.leases: dict[str, Lease] = {}
-        self.given = 0.0  # work of the unfinished leases
-        self.foreign = 0.0  # work that others gave it, by the last report
-        self.free_at = now
-        self.read_at = now  # when it will have read the prompts that it was given
-        self.entry: _Entry | None = None  # its place in the queue; None when it cannot serve
-        self.stock = _Stock()
-        self.boot_id: str | None = None
-        self.level = STOCK_LEAST
-        self.taken = 0
-        self.counted_from = now
-        self.refilling = False
-        self.refill_failures = 0
-        self.retry_at = now
-        self.seq = 0
-        self.push_number = -1
-        self.pushes = 0
-        self.polling = False
-        self.polled_at = now
-        self.reports = 0
-        # (time, work total, tokens made) that the next rate is taken from
-        self.base: tuple[float, float, int] | None = None
-        self.was_saturated = False
-        self.quiet = False
-        self.running = 0
-        self.waiting = 0
-        self.failures = 0
-        self.streak = 0
-        self.avoided_until: float | None = None
-        self.avoid_s = AVOID_S[0]
-        self.working_s = 0.0
-        self.working_since = now
-        self.classify()
-
-    @property
-    def id(self) -> int:
-        return self.told.id
-
-    def classify(self) -> None:
-        step = math.log(CLASS_RATIO)
-        self.cls = (
-            round(math.log(self.throughput) / step),
-            round(math.log(self.capacity / self.throughput) / step),
-        )
-
-    def work(self, now: float) -> float:
-        """The work it has left, by the estimate."""
-        total = self.given + self.foreign
-        left = (self.free_at - now) * self.throughput
-        if left > total:
-            return total
-        return left if left > FLOOR * total else FLOOR * total
-
-    def at_floor(self, now: float) -> bool:
-        """Whether its work stays what it is until something happens."""
-        return (self.free_at - now) * self.throughput <= FLOOR * (self.given + self.foreign)
-
-    def has_room(self, work: float, left: float, now: float) -> bool:
-        """Whether work may be given to one that has left: within its capacity, or because it is idle."""
-        if left + work <= self.capacity and self.read_at - now <= READING_S:
-            return True
-        return not self.leases and self.foreign == 0.0
-
-    def is_low(self, now: float) -> bool:
-        """Whether tokens are to be fetched for it."""
-        low = max(STOCK_LEAST // 2, self.level // 4)
-        return not self.told.draining and not self.refilling and self.stock.fresh(now) < low
-
-    def working(self, now: float) -> float:
-        """Seconds with a request under way, so far."""
-        return self.working_s + (now - self.working_since if self.leases else 0.0)
-
-
-_Entry = tuple[float, float, int, _Instance]
-"""(key, random, counter, instance): ties are broken by chance, then by age. Void unless it is inst.entry."""
-
-
-class _Queue:
-    """The instances of one class that can serve. No entry is ever taken out, they become void."""
-
-    def __init__(self) -> None:
-        self.draining: list[_Entry] = []  # by free_at
-        self.steady: list[_Entry] = []  # by seconds of work: at their floor, or idle
-
-    def add(self, inst: _Instance, tie: tuple[float, int], most: int, now: float) -> None:
-        steady = inst.at_floor(now)
-        heap = self.steady if steady else self.draining
-        key = inst.work(now) / inst.throughput if steady else inst.free_at
-        inst.entry = (key, *tie, inst)
-        heapq.heappush(heap, inst.entry)
-        if len(heap) > most:
-            heap[:] = [e for e in heap if e[3].entry is e]
-            heapq.heapify(heap)
-
-    def first(self, now: float) -> list[_Entry]:
-        """The first of both heaps: their first places, in which the two smallest keys are for certain."""
-        self._mend(now)
-        return self.draining[:FEW] + self.steady[:FEW]
-
-    def take(self, most: int) -> "list[tuple[list[_Entry], _Entry]]":
-        """Take the first so many out of each heap: (heap, entry). Put them back."""
-        taken = []
-        for heap in (self.draining, self.steady):
-            found = 0
-            while heap and found < most:
-                entry = heapq.heappop(heap)
-                if entry[3].entry is entry:
-                    taken.append((heap, entry))
-                    found += 1
-        return taken
-
-    def _mend(self, now: float) -> None:
-        """Make the first entry of each heap a true one."""
-        while self.draining:
-            inst = self.draining[0][3]
-            if inst.entry is self.draining[0]:
-                if not inst.at_floor(now):
-                    break
-                _, chance, age, _ = self.draining[0]
-                inst.entry = (inst.work(now) / inst.throughput, chance, age, inst)
-                heapq.heappush(self.steady, inst.entry)
-            heapq.heappop(self.draining)
-        while self.steady and self.steady[0][3].entry is not self.steady[0]:
-            heapq.heappop(self.steady)
-
-
-# -- the whole -------------------------------------------------------------------------------------------
-
-
 class LoadBalancer:
     """The hot set with its work, tokens and leases, and those who wait."""
 
@@ -615,9 +185,8 @@ class LoadBalancer:
         slo: what late means. late_bound_s: None for one line of all, first come first served.
         """
         self.lease_s = lease_s
-        self.max_held = max_held
         self.slo = slo or Slo()
-        self.late_bound_s = late_bound_s
+        self.line = Line(max_held, late_bound_s)
         self.poll_interval_s = poll_interval_s
         self.epoch: str | None = None
         self.version: int | None = None
@@ -630,26 +199,17 @@ class LoadBalancer:
         self.refused = 0
         self.arrived_prompt_tokens = 0
         self.arrived_output_tokens = 0.0
-        self.held = 0
-        self.held_work = 0.0
-        self.held_prompt_tokens = 0
-        self.held_late = 0
-        self.turned_late = 0  # requests that could not be in time any more, so far
         self.ends: dict[str, int] = {}  # how leases ended -> how many
         self._rng = rng
         self._request_id = request_id
         self._counter = count()
-        self._instances: dict[int, _Instance] = {}
-        self._queues: dict[tuple[int, int], _Queue] = {}
+        self._instances: dict[int, Instance] = {}
+        self._queues: dict[tuple[int, int], Queue] = {}
         self._leases: dict[str, Lease] = {}
         self._expiring: deque[Lease] = deque()  # by expires_at
         self._serving: deque[Lease] = deque()  # started when they would have expired; by given_at
         self._done_early: dict[str, int | None] = {}
         self._thirsty: dict[int, None] = {}
-        self._waiters: deque[Waiter] = deque()  # who can be in time
-        self._late: deque[Waiter] = deque()
-        self._work_ahead = 0.0  # of those who can be in time
-        self._must_queue = False
         self._left_epochs: deque[str] = deque(maxlen=16)
         self._hot_expected_at: float | None = None
         self._lengths: dict[int, tuple[float, float]] = {}  # bits of max_tokens -> (completions, tokens)
@@ -691,7 +251,7 @@ class LoadBalancer:
         for new in named.values():
             known = self._instances.get(new.id)
             if known is None:
-                known = self._instances[new.id] = _Instance(new, now)
+                known = self._instances[new.id] = Instance(new, now)
             else:
                 known.capacity *= new.capacity_work / known.told.capacity_work
                 known.told = new
@@ -719,7 +279,7 @@ class LoadBalancer:
         if hot:
             self._typical_capacity = sum(i.capacity for i in hot) / len(hot)
 
-    def _forget(self, inst: _Instance, now: float) -> None:
+    def _forget(self, inst: Instance, now: float) -> None:
         for lease in list(inst.leases.values()):
             self._release(inst, lease, "lost", now)
         inst.entry = None
@@ -748,7 +308,7 @@ class LoadBalancer:
 
     def route(self, ask: Ask, now: float) -> Lease | None:
         """A lease for it, or None when no instance may take it now or others wait already (see grant)."""
-        if self.held and (self._must_queue or self._overdue_blocks(now)):
+        if self.line.held and self.line.blocks(now, lambda other: self._only_avoids(other, now)):
             return None
         return self._lease(ask, now)
 
@@ -771,7 +331,7 @@ class LoadBalancer:
         if not first:
             return 1.0  # no tokens, or all are being avoided: that is over in a moment or known soon
         room_s = min((i.work(now) + ask.work - i.capacity) / i.throughput for i in first)
-        return min(60.0, max(1.0, room_s + self.held_work / self._hot_throughput))
+        return min(60.0, max(1.0, room_s + self.line.work / self._hot_throughput))
 
     def _lease(self, ask: Ask, now: float) -> Lease | None:
         if len(self._leases) >= MAX_LEASES:
@@ -789,9 +349,9 @@ class LoadBalancer:
                 return self._give(inst, request_id, token, batch, ask, now)
         return None
 
-    def _choose(self, work: float, avoid: Collection[int], now: float) -> _Instance | None:
+    def _choose(self, work: float, avoid: Collection[int], now: float) -> Instance | None:
         """The instance that is predicted to be done with it first, among the first few of each class."""
-        best: _Instance | None = None
+        best: Instance | None = None
         best_s = math.inf
         for queue in self._queues.values():
             found = self._best_of(queue.first(now), work, avoid, now)
@@ -805,10 +365,10 @@ class LoadBalancer:
         return best
 
     def _best_of(
-        self, entries: Iterable[_Entry], work: float, avoid: Collection[int], now: float
-    ) -> tuple[float, _Instance] | None:
+        self, entries: Iterable[Entry], work: float, avoid: Collection[int], now: float
+    ) -> tuple[float, Instance] | None:
         """(seconds until it would be done, instance) of the best that has room."""
-        best: _Instance | None = None
+        best: Instance | None = None
         best_s = math.inf
         for entry in entries:
             inst = entry[3]
@@ -819,9 +379,7 @@ class LoadBalancer:
                     best, best_s = inst, done_s
         return None if best is None else (best_s, best)
 
-    def _give(
-        self, inst: _Instance, request_id: str, token: str, batch: _Batch, ask: Ask, now: float
-    ) -> Lease:
+    def _give(self, inst: Instance, request_id: str, token: str, batch: Batch, ask: Ask, now: float) -> Lease:
         told = inst.told
         lease = Lease(
             request_id=request_id,
@@ -876,7 +434,7 @@ class LoadBalancer:
         self._requeue(inst, now)
         return True
 
-    def _release(self, inst: _Instance, lease: Lease, how: str, now: float) -> None:
+    def _release(self, inst: Instance, lease: Lease, how: str, now: float) -> None:
         """Take its work off the instance; the caller requeues."""
         lease.over = True
         del self._leases[lease.request_id]
@@ -919,19 +477,8 @@ class LoadBalancer:
 
     def hold(self, ask: Ask, until: float, now: float) -> Waiter | None:
         """A place at the end of its lane, or None when as many are held as may be."""
-        if self.held >= self.max_held:
-            return None
-        waiter = Waiter(ask, until, now, now + self._time_to_give_s(ask))
-        self.held += 1
-        self.held_work += ask.work
-        self.held_prompt_tokens += ask.prompt_tokens
-        if self.late_bound_s is not None and now + self._wait_s(now) > waiter.give_by:
-            self._turn_late(waiter)
-        else:
-            self._must_queue = self._must_queue or not self._only_avoids(ask, now)
-            self._waiters.append(waiter)
-            self._work_ahead += ask.work
-        return waiter
+        blocked = not self._only_avoids(ask, now)
+        return self.line.hold(ask, until, now, self._time_to_give_s(ask), self._wait_s(now), blocked=blocked)
 
     def _time_to_give_s(self, ask: Ask) -> float:
         """For so long it may wait and still be in time: what reading it takes is not left for waiting."""
@@ -941,101 +488,21 @@ class LoadBalancer:
     def _wait_s(self, now: float) -> float:
         """How long one would wait who came now, by the work ahead and by when something will be hot."""
         if self._hot:
-            return self._work_ahead / max(self._hot_throughput, 1e-9)
+            return self.line.work_ahead / max(self._hot_throughput, 1e-9)
         return 0.0 if self._hot_expected_at is None else max(0.0, self._hot_expected_at - now)
-
-    def _turn_late(self, waiter: Waiter) -> None:
-        waiter.late = True
-        place = len(self._late)
-        while place and self._late[place - 1].since > waiter.since:
-            place -= 1  # those were late at once; he came before them
-        self._late.insert(place, waiter)
-        self.held_late += 1
-        self.turned_late += 1
 
     def cancel(self, waiter: Waiter) -> None:
         """It waits no more: the client went away, or its time is over."""
-        if waiter.over:
-            return
-        waiter.over = True
-        self.held -= 1
-        self.held_work = self.held_work - waiter.ask.work if self.held else 0.0
-        self.held_prompt_tokens -= waiter.ask.prompt_tokens
-        if waiter.late:
-            self.held_late -= 1
-        else:
-            self._leaves_line(waiter)
-
-    def _leaves_line(self, waiter: Waiter) -> None:
-        more = self.held > self.held_late
-        self._work_ahead = max(0.0, self._work_ahead - waiter.ask.work) if more else 0.0
+        self.line.cancel(waiter)
 
     def grant(self, now: float) -> list[tuple[Waiter, Lease]]:
-        """Leases for those who may be served now: the overdue, those in time, the late; each in their order.
+        """Leases for those who may be served now, in the order of the line.
 
-        Who could be served but for the instances he avoids lets the others pass. Call it whenever capacity
-        may have appeared, also with time alone.
+        Call it whenever capacity may have appeared, also with time alone.
         """
-        granted: list[tuple[Waiter, Lease]] = []
-        self._must_queue = False
-        if self.held:
-            if self._overdue(now):
-                self._serve(self._late, granted, now, only_overdue=True)
-            if not self._must_queue:
-                self._serve(self._waiters, granted, now)
-            if not self._must_queue and self._late:
-                self._serve(self._late, granted, now)
-                self._must_queue = False  # new ones go before the late, who get what is left
-        for lane in (self._waiters, self._late):
-            while lane and (lane[0].over or (lane is self._waiters and lane[0].late)):
-                lane.popleft()
-        if len(self._waiters) > 2 * (self.held - self.held_late) + 64:
-            self._waiters = deque(w for w in self._waiters if not (w.over or w.late))
-        if len(self._late) > 2 * self.held_late + 64:
-            self._late = deque(w for w in self._late if not w.over)
-        return granted
-
-    def _serve(
-        self,
-        lane: deque[Waiter],
-        granted: list[tuple[Waiter, Lease]],
-        now: float,
-        *,
-        only_overdue: bool = False,
-    ) -> None:
-        """Give leases along the lane, until one finds no room: then _must_queue is set."""
-        in_time = lane is self._waiters and self.late_bound_s is not None
-        for waiter in lane:
-            if waiter.over or (in_time and waiter.late):
-                continue
-            if waiter.until <= now:
-                self.cancel(waiter)
-                continue
-            if in_time and waiter.give_by < now:
-                self._turn_late(waiter)
-                self._leaves_line(waiter)
-                continue
-            if only_overdue and now - waiter.since <= (self.late_bound_s or 0.0):
-                break
-            lease = self._lease(waiter.ask, now)
-            if lease is not None:
-                self.cancel(waiter)
-                granted.append((waiter, lease))
-                self.turned_late += waiter.give_by < now and not waiter.late  # all in one line
-            elif not self._only_avoids(waiter.ask, now):
-                self._must_queue = True
-                break
-
-    def _overdue(self, now: float) -> bool:
-        """Whether a late one has waited for as long as it may."""
-        late = self._late
-        while late and late[0].over:
-            late.popleft()
-        return bool(late) and self.late_bound_s is not None and now - late[0].since > self.late_bound_s
-
-    def _overdue_blocks(self, now: float) -> bool:
-        """Whether an overdue one waits for room, and not only because of instances that he avoids."""
-        return self._overdue(now) and not self._only_avoids(self._late[0].ask, now)
+        return self.line.grant(
+            now, lambda ask: self._lease(ask, now), lambda ask: self._only_avoids(ask, now)
+        )
 
     def _only_avoids(self, ask: Ask, now: float) -> bool:
         """Whether an instance that it must not go to is all that has room for it."""
@@ -1049,8 +516,8 @@ class LoadBalancer:
         Instances that came together run low together, so a few are refilled in one call, more of those
         that are dry.
         """
-        dry: list[_Instance] = []
-        low: list[_Instance] = []
+        dry: list[Instance] = []
+        low: list[Instance] = []
         for instance_id in list(islice(self._thirsty, REFILL_LOOK)):
             inst = self._instances[instance_id]
             if not inst.is_low(now):
@@ -1099,7 +566,7 @@ class LoadBalancer:
         self._wants_tokens(inst, now)
         self._requeue(inst, now)
 
-    def _wanted_level(self, inst: _Instance, now: float) -> int:
+    def _wanted_level(self, inst: Instance, now: float) -> int:
         """Tokens that last STOCK_S by its use since counted_from."""
         level = STOCK_S * inst.taken / max(now - inst.counted_from, 0.05)
         if not inst.stock.size and inst.taken:
@@ -1118,11 +585,11 @@ class LoadBalancer:
         self._failed(inst, now)
         self._requeue(inst, now)
 
-    def _wants_tokens(self, inst: _Instance, now: float) -> None:
+    def _wants_tokens(self, inst: Instance, now: float) -> None:
         if inst.is_low(now):
             self._thirsty[inst.id] = None
 
-    def _booted(self, inst: _Instance, boot_id: str, seq: int, now: float) -> None:
+    def _booted(self, inst: Instance, boot_id: str, seq: int, now: float) -> None:
         """It is another boot than the one we knew: the old one's tokens and requests have died with it."""
         for lease in list(inst.leases.values()):
             self._release(inst, lease, "lost", now)
@@ -1152,7 +619,7 @@ class LoadBalancer:
                 out.append(Poll(inst.told, inst.seq))
         return out
 
-    def _poll_interval_of(self, inst: _Instance) -> float:
+    def _poll_interval_of(self, inst: Instance) -> float:
         """How old its report may get: what is half empty does not look full by mistake, so it can wait."""
         if not (inst.leases or inst.foreign or inst.told.draining or inst.avoided_until is not None):
             return IDLE_POLL_RATIO * self.poll_interval_s
@@ -1216,7 +683,7 @@ class LoadBalancer:
         return max(PUSH_INTERVAL_S, self._working / MAX_PUSHES_S)
 
     def _take_events(
-        self, inst: _Instance, started: Iterable[str], ended: Iterable[Ended], report: int, now: float
+        self, inst: Instance, started: Iterable[str], ended: Iterable[Ended], report: int, now: float
     ) -> None:
         for request_id in started:
             lease = inst.leases.get(request_id)
@@ -1225,7 +692,7 @@ class LoadBalancer:
         for end in ended:
             self._ended(inst, end, now)
 
-    def _ended(self, inst: _Instance, end: Ended, now: float) -> None:
+    def _ended(self, inst: Instance, end: Ended, now: float) -> None:
         lease = inst.leases.get(end.id)
         if lease is not None:
             self._release(inst, lease, end.status if end.status in ENDS else "failed", now)
@@ -1241,7 +708,7 @@ class LoadBalancer:
             keep = 1.0 - 1.0 / LENGTH_MEMORY
             self._lengths[bits] = (n * keep + 1.0, total * keep + end.output_tokens)
 
-    def _release_lost(self, inst: _Instance, load: Load, now: float) -> None:
+    def _release_lost(self, inst: Instance, load: Load, now: float) -> None:
         """Leases known to have started are over when two reports in a row say that nothing is under way.
 
         Their ends were lost: the instance keeps a bounded number of events, and its report can lag by a step.
@@ -1252,7 +719,7 @@ class LoadBalancer:
                 self._release(inst, lease, "lost", now)
         inst.quiet = quiet
 
-    def _learn_throughput(self, inst: _Instance, load: Load, now: float) -> None:
+    def _learn_throughput(self, inst: Instance, load: Load, now: float) -> None:
         """Follow the observed rate: up at any time, down only when it had all the work it can hold.
 
         What is not full shows a higher rate now and then by chance, so it is watched for RATE_UP_S first.
@@ -1281,7 +748,7 @@ class LoadBalancer:
         inst.base, inst.was_saturated = (now, total, load.generation_tokens_total), saturated
 
     def _learn_capacity(
-        self, inst: _Instance, load: Load, saturated: bool, tokens_s: float, now: float
+        self, inst: Instance, load: Load, saturated: bool, tokens_s: float, now: float
     ) -> None:
         """Less while requests wait inside it or get their tokens too slowly, more while it is full and well.
 
@@ -1304,7 +771,7 @@ class LoadBalancer:
             inst.capacity = min(told * CAPACITY_RANGE, max(told / CAPACITY_RANGE, inst.capacity * factor))
             inst.classify()
 
-    def _set_throughput(self, inst: _Instance, throughput: float, now: float) -> None:
+    def _set_throughput(self, inst: Instance, throughput: float, now: float) -> None:
         """Its work stays what it is; the time to drain it changes."""
         told = inst.told.throughput_work_s
         left = inst.work(now)
@@ -1314,36 +781,36 @@ class LoadBalancer:
 
     # -- failures --
 
-    def _failed(self, inst: _Instance, now: float) -> None:
+    def _failed(self, inst: Instance, now: float) -> None:
         inst.failures += 1
         inst.streak += 1
         if inst.streak >= FAILURES_IN_A_ROW and (inst.avoided_until is None or now >= inst.avoided_until):
             inst.avoided_until = now + inst.avoid_s
             inst.avoid_s = min(AVOID_S[1], 2.0 * inst.avoid_s)
 
-    def _give_up(self, inst: _Instance, now: float) -> None:
+    def _give_up(self, inst: Instance, now: float) -> None:
         """There is no doubt about it: it is avoided at once."""
         inst.streak = max(inst.streak, FAILURES_IN_A_ROW - 1)
         self._failed(inst, now)
 
-    def _succeeded(self, inst: _Instance) -> None:
+    def _succeeded(self, inst: Instance) -> None:
         inst.streak = 0
         inst.avoid_s = AVOID_S[0]
 
     # -- the queue --
 
-    def _requeue(self, inst: _Instance, now: float) -> None:
+    def _requeue(self, inst: Instance, now: float) -> None:
         """Put it where it belongs after any change: in the queue of its class, or nowhere."""
         if inst.told.draining or not inst.stock.size or inst.avoided_until is not None:
             inst.entry = None
             return
         queue = self._queues.get(inst.cls)
         if queue is None:
-            queue = self._queues[inst.cls] = _Queue()
+            queue = self._queues[inst.cls] = Queue()
         tie = self._rng.random(), next(self._counter)
         queue.add(inst, tie, 2 * len(self._instances) + 64, now)
 
-    def _same(self, errand: Refill | Poll) -> _Instance | None:
+    def _same(self, errand: Refill | Poll) -> Instance | None:
         """The instance an errand was for; None when it is gone or has become another."""
         inst = self._instances.get(errand.instance_id)
         return inst if inst is not None and inst.told.auth_url == errand.told.auth_url else None
@@ -1360,31 +827,23 @@ class LoadBalancer:
             # Draining instances count with what they have: the work is there, and more like it will come.
             shares += work / i.capacity
             uses[i.told.id] = InstanceUse(len(i.leases), work, i.working(now), i.throughput, i.failures)
-        unserved = self.held_work + sum(work for _, work in self._refused_work)
+        unserved = self.line.work + sum(work for _, work in self._refused_work)
         return Usage(
             busy=min(float(self._hot), shares),
             demand=shares + unserved / self._typical_capacity,
-            held=self.held,
-            held_work=self.held_work,
+            held=self.line.held,
+            held_work=self.line.work,
             arrivals=self.arrivals,
             arrived_work=self.arrived_work,
             instances=uses,
             arrived_prompt_tokens=self.arrived_prompt_tokens,
             arrived_output_tokens=self.arrived_output_tokens,
             in_flight=len(self._leases),
-            late=self.held_late,
-            held_prompt_tokens=self.held_prompt_tokens,
-            oldest_wait_s=self._oldest_wait_s(now),
-            turned_late=self.turned_late,
+            late=self.line.late,
+            held_prompt_tokens=self.line.prompt_tokens,
+            oldest_wait_s=self.line.oldest_wait_s(now),
+            turned_late=self.line.turned_late,
         )
-
-    def _oldest_wait_s(self, now: float) -> float:
-        """For how long the one who waits longest has waited; the lanes are in the order of their coming."""
-        first = [
-            next((w.since for w in lane if not (w.over or w.late is not late)), now)
-            for lane, late in ((self._waiters, False), (self._late, True))
-        ]
-        return max(0.0, now - min(first))
 
     def describe(self, now: float) -> list[dict[str, Any]]:
         """One row per instance for an operator; no tokens."""

@@ -36,23 +36,13 @@ import http_face
 import private_files
 import tls_pin
 from command_line import Parser, server_url, within
+from dispatch.line import LATE_BOUND_S
+from dispatch.types import Ask, HotInstance, HotSet, Lease, Poll, Push, Refill, Usage, Waiter
 from errors import InstanceError
 from http_face import Answer, BadField, Held, ListOf, Number, Text, Whole
 from instance_client import Ended, InstanceClient, request_id
 from instance_messages import name_and_key, signer
-from loadbalancer import (
-    LATE_BOUND_S,
-    Ask,
-    HotInstance,
-    HotSet,
-    Lease,
-    LoadBalancer,
-    Poll,
-    Push,
-    Refill,
-    Usage,
-    Waiter,
-)
+from loadbalancer import LoadBalancer
 from slo import Slo
 from steady_clock import steady_clock
 
@@ -239,7 +229,7 @@ class Desk:
         """A lease, a place in the line, or why not."""
         balancer, now = self.balancer, self.clock()
         balancer.arrived(ask)
-        if balancer.held:
+        if balancer.line.held:
             self.serve_waiting()
         lease = balancer.route(ask, now)
         if lease is not None:
@@ -250,7 +240,7 @@ class Desk:
     def serve_waiting(self) -> None:
         """Give leases to those who wait, as far as there is capacity."""
         balancer, now = self.balancer, self.clock()
-        if not balancer.held:
+        if not balancer.line.held:
             return
         for waiter, lease in balancer.grant(now):
             self._parked.pop(waiter).answer(self._granted(lease, now), partial(self._take_back, lease))
@@ -443,7 +433,7 @@ def status_of(desk: Desk) -> dict[str, Any]:
         "held": usage.held,
         "held_work": round(usage.held_work, 1),
         "held_late": usage.late,
-        "turned_late": balancer.turned_late,
+        "turned_late": balancer.line.turned_late,
         "oldest_wait_s": round(usage.oldest_wait_s, 3),
         "arrivals": usage.arrivals,
         "arrived_work": round(usage.arrived_work, 1),
@@ -519,7 +509,7 @@ def busy_body(desk: Desk) -> str:
                 "turned_late": usage.turned_late,
                 "first_token_s": balancer.slo.first_token_s,
                 "prompt_token_s": balancer.slo.prompt_token_s,
-                "late_bound_s": balancer.late_bound_s,
+                "late_bound_s": balancer.line.late_bound_s,
             },
         }
     )

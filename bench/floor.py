@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from compiled import njit
 from policies.types import Seen, Targets
-from simulation.compiled import njit
 from simulation.fluid import Bins, Fleet, run_policy
 
 Floats = NDArray[np.float64]

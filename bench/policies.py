@@ -35,6 +35,7 @@ from bench.floor import floor
 from bench.peers import PEERS, Peer, runs
 from command_line import Parser, run_main, within
 from errors import ConfigError
+from model_timing import Timing, timing_for
 from policies import Capacity
 from policies.objective import KeptPool, Margin, Objective, worth_keeping_s
 from profiles import get_profile
@@ -42,7 +43,6 @@ from simulation import traces
 from simulation.capacity import capacity_of
 from simulation.fluid import Bins, Fleet, FluidResult, Run, bins_of
 from simulation.replay import LEAST_HISTORY_S, REPLAY_EVERY_S, tune
-from simulation.timing import Timing, timing_for
 from slo import Slo
 
 TRACES: Mapping[str, str] = {

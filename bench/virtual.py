@@ -27,12 +27,12 @@ from command_line import Parser, run_main
 from errors import ConfigError
 from instance_states import Limits
 from localcloud.market import Machine
+from model_timing import timing_for
 from policies import Fixed, Objective, Policy, Seen, Targets
 from profiles import get_profile
 from simulation import traces
 from simulation.capacity import capacity_of
 from simulation.cloud import times_for
-from simulation.timing import timing_for
 from simulation.traces import Request
 from simulation.virtual import Outcome, Setting, simulate
 from slo import Slo

@@ -42,8 +42,9 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from errors import ConfigError
+from model_timing import PROFILE_MODELS, timing_for
 from profiles import PROFILES
-from simulation.timing import PROFILE_MODELS, Event, Kind, ModelServer, timing_for
+from simulation.timing import Event, Kind, ModelServer
 
 log = logging.getLogger("paced")
 

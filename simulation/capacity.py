@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from itertools import cycle, islice
 
 from loadbalancer import SLOW_SHARE
+from model_timing import Timing
 from policies.types import Capacity
 from profiles import Profile
-from simulation.timing import Kind, ModelServer, Timing
+from simulation.timing import Kind, ModelServer
 from simulation.traces import Request
 from slo import Slo
 

@@ -24,11 +24,11 @@ from command_line import Parser, within
 from errors import ConfigError
 from instance_states import Limits
 from localcloud.market import Machine, machines_from
+from model_timing import read_timings
 from policies import POLICIES, Policy, make_policy, parse_params
 from profiles import PROFILES, get_profile
 from simulation import plot, synthetic, traces
 from simulation.cloud import Hazards, deep_market, parse_hazards
-from simulation.timing import read_timings
 from simulation.traces import Request
 from simulation.virtual import Outcome, Setting, simulate
 from slo import Slo

@@ -37,9 +37,9 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from compiled import njit
 from policies.objective import ROUND, SETTLE_S, Objective, window
 from policies.types import BIN_S, Capacity, Policy, Seen, Traffic
-from simulation.compiled import njit
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

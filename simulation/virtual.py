@@ -33,13 +33,15 @@ from typing import Any, NamedTuple
 
 from autoscaler import Autoscaler, InstanceSet
 from demand import Demand, Report
+from dispatch.types import Ask, HotInstance, HotSet, Lease, Push, Waiter
 from errors import ConfigError
 from health import Check, CheckOrder, Verdict
 from instance_states import Deadlines, Limits, State
 from ledger import Costs, Ledger
-from loadbalancer import SWEEP, Ask, HotInstance, HotSet, Lease, LoadBalancer, Push, Waiter
+from loadbalancer import SWEEP, LoadBalancer
 from localcloud.market import Machine
 from localcloud.model import Boot, End, Freeze, Kill, Moved, Times
+from model_timing import Timing, timing_for
 from orders import Command, Create, Performed
 from policies import Fixed, Policy
 from profiles import Profile
@@ -47,7 +49,7 @@ from report import FAILED, LATE, SLOW, Sample
 from simulation import replay
 from simulation.cloud import Hazards, SimulatedCloud, times_for
 from simulation.figures import Digest
-from simulation.timing import Kind, ModelServer, Timing, timing_for
+from simulation.timing import Kind, ModelServer
 from simulation.traces import Request
 from slo import Slo
 from tuner import LEAST_S, NoCurve, Tuner
@@ -643,7 +645,7 @@ class VirtualFleet:
             flight.was_late = flight.was_late or waiter.late
             self._send(flight, lease)
         self._granting = False
-        if len(self._waiting) > self.balancer.held:
+        if len(self._waiting) > self.balancer.line.held:
             for waiter in [w for w in self._waiting if w.over]:
                 self._fails(self._waiting.pop(waiter), "no_capacity")
 

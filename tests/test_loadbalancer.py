@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import loadbalancer as lb
-from loadbalancer import Ask, HotInstance, HotSet, Lease, LoadBalancer, Poll, Refill
+from dispatch.instances import FLOOR, STOCK_LEAST, Instance
+from dispatch.types import Ask, HotInstance, HotSet, Lease, Poll, Refill, Waiter
+from loadbalancer import LoadBalancer
 from slo import Slo
 
 T0 = 1_700_000_000.0
@@ -171,14 +173,14 @@ def test_the_share_of_the_work_follows_the_speed_when_there_is_much_of_it() -> N
 def test_the_choice_among_a_thousand_looks_at_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     b = bench(*(instance(i) for i in range(1, 1001)))
     looked = 0
-    work = lb._Instance.work
+    work = Instance.work
 
-    def counted(self: lb._Instance, now: float) -> float:
+    def counted(self: Instance, now: float) -> float:
         nonlocal looked
         looked += 1
         return work(self, now)
 
-    monkeypatch.setattr(lb._Instance, "work", counted)
+    monkeypatch.setattr(Instance, "work", counted)
     for _ in range(2000):
         b.now += 0.001
         b.lease(10.0)
@@ -429,7 +431,7 @@ def test_only_one_refill_of_an_instance_is_under_way() -> None:
 
 def test_the_stock_is_refilled_before_it_is_empty_and_grows_with_use() -> None:
     b = bench(instance(1, throughput=1e6))
-    least = lb.STOCK_LEAST
+    least = STOCK_LEAST
     for _ in range(4000):
         b.now += 0.005
         b.lease(1.0)
@@ -449,7 +451,7 @@ def test_an_instance_that_is_not_used_any_more_gets_the_least_stock_again() -> N
         b.tick(430.0)
         b.refill()
     b.tick(500.0)
-    assert sum(r.count for r in b.refill()) == lb.STOCK_LEAST
+    assert sum(r.count for r in b.refill()) == STOCK_LEAST
 
 
 def test_an_idle_instance_is_given_new_tokens_before_the_old_ones_are_too_old() -> None:
@@ -499,7 +501,7 @@ def test_a_reboot_takes_tokens_and_requests_with_it() -> None:
 
 def test_a_reboot_seen_in_a_token_batch_is_one_too() -> None:
     b = bench(instance(1))
-    old = [b.lease(1.0) for _ in range(lb.STOCK_LEAST // 2 + 8)]  # enough that tokens are fetched again
+    old = [b.lease(1.0) for _ in range(STOCK_LEAST // 2 + 8)]  # enough that tokens are fetched again
     b.boots[1] = "boot2"
     b.refill()
     assert b.row(1)["unfinished"] == 0
@@ -706,14 +708,14 @@ def full(max_held: int = 100, **settings: Any) -> tuple[Bench, Lease]:
 
 def hold(
     b: Bench, work: float = 100.0, wait_s: float = 900.0, avoid: tuple[int, ...] = (), prompt_tokens: int = 0
-) -> lb.Waiter:
+) -> Waiter:
     """Somebody waits."""
     waiter = b.balancer.hold(Ask(work, None, avoid, prompt_tokens), b.now + wait_s, b.now)
     assert waiter is not None
     return waiter
 
 
-def served(b: Bench) -> list[lb.Waiter]:
+def served(b: Bench) -> list[Waiter]:
     """Who gets a lease now, in that order."""
     return [waiter for waiter, _ in b.balancer.grant(b.now)]
 
@@ -724,7 +726,7 @@ def test_those_who_wait_are_served_in_the_order_they_came() -> None:
     assert b.balancer.grant(b.now) == []
     b.balancer.done(lease.request_id, "finished", b.now)
     assert [w for w, _ in b.balancer.grant(b.now)] == waiters[:2]
-    assert b.balancer.held == 3
+    assert b.balancer.line.held == 3
 
 
 def test_nobody_who_asks_overtakes_somebody_who_waits_and_can_be_in_time() -> None:
@@ -765,7 +767,7 @@ def test_who_went_away_is_passed_over() -> None:
     first, second = hold(b), hold(b)
     b.balancer.cancel(first)
     b.balancer.cancel(first)
-    assert b.balancer.held == 1
+    assert b.balancer.line.held == 1
     b.balancer.done(lease.request_id, "finished", b.now)
     assert [w for w, _ in b.balancer.grant(b.now)] == [second]
 
@@ -776,7 +778,7 @@ def test_who_has_waited_long_enough_is_not_served_any_more() -> None:
     b.now += 6.0
     b.balancer.done(lease.request_id, "finished", b.now)
     assert b.balancer.grant(b.now) == []
-    assert (b.balancer.held, b.balancer.held_work) == (0, 0.0)
+    assert (b.balancer.line.held, b.balancer.line.work) == (0, 0.0)
 
 
 def test_the_line_is_bounded() -> None:
@@ -797,7 +799,7 @@ def test_those_who_wait_for_a_fleet_of_none_are_served_when_the_first_is_hot() -
 def test_a_replaced_hot_set_loses_nobody_who_waits() -> None:
     b, _ = full(max_held=500)
     waiters = [hold(b, 10.0) for _ in range(500)]
-    served: list[lb.Waiter] = []
+    served: list[Waiter] = []
     for n in range(2, 12):
         b.hot(*(instance(i) for i in range(n, n + 3)))
         served += [w for w, _ in b.balancer.grant(b.now)]
@@ -814,7 +816,7 @@ def test_a_replaced_hot_set_loses_nobody_who_waits() -> None:
 
 def lanes(b: Bench) -> tuple[int, int]:
     """How many wait who can be in time, and how many who cannot."""
-    return b.balancer.held - b.balancer.held_late, b.balancer.held_late
+    return b.balancer.line.held - b.balancer.line.late, b.balancer.line.late
 
 
 def test_who_cannot_be_in_time_by_the_work_ahead_is_late_at_once() -> None:
@@ -829,7 +831,7 @@ def test_work_of_the_late_is_not_ahead_of_who_comes_next() -> None:
     b, _ = full()
     hold(b, 210.0)
     assert hold(b, 5000.0).late
-    b.balancer.cancel(next(w for w in b.balancer._waiters if not w.over))
+    b.balancer.cancel(next(w for w in b.balancer.line._in_time if not w.over))
     assert not hold(b, 1.0).late
 
 
@@ -842,7 +844,7 @@ def test_who_came_in_time_and_was_not_served_in_time_is_late_then() -> None:
     assert waiter.late
     b.balancer.done(lease.request_id, "finished", b.now)
     assert served(b) == [waiter]
-    assert b.balancer.turned_late == 1
+    assert b.balancer.line.turned_late == 1
 
 
 def test_a_long_prompt_may_wait_longer_but_for_what_reading_it_takes() -> None:
@@ -899,7 +901,7 @@ def test_who_asks_goes_before_the_late() -> None:
     b, _ = full()
     hold(b, 210.0)
     late = hold(b, 300.0)
-    b.balancer.cancel(b.balancer._waiters[0])
+    b.balancer.cancel(b.balancer.line._in_time[0])
     b.now += 2.0
     assert served(b) == []
     assert b.ask(200.0)
@@ -910,7 +912,7 @@ def test_who_has_been_waiting_for_longer_than_the_bound_goes_before_all_others()
     b, lease = full(late_bound_s=60.0, lease_s=600.0)
     hold(b, 210.0)
     overdue = hold(b, 800.0)
-    b.balancer.cancel(b.balancer._waiters[0])
+    b.balancer.cancel(b.balancer.line._in_time[0])
     b.now += 59.0
     assert served(b) == []
     in_time = hold(b, 400.0)
@@ -926,11 +928,11 @@ def test_only_the_overdue_go_first_and_not_all_who_are_late() -> None:
     b, lease = full(late_bound_s=60.0, lease_s=600.0)
     hold(b, 210.0)
     overdue = hold(b, 100.0)
-    b.balancer.cancel(b.balancer._waiters[0])
+    b.balancer.cancel(b.balancer.line._in_time[0])
     b.now += 50.0
     hold(b, 210.0)
     late = hold(b, 100.0)
-    b.balancer.cancel(b.balancer._waiters[-1])
+    b.balancer.cancel(b.balancer.line._in_time[-1])
     b.now += 11.0
     in_time = hold(b, 100.0)
     b.balancer.done(lease.request_id, "finished", b.now)
@@ -957,8 +959,8 @@ def test_without_the_late_lane_nobody_is_late() -> None:
     assert served(b) == waiters[:1]
     b.balancer.done(lease.request_id, "finished", b.now)
     served(b)
-    assert b.balancer.held_late == 0
-    assert b.balancer.turned_late == 2, "who was given too late is counted all the same"
+    assert b.balancer.line.late == 0
+    assert b.balancer.line.turned_late == 2, "who was given too late is counted all the same"
     assert not any(w.late for w in waiters)
 
 
@@ -968,14 +970,14 @@ def test_who_goes_away_leaves_his_lane(*, late: bool) -> None:
     gone = hold(b, 50.0 if not late else 210.0, prompt_tokens=7)
     if late:
         gone = hold(b, 50.0, prompt_tokens=7)
-        b.balancer.cancel(b.balancer._waiters[0])
+        b.balancer.cancel(b.balancer.line._in_time[0])
     assert gone.late is late
     stays = hold(b, 60.0)
     b.balancer.cancel(gone)
     b.balancer.cancel(gone)
-    assert (b.balancer.held, b.balancer.held_work, b.balancer.held_prompt_tokens) == (1, 60.0, 0)
-    assert b.balancer.held_late == 0
-    assert b.balancer._work_ahead == 60.0
+    assert (b.balancer.line.held, b.balancer.line.work, b.balancer.line.prompt_tokens) == (1, 60.0, 0)
+    assert b.balancer.line.late == 0
+    assert b.balancer.line.work_ahead == 60.0
     b.balancer.done(lease.request_id, "finished", b.now)
     assert served(b) == [stays]
 
@@ -996,7 +998,7 @@ def test_a_late_one_who_waits_only_because_of_an_instance_he_avoids_lets_the_oth
     b, lease = full()
     hold(b, 210.0)
     picky, late = hold(b, 10.0, avoid=(1,)), hold(b, 10.0)
-    b.balancer.cancel(b.balancer._waiters[0])
+    b.balancer.cancel(b.balancer.line._in_time[0])
     b.balancer.done(lease.request_id, "finished", b.now)
     assert served(b) == [late]
     b.hot(instance(1), instance(2))
@@ -1007,7 +1009,7 @@ def test_an_overdue_one_who_avoids_all_there_is_keeps_nobody_from_being_served()
     b, lease = full(late_bound_s=60.0, lease_s=600.0)
     hold(b, 210.0)
     picky = hold(b, 10.0, avoid=(1,))
-    b.balancer.cancel(b.balancer._waiters[0])
+    b.balancer.cancel(b.balancer.line._in_time[0])
     b.now += 61.0
     assert b.ask(10.0) is None, "there is no room for either"
     b.balancer.done(lease.request_id, "finished", b.now)
@@ -1027,7 +1029,7 @@ def test_the_autoscaler_is_told_who_waits_how_long_and_what_has_arrived() -> Non
     assert (usage.held_work, usage.held_prompt_tokens, usage.oldest_wait_s) == (220.0, 520, 1.0)
     assert (usage.arrivals, usage.arrived_prompt_tokens) == (2, 500)
     assert usage.arrived_output_tokens == pytest.approx(1000.0 + 100.0)
-    b.balancer.cancel(b.balancer._waiters[0])
+    b.balancer.cancel(b.balancer.line._in_time[0])
     assert b.balancer.usage(b.now).oldest_wait_s == 0.0
 
 
@@ -1346,7 +1348,7 @@ def check_books(b: Bench) -> None:
         assert not seen & inst.leases.keys()
         seen |= inst.leases.keys()
         total = inst.given + inst.foreign
-        assert lb.FLOOR * total - 1e-3 <= inst.work(b.now) <= total + 1e-3
+        assert FLOOR * total - 1e-3 <= inst.work(b.now) <= total + 1e-3
         serves = bool(inst.stock.size) and not inst.told.draining and inst.avoided_until is None
         if inst.entry is not None:
             assert serves
@@ -1356,20 +1358,20 @@ def check_books(b: Bench) -> None:
             assert not serves
     assert seen == balancer._leases.keys()
     assert balancer._working == sum(bool(i.leases) for i in balancer._instances.values())
-    in_time = [w for w in balancer._waiters if not w.over and not w.late]
-    late = [w for w in balancer._late if not w.over]
+    in_time = [w for w in balancer.line._in_time if not w.over and not w.late]
+    late = [w for w in balancer.line._late if not w.over]
     waiting = in_time + late
     assert len({id(w) for w in waiting}) == len(waiting)
     assert all(w.late for w in late)
-    assert (balancer.held, balancer.held_late) == (len(waiting), len(late))
-    assert balancer.held_work == pytest.approx(sum(w.ask.work for w in waiting), abs=1e-6)
-    assert balancer.held_prompt_tokens == sum(w.ask.prompt_tokens for w in waiting)
-    assert balancer._work_ahead == pytest.approx(sum(w.ask.work for w in in_time), abs=1e-6)
+    assert (balancer.line.held, balancer.line.late) == (len(waiting), len(late))
+    assert balancer.line.work == pytest.approx(sum(w.ask.work for w in waiting), abs=1e-6)
+    assert balancer.line.prompt_tokens == sum(w.ask.prompt_tokens for w in waiting)
+    assert balancer.line.work_ahead == pytest.approx(sum(w.ask.work for w in in_time), abs=1e-6)
     for lane in (in_time, late):
         assert [w.since for w in lane] == sorted(w.since for w in lane)
     oldest_s = b.now - min((w.since for w in waiting), default=b.now)
     assert balancer.usage(b.now).oldest_wait_s == pytest.approx(oldest_s)
-    if balancer.late_bound_s is None:
+    if balancer.line.late_bound_s is None:
         assert not late
 
 
@@ -1460,8 +1462,8 @@ def test_the_books_balance_whatever_happens(seed: int, late_bound_s: float | Non
         out = {k: x for k, x in out.items() if not x.over}
         check_books(b)
     assert b.balancer.routed > 1000
-    assert b.balancer.turned_late > 0
-    assert late_bound_s is not None or b.balancer.held_late == 0
+    assert b.balancer.line.turned_late > 0
+    assert late_bound_s is not None or b.balancer.line.late == 0
 
 
 def test_the_same_seed_makes_the_same_choices() -> None:

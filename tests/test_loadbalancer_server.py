@@ -22,9 +22,10 @@ import http_face
 import loadbalancer_server
 from autoscaler_server import parse_report
 from bench.route import StubHttp, StubInstance, free_port
+from dispatch.types import Ask
 from errors import ConfigError
 from http_face import BadField
-from loadbalancer import Ask, LoadBalancer
+from loadbalancer import LoadBalancer
 from loadbalancer_server import Config, Desk, Keys, create_app, parse_hot
 from slo import Slo
 
@@ -435,8 +436,8 @@ def test_the_flags_of_the_late_lane_are_what_the_balancer_is_made_with() -> None
     config = Config(**vars(parse(given))).checked()
     assert (config.late_lane, config.late_bound_s, config.slo) == (False, 60.0, Slo(1.0, 0.002))
     one_line = loadbalancer_server.make_balancer(config)
-    assert (one_line.late_bound_s, one_line.slo) == (None, Slo(1.0, 0.002))
-    assert loadbalancer_server.make_balancer(Config(late_bound_s=60.0)).late_bound_s == 60.0
+    assert (one_line.line.late_bound_s, one_line.slo) == (None, Slo(1.0, 0.002))
+    assert loadbalancer_server.make_balancer(Config(late_bound_s=60.0)).line.late_bound_s == 60.0
 
 
 def run(*flags: str) -> tuple[int, str]:

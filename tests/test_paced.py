@@ -32,7 +32,8 @@ from localcloud.paced import (
     parse_flags,
     profile_of,
 )
-from simulation.timing import ModelServer, Timing
+from model_timing import Timing
+from simulation.timing import ModelServer
 
 ROOT = Path(__file__).parent.parent
 

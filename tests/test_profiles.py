@@ -3,8 +3,9 @@
 import pytest
 
 from errors import ConfigError
+from model_timing import timing_for
 from profiles import PROFILES, Profile, get_profile
-from simulation.timing import Kind, ModelServer, timing_for
+from simulation.timing import Kind, ModelServer
 
 REQUESTS, PROMPT, OUTPUT = 1500, 300, 180
 

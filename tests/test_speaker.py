@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from dispatch.types import Push
 from instance_messages import OLD_BOOTS, Heard, instance_key, name_and_key, signer
-from loadbalancer import LoadBalancer, Push
+from loadbalancer import LoadBalancer
 from remote import events
 from remote.events import Events
 from remote.speaker import MOST_EVENTS, MOST_LISTENERS, TRIES, ModelState, Speaker, Watch, signed

@@ -13,17 +13,9 @@ import pytest
 
 from errors import ConfigError
 from localcloud.market import GPUS
+from model_timing import PROFILE_MODELS, TIMINGS, Timing, read_timings, timing_for
 from profiles import PROFILES
-from simulation.timing import (
-    PROFILE_MODELS,
-    TIMINGS,
-    Event,
-    Kind,
-    ModelServer,
-    Timing,
-    read_timings,
-    timing_for,
-)
+from simulation.timing import Event, Kind, ModelServer
 
 # 10 ms a step, 1 ms a request in it, 1 ms for 1,000 tokens of context; 5 ms a prompt, 20 ms for 1,000
 # tokens of it, and 2 ms for their square.

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from localcloud.market import Machine
+from model_timing import Timing
 from policies import Busy, Fixed, Seen, Targets
 from profiles import PROFILES, Profile
 from simulation.cloud import Hazards, deep_market, parse_hazards
-from simulation.timing import Timing
 from simulation.traces import Request
 from simulation.virtual import Outcome, Setting, simulate
 

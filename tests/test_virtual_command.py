@@ -9,12 +9,12 @@ import pytest
 
 import sim
 from errors import ConfigError
+from model_timing import timing_for
 from profiles import get_profile
 from report import spread
 from simulation import command, traces
 from simulation.capacity import capacity_of
 from simulation.figures import Digest
-from simulation.timing import timing_for
 from slo import Slo
 
 ROOT = Path(__file__).parent.parent

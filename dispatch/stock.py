@@ -1,0 +1,66 @@
+"""The single-use tokens of one instance that wait to be leased; those of the oldest batch go first."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TOKEN_SHARE = 0.8
+"""A token is leased in this first part of its life only, so that the client has the rest."""
+
+RENEW_SHARE = 0.7
+"""After this part of the newest tokens' life new ones are fetched: an idle instance never runs dry."""
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Tokens that were fetched together. until: they are leased no longer."""
+
+    tokens: list[str]
+    until: float
+    expires_at: float
+
+
+class Stock:
+    """The tokens of one instance."""
+
+    def __init__(self) -> None:
+        self._batches: deque[Batch] = deque()
+        self.size = 0
+        self.renew_at = math.inf
+
+    def add(self, tokens: Sequence[str], expires_in_s: float, now: float) -> None:
+        if tokens:
+            until = now + TOKEN_SHARE * expires_in_s
+            self._batches.append(Batch(list(tokens), until, now + expires_in_s))
+            self.size += len(tokens)
+            self.renew_at = now + RENEW_SHARE * expires_in_s
+
+    def take(self, now: float) -> tuple[str, Batch] | None:
+        self.drop_old(now)
+        if not self._batches:
+            return None
+        batch = self._batches[0]
+        self.size -= 1
+        token = batch.tokens.pop()
+        if not batch.tokens:
+            self._batches.popleft()
+        return token, batch
+
+    def give_back(self, token: str, batch: Batch) -> None:
+        if not batch.tokens:
+            self._batches.appendleft(batch)
+        batch.tokens.append(token)
+        self.size += 1
+
+    def drop_old(self, now: float) -> None:
+        while self._batches and self._batches[0].until <= now:
+            self.size -= len(self._batches.popleft().tokens)
+
+    def clear(self) -> None:
+        self._batches.clear()
+        self.size = 0
+
+    def fresh(self, now: float) -> int:
+        """How many there are; none when they are to be renewed, although they are still good."""
+        return self.size if now < self.renew_at else 0
