@@ -592,11 +592,13 @@ def main() -> None:
             found.append(line)
             at = f"{line['trace']} {line['profile']} {line['need']:g} {'lane' if line['lane'] else 'line'}"
             print(f"{len(found)}/{len(cases)} {at}: {line['seconds']:.0f} s", flush=True)
+            if args.json is not None:  # hours may have gone into it: what is there is kept
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
     order = {name: n for n, name in enumerate(TRACES)}
     found.sort(key=lambda c: order[c["trace"]])
     print(tables(found, goals))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.plots is not None:
         plots(found, goals, args.plots)
