@@ -46,8 +46,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import count, islice
 from typing import Any
 
+from dispatch.affinity import Prefixes
+from dispatch.belief import row
+from dispatch.forward import PROMPT, Floats
 from dispatch.instances import AVOID_S, STOCK_LEAST, STOCK_MOST, Entry, Instance, Queue
+from dispatch.lengths import Lengths, kind_of
 from dispatch.line import LATE_BOUND_S, Line
+from dispatch.pace import SPAN_S, Pace, Span
 from dispatch.stock import Batch
 from dispatch.types import (
     Ask,
@@ -97,11 +102,21 @@ A few wait for a moment whenever prompts come together."""
 SLOW_SHARE = 0.8
 """Of the objective: tokens this far apart are too slow, because answers grow and prompts come between."""
 
-LENGTH_PRIOR = 20.0
-"""The told expected output length counts like so many completions."""
+BEST_FEW = 8
+"""So many, the best by the work they have, are predicted in full: of 32 servers 8 are enough (+2 %)."""
 
-LENGTH_MEMORY = 1000.0
-"""Completions of about this number make up the learned mean: minutes of traffic of a small fleet."""
+PREDICT_MOST = 256
+"""With more requests there an instance is not predicted in full: that takes longer than it may be worth."""
+
+FIRST_TOKEN_WEIGHT = 10.0
+"""Seconds of whole latency that a second of first token is worth; 1 is better for the whole latency on
+unequal machines, by 4 to 7 %, and costs 12 to 18 % of first token (dispatch-study.md)."""
+
+ARRIVALS_WEIGHT = 0.1
+"""Of a second's arrivals in what is expected to come: settles in ten seconds."""
+
+MIX_MEMORY = 500.0
+"""Requests of about this number make up what is usual: prompt, work, pace of arrivals."""
 
 STOCK_S = 40.0
 """Seconds of use a full stock lasts; it is refilled at a quarter, or at half of the least."""
@@ -177,16 +192,19 @@ class LoadBalancer:
         poll_interval_s: float = 1.0,
         slo: Slo | None = None,
         late_bound_s: float | None = LATE_BOUND_S,
+        first_token_weight: float = FIRST_TOKEN_WEIGHT,
     ) -> None:
         """Knows no instance yet.
 
         request_id: the public id of a token. lease_s: a lease not started by then is released.
         max_held: requests held at once. poll_interval_s: how old a working instance's report may get.
         slo: what late means. late_bound_s: None for one line of all, first come first served.
+        first_token_weight: seconds of whole latency that a second of first token is worth.
         """
         self.lease_s = lease_s
         self.slo = slo or Slo()
         self.line = Line(max_held, late_bound_s)
+        self.first_token_weight = first_token_weight
         self.poll_interval_s = poll_interval_s
         self.epoch: str | None = None
         self.version: int | None = None
@@ -212,8 +230,14 @@ class LoadBalancer:
         self._thirsty: dict[int, None] = {}
         self._left_epochs: deque[str] = deque(maxlen=16)
         self._hot_expected_at: float | None = None
-        self._lengths: dict[int, tuple[float, float]] = {}  # bits of max_tokens -> (completions, tokens)
+        self._lengths = Lengths(self.expected_output_tokens)
+        self._prefixes = Prefixes()
         self._mean_work = self.expected_output_tokens
+        self._mean_prompt = 0.0
+        self._mean_squares = 0.0  # of prompts
+        self._usual = row(1.0, 0.0, self.expected_output_tokens, math.inf, 0)
+        self._arrivals_s = 0.0  # a second
+        self._ticked: tuple[float, int] | None = None
         self._refused_work: deque[list[float]] = deque()  # [second, work]
         self._working = 0  # instances with a lease
         self._to_poll: list[int] = []
@@ -239,8 +263,10 @@ class LoadBalancer:
         self.epoch, self.version = told.epoch, told.version
         self.model = told.model
         self.prefill_weight = told.prefill_weight
-        if not self._lengths:
+        if not self._lengths.known:
             self._mean_work = told.expected_output_tokens
+        if told.expected_output_tokens != self._lengths.told:
+            self._lengths.tell(told.expected_output_tokens)
         self.expected_output_tokens = told.expected_output_tokens
         self.expect_hot(told.expected_hot_s, now)
         named = {i.id: i for i in told.instances}
@@ -254,6 +280,8 @@ class LoadBalancer:
                 known = self._instances[new.id] = Instance(new, now)
             else:
                 known.capacity *= new.capacity_work / known.told.capacity_work
+                if new.timing is not None and new.timing != known.told.timing:
+                    known.pace = Pace(new.timing)
                 known.told = new
                 if not known.measured:
                     self._set_throughput(known, new.throughput_work_s, now)
@@ -294,10 +322,7 @@ class LoadBalancer:
 
     def expected_output(self, max_tokens: int | None) -> float:
         """Mean tokens of completions that were allowed about as many; what was told is the prior."""
-        most = math.inf if max_tokens is None else float(max_tokens)
-        n, total = self._lengths.get(_bits(max_tokens), (0.0, 0.0))
-        prior = min(most, self.expected_output_tokens)
-        return min(most, (LENGTH_PRIOR * prior + total) / (LENGTH_PRIOR + n))
+        return self._lengths.mean(max_tokens)
 
     def arrived(self, ask: Ask) -> None:
         """Count a new request; once, whatever becomes of it."""
@@ -336,7 +361,7 @@ class LoadBalancer:
     def _lease(self, ask: Ask, now: float) -> Lease | None:
         if len(self._leases) >= MAX_LEASES:
             return None
-        while (inst := self._choose(ask.work, ask.avoid, now)) is not None:
+        while (inst := self._best_for(ask, now)) is not None:
             taken = inst.stock.take(now)
             self._wants_tokens(inst, now)
             if taken is None:
@@ -346,38 +371,84 @@ class LoadBalancer:
             request_id = self._request_id(token)
             # An instance that gives a token twice must not upset the books.
             if request_id not in self._leases:
-                return self._give(inst, request_id, token, batch, ask, now)
+                lease = self._give(inst, request_id, token, batch, ask, now)
+                # Its request comes now; of one fetched ahead a report says when it does.
+                inst.belief.add(request_id, lease.row, inst.pace.constants, now)
+                return lease
         return None
 
-    def _choose(self, work: float, avoid: Collection[int], now: float) -> Instance | None:
-        """The instance that is predicted to be done with it first, among the first few of each class."""
+    def _best_for(self, ask: Ask, now: float) -> Instance | None:
+        """The instance where it does least to everybody: the best few by their work are predicted in full."""
+        found = self._candidates(ask.work, ask.avoid, now)
+        for instance_id in self._prefixes.holders(ask.affinity):
+            inst = self._instances.get(instance_id)
+            if inst is not None and inst.entry is not None and instance_id not in ask.avoid:
+                left = inst.work(now)
+                if inst.has_room(ask.work, left, now) and all(inst is not other for _, other in found):
+                    found.append(((left + ask.work) / inst.throughput, inst))
+        if len(found) < 2:
+            return found[0][1] if found else None
+        if any(len(inst.belief) > PREDICT_MOST for _, inst in found):
+            return min(found, key=lambda pair: pair[0])[1]
+        request = self._row(ask, found[0][1])
         best: Instance | None = None
         best_s = math.inf
-        for queue in self._queues.values():
-            found = self._best_of(queue.first(now), work, avoid, now)
-            if found is None:
-                taken = queue.take(LOOK + len(avoid))
-                found = self._best_of((entry for _, entry in taken), work, avoid, now)
-                for heap, entry in taken:
-                    heapq.heappush(heap, entry)
-            if found is not None and found[0] < best_s:
-                best_s, best = found
+        for _, inst in found:
+            # What comes there anyway, by its share of what all can do.
+            here_s = self._arrivals_s * inst.throughput / max(self._hot_throughput, 1e-9)
+            price_s, _, _ = inst.belief.offer(
+                request if not ask.affinity else self._row(ask, inst),
+                inst.pace.constants,
+                self._lengths.table,
+                self._usual,
+                1.0 / here_s if here_s > 1e-3 else math.inf,
+                self.first_token_weight,
+                now,
+            )
+            if price_s < best_s:
+                best, best_s = inst, price_s
         return best
 
-    def _best_of(
+    def _row(self, ask: Ask, inst: Instance) -> Floats:
+        """The request as the instance would see it: without the prefix that it has served lately."""
+        expected = self.expected_output(ask.max_tokens)
+        prompt = float(ask.prompt_tokens)
+        if not ask.prompt_tokens:  # only its work was told
+            prompt = max(0.0, ask.work - expected) / max(self.prefill_weight, 1e-3)
+        cached = self._prefixes.cached_tokens(ask.affinity, inst.id) if ask.affinity else 0.0
+        most = math.inf if ask.max_tokens is None else float(ask.max_tokens)
+        return row(prompt, cached, expected, most, kind_of(ask.max_tokens))
+
+    def _choose(self, work: float, avoid: Collection[int], now: float) -> Instance | None:
+        """The instance that would be done with it first by its work; None where none has room."""
+        found = self._candidates(work, avoid, now)
+        return found[0][1] if found else None
+
+    def _candidates(self, work: float, avoid: Collection[int], now: float) -> list[tuple[float, Instance]]:
+        """(seconds until it would be done, instance) of the best few with room, the best first."""
+        found: list[tuple[float, Instance]] = []
+        for queue in self._queues.values():
+            here = self._with_room(queue.first(now), work, avoid, now)
+            if not here:
+                taken = queue.take(LOOK + len(avoid))
+                here = self._with_room((entry for _, entry in taken), work, avoid, now)
+                for heap, entry in taken:
+                    heapq.heappush(heap, entry)
+            found += here
+        found.sort(key=lambda pair: pair[0])
+        return found[:BEST_FEW]
+
+    def _with_room(
         self, entries: Iterable[Entry], work: float, avoid: Collection[int], now: float
-    ) -> tuple[float, Instance] | None:
-        """(seconds until it would be done, instance) of the best that has room."""
-        best: Instance | None = None
-        best_s = math.inf
+    ) -> list[tuple[float, Instance]]:
+        found: list[tuple[float, Instance]] = []
         for entry in entries:
             inst = entry[3]
             if inst.entry is entry and inst.told.id not in avoid:
                 left = inst.work(now)
-                done_s = (left + work) / inst.throughput
-                if done_s < best_s and inst.has_room(work, left, now):
-                    best, best_s = inst, done_s
-        return None if best is None else (best_s, best)
+                if inst.has_room(work, left, now):
+                    found.append(((left + work) / inst.throughput, inst))
+        return found
 
     def _give(self, inst: Instance, request_id: str, token: str, batch: Batch, ask: Ask, now: float) -> Lease:
         told = inst.told
@@ -392,6 +463,7 @@ class LoadBalancer:
             expires_at=min(now + self.lease_s, batch.expires_at),
             batch=batch,
             boot_id=inst.boot_id,
+            row=self._row(ask, inst),
         )
         left_s = inst.work(now) / inst.throughput
         if not inst.leases:
@@ -405,10 +477,21 @@ class LoadBalancer:
         inst.read_at = max(now, inst.read_at) + read_s
         self._leases[request_id] = lease
         self._expiring.append(lease)
-        self._mean_work += (ask.work - self._mean_work) / LENGTH_MEMORY
+        self._mean_work += (ask.work - self._mean_work) / MIX_MEMORY
+        self._note_mix(lease.row[PROMPT])
+        if ask.affinity:
+            self._prefixes.served(ask.affinity, inst.id)
         self.routed += 1
         self._requeue(inst, now)
         return lease
+
+    def _note_mix(self, prompt: float) -> None:
+        """A request with such a prompt was given: it changes what is usual."""
+        share = 1.0 / min(MIX_MEMORY, self.routed + 1.0)
+        self._mean_prompt += share * (prompt - self._mean_prompt)
+        self._mean_squares += share * (prompt * prompt - self._mean_squares)
+        expected = self._lengths.overall
+        self._usual = row(self._mean_prompt, 0.0, expected, math.inf, 0)
 
     def done(self, request_id: str, outcome: str, now: float, *, impostor: bool = False) -> bool:
         """A client says how its lease ended: finished, failed or unused. False when none such is known.
@@ -439,6 +522,7 @@ class LoadBalancer:
         lease.over = True
         del self._leases[lease.request_id]
         del inst.leases[lease.request_id]
+        inst.belief.remove(lease.request_id, inst.pace.constants, now)
         inst.given = inst.given - lease.work if inst.leases else 0.0
         if not inst.leases:
             inst.working_s += now - inst.working_since
@@ -464,6 +548,10 @@ class LoadBalancer:
             if inst.entry is not None and not inst.stock.size:
                 self._requeue(inst, now)
             self._wants_tokens(inst, now)
+        if self._ticked is not None and now > self._ticked[0]:
+            arrived_s = (self.arrivals - self._ticked[1]) / (now - self._ticked[0])
+            self._arrivals_s += ARRIVALS_WEIGHT * (arrived_s - self._arrivals_s)
+        self._ticked = now, self.arrivals
         self._queues = {cls: q for cls, q in self._queues.items() if q.draining or q.steady}
         self._survey()
 
@@ -596,6 +684,9 @@ class LoadBalancer:
         inst.stock.clear()
         inst.boot_id, inst.seq, inst.push_number = boot_id, seq, -1
         inst.base, inst.foreign, inst.quiet, inst.free_at = None, 0.0, False, now
+        inst.belief.clear(now)
+        inst.strangers.clear()
+        inst.span = None
         self._wants_tokens(inst, now)
 
     # -- load reports --
@@ -642,6 +733,8 @@ class LoadBalancer:
         self._learn_throughput(inst, load, now)
         self._take_events(inst, load.started, load.ended, inst.reports, now)
         self._release_lost(inst, load, now)
+        self._count_strangers(inst, load, now)
+        self._learn_pace(inst, load, now)
         foreign = max(0, load.running + load.waiting - len(inst.leases))
         inst.foreign = foreign * self._mean_work
         inst.free_at = now + (inst.given + inst.foreign) / inst.throughput
@@ -685,12 +778,48 @@ class LoadBalancer:
     def _take_events(
         self, inst: Instance, started: Iterable[str], ended: Iterable[Ended], report: int, now: float
     ) -> None:
+        constants = inst.pace.constants
         for request_id in started:
             lease = inst.leases.get(request_id)
-            if lease is not None and not lease.started:
+            if lease is None:
+                if request_id not in inst.strangers:
+                    inst.strangers[request_id] = None
+                    inst.belief.add(request_id, self._usual, constants, now)
+            elif not lease.started:
                 lease.started = report
+                if request_id not in inst.belief:
+                    inst.belief.add(request_id, lease.row, constants, now)
         for end in ended:
+            if end.id in inst.strangers:
+                del inst.strangers[end.id]
+                inst.belief.remove(end.id, constants, now)
             self._ended(inst, end, now)
+
+    def _count_strangers(self, inst: Instance, load: Load, now: float) -> None:
+        """As many of other loadbalancers' requests are believed to be there as the instance has."""
+        own = sum(1 for lease in inst.leases.values() if lease.started)
+        foreign = max(0, load.running + load.waiting - own)
+        while len(inst.strangers) > foreign:
+            oldest = next(iter(inst.strangers))
+            del inst.strangers[oldest]
+            inst.belief.remove(oldest, inst.pace.constants, now)
+
+    def _learn_pace(self, inst: Instance, load: Load, now: float) -> None:
+        """Compare how long its steps took with what was expected of them (pace.py)."""
+        made, read = load.generation_tokens_total, load.prompt_tokens_total
+        if not load.model_up or not load.running:
+            inst.span = None  # it may have paused
+            return
+        inst.belief.age(inst.pace.constants, now)
+        at_work = max(1.0, load.running - inst.belief.reading)
+        context = inst.belief.context
+        if inst.span is None or not inst.span.goes_on(now, made, read):
+            inst.span = Span(now, at_work, context, made, read)
+            return
+        inst.span.take(now, at_work, context)
+        if now - inst.span.from_s >= SPAN_S:
+            inst.pace.observe(inst.span, made, read, self._mean_prompt, self._mean_squares)
+            inst.span = Span(now, at_work, context, made, read)
 
     def _ended(self, inst: Instance, end: Ended, now: float) -> None:
         lease = inst.leases.get(end.id)
@@ -703,10 +832,7 @@ class LoadBalancer:
             return
         if end.status == "finished":
             self._succeeded(inst)
-            bits = _bits(max_tokens)
-            n, total = self._lengths.get(bits, (0.0, 0.0))
-            keep = 1.0 - 1.0 / LENGTH_MEMORY
-            self._lengths[bits] = (n * keep + 1.0, total * keep + end.output_tokens)
+            self._lengths.ended(end.output_tokens, max_tokens)
 
     def _release_lost(self, inst: Instance, load: Load, now: float) -> None:
         """Leases known to have started are over when two reports in a row say that nothing is under way.
@@ -873,7 +999,3 @@ class LoadBalancer:
     def _forget_old_refusals(self, now: float) -> None:
         while self._refused_work and self._refused_work[0][0] < now - REFUSED_S:
             self._refused_work.popleft()
-
-
-def _bits(max_tokens: int | None) -> int:
-    return 0 if max_tokens is None else max_tokens.bit_length()

@@ -103,6 +103,10 @@ PROFILE_MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Model and quantization behind the names of profiles.py."""
 
 
+LIKE_BATCH, LIKE_CONTEXT = 32, 1000
+"""How busy a server is taken to be whose throughput was told."""
+
+
 Key = tuple[str, str, str, int]
 """Model, quantization, GPU as Vast names it, number of GPUs."""
 
@@ -187,3 +191,14 @@ def timing_for(
     if fitting:
         return rows[max(fitting, key=lambda key: key[3])]
     return max(rows.values(), key=lambda timing: timing.a)
+
+
+def like(work_s: float) -> Timing:
+    """Constants for a server of which only the throughput is known, in work/s: an A100's, faster or slower.
+
+    With LIKE_BATCH requests of LIKE_CONTEXT tokens each an A100 makes as many tokens as its steps allow.
+    """
+    usual = TIMINGS[("13B", "awq4", "A100 SXM4", 1)]
+    ratio = LIKE_BATCH * 1e3 / usual.step_ms(LIKE_BATCH, LIKE_BATCH * LIKE_CONTEXT) / work_s
+    a, b, c, d, e, f = (ratio * x for x in (usual.a, usual.b, usual.c, usual.d, usual.e, usual.f))
+    return Timing(f"like one of {work_s:g} work/s", a, b, c, d, e, f, usual.kv_tokens)

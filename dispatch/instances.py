@@ -3,8 +3,11 @@
 import heapq
 import math
 
+from dispatch.belief import Belief
+from dispatch.pace import Pace, Span
 from dispatch.stock import Stock
 from dispatch.types import HotInstance, Lease
+from model_timing import like
 
 FLOOR = 0.5
 """An unfinished lease counts for at least this share of its work: on average half of it is left."""
@@ -44,6 +47,10 @@ class Instance:
         self.read_at = now  # when it will have read the prompts that it was given
         self.entry: Entry | None = None  # its place in the queue; None when it cannot serve
         self.stock = Stock()
+        self.belief = Belief(now)
+        self.pace = Pace(told.timing or like(told.throughput_work_s))
+        self.strangers: dict[str, None] = {}  # requests in its belief that we gave no lease for
+        self.span: Span | None = None
         self.boot_id: str | None = None
         self.level = STOCK_LEAST
         self.taken = 0

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from dispatch.forward import Floats
 from dispatch.stock import Batch
 from model_timing import Timing
 
@@ -127,7 +128,10 @@ class Ask:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """What a client is given. started: the report in which it was seen to have started, 0 before."""
+    """What a client is given. started: the report in which it was seen to have started, 0 before.
+
+    row: its request as the instance sees it (forward.py).
+    """
 
     request_id: str
     token: str = field(repr=False)
@@ -139,6 +143,7 @@ class Lease:
     expires_at: float
     batch: Batch = field(repr=False)
     boot_id: str | None
+    row: Floats = field(repr=False)
     started: int = 0
     over: bool = False
 

@@ -575,7 +575,7 @@ def test_a_loadbalancer_finds_its_fleet_serves_it_and_learns_how_requests_end(tm
         wait_until(lambda: len([i for i in it.status()["instances"] if i["in_queue"]]) == 3, "tokens")
         leases = [it.call("POST", "/route", {"prompt_tokens": 10, "max_tokens": 20}) for _ in range(6)]
         assert {status for status, _ in leases} == {200}
-        assert sorted(x["instance_id"] for _, x in leases) == [0, 0, 1, 1, 2, 2]
+        assert {x["instance_id"] for _, x in leases} == {0, 1, 2}
         for _, lease in leases[1:]:
             fleet.loop.call_soon_threadsafe(
                 fleet.instances[lease["instance_id"]].started, lease["request_id"], time.monotonic()
