@@ -40,6 +40,7 @@ from instance_client import InstanceClient
 from instance_messages import name_and_key, signer
 from instance_states import Deadlines, Limits, State
 from ledger import Ledger
+from model_timing import told_timing
 from orders import Command, LookForOffers, Performer
 from policies import POLICIES, Fixed, Policy, make_policy, parse_params
 from profiles import PROFILES, Profile, get_profile
@@ -453,6 +454,7 @@ def hot_set(
                 "master_token": master_token(i.label),
                 "throughput_work_s": i.throughput_work_s,
                 "capacity_work": profile.throughput_on(i.gpu_name, i.num_gpus) * profile.hold_s,
+                "timing": told_timing(profile.name, i.gpu_name, i.num_gpus),
             }
             for i in serving
         ],

@@ -43,6 +43,7 @@ from http_face import Answer, BadField, Held, ListOf, Number, Text, Whole
 from instance_client import Ended, InstanceClient, request_id
 from instance_messages import name_and_key, signer
 from loadbalancer import LoadBalancer
+from model_timing import Timing
 from slo import Slo
 from steady_clock import steady_clock
 
@@ -136,6 +137,14 @@ _HOT_INSTANCE: dict[str, http_face.Field] = {
     "throughput_work_s": Number(1e-3, 1e9),
     "capacity_work": Number(1e-3, 1e12),
     "certificate": Text(1, tls_pin.LONGEST, optional=True),
+    "timing": http_face.Mapping(optional=True),
+}
+
+_TIMING: dict[str, http_face.Field] = {
+    **{name: Number(0.0, 1e6) for name in "abcdef"},
+    "kv_tokens": Whole(1, 10**9),
+    "max_seqs": Whole(1, 10**9),
+    "step_tokens": Whole(1, 10**9),
 }
 
 
@@ -155,9 +164,12 @@ def parse_hot(said: object) -> HotSet:
                 raise BadField(f"instances[{n}].certificate", str(e)) from None
         if told["id"] in instances:
             raise BadField(f"instances[{n}].id", f"{told['id']} is there twice")
+        timing = told.pop("timing", None)
+        if timing is not None:
+            timing = Timing("told", **http_face.check_fields(timing, _TIMING, f"instances[{n}].timing."))
         draining = told.pop("state") == "draining"
         key = None if certificate is None else tls_pin.public_key_sha256(certificate)
-        instances[told["id"]] = HotInstance(draining=draining, public_key_sha256=key, **told)
+        instances[told["id"]] = HotInstance(draining=draining, public_key_sha256=key, timing=timing, **told)
     return HotSet(
         epoch=hot["epoch"],
         version=hot["version"],

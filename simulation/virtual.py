@@ -813,6 +813,7 @@ class VirtualFleet:
                     master_token="",
                     throughput_work_s=i.throughput_work_s,
                     capacity_work=profile.throughput_on(i.gpu_name, i.num_gpus) * profile.hold_s,
+                    timing=self._timing(i.gpu_name, i.num_gpus),
                 )
                 for i in fleet.serving()
             ),

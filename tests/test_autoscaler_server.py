@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from http_face import MAX_BODY
 from instance_messages import instance_key
 from instance_states import State
 from ledger import Ledger
+from loadbalancer_server import parse_hot
+from model_timing import timing_for, told_timing
 from policies import POLICIES, Busy, Fixed, Traffic, make_policy
 from policies.objective import Objective
 from profiles import get_profile
@@ -252,7 +255,10 @@ def test_the_hot_set_is_what_a_loadbalancer_must_know(face: Face) -> None:
         "throughput_work_s": 950.0,
         "capacity_work": 5700.0,
         "certificate": None,
+        "timing": told_timing("vllm-13", first.gpu_name, first.num_gpus),
     }
+    parsed = parse_hot(said).instances[0].timing
+    assert parsed == replace(timing_for("vllm-13", first.gpu_name, first.num_gpus), name="told")
 
 
 def test_the_hot_set_is_not_told_before_the_fleet_is_known(ledger: Ledger) -> None:

@@ -106,7 +106,7 @@ def test_a_wrong_trace_is_one_line_and_status_2(tmp_path: Path) -> None:
 
 
 def test_hazards_cost_money_and_no_request(tmp_path: Path) -> None:
-    report = json.loads(run(tmp_path, "--hazards", "dies_h=1.5,no_gpu=0.3", "--pool", "8", "--hot", "3")[1])
+    report = json.loads(run(tmp_path, "--hazards", "dies_h=4,no_gpu=0.3", "--pool", "8", "--hot", "3")[1])
     assert report["requests"]["failed"] == 0
     assert report["requests"]["retried"] > 0
     assert report["requests"]["setbacks_by_kind"]["broken_off"] > 0
