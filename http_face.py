@@ -18,11 +18,13 @@ import asyncio
 import contextlib
 import functools
 import gc
+import hashlib
 import hmac
 import io
 import ipaddress
 import json
 import logging
+import re
 import resource
 import signal
 import socket
@@ -77,11 +79,12 @@ class BadField(Exception):
 
 @dataclass(frozen=True)
 class Text:
-    """A string of so many characters."""
+    """A string of so many characters. form: a regular expression for all of it, and in words for people."""
 
     least: int
     most: int
     optional: bool = False
+    form: tuple[re.Pattern[str], str] | None = None
 
     def check(self, name: str, value: object) -> str:
         """The value, or BadField."""
@@ -89,6 +92,8 @@ class Text:
             raise BadField(
                 name, f"wanted text of {self.least} to {self.most} characters, got {_shown(value)}"
             )
+        if self.form is not None and self.form[0].fullmatch(value) is None:
+            raise BadField(name, f"wanted {self.form[1]}, got {_shown(value)}")
         return value
 
 
@@ -179,14 +184,21 @@ class ListOf:
         """The value, or BadField naming the entry."""
         if not isinstance(value, list) or len(value) > self.most:
             raise BadField(name, f"wanted a list of at most {self.most}, got {_shown(value)}")
-        return [self.kind.check(f"{name}[{n}]", one) for n, one in enumerate(value)]
+        check = self.kind.check
+        try:
+            return [check(name, one) for one in value]
+        except BadField:  # which one is looked for only now: to name every one takes as long as to check it
+            return [check(f"{name}[{n}]", one) for n, one in enumerate(value)]
 
 
 Field = Text | Whole | Number | Boolean | Choice | Mapping | ListOf
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # JSON may be nested as deep as we can just read it
+        text = type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -254,9 +266,9 @@ _EXTENSION = "http_face"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A JSON answer. headers: further ones."""
+    """A JSON answer. said: also as JSON, where it is worth putting that together by hand."""
 
-    said: MappingType[str, Any]
+    said: MappingType[str, Any] | bytes
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -283,9 +295,14 @@ def error_answer(status: int, code: str, message: str, *headers: tuple[str, str]
     return Answer({"error": code, "message": message}, status, headers)
 
 
+def _payload(answer: Answer) -> bytes:
+    said = answer.said
+    return said if isinstance(said, bytes) else json.dumps(said).encode()
+
+
 def response(answer: Answer) -> Response:
     """The answer as Flask wants it."""
-    response = Response(json.dumps(answer.said), answer.status, mimetype="application/json")
+    response = Response(_payload(answer), answer.status, mimetype="application/json")
     for name, value in answer.headers:
         response.headers[name] = value
     return response
@@ -352,7 +369,8 @@ def requires(keys: Callable[[], Collection[str]]) -> Callable[[Callable[P, R]], 
     return decorate
 
 
-DirectView = Callable[[dict[str, Any]], "Answer | Held"]
+DirectView = Callable[[dict[str, Any], str], "Answer | Held"]
+"""Of the checked body and of who asks: see `client_name`."""
 
 
 @dataclass(frozen=True)
@@ -363,12 +381,13 @@ class _Direct:
     fields: MappingType[str, Field]
     keys: Callable[[], Collection[str]]
 
-    def answer(self, raw: bytes, authorization: str | None) -> "Answer | Held":
+    def answer(self, raw: bytes, authorization: str | None, peer: str) -> "Answer | Held":
         known = self.keys()
         if known and not bearer_is(authorization, known):
             return _UNAUTHORIZED
         try:
-            return self.view(check_fields(parse_json(raw), self.fields))
+            said = check_fields(parse_json(raw), self.fields)
+            return self.view(said, client_name(authorization, peer) if known else peer)
         except BadField as e:
             return error_answer(400, "bad_request", str(e))
 
@@ -389,13 +408,24 @@ def direct(
         rules = _extension(app).direct["POST", path] = _Direct(view, fields, keys)
 
         def through_flask() -> Response:
-            answer = rules.answer(request.get_data(cache=False), request.headers.get("Authorization"))
+            answer = rules.answer(
+                request.get_data(cache=False),
+                request.headers.get("Authorization"),
+                request.remote_addr or "",
+            )
             return response(answer.late() if isinstance(answer, Held) else answer)
 
         app.add_url_rule(path, view.__name__, through_flask, methods=["POST"])
         return view
 
     return register
+
+
+def client_name(authorization: str | None, peer: str) -> str:
+    """Whom a request comes from: the beginning of the SHA-256 of its key, or without one its address."""
+    if authorization is None:
+        return peer
+    return "key-" + hashlib.sha256(authorization[7:].encode()).hexdigest()[:16]
 
 
 def bearer_is(header: str | None, keys: Collection[str]) -> bool:
@@ -550,7 +580,7 @@ class _Bridge:
         if strange is not None:
             answer = _plain(strange)
         elif rules is not None:
-            found = self._answer_directly(rules, scope["headers"], raw, most)
+            found = self._answer_directly(rules, scope, raw, most)
             if isinstance(found, Held):
                 later = await self._wait(found, receive)
                 if later is None:
@@ -588,14 +618,14 @@ class _Bridge:
         return None
 
     def _answer_directly(
-        self, rules: _Direct, headers: Sequence[tuple[bytes, bytes]], raw: bytes, most: int
+        self, rules: _Direct, scope: MappingType[str, Any], raw: bytes, most: int
     ) -> Answer | Held:
         if len(raw) > most:
             return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
         # Given twice they are joined, so two Authorization headers match no key.
-        authorization = b",".join([value for name, value in headers if name == b"authorization"])
+        authorization = b",".join([value for name, value in scope["headers"] if name == b"authorization"])
         try:
-            return rules.answer(raw, authorization.decode("latin-1"))
+            return rules.answer(raw, authorization.decode("latin-1"), (scope.get("client") or ("",))[0])
         except Exception:
             log.exception("a direct view failed")
             return _OUR_FAULT
@@ -682,7 +712,7 @@ def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
 
 
 def _plain(answer: Answer) -> _Plain:
-    payload = json.dumps(answer.said).encode()
+    payload = _payload(answer)
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(payload))]
     return answer.status, headers + _encoded(answer.headers) if answer.headers else headers, payload
 

@@ -10,11 +10,12 @@ The estimate never leaves [FLOOR, 1] * the work of the unfinished leases: what a
 be over is not over, however long ago it was given. Seconds compare between machines of unequal speed.
 
 There is one queue per class of speed, because an idle fast machine and an idle slow one have the same
-`free_at` and not the same answer: the first few of each class are looked at, and the request
-goes where it is predicted to be done first. A queue is two heaps whose keys do not age, so a choice costs
-O(log n): those that drain, by `free_at`, and those at their floor or idle, by seconds. An instance crosses
-from the first to the second when it is met there, once per change. Only instances that can serve are in a
-queue: hot, with tokens in stock, not failing.
+`free_at` and not the same answer: the first few of each class are looked at, and the best few of all by their
+work are predicted in full (dispatch/forward.py): the request goes where it does least to everybody. A queue
+is two sorted lists whose keys do not age, so a choice costs O(log n) comparisons: those that drain, by
+`free_at`, and those at their floor or idle, by seconds. An instance crosses from the first to the second when
+it is met there, once per change. Only instances that can serve are in a queue: hot, with tokens in stock, not
+failing.
 
     hot set ──► instances ◄── token batches, load reports, failures
                    │
@@ -38,19 +39,21 @@ True after every call:
 Times are epoch seconds, work is in output-token equivalents. All methods belong to one thread.
 """
 
-import heapq
 import math
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from heapq import heapify, heappop, heapreplace
 from itertools import count, islice
 from typing import Any
 
 from dispatch.affinity import Prefixes
-from dispatch.belief import row
-from dispatch.forward import PROMPT, Floats
-from dispatch.instances import AVOID_S, STOCK_LEAST, STOCK_MOST, Entry, Instance, Queue
-from dispatch.lengths import Lengths, kind_of
+from dispatch.allowance import MOST_UNUSED, Allowance
+from dispatch.belief import row, warm_up
+from dispatch.circuit import ALONE, State
+from dispatch.forward import KIND, KV, PROMPT, Floats
+from dispatch.instances import READING_S, STOCK_LEAST, STOCK_MOST, Instance, Queue
+from dispatch.lengths import Lengths
 from dispatch.line import LATE_BOUND_S, Line
 from dispatch.pace import SPAN_S, Pace, Span
 from dispatch.stock import Batch
@@ -68,9 +71,6 @@ from dispatch.types import (
     Waiter,
 )
 from slo import Slo
-
-LOOK = 8
-"""Looked at when those are full: the key is the room, so behind a few full ones all are full."""
 
 RATE_WEIGHT = 0.3
 """Weight of one observed rate in the measured throughput: settles in about five reports."""
@@ -102,6 +102,10 @@ A few wait for a moment whenever prompts come together."""
 SLOW_SHARE = 0.8
 """Of the objective: tokens this far apart are too slow, because answers grow and prompts come between."""
 
+KV_SHARE = 0.97
+"""Of its memory an instance is given requests until so much is used: one that puts requests back reads their
+prompts again. Without a reserve first tokens came 1.7 times later at 105 % load (bench/dispatch.py)."""
+
 BEST_FEW = 8
 """So many, the best by the work they have, are predicted in full: of 32 servers 8 are enough (+2 %)."""
 
@@ -112,8 +116,8 @@ FIRST_TOKEN_WEIGHT = 10.0
 """Seconds of whole latency that a second of first token is worth; 1 is better for the whole latency on
 unequal machines, by 4 to 7 %, and costs 12 to 18 % of first token (dispatch-study.md)."""
 
-ARRIVALS_WEIGHT = 0.1
-"""Of a second's arrivals in what is expected to come: settles in ten seconds."""
+ARRIVALS_WEIGHT = 0.02
+"""Of a second's arrivals in what is expected to come: of the last minute, for a burst is soon over."""
 
 MIX_MEMORY = 500.0
 """Requests of about this number make up what is usual: prompt, work, pace of arrivals."""
@@ -139,8 +143,12 @@ REFILL_LOOK = 4 * (REFILL_DRY + REFILL_LOW)
 REFILL_RETRY_S = (0.25, 10.0)
 """A failed refill is repeated after the first, doubling up to the second."""
 
-FAILURES_IN_A_ROW = 3
-"""Failures without a success between them after which an instance is avoided."""
+ALONE_SHARE = 0.1
+"""Of the hot instances, and at least one: so many may be avoided by one client's word alone (circuit.py). A
+client that finds more of them broken, which nobody and no report confirms, is more likely broken itself."""
+
+SILENT = 3
+"""Reports in a row that did not come after which the requests there are taken to be lost."""
 
 IDLE_POLL_RATIO = 5.0
 """An instance without work is polled so many times less often."""
@@ -193,6 +201,7 @@ class LoadBalancer:
         slo: Slo | None = None,
         late_bound_s: float | None = LATE_BOUND_S,
         first_token_weight: float = FIRST_TOKEN_WEIGHT,
+        max_unused: int = MOST_UNUSED,
     ) -> None:
         """Knows no instance yet.
 
@@ -200,11 +209,15 @@ class LoadBalancer:
         max_held: requests held at once. poll_interval_s: how old a working instance's report may get.
         slo: what late means. late_bound_s: None for one line of all, first come first served.
         first_token_weight: seconds of whole latency that a second of first token is worth.
+        max_unused: leases that one client may have and not have used.
         """
         self.lease_s = lease_s
         self.slo = slo or Slo()
         self.line = Line(max_held, late_bound_s)
+        self.allowance = Allowance(max_unused, lease_s)
         self.first_token_weight = first_token_weight
+        self._claimed: set[int] = set()  # instances that somebody waits for
+        self._waits_for_one: Ask | None = None
         self.poll_interval_s = poll_interval_s
         self.epoch: str | None = None
         self.version: int | None = None
@@ -226,10 +239,13 @@ class LoadBalancer:
         self._leases: dict[str, Lease] = {}
         self._expiring: deque[Lease] = deque()  # by expires_at
         self._serving: deque[Lease] = deque()  # started when they would have expired; by given_at
-        self._done_early: dict[str, int | None] = {}
+        self._done_early: dict[str, int] = {}  # request id -> kind
         self._thirsty: dict[int, None] = {}
+        self._doubted: dict[int, None] = {}  # to be asked for a report at once
+        self._by_word: set[int] = set()  # avoided by one client's word alone, or have been
         self._left_epochs: deque[str] = deque(maxlen=16)
         self._hot_expected_at: float | None = None
+        warm_up()
         self._lengths = Lengths(self.expected_output_tokens)
         self._prefixes = Prefixes()
         self._mean_work = self.expected_output_tokens
@@ -238,6 +254,7 @@ class LoadBalancer:
         self._usual = row(1.0, 0.0, self.expected_output_tokens, math.inf, 0)
         self._arrivals_s = 0.0  # a second
         self._ticked: tuple[float, int] | None = None
+        self._ticks = 0
         self._refused_work: deque[list[float]] = deque()  # [second, work]
         self._working = 0  # instances with a lease
         self._to_poll: list[int] = []
@@ -263,7 +280,7 @@ class LoadBalancer:
         self.epoch, self.version = told.epoch, told.version
         self.model = told.model
         self.prefill_weight = told.prefill_weight
-        if not self._lengths.known:
+        if not self._lengths.completions:
             self._mean_work = told.expected_output_tokens
         if told.expected_output_tokens != self._lengths.told:
             self._lengths.tell(told.expected_output_tokens)
@@ -310,7 +327,7 @@ class LoadBalancer:
     def _forget(self, inst: Instance, now: float) -> None:
         for lease in list(inst.leases.values()):
             self._release(inst, lease, "lost", now)
-        inst.entry = None
+        inst.leave_queue()
         del self._instances[inst.id]
         self._thirsty.pop(inst.id, None)
 
@@ -318,11 +335,11 @@ class LoadBalancer:
 
     def work_of(self, prompt_tokens: int, max_tokens: int | None) -> float:
         """The work such a request is expected to be."""
-        return max(1.0, prompt_tokens * self.prefill_weight + self.expected_output(max_tokens))
+        return max(1.0, prompt_tokens * self.prefill_weight + self.expected_output(max_tokens, prompt_tokens))
 
-    def expected_output(self, max_tokens: int | None) -> float:
-        """Mean tokens of completions that were allowed about as many; what was told is the prior."""
-        return self._lengths.mean(max_tokens)
+    def expected_output(self, max_tokens: int | None, prompt_tokens: int = 0) -> float:
+        """Mean tokens that requests like it were answered with (lengths.py); what was told is the prior."""
+        return self._lengths.mean(self._lengths.kind(prompt_tokens, max_tokens), max_tokens)
 
     def arrived(self, ask: Ask) -> None:
         """Count a new request; once, whatever becomes of it."""
@@ -333,9 +350,71 @@ class LoadBalancer:
 
     def route(self, ask: Ask, now: float) -> Lease | None:
         """A lease for it, or None when no instance may take it now or others wait already (see grant)."""
-        if self.line.held and self.line.blocks(now, lambda other: self._only_avoids(other, now)):
+        if self.line.held and self.line.blocks(ask, now, lambda other: self._only_avoids(other, now)):
             return None
         return self._lease(ask, now)
+
+    def over_allowance(self, ask: Ask, now: float) -> float | None:
+        """None, or in how many seconds its client may ask again, who has too many unused leases."""
+        return self.allowance.asks(ask.client, self._typical_capacity * self._hot, now)
+
+    def lease_many(self, ask: Ask, count: int, now: float) -> list[Lease]:
+        """Up to count leases for requests like it: none when it may not have one, or others wait.
+
+        They go where one after the other would go by the work that each instance has: the prediction in full
+        is for a request that comes at once, and of a batch nobody knows when.
+        """
+        if self.line.held and self.line.blocks(ask, now, lambda other: self._only_avoids(other, now)):
+            return []
+        count = min(count, MAX_LEASES - len(self._leases), self.allowance.left(ask.client))
+        given: list[Lease] = []
+        for inst, n in self._spread(ask, count, now):
+            taken = inst.stock.take_some(n, now)
+            self._wants_tokens(inst, now)
+            fresh = [
+                (name, token, batch)
+                for token, batch in taken
+                if (name := self._request_id(token)) not in self._leases
+            ]
+            if not fresh:
+                inst.leave_queue()
+                continue
+            request = self._row(ask, inst)
+            last = len(fresh) - 1
+            for i, (name, token, batch) in enumerate(fresh):
+                given.append(self._give(inst, name, token, batch, ask, now, request, more=i < last))
+                inst.belief.add(name, request, inst.pace.constants, now)
+        if not given and count > 0:
+            lease = self._lease(ask, now)
+            return [] if lease is None else [lease]
+        return given
+
+    def _spread(self, ask: Ask, count: int, now: float) -> list[tuple[Instance, int]]:
+        """(instance, how many of count such requests), as one choice after the other would spread them."""
+        heap: list[tuple[float, int, float, float, Instance]] = []  # score, number, work, reading, who
+        for queue in self._queues.values():
+            for inst in queue.first(count + len(ask.avoid), now):
+                if inst.id not in ask.avoid:
+                    left = inst.work(now)
+                    heap.append(
+                        ((left + ask.work) / inst.throughput, len(heap), left, inst.read_at - now, inst)
+                    )
+        heapify(heap)
+        share: dict[int, tuple[Instance, int]] = {}
+        prompt_work = ask.prompt_tokens * self.prefill_weight
+        while heap and count > 0:
+            _, tie, left, reading_s, inst = heap[0]
+            n = share[tie][1] if tie in share else 0
+            fits = left + ask.work <= inst.capacity and reading_s <= READING_S
+            if n >= min(inst.stock.size, inst.circuit.left) or not (fits or (n == 0 and inst.idle)):
+                heappop(heap)
+                continue
+            share[tie] = inst, n + 1
+            count -= 1
+            left += ask.work
+            reading_s = max(0.0, reading_s) + prompt_work / inst.throughput
+            heapreplace(heap, ((left + ask.work) / inst.throughput, tie, left, reading_s, inst))
+        return list(share.values())
 
     def refuse(self, ask: Ask, now: float) -> tuple[str, float]:
         """Why it gets no lease, and in how many seconds to ask again. It counts as demand."""
@@ -352,11 +431,21 @@ class LoadBalancer:
         if not self._hot:
             expected = RETRY_UNKNOWN_S if self._hot_expected_at is None else self._hot_expected_at - now
             return min(3600.0, max(1.0, expected))
-        first = [e[3] for queue in self._queues.values() for e in queue.first(now) if e[3].entry is e]
+        first = [i for queue in self._queues.values() for i in queue.first(BEST_FEW, now)]
         if not first:
             return 1.0  # no tokens, or all are being avoided: that is over in a moment or known soon
         room_s = min((i.work(now) + ask.work - i.capacity) / i.throughput for i in first)
-        return min(60.0, max(1.0, room_s + self.line.work / self._hot_throughput))
+        return min(3600.0, max(1.0, room_s + self._line_s(room_s, now)))
+
+    def _line_s(self, room_s: float, now: float) -> float:
+        """Seconds until all who wait are served once there is room, also by what will be hot by then."""
+        seconds = self.line.work / self._hot_throughput
+        help_s = math.inf if self._hot_expected_at is None else max(0.0, self._hot_expected_at - now) - room_s
+        if seconds <= help_s:
+            return seconds
+        before_s = max(0.0, help_s)
+        one = self._hot_throughput / self._hot
+        return before_s + (self.line.work - before_s * self._hot_throughput) / (self._hot_throughput + one)
 
     def _lease(self, ask: Ask, now: float) -> Lease | None:
         if len(self._leases) >= MAX_LEASES:
@@ -365,7 +454,7 @@ class LoadBalancer:
             taken = inst.stock.take(now)
             self._wants_tokens(inst, now)
             if taken is None:
-                inst.entry = None  # its tokens had become too old
+                inst.leave_queue()  # its tokens had become too old
                 continue
             token, batch = taken
             request_id = self._request_id(token)
@@ -379,24 +468,32 @@ class LoadBalancer:
 
     def _best_for(self, ask: Ask, now: float) -> Instance | None:
         """The instance where it does least to everybody: the best few by their work are predicted in full."""
-        found = self._candidates(ask.work, ask.avoid, now)
+        found = [
+            pair
+            for pair in self._candidates(ask.work, {*ask.avoid, *self._claimed}, now, memory_known=True)
+            if pair[1].id not in self._claimed
+        ]
         for instance_id in self._prefixes.holders(ask.affinity):
             inst = self._instances.get(instance_id)
-            if inst is not None and inst.entry is not None and instance_id not in ask.avoid:
-                left = inst.work(now)
-                if inst.has_room(ask.work, left, now) and all(inst is not other for _, other in found):
-                    found.append(((left + ask.work) / inst.throughput, inst))
-        if len(found) < 2:
+            if inst is None or inst.entry is None or instance_id in ask.avoid or instance_id in self._claimed:
+                continue
+            left = inst.work(now)
+            if (inst.told.timing is not None or inst.has_room(ask.work, left, now)) and all(
+                inst is not other for _, other in found
+            ):
+                found.append(((left + ask.work) / inst.throughput, inst))
+        if not found or (len(found) == 1 and found[0][1].told.timing is None):
             return found[0][1] if found else None
         if any(len(inst.belief) > PREDICT_MOST for _, inst in found):
-            return min(found, key=lambda pair: pair[0])[1]
+            found = [(s, inst) for s, inst in found if inst.has_room(ask.work, inst.work(now), now)]
+            return min(found, key=lambda pair: pair[0])[1] if found else None
         request = self._row(ask, found[0][1])
         best: Instance | None = None
-        best_s = math.inf
+        best_s, fits = math.inf, True
         for _, inst in found:
             # What comes there anyway, by its share of what all can do.
             here_s = self._arrivals_s * inst.throughput / max(self._hot_throughput, 1e-9)
-            price_s, _, _ = inst.belief.offer(
+            price_s, free, unread_s = inst.belief.offer(
                 request if not ask.affinity else self._row(ask, inst),
                 inst.pace.constants,
                 self._lengths.table,
@@ -407,50 +504,61 @@ class LoadBalancer:
             )
             if price_s < best_s:
                 best, best_s = inst, price_s
-        return best
+                spare = (1.0 - KV_SHARE) * inst.pace.constants[KV]
+                fits = request[PROMPT] + 1.0 <= free - spare and unread_s <= READING_S
+        if best is None or fits or best.idle or best.told.timing is None:
+            return best
+        self._claimed.add(best.id)
+        self._waits_for_one = ask
+        return None
 
     def _row(self, ask: Ask, inst: Instance) -> Floats:
         """The request as the instance would see it: without the prefix that it has served lately."""
-        expected = self.expected_output(ask.max_tokens)
+        kind = self._lengths.kind(ask.prompt_tokens, ask.max_tokens)
+        expected = self._lengths.mean(kind, ask.max_tokens)
         prompt = float(ask.prompt_tokens)
         if not ask.prompt_tokens:  # only its work was told
             prompt = max(0.0, ask.work - expected) / max(self.prefill_weight, 1e-3)
         cached = self._prefixes.cached_tokens(ask.affinity, inst.id) if ask.affinity else 0.0
         most = math.inf if ask.max_tokens is None else float(ask.max_tokens)
-        return row(prompt, cached, expected, most, kind_of(ask.max_tokens))
+        return row(prompt, cached, expected, most, kind)
 
     def _choose(self, work: float, avoid: Collection[int], now: float) -> Instance | None:
         """The instance that would be done with it first by its work; None where none has room."""
         found = self._candidates(work, avoid, now)
         return found[0][1] if found else None
 
-    def _candidates(self, work: float, avoid: Collection[int], now: float) -> list[tuple[float, Instance]]:
-        """(seconds until it would be done, instance) of the best few with room, the best first."""
+    def _candidates(
+        self, work: float, avoid: Collection[int], now: float, *, memory_known: bool = False
+    ) -> list[tuple[float, Instance]]:
+        """(seconds until it would be done, instance) of the best few with room, the best first.
+
+        memory_known: whether there is room is found out later, where it can be known.
+        """
         found: list[tuple[float, Instance]] = []
         for queue in self._queues.values():
-            here = self._with_room(queue.first(now), work, avoid, now)
-            if not here:
-                taken = queue.take(LOOK + len(avoid))
-                here = self._with_room((entry for _, entry in taken), work, avoid, now)
-                for heap, entry in taken:
-                    heapq.heappush(heap, entry)
-            found += here
+            for inst in queue.first(BEST_FEW + len(avoid), now):
+                left = inst.work(now)
+                if inst.told.id in avoid:
+                    continue
+                if (memory_known and inst.told.timing is not None) or inst.has_room(work, left, now):
+                    found.append(((left + work) / inst.throughput, inst))
         found.sort(key=lambda pair: pair[0])
         return found[:BEST_FEW]
 
-    def _with_room(
-        self, entries: Iterable[Entry], work: float, avoid: Collection[int], now: float
-    ) -> list[tuple[float, Instance]]:
-        found: list[tuple[float, Instance]] = []
-        for entry in entries:
-            inst = entry[3]
-            if inst.entry is entry and inst.told.id not in avoid:
-                left = inst.work(now)
-                if inst.has_room(work, left, now):
-                    found.append(((left + work) / inst.throughput, inst))
-        return found
-
-    def _give(self, inst: Instance, request_id: str, token: str, batch: Batch, ask: Ask, now: float) -> Lease:
+    def _give(
+        self,
+        inst: Instance,
+        request_id: str,
+        token: str,
+        batch: Batch,
+        ask: Ask,
+        now: float,
+        row: Floats | None = None,
+        *,
+        more: bool = False,
+    ) -> Lease:
+        """Enter the lease in the books. row: where it is known. more: the next is for this instance, too."""
         told = inst.told
         lease = Lease(
             request_id=request_id,
@@ -463,7 +571,8 @@ class LoadBalancer:
             expires_at=min(now + self.lease_s, batch.expires_at),
             batch=batch,
             boot_id=inst.boot_id,
-            row=self._row(ask, inst),
+            row=self._row(ask, inst) if row is None else row,
+            client=ask.client,
         )
         left_s = inst.work(now) / inst.throughput
         if not inst.leases:
@@ -477,39 +586,44 @@ class LoadBalancer:
         inst.read_at = max(now, inst.read_at) + read_s
         self._leases[request_id] = lease
         self._expiring.append(lease)
+        self.allowance.given(lease)
+        inst.circuit.given(request_id, now)
+        self.routed += 1
         self._mean_work += (ask.work - self._mean_work) / MIX_MEMORY
+        if more:
+            return lease
         self._note_mix(lease.row[PROMPT])
         if ask.affinity:
             self._prefixes.served(ask.affinity, inst.id)
-        self.routed += 1
         self._requeue(inst, now)
         return lease
 
     def _note_mix(self, prompt: float) -> None:
         """A request with such a prompt was given: it changes what is usual."""
-        share = 1.0 / min(MIX_MEMORY, self.routed + 1.0)
+        share = 1.0 / min(MIX_MEMORY, float(self.routed))
         self._mean_prompt += share * (prompt - self._mean_prompt)
         self._mean_squares += share * (prompt * prompt - self._mean_squares)
-        expected = self._lengths.overall
-        self._usual = row(self._mean_prompt, 0.0, expected, math.inf, 0)
+        self._usual = row(self._mean_prompt, 0.0, self._lengths.mean(0), math.inf, 0)
 
-    def done(self, request_id: str, outcome: str, now: float, *, impostor: bool = False) -> bool:
+    def done(
+        self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False
+    ) -> bool:
         """A client says how its lease ended: finished, failed or unused. False when none such is known.
 
-        An unused token goes back into stock, unless a report said that it was taken. impostor: who answered
-        there had another certificate.
+        An unused token goes back into stock, unless a report said that it was taken. blame: whether it failed
+        in a way that may be the instance's fault. impostor: who answered there had another certificate.
         """
         lease = self._leases.get(request_id)
         if lease is None:
             return False
         inst = self._instances[lease.instance_id]
         if outcome == "finished":
-            self._succeeded(inst)
-            self._done_early[request_id] = lease.max_tokens
+            inst.circuit.finished(request_id)
+            self._done_early[request_id] = int(lease.row[KIND])
             if len(self._done_early) > REMEMBER_DONE:
                 del self._done_early[next(iter(self._done_early))]
         elif outcome == "failed":
-            (self._give_up if impostor else self._failed)(inst, now)
+            self._word(inst, lease, now, blame=blame, weight=ALONE if impostor else 1)
         elif not lease.started and lease.boot_id == inst.boot_id:
             inst.stock.give_back(lease.token, lease.batch)
             inst.taken -= 1
@@ -520,6 +634,9 @@ class LoadBalancer:
     def _release(self, inst: Instance, lease: Lease, how: str, now: float) -> None:
         """Take its work off the instance; the caller requeues."""
         lease.over = True
+        if not lease.started:
+            self.allowance.settled(lease)
+        inst.circuit.over(lease.request_id)
         del self._leases[lease.request_id]
         del inst.leases[lease.request_id]
         inst.belief.remove(lease.request_id, inst.pace.constants, now)
@@ -545,12 +662,13 @@ class LoadBalancer:
             self._expiring = deque(lease for lease in self._expiring if not lease.over)
         for inst in self._instances.values():
             inst.stock.drop_old(now)
-            if inst.entry is not None and not inst.stock.size:
+            if inst.circuit.tick(now) or (inst.entry is not None and not inst.stock.size):
                 self._requeue(inst, now)
             self._wants_tokens(inst, now)
         if self._ticked is not None and now > self._ticked[0]:
             arrived_s = (self.arrivals - self._ticked[1]) / (now - self._ticked[0])
-            self._arrivals_s += ARRIVALS_WEIGHT * (arrived_s - self._arrivals_s)
+            self._ticks += 1
+            self._arrivals_s += max(ARRIVALS_WEIGHT, 1.0 / self._ticks) * (arrived_s - self._arrivals_s)
         self._ticked = now, self.arrivals
         self._queues = {cls: q for cls, q in self._queues.items() if q.draining or q.steady}
         self._survey()
@@ -566,34 +684,40 @@ class LoadBalancer:
     def hold(self, ask: Ask, until: float, now: float) -> Waiter | None:
         """A place at the end of its lane, or None when as many are held as may be."""
         blocked = not self._only_avoids(ask, now)
-        return self.line.hold(ask, until, now, self._time_to_give_s(ask), self._wait_s(now), blocked=blocked)
+        return self.line.hold(
+            ask, until, now, self._time_to_give_s(ask), self._wait_s(ask, now), blocked=blocked
+        )
 
     def _time_to_give_s(self, ask: Ask) -> float:
         """For so long it may wait and still be in time: what reading it takes is not left for waiting."""
         read_s = ask.prompt_tokens * self.prefill_weight * self._hot / max(self._hot_throughput, 1e-9)
         return self.slo.first_token_limit_s(ask.prompt_tokens) - read_s
 
-    def _wait_s(self, now: float) -> float:
-        """How long one would wait who came now, by the work ahead and by when something will be hot."""
+    def _wait_s(self, ask: Ask, now: float) -> float:
+        """How long it would wait if it came now, by the work ahead and by when something will be hot."""
         if self._hot:
-            return self.line.work_ahead / max(self._hot_throughput, 1e-9)
+            return self.line.ahead_of(ask.priority) / max(self._hot_throughput, 1e-9)
         return 0.0 if self._hot_expected_at is None else max(0.0, self._hot_expected_at - now)
 
     def cancel(self, waiter: Waiter) -> None:
         """It waits no more: the client went away, or its time is over."""
         self.line.cancel(waiter)
 
-    def grant(self, now: float) -> list[tuple[Waiter, Lease]]:
-        """Leases for those who may be served now, in the order of the line.
+    def grant(self, now: float, most: int | None = None) -> list[tuple[Waiter, Lease]]:
+        """Leases for those who may be served now, in the order of the line; most: so many at once.
 
-        Call it whenever capacity may have appeared, also with time alone.
+        Call it whenever capacity may have appeared, also with time alone, and again when line.cut says so.
         """
+        self._claimed.clear()
+        self._waits_for_one = None
         return self.line.grant(
-            now, lambda ask: self._lease(ask, now), lambda ask: self._only_avoids(ask, now)
+            now, lambda ask: self._lease(ask, now), lambda ask: self._only_avoids(ask, now), most
         )
 
     def _only_avoids(self, ask: Ask, now: float) -> bool:
-        """Whether an instance that it must not go to is all that has room for it."""
+        """Whether it waits for one instance only, or all that has room is one it must not go to."""
+        if self._waits_for_one is ask:
+            return True
         return bool(ask.avoid) and self._choose(ask.work, (), now) is not None
 
     # -- tokens --
@@ -670,7 +794,8 @@ class LoadBalancer:
         inst.retry_at = now + min(REFILL_RETRY_S[1], REFILL_RETRY_S[0] * 2.0 ** min(inst.refill_failures, 10))
         inst.refill_failures += 1
         self._wants_tokens(inst, now)
-        self._failed(inst, now)
+        inst.failures += 1
+        self._doubt(inst, now)
         self._requeue(inst, now)
 
     def _wants_tokens(self, inst: Instance, now: float) -> None:
@@ -697,6 +822,15 @@ class LoadBalancer:
         A part of the instances is looked at in each call and a few are asked: neither comes in bursts.
         """
         out: list[Poll] = []
+        for instance_id in list(islice(self._doubted, POLL_FEW)):
+            del self._doubted[instance_id]
+            inst = self._instances.get(instance_id)
+            if inst is None or inst.boot_id is None or not inst.circuit.to_ask:
+                continue
+            if inst.polling:
+                self._doubted[instance_id] = None  # that one was asked for before
+            else:
+                out.append(self._poll(inst, now))
         for _ in range(math.ceil(len(self._instances) / SWEEP)):
             if len(out) == POLL_FEW:
                 break
@@ -706,15 +840,22 @@ class LoadBalancer:
             if inst is None or inst.boot_id is None or inst.polling:
                 continue
             if now - inst.polled_at >= self._poll_interval_of(inst):
-                inst.polling = True
-                out.append(Poll(inst.told, inst.seq))
+                out.append(self._poll(inst, now))
         return out
+
+    def _poll(self, inst: Instance, now: float) -> Poll:
+        inst.polling = True
+        inst.asked_at = now
+        inst.circuit.asked(now)
+        return Poll(inst.told, inst.seq)
 
     def _poll_interval_of(self, inst: Instance) -> float:
         """How old its report may get: what is half empty does not look full by mistake, so it can wait."""
-        if not (inst.leases or inst.foreign or inst.told.draining or inst.avoided_until is not None):
+        if inst.circuit.state is not State.CLOSED:
+            return self.poll_interval_s
+        if not (inst.leases or inst.foreign or inst.told.draining):
             return IDLE_POLL_RATIO * self.poll_interval_s
-        half_full = 2.0 * (inst.given + inst.foreign) >= inst.capacity or inst.avoided_until is not None
+        half_full = 2.0 * (inst.given + inst.foreign) >= inst.capacity
         share = (1.0 if half_full else 2.0) * self._working / MAX_POLLS_S
         return max(self.poll_interval_s, share)
 
@@ -723,26 +864,31 @@ class LoadBalancer:
         inst = self._same(poll)
         if inst is None:
             return
+        asked_at = inst.asked_at if inst.polling else now
         inst.polling = False
         inst.polled_at = now
         inst.reports += 1
+        inst.silent = 0
         if inst.boot_id != load.boot_id:
             self._booted(inst, load.boot_id, load.seq, now)
         inst.seq = load.seq
         inst.running, inst.waiting = load.running, load.waiting
         self._learn_throughput(inst, load, now)
         self._take_events(inst, load.started, load.ended, inst.reports, now)
+        inst.belief.heard_at = now
         self._release_lost(inst, load, now)
         self._count_strangers(inst, load, now)
         self._learn_pace(inst, load, now)
         foreign = max(0, load.running + load.waiting - len(inst.leases))
         inst.foreign = foreign * self._mean_work
         inst.free_at = now + (inst.given + inst.foreign) / inst.throughput
-        if not load.model_up:
-            self._failed(inst, now)
-        elif inst.avoided_until is None or now >= inst.avoided_until:
-            inst.avoided_until = None
-            inst.streak = 0
+        if load.model_up:
+            inst.circuit.well(asked_at, now)
+        else:
+            self._broke(inst, now)
+            if inst.down:  # for the second time: what it was answering has died with it
+                self._lose(inst, now, started_only=True)
+        inst.down = not load.model_up
         self._requeue(inst, now)
 
     def poll_failed(self, poll: Poll, now: float) -> None:
@@ -751,7 +897,10 @@ class LoadBalancer:
         if inst is not None:
             inst.polling = False
             inst.polled_at = now
-            self._failed(inst, now)
+            inst.silent += 1
+            self._broke(inst, now)
+            if inst.silent >= SILENT:
+                self._lose(inst, now, started_only=False)
             self._requeue(inst, now)
 
     def pushed(self, instance_id: int, push: Push, now: float) -> float | None:
@@ -766,12 +915,13 @@ class LoadBalancer:
         inst.push_number = push.number
         inst.pushes += 1
         self._take_events(inst, push.started, push.ended, inst.reports + 1, now)
+        inst.belief.heard_at = now
         if push.missed or push.after > inst.seq:
             inst.polled_at = -math.inf
         else:
             inst.seq = max(inst.seq, push.seq)
         if not push.model_up:
-            self._give_up(inst, now)
+            self._broke(inst, now)
         self._requeue(inst, now)
         return max(PUSH_INTERVAL_S, self._working / MAX_PUSHES_S)
 
@@ -786,6 +936,8 @@ class LoadBalancer:
                     inst.strangers[request_id] = None
                     inst.belief.add(request_id, self._usual, constants, now)
             elif not lease.started:
+                self.allowance.settled(lease)
+                inst.circuit.started(request_id)
                 lease.started = report
                 if request_id not in inst.belief:
                     inst.belief.add(request_id, lease.row, constants, now)
@@ -824,15 +976,18 @@ class LoadBalancer:
     def _ended(self, inst: Instance, end: Ended, now: float) -> None:
         lease = inst.leases.get(end.id)
         if lease is not None:
+            if end.status == "finished":
+                inst.circuit.finished(end.id)
+            elif end.status == "failed":
+                self._word(inst, lease, now)
             self._release(inst, lease, end.status if end.status in ENDS else "failed", now)
-            max_tokens = lease.max_tokens
+            kind = int(lease.row[KIND])
         elif end.id in self._done_early:
-            max_tokens = self._done_early.pop(end.id)
+            kind = self._done_early.pop(end.id)
         else:
             return
         if end.status == "finished":
-            self._succeeded(inst)
-            self._lengths.ended(end.output_tokens, max_tokens)
+            self._lengths.ended(end.output_tokens, kind)
 
     def _release_lost(self, inst: Instance, load: Load, now: float) -> None:
         """Leases known to have started are over when two reports in a row say that nothing is under way.
@@ -907,34 +1062,52 @@ class LoadBalancer:
 
     # -- failures --
 
-    def _failed(self, inst: Instance, now: float) -> None:
+    def _word(self, inst: Instance, lease: Lease, now: float, *, blame: bool = True, weight: int = 1) -> None:
+        """The lease's request failed there, by its client's word or by its status."""
         inst.failures += 1
-        inst.streak += 1
-        if inst.streak >= FAILURES_IN_A_ROW and (inst.avoided_until is None or now >= inst.avoided_until):
-            inst.avoided_until = now + inst.avoid_s
-            inst.avoid_s = min(AVOID_S[1], 2.0 * inst.avoid_s)
+        if not blame:
+            return
+        self._by_word = {i for i in self._by_word if self._is_away(i)}
+        alone = inst.id in self._by_word or len(self._by_word) < max(1.0, ALONE_SHARE * self._hot)
+        inst.circuit.word(lease.client, now, alone=alone, probe=lease.request_id, weight=weight)
+        if inst.circuit.state is State.OPEN:
+            self._by_word.add(inst.id)
+        self._ask_at_once(inst)
 
-    def _give_up(self, inst: Instance, now: float) -> None:
-        """There is no doubt about it: it is avoided at once."""
-        inst.streak = max(inst.streak, FAILURES_IN_A_ROW - 1)
-        self._failed(inst, now)
+    def _is_away(self, instance_id: int) -> bool:
+        inst = self._instances.get(instance_id)
+        return inst is not None and inst.circuit.state is not State.CLOSED
 
-    def _succeeded(self, inst: Instance) -> None:
-        inst.streak = 0
-        inst.avoid_s = AVOID_S[0]
+    def _doubt(self, inst: Instance, now: float) -> None:
+        inst.circuit.doubt(now)
+        self._ask_at_once(inst)
+
+    def _ask_at_once(self, inst: Instance) -> None:
+        if inst.circuit.to_ask:
+            self._doubted[inst.id] = None
+
+    def _broke(self, inst: Instance, now: float) -> None:
+        """We saw it ourselves: it is avoided at once."""
+        inst.failures += 1
+        inst.circuit.broke(now)
+
+    def _lose(self, inst: Instance, now: float, *, started_only: bool) -> None:
+        """The requests that it had are lost; their clients have been told so by their connections."""
+        for lease in list(inst.leases.values()):
+            if lease.started or not started_only:
+                self._release(inst, lease, "lost", now)
 
     # -- the queue --
 
     def _requeue(self, inst: Instance, now: float) -> None:
         """Put it where it belongs after any change: in the queue of its class, or nowhere."""
-        if inst.told.draining or not inst.stock.size or inst.avoided_until is not None:
-            inst.entry = None
+        inst.leave_queue()
+        if inst.told.draining or not inst.stock.size or not inst.circuit.left:
             return
         queue = self._queues.get(inst.cls)
         if queue is None:
             queue = self._queues[inst.cls] = Queue()
-        tie = self._rng.random(), next(self._counter)
-        queue.add(inst, tie, 2 * len(self._instances) + 64, now)
+        queue.add(inst, (self._rng.random(), next(self._counter)), now)
 
     def _same(self, errand: Refill | Poll) -> Instance | None:
         """The instance an errand was for; None when it is gone or has become another."""
@@ -990,7 +1163,8 @@ class LoadBalancer:
                 "tokens_in_stock": i.stock.size,
                 "reports_pushed": i.pushes,
                 "failures": i.failures,
-                "avoided": i.avoided_until is not None,
+                "avoided": i.circuit.state is State.OPEN,
+                "circuit": i.circuit.state.value,
                 "working_s": round(i.working(now), 1),
             }
             for i in self._instances.values()

@@ -13,8 +13,25 @@ Times are epoch seconds, lengths tokens.
 import numpy as np
 
 from compiled import njit
-from dispatch.forward import COLUMNS, HELD, KIND, LEFT, MOST, PROMPT, UNREAD, Floats, price, run
-from dispatch.lengths import expect
+from dispatch.forward import (
+    COLUMNS,
+    CONSTANTS,
+    HELD,
+    KIND,
+    KV,
+    LEFT,
+    MOST,
+    PROMPT,
+    UNREAD,
+    A,
+    B,
+    C,
+    E,
+    Floats,
+    price,
+    run,
+)
+from dispatch.lengths import BINS, expect
 
 ROWS = 16
 """Rows that a table begins with; it doubles when it is full."""
@@ -35,6 +52,7 @@ class Belief:
     def __init__(self, now: float) -> None:
         """Nothing goes on there."""
         self.at = now
+        self.heard_at = now  # so far its ends are known
         self.ids: list[str] = []
         self.rows = np.zeros((ROWS, COLUMNS))
 
@@ -82,11 +100,24 @@ class Belief:
         weight: float,
         now: float,
     ) -> tuple[float, float, float]:
-        """(price, its first token, its end) if it were given this request: forward.price."""
-        offered, first_s, end_s, self.at = _offer(
-            self.rows, len(self.ids), constants, self.at, now, request, gap_s, usual, weight, table
+        """(price, KV tokens free for it, seconds of reading before it) if it were given this request.
+
+        The price is that of forward.py. KV memory counts as free when nobody who is there already needs it.
+        """
+        offered, free, unread_s, self.at = _offer(
+            self.rows,
+            len(self.ids),
+            constants,
+            self.at,
+            now,
+            request,
+            gap_s,
+            usual,
+            weight,
+            table,
+            now - self.heard_at,
         )
-        return offered, first_s, end_s
+        return offered, free, unread_s
 
     def __contains__(self, request_id: str) -> bool:
         """Whether it is there."""
@@ -126,9 +157,30 @@ def _offer(
     usual: Floats,
     weight: float,
     table: Floats,
+    unheard_s: float,
 ) -> tuple[float, float, float, float]:
     if now > at:
         at = _age(rows, count, s, at, now)
     expect(rows, count, table)
-    priced, first_s, end_s = price(rows, count, s, at - now, ask, gap_s, usual, weight)
-    return priced, first_s, end_s, at
+    priced, _, _ = price(rows, count, s, at - now, ask, gap_s, usual, weight)
+    free, unread, context = s[KV], 0.0, 0.0
+    for i in range(count):
+        context += rows[i, HELD]
+    step_s = s[A] + s[B] * count + s[C] * context
+    for i in range(count):
+        unread += rows[i, UNREAD]
+        if rows[i, HELD] > 0.0:
+            # It may have ended since: where nothing is known it does at this rate.
+            free -= (rows[i, HELD] + 1.0) * np.exp(-unheard_s / (rows[i, LEFT] * step_s))
+        else:
+            free -= rows[i, PROMPT] + 2.0
+    return priced, free, s[E] * unread, at
+
+
+def warm_up() -> None:
+    """What is compiled is loaded, or compiled where no cache has it: a second or so that no request waits."""
+    constants, usual = np.ones(CONSTANTS), row(2.0, 0.0, 2.0, 4.0, 0)
+    belief = Belief(0.0)
+    belief.add("", usual, constants, 0.0)
+    belief.age(constants, 1.0)
+    belief.offer(usual, constants, np.ones((1, BINS)), usual, 1.0, 1.0, 2.0)

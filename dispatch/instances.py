@@ -1,9 +1,10 @@
 """What is known of one instance, and the queue of those that can serve."""
 
-import heapq
 import math
+from bisect import bisect_left, insort
 
 from dispatch.belief import Belief
+from dispatch.circuit import Circuit
 from dispatch.pace import Pace, Span
 from dispatch.stock import Stock
 from dispatch.types import HotInstance, Lease
@@ -15,9 +16,6 @@ FLOOR = 0.5
 CLASS_RATIO = 1.25
 """Instances whose throughputs (and whose seconds of capacity) are within this ratio share a queue."""
 
-FEW = 3
-"""Places of a heap that are compared: among machines of about one speed the first ones are near enough."""
-
 READING_S = 1.0
 """Seconds of prompts an instance may have to read before it is given another: half of the objective."""
 
@@ -25,9 +23,6 @@ STOCK_LEAST, STOCK_MOST = 400, 2000
 """Tokens kept for an instance, and a bound. An idle one has enough for a burst and for a while of use: with
 64 a thousand that begin to be used together were refilled twice in their first seconds, which took a sixth
 of the rate (bench/route.py, 2026-11). 400 are 40 kB."""
-
-AVOID_S = (1.0, 30.0)
-"""How long it is avoided at least: the first, doubling up to the second until a request is finished there."""
 
 
 class Instance:
@@ -46,6 +41,7 @@ class Instance:
         self.free_at = now
         self.read_at = now  # when it will have read the prompts that it was given
         self.entry: Entry | None = None  # its place in the queue; None when it cannot serve
+        self.queue: Queue | None = None
         self.stock = Stock()
         self.belief = Belief(now)
         self.pace = Pace(told.timing or like(told.throughput_work_s))
@@ -71,9 +67,10 @@ class Instance:
         self.running = 0
         self.waiting = 0
         self.failures = 0
-        self.streak = 0
-        self.avoided_until: float | None = None
-        self.avoid_s = AVOID_S[0]
+        self.circuit = Circuit()
+        self.silent = 0  # reports in a row that did not come
+        self.asked_at = now
+        self.down = False  # by the last report its engine is
         self.working_s = 0.0
         self.working_since = now
         self.classify()
@@ -101,11 +98,21 @@ class Instance:
         """Whether its work stays what it is until something happens."""
         return (self.free_at - now) * self.throughput <= FLOOR * (self.given + self.foreign)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing goes on there: it may be given a request of any size."""
+        return not self.leases and self.foreign == 0.0
+
     def has_room(self, work: float, left: float, now: float) -> bool:
         """Whether work may be given to one that has left: within its capacity, or because it is idle."""
         if left + work <= self.capacity and self.read_at - now <= READING_S:
             return True
-        return not self.leases and self.foreign == 0.0
+        return self.idle
+
+    def leave_queue(self) -> None:
+        """It gets no more requests."""
+        if self.queue is not None:
+            self.queue.remove(self)
 
     def is_low(self, now: float) -> bool:
         """Whether tokens are to be fetched for it."""
@@ -118,53 +125,42 @@ class Instance:
 
 
 Entry = tuple[float, float, int, Instance]
-"""(key, random, counter, instance): ties are broken by chance, then by age. Void unless it is inst.entry."""
+"""(key, random, counter, instance): ties are broken by chance, then by age."""
 
 
 class Queue:
-    """The instances of one class that can serve. No entry is ever taken out, they become void."""
+    """The instances of one class that can serve, in two sorted lists whose keys do not age.
+
+    A place is found by bisection; to make room for it is one move of memory, 80 kB for 10,000 instances.
+    """
 
     def __init__(self) -> None:
         self.draining: list[Entry] = []  # by free_at
         self.steady: list[Entry] = []  # by seconds of work: at their floor, or idle
 
-    def add(self, inst: Instance, tie: tuple[float, int], most: int, now: float) -> None:
+    def add(self, inst: Instance, tie: tuple[float, int], now: float) -> None:
+        """It has its place; it must have none."""
         steady = inst.at_floor(now)
-        heap = self.steady if steady else self.draining
+        entries = self.steady if steady else self.draining
         key = inst.work(now) / inst.throughput if steady else inst.free_at
         inst.entry = (key, *tie, inst)
-        heapq.heappush(heap, inst.entry)
-        if len(heap) > most:
-            heap[:] = [e for e in heap if e[3].entry is e]
-            heapq.heapify(heap)
+        inst.queue = self
+        insort(entries, inst.entry)
 
-    def first(self, now: float) -> list[Entry]:
-        """The first of both heaps: their first places, in which the two smallest keys are for certain."""
-        self._mend(now)
-        return self.draining[:FEW] + self.steady[:FEW]
+    def remove(self, inst: Instance) -> None:
+        """It has no place any more; it must have one here."""
+        entry = inst.entry
+        for entries in (self.draining, self.steady):
+            place = len(entries) if entry is None else bisect_left(entries, entry)
+            if place < len(entries) and entries[place] is entry:
+                del entries[place]
+                break
+        inst.entry = inst.queue = None
 
-    def take(self, most: int) -> "list[tuple[list[Entry], Entry]]":
-        """Take the first so many out of each heap: (heap, entry). Put them back."""
-        taken = []
-        for heap in (self.draining, self.steady):
-            found = 0
-            while heap and found < most:
-                entry = heapq.heappop(heap)
-                if entry[3].entry is entry:
-                    taken.append((heap, entry))
-                    found += 1
-        return taken
-
-    def _mend(self, now: float) -> None:
-        """Make the first entry of each heap a true one."""
-        while self.draining:
-            inst = self.draining[0][3]
-            if inst.entry is self.draining[0]:
-                if not inst.at_floor(now):
-                    break
-                _, chance, age, _ = self.draining[0]
-                inst.entry = (inst.work(now) / inst.throughput, chance, age, inst)
-                heapq.heappush(self.steady, inst.entry)
-            heapq.heappop(self.draining)
-        while self.steady and self.steady[0][3].entry is not self.steady[0]:
-            heapq.heappop(self.steady)
+    def first(self, few: int, now: float) -> list[Instance]:
+        """The first so many of either list."""
+        while self.draining and self.draining[0][3].at_floor(now):
+            _, chance, age, inst = self.draining.pop(0)
+            inst.entry = (inst.work(now) / inst.throughput, chance, age, inst)
+            insort(self.steady, inst.entry)
+        return [entry[3] for entry in (*self.draining[:few], *self.steady[:few])]

@@ -19,10 +19,10 @@ from model_timing import Timing
 SPREAD = 0.3
 """A told constant is believed to be within so much of the true one."""
 
-NOISE_S, NOISE = 0.1, 0.03
+NOISE_S, NOISE = 0.1, 0.06
 """Of a span: its ends are not the ends of steps; the requests that run are counted at its ends only."""
 
-DRIFT = 0.002
+DRIFT = 0.001
 """A factor may change by so much from span to span: a neighbour on the machine, another version."""
 
 RANGE = 3.0

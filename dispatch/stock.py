@@ -47,6 +47,20 @@ class Stock:
             self._batches.popleft()
         return token, batch
 
+    def take_some(self, count: int, now: float) -> list[tuple[str, Batch]]:
+        """So many, or as many as there are."""
+        self.drop_old(now)
+        out: list[tuple[str, Batch]] = []
+        while self._batches and len(out) < count:
+            batch = self._batches[0]
+            few = count - len(out)
+            out += [(token, batch) for token in reversed(batch.tokens[-few:])]
+            del batch.tokens[-few:]
+            if not batch.tokens:
+                self._batches.popleft()
+        self.size -= len(out)
+        return out
+
     def give_back(self, token: str, batch: Batch) -> None:
         if not batch.tokens:
             self._batches.appendleft(batch)

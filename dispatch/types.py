@@ -115,7 +115,7 @@ class Ask:
 
     prompt_tokens: part of that work; 0 where only the work was told. affinity: the client's salted hashes of
     the prompt's prefixes, the i-th of its first i + 1 blocks of AFFINITY_BLOCK_TOKENS. priority: 0 is served
-    first, 2 last.
+    first, 2 last. client: who asks (allowance.py).
     """
 
     work: float
@@ -124,6 +124,7 @@ class Ask:
     prompt_tokens: int = 0
     affinity: Sequence[str] = ()
     priority: int = 1
+    client: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +147,7 @@ class Lease:
     row: Floats = field(repr=False)
     started: int = 0
     over: bool = False
+    client: str = ""
 
     @property
     def address(self) -> str:

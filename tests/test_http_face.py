@@ -5,6 +5,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,6 +38,14 @@ def wait_until(true: Callable[[], object], what: str, limit_s: float = 20.0) -> 
         time.sleep(0.002)
 
 
+def nested(deep: int) -> list[Any]:
+    """A list in a list in a list, as JSON may have it."""
+    found: list[Any] = []
+    for _ in range(deep):
+        found = [found]
+    return found
+
+
 # -- fields ----------------------------------------------------------------------------------------------
 
 
@@ -67,9 +76,11 @@ def test_a_good_value_passes(field: http_face.Field, value: object) -> None:
             [-0.1, 10.1, "1", None, False, float("nan"), float("inf"), -float("inf"), 10**400],
         ),
         (Text(1, 3), ["", "abcd", 1, None, ["a"]]),
+        (Text(1, 3, form=(re.compile("[a-c]*"), "a to c")), ["", "abca", 1, "d", "ad", "a\n"]),
         (Boolean(), [0, 1, "true", None]),
         (Choice(("a", "b")), ["c", 1, None, ["a"]]),
         (ListOf(Whole(0, 9), 2), [[1, 2, 3], [1, -1], ["1"], 1, "12", {"0": 1}]),
+        (ListOf(Whole(0, 9), 9), [nested(900)]),
         (Mapping(), [[], 1, "x", None]),
     ],
     ids=str,
@@ -153,7 +164,7 @@ def make() -> Flask:
         return jsonify(thread=threading.current_thread().name)
 
     @http_face.direct(app, "/direct", {"n": Whole(0, 9)}, lambda: {KEY})
-    def direct(said: dict[str, Any]) -> Answer:
+    def direct(said: dict[str, Any], client: str) -> Answer:
         if said["n"] == 9:
             raise RuntimeError("secret detail")
         return Answer({"n": said["n"]}, 200, (("X-Kind", "direct"),))
@@ -423,6 +434,48 @@ def test_a_direct_view_has_the_same_checks_as_any(caplog: pytest.LogCaptureFixtu
     assert "secret detail" not in said["message"]
 
 
+def test_a_direct_view_is_told_who_asks_by_his_key_and_without_keys_by_his_address() -> None:
+    app = http_face.make_app("who")
+    keys: set[str] = set()
+
+    @http_face.direct(app, "/who", {}, lambda: keys)
+    def who(said: dict[str, Any], client: str) -> Answer:
+        return Answer({"client": client})
+
+    with served(app) as port:
+        assert call(port, "POST", "/who", b"{}") == (200, {"client": "127.0.0.1"})
+        assert call(port, "POST", "/who", b"{}", Authorization="Bearer made-up") == (
+            200,
+            {"client": "127.0.0.1"},
+        )
+        keys |= {KEY, "other" * 8}
+        named = [call(port, "POST", "/who", b"{}", Authorization=f"Bearer {key}")[1] for key in keys]
+    names = {one["client"] for one in named}
+    assert len(names) == 2
+    assert all(re.fullmatch("key-[0-9a-f]{16}", name) for name in names)
+    assert app.test_client().post("/who", json={}, headers={"Authorization": BEARER}).get_json() in named
+
+
+def test_json_nested_as_deep_as_may_be_is_refused_and_breaks_nothing() -> None:
+    app = make()
+    with served(app) as port:
+        for deep in (*range(700, 1000, 7), 30_000):
+            body = b'{"n": ' + b"[" * deep + b"]" * deep + b"}"
+            assert call(port, "POST", "/direct", body, Authorization=BEARER)[0] == 400
+
+
+def test_an_answer_may_be_json_already() -> None:
+    app = http_face.make_app("ready")
+
+    @http_face.direct(app, "/ready", {}, lambda: ())
+    def ready(said: dict[str, Any], client: str) -> Answer:
+        return Answer(b'{"it": "is"}')
+
+    with served(app) as port:
+        assert call(port, "POST", "/ready", b"{}") == (200, {"it": "is"})
+    assert app.test_client().post("/ready", json={}).get_json() == {"it": "is"}
+
+
 def test_two_authorization_headers_open_nothing() -> None:
     head = (
         f"Host: 127.0.0.1\r\nContent-Length: 8\r\nAuthorization: {BEARER}\r\nAuthorization: {BEARER}\r\n\r\n"
@@ -536,7 +589,7 @@ class Waiting:
         self.events: list[str] = []
 
         @http_face.direct(self.app, "/wait", {}, lambda: ())
-        def wait(said: dict[str, Any]) -> Held:
+        def wait(said: dict[str, Any], client: str) -> Held:
             self.held.append(Held(wait_s, self.late, lambda: self.events.append("gave up")))
             return self.held[-1]
 
@@ -596,7 +649,7 @@ def test_an_answer_made_before_the_request_is_parked_is_sent() -> None:
     app = http_face.make_app("early")
 
     @http_face.direct(app, "/wait", {}, lambda: ())
-    def wait(said: dict[str, Any]) -> Held:
+    def wait(said: dict[str, Any], client: str) -> Held:
         held = Held(20.0, lambda: Answer({}, 503), lambda: None)
         held.answer(Answer({"early": True}))
         return held
@@ -663,7 +716,7 @@ import http_face
 app = http_face.make_app("script")
 
 @http_face.direct(app, "/wait", {}, lambda: ())
-def wait(said):
+def wait(said, client):
     print("parked", flush=True)
     return http_face.Held(600.0, lambda: http_face.Answer({}), lambda: print("gave up", flush=True))
 

@@ -543,8 +543,8 @@ def test_the_expected_answer_is_learned_from_completions_with_about_the_same_lim
         lease = b.lease(b.balancer.work_of(0, 1000), max_tokens=1000)
         b.refill()
         b.report(1, started=(lease.request_id,), ended=(End(lease.request_id, output_tokens=40),))
-    assert b.balancer.expected_output(1000) == pytest.approx(47, abs=3)
-    assert b.balancer.expected_output(100) == 100.0
+    assert b.balancer.expected_output(1000) == pytest.approx(42, abs=3)
+    assert b.balancer.expected_output(100) <= 100.0
 
 
 def test_requests_that_broke_off_teach_nothing_about_length() -> None:
@@ -1183,8 +1183,8 @@ def test_a_success_between_failures_is_a_new_beginning() -> None:
 def test_an_instance_that_fails_again_and_again_is_avoided_longer_each_time() -> None:
     b = bench(instance(1), instance(2))
     avoided = []
-    for _ in range(4):
-        fail(b, 3)
+    for n in range(4):
+        fail(b, 3 if n == 0 else 1)  # then one probe is enough
         since = b.now
         while b.row(1)["avoided"]:
             b.now += 0.25
@@ -1358,7 +1358,7 @@ def check_books(b: Bench) -> None:
         seen |= inst.leases.keys()
         total = inst.given + inst.foreign
         assert FLOOR * total - 1e-3 <= inst.work(b.now) <= total + 1e-3
-        serves = bool(inst.stock.size) and not inst.told.draining and inst.avoided_until is None
+        serves = bool(inst.stock.size and inst.circuit.left) and not inst.told.draining
         if inst.entry is not None:
             assert serves
             queue = balancer._queues[inst.cls]

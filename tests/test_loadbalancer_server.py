@@ -1,6 +1,8 @@
 """The loadbalancer's face: what it refuses, whom it lets in, and the whole process on real sockets."""
 
 import asyncio
+import hashlib
+import hmac
 import http.client
 import json
 import os
@@ -10,21 +12,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import autoscaler_server
 import http_face
 import loadbalancer_server
+import tls_pin
 from autoscaler_server import parse_report
-from bench.route import StubHttp, StubInstance, free_port
+from bench.route import StubHttp, StubInstance, certificate, free_port
 from dispatch.types import Ask
 from errors import ConfigError
 from http_face import BadField
+from instance_messages import name_and_key
 from loadbalancer import LoadBalancer
 from loadbalancer_server import Config, Desk, Keys, create_app, parse_hot
 from slo import Slo
@@ -223,6 +227,143 @@ def test_status_and_metrics_show_who_is_late() -> None:
     assert "# TYPE loadbalancer_turned_late_total counter\nloadbalancer_turned_late_total 1\n" in metrics
 
 
+# -- batches, priorities, hints --------------------------------------------------------------------------
+
+CERTIFIED = {**INSTANCE, "id": 8, "address": "https://127.0.0.8:8000"}
+
+
+class Fleet(Counter):
+    """The same with several instances, of which the second has a certificate."""
+
+    def stock(self, **more: Any) -> None:
+        """Make them hot and give them tokens."""
+        self.desk.hot_set(
+            parse_hot({**HOT, "instances": [INSTANCE, {**CERTIFIED, "certificate": certificate()}]})
+        )
+        for refill in self.balancer.refills(self.desk.clock()):
+            tokens = [f"token-{1000 * refill.instance_id + n:016d}" for n in range(refill.count)]
+            self.balancer.add_tokens(refill, "boot1", tokens, 600.0, 0, self.desk.clock())
+
+    def route(self, **said: Any) -> tuple[int, Any]:
+        """POST /route."""
+        answer = self.client.post("/route", json={"work": 10.0, **said})
+        return answer.status_code, answer.get_json()
+
+
+def test_a_lease_is_answered_as_an_encoder_would_put_it() -> None:
+    fleet = Fleet()
+    fleet.stock()
+    for _ in range(4):
+        answer = fleet.client.post("/route", json={"work": 10.0})
+        assert answer.data.decode() == json.dumps(answer.get_json())
+    answer = fleet.client.post("/route", json={"work": 10.0, "count": 30})
+    assert answer.data.decode() == json.dumps(answer.get_json())
+
+
+def test_a_batch_is_so_many_leases_and_each_certificate_once() -> None:
+    fleet = Fleet()
+    fleet.stock()
+    status, said = fleet.route(count=32)
+    assert status == 200
+    assert list(said) == ["leases", "certificates"]
+    assert len(said["leases"]) == 32
+    assert said["certificates"] == {
+        "8": {
+            "certificate": certificate(),
+            "public_key_sha256": tls_pin.public_key_sha256(certificate()),
+        }
+    }
+    _, single = fleet.route(avoid=[8])
+    for lease in said["leases"]:
+        assert lease.keys() == single.keys()
+        assert lease["address"] == {7: INSTANCE, 8: CERTIFIED}[lease["instance_id"]]["address"]
+    assert len({lease["token"] for lease in said["leases"]}) == 32
+    assert [sum(x["instance_id"] == i for x in said["leases"]) for i in (7, 8)] == [16, 16]
+    assert fleet.balancer.arrivals == 33
+
+
+def test_a_batch_is_fewer_when_there_is_room_for_fewer_and_503_when_there_is_none() -> None:
+    fleet = Fleet()
+    fleet.stock()
+    status, said = fleet.route(work=400.0, count=64)
+    assert (status, len(said["leases"])) == (200, 4), "two each"
+    status, said = fleet.route(work=400.0, count=64)
+    assert (status, said["error"]) == (503, "all_busy")
+
+
+def test_a_batch_of_one_is_a_batch_and_none_of_it_goes_where_it_must_not() -> None:
+    fleet = Fleet()
+    fleet.stock()
+    status, said = fleet.route(count=1)
+    assert (status, len(said["leases"])) == (200, 1)
+    status, said = fleet.route(count=40, avoid=[8])
+    assert (status, {x["instance_id"] for x in said["leases"]}, said["certificates"]) == (200, {7}, {})
+
+
+def test_a_batch_ends_as_its_leases_do() -> None:
+    fleet = Fleet()
+    fleet.stock()
+    _, said = fleet.route(count=20)
+    for lease in said["leases"]:
+        fleet.client.post("/done", json={"request_id": lease["request_id"], "outcome": "unused"})
+    assert fleet.balancer.usage(fleet.desk.clock()).in_flight == 0
+    assert fleet.balancer.ends == {"unused": 20}
+
+
+def test_the_hints_of_a_request_are_what_the_balancer_is_asked() -> None:
+    fleet = Fleet()
+    fleet.stock()
+    asked: list[Ask] = []
+    fleet.balancer.route = lambda ask, now: asked.append(ask)  # type: ignore[method-assign]
+    hashes = ["0123456789abcdef", "f" * 32]
+    fleet.route(affinity=hashes, priority="high", avoid=[3])
+    fleet.route(priority="low")
+    fleet.route()
+    assert [(a.affinity, a.priority, a.avoid, a.client) for a in asked] == [
+        (tuple(hashes), 0, frozenset({3}), "127.0.0.1"),
+        ((), 2, frozenset(), "127.0.0.1"),
+        ((), 1, frozenset(), "127.0.0.1"),
+    ]
+
+
+def test_a_client_that_uses_none_of_its_leases_is_told_so_while_others_ask() -> None:
+    """Of two clients by their keys: the one that has more than half of what may be given gets 429."""
+    other = "other-" + "o" * 32
+    fleet = Fleet(frozenset({CLIENT, other}))
+    fleet.stock()
+
+    def route(key: str, work: float) -> Any:
+        return fleet.client.post("/route", json={"work": work}, headers={"Authorization": f"Bearer {key}"})
+
+    assert route(other, 10.0).status_code == 200
+    assert [route(CLIENT, 190.0).status_code for _ in range(6)] == [200] * 6
+    answer = route(CLIENT, 190.0)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+    said = answer.get_json()
+    assert (said["error"], said["retry_after_s"]) == ("too_many_unused", 1.0)
+    assert said["message"].startswith("6 leases of 1140 work")
+    assert route(other, 190.0).status_code == 200
+    metrics = fleet.client.get("/metrics", headers={"Authorization": f"Bearer {CONTROL}"}).text
+    assert "loadbalancer_too_many_unused_total 1\n" in metrics
+
+
+def test_beyond_the_bound_of_those_held_the_answer_says_when_the_line_will_be_served() -> None:
+    """Two instances of 100 work/s that are full, and 300 work that waits."""
+    fleet = Fleet()
+    fleet.balancer.line.most = 3
+    fleet.stock()
+    now = fleet.desk.clock()
+    for _ in range(2):
+        assert fleet.route(work=1000.0)[0] == 200
+    for _ in range(3):
+        assert fleet.balancer.hold(Ask(100.0), now + 60.0, now)
+    answer = fleet.client.post("/route", json={"work": 100.0, "wait_s": 60})
+    assert (answer.status_code, answer.get_json()["error"]) == (503, "all_busy")
+    assert answer.headers["Retry-After"] == "3", "1 s until there is room and 1.5 s for those before"
+    fleet.balancer.expect_hot(1.0, now)
+    assert fleet.client.post("/route", json={"work": 100.0, "wait_s": 60}).headers["Retry-After"] == "2"
+
+
 # -- what is refused -------------------------------------------------------------------------------------
 
 
@@ -255,7 +396,30 @@ def test_status_and_metrics_show_who_is_late() -> None:
         ('{"work": 5, "avoid": ["3"]}', "avoid[0]"),
         ('{"work": 5, "avoid": [1, -3]}', "avoid[1]"),
         ('{"work": 5, "avoid": [' + "1," * 64 + "1]}", "avoid"),
+        ('{"work": 5, "avoid": {"3": 1}}', "avoid"),
+        ('{"work": 5, "avoid": [9007199254740993]}', "avoid[0]"),
+        ('{"work": 5, "wait_s": "60"}', "wait_s"),
+        ('{"work": 5, "wait_s": true}', "wait_s"),
+        ('{"work": 5, "wait_s": -0.001}', "wait_s"),
         ('{"work": 5, "affinity": {}}', "affinity"),
+        ('{"work": 5, "affinity": "a plain text"}', "affinity"),
+        ('{"work": 5, "affinity": ["0123456789abcdef", 5]}', "affinity[1]"),
+        ('{"work": 5, "affinity": ["0123456"]}', "affinity[0]"),
+        ('{"work": 5, "affinity": ["0123456789ABCDEF"]}', "affinity[0]"),
+        ('{"work": 5, "affinity": ["once upon a time"]}', "affinity[0]"),
+        ('{"work": 5, "affinity": ["01234567\\n"]}', "affinity[0]"),
+        ('{"work": 5, "affinity": ["' + "0" * 33 + '"]}', "affinity[0]"),
+        ('{"work": 5, "affinity": [' + '"01234567",' * 256 + '"01234567"]}', "affinity"),
+        ('{"work": 5, "affinity": ' + "[" * 900 + "]" * 900 + "}", "affinity[0]"),
+        ('{"work": 5, "priority": "urgent"}', "priority"),
+        ('{"work": 5, "priority": 0}', "priority"),
+        ('{"work": 5, "priority": ["high"]}', "priority"),
+        ('{"work": 5, "count": 0}', "count"),
+        ('{"work": 5, "count": 65}', "count"),
+        ('{"work": 5, "count": 1.0}', "count"),
+        ('{"work": 5, "count": true}', "count"),
+        ('{"work": 5, "count": "1"}', "count"),
+        ('{"work": 5, "count": 1e9}', "count"),
         ('{"work": 5, "colour": "blue"}', "colour"),
     ],
 )
@@ -412,6 +576,7 @@ def test_the_state_refuses_a_second_thread() -> None:
         ({"lease_s": float("nan")}, "--lease-s nan"),
         ({"max_held": -1}, "--max-held -1: wanted 0 to 100000"),
         ({"poll_interval_s": 0.0}, "--poll-interval-s 0: wanted 0.1 to 60"),
+        ({"max_unused": 0}, "--max-unused 0: wanted 1 to 200000"),
         ({"late_bound_s": -1.0}, "--late-bound-s -1: wanted 0 to 86400"),
         ({"late_bound_s": float("nan")}, "--late-bound-s nan"),
         ({"first_token_s": 0.0}, "--first-token-s 0: wanted 0.001 to 3600"),
@@ -644,3 +809,169 @@ def test_an_instance_that_does_not_answer_delays_nobody(tmp_path: Path) -> None:
         answers = [it.call("POST", "/route", {"work": 1.0}) for _ in range(40)]
         assert {(status, lease["instance_id"]) for status, lease in answers} == {(200, 2)}
         assert time.monotonic() - begun < 4.0, "a refill that hangs takes 5 s"
+
+
+# -- five thousand who wait ------------------------------------------------------------------------------
+
+
+class Waiting(asyncio.Protocol):
+    """One connection on which a request waits; everything that comes back is kept."""
+
+    def __init__(self, body: bytes) -> None:
+        self.got = b""
+        self._body = body
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        head = b"POST /route HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+        self.transport.write(head % len(self._body) + self._body)
+
+    def data_received(self, data: bytes) -> None:
+        self.got += data
+
+
+def memory_mb(pid: int) -> float:
+    """What that process has in memory, at most so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+async def held_status(port: int) -> dict[str, Any]:
+    """GET /status without blocking this loop."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /status HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+    raw = await reader.read()
+    writer.close()
+    said: dict[str, Any] = json.loads(raw.partition(b"\r\n\r\n")[2])
+    return said
+
+
+async def until(true: Callable[[], Awaitable[object]], what: str, limit_s: float = 60.0) -> None:
+    """Return when it is."""
+    limit = time.monotonic() + limit_s
+    while not await true():
+        assert time.monotonic() < limit, f"waited {limit_s:g} s for: {what}"
+        await asyncio.sleep(0.05)
+
+
+def test_five_thousand_wait_in_one_process_and_a_replaced_hot_set_loses_none_and_answers_none_twice(
+    tmp_path: Path,
+) -> None:
+    """Real connections of all classes; 200 clients go away; the hot set changes while others are served."""
+    http_face.allow_many_files()
+    fleet_size, many, away = 16, 5000, 200
+
+    def hot(version: int, start: int) -> dict[str, Any]:
+        members = [
+            {
+                **INSTANCE,
+                "id": i.number,
+                "auth_url": f"http://127.0.0.1:{i.port}",
+                "throughput_work_s": 1e5,
+                "capacity_work": 1e6,
+            }
+            for i in (fleet.instances[(start + n) % fleet_size] for n in range(6))
+        ]
+        return {**HOT, "version": version, "instances": members}
+
+    async def run(it: Process, key: str) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def holds(n: int) -> bool:
+            return bool((await held_status(it.port))["held"] == n)
+
+        async def put(version: int, start: int) -> None:
+            status, said = await asyncio.to_thread(it.call, "PUT", "/hot", hot(version, start), key)
+            assert (status, said["taken"]) == (200, True)
+
+        clients: list[Waiting] = []
+        for n in range(many):
+            body = json.dumps({"work": 1.0, "wait_s": 90, "priority": ("high", "normal", "low")[n % 3]})
+            _, client = await loop.create_connection(
+                lambda body=body: Waiting(body.encode()),  # type: ignore[misc]
+                "127.0.0.1",
+                it.port,
+            )
+            clients.append(client)
+        await until(lambda: holds(many), "all to be held")
+        status = await held_status(it.port)
+        assert status["demand"] > 0.0
+        code, said = await asyncio.to_thread(it.call, "POST", "/route", {"work": 1.0, "wait_s": 90})
+        assert (code, said["error"]) == (503, "nothing_hot"), "beyond the bound"
+        assert said["retry_after_s"] >= 1.0
+        for client in clients[:: many // away]:
+            client.transport.close()
+        await until(lambda: holds(many - away), "those who went away to be forgotten")
+        stay = [c for n, c in enumerate(clients) if n % (many // away)]
+        for version in range(1, 9):
+            await put(version, 2 * version)
+            await asyncio.sleep(0.1)
+
+        async def all_answered() -> bool:
+            return all(b"\r\n\r\n" in c.got for c in stay)
+
+        await until(all_answered, "all to be answered")
+        await asyncio.sleep(0.3)
+        leases = []
+        for client in stay:
+            assert client.got.count(b"HTTP/1.1 ") == 1
+            head, _, payload = client.got.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200"), head
+            leases.append(json.loads(payload))
+        assert len({lease["token"] for lease in leases}) == many - away
+        assert len({lease["request_id"] for lease in leases}) == many - away
+        for client in stay:
+            client.transport.close()
+        assert memory_mb(it.process.pid) < 500.0
+        assert await holds(0)
+
+    with (
+        StubFleet(fleet_size) as fleet,
+        loadbalancer(free_port(), tmp_path / "state", "--max-held", str(many)) as it,
+    ):
+        begun = time.monotonic()
+        asyncio.run(run(it, it.control.read_text().strip()))
+        print(f"took {time.monotonic() - begun:.1f} s, {memory_mb(it.process.pid):.0f} MB")
+
+
+def test_a_report_that_an_instance_pushes_wakes_who_waits(tmp_path: Path) -> None:
+    """A request has ended there: the next one is given its place before any poll is due."""
+    with (
+        StubFleet(1) as fleet,
+        loadbalancer(free_port(), tmp_path / "state", "--poll-interval-s", "60") as it,
+    ):
+        instance = fleet.instances[0]
+        member = {**INSTANCE, "auth_url": f"http://127.0.0.1:{instance.port}", "throughput_work_s": 1.0}
+        key = it.control.read_text().strip()
+        assert it.call("PUT", "/hot", {**HOT, "instances": [member]}, key)[0] == 200
+        wait_until(lambda: any(i["in_queue"] for i in it.status()["instances"]), "tokens")
+        _, first = it.call("POST", "/route", {"work": 1000.0})
+        took: list[float] = []
+
+        def wait() -> None:
+            assert it.call("POST", "/route", {"work": 1000.0, "wait_s": 60})[0] == 200
+            took.append(time.perf_counter())
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        wait_until(lambda: it.status()["held"] == 1, "one to wait")
+        said = {
+            "boot_id": instance.boot_id,
+            "number": 1,
+            "after": 0,
+            "seq": 2,
+            "missed": False,
+            "started": [first["request_id"]],
+            "ended": [{"id": first["request_id"], "status": "finished", "output_tokens": 5}],
+            "model_up": True,
+        }
+        raw = json.dumps(said).encode()
+        begun = time.perf_counter()
+        name, secret = name_and_key(member["master_token"])
+        signature = hmac.new(secret.encode(), b"/report " + raw, hashlib.sha256).hexdigest()
+        connection = http.client.HTTPConnection("127.0.0.1", it.port, timeout=20.0)
+        connection.request("POST", "/report", raw, {"Authorization": f"Fleet {name}:{signature}"})
+        assert connection.getresponse().status == 200
+        connection.close()
+        thread.join(20.0)
+        assert took[0] - begun < 0.5, "2 ms here"
