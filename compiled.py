@@ -5,8 +5,8 @@ directory can be written (a read-only image, a full home) the function is compil
 which takes seconds, and nothing else changes. A compiled function is still the plain Python function it
 was written as: numba keeps that as its `py_func`.
 
-It is a dependency of simulation/ and bench/ only. What runs in production imports neither; the replay of
-simulation/replay.py, which does, is a process of its own.
+dispatch/ uses it, because a choice runs eight model servers forward: 25 µs, plain Python takes a hundred
+times as long; simulation/ and bench/ use it for weeks of traffic. What is not compiled is seldom called.
 """
 
 from collections.abc import Callable
