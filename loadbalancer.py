@@ -248,12 +248,14 @@ class LoadBalancer:
         warm_up()
         self._lengths = Lengths(self.expected_output_tokens)
         self._prefixes = Prefixes()
+        self._memories: dict[int, Instance] = {}  # by the number of its memory
         self._mean_work = self.expected_output_tokens
         self._mean_prompt = 0.0
         self._mean_squares = 0.0  # of prompts
         self._usual = row(1.0, 0.0, self.expected_output_tokens, math.inf, 0)
         self._arrivals_s = 0.0  # a second
-        self._ticked: tuple[float, int] | None = None
+        self._ticked: tuple[float, int, int] | None = None
+        self._starts = 0  # requests that were seen to start, those of others too
         self._ticks = 0
         self._refused_work: deque[list[float]] = deque()  # [second, work]
         self._working = 0  # instances with a lease
@@ -328,6 +330,7 @@ class LoadBalancer:
         for lease in list(inst.leases.values()):
             self._release(inst, lease, "lost", now)
         inst.leave_queue()
+        self._memories.pop(inst.memory, None)
         del self._instances[inst.id]
         self._thirsty.pop(inst.id, None)
 
@@ -473,9 +476,9 @@ class LoadBalancer:
             for pair in self._candidates(ask.work, {*ask.avoid, *self._claimed}, now, memory_known=True)
             if pair[1].id not in self._claimed
         ]
-        for instance_id in self._prefixes.holders(ask.affinity):
-            inst = self._instances.get(instance_id)
-            if inst is None or inst.entry is None or instance_id in ask.avoid or instance_id in self._claimed:
+        for memory in self._prefixes.holders(ask.affinity):
+            inst = self._memories.get(memory)
+            if inst is None or inst.entry is None or inst.id in ask.avoid or inst.id in self._claimed:
                 continue
             left = inst.work(now)
             if (inst.told.timing is not None or inst.has_room(ask.work, left, now)) and all(
@@ -519,7 +522,7 @@ class LoadBalancer:
         prompt = float(ask.prompt_tokens)
         if not ask.prompt_tokens:  # only its work was told
             prompt = max(0.0, ask.work - expected) / max(self.prefill_weight, 1e-3)
-        cached = self._prefixes.cached_tokens(ask.affinity, inst.id) if ask.affinity else 0.0
+        cached = self._prefixes.cached_tokens(ask.affinity, inst.memory) if ask.affinity else 0.0
         most = math.inf if ask.max_tokens is None else float(ask.max_tokens)
         return row(prompt, cached, expected, most, kind)
 
@@ -594,7 +597,7 @@ class LoadBalancer:
             return lease
         self._note_mix(lease.row[PROMPT])
         if ask.affinity:
-            self._prefixes.served(ask.affinity, inst.id)
+            self._prefixes.served(ask.affinity, inst.memory)
         self._requeue(inst, now)
         return lease
 
@@ -666,10 +669,12 @@ class LoadBalancer:
                 self._requeue(inst, now)
             self._wants_tokens(inst, now)
         if self._ticked is not None and now > self._ticked[0]:
-            arrived_s = (self.arrivals - self._ticked[1]) / (now - self._ticked[0])
+            # Other loadbalancers' requests are seen when they start; our own may still be held.
+            came = max(self.arrivals - self._ticked[1], self._starts - self._ticked[2])
+            arrived_s = came / (now - self._ticked[0])
             self._ticks += 1
             self._arrivals_s += max(ARRIVALS_WEIGHT, 1.0 / self._ticks) * (arrived_s - self._arrivals_s)
-        self._ticked = now, self.arrivals
+        self._ticked = now, self.arrivals, self._starts
         self._queues = {cls: q for cls, q in self._queues.items() if q.draining or q.steady}
         self._survey()
 
@@ -798,6 +803,12 @@ class LoadBalancer:
         self._doubt(inst, now)
         self._requeue(inst, now)
 
+    def _new_memory(self, inst: Instance) -> None:
+        """It holds no prefix that it has served."""
+        self._memories.pop(inst.memory, None)
+        inst.memory = next(self._counter)
+        self._memories[inst.memory] = inst
+
     def _wants_tokens(self, inst: Instance, now: float) -> None:
         if inst.is_low(now):
             self._thirsty[inst.id] = None
@@ -810,6 +821,7 @@ class LoadBalancer:
         inst.boot_id, inst.seq, inst.push_number = boot_id, seq, -1
         inst.base, inst.foreign, inst.quiet, inst.free_at = None, 0.0, False, now
         inst.belief.clear(now)
+        self._new_memory(inst)
         inst.strangers.clear()
         inst.span = None
         self._wants_tokens(inst, now)
@@ -934,11 +946,13 @@ class LoadBalancer:
             if lease is None:
                 if request_id not in inst.strangers:
                     inst.strangers[request_id] = None
+                    self._starts += 1
                     inst.belief.add(request_id, self._usual, constants, now)
             elif not lease.started:
                 self.allowance.settled(lease)
                 inst.circuit.started(request_id)
                 lease.started = report
+                self._starts += 1
                 if request_id not in inst.belief:
                     inst.belief.add(request_id, lease.row, constants, now)
         for end in ended:

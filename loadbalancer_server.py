@@ -43,7 +43,7 @@ from errors import InstanceError
 from http_face import Answer, BadField, Held, ListOf, Number, Text, Whole
 from instance_client import Ended, InstanceClient, request_id
 from instance_messages import name_and_key, signer
-from loadbalancer import LoadBalancer
+from loadbalancer import FIRST_TOKEN_WEIGHT, LoadBalancer
 from model_timing import Timing
 from slo import Slo
 from steady_clock import steady_clock
@@ -102,6 +102,9 @@ class Config:
     late_lane: bool = True  # who cannot be in time any more waits behind those who can; else one line of all
     max_unused: int = MOST_UNUSED  # leases that one client may have and not have used
     late_bound_s: float = LATE_BOUND_S  # a late request waits no longer before it goes before all others
+    first_token_weight: float = (
+        FIRST_TOKEN_WEIGHT  # seconds of whole latency that one of first token is worth
+    )
     first_token_s: float = Slo().first_token_s  # in time: the first token comes within this ...
     prompt_token_s: float = Slo().prompt_token_s  # ... and this for each token of the prompt
 
@@ -113,6 +116,7 @@ class Config:
         within("--max-unused", self.max_unused, 1, 200_000)
         within("--poll-interval-s", self.poll_interval_s, 0.1, 60.0)
         within("--late-bound-s", self.late_bound_s, 0.0, 86_400.0)
+        within("--first-token-weight", self.first_token_weight, 0.0, 1000.0)
         within("--first-token-s", self.first_token_s, 1e-3, 3600.0)
         within("--prompt-token-s", self.prompt_token_s, 0.0, 1.0)
         server_url("--autoscaler", self.autoscaler)
@@ -842,6 +846,7 @@ def make_balancer(config: Config) -> LoadBalancer:
         config.slo,
         config.late_bound_s if config.late_lane else None,
         max_unused=config.max_unused,
+        first_token_weight=config.first_token_weight,
     )
 
 
@@ -941,6 +946,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for flag, default, text in (
         ("--late-bound-s", d.late_bound_s, "seconds after which a late request goes before all others"),
+        (
+            "--first-token-weight",
+            d.first_token_weight,
+            "seconds of whole latency that a second of first token is worth in a choice",
+        ),
         ("--first-token-s", d.first_token_s, "in time is a first token within so many seconds"),
         ("--prompt-token-s", d.prompt_token_s, "and so many more for each token of the prompt"),
     ):

@@ -45,6 +45,7 @@ class Instance:
         self.stock = Stock()
         self.belief = Belief(now)
         self.pace = Pace(told.timing or like(told.throughput_work_s))
+        self.memory = -1  # the number of its KV memory, another after a reboot
         self.strangers: dict[str, None] = {}  # requests in its belief that we gave no lease for
         self.span: Span | None = None
         self.boot_id: str | None = None

@@ -1,7 +1,11 @@
 """Who has read a prefix lately, and how much of a prompt he need not read."""
 
+from dataclasses import replace
+
 from dispatch.affinity import HOLDERS, TRUST, Prefixes
 from dispatch.types import AFFINITY_BLOCK_TOKENS
+from model_timing import TIMINGS
+from tests.test_loadbalancer import End, bench, instance
 
 
 def chain(*names: str) -> tuple[str, ...]:
@@ -39,10 +43,30 @@ def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
     assert known.holders(chain("session 999", "turn")) == (999 % 5,)
 
 
+def test_a_request_goes_where_its_prefix_was_read_unless_it_would_wait_for_longer_there() -> None:
+    told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
+    b = bench(*(replace(instance(n), timing=told) for n in (1, 2, 3)))
+    prefix = chain("a", "b", "c", "d", "e", "f", "g", "h")
+    first = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
+    b.report(first.instance_id, started=(first.request_id,), ended=(End(first.request_id),), seq=2)
+    for n in range(5):
+        again = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
+        assert again.instance_id == first.instance_id
+        b.report(again.instance_id, started=(again.request_id,), ended=(End(again.request_id),), seq=3 + n)
+    b.lease(1000.0, prompt_tokens=8000, avoid=tuple({1, 2, 3} - {first.instance_id}))
+    crowded = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
+    assert crowded.instance_id != first.instance_id, "8,000 tokens are to be read there before it"
+
+
 def test_an_instance_that_rebooted_has_served_nothing() -> None:
-    known = Prefixes()
-    known.served(chain("a", "b"), 1)
-    known.served(chain("a", "c"), 2)
-    known.forget(1)
-    assert known.holders(chain("a", "b")) == (2,)
-    assert known.cached_tokens(chain("a", "b"), 1) == 0.0
+    told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
+    b = bench(*(replace(instance(n), timing=told) for n in range(1, 9)))
+    prefix = chain("a", "b", "c", "d")
+    for n in range(3):
+        lease = b.lease(500.0, prompt_tokens=1100, affinity=prefix)
+        b.report(lease.instance_id, started=(lease.request_id,), ended=(End(lease.request_id),), seq=2 + n)
+    held = b.balancer._instances[lease.instance_id].memory
+    assert b.balancer._prefixes.holders(prefix)[0] == held
+    b.report(lease.instance_id, boot_id="another", seq=0)
+    assert b.balancer._instances[lease.instance_id].memory != held
+    assert held not in b.balancer._memories
