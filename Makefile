@@ -1,5 +1,6 @@
 # Each target sets up what it needs: a virtual environment in .venv, made anew when requirements.txt changes,
-# and for those with real vLLM another one in .venv-vllm (3.5 GB), made of requirements-vllm.txt.
+# for those with real vLLM another one in .venv-vllm (3.5 GB), made of requirements-vllm.txt, and for other
+# people's routers a third.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,8 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+ROUTERS_VENV := .venv-routers
+ROUTERS_READY := $(ROUTERS_VENV)/.ready
 
-.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-fidelity bench-virtual clean
+.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-fidelity bench-virtual bench-dispatch bench-routers clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY)
@@ -52,8 +55,16 @@ bench-fidelity: $(READY)
 bench-virtual: $(READY)
 	$(BIN)/python -m bench.virtual --traces $(TRACES) --json build/bench-virtual.json
 
+# Which instance serves next, ours and others', in virtual time.
+bench-dispatch: $(READY)
+	$(BIN)/python -m bench.dispatch --traces $(TRACES) --json build/bench-dispatch.json --plots build/dispatch
+
+# Against real routers, which have an environment of their own (0.9 GB): about 20 minutes.
+bench-routers: $(READY) $(ROUTERS_READY)
+	$(BIN)/python -m bench.routers --json build/bench-routers.json --plot build/bench-routers.png
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(ROUTERS_VENV) build .mypy_cache .ruff_cache
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,4 +76,9 @@ $(VLLM_READY): requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(ROUTERS_READY): requirements-routers.txt
+	$(PYTHON) -m venv $(ROUTERS_VENV)
+	$(ROUTERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-routers.txt
 	touch $@

@@ -1,0 +1,352 @@
+"""The processes of the comparison: engines, auth_servers, our loadbalancer, and the other routers.
+
+    core 0   the router that is measured (all of them run, one is used at a time)
+    core 1   engines, auth_servers and the load (this process)
+
+With one core they share it. A process is started on its core, so that a router with threads makes as many as
+it has cores. Each ends with the bench, whatever ends that (die_with_parent.py); what one of them started
+itself is ended by its number.
+
+Processor time is utime + stime of /proc/PID/stat, and what it has waited for, of a process and of all that it
+started. The kernel says it in steps of 10 ms.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from bench.route import ROOT, StubHttp, free_port
+from bench.routers.backend import MODEL
+from bench.routers.load import completion
+from die_with_parent import dying_with_parent
+from errors import ConfigError
+from remote import boot as boots
+from remote.log_lines import READY
+
+UP_S = 120.0
+"""For a router to answer its first request; litellm imports for some 15 s."""
+
+END_S = 15.0
+"""From SIGTERM to SIGKILL."""
+
+VENV = ROOT / ".venv-routers"
+
+ROOM = {"throughput_work_s": 1e7, "capacity_work": 1e8}
+"""Of an instance: never full, as the others do not look at capacity either."""
+
+_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
+
+
+# -- what /proc says -----------------------------------------------------------------------------------
+
+
+def parse_stat(text: str) -> tuple[int, float]:
+    """(parent, seconds of processor with those of children it has waited for) of a /proc/PID/stat."""
+    fields = text.rpartition(")")[2].split()  # the name before may have spaces and brackets
+    return int(fields[1]), sum(int(fields[n]) for n in (11, 12, 13, 14)) * _TICK_S
+
+
+def tree_of(parents: dict[int, int], root: int) -> list[int]:
+    """That process and all that descend from it. parents: of each process."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents.items():
+        children.setdefault(parent, []).append(pid)
+    found = [root]
+    for pid in found:
+        found += children.get(pid, ())
+    return found
+
+
+def snapshot() -> dict[int, tuple[int, float]]:
+    """(parent, seconds of processor) of every process."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with contextlib.suppress(OSError):  # it has just ended
+                found[int(path.name)] = parse_stat((path / "stat").read_text())
+    return found
+
+
+def cpu_s(roots: Sequence[int]) -> float:
+    """Seconds of processor of those processes and all that they started."""
+    seen = snapshot()
+    parents = {pid: parent for pid, (parent, _) in seen.items()}
+    pids = {pid for root in roots for pid in tree_of(parents, root)}
+    return sum(seen[pid][1] for pid in pids if pid in seen)
+
+
+# -- children ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """What is started inside runs on that core alone; -1 is the last."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(before)[core if len(before) > 1 else 0]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@dataclass
+class Child:
+    """A process of ours. log: all that it says."""
+
+    pid: int
+    log: Path
+    process: "subprocess.Popen[bytes]" = field(repr=False)
+
+
+@contextlib.contextmanager
+def child(
+    command: Sequence[str], log: Path, core: int, environ: dict[str, str] | None = None
+) -> Iterator[Child]:
+    """That process, on that core; it and what it started is gone afterwards."""
+    with log.open("wb") as out, on_core(core):
+        process = subprocess.Popen(
+            dying_with_parent(tuple(command)),
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the bench, which then ends them
+        )
+    try:
+        yield Child(process.pid, log, process)
+    finally:
+        parents = {pid: parent for pid, (parent, _) in snapshot().items()}
+        started = tree_of(parents, process.pid)[1:]
+        process.terminate()
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for pid in started:
+            with contextlib.suppress(OSError):
+                if os.getsid(pid) == process.pid:  # else it has ended, and its number is somebody else's
+                    os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(what: str, of: Child, ready: Callable[[], bool], limit_s: float = UP_S) -> None:
+    """Return when it is so; RuntimeError with the end of the log when it ends before, or takes too long."""
+    limit = time.monotonic() + limit_s
+    while not ready():
+        _still_hoped_for(what, of, limit, limit_s)
+        time.sleep(0.1)
+
+
+async def until(what: str, of: Child, ready: Callable[[], bool], limit_s: float = UP_S) -> None:
+    """The same in an event loop. ready: is asked in a thread."""
+    limit = time.monotonic() + limit_s
+    while not await asyncio.to_thread(ready):
+        _still_hoped_for(what, of, limit, limit_s)
+        await asyncio.sleep(0.1)
+
+
+def _still_hoped_for(what: str, of: Child, limit: float, limit_s: float) -> None:
+    if of.process.poll() is not None or time.monotonic() > limit:
+        said = of.log.read_text(errors="replace")[-1500:]
+        raise RuntimeError(f"{what} does not answer after at most {limit_s:g} s:\n{said}")
+
+
+# -- engines and ours ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A stand-in for an engine, and the auth_server beside it. pids: (engine, auth_server)."""
+
+    number: int
+    ports: dict[str, int]
+    auth_port: int
+    certificate: str
+    master_token: str
+    pids: tuple[int, int]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The line of the hot set."""
+        return {
+            "id": self.number,
+            "state": "hot",
+            "address": f"https://127.0.0.1:{self.ports['tls']}",
+            "certificate": self.certificate,  # each lease carries it
+            "auth_url": f"https://127.0.0.1:{self.auth_port}",
+            "master_token": self.master_token,
+            **ROOM,
+        }
+
+
+@contextlib.contextmanager
+def engine(number: int, home: Path) -> Iterator[Engine]:
+    """One instance: stand-in, token check, real auth_server."""
+    fleet = home / "fleet"
+    fleet.mkdir(parents=True)
+    boots.begin(str(fleet))
+    master_token = f"master-{number}-" + "m" * 40
+    (fleet / "master.sha256").write_text(hashlib.sha256(master_token.encode()).hexdigest())
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-m", "bench.routers.backend", str(home)]
+        model = stack.enter_context(child(command, home / "ports", -1))
+        wait_for("an engine", model, lambda: model.log.read_text().endswith("}\n"))
+        ports = json.loads(model.log.read_text())
+        (fleet / "model.log").write_bytes(READY + b"\n")
+        auth_port = free_port()
+        environ = {
+            **{"HOME": str(home), "FLEET_BIND": "127.0.0.1"},
+            **{"FLEET_PORT_3000": str(auth_port), "FLEET_PORT_8000": str(ports["tls"])},
+        }
+        command = [sys.executable, "-m", "remote.auth_server"]
+        auth = stack.enter_context(child(command, home / "auth.log", -1, environ))
+        certificate = (fleet / "tls.crt").read_text()
+        yield Engine(number, ports, auth_port, certificate, master_token, (model.pid, auth.pid))
+
+
+class HotSet(StubHttp):
+    """The autoscaler's two routes, for our loadbalancer."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        """engines: all are hot."""
+        super().__init__([], None)
+        self._engines = engines
+
+    def _answer(self, target: str, body: bytes) -> dict[str, Any]:
+        if target == "/busy":
+            return super()._answer(target, body)
+        return super()._answer(target, body) | {"instances": [e.told for e in self._engines]}
+
+
+@contextlib.contextmanager
+def our_loadbalancer(directory: Path, autoscaler_port: int) -> Iterator[tuple[Child, int]]:
+    """The real one, and its port. Nothing is known to be hot yet."""
+    port = free_port()
+    flags = ["--port", str(port), "--autoscaler", f"http://127.0.0.1:{autoscaler_port}"]
+    command = [sys.executable, "loadbalancer_server.py", *flags, "--state-dir", str(directory / "state")]
+    with child(command, directory / "loadbalancer.log", 0) as it:
+        yield it, port
+
+
+def stocked(port: int, engines: int) -> bool:
+    """Whether our loadbalancer on that port has tokens of so many engines."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/status", timeout=5.0) as reply:
+            rows: list[dict[str, Any]] = json.load(reply)["instances"]
+    except OSError:
+        return False
+    return bool(sum(row["tokens_in_stock"] > 0 for row in rows) == engines)
+
+
+# -- the others ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Router:
+    """A router from PyPI, with one policy. policy None: its default."""
+
+    package: str
+    program: str
+    policy: str | None
+
+    @property
+    def name(self) -> str:
+        """As tables and --ways have it."""
+        return self.package + ("" if self.policy is None else f" {self.policy}")
+
+    def command(self, venv: Path, port: int, engines: Sequence[int], directory: Path) -> list[str]:
+        """Its command line. engines: their ports."""
+        program = str(venv / "bin" / self.program)
+        if self.package == "litellm":
+            config = directory / "litellm.yaml"
+            config.write_text(json.dumps(litellm_config(engines)))  # JSON is YAML, too
+            return [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+        urls = [f"http://127.0.0.1:{one}" for one in engines]
+        command = [program, "launch"] if self.program == "sglang-router" else [program]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls]
+        command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+        quiet = {"sglang-router": "warn", "vllm-router": "warning"}[self.package]
+        policy = [] if self.policy is None else ["--policy", self.policy]
+        return [*command, "--log-level", quiet, *policy]
+
+
+ROUTERS = (
+    Router("vllm-router", "vllm-router", None),
+    Router("vllm-router", "vllm-router", "round_robin"),
+    Router("sglang-router", "sglang-router", None),
+    Router("sglang-router", "sglang-router", "round_robin"),
+    Router("litellm", "litellm", None),  # it has no round_robin: its default takes one at random
+)
+
+LITELLM_ENVIRON = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it asks GitHub for prices, and waits for it
+    "LITELLM_LOG": "ERROR",
+    "LITELLM_TELEMETRY": "False",
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # on loopback, as the others: no keys
+}
+
+
+def litellm_config(engines: Sequence[int]) -> dict[str, Any]:
+    """Two deployments of one model, both OpenAI-compatible; no database, no keys, no callbacks."""
+    models = [
+        {
+            "model_name": MODEL,
+            "litellm_params": {
+                "model": f"text-completion-openai/{MODEL}",
+                "api_base": f"http://127.0.0.1:{port}/v1",
+                "api_key": "unused",
+            },
+        }
+        for port in engines
+    ]
+    return {"model_list": models}
+
+
+def versions(venv: Path) -> dict[str, str]:
+    """Versions of the routers in that environment; ConfigError when one is missing."""
+    found = {}
+    for router in ROUTERS:
+        name = router.package.replace("-", "_")
+        infos = sorted(venv.glob(f"lib/python*/site-packages/{name}-*.dist-info"))
+        if not infos or not (venv / "bin" / router.program).exists():
+            raise ConfigError(f"{router.package} is not in {venv}: make {VENV.name}/.ready installs it")
+        found[router.package] = infos[0].name.removesuffix(".dist-info").rpartition("-")[2]
+    return found
+
+
+@contextlib.contextmanager
+def running(
+    router: Router, venv: Path, engines: Sequence[int], directory: Path
+) -> Iterator[tuple[Child, int]]:
+    """That router, and its port. It may not answer yet."""
+    port = free_port()
+    command = router.command(venv, port, engines, directory)
+    log = directory / f"{router.name.replace(' ', '-')}.log"
+    environ = LITELLM_ENVIRON if router.package == "litellm" else {}
+    # Of its own environment, and of no other: our Python path has other versions of what it needs.
+    with child(command, log, 0, {**environ, "PYTHONPATH": ""}) as it:
+        yield it, port
+
+
+def answers(port: int) -> bool:
+    """Whether a completion comes from that port."""
+    body = completion(0, 1, 0.0, stream=False)
+    request = Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+    try:
+        with urlopen(request, timeout=10.0) as reply:  # noqa: S310
+            return bool(reply.status == 200)
+    except (HTTPError, OSError):
+        return False
