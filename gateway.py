@@ -6,8 +6,8 @@ python gateway.py [flags]        then http://127.0.0.1:8300/v1 is the base URL, 
                   └── all of fleet_client.py: leases, certificates, retries before the first byte
 
 It runs where the prompts are, so they leave the machine under TLS only, to the instance itself. What passes
-is not changed, but for the headers of a connection and the key. When its client goes away the request ends
-at the instance at once.
+is not changed, but for the headers of a connection, the key and X-Fleet-Priority, which is for the
+loadbalancer. When its client goes away the request ends at the instance at once.
 
 On loopback it asks for no key, so it must tell the user's programs from pages in his browser, which can reach
 loopback, too. A page cannot keep its browser from saying where it comes from:
@@ -35,16 +35,10 @@ import http_face
 import private_files
 from command_line import Parser, server_url, within
 from errors import ConfigError
-from fleet_client import (
-    MAX_BODY,
-    Answer,
-    AsyncFleetTransport,
-    Call,
-    Reply,
-    Timeouts,
-    error_reply,
-    size_of,
-)
+from fleet_client import Answer, AsyncFleetTransport, Reply, Timeouts
+from fleet_course import error_reply
+from fleet_leases import NORMAL, PRIORITIES
+from fleet_transport import MAX_BODY
 from fleet_wire import Header
 
 log = logging.getLogger("gateway")
@@ -69,6 +63,9 @@ class Config:
     ahead: int = 0  # leases fetched before they are needed
     wait_s: float = 30.0  # a request waits so long for a lease before it gets 503
     max_tries: int = 4  # instances
+    priority: str = NORMAL  # of requests without X-Fleet-Priority
+    no_affinity: bool = False  # tell no hashes of prompts' beginnings
+    affinity_salt_file: Path | None = None  # the salt of the hashes, for several clients to share
 
     def checked(self) -> "Config":
         """Itself, or ConfigError naming the flag, the value and the range."""
@@ -76,6 +73,8 @@ class Config:
         within("--ahead", self.ahead, 0, 256)
         within("--wait-s", self.wait_s, 0.0, 600.0)
         within("--max-tries", self.max_tries, 1, 32)
+        if self.priority not in PRIORITIES:
+            raise ConfigError(f"--priority {self.priority}: wanted high, normal or low")
         server_url("--loadbalancer", self.loadbalancer)
         return self
 
@@ -208,9 +207,12 @@ class Gateway:
         answer: Answer | None = None
         try:
             try:
-                call = Call(method, target, headers, body, size_of(method, target, body), _TIMEOUTS)
-                self._waiting.add(gone.task)
-                answer = await self._transport.exchange(call)
+                call = self._transport.call(method, target, headers, body, _TIMEOUTS)
+                if isinstance(call, Reply):
+                    reply = call
+                else:
+                    self._waiting.add(gone.task)
+                    answer = await self._transport.exchange(call)
             except httpx2.RequestError as e:
                 log.warning("%s %s failed: %s", method, target.partition("?")[0][:100], e)
                 reply = failure_reply(e)
@@ -313,8 +315,8 @@ def _json(status: int, said: Mapping[str, Any]) -> Reply:
     return Reply(status, b"", headers, body=body)
 
 
-def client_key(path: Path | None) -> str | None:
-    """The one key in the file, None without a file; raises ConfigError."""
+def one_secret(path: Path | None) -> str | None:
+    """The one key or salt in the file, None without a file; raises ConfigError."""
     keys = private_files.load_keys(path)
     if len(keys) > 1:
         raise ConfigError(f"key file {path}: wanted one key, got {len(keys)}")
@@ -329,11 +331,14 @@ def serve(config: Config) -> None:
     try:
         transport = AsyncFleetTransport(
             config.loadbalancer,
-            api_key=client_key(config.client_key_file),
+            api_key=one_secret(config.client_key_file),
             max_tries=config.max_tries,
             wait_s=config.wait_s,
             ahead=config.ahead,
             trust_network=config.trust_network,
+            priority=config.priority,
+            affinity=not config.no_affinity,
+            affinity_salt=one_secret(config.affinity_salt_file),
         )
     except ValueError as e:
         raise ConfigError(str(e).replace("trust_network=True", "--trust-network")) from None
@@ -402,6 +407,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="instances a request is tried on (default %(default)d)",
     )
+    add(
+        "--priority",
+        choices=PRIORITIES,
+        default=d.priority,
+        help="of requests without a header X-Fleet-Priority of their own (default %(default)s)",
+    )
+    add(
+        "--affinity-salt-file",
+        type=Path,
+        metavar="FILE",
+        help="salt of the hashes by which the loadbalancer sends a conversation where it was read before: "
+        "one line of 16 or more characters, mode 0600, the same for all clients that are to profit from "
+        "each other's prompts (default: FLEET_AFFINITY_SALT, or a random one)",
+    )
+    add("--no-affinity", action="store_true", help="tell the loadbalancer no hashes of prompts' beginnings")
     return parser
 
 

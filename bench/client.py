@@ -1,7 +1,12 @@
-"""What the way to the engine costs a client: token check, fleet_client, gateway.
+"""What the way to the engine costs a client: its hashes, token check, fleet_client, gateway.
 
 python -m bench.client [--json FILE]
 
+hashes    microseconds of processor for a request: to read its JSON and size it, to hash its prefixes, and
+          (with leases ahead) to look up and note which instance has read them
+ahead     conversations and single prompts against a made-up fleet, with 8 leases ahead: what a request waits
+          for POST /route and for its prompt to be read, by the lease it takes: the oldest here, the nearest
+          here, what the client does, or always one that is asked for
 check     a paced engine with 100,000 tokens outstanding, 500 requests/s, each with a token of its own: time
           in the token check, by a watch inside the server
 first     a whole fleet on this machine (local cloud, real loadbalancer, TLS): time to the first token of the
@@ -37,7 +42,10 @@ import numpy as np
 from aiohttp import web
 
 from die_with_parent import dying_with_parent
+from fleet_affinity import BLOCK_TOKENS, Hasher, Served
 from fleet_client import AsyncFleetTransport, FleetTransport
+from fleet_leases import READ_S, Lease, LeasesAhead
+from fleet_size import Size, read_body, size_in
 from local_stack import LocalStack, StackConfig
 from remote import boot as boots
 from remote.tokens import CAP, Issuer
@@ -92,6 +100,102 @@ class Child:
         """said: the first group of the pattern."""
         self.pid = pid
         self.said = said
+
+
+# -- salted hashes --------------------------------------------------------------------------------------
+
+
+def measure_hashes(rounds: int) -> dict[str, dict[str, float]]:
+    """Medians, by the shape of the request."""
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(2000)]
+
+    def text(size: int) -> str:
+        return " ".join(rng.choices(words, k=size // 6))[:size]
+
+    def chat(messages: int, size: int) -> dict[str, Any]:
+        roles = ("user", "assistant")
+        return {"messages": [{"role": roles[n % 2], "content": text(size)} for n in range(messages)]}
+
+    shapes: dict[str, dict[str, Any]] = {
+        "a question of 200 bytes": chat(1, 200),
+        "one message of 4 kB": chat(1, 4096),
+        "20 messages, 16 kB": chat(20, 820),
+        "200 messages, 160 kB": chat(200, 820),
+        "one message of 256 kB": chat(1, 2**18),
+        "one message of 4 MB": chat(1, 2**22),
+        "8,192 token ids": {"prompt": [rng.randrange(100_000) for _ in range(8192)]},
+    }
+    return {name: _hash_cost(json.dumps(body).encode(), rounds) for name, body in shapes.items()}
+
+
+def _hash_cost(raw: bytes, rounds: int) -> dict[str, float]:
+    hasher, served, target = Hasher(b"bench " * 4), Served(), "/v1/chat/completions"
+    times: dict[str, list[float]] = {"read_us": [], "hash_us": [], "note_us": []}
+    made: tuple[str, ...] = ()
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        said = read_body("POST", raw)
+        size = size_in("POST", target, raw, said)
+        read = time.perf_counter()
+        made = hasher.hashes(target, said, size)
+        hashed = time.perf_counter()
+        served.blocks(made)
+        served.note(made, 1)
+        noted = time.perf_counter()
+        for name, took_s in zip(times, (read - begun, hashed - read, noted - hashed), strict=True):
+            times[name].append(took_s)
+    medians = {name: round(statistics.median(some) * 1e6, 1) for name, some in times.items()}
+    hashed_kb = len(made) * 1.024
+    return {"kB": round(len(raw) / 1e3, 1), "blocks": len(made), **medians} | (
+        {"hash_us_per_kB": round(medians["hash_us"] / hashed_kb, 2)} if made else {}
+    )
+
+
+# -- which lease -----------------------------------------------------------------------------------------
+
+WAYS = ("oldest", "nearest", "client", "asked")
+
+
+def measure_ahead(instances: int, route_s: float, turns: float, requests: int = 4000) -> dict[str, float]:
+    """Milliseconds a request, by the way of taking leases; no queues, and instances keep what they have read.
+
+    turns: of a conversation, on average. Its prompt has 4 blocks, and 2 more each turn; 20 requests/s.
+    """
+    return {way: round(_mean_wait_s(way, instances, route_s, turns, requests) * 1e3, 1) for way in WAYS}
+
+
+def _mean_wait_s(way: str, instances: int, route_s: float, turns: float, requests: int) -> float:
+    rng = random.Random(1)
+    ahead, served = LeasesAhead(8), Served()
+    ahead.answered(route_s)
+    told: dict[str, int] = {}  # what the loadbalancer knows
+    has_read: list[set[str]] = [set() for _ in range(instances)]
+    live: list[list[str]] = []
+    now, waited_s, size = 0.0, 0.0, Size(1500, 100)
+    for n in range(requests):
+        now += rng.expovariate(20.0)
+        follows = bool(live) and rng.random() > 1.0 / turns
+        prompt = live.pop(rng.randrange(len(live))) if follows else []
+        prompt = prompt + [f"{n}-{block}" for block in range(2 if prompt else 4)]
+        live = [*live, prompt][-40:]
+        near = {} if way == "oldest" else served.blocks(prompt)
+        ask = way == "asked" or (way == "client" and ahead.better_asked(len(prompt), near, (), now))
+        lease = None if ask else ahead.take(size, now, (), near)
+        if lease is None:
+            waited_s += route_s
+            where = next((told[one] for one in reversed(prompt) if one in told), rng.randrange(instances))
+            told |= dict.fromkeys(prompt, where)
+        else:
+            where = lease.instance_id
+        ahead.sweep(now)
+        while way != "asked" and (wanted := ahead.want(now)):
+            places = [rng.randrange(instances) for _ in range(wanted)]
+            ahead.arrived([Lease("", "", one, now, now + 600.0, "", None) for one in places], wanted, now)
+        waited_s += READ_S * BLOCK_TOKENS * sum(one not in has_read[where] for one in prompt)
+        has_read[where].update(prompt)
+        served.note(prompt, where)
+    return waited_s / requests
 
 
 # -- the token check ------------------------------------------------------------------------------------
@@ -164,6 +268,11 @@ class Direct:
         """Before the clock starts."""
         size = {"prompt_tokens": 3, "max_tokens": 2, "wait_s": 10}
         self._lease = httpx2.post(f"{self._loadbalancer}/route", json=size, trust_env=False).json()
+
+    def give_back(self) -> None:
+        """It is not needed: one that nobody uses keeps room from the others."""
+        end = {"request_id": self._lease["request_id"], "outcome": "unused"}
+        httpx2.post(f"{self._loadbalancer}/done", json=end, trust_env=False)
 
     @property
     def request(self) -> tuple[str, dict[str, str]]:
@@ -253,7 +362,9 @@ def measure_sync(loadbalancer: str, gateway: str, rounds: int) -> dict[str, Any]
         order = list(ways)
         random.Random(n).shuffle(order)
         for way in order:
-            direct.take_lease()
+            direct.take_lease()  # for each way, so that all come after the same
+            if way != "direct":
+                direct.give_back()
             took_s = ways[way]()
             if n >= 5:
                 times[way].append(took_s)
@@ -275,6 +386,7 @@ async def measure_async(loadbalancer: str, rounds: int) -> dict[str, Any]:
             if way == "direct":
                 took_s = await first_token_async_s(direct.async_client, *direct.request)
             else:
+                await asyncio.to_thread(direct.give_back)
                 client = fleet if way == "fleet_client" else ahead
                 took_s = await first_token_async_s(client, "http://fleet/v1/completions")
             if n >= 5:
@@ -386,8 +498,21 @@ def main(argv: list[str] | None = None) -> None:
         directory = Path(name)
         result: dict[str, Any] = {
             "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+            "hashes": measure_hashes(args.rounds),
+            "ahead": {
+                f"{instances} instances, /route {route_s * 1e3:g} ms, {turns:g} turns": measure_ahead(
+                    instances, route_s, turns
+                )
+                for instances in (2, 8, 40)
+                for route_s in (0.002, 0.02, 0.1)
+                for turns in (1.02, 4.0)
+            },
             "check": measure_check(directory, 500.0, args.seconds, CAP),
         }
+        for shape, figures in result["hashes"].items():
+            _show(f"hashes: {shape}", figures)
+        for shape, figures in result["ahead"].items():
+            _show(f"ahead: {shape}", figures)
         _show("token check, 500 requests/s, 100,000 tokens outstanding", result["check"])
         for way in (False, True):
             key = "streams" if way else "streams_without_gateway"

@@ -7,6 +7,7 @@ and answers in OpenAI's shapes; `plan` and `before` hold what it does with its n
 import asyncio
 import datetime
 import json
+import re
 import secrets
 import ssl
 import tempfile
@@ -22,6 +23,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
+
+from fleet_leases import Lease
 
 WORDS = ("one", " two", " three", " four", " five")
 """What an instance answers, a word a token."""
@@ -347,6 +350,20 @@ def _envelope(chat: bool, choices: list[dict[str, Any]], streamed: bool = False)
     return {"id": "r", "object": kind, "created": 1, "model": "m", "choices": choices}
 
 
+def lease(number: int = 1, granted: float = 0.0, life_s: float = 60.0, **more: Any) -> Lease:
+    """One that is as good as any other."""
+    said: dict[str, Any] = {
+        "address": "http://127.0.0.1:1",
+        "request_id": f"r{number}",
+        "instance_id": number,
+        "granted": granted,
+        "expires": granted + life_s,
+        "token": "TOKEN",
+        "certificate": None,
+    }
+    return Lease(**(said | more))
+
+
 @dataclass
 class Given:
     """A lease that was given."""
@@ -356,8 +373,31 @@ class Given:
     token: str
 
 
+_FIELDS = frozenset(
+    ("prompt_tokens", "max_tokens", "work", "wait_s", "avoid", "affinity", "count", "priority")
+)
+_HASH = re.compile(r"[0-9a-f]{8,32}")
+
+
+def _wrong(said: dict[str, Any]) -> str | None:
+    """The field that the real one would refuse."""
+    affinity, count = said.get("affinity", []), said.get("count", 1)
+    if unknown := set(said) - _FIELDS:
+        return min(unknown)
+    if len(affinity) > 256 or not all(isinstance(one, str) and _HASH.fullmatch(one) for one in affinity):
+        return "affinity"
+    if not isinstance(count, int) or not 1 <= count <= 64:
+        return "count"
+    if said.get("priority", "normal") not in ("high", "normal", "low"):
+        return "priority"
+    return None if len(said.get("avoid", ())) <= 64 else "avoid"
+
+
 class FakeLoadbalancer(FakeServer):
-    """Gives leases in turn; `refusals` holds what it says to the next POST /route instead."""
+    """Gives leases in turn, or where a prefix went before; `refusals` holds what POST /route says instead.
+
+    A refusal is its status, Retry-After, and the word for it (all_busy).
+    """
 
     def __init__(self, instances: list[FakeInstance], port: int = 0) -> None:
         """instances may be changed at any time."""
@@ -365,7 +405,9 @@ class FakeLoadbalancer(FakeServer):
         self.routes: list[Any] = []
         self.given: list[Given] = []
         self.dones: list[Any] = []
-        self.refusals: deque[tuple[int, float]] = deque()
+        self.refusals: deque[tuple[int, float] | tuple[int, float, str]] = deque()
+        self.holders: dict[str, int] = {}  # instance that was given the prefix last
+        self.room: int | None = None  # leases that are left to give
         self.key: str | None = None
         self.lease_s = 60.0
         self.clock_wrong_s = 0.0
@@ -386,31 +428,52 @@ class FakeLoadbalancer(FakeServer):
 
     async def _route(self, said: Any, out: Out) -> None:
         left = [i for i in self.instances if i.number not in said.get("avoid", ())]
-        if self.refusals:
-            status, after_s = self.refusals.popleft()
-            message = {"error": "all_busy", "message": "every instance is busy", "retry_after_s": after_s}
-            await out.answer(status, message, {"Retry-After": str(round(after_s))})
-        elif not left:
+        if (wrong := _wrong(said)) is not None:
+            await out.answer(400, {"error": "bad_request", "message": f"{wrong}: wrong", "field": wrong})
+        elif self.refusals:
+            status, after_s, *code = self.refusals.popleft()
+            message = {"error": (code or ["all_busy"])[0], "message": "every instance is busy"}
+            headers = {"Retry-After": str(round(after_s))}
+            await out.answer(status, message | {"retry_after_s": after_s}, headers)
+        elif not left or self.room == 0:
             busy = {"error": "all_busy", "message": "every instance is busy", "retry_after_s": 1.0}
             await out.answer(503, busy, {"Retry-After": "1"})
         else:
-            self._turn += 1
-            one = left[self._turn % len(left)]
-            given = Given(secrets.token_hex(8), one.number, one.token())
-            self.given.append(given)
-            lease = {
-                "address": one.address,
-                "token": given.token,
-                "request_id": given.request_id,
-                "instance_id": one.number,
-                "model": "m",
-                "expires_at": 1e9 + self.clock_wrong_s,
-                "expires_in_s": self.lease_s,
-            }
-            if one.certificate is not None:
-                lease["certificate"] = one.certificate[0]
-                lease["public_key_sha256"] = "x"
-            await out.answer(200, lease | self.wrong.get(one.number, {}))
+            count = said.get("count", 1) if self.room is None else min(self.room, said.get("count", 1))
+            leases = [self._lease(left, said.get("affinity", [])) for _ in range(count)]
+            if "count" not in said:
+                await out.answer(200, leases[0])
+                return
+            certificates: dict[str, Any] = {}
+            for lease in leases:
+                known = {name: lease.pop(name, None) for name in ("certificate", "public_key_sha256")}
+                if known["certificate"] is not None:
+                    certificates[str(lease["instance_id"])] = known
+            await out.answer(200, {"leases": leases, "certificates": certificates})
+
+    def _lease(self, left: list[FakeInstance], affinity: list[str]) -> dict[str, Any]:
+        self._turn += 1
+        one = left[self._turn % len(left)]
+        for prefix in affinity:
+            one = next((i for i in left if i.number == self.holders.get(prefix)), one)
+        self.holders |= dict.fromkeys(affinity, one.number)
+        if self.room is not None:
+            self.room -= 1
+        given = Given(secrets.token_hex(8), one.number, one.token())
+        self.given.append(given)
+        lease: dict[str, Any] = {
+            "address": one.address,
+            "token": given.token,
+            "request_id": given.request_id,
+            "instance_id": one.number,
+            "model": "m",
+            "expires_at": 1e9 + self.clock_wrong_s,
+            "expires_in_s": self.lease_s,
+        }
+        if one.certificate is not None:
+            lease["certificate"] = one.certificate[0]
+            lease["public_key_sha256"] = "x"
+        return lease | self.wrong.get(one.number, {})
 
 
 @dataclass

@@ -1,12 +1,10 @@
 """A client's side of the fleet: leases, tokens, certificates and retries under openai's own client."""
 
-import ast
 import asyncio
 import gc
 import gzip
 import json
 import logging
-import random
 import socket
 import ssl
 import threading
@@ -16,6 +14,7 @@ import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,14 @@ import httpx2
 import openai
 import pytest
 
-import fleet_client
+import fleet_async
+import fleet_course
+import fleet_leases
+import fleet_threads
+import fleet_transport
 import http_face
 import loadbalancer_server
-from fleet_client import (
-    Ask,
-    AsyncFleetTransport,
-    Call,
-    FleetTransport,
-    Lease,
-    LeasesAhead,
-    Refusal,
-    Reply,
-    Rest,
-    Rules,
-    Send,
-    Setback,
-    Size,
-    Step,
-    Timeouts,
-    course,
-    forwarded,
-    read_route,
-    size_of,
-)
+from fleet_client import AsyncFleetTransport, Call, FleetTransport, Size
 from tests.fake_fleet import (
     Act,
     FakeFleet,
@@ -56,6 +39,7 @@ from tests.fake_fleet import (
     Out,
     Seen,
     fake_fleet,
+    lease,
     make_certificate,
 )
 from tests.waiting import wait_for
@@ -67,493 +51,21 @@ USER_KEY = "sk-the-users-own-key"
 ALL = "one two three four five"
 
 
-# -- how long a request is -----------------------------------------------------------------------------
+# -- settings ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("target", "body", "size"),
+    "wrong",
     [
-        ("/v1/completions", {"prompt": "x" * 400, "max_tokens": 50}, Size(100, 50)),
-        ("/v1/completions", {"prompt": "ü" * 400}, Size(200, None)),
-        ("/v1/completions", {"prompt": [5] * 300, "max_tokens": 50}, Size(300, 50)),
-        ("/v1/completions", {"prompt": [[5] * 300, [6] * 200], "max_tokens": 50}, Size(500, 100)),
-        ("/v1/completions", {"prompt": ["abcd", "efgh"], "max_tokens": 10, "n": 3}, Size(2, 60)),
-        ("/v1/completions", {"prompt": "abcd", "max_tokens": 10, "best_of": 4}, Size(1, 40)),
-        ("/v1/completions", {"prompt": "abcd", "max_tokens": 0}, Size(1, 1)),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 400}]}, Size(104, None)),
-        ("/v1/chat/completions", {"messages": [], "max_completion_tokens": 7, "n": 2}, Size(0, 14)),
-        ("/v1/responses", {"input": "x" * 40, "max_output_tokens": 9}, Size(10, 9)),
-        ("/v1/embeddings", {"input": ["x" * 40] * 10}, Size(100, 1)),
-        ("/v1/completions", {"prompt": None, "max_tokens": True}, Size(0, None)),
-        ("/v1/completions", {"prompt": [1] * 10, "max_tokens": 10**15}, Size(10, 10_000_000)),
-        ("/v1/completions", ["a list"], Size(1000, None)),
-        ("/v1/completions", "a text", Size(1000, None)),
+        {"max_tries": 0},
+        {"wait_s": -1},
+        {"wait_s": float("nan")},
+        {"connect_s": 0},
+        {"ahead": 257},
+        {"priority": "urgent"},
+        {"affinity_salt": b"short"},
+        {"affinity_salt": ""},
     ],
-    ids=lambda v: str(v)[:40],
-)
-def test_a_request_is_sized_by_its_ids_or_the_length_of_its_text(
-    target: str, body: object, size: Size
-) -> None:
-    assert size_of("POST", target, json.dumps(body).encode()) == size
-
-
-def test_a_picture_counts_as_one_and_not_by_its_bytes() -> None:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
-    text = {"type": "text", "text": "x" * 400}
-    body = {"messages": [{"role": "user", "content": [text, picture]}]}
-    assert 1100 <= size_of("POST", "/v1/chat/completions", json.dumps(body).encode()).prompt_tokens <= 1120
-
-
-@pytest.mark.parametrize("body", [b"", b"\xff\xfe", b"[" * 100_000, b"--boundary\r\n"], ids=lambda b: b[:4])
-def test_what_is_not_json_has_a_size_too(body: bytes) -> None:
-    assert size_of("POST", "/v1/audio/transcriptions", body) in (Size(0, 1), Size(1000, None))
-    assert size_of("GET", "/v1/models", body) == Size(0, 1)
-
-
-def test_text_with_lone_surrogates_has_a_size() -> None:
-    assert size_of("POST", "/v1/completions", b'{"prompt": "\\ud800\\ud800"}') == Size(2, None)
-
-
-# -- what is passed on ---------------------------------------------------------------------------------
-
-
-def test_headers_pass_but_for_keys_and_those_of_the_connection() -> None:
-    headers = [
-        (b"Host", b"fleet"),
-        (b"Authorization", b"Bearer sk-user"),
-        (b"API-Key", b"sk-user"),
-        (b"X-Api-Key", b"sk-user"),
-        (b"Proxy-Authorization", b"Basic x"),
-        (b"Connection", b"keep-alive, X-Hop"),
-        (b"X-Hop", b"1"),
-        (b"Keep-Alive", b"timeout=5"),
-        (b"TE", b"trailers"),
-        (b"Transfer-Encoding", b"chunked"),
-        (b"Upgrade", b"h2c"),
-        (b"Expect", b"100-continue"),
-        (b"Content-Length", b"5"),
-        (b"Content-Type", b"application/json"),
-        (b"X-Mine", b"a"),
-        (b"X-Mine", b"b"),
-    ]
-    assert forwarded(headers, "TOKEN") == [
-        (b"Content-Type", b"application/json"),
-        (b"X-Mine", b"a"),
-        (b"X-Mine", b"b"),
-        (b"Authorization", b"Bearer TOKEN"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("method", "target", "headers"),
-    [
-        ("GET", "/", [(b"X", b"a\r\nEvil: 1")]),
-        ("GET", "/", [(b"X: 1\r\nEvil", b"a")]),
-        ("GET", "/", [(b"", b"a")]),
-        ("GET", "/ HTTP/1.1\r\nEvil: 1", []),
-        ("GET", "@evil.example/", []),
-        ("GET", "http://evil.example/", []),
-        ("GET /x HTTP/1.1\r\n", "/", []),
-        ("", "/", []),
-    ],
-    ids=str,
-)
-def test_what_http_cannot_carry_is_refused(method: str, target: str, headers: list[Any]) -> None:
-    with pytest.raises(httpx2.LocalProtocolError):
-        Call(method, target, headers, b"", Size(0, 1))
-
-
-# -- leases --------------------------------------------------------------------------------------------
-
-
-def lease(number: int = 1, granted: float = 0.0, life_s: float = 60.0, **more: Any) -> Lease:
-    said: dict[str, Any] = {
-        "address": "http://127.0.0.1:1",
-        "request_id": f"r{number}",
-        "instance_id": number,
-        "granted": granted,
-        "expires": granted + life_s,
-        "token": "TOKEN",
-        "certificate": None,
-    }
-    return Lease(**(said | more))
-
-
-def test_a_lease_counts_from_its_arrival_and_no_clock_of_the_loadbalancer_matters() -> None:
-    said = {
-        "address": "https://1.2.3.4:5/",
-        "token": "T",
-        "request_id": "r",
-        "instance_id": 7,
-        "model": "m",
-        "expires_at": -1e9,
-        "expires_in_s": 60,
-        "certificate": "PEM",
-    }
-    got = read_route(200, json.dumps(said).encode(), None, 1000.0)
-    assert got == Lease("https://1.2.3.4:5", "r", 7, 1000.0, 1060.0, "T", "PEM")
-    assert isinstance(got, Lease)
-    assert [got.fresh(now) for now in (1000.0, 1041.9, 1042.1, 1061.0)] == [True, True, False, False]
-    assert "PEM" not in repr(got)
-    assert "'T'" not in repr(got)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"[]",
-        b"{}",
-        b'{"address": "http://127.0.0.1:1", "token": "T\\r\\nX: 1", "request_id": "r", "instance_id": 1, '
-        b'"expires_in_s": 1}',
-        b'{"address": "http://127.0.0.1:1", "token": "T", "request_id": "r", "instance_id": 1, '
-        b'"expires_in_s": 1, "certificate": 5}',
-        b'{"address": "http://127.0.0.1:1", "token": "T", "request_id": "r", "instance_id": "1"}',
-    ],
-    ids=range(6),
-)
-def test_a_lease_that_cannot_be_read_is_none_and_is_not_shown(raw: bytes) -> None:
-    assert read_route(200, raw, None, 0.0) == Refusal(0, "its lease cannot be read")
-
-
-def test_a_refusal_says_what_the_loadbalancer_said() -> None:
-    raw = b'{"error": "all_busy", "message": "all are busy", "retry_after_s": 3}'
-    assert read_route(503, raw, "3", 0.0) == Refusal(503, "all are busy", 3.0)
-    assert read_route(503, b"<html>", "Fri, 31 Dec", 0.0) == Refusal(503, "status 503", 0.0)
-    assert read_route(401, b'{"error": "unauthorized"}', None, 0.0) == Refusal(401, "unauthorized", 0.0, True)
-    assert read_route(429, b"{}", "1e9", 0.0) == Refusal(429, "status 429", 600.0)
-
-
-# -- leases ahead --------------------------------------------------------------------------------------
-
-SMALL = Size(100, 50)
-
-
-def test_leases_are_fetched_ahead_from_the_first_request_on_and_used_oldest_first() -> None:
-    ahead = LeasesAhead(3)
-    assert (ahead.want(0.0), ahead.look_in_s(0.0)) == (0, None)
-    assert ahead.take(SMALL, 0.0) is None
-    assert (ahead.typical, ahead.want(0.0), ahead.want(0.0)) == (SMALL, 3, 0)
-    for n in (1, 2, 3):
-        assert ahead.arrived(lease(n), 0.1) is None
-    got = ahead.take(SMALL, 0.2)
-    assert got is not None
-    assert got.instance_id == 1
-    assert (ahead.want(0.2), len(ahead)) == (1, 2)
-
-
-def test_a_lease_in_the_last_part_of_its_life_goes_back_and_is_replaced() -> None:
-    ahead = LeasesAhead(2)
-    ahead.take(SMALL, 0.0)
-    ahead.want(0.0)
-    ahead.arrived(lease(1, 0.0, 10.0), 0.0)
-    ahead.arrived(lease(2, 0.0, 100.0), 0.0)
-    ahead.take(Size(10**6, None), 4.0)  # far above: it shows use, and takes none of these
-    assert ahead.look_in_s(4.0) == pytest.approx(3.0)
-    taken = ahead.take(SMALL, 7.1)
-    assert taken is not None
-    assert taken.instance_id == 2
-    assert [one.instance_id for one in ahead.sweep(7.1)] == [1]
-    assert ahead.want(7.1) == 2
-
-
-def test_a_request_far_above_the_others_takes_its_own_lease_and_sways_the_mean_little() -> None:
-    ahead = LeasesAhead(2)
-    ahead.take(SMALL, 0.0)
-    ahead.want(0.0)
-    ahead.arrived(lease(1), 0.0)
-    assert ahead.take(Size(100_000, 4000), 0.1) is None
-    assert ahead.typical.prompt_tokens <= 300
-    assert ahead.take(Size(150, 60), 0.2) is not None
-
-
-def test_a_client_that_sets_no_limit_asks_for_none() -> None:
-    ahead = LeasesAhead(2)
-    ahead.take(Size(100, None), 0.0)
-    assert ahead.typical == Size(100, None)
-    for _ in range(50):
-        ahead.take(Size(200, 80), 0.0)
-    assert ahead.typical == Size(199, 80)
-
-
-def test_all_go_back_when_none_is_used_for_a_while() -> None:
-    ahead = LeasesAhead(2)
-    ahead.take(SMALL, 0.0)
-    ahead.want(0.0)
-    ahead.arrived(lease(1), 0.0)
-    assert ahead.look_in_s(1.0) == pytest.approx(4.0)
-    assert ahead.sweep(4.9) == []
-    assert ahead.want(5.0) == 0
-    assert [one.instance_id for one in ahead.sweep(5.0)] == [1]
-    late = lease(2)
-    assert ahead.arrived(late, 5.1) is late
-    assert ahead.look_in_s(5.2) is None
-
-
-def test_after_a_refusal_it_asks_later_and_later_and_not_before_it_is_told() -> None:
-    ahead = LeasesAhead(1)
-    ahead.take(SMALL, 0.0)
-    assert ahead.want(0.0) == 1
-    ahead.refused(0.0, 0.0)
-    assert ahead.look_in_s(0.0) == pytest.approx(0.1)
-    assert (ahead.want(0.09), ahead.want(0.11)) == (0, 1)
-    ahead.refused(2.0, 0.2)
-    assert (ahead.want(2.1), ahead.want(2.21)) == (0, 1)
-    ahead.arrived(lease(1), 2.3)
-    ahead.take(SMALL, 2.3)
-    assert ahead.want(2.3) == 1
-
-
-def test_an_instance_that_failed_keeps_no_lease_ahead_and_a_close_gives_all_back() -> None:
-    ahead = LeasesAhead(3)
-    ahead.take(SMALL, 0.0)
-    ahead.want(0.0)
-    for n in (1, 2, 1):
-        ahead.arrived(lease(n), 0.0)
-    assert [one.instance_id for one in ahead.leave(1)] == [1, 1]
-    assert ahead.want(0.0) == 2
-    assert [one.instance_id for one in ahead.close()] == [2]
-    late = lease(3)
-    assert ahead.arrived(late, 0.1) is late
-    assert (ahead.take(SMALL, 0.1), ahead.want(0.1)) == (None, 0)
-
-
-def test_no_leases_ahead_are_the_default() -> None:
-    ahead = LeasesAhead(0)
-    assert ahead.take(SMALL, 0.0) is None
-    assert (ahead.want(0.0), ahead.look_in_s(0.0)) == (0, None)
-
-
-# -- one request, without a network --------------------------------------------------------------------
-
-
-class World:
-    """Answers the steps of a course from a list, and keeps what was done."""
-
-    def __init__(self, *came: Any, step_s: float = 0.0, rules: Rules | None = None, **more: Any) -> None:
-        self.steps: list[Step] = []
-        self.told: list[tuple[int, str, str]] = []
-        self.call = Call("POST", "/v1/x", [], b"", SMALL, **more)
-        self.now = 0.0
-        self._came = list(came)
-        self._step_s = step_s
-        self._rules = rules or Rules()
-
-    def run(self, ahead: Lease | None = None) -> Reply:
-        steps = course(self.call, self._rules, "http://lb", ahead, self.tell, self.now, random.Random(1))
-        try:
-            step = next(steps)
-            while True:
-                self.steps.append(step)
-                if isinstance(step, Rest):
-                    self.now += step.seconds
-                    step = steps.send((None, self.now))
-                else:
-                    self.now += self._step_s
-                    came = self._came.pop(0)
-                    if callable(came):
-                        came = came(step, self)
-                    step = steps.send((came, self.now))
-        except StopIteration as end:
-            assert not self._came
-            reply: Reply = end.value
-            return reply
-
-    def tell(self, one: Lease, outcome: str, why: str) -> None:
-        self.told.append((one.instance_id, outcome, why))
-
-    @property
-    def asked(self) -> list[dict[str, Any]]:
-        return [step.body for step in self.steps if isinstance(step, Ask)]
-
-
-OK = Reply(200, b"OK", [])
-REFUSED = Setback("no_connection", httpx2.ConnectError("instance 1"), elsewhere=True)
-STRANGER = Setback("wrong_certificate", httpx2.ConnectError("instance 1"), elsewhere=True)
-BROKE = Setback("broke_off", httpx2.ReadError("instance 1"), elsewhere=False)
-STALE = Setback("broke_off", httpx2.ReadError("instance 1"), elsewhere=False, again=True)
-BUSY = Refusal(503, "busy", 1.0)
-
-
-def held(step: Step, world: World) -> Refusal:
-    """A loadbalancer that holds a request as long as it may and then says no."""
-    assert isinstance(step, Ask)
-    world.now += step.hold_s
-    return BUSY
-
-
-def test_a_request_takes_a_lease_and_is_sent() -> None:
-    world = World(lease(1), OK)
-    assert world.run() is OK
-    assert world.steps == [
-        Ask({"prompt_tokens": 100, "max_tokens": 50, "wait_s": 30.0}, 30.0),
-        Send(lease(1), again=False),
-    ]
-    assert world.told == []
-
-
-def test_a_lease_fetched_ahead_costs_no_step() -> None:
-    world = World(OK)
-    assert world.run(lease(5)) is OK
-    assert world.steps == [Send(lease(5), again=False)]
-
-
-@pytest.mark.parametrize("came", [REFUSED, STRANGER, *(Reply(n, b"", []) for n in (401, 429, 503))], ids=str)
-def test_what_was_not_taken_goes_elsewhere_and_is_told(came: Reply | Setback) -> None:
-    why = came.why if isinstance(came, Setback) else f"status_{came.status}"
-    world = World(lease(1), came, lease(2), OK)
-    assert world.run() is OK
-    assert [body.get("avoid") for body in world.asked] == [None, [1]]
-    assert world.told == [(1, "failed", why)]
-    assert world.call.setbacks == [(1, why)]
-
-
-@pytest.mark.parametrize("status", [200, 204, 400, 404, 413, 422, 500, 502])
-def test_every_other_answer_is_the_answer(status: int) -> None:
-    reply = Reply(status, b"", [])
-    assert World(lease(1), reply).run() is reply
-
-
-def test_what_may_have_been_taken_is_not_sent_again() -> None:
-    world = World(lease(1), BROKE)
-    with pytest.raises(httpx2.ReadError):
-        world.run()
-    assert world.told == [(1, "failed", "broke_off")]
-
-
-@pytest.mark.parametrize("second", [Reply(401, b"", []), REFUSED, BROKE, STALE, STRANGER], ids=str)
-def test_after_a_broken_kept_alive_connection_a_second_failure_is_the_first_one(
-    second: Reply | Setback,
-) -> None:
-    world = World(lease(1), STALE, second)
-    with pytest.raises(httpx2.ReadError):
-        world.run()
-    assert world.steps[1:] == [Send(lease(1), again=False), Send(lease(1), again=True)]
-    assert world.told == [(1, "failed", "broke_off")]
-
-
-def test_after_a_broken_kept_alive_connection_the_same_token_may_still_be_served() -> None:
-    world = World(lease(1), STALE, OK)
-    assert world.run() is OK
-    assert world.told == []
-
-
-def test_tries_are_bounded_and_the_last_answer_is_passed_on() -> None:
-    full = Reply(429, b"", [])
-    world = World(*[one for n in range(3) for one in (lease(n), full)], rules=Rules(max_tries=3))
-    assert world.run() is full
-    assert world.asked[2]["avoid"] == [0, 1]
-
-
-def test_refused_tokens_are_not_passed_on_as_the_users_fault() -> None:
-    reply = World(lease(1), Reply(401, b"", []), rules=Rules(max_tries=1)).run()
-    assert reply.status == 503
-    assert reply.body is not None
-    assert b"refused its token" in reply.body
-
-
-def test_waiting_for_leases_is_bounded_and_keeps_to_retry_after() -> None:
-    world = World(BUSY, Refusal(503, "busy", 4.0), held)
-    reply = world.run()
-    assert reply.status == 503
-    assert (b"Retry-After", b"1") in reply.headers
-    rests = [step.seconds for step in world.steps if isinstance(step, Rest)]
-    assert len(rests) == 2
-    assert 1.0 <= rests[0] <= 1.25
-    assert 4.0 <= rests[1] <= 5.0
-    assert world.now == pytest.approx(30.0, abs=0.01)
-    assert world.call.asked_s == pytest.approx(30.0, abs=0.01)
-    assert len(world.call.refusals) == 3
-    assert world.asked[-1]["wait_s"] == pytest.approx(30.0 - sum(rests), abs=0.01)
-
-
-def test_a_retry_after_beyond_the_wait_is_the_users_to_wait_for() -> None:
-    world = World(Refusal(503, "nothing hot", 90.0))
-    reply = world.run()
-    assert (reply.status, world.now) == (503, 0.0)
-    assert (b"Retry-After", b"90") in reply.headers
-
-
-def test_the_timeout_for_a_connection_of_the_pool_also_bounds_the_wait_for_a_lease() -> None:
-    world = World(held, timeouts=Timeouts(pool=2.0))
-    assert world.run().status == 503
-    assert world.asked[0]["wait_s"] == 2.0
-
-
-def test_instances_to_avoid_are_forgotten_when_there_are_no_others() -> None:
-    world = World(lease(1), REFUSED, held, lease(1), OK)
-    assert world.run() is OK
-    assert [(body["wait_s"], body.get("avoid")) for body in world.asked] == [
-        (30.0, None),
-        (3.0, [1]),
-        (27.0, None),
-    ]
-
-
-def test_an_instance_that_is_somebody_else_is_not_forgotten() -> None:
-    world = World(lease(1), STRANGER, held)
-    with pytest.raises(httpx2.ConnectError, match="instance 1"):
-        world.run()
-    assert world.asked[1] == {"prompt_tokens": 100, "max_tokens": 50, "wait_s": 30.0, "avoid": [1]}
-
-
-def test_without_a_lease_for_another_try_the_last_answer_counts() -> None:
-    full = Reply(503, b"", [])
-    world = World(lease(1), full, Refusal(401, "no key", final=True))
-    assert world.run() is full
-
-
-def test_a_loadbalancer_that_is_silent_is_asked_again_for_a_while() -> None:
-    silent = Refusal(0, "ConnectionRefusedError")
-    world = World(silent, silent, lease(1), OK)
-    assert world.run() is OK
-    assert 0.3 <= world.now <= 0.4
-    world = World(*[silent] * 6)
-    with pytest.raises(httpx2.ConnectError, match="loadbalancer http://lb: ConnectionRefused"):
-        world.run()
-    assert 3.0 <= world.now <= 7.0
-
-
-def test_a_key_that_the_loadbalancer_refuses_is_the_users_to_set_right() -> None:
-    reply = World(Refusal(401, "this route needs a key", final=True)).run()
-    assert reply.status == 401
-    assert reply.body is not None
-    said = json.loads(reply.body)["error"]
-    assert said["message"] == "loadbalancer http://lb: this route needs a key"
-    assert said["type"] == "invalid_request_error"
-
-
-@pytest.mark.parametrize(
-    ("address", "certificate"),
-    [
-        ("http://8.8.8.8:80", None),
-        ("http://8.8.8.8:80", "PEM"),
-        ("https://8.8.8.8:443", None),
-        ("https://8.8.8.8:443", "no certificate"),
-        ("http://127.0.0.1:80/path", None),
-        ("http://user@127.0.0.1:80", None),
-        ("http://127.0.0.1:80?x", None),
-        ("ftp://127.0.0.1:80", None),
-        ("127.0.0.1:80", None),
-        ("http://127.0.0.1.evil.example:80", None),
-    ],
-)
-def test_an_address_that_prompts_must_not_go_to_is_never_sent_to(
-    address: str, certificate: str | None
-) -> None:
-    world = World(lease(1, address=address, certificate=certificate), lease(2), OK)
-    assert world.run() is OK
-    assert world.told == [(1, "failed", "bad_address")]
-    world = World(
-        lease(1, address=address, certificate=certificate), held, rules=Rules(wait_s=1.0, max_tries=1)
-    )
-    world._came.pop()
-    with pytest.raises(httpx2.ConnectError, match="instance 1"):
-        world.run()
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"max_tries": 0}, {"wait_s": -1}, {"wait_s": float("nan")}, {"connect_s": 0}, {"ahead": 257}]
 )
 def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
     for kind in (FleetTransport, AsyncFleetTransport):
@@ -576,16 +88,6 @@ def test_leases_do_not_travel_in_the_clear_unless_the_network_is_trusted() -> No
     AsyncFleetTransport("http://10.0.0.1:8200", trust_network=True)
     AsyncFleetTransport("https://lb.example")
     FleetTransport("http://[::1]:8200/").close()
-
-
-def test_the_part_above_the_line_reads_no_clock_and_opens_nothing() -> None:
-    source = (ROOT / "fleet_client.py").read_text().split("# --- outside world ---")[0]
-    used = {
-        node.value.id
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-    }
-    assert not used & {"os", "socket", "select", "threading", "asyncio", "time", "aiohttp", "httptools"}
 
 
 # -- with a network ------------------------------------------------------------------------------------
@@ -1066,7 +568,8 @@ def test_a_connection_closed_while_it_was_idle_costs_nothing(user: Make) -> None
 def test_an_idle_connection_is_not_used_again_after_its_time(
     user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_client, "MODEL_KEEP_ALIVE_S", 0.0)
+    for module in (fleet_async, fleet_threads):
+        monkeypatch.setattr(module, "MODEL_KEEP_ALIVE_S", 0.0)
     one = user(fleet.url)
     for _ in range(4):
         one.chat()
@@ -1091,7 +594,7 @@ def test_a_body_that_is_streamed_is_kept_to_be_sent_again(user: Make, fleet: Fak
 def test_a_streamed_body_that_is_too_large_to_be_kept_is_refused(
     user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_client, "MAX_BODY", 1000)
+    monkeypatch.setattr(fleet_transport, "MAX_BODY", 1000)
     one = user(fleet.url)
 
     async def asynchronous() -> Any:
@@ -1148,7 +651,7 @@ def test_a_stalled_stream_ends_by_the_users_timeout(user: Make, fleet: FakeFleet
 
 
 def test_a_loadbalancer_that_is_not_there_is_named(user: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_client, "UNREACHABLE_S", 0.2)
+    monkeypatch.setattr(fleet_course, "UNREACHABLE_S", 0.2)
     url = f"http://127.0.0.1:{closed_port()}"
     with pytest.raises(openai.APIConnectionError) as e:
         user(url).chat()
@@ -1258,13 +761,14 @@ def test_leases_ahead_that_were_not_used_go_back_on_close(user: Make, fleet: Fak
     assert {done["request_id"] for done in fleet.loadbalancer.dones} == ids
     assert len(ids) == 3
     assert {done["outcome"] for done in fleet.loadbalancer.dones} == {"unused"}
-    assert {"prompt_tokens": 13} in fleet.loadbalancer.routes  # what is ahead of its time does not wait there
+    ahead = {"prompt_tokens": 13, "count": 3}  # all in one call, which does not wait there
+    assert ahead in fleet.loadbalancer.routes
 
 
 def test_leases_ahead_go_back_when_nothing_happens_for_a_while(
     user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_client, "IDLE_S", 0.3)
+    monkeypatch.setattr(fleet_leases, "IDLE_S", 0.3)
     user(fleet.url, ahead=3).stream()
     assert told(fleet, 3) == [("unused", "")] * 3
 
@@ -1280,7 +784,7 @@ def test_leases_ahead_are_replaced_before_they_expire(user: Make, fleet: FakeFle
 def test_leases_ahead_of_an_instance_that_failed_are_not_used(
     user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_client, "IDLE_S", 60.0)
+    monkeypatch.setattr(fleet_leases, "IDLE_S", 60.0)
     one = user(fleet.url, ahead=6)
     one.stream()
     wait_for("six leases", lambda: len(one.transport._fleet.ahead) == 6)
@@ -1303,6 +807,260 @@ def test_the_end_of_a_program_gives_leases_back(fleet: FakeFleet) -> None:
     wait_for("two leases", lambda: len(ahead) == 2)
     del http, transport
     assert told(fleet, 2) == [("unused", "")] * 2
+
+
+def test_leases_ahead_come_in_one_call(user: Make, fleet: FakeFleet) -> None:
+    one = user(fleet.url, ahead=100)
+    one.stream()
+    wait_for("all of them here", lambda: len(one.transport._fleet.ahead) == 100)
+    assert sorted(said.get("count", 0) for said in fleet.loadbalancer.routes) == [0, 36, 64]
+    for _ in range(30):
+        assert one.stream() == ALL
+    wait_for("a quarter more", lambda: len(one.transport._fleet.ahead) >= 90)
+    assert len(fleet.loadbalancer.routes) <= 5
+    tokens = [seen.header("authorization") for seen in fleet.requests]
+    assert len(set(tokens)) == 31
+
+
+def test_a_part_of_a_batch_is_better_than_none(user: Make, fleet: FakeFleet) -> None:
+    fleet.loadbalancer.room = 6
+    one = user(fleet.url, ahead=8)
+    one.stream()
+    wait_for("five leases", lambda: len(one.transport._fleet.ahead) == 5)
+    wait_for("another call", lambda: len(fleet.loadbalancer.routes) >= 3)
+    fleet.loadbalancer.room = None
+    wait_for("the others", lambda: len(one.transport._fleet.ahead) == 8)
+
+
+def test_batches_work_without_tls_on_loopback(user: Make) -> None:
+    fleet = fake_fleet(2, tls=False)
+    try:
+        one = user(fleet.url, ahead=4)
+        one.stream()
+        wait_for("four leases", lambda: len(one.transport._fleet.ahead) == 4)
+        assert [one.stream() for _ in range(4)] == [ALL] * 4
+    finally:
+        fleet.stop()
+
+
+@pytest.mark.parametrize("refusal", [(503, 60), (429, 60, "too_many_unused")], ids=["503", "429"])
+def test_a_client_that_is_refused_leases_ahead_does_not_ask_again_before_its_time(
+    user: Make, fleet: FakeFleet, refusal: Any
+) -> None:
+    one = user(fleet.url, ahead=2)
+    one.stream()
+    wait_for("two leases", lambda: len(one.transport._fleet.ahead) == 2)
+    fleet.loadbalancer.refusals.append(refusal)
+    one.stream()
+    wait_for("a refusal", lambda: not fleet.loadbalancer.refusals)
+    wait_for("it is heard", lambda: one.transport._fleet.ahead._coming == 0)
+    asked = len(fleet.loadbalancer.routes)
+    assert one.stream() == ALL
+    time.sleep(0.3)
+    assert len(fleet.loadbalancer.routes) == asked
+
+
+def test_too_many_unused_leases_are_openais_own_429_with_the_time_to_wait(
+    user: Make, fleet: FakeFleet
+) -> None:
+    fleet.loadbalancer.refusals.append((429, 40, "too_many_unused"))
+    with pytest.raises(openai.RateLimitError) as e:
+        user(fleet.url, wait_s=1.0).chat()
+    assert e.value.code == "too_many_unused"
+    assert e.value.response.headers["retry-after"] == "40"
+
+
+# -- avoiding ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [0, 8], ids=["asked", "ahead"])
+def test_another_try_never_goes_to_a_machine_that_was_tried(user: Make, ahead: int) -> None:
+    fleet = fake_fleet(4, tls=False)
+    try:
+        one = user(fleet.url, ahead=ahead)
+        one.stream()
+        wait_for("leases ahead", lambda: len(one.transport._fleet.ahead) == ahead)
+        seen = len(fleet.requests)
+        plan(fleet, *[says(503)] * 3)
+        assert one.stream() == ALL
+        tried = [n for n, i in enumerate(fleet.instances) for _ in i.seen]
+        assert len(fleet.requests) == seen + 4
+        assert sorted(set(tried)) == [0, 1, 2, 3]
+        failed = ("failed", "status_503")
+        wait_for("three failures", lambda: told(fleet).count(failed) == 3)
+    finally:
+        fleet.stop()
+
+
+def test_a_lease_ahead_is_not_taken_for_an_instance_that_the_call_avoids(fleet: FakeFleet) -> None:
+    async def main() -> list[int]:
+        transport = AsyncFleetTransport(fleet.url, ahead=6)
+        body = b'{"model": "m", "prompt": "x"}'
+        numbers = []
+        for _ in range(5):
+            call = Call("POST", "/v1/completions", [], body, Size(1, 5), avoid=(1,))
+            answer = await transport.exchange(call)
+            assert answer.lease is not None
+            numbers.append(answer.lease.instance_id)
+            async for _ in answer:
+                pass
+            while len(transport._fleet.ahead) < 4:
+                await asyncio.sleep(0.01)
+        await transport.aclose()
+        return numbers
+
+    assert asyncio.run(main()) == [2] * 5
+    assert len(fleet.loadbalancer.given) > 6
+
+
+def test_nor_is_one_for_another_try(fleet: FakeFleet) -> None:
+    third = FakeInstance(3, make_certificate())
+    fleet.extra.append(third)
+    fleet.instances.append(third)
+
+    async def main() -> tuple[int, ...]:
+        transport = AsyncFleetTransport(fleet.url, ahead=6)
+        body = b'{"model": "m", "prompt": "x"}'
+        first = await transport.exchange(Call("POST", "/v1/completions", [], body, Size(1, 5)))
+        await first.aclose()
+        while len(transport._fleet.ahead) < 6:
+            await asyncio.sleep(0.01)
+        fleet.loadbalancer.room = 0
+        plan(fleet, says(503))
+        call = Call("POST", "/v1/completions", [], body, Size(1, 5), avoid=(1,))
+        answer = await transport.exchange(call)
+        assert (answer.status, answer.lease is not None) == (200, True)
+        await answer.aclose()
+        await transport.aclose()
+        return (*[number for number, _ in call.setbacks], answer.lease.instance_id if answer.lease else 0)
+
+    assert sorted(asyncio.run(main())) == [2, 3]
+
+
+# -- affinity ------------------------------------------------------------------------------------------
+
+
+def turns(count: int) -> list[dict[str, Any]]:
+    """A conversation of so many messages, each with a few blocks of the secret."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": f"{n} " + SECRET * 100} for n in range(count)]
+
+
+def test_a_conversation_goes_where_it_was_read_before(user: Make, fleet: FakeFleet) -> None:
+    one = user(fleet.url)
+    for n in (1, 3, 5, 7):
+        one.chat(messages=turns(n))
+    said = [body["affinity"] for body in fleet.loadbalancer.routes]
+    assert [len(hashes) for hashes in said] == [3, 9, 16, 23]
+    for shorter, longer in pairwise(said):
+        assert longer[: len(shorter)] == shorter
+    assert len({given.instance_id for given in fleet.loadbalancer.given}) == 1
+    assert SECRET.encode() not in fleet.loadbalancer.received
+
+
+def test_each_transport_has_a_salt_of_its_own_unless_one_is_given(
+    user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLEET_AFFINITY_SALT", raising=False)
+    salt = "a salt that is shared"
+    options: list[dict[str, Any]] = [{}, {}, {"affinity_salt": salt}, {"affinity_salt": salt.encode()}]
+    for more in options:
+        user(fleet.url, **more).chat(messages=turns(1))
+    monkeypatch.setenv("FLEET_AFFINITY_SALT", salt)
+    user(fleet.url).chat(messages=turns(1))
+    user(fleet.url, affinity_salt=salt + "!").chat(messages=turns(1))
+    first, second, *shared, other = [tuple(body["affinity"]) for body in fleet.loadbalancer.routes]
+    assert len(set(shared)) == 1
+    assert len({first, second, shared[0], other}) == 4
+    assert salt.encode() not in fleet.loadbalancer.received
+
+
+def test_without_affinity_no_hash_is_told(user: Make, fleet: FakeFleet) -> None:
+    user(fleet.url, affinity=False).chat(messages=turns(3))
+    assert "affinity" not in fleet.loadbalancer.routes[0]
+
+
+def test_a_salt_that_can_be_guessed_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEET_AFFINITY_SALT", "hello-world")
+    with pytest.raises(ValueError, match=r"^affinity_salt: wanted at least 16 bytes, got 11$"):
+        FleetTransport()
+    FleetTransport(affinity=False).close()
+
+
+def test_with_leases_ahead_a_conversation_stays_where_it_was_read(
+    user: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_leases, "READ_S", 1.0)  # worth a question however slow this machine is
+    fleet = fake_fleet(4)
+    try:
+        one = user(fleet.url, ahead=8)
+        for n in (1, 3, 5, 7):
+            one.chat(messages=turns(n))
+            wait_for("leases ahead", lambda: len(one.transport._fleet.ahead) >= 7)
+        served = [len(instance.seen) for instance in fleet.instances]
+        assert sorted(served) == [0, 0, 0, 4]
+        # Either with one that was here, or with one that was asked for with the hashes and without a wait.
+        asked = [body for body in fleet.loadbalancer.routes if "count" not in body]
+        assert all("affinity" in body for body in asked)
+        assert all("wait_s" not in body for body in asked[1:])
+    finally:
+        fleet.stop()
+
+
+def test_when_there_is_no_room_where_the_prefix_lies_a_lease_ahead_is_used(
+    user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_leases, "READ_S", 1.0)  # worth a question however slow this machine is
+    one = user(fleet.url, ahead=4)
+    one.chat(messages=turns(3))
+    wait_for("leases ahead", lambda: len(one.transport._fleet.ahead) == 4)
+    fleet.loadbalancer.room = 0
+    for n in (5, 7, 9, 11):  # two leases where it was read, and then two that are elsewhere
+        one.chat(messages=turns(n))
+    assert sorted(len(instance.seen) for instance in fleet.instances) == [2, 3]
+    asked = [body for body in fleet.loadbalancer.routes if "count" not in body]
+    assert ["wait_s" in body for body in asked] == [True, False]  # the second time it has read it there, too
+    assert all(body["affinity"] for body in asked)
+
+
+# -- priority ------------------------------------------------------------------------------------------
+
+
+def test_a_priority_goes_to_the_loadbalancer_and_its_header_not_to_the_instance(
+    user: Make, fleet: FakeFleet
+) -> None:
+    one = user(fleet.url, priority="low")
+    one.chat()
+    one.chat(extra_headers={"X-Fleet-Priority": "high"})
+    one.chat(extra_headers={"x-fleet-priority": "normal"})
+    assert [body.get("priority") for body in fleet.loadbalancer.routes] == ["low", "high", None]
+    assert all(seen.header("x-fleet-priority") is None for seen in fleet.requests)
+
+
+def test_a_wrong_priority_is_a_400_that_names_the_header(user: Make, fleet: FakeFleet) -> None:
+    with pytest.raises(openai.BadRequestError, match="X-Fleet-Priority: wanted high, normal or low") as e:
+        user(fleet.url).chat(extra_headers={"X-Fleet-Priority": "urgent"})
+    assert (e.value.param, e.value.code) == ("X-Fleet-Priority", "bad_priority")
+    assert fleet.loadbalancer.routes == []
+
+
+def test_leases_ahead_are_of_the_transports_priority_and_not_for_requests_below_it(
+    user: Make, fleet: FakeFleet
+) -> None:
+    one = user(fleet.url, ahead=4)
+    one.chat()
+    wait_for("four leases", lambda: len(one.transport._fleet.ahead) == 4)
+    asked = len(fleet.loadbalancer.routes)
+    one.chat(extra_headers={"X-Fleet-Priority": "low"})
+    assert fleet.loadbalancer.routes[asked]["priority"] == "low"
+    assert len(one.transport._fleet.ahead) == 4
+    one.chat(extra_headers={"X-Fleet-Priority": "high"})
+    wait_for("another", lambda: len(fleet.loadbalancer.routes) == asked + 2)
+    assert fleet.loadbalancer.routes[-1]["count"] == 1
+    low = user(fleet.url, ahead=2, priority="low")
+    low.chat()
+    wait_for("two leases", lambda: len(low.transport._fleet.ahead) == 2)
+    assert {"prompt_tokens": 13, "count": 2, "priority": "low"} in fleet.loadbalancer.routes
 
 
 # -- cancellation, closing, many at once ---------------------------------------------------------------
@@ -1359,7 +1117,8 @@ def test_a_task_cancelled_while_it_connects_gives_its_lease_back(fleet: FakeFlee
 def test_a_close_does_not_wait_for_a_loadbalancer_that_hangs(
     user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_client, "CLOSE_S", 0.2)
+    for module in (fleet_async, fleet_threads):
+        monkeypatch.setattr(module, "CLOSE_S", 0.2)
     one = user(fleet.url)
     plan(fleet, says(503), says(503))
 
@@ -1511,13 +1270,17 @@ def test_a_thread_that_reads_is_ended_by_another_that_closes(fleet: FakeFleet) -
 
 
 def test_what_is_asked_of_the_loadbalancer_is_what_the_real_one_takes() -> None:
-    body = fleet_client.route_body(Size(5, 7), 3.0, [1, 1, 2])
+    body = fleet_leases.route_body(Size(5, 7), 3.0, [1, 1, 2])
     checked = http_face.check_fields(body, loadbalancer_server._ROUTE)
     assert checked == {"prompt_tokens": 5, "max_tokens": 7, "wait_s": 3.0, "avoid": [1, 2]}
-    assert http_face.check_fields(fleet_client.route_body(Size(0, None), 0.0), loadbalancer_server._ROUTE)
+    assert http_face.check_fields(fleet_leases.route_body(Size(0, None), 0.0), loadbalancer_server._ROUTE)
+    hashes = ["0123456789abcdef"] * 256
+    body = fleet_leases.route_body(Size(5, 7), 0.0, affinity=hashes, priority="low", count=64)
+    checked = http_face.check_fields(body, loadbalancer_server._ROUTE)
+    assert (checked["affinity"], checked["priority"], checked["count"]) == (hashes, "low", 64)
     for outcome, why in (("unused", ""), ("failed", "wrong_certificate")):
         assert http_face.check_fields(
-            fleet_client.done_body(lease(), outcome, why), loadbalancer_server._DONE
+            fleet_leases.done_body(lease(), outcome, why), loadbalancer_server._DONE
         )
 
 

@@ -23,7 +23,7 @@ import http_face
 from errors import ConfigError
 from fleet_client import AsyncFleetTransport
 from fleet_wire import Header
-from gateway import Config, Gateway, client_key, from_loopback, preflight, refusal
+from gateway import Config, Gateway, from_loopback, one_secret, preflight, refusal
 from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet
 from tests.waiting import wait_for
 
@@ -127,6 +127,7 @@ def test_a_page_of_this_machine_is_told_that_it_may_ask() -> None:
         ({"wait_s": -1.0}, "--wait-s -1"),
         ({"max_tries": 0}, "--max-tries 0"),
         ({"loadbalancer": "127.0.0.1:8200"}, "--loadbalancer"),
+        ({"priority": "urgent"}, "--priority urgent: wanted high, normal or low"),
     ],
 )
 def test_wrong_values_name_the_flag_and_the_range(wrong: dict[str, Any], message: str) -> None:
@@ -150,13 +151,13 @@ def test_its_key_for_the_loadbalancer_is_one_and_private(tmp_path: Path) -> None
     path.write_text(KEY + "\n")
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="can be read by others"):
-        client_key(path)
+        one_secret(path)
     path.chmod(0o600)
-    assert client_key(path) == KEY
+    assert one_secret(path) == KEY
     path.write_text(f"{KEY}\n{'m' * 32}\n")
     with pytest.raises(ConfigError, match="wanted one key, got 2"):
-        client_key(path)
-    assert client_key(None) is None
+        one_secret(path)
+    assert one_secret(None) is None
 
 
 # -- running -------------------------------------------------------------------------------------------
@@ -497,6 +498,31 @@ def test_leases_ahead_make_the_round_trip_unnecessary_and_go_back_at_the_end(fle
     assert {done["request_id"] for done in fleet.loadbalancer.dones} == unused
 
 
+def test_a_requests_priority_passes_through_to_the_loadbalancer_and_no_further(fleet: FakeFleet) -> None:
+    with running(fleet, priority="low") as port, client(port) as one:
+        chat(one)
+        chat(one, extra_headers={"X-Fleet-Priority": "high"})
+        with pytest.raises(openai.BadRequestError, match="X-Fleet-Priority: wanted high") as e:
+            chat(one, extra_headers={"X-Fleet-Priority": "urgent"})
+        assert e.value.param == "X-Fleet-Priority"
+    assert [said.get("priority") for said in fleet.loadbalancer.routes] == ["low", "high"]
+    assert all(seen.header("x-fleet-priority") is None for seen in fleet.requests)
+
+
+def test_gateways_with_one_salt_make_the_same_hashes_and_no_prompt_is_in_them(fleet: FakeFleet) -> None:
+    body = json.dumps({"model": "m", "prompt": SECRET * 200}).encode()
+    salts: list[dict[str, Any]] = [{"affinity_salt": KEY}, {"affinity_salt": KEY}, {}, {"affinity": False}]
+    for more in salts:
+        with running(fleet, **more) as port:
+            assert ask(port, "POST", "/v1/completions", body)[0] == 200
+    one, same, other, none = [said.get("affinity") for said in fleet.loadbalancer.routes]
+    assert len(one) == len(other) == len(SECRET * 200) // 1024
+    assert one == same
+    assert not set(one) & set(other)
+    assert none is None
+    assert SECRET.encode() not in fleet.loadbalancer.received
+
+
 # -- as a process --------------------------------------------------------------------------------------
 
 
@@ -568,6 +594,30 @@ def test_the_process_serves_and_ends_cleanly_and_shows_no_secret(
     assert len(fleet.loadbalancer.dones) >= 2
 
 
+def test_a_salt_comes_from_a_private_file_and_is_shown_nowhere(fleet: FakeFleet, tmp_path: Path) -> None:
+    path = tmp_path / "affinity.salt"
+    path.write_text(KEY + "\n")
+    path.chmod(0o644)
+    flags = ["--loadbalancer", fleet.url, "--affinity-salt-file", str(path)]
+    with process("--port", str(free_port()), *flags) as (one, lines):
+        assert one.wait(20) == 2
+    assert "can be read by others" in lines[0]
+    path.chmod(0o600)
+    body = json.dumps({"model": "m", "prompt": SECRET * 200}).encode()
+    for more in ([], [], ["--no-affinity"]):
+        port = free_port()
+        with process("--port", str(port), *flags, *more) as (one, lines):
+            wait_for("it answers", answers(port))
+            assert ask(port, "POST", "/v1/completions", body)[0] == 200
+            one.send_signal(signal.SIGTERM)
+            assert one.wait(20) == 0
+        assert KEY not in "".join(lines)
+    first, second, third = fleet.loadbalancer.routes
+    assert first["affinity"] == second["affinity"]
+    assert "affinity" not in third
+    assert KEY.encode() not in fleet.loadbalancer.received
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -575,6 +625,8 @@ def test_the_process_serves_and_ends_cleanly_and_shows_no_secret(
         (["--port", "x"], "--port"),
         (["--loadbalancer", "nonsense"], "--loadbalancer 'nonsense': wanted http://HOST:PORT"),
         (["--key-file", "/nowhere/at/all"], "cannot be read"),
+        (["--affinity-salt-file", "/nowhere/at/all"], "cannot be read"),
+        (["--priority", "urgent"], "--priority"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags: list[str], message: str) -> None:

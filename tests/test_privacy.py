@@ -35,6 +35,7 @@ import pytest
 
 import ssh_log
 import tls_pin
+from dispatch.belief import warm_up
 from local_stack import LocalStack, Programs, StackConfig
 from tests.tap import read_recording
 from tests.waiting import wait_for
@@ -422,6 +423,7 @@ def log_checks(servers: Path) -> int:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One run of the whole system, with all kinds of requests."""
+    warm_up()  # numba writes what it compiles beside the source, once; the servers are to write nothing there
     folder = tmp_path_factory.mktemp("privacy")
     servers, clients = folder / "servers", folder / "clients"
     servers.mkdir()
