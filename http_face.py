@@ -30,7 +30,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingType
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -236,6 +236,58 @@ def parse_json(raw: bytes) -> Any:
         raise BadField("body", f"not JSON: {e}") from None
 
 
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def json_parts(raw: bytes, name: str) -> Iterator[tuple[str, Any, bool]]:
+    """(field, value, False) of the JSON object in raw; a list under that name comes empty.
+
+    Then its entries come one by one, with True: so a long list is not decoded in one go, in which nothing
+    else happens. Raises BadField.
+    """
+    try:
+        text = raw.decode()
+        at = _after(text, 0, "{")
+        more = text[at : at + 1] != "}"
+        while more:
+            if text[at : at + 1] != '"':
+                _after(text, at, '"')
+            key, at = _DECODER.raw_decode(text, at)
+            at = _after(text, at, ":")
+            if key == name and text[at : at + 1] == "[":
+                yield key, [], False
+                at = _after(text, at, "[")
+                more = text[at : at + 1] != "]"
+                while more:
+                    value, at = _DECODER.raw_decode(text, at)
+                    yield key, value, True
+                    more, at = _comma(text, at)
+                at = _after(text, at, "]")
+            else:
+                value, at = _DECODER.raw_decode(text, at)
+                yield key, value, False
+            more, at = _comma(text, at)
+        at = _after(text, at, "}")
+        if at < len(text):
+            _after(text, at, "")
+    except (ValueError, RecursionError) as e:
+        raise BadField("body", f"not JSON: {e}") from None
+
+
+def _comma(text: str, at: int) -> tuple[bool, int]:
+    """Whether a comma comes, and where it goes on after it."""
+    at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    return (True, _after(text, at, ",")) if text[at : at + 1] == "," else (False, at)
+
+
+def _after(text: str, at: int, sign: str) -> int:
+    """Where it goes on after that sign, or the end, and spaces around it."""
+    at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    if text[at : at + 1] != sign:
+        raise ValueError(f"wanted {sign or 'the end'} at character {at}")
+    return _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+
+
 def json_body(most: int | None = None) -> Any:
     """The JSON of the request being served, unchecked; most: bytes, where a path may have larger bodies."""
     if most is not None:
@@ -279,6 +331,7 @@ class _Extension:
 
     large_bodies: dict[str, int]
     direct: "dict[tuple[str, str], _Direct]"
+    awaited: "dict[tuple[str, str], _Awaited]"
 
 
 def _extension(app: Flask) -> _Extension:
@@ -325,7 +378,7 @@ def make_app(
     """
     app = Flask(name, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = max_body
-    app.extensions[_EXTENSION] = _Extension(dict(large_bodies or {}), {})
+    app.extensions[_EXTENSION] = _Extension(dict(large_bodies or {}), {}, {})
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # //route is an unknown route, not a redirect
 
@@ -416,6 +469,48 @@ def direct(
             return response(answer.late() if isinstance(answer, Held) else answer)
 
         app.add_url_rule(path, view.__name__, through_flask, methods=["POST"])
+        return view
+
+    return register
+
+
+AwaitedView = Callable[[bytes], Coroutine[Any, Any, Answer]]
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """A coroutine that answers, with who may call it."""
+
+    view: AwaitedView
+    keys: Callable[[], Collection[str]]
+
+    async def answer(self, raw: bytes, authorization: str | None) -> Answer:
+        known = self.keys()
+        if known and not bearer_is(authorization, known):
+            return _UNAUTHORIZED
+        try:
+            return await self.view(raw)
+        except BadField as e:
+            return error_answer(400, "bad_request", str(e))
+
+
+def awaited(
+    app: Flask, method: str, path: str, keys: Callable[[], Collection[str]]
+) -> Callable[[AwaitedView], AwaitedView]:
+    """Make a coroutine function of the unchecked body a route: for long work that lets others go between.
+
+    It is a Flask route too, for every other server and the test client, and there runs to its end.
+    """
+
+    def register(view: AwaitedView) -> AwaitedView:
+        rules = _extension(app).awaited[method, path] = _Awaited(view, keys)
+
+        def through_flask() -> Response:
+            request.max_content_length = _extension(app).large_bodies.get(path, MAX_BODY)
+            raw = request.get_data(cache=False)
+            return response(asyncio.run(rules.answer(raw, request.headers.get("Authorization"))))
+
+        app.add_url_rule(path, view.__name__, through_flask, methods=[method])
         return view
 
     return register
@@ -566,6 +661,7 @@ class _Bridge:
         self._max_body: int = app.config["MAX_CONTENT_LENGTH"]
         self._large = _extension(app).large_bodies
         self._direct = _extension(app).direct
+        self._awaited = _extension(app).awaited
         self._held: set[Held] = set()
         self._closing = False
 
@@ -587,6 +683,8 @@ class _Bridge:
                     return
                 found = later
             answer = _plain(found)
+        elif (scope["method"], path) in self._awaited:
+            answer = _plain(await self._await(self._awaited[scope["method"], path], scope, raw, most))
         elif path in self._blocking:
             loop = asyncio.get_running_loop()
             answer = await loop.run_in_executor(self._pool, self._call_flask, self._environ(scope, raw))
@@ -621,13 +719,20 @@ class _Bridge:
         self, rules: _Direct, scope: MappingType[str, Any], raw: bytes, most: int
     ) -> Answer | Held:
         if len(raw) > most:
-            return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
-        # Given twice they are joined, so two Authorization headers match no key.
-        authorization = b",".join([value for name, value in scope["headers"] if name == b"authorization"])
+            return _too_long(most)
         try:
-            return rules.answer(raw, authorization.decode("latin-1"), (scope.get("client") or ("",))[0])
+            return rules.answer(raw, _authorization(scope), (scope.get("client") or ("",))[0])
         except Exception:
             log.exception("a direct view failed")
+            return _OUR_FAULT
+
+    async def _await(self, rules: _Awaited, scope: MappingType[str, Any], raw: bytes, most: int) -> Answer:
+        if len(raw) > most:
+            return _too_long(most)
+        try:
+            return await rules.answer(raw, _authorization(scope))
+        except Exception:
+            log.exception("an awaited view failed")
             return _OUR_FAULT
 
     def _environ(self, scope: MappingType[str, Any], raw: bytes) -> dict[str, Any]:
@@ -705,6 +810,17 @@ class _Bridge:
         for held in list(self._held):
             if held.answer(_CLOSING):
                 held.gave_up()
+
+
+def _too_long(most: int) -> Answer:
+    return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
+
+
+def _authorization(scope: MappingType[str, Any]) -> str:
+    # Given twice they are joined, so two Authorization headers match no key.
+    return b",".join([value for name, value in scope["headers"] if name == b"authorization"]).decode(
+        "latin-1"
+    )
 
 
 def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:

@@ -297,6 +297,8 @@ class LoadBalancer:
             known = self._instances.get(new.id)
             if known is None:
                 known = self._instances[new.id] = Instance(new, now)
+            elif known.told is new:
+                continue  # of 10,000 few have changed
             else:
                 known.capacity *= new.capacity_work / known.told.capacity_work
                 if new.timing is not None and new.timing != known.told.timing:
@@ -371,23 +373,25 @@ class LoadBalancer:
             return []
         count = min(count, MAX_LEASES - len(self._leases), self.allowance.left(ask.client))
         given: list[Lease] = []
+        request: Floats | None = None
         for inst, n in self._spread(ask, count, now):
-            taken = inst.stock.take_some(n, now)
+            if request is None or ask.affinity:
+                request = self._row(ask, inst)
+            add, constants = inst.belief.add, inst.pace.constants
+            last = None
+            for token, batch in inst.stock.take_some(n, now):
+                name = self._request_id(token)
+                if name not in self._leases:
+                    last = self._give(inst, name, token, batch, ask, now, request, more=True)
+                    add(name, request, constants, now)
+                    given.append(last)
             self._wants_tokens(inst, now)
-            fresh = [
-                (name, token, batch)
-                for token, batch in taken
-                if (name := self._request_id(token)) not in self._leases
-            ]
-            if not fresh:
-                inst.leave_queue()
-                continue
-            request = self._row(ask, inst)
-            last = len(fresh) - 1
-            for i, (name, token, batch) in enumerate(fresh):
-                given.append(self._give(inst, name, token, batch, ask, now, request, more=i < last))
-                inst.belief.add(name, request, inst.pace.constants, now)
-        if not given and count > 0:
+            if last is not None and ask.affinity:
+                self._prefixes.served(ask.affinity, inst.id)
+            self._requeue(inst, now)
+        if given:
+            self._note_mix(given[0].row[PROMPT], len(given))
+        elif count > 0:
             lease = self._lease(ask, now)
             return [] if lease is None else [lease]
         return given
@@ -601,9 +605,9 @@ class LoadBalancer:
         self._requeue(inst, now)
         return lease
 
-    def _note_mix(self, prompt: float) -> None:
-        """A request with such a prompt was given: it changes what is usual."""
-        share = 1.0 / min(MIX_MEMORY, float(self.routed))
+    def _note_mix(self, prompt: float, times: int = 1) -> None:
+        """A request with such a prompt was given, or several: that changes what is usual."""
+        share = min(1.0, times / min(MIX_MEMORY, float(self.routed)))
         self._mean_prompt += share * (prompt - self._mean_prompt)
         self._mean_squares += share * (prompt * prompt - self._mean_squares)
         self._usual = row(self._mean_prompt, 0.0, self._lengths.mean(0), math.inf, 0)

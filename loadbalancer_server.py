@@ -21,7 +21,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,8 +147,10 @@ _HOT: dict[str, http_face.Field] = {
     "prefill_weight": Number(0.0, 100.0),
     "expected_output_tokens": Number(1.0, 1e6),
     "expected_hot_s": Number(0.0, 1e6, optional=True),
-    "instances": ListOf(http_face.Mapping(), 20_000),
+    "instances": ListOf(http_face.Mapping(), 0),  # those that there are have been read by then
 }
+
+MAX_INSTANCES = 20_000
 
 _HOT_INSTANCE: dict[str, http_face.Field] = {
     "id": Whole(0, 2**53),
@@ -170,37 +172,100 @@ _TIMING: dict[str, http_face.Field] = {
 }
 
 
+SLICE_S = 0.004
+"""So long is read of a hot set at a time; 10,000 new certificates take seconds in all."""
+
+
+class HotReader:
+    """Reads hot sets; an instance that is told as in the one before is the same object."""
+
+    def __init__(self) -> None:
+        """None has been read."""
+        self._known: dict[int, tuple[dict[str, Any], HotInstance]] = {}
+
+    def read(self, parts: Iterable[tuple[str, Any, bool]]) -> Iterator[HotSet | None]:
+        """The hot set whose fields these are (http_face.json_parts); None at each step before.
+
+        BadField names what is wrong with it.
+        """
+        known: dict[int, tuple[dict[str, Any], HotInstance]] = {}
+        fields: dict[str, Any] = {}
+        n = 0
+        for name, value, entry in parts:
+            if not entry:
+                fields[name] = value
+                continue
+            told = self._told(value, n)
+            if told.id in known:
+                raise BadField(f"instances[{n}].id", f"{told.id} is there twice")
+            if n == MAX_INSTANCES:
+                raise BadField("instances", f"wanted at most {MAX_INSTANCES}")
+            known[told.id] = value, told
+            n += 1
+            yield None
+        hot = http_face.check_fields(fields, _HOT)
+        self._known = known
+        yield HotSet(
+            epoch=hot["epoch"],
+            version=hot["version"],
+            model=hot["model"],
+            prefill_weight=hot["prefill_weight"],
+            expected_output_tokens=hot["expected_output_tokens"],
+            expected_hot_s=hot.get("expected_hot_s"),
+            instances=tuple(told for _, told in known.values()),
+        )
+
+    def _told(self, said: object, n: int) -> HotInstance:
+        if isinstance(said, dict) and isinstance(said.get("id"), int):
+            before = self._known.get(said["id"])
+            if before is not None and before[0] == said:
+                return before[1]
+        return _parse_instance(said, f"instances[{n}].")
+
+
+def _parse_instance(said: object, inside: str) -> HotInstance:
+    told = http_face.check_fields(said, _HOT_INSTANCE, inside)
+    certificate = told.get("certificate")
+    for name in ("address", "auth_url"):
+        try:
+            tls_pin.check(told[name], certificate)
+        except ValueError as e:
+            raise BadField(f"{inside}{name}", f"{told[name][:60]!r}: {e}") from None
+    try:
+        key = None if certificate is None else tls_pin.public_key_sha256(certificate)
+    except ValueError as e:
+        raise BadField(f"{inside}certificate", str(e)) from None
+    timing = told.pop("timing", None)
+    if timing is not None:
+        timing = Timing("told", **http_face.check_fields(timing, _TIMING, f"{inside}timing."))
+    draining = told.pop("state") == "draining"
+    return HotInstance(draining=draining, public_key_sha256=key, timing=timing, **told)
+
+
 def parse_hot(said: object) -> HotSet:
     """The hot set in a decoded body; BadField names what is wrong with it."""
-    hot = http_face.check_fields(said, _HOT)
-    instances: dict[int, HotInstance] = {}
-    for n, one in enumerate(hot["instances"]):
-        told = http_face.check_fields(one, _HOT_INSTANCE, f"instances[{n}].")
-        certificate = told.get("certificate")
-        for name in ("address", "auth_url"):
-            try:
-                tls_pin.context_for(told[name], certificate)
-            except tls_pin.BadAddress as e:
-                raise BadField(f"instances[{n}].{name}", f"{told[name][:60]!r}: {e}") from None
-            except ValueError as e:
-                raise BadField(f"instances[{n}].certificate", str(e)) from None
-        if told["id"] in instances:
-            raise BadField(f"instances[{n}].id", f"{told['id']} is there twice")
-        timing = told.pop("timing", None)
-        if timing is not None:
-            timing = Timing("told", **http_face.check_fields(timing, _TIMING, f"instances[{n}].timing."))
-        draining = told.pop("state") == "draining"
-        key = None if certificate is None else tls_pin.public_key_sha256(certificate)
-        instances[told["id"]] = HotInstance(draining=draining, public_key_sha256=key, timing=timing, **told)
-    return HotSet(
-        epoch=hot["epoch"],
-        version=hot["version"],
-        model=hot["model"],
-        prefill_weight=hot["prefill_weight"],
-        expected_output_tokens=hot["expected_output_tokens"],
-        expected_hot_s=hot.get("expected_hot_s"),
-        instances=tuple(instances.values()),
-    )
+    (hot,) = (hot for hot in HotReader().read(_parts(said)) if hot is not None)
+    return hot
+
+
+def _parts(said: object) -> Iterator[tuple[str, Any, bool]]:
+    for name, value in http_face.Mapping().check("body", said).items():
+        entries = value if name == "instances" and isinstance(value, list) else None
+        yield name, value if entries is None else [], False
+        for one in entries or ():
+            yield name, one, True
+
+
+async def read_hot(reader: HotReader, raw: bytes) -> HotSet:
+    """The hot set in a body, read a little at a time: meanwhile others are answered."""
+    begun = time.perf_counter()
+    for hot in reader.read(http_face.json_parts(raw, "instances")):
+        if hot is not None:
+            return hot
+        if time.perf_counter() - begun > SLICE_S:
+            await asyncio.sleep(0)
+            begun = time.perf_counter()
+    raise RuntimeError("a hot set has no end")
 
 
 _PUSH: dict[str, http_face.Field] = {
@@ -246,6 +311,7 @@ class Desk:
         self._balancer = balancer
         self._parked: dict[Waiter, tuple[Held, int | None]] = {}
         self._granting = False
+        self.reader = HotReader()
         self._shown: dict[int, _Shown] = {}
         self._signers: dict[str, int] = {}  # what an instance calls itself -> its id
         self._signing_keys: dict[str, str] = {}
@@ -328,14 +394,16 @@ class Desk:
     def hot_set(self, hot: HotSet) -> bool:
         """Take over a hot set; False when it is older than what is known."""
         now = self.clock()
-        before = (self.balancer.epoch, self.balancer.version)
+        before, model = (self.balancer.epoch, self.balancer.version), self.balancer.model
         if not self.balancer.replace_hot(hot, now):
             return False
         self.heard_at = now
-        self._shown.clear()  # the model may be another one
-        names = {i.id: name_and_key(i.master_token) for i in hot.instances}
-        self._signers = {name: i for i, (name, _) in names.items()}
-        self._signing_keys = dict(names.values())
+        if hot.model != model:
+            self._shown.clear()
+        named = {i.id: name_and_key(i.master_token) for i in hot.instances}
+        self._signers = {name: i for i, (name, _) in named.items()}
+        self._signing_keys = dict(named.values())
+        self._shown = {i: shown for i, shown in self._shown.items() if i in named}
         if before != (hot.epoch, hot.version):
             draining = sum(i.draining for i in hot.instances)
             log.info(
@@ -485,7 +553,6 @@ class Keys:
 def create_app(desk: Desk, keys: Keys) -> Flask:
     """The routes. Views check, act and answer; what is decided is decided in `loadbalancer.py`."""
     app = http_face.make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
-    control = http_face.requires(lambda: frozenset({keys.control}))
     operator = http_face.requires(lambda: keys.operator and keys.operator | {keys.control})
 
     @http_face.direct(app, "/route", _ROUTE, lambda: keys.clients)
@@ -515,11 +582,10 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
         answer = desk.report(request.get_data(cache=False), request.headers.get("Authorization"))
         return http_face.response(answer)
 
-    @app.put("/hot")
-    @control
-    def hot() -> Response:
-        news = desk.hot_set(parse_hot(http_face.json_body(MAX_HOT_BODY)))
-        return jsonify(taken=news, epoch=desk.balancer.epoch, version=desk.balancer.version)
+    @http_face.awaited(app, "PUT", "/hot", lambda: frozenset({keys.control}))
+    async def hot(raw: bytes) -> Answer:
+        news = desk.hot_set(await read_hot(desk.reader, raw))
+        return Answer({"taken": news, "epoch": desk.balancer.epoch, "version": desk.balancer.version})
 
     @app.get("/status")
     @operator
@@ -792,8 +858,8 @@ class Errands:
         async with session.get(f"{self._autoscaler}/hot", allow_redirects=False) as reply:
             if reply.status == 503:
                 return  # it does not know its fleet yet: what we know stays as it is
-            said = await _answer(reply)
-        self._desk.hot_set(parse_hot(said))
+            raw = await _read(reply)
+        self._desk.hot_set(await read_hot(self._desk.reader, raw))
 
     async def _report_busy(self, session: aiohttp.ClientSession) -> bool:
         """Report; whether the autoscaler's hot set is the one we have."""
@@ -828,11 +894,15 @@ class Errands:
         self._complaint = why
 
 
-async def _answer(reply: aiohttp.ClientResponse) -> Any:
+async def _read(reply: aiohttp.ClientResponse) -> bytes:
     raw = await reply.read()
     if reply.status != 200:
         raise ValueError(f"{reply.method} {reply.url.path} answered {reply.status}: {raw[:200]!r}")
-    return json.loads(raw)
+    return raw
+
+
+async def _answer(reply: aiohttp.ClientResponse) -> Any:
+    return json.loads(await _read(reply))
 
 
 def make_balancer(config: Config) -> LoadBalancer:

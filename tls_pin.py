@@ -67,11 +67,15 @@ def context_for(url: str, certificate: str | None) -> ssl.SSLContext | None:
 
     Raises BadAddress for everything else.
     """
+    check(url, certificate)
+    https = urlsplit(url).scheme == "https"
+    return pinned_context(certificate) if https and certificate is not None else None
+
+
+def check(url: str, certificate: str | None) -> None:
+    """Raises BadAddress where `context_for` does, without making anything."""
     scheme = urlsplit(url).scheme
-    if scheme == "https" and certificate is not None:
-        return pinned_context(certificate)
-    if scheme == "https":
+    if scheme == "https" and certificate is None:
         raise BadAddress("https, but its certificate is not known")
-    if scheme != "http" or not is_loopback(url):
+    if scheme != "https" and (scheme != "http" or not is_loopback(url)):
         raise BadAddress("in the clear, which is for loopback only")
-    return None

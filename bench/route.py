@@ -1,4 +1,4 @@
-"""How many `POST /route` a second one loadbalancer process answers, and how long the slowest wait.
+"""How many leases a second one loadbalancer process gives, and how those fare who wait for one.
 
     python -m bench.route [--json FILE]
 
@@ -8,16 +8,27 @@ connections, one request at a time on each. The driver tells the fleet which lea
 fleet reports them as started and ended, so stock, refills, leases, work and reports all do what they
 do in service. With two cores the server has one, driver and fleet have the other.
 
-Rounds with few and many instances alternate, each against a fresh server; medians of the rounds are shown.
-Processor time is the server's (user and system) per answer, everything it does in the background included.
+Rounds of all kinds alternate, each against a fresh server; medians of the rounds are shown. Processor time is
+the server's (user and system) per lease, everything it does in the background included.
+
+    closed     each connection asks again as soon as it is answered: the rate
+    paced      requests come by the clock (Poisson) at half of that rate, whatever the answers do: the
+               latency, from when a request was due
+    batches    closed, 32 leases an answer
+    held       5,000 clients wait; instances push that a request has ended, 200 times a second; then a hot set
+               with room for 3,000 comes at once
 """
 
 import argparse
 import asyncio
 import functools
+import hashlib
+import hmac
 import json
 import os
 import platform
+import random
+import re
 import secrets
 import signal
 import socket
@@ -27,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,19 +48,37 @@ from urllib.request import urlopen
 import uvloop
 
 from http_face import allow_many_files
+from instance_messages import name_and_key
 from remote import boot
 
 ROOT = Path(__file__).parent.parent
-BODY = b'{"prompt_tokens": 300, "max_tokens": 200}'
-REQUEST = (
-    b"POST /route HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
-)
+
+
+def post(path: str, said: dict[str, Any], more: str = "") -> bytes:
+    """The request."""
+    return with_body(path, json.dumps(said).encode(), more)
+
+
+def with_body(path: str, body: bytes, more: str = "", method: str = "POST") -> bytes:
+    """The request; more: further header lines."""
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n{more}"
+    return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
 SERVED_S = 0.3
 """How long a request takes at a stub instance."""
 
-FLEET_THROUGHPUT, HOLD_S = 3e6, 6.0
-"""Work/s of all stub instances together, and seconds they may hold: 16,000 requests/s, so none is full."""
+FLEET_THROUGHPUT, HOLD_S = 1.2e7, 6.0
+"""Work/s of all stub instances together, and seconds they may hold: 65,000 requests/s, so none is full."""
+
+MOST_PORTS = 1000
+"""With more instances several share a port and differ in their path: a process has 20,000 files."""
+
+BATCH = 32
+"""Leases in one answer of the batches."""
+
+HELD, WAKES_S, WAKING_S, BURST = 5000, 200, 5.0, 3000
+"""Clients that wait; of them woken a second, for so long; and then at once."""
 
 
 # -- the fleet: stub instances and the autoscaler's two routes ------------------------------------------
@@ -68,6 +97,21 @@ class StubInstance:
         self.seq = 0
         self.served = 0
         self.serving: deque[tuple[float, str]] = deque()
+        self.path = ""
+        self.master_token = f"{number:08d}" + "m" * 56
+
+    def told(self, throughput: float, capacity: float) -> dict[str, Any]:
+        """Its part of the hot set."""
+        return {
+            "id": self.number,
+            "state": "hot",
+            "address": f"https://127.0.0.1:{self.port + 1}",
+            "certificate": certificate(),  # each lease carries it
+            "auth_url": f"http://127.0.0.1:{self.port}{self.path}",
+            "master_token": self.master_token,
+            "throughput_work_s": throughput,
+            "capacity_work": capacity,
+        }
 
     def token_batch(self, count: int) -> dict[str, Any]:
         """POST /tokens."""
@@ -145,9 +189,12 @@ class StubHttp(asyncio.Protocol):
 
     def _answer(self, target: str, body: bytes) -> dict[str, Any]:
         if self._instance is not None:
-            if target == "/tokens":
-                return self._instance.token_batch(json.loads(body)["count"])
-            return self._instance.load(int(target.partition("after=")[2]))
+            instance = self._instance
+            if instance.path:
+                instance = self._fleet[int(target.split("/")[1])]
+            if target.endswith("/tokens"):
+                return instance.token_batch(json.loads(body)["count"])
+            return instance.load(int(target.partition("after=")[2]))
         if target == "/leased":
             now = time.monotonic()
             for line in body.decode().split():
@@ -164,16 +211,7 @@ class StubHttp(asyncio.Protocol):
             "expected_output_tokens": 150.0,
             "expected_hot_s": None,
             "instances": [
-                {
-                    "id": i.number,
-                    "state": "hot",
-                    "address": f"https://127.0.0.1:{i.port + 1}",
-                    "certificate": certificate(),  # each lease carries it
-                    "auth_url": f"http://127.0.0.1:{i.port}",
-                    "master_token": "m" * 64,
-                    "throughput_work_s": FLEET_THROUGHPUT / len(self._fleet),
-                    "capacity_work": HOLD_S * FLEET_THROUGHPUT / len(self._fleet),
-                }
+                i.told(FLEET_THROUGHPUT / len(self._fleet), HOLD_S * FLEET_THROUGHPUT / len(self._fleet))
                 for i in self._fleet
             ],
         }
@@ -193,8 +231,13 @@ async def run_fleet(count: int) -> None:
     fleet: list[StubInstance] = []
     servers = []
     for number in range(count):
+        if number >= MOST_PORTS:
+            fleet.append(StubInstance(number, fleet[number % MOST_PORTS].port))
+            fleet[-1].path = f"/{number}"
+            continue
         sock = socket.create_server(("127.0.0.1", 0))
         fleet.append(StubInstance(number, sock.getsockname()[1]))
+        fleet[-1].path = f"/{number}" if count > MOST_PORTS else ""
         servers.append(
             await loop.create_server(lambda i=fleet[-1]: StubHttp(fleet, i), sock=sock)  # type: ignore[misc]
         )
@@ -205,15 +248,17 @@ async def run_fleet(count: int) -> None:
 
 # -- the driver ------------------------------------------------------------------------------------------
 
+_LEASE = re.compile(rb'"request_id": "([0-9a-f]{16})", "instance_id": (\d+)')
+
 
 class Client(asyncio.Protocol):
-    """One keep-alive connection: sends, waits for the answer, notes how long it took, sends again."""
+    """One keep-alive connection: sends when it is told to, and says what came and how long it took."""
 
-    def __init__(self, driver: "Driver") -> None:
-        """driver: where the figures go."""
-        self._driver = driver
+    def __init__(self, heard: "Callable[[Client, bytes, bytes, float], None]") -> None:
+        """heard: called with head, body and seconds of each answer."""
+        self._heard = heard
         self._buffer = b""
-        self._sent_at = 0.0
+        self._since = 0.0
         self.answers = 0
         self.waiting = False
 
@@ -221,11 +266,11 @@ class Client(asyncio.Protocol):
         """Part of asyncio.Protocol."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one, but not by descent
 
-    def send(self) -> None:
-        """Ask once."""
+    def send(self, request: bytes, since: float | None = None) -> None:
+        """Ask once. since: from when its time counts."""
         self.waiting = True
-        self._sent_at = time.perf_counter()
-        self._transport.write(REQUEST)
+        self._since = time.perf_counter() if since is None else since
+        self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
@@ -237,17 +282,11 @@ class Client(asyncio.Protocol):
         length = int(self._buffer[at + 15 : self._buffer.find(b"\r\n", at)])
         if len(self._buffer) < end + 4 + length:
             return
-        took_s = time.perf_counter() - self._sent_at
+        took_s = time.perf_counter() - self._since
+        head, body, self._buffer = self._buffer[:end], self._buffer[end + 4 :], b""
         self.waiting = False
         self.answers += 1
-        if self._driver.heard(self._buffer[:end], self._buffer[end + 4 :], took_s):
-            self._buffer = b""
-            self.send()
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Part of asyncio.Protocol."""
-        if self.waiting:
-            self._driver.lost += 1
+        self._heard(self, head, body, took_s)
 
     def close(self) -> None:
         """Hang up."""
@@ -255,28 +294,68 @@ class Client(asyncio.Protocol):
 
 
 class Driver:
-    """What the clients were answered."""
+    """Clients that ask, and what they were answered."""
 
-    def __init__(self) -> None:
-        """Nothing yet."""
+    def __init__(self, request: bytes, *, again: bool) -> None:
+        """request: what all ask. again: each asks again when it is answered."""
+        self.request = request
         self.latencies: list[float] = []
+        self.leases = 0
         self.refused = 0
-        self.lost = 0
         self.leased: list[bytes] = []
         self.measuring = False
         self.stopped = False
+        self.clients: list[Client] = []
+        self._again = again
+        self._idle: deque[Client] = deque()
+        self._due: deque[float] = deque()
 
-    def heard(self, head: bytes, body: bytes, took_s: float) -> bool:
-        """Take in an answer; whether to go on."""
-        if head.startswith(b"HTTP/1.1 200"):
-            at = body.index(b'"request_id": "') + 15
-            of = body.index(b'"instance_id": ') + 15
-            self.leased.append(body[of : body.index(b",", of)] + b":" + body[at : at + 16])
-        elif self.measuring:
-            self.refused += 1
+    async def connect(self, port: int, connections: int) -> None:
+        """Open them all."""
+        loop = asyncio.get_running_loop()
+        for _ in range(connections):
+            _, client = await loop.create_connection(lambda: Client(self.heard), "127.0.0.1", port)
+            self.clients.append(client)
+        self._idle.extend(self.clients)
+
+    def heard(self, client: Client, head: bytes, body: bytes, took_s: float) -> None:
+        """Take in an answer."""
+        found = _LEASE.findall(body) if head.startswith(b"HTTP/1.1 200") else []
+        self.leased += [b"%s:%s" % (of, name) for name, of in found]
         if self.measuring:
             self.latencies.append(took_s)
-        return not self.stopped
+            self.leases += len(found)
+            self.refused += not found
+        if self.stopped:
+            return
+        if self._again:
+            client.send(self.request)
+        elif self._due:
+            client.send(self.request, self._due.popleft())
+        else:
+            self._idle.append(client)
+
+    async def pace(self, rate: float, rng: random.Random) -> None:
+        """Send by the clock, so many a second on average; on the first connection that is free."""
+        due = time.perf_counter()
+        while not self.stopped:
+            while due <= time.perf_counter():
+                if self._idle:
+                    self._idle.popleft().send(self.request, due)
+                else:
+                    self._due.append(due)
+                due += rng.expovariate(rate)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one round is of. paced: by the clock, at half of the rate of the same without it."""
+
+    instances: int
+    connections: int
+    batch: int = 0
+    paced: bool = False
 
 
 @dataclass(frozen=True)
@@ -285,16 +364,19 @@ class Round:
 
     instances: int
     connections: int
+    batch: int
+    due_s: float
     seconds: float
     answers: int
     refused: int
     lost: int
-    answers_s: float
+    leases_s: float
     p50_ms: float
     p99_ms: float
     max_ms: float
     server_cpu_us: float
     server_cpu_share: float
+    server_mb: float
     fewest_answers_of_a_connection: int
 
 
@@ -304,19 +386,29 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def memory_mb(pid: int) -> float:
+    """What that process has in memory."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
 async def drive(
-    port: int, fleet_port: int, pid: int, instances: int, connections: int, seconds: float
+    port: int, fleet_port: int, pid: int, cell: Cell, seconds: float, rate: float | None
 ) -> Round:
-    """Keep so many connections busy for so long, after a second in which stocks grow to the use."""
-    loop = asyncio.get_running_loop()
-    driver = Driver()
-    clients = [
-        (await loop.create_connection(lambda: Client(driver), "127.0.0.1", port))[1]
-        for _ in range(connections)
-    ]
-    teller = asyncio.create_task(_tell(driver, fleet_port))
-    for client in clients:
-        client.send()
+    """Keep the connections busy for so long, after a second in which stocks grow to the use.
+
+    rate: requests a second where they come by the clock.
+    """
+    said: dict[str, Any] = {"prompt_tokens": 300, "max_tokens": 200}
+    driver = Driver(post("/route", said | ({"count": cell.batch} if cell.batch else {})), again=rate is None)
+    await driver.connect(port, cell.connections)
+    clients = driver.clients
+    tasks = [asyncio.create_task(_tell(driver, fleet_port))]
+    if rate is None:
+        for client in clients:
+            client.send(driver.request)
+    else:
+        tasks.append(asyncio.create_task(driver.pace(rate, random.Random(1))))
     await asyncio.sleep(1.0)
     before = {client: client.answers for client in clients}
     cpu, begun = cpu_s(pid), time.perf_counter()
@@ -324,31 +416,35 @@ async def drive(
     await asyncio.sleep(seconds)
     driver.measuring = False
     took_s, cpu = time.perf_counter() - begun, cpu_s(pid) - cpu
+    mb = memory_mb(pid)
     fewest = min(client.answers - before[client] for client in clients)
     driver.stopped = True
     limit = time.perf_counter() + 30.0
     while any(client.waiting for client in clients) and time.perf_counter() < limit:
         await asyncio.sleep(0.01)
-    driver.lost += sum(client.waiting for client in clients)
+    lost = sum(client.waiting for client in clients)
     for client in clients:
-        client.waiting = False
         client.close()
-    teller.cancel()
-    await asyncio.gather(teller, return_exceptions=True)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     found = sorted(driver.latencies)
     return Round(
-        instances=instances,
-        connections=connections,
+        instances=cell.instances,
+        connections=cell.connections,
+        batch=cell.batch,
+        due_s=round(rate or 0.0, 1),
         seconds=round(took_s, 3),
         answers=len(found),
         refused=driver.refused,
-        lost=driver.lost,
-        answers_s=round(len(found) / took_s, 1),
+        lost=lost,
+        leases_s=round(driver.leases / took_s, 1),
         p50_ms=round(1e3 * found[len(found) // 2], 3),
         p99_ms=round(1e3 * found[int(len(found) * 0.99)], 3),
         max_ms=round(1e3 * found[-1], 3),
-        server_cpu_us=round(1e6 * cpu / len(found), 1),
+        server_cpu_us=round(1e6 * cpu / max(1, driver.leases), 1),
         server_cpu_share=round(cpu / took_s, 3),
+        server_mb=round(mb, 1),
         fewest_answers_of_a_connection=fewest,
     )
 
@@ -366,6 +462,156 @@ async def _tell(driver: Driver, fleet_port: int) -> None:
             await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
     finally:
         writer.close()
+
+
+# -- those who wait --------------------------------------------------------------------------------------
+
+HELD_INSTANCES = 20
+"""At 10 reports a second each they say 200 times that a request has ended."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Clients that wait, in one process. Times in milliseconds: from what makes room to a client's answer."""
+
+    held: int
+    mb_before: float
+    mb_held: float
+    waiting_cpu_share: float
+    wakes: int
+    wake_p50_ms: float
+    wake_p99_ms: float
+    wake_max_ms: float
+    burst: int
+    burst_first_ms: float
+    burst_p50_ms: float
+    burst_last_ms: float
+    burst_cpu_us: float
+    lost: int
+
+
+class Pusher:
+    """What the instances push: that the one request which each of them holds has ended."""
+
+    def __init__(self, instances: list[StubInstance]) -> None:
+        """Their tokens are known, as the stub that holds them knows them."""
+        self._instances = {i.number: i for i in instances}
+        self._numbers = dict.fromkeys(self._instances, 0)
+        self.serving: deque[tuple[int, str]] = deque()
+
+    def next(self) -> bytes:
+        """The push of the instance whose request has been there for longest."""
+        number, request_id = self.serving.popleft()
+        instance = self._instances[number]
+        self._numbers[number] += 1
+        said = {
+            "boot_id": instance.boot_id,
+            "number": self._numbers[number],
+            "after": 0,
+            "seq": 0,
+            "missed": False,
+            "started": [request_id],
+            "ended": [{"id": request_id, "status": "finished", "output_tokens": 150}],
+            "model_up": True,
+        }
+        raw = json.dumps(said).encode()
+        name, key = name_and_key(instance.master_token)
+        signature = hmac.new(key.encode(), b"/report " + raw, hashlib.sha256).hexdigest()
+        return with_body("/report", raw, f"Authorization: Fleet {name}:{signature}\r\n")
+
+
+async def hold(port: int, pid: int, control: str, instances: list[StubInstance]) -> Held:
+    """Fill the instances, let HELD wait, wake them one by one and then BURST at once."""
+    loop = asyncio.get_running_loop()
+    pusher = Pusher(instances)
+    came: list[tuple[float, bytes]] = []
+    pushed: list[float] = []
+
+    def heard(_: Client, head: bytes, body: bytes, __: float) -> None:
+        found = _LEASE.findall(body) if head.startswith(b"HTTP/1.1 200") else []
+        if found:
+            came.append((time.perf_counter(), body))
+        pusher.serving += [(int(of), name.decode()) for name, of in found]
+
+    async def client() -> Client:
+        return (await loop.create_connection(lambda: Client(heard), "127.0.0.1", port))[1]
+
+    def hot(version: int, capacity: float) -> bytes:
+        said = {
+            "epoch": "held",
+            "version": version,
+            "model": "bench",
+            "prefill_weight": 0.1,
+            "expected_output_tokens": 100.0,
+            "expected_hot_s": None,
+            "instances": [i.told(1.0, capacity) for i in instances],
+        }
+        bearer = f"Authorization: Bearer {control}\r\n"
+        return with_body("/hot", json.dumps(said).encode(), bearer, "PUT")
+
+    speaker = await client()
+    speaker.send(hot(1, 100.0))
+    while speaker.waiting:
+        await asyncio.sleep(0.01)
+    await asyncio.to_thread(wait_stocked, port, len(instances))
+    request = post("/route", {"work": 100.0, "wait_s": 300})
+    before = memory_mb(pid)
+    clients = [await client() for _ in range(len(instances) + HELD)]
+    for one in clients:
+        one.send(request)
+    await asyncio.to_thread(wait_held, port, HELD)
+    came.clear()
+    mb, cpu = memory_mb(pid), cpu_s(pid)
+    await asyncio.sleep(2.0)
+    share = (cpu_s(pid) - cpu) / 2.0
+    reports = Client(heard)
+    await loop.create_connection(lambda: reports, "127.0.0.1", port)
+    wakes = round(WAKES_S * WAKING_S)
+    due = time.perf_counter()
+    for _ in range(wakes):
+        due += 1.0 / WAKES_S
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        while reports.waiting:
+            await asyncio.sleep(0)
+        pushed.append(time.perf_counter())
+        reports.send(pusher.next())
+    await _until(lambda: len(came) >= wakes)
+    # One lease for each push, in their order.
+    took = sorted(at - since for since, (at, _) in zip(pushed, came, strict=False))
+    woken = len(came)
+    for one in [c for c in clients if c.waiting][BURST:]:
+        one.close()
+    await asyncio.to_thread(wait_held, port, BURST)
+    came.clear()
+    cpu, begun = cpu_s(pid), time.perf_counter()
+    speaker.send(hot(2, 100.0 * 2 * BURST / len(instances)))
+    await _until(lambda: len(came) >= BURST)
+    burst = sorted(at - begun for at, _ in came)
+    cpu = cpu_s(pid) - cpu
+    for one in (*clients, speaker, reports):
+        one.close()
+    return Held(
+        held=HELD,
+        mb_before=round(before, 1),
+        mb_held=round(mb, 1),
+        waiting_cpu_share=round(share, 3),
+        wakes=woken,
+        wake_p50_ms=round(1e3 * took[len(took) // 2], 2),
+        wake_p99_ms=round(1e3 * took[int(len(took) * 0.99)], 2),
+        wake_max_ms=round(1e3 * took[-1], 2),
+        burst=len(burst),
+        burst_first_ms=round(1e3 * burst[0], 1),
+        burst_p50_ms=round(1e3 * burst[len(burst) // 2], 1),
+        burst_last_ms=round(1e3 * burst[-1], 1),
+        burst_cpu_us=round(1e6 * cpu / max(1, len(burst)), 1),
+        lost=abs(wakes - woken) + abs(BURST - len(burst)),
+    )
+
+
+async def _until(true: Callable[[], bool], limit_s: float = 30.0) -> None:
+    limit = time.perf_counter() + limit_s
+    while not true() and time.perf_counter() < limit:
+        await asyncio.sleep(0.01)
 
 
 # -- processes -------------------------------------------------------------------------------------------
@@ -404,50 +650,110 @@ def free_port() -> int:
         return port
 
 
-def wait_stocked(port: int, instances: int, timeout_s: float = 60.0) -> None:
+def status_of(port: int) -> dict[str, Any]:
+    """GET /status, empty while nobody answers."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/status", timeout=30.0) as reply:
+            said: dict[str, Any] = json.load(reply)
+            return said
+    except OSError:
+        return {}
+
+
+def wait_stocked(port: int, instances: int, timeout_s: float = 180.0) -> None:
     """Return when every instance has tokens in stock."""
     limit = time.monotonic() + timeout_s
     stocked = -1
     while time.monotonic() < limit:
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/status", timeout=5.0) as reply:
-                rows = json.load(reply)["instances"]
-            stocked = sum(row["tokens_in_stock"] > 0 for row in rows)
-            if stocked == instances:
-                return
-        except OSError:
-            pass
-        time.sleep(0.2)
+        rows = status_of(port).get("instances", [])
+        stocked = sum(row["tokens_in_stock"] > 0 for row in rows)
+        if stocked == instances:
+            return
+        time.sleep(max(0.2, instances / 5000))
     raise SystemExit(f"bench.route: {stocked} of {instances} instances have tokens after {timeout_s:g} s")
 
 
-def one_round(instances: int, connections: int, seconds: float) -> Round:
-    """A fresh fleet and a fresh server, measured once."""
+def wait_held(port: int, held: int, timeout_s: float = 60.0) -> None:
+    """Return when so many wait."""
+    limit = time.monotonic() + timeout_s
+    while status_of(port).get("held") != held:
+        if time.monotonic() > limit:
+            raise SystemExit(f"bench.route: not {held} clients wait after {timeout_s:g} s")
+        time.sleep(0.2)
+
+
+@contextmanager
+def loadbalancer(autoscaler_port: int, *flags: str) -> Iterator[tuple[int, int, Path]]:
+    """A fresh server: its port, its pid, where its control key is."""
+    port = free_port()
     with (
         tempfile.TemporaryDirectory() as state,
-        child("-m", "bench.route", "--fleet", str(instances)) as fleet,
+        child(
+            "loadbalancer_server.py",
+            *("--port", str(port), "--autoscaler", f"http://127.0.0.1:{autoscaler_port}"),
+            *("--state-dir", state, *flags),
+        ) as server,
     ):
+        yield port, server.pid, Path(state, "control.key")
+
+
+def one_round(cell: Cell, seconds: float, rate: float | None) -> Round:
+    """A fresh fleet and a fresh server, measured once."""
+    with child("-m", "bench.route", "--fleet", str(cell.instances)) as fleet:
         assert fleet.stdout is not None
         fleet_port = int(fleet.stdout.readline())
-        port = free_port()
-        with child(
-            "loadbalancer_server.py",
-            *("--port", str(port), "--autoscaler", f"http://127.0.0.1:{fleet_port}", "--state-dir", state),
-        ) as server:
-            wait_stocked(port, instances)
-            pin(server.pid, 0)
+        with loadbalancer(fleet_port) as (port, pid, _):
+            wait_stocked(port, cell.instances)
+            pin(pid, 0)
             pin(fleet.pid, -1)
-            return uvloop.run(drive(port, fleet_port, server.pid, instances, connections, seconds))
+            return uvloop.run(drive(port, fleet_port, pid, cell, seconds, rate))
 
 
-def median_of(rounds: list[Round]) -> dict[str, Any]:
-    """Each figure's median; the worst of what must not happen."""
+def hold_round() -> Held:
+    """A fresh server in front of instances that this process has."""
+
+    async def run(port: int, pid: int, control: Path) -> Held:
+        loop = asyncio.get_running_loop()
+        instances = []
+        for number in range(HELD_INSTANCES):
+            sock = socket.create_server(("127.0.0.1", 0))
+            instances.append(StubInstance(number, sock.getsockname()[1]))
+            await loop.create_server(lambda i=instances[-1]: StubHttp(instances, i), sock=sock)  # type: ignore[misc]
+        return await hold(port, pid, control.read_text().strip(), instances)
+
+    # It finds no autoscaler, and asks for no reports: what happens is what is pushed.
+    with loadbalancer(free_port(), "--poll-interval-s", "60", "--max-held", str(HELD)) as (
+        port,
+        pid,
+        control,
+    ):
+        while not status_of(port):
+            time.sleep(0.1)
+        pin(pid, 0)
+        return uvloop.run(run(port, pid, control))
+
+
+def median_of(rounds: list[Any], worst: tuple[str, ...]) -> dict[str, Any]:
+    """Each figure's median; of what must not happen the worst."""
     rows = [asdict(r) for r in rounds]
     out: dict[str, Any] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-    for key in ("refused", "lost", "max_ms"):
+    for key in worst:
         out[key] = max(row[key] for row in rows)
-    out["fewest_answers_of_a_connection"] = min(row["fewest_answers_of_a_connection"] for row in rows)
     return out
+
+
+def rates(cells: list[Cell], rounds: int, seconds: float) -> dict[Cell, list[Round]]:
+    """Rounds of all cells by turns; a paced one after the one whose rate it takes."""
+    found: dict[Cell, list[Round]] = {cell: [] for cell in cells}
+    for n in range(rounds):
+        for cell in cells:
+            print(f"round {n + 1} of {rounds}: {cell}", file=sys.stderr)
+            rate = None
+            if cell.paced:
+                closed = found[Cell(cell.instances, cell.connections, cell.batch)][-1]
+                rate = 0.5 * closed.leases_s / max(1, cell.batch)
+            found[cell].append(one_round(cell, seconds, rate))
+    return found
 
 
 def _count(text: str) -> int:
@@ -455,6 +761,33 @@ def _count(text: str) -> int:
     if not 1 <= value <= 100_000:
         raise argparse.ArgumentTypeError(f"{text}: wanted 1 to 100000")
     return value
+
+
+def show(medians: list[dict[str, Any]], held: dict[str, Any] | None) -> None:
+    """Print the tables."""
+    print(
+        f"{'instances':>9} {'clients':>7} {'batch':>5} {'due/s':>7} {'leases/s':>8} {'p50 ms':>7} "
+        f"{'p99 ms':>7} {'max ms':>7} {'CPU µs':>7} {'MB':>5} {'refused':>7} {'lost':>4} {'fewest':>6}"
+    )
+    for row in medians:
+        print(
+            f"{row['instances']:9.0f} {row['connections']:7.0f} {row['batch'] or '':>5} "
+            f"{row['due_s'] or '':>7} {row['leases_s']:8.0f} {row['p50_ms']:7.2f} {row['p99_ms']:7.2f} "
+            f"{row['max_ms']:7.1f} {row['server_cpu_us']:7.1f} {row['server_mb']:5.0f} "
+            f"{row['refused']:7.0f} {row['lost']:4.0f} {row['fewest_answers_of_a_connection']:6.0f}"
+        )
+    print(
+        "CPU: of the server, per lease. due/s: by the clock. fewest: answers of the connection with fewest."
+    )
+    if held is not None:
+        print(
+            f"held {held['held']:.0f}: {held['mb_held']:.0f} MB (before {held['mb_before']:.0f}), "
+            f"{held['waiting_cpu_share']:.1%} of a core; woken by {WAKES_S} reports a second: "
+            f"p50 {held['wake_p50_ms']:.1f} ms, p99 {held['wake_p99_ms']:.1f}, "
+            f"max {held['wake_max_ms']:.1f}; "
+            f"{held['burst']:.0f} at once: first {held['burst_first_ms']:.0f} ms, "
+            f"p50 {held['burst_p50_ms']:.0f}, last {held['burst_last_ms']:.0f}; lost {held['lost']:.0f}"
+        )
 
 
 def main() -> None:
@@ -465,6 +798,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="of one round (default 4)")
     parser.add_argument("--few", type=_count, default=10, metavar="N", help="instances (default 10)")
     parser.add_argument("--many", type=_count, default=1000, metavar="N", help="instances (default 1000)")
+    parser.add_argument("--most", type=_count, default=10_000, metavar="N", help="instances (default 10000)")
+    parser.add_argument("--only", choices=("rates", "held"), help="measure that alone")
     parser.add_argument("--fleet", type=_count, metavar="N", help=argparse.SUPPRESS)
     args = parser.parse_args()
     allow_many_files()
@@ -472,31 +807,29 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         uvloop.run(run_fleet(args.fleet))
         return
-    cells = [(args.few, 16), (args.many, 16), (args.few, 1000)]
+    few, many, most = args.few, args.many, args.most
+    cells = [
+        Cell(few, 16),
+        Cell(few, 64),
+        Cell(few, 64, paced=True),
+        Cell(many, 16),
+        Cell(most, 16),
+        Cell(few, 1000),
+        Cell(10 * few, 16, BATCH),
+        Cell(many, 16, BATCH),
+    ]
     pin(0, -1)
-    rounds: dict[tuple[int, int], list[Round]] = {cell: [] for cell in cells}
-    for n in range(args.rounds):
-        for cell in cells:
-            print(
-                f"round {n + 1} of {args.rounds}: {cell[0]} instances, {cell[1]} connections", file=sys.stderr
-            )
-            rounds[cell].append(one_round(*cell, args.seconds))
-    medians = [median_of(rounds[cell]) for cell in cells]
-    ratio = statistics.median(
-        many.answers_s / few.answers_s for few, many in zip(rounds[cells[0]], rounds[cells[1]], strict=True)
-    )
-    print(
-        f"{'instances':>9} {'connections':>11} {'answers/s':>9} {'p50 ms':>7} {'p99 ms':>7} {'max ms':>7} "
-        f"{'CPU µs':>7} {'refused':>7} {'lost':>5} {'fewest':>7}"
-    )
-    for row in medians:
-        print(
-            f"{row['instances']:9.0f} {row['connections']:11.0f} {row['answers_s']:9.0f} "
-            f"{row['p50_ms']:7.2f} {row['p99_ms']:7.2f} {row['max_ms']:7.1f} {row['server_cpu_us']:7.1f} "
-            f"{row['refused']:7.0f} {row['lost']:5.0f} {row['fewest_answers_of_a_connection']:7.0f}"
+    found = {} if args.only == "held" else rates(cells, args.rounds, args.seconds)
+    medians = [median_of(rounds, ("refused", "lost", "max_ms")) for rounds in found.values()]
+    holds = [] if args.only == "rates" else [hold_round() for _ in range(args.rounds)]
+    held = median_of(holds, ("lost", "wake_max_ms")) if holds else None
+    show(medians, held)
+    ratio = None
+    if found:
+        ratio = statistics.median(
+            b.leases_s / a.leases_s for a, b in zip(found[cells[0]], found[cells[4]], strict=True)
         )
-    print(f"{cells[1][0]} instances against {cells[0][0]}: {ratio:.3f} times the rate")
-    print("CPU: of the server, per answer. fewest: answers of the connection that got fewest in one round.")
+        print(f"{most} instances against {few}: {ratio:.3f} times the rate")
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         result = {
@@ -508,8 +841,10 @@ def main() -> None:
             "seconds": args.seconds,
             "rounds": args.rounds,
             "rows": medians,
-            "rate_ratio_many_to_few": round(ratio, 4),
-            "all_rounds": [asdict(r) for cell in cells for r in rounds[cell]],
+            "held": held,
+            "rate_ratio_most_to_few": None if ratio is None else round(ratio, 4),
+            "all_rounds": [asdict(r) for rounds in found.values() for r in rounds]
+            + [asdict(r) for r in holds],
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -18,8 +18,15 @@ whose ends are known in closed form: whoever asks seldom pays for changes, not f
 O(log n): steps that make tokens are counted, a request that makes them ends at a count known when it begins,
 and of all together only the batch and its context are kept.
 
+Of requests submitted with the ids of their blocks the longest prefix that is cached need not be read, but
+for the last token. Blocks are cached when they have been read, and those of the answer when it ends; what
+no running request has keeps the KV memory that running requests leave, and goes when they need it, that
+which was used longest ago first. A prefix that two running requests share is in memory twice, unlike in an
+engine: it counts as theirs. Without blocks nothing is cached.
+
 True after every call:
-- KV memory in use is the sum over the running requests, and never over capacity;
+- KV memory in use is the sum over the running requests, and never over capacity, with what is cached
+  beside them as soon as somebody is admitted or ends;
 - requests are admitted in the order they came, those that were preempted before all others;
 - the answer depends on what was submitted and cancelled when, not on how often one looked.
 
@@ -27,7 +34,8 @@ Times are seconds on the caller's clock; the constants are milliseconds, as in t
 """
 
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
 from enum import Enum
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -57,12 +65,13 @@ class _Job:
     """A request. held: KV tokens it has; unread: prompt (after a preemption also its own tokens) to read.
 
     While it makes tokens (`since` is the count of steps at which it began) made and held are what they were
-    then. place: its admissions in order; an entry of the heap with another place is void.
+    then. place: its admissions in order; an entry of the heap with another place is void. blocks: their ids,
+    pinned: so many of them are in the cache because it runs.
     """
 
-    __slots__ = ("held", "id", "made", "place", "prompt", "since", "unread", "wanted")
+    __slots__ = ("blocks", "held", "id", "made", "pinned", "place", "prompt", "since", "unread", "wanted")
 
-    def __init__(self, id: str, prompt: int, wanted: int) -> None:
+    def __init__(self, id: str, prompt: int, wanted: int, blocks: Sequence[Hashable] = ()) -> None:
         self.id = id
         self.prompt = prompt
         self.wanted = wanted
@@ -71,6 +80,51 @@ class _Job:
         self.held = 0
         self.since = -1
         self.place = -1
+        self.blocks = blocks
+        self.pinned = 0
+
+
+class _Cache:
+    """Blocks whose KV memory is there: those that running requests pin, and the others, the oldest first."""
+
+    def __init__(self) -> None:
+        self.block_tokens = 0
+        self._pins: Counter[Hashable] = Counter()
+        self._loose: OrderedDict[Hashable, None] = OrderedDict()
+
+    @property
+    def loose_tokens(self) -> int:
+        """In blocks that no running request has."""
+        return len(self._loose) * self.block_tokens
+
+    def prefix(self, blocks: Sequence[Hashable]) -> int:
+        """So many of them, from the first on, are there."""
+        for n, block in enumerate(blocks):
+            if block not in self._loose and block not in self._pins:
+                return n
+        return len(blocks)
+
+    def pin(self, job: _Job, upto: int) -> None:
+        """The request has its first `upto` blocks."""
+        for block in job.blocks[job.pinned : upto]:
+            self._loose.pop(block, None)
+            self._pins[block] += 1
+        job.pinned = max(job.pinned, upto)
+
+    def unpin(self, job: _Job) -> None:
+        """It runs no more; the end of a prefix is of no use without its begin, so it is thrown away first."""
+        for block in reversed(job.blocks[: job.pinned]):
+            self._pins[block] -= 1
+            if not self._pins[block]:
+                del self._pins[block]
+                self._loose[block] = None
+        job.pinned = 0
+
+    def shrink(self, room_tokens: int) -> None:
+        """No more than so much is for those that nobody has."""
+        most = max(0, room_tokens) // self.block_tokens
+        while len(self._loose) > most:
+            self._loose.popitem(last=False)
 
 
 class ModelServer:
@@ -98,7 +152,9 @@ class ModelServer:
         self.preemptions = 0
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
-        # What those in the queue have to read: prompts, and of those that were put back their own tokens.
+        self.cached_tokens_total = 0  # of prompts, not read because they were there
+        # What those in the queue have to read: prompts, and of those that were put back their own tokens. How
+        # much of it is cached is seen when they are admitted.
         self.waiting_tokens = 0
         self._now = float("-inf")
         self._waiting: OrderedDict[str, _Job] = OrderedDict()
@@ -119,6 +175,7 @@ class ModelServer:
         self._ends: list[tuple[int, int, _Job]] = []  # (count at which it ends, place, request)
         self._unread: OrderedDict[str, _Job] = OrderedDict()  # those with prompt to read, as admitted
         self._reading: list[tuple[_Job, int]] = []  # in the stretch under way
+        self._cache: _Cache | None = None
 
     @property
     def running(self) -> int:
@@ -140,11 +197,21 @@ class ModelServer:
         """The same as a share of the capacity."""
         return self._used / self.timing.kv_tokens
 
-    def submit(self, id: str, prompt_tokens: int, output_tokens: int, now: float) -> list[Event]:
+    def submit(
+        self,
+        id: str,
+        prompt_tokens: int,
+        output_tokens: int,
+        now: float,
+        blocks: Sequence[Hashable] = (),
+        block_tokens: int = 16,
+    ) -> list[Event]:
         """Put a request at the end of the queue, and return what happened until now.
 
-        It gets exactly output_tokens. Raises ValueError, and changes nothing, for an id that is under way,
-        counts below 1, and a request that is larger than the KV memory.
+        It gets exactly output_tokens. blocks: ids of what is in its first tokens, block_tokens each (always
+        the same number), prompt first and then maybe its answer; those of equal id are of equal tokens, all
+        before them included. Raises ValueError, and changes nothing, for an id that is under way, counts
+        below 1, and a request that is larger than the KV memory.
         """
         if id in self._running or id in self._waiting:
             raise ValueError(f"request {id}: is under way already")
@@ -157,8 +224,14 @@ class ModelServer:
                 f"request {id}: {prompt_tokens} + {output_tokens} tokens, the KV memory has "
                 f"{self.timing.kv_tokens}"
             )
+        if blocks:
+            if block_tokens < 1 or (self._cache and self._cache.block_tokens != block_tokens):
+                raise ValueError(f"request {id}: blocks of {block_tokens} tokens, unlike those before")
+            if self._cache is None:
+                self._cache = _Cache()
+                self._cache.block_tokens = block_tokens
         self._catch_up(now)
-        self._waiting[id] = _Job(id, prompt_tokens, output_tokens)
+        self._waiting[id] = _Job(id, prompt_tokens, output_tokens, blocks)
         self.waiting_tokens += prompt_tokens
         self._replan()
         return self._take_events()
@@ -177,6 +250,14 @@ class ModelServer:
             self.waiting_tokens -= job.prompt + job.made
             self._replan()
         return self._take_events()
+
+    def cached_tokens(self, blocks: Sequence[Hashable]) -> int:
+        """Tokens of the longest prefix of these blocks that is cached now."""
+        cache = self._cache
+        if cache is None:
+            return 0
+        cache.shrink(self.timing.kv_tokens - self._used)
+        return cache.prefix(blocks) * cache.block_tokens
 
     def next_event(self) -> float | None:
         """When the step under way ends, so when tokens come next; None when idle."""
@@ -245,6 +326,8 @@ class ModelServer:
                     self.prompt_tokens_total += job.prompt
                 job.made += 1
                 self.generation_tokens_total += 1
+                if job.blocks and self._cache:
+                    self._cache.pin(job, (job.held - 1) // self._cache.block_tokens)
                 if job.made == job.wanted:
                     self._finish(job, job.wanted - 1 if self._only_rest(job) else 1, at)
                     continue
@@ -286,8 +369,15 @@ class ModelServer:
             self._context -= job.held
         else:
             self._unread.pop(job.id, None)
+        if self._cache:  # what has gone because memory was needed until now is gone
+            self._cache.shrink(self.timing.kv_tokens - self._used)
         self._used -= job.held
         job.place = -1
+        if job.blocks and self._cache:
+            if not job.unread:  # its last token has been made, but never went through the model
+                self._cache.pin(job, (job.held - 1) // self._cache.block_tokens)
+            self._cache.unpin(job)
+            self._cache.shrink(self.timing.kv_tokens - self._used)
 
     def _plan(self, at: float) -> None:
         """Begin a stretch: preempt, go on reading, admit, and say how long it is."""
@@ -333,11 +423,27 @@ class ModelServer:
         del self._waiting[job.id]
         self._running[job.id] = self._unread[job.id] = job
         job.held, job.unread = need, need - 1
+        if job.blocks and self._cache:
+            self._take_cached(job)
         self.waiting_tokens -= need - 1
         job.place = self._places
         self._places += 1
         self._used += need
+        if self._cache:
+            self._cache.shrink(self.timing.kv_tokens - self._used)
         self._events.append(Event(at, job.id, Kind.ADMITTED))
+
+    def _take_cached(self, job: _Job) -> None:
+        """What is cached of it need not be read; its last token always is, because it gives the next."""
+        cache = self._cache
+        if cache is None:
+            return
+        cache.shrink(self.timing.kv_tokens - self._used)
+        there = min(cache.prefix(job.blocks), job.unread // cache.block_tokens)
+        cache.pin(job, there)
+        cached = min(there * cache.block_tokens, job.unread - 1)
+        job.unread -= cached
+        self.cached_tokens_total += cached
 
     def _measure(self, at: float) -> None:
         """How many steps this stretch has, and how long they take."""

@@ -476,6 +476,99 @@ def test_an_answer_may_be_json_already() -> None:
     assert app.test_client().post("/ready", json={}).get_json() == {"it": "is"}
 
 
+def rebuilt(raw: bytes) -> Any:
+    """What the parts say, as one."""
+    out: dict[str, Any] = {}
+    for name, value, entry in http_face.json_parts(raw, "list"):
+        if entry:
+            out[name].append(value)
+        else:
+            out[name] = value
+    return out
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"a": 1},
+        {"list": []},
+        {"list": [1]},
+        {"list": [[], {}, "x,]}", [1, [2]], None]},
+        {"a": {"list": [1, 2]}, "list": [{"list": [3]}], "b": [4, 5], "c": "}"},
+        {"list": {"not": "a list"}},
+        {"list": 5, "ü": "\u2028"},
+    ],
+    ids=str,
+)
+def test_json_read_in_parts_is_the_same_json(said: dict[str, Any]) -> None:
+    for indent in (None, 1):
+        assert rebuilt(json.dumps(said, indent=indent).encode()) == said
+        assert rebuilt(b" \n" + json.dumps(said, ensure_ascii=False).encode() + b"\t ") == said
+
+
+def test_what_is_not_json_is_refused_in_parts_too() -> None:
+    whole = json.dumps({"a": 1, "list": [1, {"b": 2}], "c": "d"}).encode()
+    bad = [whole[:n] for n in range(len(whole))]
+    bad += [whole + b"x", whole + whole, b"[]", b"5", b'{"a": 1,}', b'{"list": [1,]}', b'{"list": [1 2]}']
+    bad += [b"{5: 1}", b"{'a': 1}", b'{"a" 1}', b'{"list": [NaN]}', b'{"a": Infinity}', b"\xff", b"{,}"]
+    bad += [b'{"list": [' + b"[" * 100_000 + b"]}"]
+    for raw in bad:
+        with pytest.raises(BadField, match=r"^body: not JSON"):
+            rebuilt(raw)
+
+
+def slowly() -> Flask:
+    """An app whose PUT /slow lets others go between."""
+    app = http_face.make_app("slowly", large_bodies={"/slow": 200_000})
+
+    @http_face.awaited(app, "PUT", "/slow", lambda: {KEY})
+    async def slow(raw: bytes) -> Answer:
+        if raw == b"bad":
+            raise BadField("f", "is bad")
+        if raw == b"worse":
+            raise RuntimeError("secret detail")
+        while raw == b"wait" and not app.config.get("go"):
+            await asyncio.sleep(0.001)
+        return Answer({"length": len(raw)})
+
+    @app.get("/go")
+    def go() -> Any:
+        app.config["go"] = True
+        return jsonify()
+
+    return app
+
+
+def test_an_awaited_view_lets_others_be_answered_meanwhile() -> None:
+    with served(slowly()) as port:
+        answers: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(call(port, "PUT", "/slow", b"wait", Authorization=BEARER))
+        )
+        thread.start()
+        assert call(port, "GET", "/go")[0] == 200
+        thread.join(20.0)
+    assert answers == [(200, {"length": 4})]
+
+
+def test_an_awaited_view_has_the_same_checks_as_any(caplog: pytest.LogCaptureFixture) -> None:
+    app = slowly()
+    with served(app) as port:
+        assert call(port, "PUT", "/slow", b"x")[0] == 401
+        assert call(port, "PUT", "/slow", b" " * 150_000, Authorization=BEARER) == (200, {"length": 150_000})
+        assert call(port, "PUT", "/slow", b" " * 200_001, Authorization=BEARER)[0] == 413
+        assert call(port, "PUT", "/slow", b"x", Host="evil.example", Authorization=BEARER)[0] == 403
+        assert call(port, "PUT", "/slow", b"bad", Authorization=BEARER)[1]["message"] == "f: is bad"
+        status, said = call(port, "PUT", "/slow", b"worse", Authorization=BEARER)
+    assert (status, said["error"]) == (500, "internal_error")
+    assert "secret detail" in caplog.text
+    client = app.test_client()
+    assert client.put("/slow", data=b"x").status_code == 401
+    assert client.put("/slow", data=b"xy", headers={"Authorization": BEARER}).get_json() == {"length": 2}
+    assert client.put("/slow", data=b" " * 200_001, headers={"Authorization": BEARER}).status_code == 413
+
+
 def test_two_authorization_headers_open_nothing() -> None:
     head = (
         f"Host: 127.0.0.1\r\nContent-Length: 8\r\nAuthorization: {BEARER}\r\nAuthorization: {BEARER}\r\n\r\n"

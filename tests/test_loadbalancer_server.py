@@ -25,12 +25,12 @@ import loadbalancer_server
 import tls_pin
 from autoscaler_server import parse_report
 from bench.route import StubHttp, StubInstance, certificate, free_port
-from dispatch.types import Ask
+from dispatch.types import Ask, HotSet
 from errors import ConfigError
 from http_face import BadField
 from instance_messages import name_and_key
 from loadbalancer import LoadBalancer
-from loadbalancer_server import Config, Desk, Keys, create_app, parse_hot
+from loadbalancer_server import Config, Desk, HotReader, Keys, create_app, parse_hot, read_hot
 from slo import Slo
 
 ROOT = Path(__file__).parent.parent
@@ -501,6 +501,58 @@ def test_an_old_hot_set_is_answered_with_what_is_known() -> None:
     answer = counter.client.put("/hot", json={**HOT, "version": 4, "instances": []}, headers=bearer)
     assert answer.get_json() == {"taken": False, "epoch": "e1", "version": 5}
     assert counter.balancer.hot == 1
+
+
+def read(reader: HotReader, said: dict[str, Any]) -> HotSet:
+    """The hot set in that body."""
+    return asyncio.run(read_hot(reader, json.dumps(said).encode()))
+
+
+def test_of_a_hot_set_only_what_has_changed_is_read_anew() -> None:
+    reader = HotReader()
+    many = [{**INSTANCE, "id": i} for i in range(100)]
+    first = read(reader, {**HOT, "instances": many})
+    assert first == parse_hot({**HOT, "instances": many})
+    changed = [*many[:50], {**many[50], "capacity_work": 7.0}, *many[60:]]
+    second = read(reader, {**HOT, "version": 2, "instances": changed})
+    same = [one for one in second.instances if one is first.instances[one.id]]
+    assert [len(second.instances), len(same)] == [91, 90]
+    assert second.instances[50].capacity_work == 7.0
+
+
+def test_a_hot_set_that_is_wrong_leaves_what_was_read_before() -> None:
+    reader = HotReader()
+    first = read(reader, HOT)
+    for change, field in (
+        ({"instances": [{**INSTANCE, "id": 9}, {**INSTANCE, "state": "warm"}]}, r"instances\[1\].state"),
+        ({"instances": [[{}]]}, r"instances\[0\]"),
+        ({"instances": [[]]}, r"instances\[0\]"),
+        ({"instances": None}, "instances"),
+        ({"colour": "blue"}, "colour"),
+        ({"instances": [{**INSTANCE, "certificate": "none"}]}, r"instances\[0\].certificate"),
+    ):
+        with pytest.raises(BadField, match=f"^{field}: "):
+            read(reader, {**HOT, **change})
+    with pytest.raises(BadField, match=r"^instances: is missing"):
+        read(reader, {name: value for name, value in HOT.items() if name != "instances"})
+    assert read(reader, HOT).instances[0] is first.instances[0]
+
+
+def test_while_a_hot_set_of_thousands_is_read_others_are_answered() -> None:
+    many = [{**INSTANCE, "id": i} for i in range(5000)]
+    raw = json.dumps({**HOT, "instances": many}).encode()
+
+    async def turns() -> int:
+        """Turns of the loop while it is read."""
+        found = 0
+        reading = asyncio.ensure_future(read_hot(HotReader(), raw))
+        while not reading.done():
+            found += 1
+            await asyncio.sleep(0)
+        assert len(reading.result().instances) == 5000
+        return found
+
+    assert asyncio.run(turns()) > 8
 
 
 # -- who may -----------------------------------------------------------------------------------------------

@@ -546,7 +546,8 @@ def test_they_write_no_file_elsewhere(run: Run) -> None:
         for line in data.splitlines()
     }
     strange = {path for path in written if not Path(path).is_relative_to(run.state_dir)}
-    assert strange <= {"/dev/null"}
+    # numba 0.68 sees whether it could write its cache by a nameless file there, and writes nothing into it.
+    assert strange <= {"/dev/null", str(ROOT / "dispatch" / "__pycache__")}
     assert len(written) > 3
 
 

@@ -607,6 +607,126 @@ def test_the_lives_that_are_compared_have_ends_cancels_and_too_little_memory() -
         assert all((e.at * 2**17).is_integer() for e in events)
 
 
+# -- what is cached --------------------------------------------------------------------------------------
+
+
+def test_of_a_prompt_whose_begin_is_cached_only_the_rest_is_read() -> None:
+    server = ModelServer(EASY)
+    server.submit("a", 1000, 1, 0.0, [1, 2, 3], 256)
+    run_dry(server, ModelServer.next_change)
+    assert (server.cached_tokens([1, 2, 9]), server.cached_tokens([9, 2, 3])) == (512, 0)
+    server.submit("b", 1000, 1, 10.0, [1, 2, 9], 256)
+    # 488 tokens are left, from 512 to 1,000.
+    took_s = (5.0 + 20.0 * 0.488 + 2.0 * (1.0**2 - 0.512**2)) / 1e3
+    (end,) = run_dry(server, ModelServer.next_change)
+    assert (end.id, end.kind) == ("b", Kind.FINISHED)
+    assert end.at == pytest.approx(10.0 + took_s)
+    assert (server.cached_tokens_total, server.prompt_tokens_total) == (512, 2000)
+
+
+def test_of_a_prompt_that_is_cached_whole_the_last_token_is_read() -> None:
+    server = ModelServer(EASY)
+    for n in range(2):
+        server.submit(str(n), 512, 1, 10.0 * n, [1, 2], 256)
+        events = run_dry(server, ModelServer.next_change)
+    assert events[-1].at == pytest.approx(10.0 + (5.0 + 20.0 * 0.001 + 2.0 * (0.512**2 - 0.511**2)) / 1e3)
+    assert server.cached_tokens_total == 511
+
+
+def test_a_prompt_is_cached_when_it_has_been_read_and_its_answer_when_it_ends() -> None:
+    server = ModelServer(EASY)
+    blocks = list(range(8))
+    server.submit("a", 512, 300, 0.0, blocks, 256)
+    assert server.cached_tokens(blocks) == 0
+    server.advance(server.next_change() or 0.0)
+    assert server.cached_tokens(blocks) == 512
+    run_dry(server, ModelServer.next_change)
+    # 812 tokens, of which the last never went through the model.
+    assert server.cached_tokens(blocks) == 768
+
+
+def test_what_was_used_longest_ago_goes_when_running_requests_need_the_memory() -> None:
+    server = ModelServer(SMALL)  # 100 tokens
+    for n, id in enumerate("ab"):
+        server.submit(id, 30, 1, 10.0 * n, [f"{id}{i}" for i in range(3)], 10)
+        run_dry(server, ModelServer.next_change)
+    server.submit("a again", 31, 1, 20.0, ["a0", "a1", "a2"], 10)
+    run_dry(server, ModelServer.next_change)
+    assert server.cached_tokens_total == 30
+    server.submit("c", 59, 1, 30.0)
+    # 60 of 100 tokens are c's: one block of b goes, its last; and of a none, which was used since.
+    assert server.cached_tokens(["b0", "b1", "b2"]) == 10
+    assert server.cached_tokens(["a0", "a1", "a2"]) == 30
+
+
+def test_what_a_running_request_has_stays_however_little_memory_there_is() -> None:
+    server = ModelServer(SMALL)
+    server.submit("a", 50, 40, 0.0, list(range(5)), 10)
+    server.advance(server.next_change() or 0.0)
+    server.submit("b", 30, 5, server._now)
+    server.advance(server.next_change() or 0.0)
+    assert server.running == 2
+    assert server.cached_tokens(range(5)) == 50
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_whose_blocks_nobody_shares_are_served_as_if_they_had_none(seed: int) -> None:
+    """But for those that were put back: they find what they had read. So there is memory for all here."""
+
+    def life(*, blocks: bool) -> list[Event]:
+        rng = random.Random(seed)
+        timing = Timing("any", 7.9, 0.114, 0.506, 12.6, 116.3, 2.27, 10**6, max_seqs=24, step_tokens=300)
+        server, now, events = ModelServer(timing), 0.0, []
+        for n in range(200):
+            now += rng.expovariate(2.0)
+            prompt, output = rng.randint(1, 900), rng.randint(1, 200)
+            own = [(n, i) for i in range(prompt // 16)] if blocks else ()
+            events += server.submit(str(n), prompt, output, now, own)
+            if rng.random() < 0.1:
+                events += server.cancel(str(rng.randint(0, n)), now)
+        events += run_dry(server, ModelServer.next_change)
+        assert server.cached_tokens_total == 0
+        return events
+
+    assert life(blocks=True) == life(blocks=False)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_cached_depends_on_what_came_when_and_not_on_how_often_one_looked(seed: int) -> None:
+    def life(*, looks: bool) -> tuple[list[tuple[str, float]], int]:
+        rng, eye = random.Random(seed), random.Random(1)
+        timing = Timing("any", 7.9, 0.114, 0.506, 12.6, 116.3, 2.27, 3_000, max_seqs=24, step_tokens=300)
+        server, now, events = ModelServer(timing, every_token=False), 0.0, []
+        for n in range(150):
+            until = now + rng.expovariate(1.5)
+            while looks and (now := now + eye.expovariate(20.0)) < until:
+                events += server.advance(now)
+                server.cached_tokens([(eye.randint(0, 9), i) for i in range(60)])
+                assert server.kv_tokens_used <= 3_000
+            now = until
+            session, prompt = rng.randint(0, 9), rng.randint(100, 900)
+            blocks = [(session, i) for i in range(60)]
+            events += server.submit(str(n), prompt, rng.randint(1, 100), now, blocks, 16)
+        events += run_dry(server, ModelServer.next_change)
+        return [(e.id, e.at) for e in events if e.kind is Kind.FINISHED], server.cached_tokens_total
+
+    ended, cached = life(looks=False)
+    assert cached > 5_000
+    again, same = life(looks=True)
+    assert same == cached
+    assert [id for id, _ in again] == [id for id, _ in ended]
+    assert [at for _, at in again] == pytest.approx([at for _, at in ended], rel=1e-9)
+
+
+def test_blocks_have_one_size() -> None:
+    server = ModelServer(EASY)
+    server.submit("a", 100, 1, 0.0, [1], 16)
+    for size in (0, 32):
+        with pytest.raises(ValueError, match="blocks of"):
+            server.submit("b", 100, 1, 0.0, [1], size)
+    assert server.running + server.waiting == 1
+
+
 # -- as a queue of the books -----------------------------------------------------------------------------
 
 TOKEN_MS = 0.1
