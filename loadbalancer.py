@@ -51,7 +51,7 @@ from dispatch.affinity import Prefixes
 from dispatch.allowance import MOST_UNUSED, Allowance
 from dispatch.belief import row, warm_up
 from dispatch.circuit import ALONE, State
-from dispatch.forward import KIND, KV, PROMPT, Floats
+from dispatch.forward import KIND, KV, LEFT, PROMPT, SEQS, UNREAD, E, Floats
 from dispatch.instances import READING_S, STOCK_LEAST, STOCK_MOST, Instance, Queue
 from dispatch.lengths import Lengths
 from dispatch.line import LATE_BOUND_S, Line
@@ -102,15 +102,20 @@ A few wait for a moment whenever prompts come together."""
 SLOW_SHARE = 0.8
 """Of the objective: tokens this far apart are too slow, because answers grow and prompts come between."""
 
+READ_LEAST = 0.1
+"""Share of an instance's time that is left for prompts at least, or it is given no more requests."""
+
 KV_SHARE = 0.97
-"""Of its memory an instance is given requests until so much is used: one that puts requests back reads their
-prompts again. Without a reserve first tokens came 1.7 times later at 105 % load (bench/dispatch.py)."""
+"""Of its memory an instance is given requests until so much is used, or until no usual request would fit any
+more: one that puts requests back reads their prompts again. Without a reserve first tokens came 1.7 times
+later at 105 % load, with 3 % on small machines twice as late at 95 % (bench/dispatch.py)."""
 
 BEST_FEW = 8
 """So many, the best by the work they have, are predicted in full: of 32 servers 8 are enough (+2 %)."""
 
-PREDICT_MOST = 256
-"""With more requests there an instance is not predicted in full: that takes longer than it may be worth."""
+PREDICT_MOST = 512
+"""Requests that are run forward for one choice: with many on each instance fewer of them are predicted, and
+two at least. More would take longer than it may be worth."""
 
 FIRST_TOKEN_WEIGHT = 10.0
 """Seconds of whole latency that a second of first token is worth; 1 is better for the whole latency on
@@ -355,7 +360,9 @@ class LoadBalancer:
 
     def route(self, ask: Ask, now: float) -> Lease | None:
         """A lease for it, or None when no instance may take it now or others wait already (see grant)."""
-        if self.line.held and self.line.blocks(ask, now, lambda other: self._only_avoids(other, now)):
+        if not self.line.held:
+            self._claimed.clear()  # nobody waits any more
+        elif self.line.blocks(ask, now, lambda other: self._only_avoids(other, now)):
             return None
         return self._lease(ask, now)
 
@@ -398,29 +405,32 @@ class LoadBalancer:
 
     def _spread(self, ask: Ask, count: int, now: float) -> list[tuple[Instance, int]]:
         """(instance, how many of count such requests), as one choice after the other would spread them."""
-        heap: list[tuple[float, int, float, float, Instance]] = []  # score, number, work, reading, who
+        # (score, number, how many there, work, seconds to read, who), of more than there are leases
+        heap: list[tuple[float, int, int, float, float, Instance]] = []
+        work, not_these = ask.work, {*ask.avoid, *self._claimed}
+        few = max(BEST_FEW, count // max(1, len(self._queues))) + len(not_these)
         for queue in self._queues.values():
-            for inst in queue.first(count + len(ask.avoid), now):
-                if inst.id not in ask.avoid:
+            for inst in queue.first(few, now):
+                if inst.told.id not in not_these:
                     left = inst.work(now)
                     heap.append(
-                        ((left + ask.work) / inst.throughput, len(heap), left, inst.read_at - now, inst)
+                        ((left + work) / inst.throughput, len(heap), 0, left, inst.read_at - now, inst)
                     )
         heapify(heap)
         share: dict[int, tuple[Instance, int]] = {}
         prompt_work = ask.prompt_tokens * self.prefill_weight
         while heap and count > 0:
-            _, tie, left, reading_s, inst = heap[0]
-            n = share[tie][1] if tie in share else 0
-            fits = left + ask.work <= inst.capacity and reading_s <= READING_S
-            if n >= min(inst.stock.size, inst.circuit.left) or not (fits or (n == 0 and inst.idle)):
+            _, tie, n, left, reading_s, inst = heap[0]
+            fits = left + work <= inst.capacity and reading_s <= READING_S
+            if n >= inst.stock.size or n >= inst.circuit.left or not (fits or (n == 0 and inst.idle)):
                 heappop(heap)
                 continue
-            share[tie] = inst, n + 1
+            n += 1
+            share[tie] = inst, n
             count -= 1
-            left += ask.work
+            left += work
             reading_s = max(0.0, reading_s) + prompt_work / inst.throughput
-            heapreplace(heap, ((left + ask.work) / inst.throughput, tie, left, reading_s, inst))
+            heapreplace(heap, ((left + work) / inst.throughput, tie, n, left, reading_s, inst))
         return list(share.values())
 
     def refuse(self, ask: Ask, now: float) -> tuple[str, float]:
@@ -491,16 +501,20 @@ class LoadBalancer:
                 found.append(((left + ask.work) / inst.throughput, inst))
         if not found or (len(found) == 1 and found[0][1].told.timing is None):
             return found[0][1] if found else None
-        if any(len(inst.belief) > PREDICT_MOST for _, inst in found):
-            found = [(s, inst) for s, inst in found if inst.has_room(ask.work, inst.work(now), now)]
-            return min(found, key=lambda pair: pair[0])[1] if found else None
+        longest = max(len(inst.belief) for _, inst in found)
+        if longest * len(found) > PREDICT_MOST:
+            found = found[: max(2, PREDICT_MOST // longest)]
         request = self._row(ask, found[0][1])
+        if self.line.held and not any(self._fits(request, inst, now) for _, inst in found):
+            # It would wait for the best of them, whichever that is: who comes later must not take it.
+            self._wait_for(found[0][1], ask)
+            return None
         best: Instance | None = None
         best_s, fits = math.inf, True
         for _, inst in found:
             # What comes there anyway, by its share of what all can do.
             here_s = self._arrivals_s * inst.throughput / max(self._hot_throughput, 1e-9)
-            price_s, free, unread_s = inst.belief.offer(
+            price_s, free, unread_s, step_s = inst.belief.offer(
                 request if not ask.affinity else self._row(ask, inst),
                 inst.pace.constants,
                 self._lengths.table,
@@ -511,13 +525,38 @@ class LoadBalancer:
             )
             if price_s < best_s:
                 best, best_s = inst, price_s
-                spare = (1.0 - KV_SHARE) * inst.pace.constants[KV]
-                fits = request[PROMPT] + 1.0 <= free - spare and unread_s <= READING_S
-        if best is None or fits or best.idle or best.told.timing is None:
-            return best
-        self._claimed.add(best.id)
+                fits = self._has_room(request, inst, free, unread_s, step_s, now)
+        if best is not None and not fits:
+            self._wait_for(best, ask)
+            return None
+        return best
+
+    def _fits(self, request: Floats, inst: Instance, now: float) -> bool:
+        room = inst.belief.room(inst.pace.constants, self._lengths.table, now)
+        return self._has_room(request, inst, *room, now)
+
+    def _has_room(
+        self, request: Floats, inst: Instance, free: float, unread_s: float, step_s: float, now: float
+    ) -> bool:
+        """Whether it would be admitted and read at once, and those there get their tokens in time.
+
+        A step of step_s makes a token for each; with a share r of the time spent on prompts tokens come each
+        step_s / (1 - r). So prompts may take no more than what leaves them within the objective.
+        """
+        if inst.idle or inst.told.timing is None:
+            return True
+        inst.read_share = 1.0 - step_s / (SLOW_SHARE * self.slo.output_token_s)
+        if inst.read_share < READ_LEAST or inst.read_at - now > READING_S:
+            return False
+        s = inst.pace.constants
+        spare = max((1.0 - KV_SHARE) * s[KV], min(self._usual[PROMPT] + self._usual[LEFT], 0.25 * s[KV]))
+        fits = request[PROMPT] + 1.0 <= free - spare and len(inst.belief) < s[SEQS]
+        return bool(fits and unread_s <= READING_S)
+
+    def _wait_for(self, inst: Instance, ask: Ask) -> None:
+        """It waits for that one, and nobody who comes later is given it before."""
+        self._claimed.add(inst.id)
         self._waits_for_one = ask
-        return None
 
     def _row(self, ask: Ask, inst: Instance) -> Floats:
         """The request as the instance would see it: without the prefix that it has served lately."""
@@ -589,7 +628,10 @@ class LoadBalancer:
         inst.leases[request_id] = lease
         inst.given += ask.work
         inst.free_at = now + left_s + ask.work / inst.throughput
-        read_s = ask.prompt_tokens * self.prefill_weight / inst.throughput
+        if told.timing is None:
+            read_s = ask.prompt_tokens * self.prefill_weight / inst.throughput
+        else:
+            read_s = float(lease.row[UNREAD] * inst.pace.constants[E]) / max(inst.read_share, READ_LEAST)
         inst.read_at = max(now, inst.read_at) + read_s
         self._leases[request_id] = lease
         self._expiring.append(lease)

@@ -819,7 +819,7 @@ def main() -> None:
         Cell(many, 16, BATCH),
     ]
     pin(0, -1)
-    found = {} if args.only == "held" else rates(cells, args.rounds, args.seconds)
+    found = {} if args.only == "held" else rates(list(dict.fromkeys(cells)), args.rounds, args.seconds)
     medians = [median_of(rounds, ("refused", "lost", "max_ms")) for rounds in found.values()]
     holds = [] if args.only == "rates" else [hold_round() for _ in range(args.rounds)]
     held = median_of(holds, ("lost", "wake_max_ms")) if holds else None
@@ -827,7 +827,7 @@ def main() -> None:
     ratio = None
     if found:
         ratio = statistics.median(
-            b.leases_s / a.leases_s for a, b in zip(found[cells[0]], found[cells[4]], strict=True)
+            b.leases_s / a.leases_s for a, b in zip(found[Cell(few, 16)], found[Cell(most, 16)], strict=True)
         )
         print(f"{most} instances against {few}: {ratio:.3f} times the rate")
     if args.json is not None:

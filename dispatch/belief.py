@@ -99,12 +99,12 @@ class Belief:
         gap_s: float,
         weight: float,
         now: float,
-    ) -> tuple[float, float, float]:
-        """(price, KV tokens free for it, seconds of reading before it) if it were given this request.
+    ) -> tuple[float, float, float, float]:
+        """(price, KV tokens free, seconds of reading before it, of a step) if it were given this request.
 
         The price is that of forward.py. KV memory counts as free when nobody who is there already needs it.
         """
-        offered, free, unread_s, self.at = _offer(
+        offered, free, unread_s, step_s, self.at = _offer(
             self.rows,
             len(self.ids),
             constants,
@@ -117,11 +117,18 @@ class Belief:
             table,
             now - self.heard_at,
         )
-        return offered, free, unread_s
+        return offered, free, unread_s, step_s
 
     def __contains__(self, request_id: str) -> bool:
         """Whether it is there."""
         return request_id in self.ids
+
+    def room(self, constants: Floats, table: Floats, now: float) -> tuple[float, float, float]:
+        """(KV tokens free, seconds of reading before it, of a step) for a request that came now."""
+        free, unread_s, step_s, self.at = _room(
+            self.rows, len(self.ids), constants, self.at, now, table, now - self.heard_at
+        )
+        return free, unread_s, step_s
 
     @property
     def context(self) -> float:
@@ -146,6 +153,27 @@ def _age(rows: Floats, count: int, s: Floats, at: float, now: float) -> float:
 
 
 @njit
+def _room(
+    rows: Floats, count: int, s: Floats, at: float, now: float, table: Floats, unheard_s: float
+) -> tuple[float, float, float, float]:
+    if now > at:
+        at = _age(rows, count, s, at, now)
+    expect(rows, count, table)
+    free, unread, context = s[KV], 0.0, 0.0
+    for i in range(count):
+        context += rows[i, HELD]
+    step_s = s[A] + s[B] * count + s[C] * context
+    for i in range(count):
+        unread += rows[i, UNREAD]
+        if rows[i, HELD] > 0.0:
+            # It may have ended since: where nothing is known it does at this rate.
+            free -= (rows[i, HELD] + 1.0) * np.exp(-unheard_s / (rows[i, LEFT] * step_s))
+        else:
+            free -= rows[i, PROMPT] + 2.0
+    return free, s[E] * unread, step_s, at
+
+
+@njit
 def _offer(
     rows: Floats,
     count: int,
@@ -158,23 +186,10 @@ def _offer(
     weight: float,
     table: Floats,
     unheard_s: float,
-) -> tuple[float, float, float, float]:
-    if now > at:
-        at = _age(rows, count, s, at, now)
-    expect(rows, count, table)
+) -> tuple[float, float, float, float, float]:
+    free, unread_s, step_s, at = _room(rows, count, s, at, now, table, unheard_s)
     priced, _, _ = price(rows, count, s, at - now, ask, gap_s, usual, weight)
-    free, unread, context = s[KV], 0.0, 0.0
-    for i in range(count):
-        context += rows[i, HELD]
-    step_s = s[A] + s[B] * count + s[C] * context
-    for i in range(count):
-        unread += rows[i, UNREAD]
-        if rows[i, HELD] > 0.0:
-            # It may have ended since: where nothing is known it does at this rate.
-            free -= (rows[i, HELD] + 1.0) * np.exp(-unheard_s / (rows[i, LEFT] * step_s))
-        else:
-            free -= rows[i, PROMPT] + 2.0
-    return priced, free, s[E] * unread, at
+    return priced, free, unread_s, step_s, at
 
 
 def warm_up() -> None:
@@ -183,4 +198,5 @@ def warm_up() -> None:
     belief = Belief(0.0)
     belief.add("", usual, constants, 0.0)
     belief.age(constants, 1.0)
+    belief.room(constants, np.ones((1, BINS)), 2.0)
     belief.offer(usual, constants, np.ones((1, BINS)), usual, 1.0, 1.0, 2.0)

@@ -40,6 +40,7 @@ class Instance:
         self.foreign = 0.0  # work that others gave it, by the last report
         self.free_at = now
         self.read_at = now  # when it will have read the prompts that it was given
+        self.read_share = 1.0  # of its time, that may go into that
         self.entry: Entry | None = None  # its place in the queue; None when it cannot serve
         self.queue: Queue | None = None
         self.stock = Stock()

@@ -56,6 +56,7 @@ class Lengths:
         self._n = [0.0] * KINDS
         self._total = [0.0] * KINDS
         self._news = [0] * KINDS
+        self._scale = [1.0] * KINDS  # a completion of now counts so much in _count and _sum
         self._alive = np.ones((KINDS, BINS))  # share of its completions that come so far
         self.table = np.full((KINDS, BINS), told)
         """Tokens to come, by kind and bin of those made."""
@@ -89,10 +90,15 @@ class Lengths:
         while True:
             self._n[kind] = self._n[kind] * keep + 1.0
             self._total[kind] = self._total[kind] * keep + tokens
-            self._count[kind] *= keep
-            self._sum[kind] *= keep
-            self._count[kind, place] += 1.0
-            self._sum[kind, place] += tokens
+            # What is new counts more instead of all that is old less: that would be 2 * BINS multiplications.
+            scale = self._scale[kind] / keep
+            if scale > 1e9:
+                self._count[kind] /= scale
+                self._sum[kind] /= scale
+                scale = 1.0
+            self._scale[kind] = scale
+            self._count[kind, place] += scale
+            self._sum[kind, place] += scale * tokens
             self._news[kind] += 1
             if self._news[kind] >= NEWS or self._n[kind] < NEWS:
                 self._make(kind)
@@ -109,8 +115,9 @@ class Lengths:
     def _make(self, kind: int) -> None:
         self._news[kind] = 0
         # Of those in longer bins all, of those in the same one the half that is longer.
-        later = self._count[kind, ::-1].cumsum()[::-1] - 0.5 * self._count[kind]
-        tokens = self._sum[kind, ::-1].cumsum()[::-1] - 0.5 * self._sum[kind]
+        count, total = self._count[kind] / self._scale[kind], self._sum[kind] / self._scale[kind]
+        later = count[::-1].cumsum()[::-1] - 0.5 * count
+        tokens = total[::-1].cumsum()[::-1] - 0.5 * total
         if kind == 0:
             alive, left = np.exp(-_EDGES / self.told), np.full(BINS, self.told)
         else:

@@ -1,0 +1,264 @@
+"""The real `LoadBalancer`, driven through its public interface as loadbalancer_server.py and instances do.
+
+An instance's report has what it has written down since the last one; with pushes it also says so by itself,
+50 ms after something began or ended and no more often than it is told to, and a client says at once when it
+has its answer. Polls only: nothing but the reports.
+"""
+
+import inspect
+import random
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+from bench.dispatchers.rule import Fleet, Request
+from bench.dispatchers.world import Later, Send
+from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, HotInstance, HotSet, Poll, Push, Waiter
+from loadbalancer import LoadBalancer
+from model_timing import Timing
+from simulation.timing import ModelServer
+
+from .rule import BLOCK_TOKENS
+
+BEAT_S, PUSH_S, TOKEN_LIFE_S = 1.0, 0.05, 600.0
+GRANT_S = (0.02, 0.1)
+"""As in simulation/virtual.py."""
+
+AMPLE = 50.0
+"""Without holding an instance is told to hold so many times what fits its memory."""
+
+PREFILL_WEIGHT = 0.1
+
+
+class _Ended(NamedTuple):
+    id: str
+    status: str
+    output_tokens: int
+
+
+class _Load(NamedTuple):
+    boot_id: str
+    seq: int
+    started: Sequence[str]
+    ended: Sequence[_Ended]
+    running: int
+    waiting: int
+    model_up: bool
+    prompt_tokens_total: int
+    generation_tokens_total: int
+
+
+class _Instance:
+    """What one instance has not told this loadbalancer yet."""
+
+    def __init__(self, told: HotInstance) -> None:
+        self.told = told
+        self.boot_id = f"boot-{told.id}"
+        self.started: list[str] = []
+        self.ended: list[_Ended] = []
+        self.seq = self.after = self.number = 0
+        self.push_due = False
+        self.next_push_at = 0.0
+
+
+class Ours:
+    """One loadbalancer of ours."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        rng: random.Random,
+        send: Send,
+        later: Later,
+        number: int,
+        *,
+        pushes: bool = True,
+        holds: bool = False,
+        weight: float | None = None,
+        late_bound_s: float | None = None,
+        told: Sequence[Timing] | None = None,
+    ) -> None:
+        """number: which loadbalancer. told: the timings it is told, the true ones if None."""
+        keywords: dict[str, Any] = {}
+        known = inspect.signature(LoadBalancer).parameters
+        if weight is not None and "first_token_weight" in known:
+            keywords["first_token_weight"] = weight
+        self.balancer = LoadBalancer(
+            rng,
+            request_id=lambda token: token,
+            max_held=1_000_000,
+            late_bound_s=late_bound_s,
+            **keywords,
+        )
+        self._fleet = fleet
+        self._send = send
+        self._later = later
+        self._number = number
+        self._pushes = pushes
+        self._tokens = count()
+        self._waiting: dict[Waiter, Request] = {}
+        self._ids: dict[int, str] = {}
+        self._granting = False
+        self._grant_due = False
+        self._grant_s = GRANT_S[0]
+        mean_work = PREFILL_WEIGHT * fleet.mean_prompt + fleet.mean_output
+        timings = told or fleet.timings
+        hot = []
+        for n, (timing, rate) in enumerate(zip(timings, fleet.requests_s, strict=True)):
+            fits = timing.kv_tokens / (fleet.mean_prompt + 0.5 * fleet.mean_output) * mean_work
+            off = 1.0 if told is None else fleet.timings[n].a / timing.a
+            hot.append(
+                HotInstance(
+                    id=n + 1,
+                    draining=False,
+                    address=f"10.0.0.{n + 1}:80",
+                    auth_url=f"http://10.0.0.{n + 1}:81",
+                    master_token="",
+                    throughput_work_s=rate * mean_work * off,
+                    capacity_work=fits * (1.0 if holds else AMPLE),
+                    timing=timing,
+                )
+            )
+        self._instances = [_Instance(told) for told in hot]
+        self.balancer.replace_hot(
+            HotSet("bench", 1, "vllm-13", PREFILL_WEIGHT, fleet.mean_output, None, tuple(hot)), 0.0
+        )
+        self._refill(0.0)
+        self._later(BEAT_S, lambda: self._beat(BEAT_S))
+
+    @property
+    def held(self) -> int:
+        """Who waits here."""
+        return len(self._waiting)
+
+    def _refill(self, now: float) -> None:
+        while refills := self.balancer.refills(now):
+            for refill in refills:
+                instance = self._instances[refill.instance_id - 1]
+                first = next(self._tokens)
+                names = [f"{self._number}.{refill.instance_id}.{first}.{n}" for n in range(refill.count)]
+                self.balancer.add_tokens(refill, instance.boot_id, names, TOKEN_LIFE_S, instance.seq, now)
+
+    def _beat(self, now: float) -> None:
+        self.balancer.tick(now)
+        self._refill(now)
+        self.again(now)
+        self._later(now + BEAT_S, lambda: self._beat(now + BEAT_S))
+
+    def arrive(self, request: Request, now: float) -> None:
+        """Routed, or held."""
+        balancer = self.balancer
+        ask = Ask(
+            balancer.work_of(request.prompt, None),
+            None,
+            (),
+            request.prompt,
+            hashes(request) if request.blocks else (),
+        )
+        balancer.arrived(ask)
+        if self._waiting:
+            self.again(now)
+        lease = balancer.route(ask, now)
+        if lease is not None:
+            self._ids[request.number] = lease.request_id
+            self._send(request, lease.instance_id - 1)
+            return
+        waiter = balancer.hold(ask, 1e12, now)
+        if waiter is None:
+            raise RuntimeError("the line is full")
+        self._waiting[waiter] = request
+        self._grant_soon(now)
+
+    def _grant_soon(self, now: float) -> None:
+        if not self._grant_due:
+            self._grant_due = True
+            at = now + self._grant_s
+            self._later(at, lambda: self._grant_again(at))
+
+    def _grant_again(self, now: float) -> None:
+        self._grant_due = False
+        self._grant_s = min(GRANT_S[1], 2.0 * self._grant_s)
+        self.again(now)
+        if self._waiting:
+            self._grant_soon(now)
+
+    def again(self, now: float) -> None:
+        """Who may be served now is."""
+        if not self._waiting or self._granting:
+            return
+        self._granting = True
+        for waiter, lease in self.balancer.grant(now):
+            self._grant_s = GRANT_S[0]
+            request = self._waiting.pop(waiter)
+            self._ids[request.number] = lease.request_id
+            self._send(request, lease.instance_id - 1)
+        self._granting = False
+
+    def first_token(self, request: Request, now: float) -> None:
+        """We carry no answers."""
+
+    def ended(self, request: Request, now: float) -> None:
+        """The client says so."""
+        if self._pushes:
+            self.balancer.done(self._ids[request.number], "finished", now)
+
+    def happened(self, request: Request, now: float, *, end: bool) -> None:
+        """The instance writes it down, and says so soon."""
+        instance = self._instances[request.server]
+        # Another loadbalancer's requests have names of theirs.
+        name = self._ids.get(request.number) or f"{request.router}.{request.number}"
+        instance.seq += 1
+        if end:
+            instance.ended.append(_Ended(name, "finished", request.output))
+            self._ids.pop(request.number, None)
+        else:
+            instance.started.append(name)
+        if self._pushes and not instance.push_due:
+            instance.push_due = True
+            at = max(now + PUSH_S, instance.next_push_at)
+            self._later(at, lambda: self._push(instance, at))
+
+    def _push(self, instance: _Instance, now: float) -> None:
+        instance.push_due = False
+        if not (instance.started or instance.ended):
+            return
+        instance.number += 1
+        push = Push(
+            instance.boot_id,
+            instance.number,
+            instance.after,
+            instance.seq,
+            False,
+            instance.started,
+            instance.ended,
+            True,
+        )
+        wait_s = self.balancer.pushed(instance.told.id, push, now)
+        instance.after = instance.seq
+        instance.started, instance.ended = [], []
+        instance.next_push_at = now + (wait_s or 0.0)
+        self.again(now)
+
+    def report(self, server: int, live: ModelServer, now: float) -> None:
+        """A poll and its answer."""
+        instance = self._instances[server]
+        load = _Load(
+            instance.boot_id,
+            instance.seq,
+            instance.started,
+            instance.ended,
+            live.running,
+            live.waiting,
+            True,
+            live.prompt_tokens_total,
+            live.generation_tokens_total,
+        )
+        instance.after = instance.seq
+        instance.started, instance.ended = [], []
+        self.balancer.report(Poll(instance.told, instance.after), load, now)
+
+
+def hashes(request: Request) -> list[str]:
+    """One for each AFFINITY_BLOCK_TOKENS of the prompt: a block's id as often as it has such parts."""
+    parts = BLOCK_TOKENS // AFFINITY_BLOCK_TOKENS
+    return [f"{block}.{part}" for block in request.prefix for part in range(parts)]
