@@ -12,7 +12,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 
-.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-fidelity bench-virtual bench-dispatch bench-routers clean
+.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -45,10 +45,16 @@ bench-checks: $(READY)
 bench-client: $(READY)
 	$(BIN)/python -m bench.client --json build/bench-client.json
 
-# Every policy on every trace, with pictures: about an hour on two cores. Traces: ../shared/traces, or TRACES=DIR.
+# Policies compared, with pictures: the README's tables, about 20 minutes on two cores; -all: every peer, both
+# profiles and goals, about three hours. Traces: ../shared/traces, or TRACES=DIR.
 TRACES ?= ../shared/traces
+POLICIES := $(BIN)/python -m bench.policies --traces $(TRACES)
 bench-policies: $(READY)
-	$(BIN)/python -m bench.policies --traces $(TRACES) --json build/bench-policies.json --plots build/policies
+	$(POLICIES) --profiles vllm-13 --goals 0.99 --json build/bench-policies.json --plots build/policies \
+	--peers fixed,vast,skyserve,ray-serve,knative-patient,hpa,dynamo-kalman,dynamo-arima,wva,delayed-off
+
+bench-policies-all: $(READY)
+	$(POLICIES) --json build/bench-policies-all.json --plots build/policies-all
 
 bench-fidelity: $(READY)
 	$(BIN)/python -m bench.fidelity --json build/bench-fidelity.json

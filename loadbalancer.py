@@ -51,7 +51,7 @@ from dispatch.affinity import Prefixes
 from dispatch.allowance import MOST_UNUSED, Allowance
 from dispatch.belief import row, warm_up
 from dispatch.circuit import ALONE, State
-from dispatch.forward import KIND, KV, LEFT, PROMPT, SEQS, UNREAD, E, Floats
+from dispatch.forward import KIND, KV, PROMPT, SEQS, UNREAD, E, Floats
 from dispatch.instances import READING_S, STOCK_LEAST, STOCK_MOST, Instance, Queue
 from dispatch.lengths import Lengths
 from dispatch.line import LATE_BOUND_S, Line
@@ -105,10 +105,11 @@ SLOW_SHARE = 0.8
 READ_LEAST = 0.1
 """Share of an instance's time that is left for prompts at least, or it is given no more requests."""
 
-KV_SHARE = 0.97
-"""Of its memory an instance is given requests until so much is used, or until no usual request would fit any
-more: one that puts requests back reads their prompts again. Without a reserve first tokens came 1.7 times
-later at 105 % load, with 3 % on small machines twice as late at 95 % (bench/dispatch.py)."""
+KV_SHARE = 0.96
+"""Of its memory an instance is given requests until those there will need so much together, by what is
+expected of their lengths: one that runs full puts requests back and reads their prompts again. By what they
+hold now first tokens came 1.6 times later at 95 % load on unequal machines; 0.90 and 1.0 are worse, too
+(bench/dispatch.py)."""
 
 BEST_FEW = 8
 """So many, the best by the work they have, are predicted in full: of 32 servers 8 are enough (+2 %)."""
@@ -549,7 +550,7 @@ class LoadBalancer:
         if inst.read_share < READ_LEAST or inst.read_at - now > READING_S:
             return False
         s = inst.pace.constants
-        spare = max((1.0 - KV_SHARE) * s[KV], min(self._usual[PROMPT] + self._usual[LEFT], 0.25 * s[KV]))
+        spare = (1.0 - KV_SHARE) * s[KV]
         fits = request[PROMPT] + 1.0 <= free - spare and len(inst.belief) < s[SEQS]
         return bool(fits and unread_s <= READING_S)
 

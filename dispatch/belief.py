@@ -102,7 +102,7 @@ class Belief:
     ) -> tuple[float, float, float, float]:
         """(price, KV tokens free, seconds of reading before it, of a step) if it were given this request.
 
-        The price is that of forward.py. KV memory counts as free when nobody who is there already needs it.
+        The price is that of forward.py. KV memory is free that those who are there will never need together.
         """
         offered, free, unread_s, step_s, self.at = _offer(
             self.rows,
@@ -159,18 +159,25 @@ def _room(
     if now > at:
         at = _age(rows, count, s, at, now)
     expect(rows, count, table)
-    free, unread, context = s[KV], 0.0, 0.0
+    unread, context = 0.0, 0.0
     for i in range(count):
         context += rows[i, HELD]
-    step_s = s[A] + s[B] * count + s[C] * context
-    for i in range(count):
         unread += rows[i, UNREAD]
-        if rows[i, HELD] > 0.0:
-            # It may have ended since: where nothing is known it does at this rate.
-            free -= (rows[i, HELD] + 1.0) * np.exp(-unheard_s / (rows[i, LEFT] * step_s))
-        else:
-            free -= rows[i, PROMPT] + 2.0
-    return free, s[E] * unread, step_s, at
+    step_s = s[A] + s[B] * count + s[C] * context
+    # What they need together is most when one of them ends: the others have grown until then.
+    most = 0.0
+    for j in range(count):
+        need, steps = 0.0, rows[j, LEFT]
+        for i in range(count):
+            if rows[i, LEFT] < steps:
+                continue
+            if rows[i, HELD] > 0.0:
+                # It may have ended since: where nothing is known it does at this rate.
+                need += (rows[i, HELD] + steps) * np.exp(-unheard_s / (rows[i, LEFT] * step_s))
+            else:
+                need += rows[i, PROMPT] + 1.0 + steps
+        most = max(most, need + steps)
+    return s[KV] - most, s[E] * unread, step_s, at
 
 
 @njit
