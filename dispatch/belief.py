@@ -165,18 +165,15 @@ def _room(
         unread += rows[i, UNREAD]
     step_s = s[A] + s[B] * count + s[C] * context
     # What they need together is most when one of them ends: the others have grown until then.
-    most = 0.0
-    for j in range(count):
-        need, steps = 0.0, rows[j, LEFT]
-        for i in range(count):
-            if rows[i, LEFT] < steps:
-                continue
-            if rows[i, HELD] > 0.0:
-                # It may have ended since: where nothing is known it does at this rate.
-                need += (rows[i, HELD] + steps) * np.exp(-unheard_s / (rows[i, LEFT] * step_s))
-            else:
-                need += rows[i, PROMPT] + 1.0 + steps
-        most = max(most, need + steps)
+    most = there = held = 0.0
+    for i in np.argsort(-rows[:count, LEFT]):
+        steps, alive, has = rows[i, LEFT], 1.0, rows[i, PROMPT] + 1.0
+        if rows[i, HELD] > 0.0:
+            # It may have ended since something was heard: where nothing is known it does at this rate.
+            alive, has = np.exp(-unheard_s / (steps * step_s)), rows[i, HELD]
+        there += alive
+        held += alive * has
+        most = max(most, held + steps * (there + 1.0))
     return s[KV] - most, s[E] * unread, step_s, at
 
 
