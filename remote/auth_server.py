@@ -28,6 +28,9 @@ from remote.tokens import LIFE_S, Issuer, TooMany
 MAX_BODY = 65_536
 MOST_TOKENS = 2_000
 
+_END_S = 0.5
+"""It may take so long to see that it shall end; the supervisor waits for 8 s."""
+
 _URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}(/[A-Za-z0-9._~/-]{0,255})?")
 
 
@@ -129,6 +132,8 @@ def create_app(
 
 def main() -> None:
     """Serve until SIGTERM; what it needs is in the home directory and the environment (supervise.py)."""
+    import asyncio
+
     import uvicorn
     from a2wsgi import WSGIMiddleware
 
@@ -141,6 +146,14 @@ def main() -> None:
     def text(*path: str) -> str:
         with open(os.path.join(*path)) as f:
             return f.read().strip()
+
+    class Server(uvicorn.Server):
+        """uvicorn looks ten times a second whether it shall end, and at the time for a header Date."""
+
+        async def main_loop(self) -> None:
+            """Part of uvicorn.Server: return when it shall end."""
+            while not self.should_exit:
+                await asyncio.sleep(_END_S)
 
     certificate, key = os.path.join(fleet, "tls.crt"), os.path.join(fleet, "tls.key")
     model = ModelServer(
@@ -157,7 +170,7 @@ def main() -> None:
     speaker.begin(os.environ.get("FLEET_READY_URL", ""), again=os.path.exists(started))
     with open(started, "w"):
         pass
-    uvicorn.run(
+    config = uvicorn.Config(
         WSGIMiddleware(app, workers=4),  # type: ignore[arg-type]
         host=bind,
         port=port,
@@ -172,6 +185,7 @@ def main() -> None:
         lifespan="off",
         ws="none",
     )
+    Server(config).run()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ Numbers count from 1 in a boot. The ring holds the last RECORDS; who asks for ol
 are missing. Several processes may write; records stand in the order in which they were written.
 """
 
+import contextlib
 import os
+import select
 import struct
 from dataclasses import dataclass
 
@@ -15,8 +17,14 @@ from remote.shared_file import HEADER, SharedFile, make_file
 RECORDS = 65_536
 """Of 16 bytes, 1 MiB: half a minute of a thousand requests a second, and a loadbalancer asks each second."""
 
+_PIPE_BYTES = 65_536
+"""What a pipe holds on Linux (pipe(7))."""
+
 STARTED, FINISHED, ABORTED, FAILED = 0, 1, 2, 3
 KINDS = ("started", "finished", "aborted", "failed")
+
+_FULL_OR_EMPTY = contextlib.suppress(BlockingIOError)
+"""Of the pipe: enough wakes are in it, or none."""
 
 _RECORD = struct.Struct("<8sB3xI")
 
@@ -54,7 +62,8 @@ def events_told(news: News) -> dict[str, object]:
 
 
 def make_ring(boot_dir: str) -> None:
-    """An empty ring is in the directory."""
+    """An empty ring is in the directory, and a pipe that wakes who waits for events."""
+    os.mkfifo(os.path.join(boot_dir, "wake"), 0o600)
     make_file(os.path.join(boot_dir, "events"), RECORDS * _RECORD.size)
 
 
@@ -64,10 +73,13 @@ class Events:
     def __init__(self, boot_dir: str) -> None:
         """Open it; raises OSError."""
         self._file = SharedFile(os.path.join(boot_dir, "events"))
+        # Open for both ways nobody waits for the other side, or ends with it (Linux, fifo(7)).
+        self._pipe = os.open(os.path.join(boot_dir, "wake"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the files."""
         self._file.close()
+        os.close(self._pipe)
 
     def write(self, request_id: str, kind: int, output_tokens: int = 0) -> None:
         """The event is the newest one."""
@@ -76,6 +88,23 @@ class Events:
             at = HEADER + file.counter % RECORDS * _RECORD.size
             file.data[at : at + _RECORD.size] = record
             file.counter += 1
+        self.wake()
+
+    def wake(self) -> None:
+        """Who waits for events goes on; if nobody does, the next one who would."""
+        with _FULL_OR_EMPTY:
+            os.write(self._pipe, b"!")
+
+    def wait(self, limit_s: float) -> None:
+        """Return when there is an event or wake since `forget`, or after so long."""
+        poll = select.poll()  # select() takes no number of a file above 1023
+        poll.register(self._pipe, select.POLLIN)
+        poll.poll(limit_s * 1e3)
+
+    def forget(self) -> None:
+        """What is written so far ends no wait. For the only one in a boot who waits, before a look."""
+        with _FULL_OR_EMPTY:
+            os.read(self._pipe, _PIPE_BYTES)
 
     def after(self, seq: int) -> News:
         """The events with greater numbers. A number from the future is another boot's: all there are."""
@@ -107,6 +136,7 @@ class Events:
                 under_way.pop(event.request_id, None)
         for request_id in under_way:
             self.write(request_id, FAILED)
+        self.wake()  # also where none had: who waits shall see that the model server is gone
         return len(under_way)
 
     def _raw(self, begin: int, end: int) -> bytes:

@@ -15,7 +15,7 @@ import uvicorn
 
 from remote import events, tokens
 from remote.events import Event, Events
-from remote.token_check import TokenCheck
+from remote.token_check import TokenCheck, Watched
 from remote.tokens import LIFE_S, Issuer, request_id
 from tests.waiting import wait_for
 
@@ -268,6 +268,53 @@ def test_the_usage_of_a_stream_is_believed_before_its_events(boot: str) -> None:
     usage = '{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":9}}'
     engine = Engine(*sse(TOKEN, TOKEN, usage, "[DONE]"), content_type=STREAM)
     assert events_of(boot, engine) == (("started", 0), ("finished", 9))
+
+
+@pytest.mark.parametrize("size", [1, 7, 48, 49, 50, 128, 1000, 10**6])
+def test_a_stream_counts_its_events_however_it_is_cut(boot: str, size: int) -> None:
+    """Also at the ends of what is looked at together, and of what is looked at twice."""
+    role = '{"choices":[{"delta":{"role":"assistant","content":""}}]}'
+    echo = json.dumps({"choices": [{"text": '\ndata: {"error" "role": "completion_tokens": 5\n\ndata: {'}]})
+    whole = b"".join(sse(role, *[TOKEN, echo] * 150, "[DONE]"))
+    pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+    assert events_of(boot, Engine(*pieces, content_type=STREAM)) == (("started", 0), ("finished", 300))
+
+
+@pytest.mark.parametrize("before", [0, 1, 62, 63, 64, 65, 200])
+@pytest.mark.parametrize("after", [0, 62, 63, 64, 200])
+def test_what_a_stream_says_once_is_heard_wherever_it_stands(boot: str, before: int, after: int) -> None:
+    usage, error = '{"usage":{"prompt_tokens":1,"completion_tokens":9}}', '{"error":{"message":"dead"}}'
+    for said, ends in ((usage, ("finished", 9)), (error, ("failed", before + 1 + after))):
+        assert events_of_stream(boot, *[TOKEN] * before, said, *[TOKEN] * after) == (("started", 0), ends)
+
+
+def test_of_the_usage_in_every_event_the_last_counts(boot: str) -> None:
+    """As vLLM's continuous_usage_stats."""
+    said = [f'{{"choices":[],"usage":{{"completion_tokens":{n}}}}}' for n in range(1, 131)]
+    assert events_of_stream(boot, *said) == (("started", 0), ("finished", 130))
+
+
+@pytest.mark.parametrize("events_before", [1, 63, 64, 65, 130])
+def test_an_answer_that_is_cancelled_counts_what_was_sent(boot: str, events_before: int) -> None:
+    engine = Engine(*sse(*[TOKEN] * events_before), content_type=STREAM, then=asyncio.CancelledError())
+    assert events_of(boot, engine) == (("started", 0), ("aborted", events_before))
+
+
+def test_pieces_are_passed_on_as_they_are_and_by_the_servers_own_hand(boot: str) -> None:
+    """No coroutine of ours stands between, and no more than so many pieces are kept."""
+    passed: list[Any] = []
+
+    def server(message: Any) -> Any:
+        passed.append(message)
+        return passed
+
+    watched: Any = Watched("00" * 8, Events(boot), None, server)  # type: ignore[arg-type]
+    send = watched.sender()
+    for n in range(1000):
+        message = {"type": "http.response.body", "body": b"%d" % n, "more_body": True}
+        assert send(message) is passed
+        assert passed[n] is message
+        assert len(watched._pieces) < 64
 
 
 def test_the_role_of_a_chat_is_no_token(boot: str) -> None:

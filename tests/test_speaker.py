@@ -285,6 +285,52 @@ def test_each_event_is_reported_once(one: Instance) -> None:
         assert set(lb.signers) == {NAME}
 
 
+def seconds_until_said(one: Instance, lb: Listener, do: Callable[[], object]) -> float:
+    """What passes until the next message, to one who has heard all."""
+    heard, begun = len(lb.heard), time.monotonic()
+    do()
+    wait_for("it is told", lambda: len(lb.heard) > heard)
+    return lb.at[heard] - begun
+
+
+def test_where_nothing_happens_the_next_event_is_reported_at_once(one: Instance) -> None:
+    """And the end of the model server, though no request was under way: long before the log is looked at."""
+    one.write(READY)
+    one.up = True
+    with listening() as lb:
+        one.speaker.begin("", again=False)
+        one.speaker.listen(f"{lb.url}/report")
+        wait_for("the model is up", lambda: lb.heard and lb.heard[-1]["model_up"])
+        took = []
+        for kind in (events.STARTED, events.FINISHED, events.STARTED, events.FAILED):
+            time.sleep(0.15)  # it is quiet again
+            took.append(seconds_until_said(one, lb, lambda kind=kind: one.event(kind)))  # type: ignore[misc]
+        assert sorted(took)[2] < 0.3, took
+        wait_for("it has all", lambda: lb.heard[-1]["seq"] == one.count)
+
+        def die() -> None:
+            one.up = False
+            one.write(b"fleet: the model server ended\n")
+            one.ring.fail_open()
+
+        one.ring = Events(str(one.log.parent))  # as another process opens it
+        die()
+        wait_for("it says that the model is down", lambda: not lb.heard[-1]["model_up"])
+
+
+def test_events_are_written_also_while_nobody_hears_of_them(one: Instance) -> None:
+    """The pipe that wakes the watch is full then."""
+    for _ in range(70_000):
+        one.ring.wake()
+    mine = one.event()
+    with listening() as lb:
+        one.speaker.begin("", again=False)
+        one.speaker.listen(f"{lb.url}/report")
+        last = one.event()
+        wait_for("it is told", lambda: lb.heard and lb.heard[-1]["seq"] == 2)
+        assert [e.request_id for e in one.ring.after(0).events] == [mine, last]
+
+
 def test_asking_twice_makes_one_listener_and_there_are_only_so_many(one: Instance) -> None:
     with listening() as lb:
         one.speaker.begin("", again=False)
