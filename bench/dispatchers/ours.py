@@ -1,7 +1,7 @@
 """The real `LoadBalancer`, driven through its public interface as loadbalancer_server.py and instances do.
 
 An instance's report has what it has written down since the last one; with pushes it also says so by itself,
-50 ms after something began or ended and no more often than it is told to, and a client says at once when it
+when something began or ended, no more often than it is told to, and a client says at once when it
 has its answer. Polls only: nothing but the reports.
 """
 
