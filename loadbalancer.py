@@ -23,18 +23,17 @@ failing.
                    │
     hold ─► waiter ┴► granted when capacity appears: who can still be in time, then who is late
 
-Who waits is in one of two lanes, first come first served within each. A request that could not be in time
-any more (slo.py), by the work ahead of it when it came or because its time has passed since, is in the late
-lane, which is served from what the others leave: in one line a burst would spoil every request behind it
-until it is worked off. Who has been late for late_bound_s goes before all others, so that nobody starves.
+Who waits stands in the line (dispatch/line.py: two lanes, priorities). Where the best instance has no room he
+waits for that one, and nobody who comes later is given it before him; others pass to other instances.
 
-An instance is also given no more prompts than it reads in READING_S: what waits inside an instance can
-be put into no order, and its first token comes after theirs.
+Room is memory for what those there will grow to, and no more prompts to read than it reads in READING_S:
+what waits inside an instance can be put into no order. Where step times are not known it is capacity in work.
 
 True after every call:
 - the work given to an instance is the sum over its unfinished leases; a token is leased once;
-- no lease takes an instance over its capacity, except that an idle one always gets one;
-- nobody who asks overtakes somebody who waits and can still be in time, or is overdue.
+- every unfinished lease of an instance stands in its belief;
+- an instance of which only the capacity is known is not given more than that, unless it is idle;
+- nobody who asks is given an instance that somebody before him in the line waits for.
 
 Times are epoch seconds, work is in output-token equivalents. All methods belong to one thread.
 """
@@ -361,11 +360,14 @@ class LoadBalancer:
 
     def route(self, ask: Ask, now: float) -> Lease | None:
         """A lease for it, or None when no instance may take it now or others wait already (see grant)."""
-        if not self.line.held:
-            self._claimed.clear()  # nobody waits any more
-        elif self.line.blocks(ask, now, lambda other: self._only_avoids(other, now)):
-            return None
-        return self._lease(ask, now)
+        return None if self._must_wait(ask, now) else self._lease(ask, now)
+
+    def _must_wait(self, ask: Ask, now: float) -> bool:
+        """Whether others wait whom it must not pass."""
+        if self.line.held:
+            return self.line.blocks(ask, now, lambda other: self._only_avoids(other, now))
+        self._claimed.clear()  # nobody waits any more
+        return False
 
     def over_allowance(self, ask: Ask, now: float) -> float | None:
         """None, or in how many seconds its client may ask again, who has too many unused leases."""
@@ -377,7 +379,7 @@ class LoadBalancer:
         They go where one after the other would go by the work that each instance has: the prediction in full
         is for a request that comes at once, and of a batch nobody knows when.
         """
-        if self.line.held and self.line.blocks(ask, now, lambda other: self._only_avoids(other, now)):
+        if self._must_wait(ask, now):
             return []
         count = min(count, MAX_LEASES - len(self._leases), self.allowance.left(ask.client))
         given: list[Lease] = []
@@ -385,17 +387,15 @@ class LoadBalancer:
         for inst, n in self._spread(ask, count, now):
             if request is None or ask.affinity:
                 request = self._row(ask, inst)
-            add, constants = inst.belief.add, inst.pace.constants
             last = None
             for token, batch in inst.stock.take_some(n, now):
                 name = self._request_id(token)
                 if name not in self._leases:
                     last = self._give(inst, name, token, batch, ask, now, request, more=True)
-                    add(name, request, constants, now)
                     given.append(last)
             self._wants_tokens(inst, now)
             if last is not None and ask.affinity:
-                self._prefixes.served(ask.affinity, inst.id)
+                self._prefixes.served(ask.affinity, inst.memory)
             self._requeue(inst, now)
         if given:
             self._note_mix(given[0].row[PROMPT], len(given))
@@ -478,19 +478,12 @@ class LoadBalancer:
             request_id = self._request_id(token)
             # An instance that gives a token twice must not upset the books.
             if request_id not in self._leases:
-                lease = self._give(inst, request_id, token, batch, ask, now)
-                # Its request comes now; of one fetched ahead a report says when it does.
-                inst.belief.add(request_id, lease.row, inst.pace.constants, now)
-                return lease
+                return self._give(inst, request_id, token, batch, ask, now)
         return None
 
     def _best_for(self, ask: Ask, now: float) -> Instance | None:
         """The instance where it does least to everybody: the best few by their work are predicted in full."""
-        found = [
-            pair
-            for pair in self._candidates(ask.work, {*ask.avoid, *self._claimed}, now, memory_known=True)
-            if pair[1].id not in self._claimed
-        ]
+        found = self._candidates(ask.work, {*ask.avoid, *self._claimed}, now, memory_known=True)
         for memory in self._prefixes.holders(ask.affinity):
             inst = self._memories.get(memory)
             if inst is None or inst.entry is None or inst.id in ask.avoid or inst.id in self._claimed:
@@ -627,6 +620,7 @@ class LoadBalancer:
             self._working += 1
         inst.taken += 1
         inst.leases[request_id] = lease
+        inst.belief.add(request_id, lease.row, inst.pace.constants, now)
         inst.given += ask.work
         inst.free_at = now + left_s + ask.work / inst.throughput
         if told.timing is None:
@@ -1000,8 +994,6 @@ class LoadBalancer:
                 inst.circuit.started(request_id)
                 lease.started = report
                 self._starts += 1
-                if request_id not in inst.belief:
-                    inst.belief.add(request_id, lease.row, constants, now)
         for end in ended:
             if end.id in inst.strangers:
                 del inst.strangers[end.id]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dispatch.affinity import HOLDERS, TRUST, Prefixes
-from dispatch.types import AFFINITY_BLOCK_TOKENS
+from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask
 from model_timing import TIMINGS
 from tests.test_loadbalancer import End, bench, instance
 
@@ -70,3 +70,13 @@ def test_an_instance_that_rebooted_has_served_nothing() -> None:
     b.report(lease.instance_id, boot_id="another", seq=0)
     assert b.balancer._instances[lease.instance_id].memory != held
     assert held not in b.balancer._memories
+
+
+def test_a_batch_is_remembered_by_the_memory_that_reads_it() -> None:
+    """Not by the instance's own number, which another memory may have."""
+    told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
+    b = bench(*(replace(instance(n), timing=told) for n in (1, 2, 3)))
+    prefix = chain("a", "b", "c", "d")
+    leases = b.balancer.lease_many(Ask(500.0, None, (), 1100, prefix), 4, b.now)
+    served = {b.balancer._instances[lease.instance_id].memory for lease in leases}
+    assert set(b.balancer._prefixes.holders(prefix)) == served

@@ -1356,6 +1356,7 @@ def check_books(b: Bench) -> None:
         assert inst.given == pytest.approx(sum(x.work for x in inst.leases.values()), abs=1e-6)
         assert not seen & inst.leases.keys()
         seen |= inst.leases.keys()
+        assert sorted(inst.belief.ids) == sorted([*inst.leases, *inst.strangers])
         total = inst.given + inst.foreign
         assert FLOOR * total - 1e-3 <= inst.work(b.now) <= total + 1e-3
         serves = bool(inst.stock.size and inst.circuit.left) and not inst.told.draining
