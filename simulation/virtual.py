@@ -165,17 +165,21 @@ class NotConserved(Exception):
     """A run lost or doubled a request, a token or a dollar: a mistake of ours."""
 
 
-class _Ended(NamedTuple):
+class Ended(NamedTuple):
+    """The end of one request, as an instance tells it."""
+
     id: str
     status: str
     output_tokens: int
 
 
-class _Load(NamedTuple):
+class LoadReport(NamedTuple):
+    """What an instance answers a loadbalancer that polls it (dispatch.types.Load)."""
+
     boot_id: str
     seq: int
     started: Sequence[str]
-    ended: Sequence[_Ended]
+    ended: Sequence[Ended]
     running: int
     waiting: int
     model_up: bool
@@ -254,7 +258,7 @@ class _Instance:
         self.frozen = False
         self.flights: dict[str, _Flight] = {}
         self.started: list[str] = []
-        self.ended: list[_Ended] = []
+        self.ended: list[Ended] = []
         self.seq = 0
         self.number = 0
         self.heard = 0
@@ -680,7 +684,7 @@ class VirtualFleet:
                 flight = flights.pop(request_id)
                 if flight.first_at is None and tokens == flight.output:
                     flight.first_at = at
-                instance.ended.append(_Ended(request_id, "finished", flight.output))
+                instance.ended.append(Ended(request_id, "finished", flight.output))
                 instance.seq += 1
                 self._completes(flight, at)
                 # The client says at once that it has its answer; the instance's report tells of its length.
@@ -714,7 +718,7 @@ class VirtualFleet:
         instance.next_push_at = self.now + wait_s
         self._grant()
 
-    def _load(self, instance: _Instance) -> _Load:
+    def _load(self, instance: _Instance) -> LoadReport:
         server = instance.server
         events = server.advance(self.now)
         if events:
@@ -723,7 +727,7 @@ class VirtualFleet:
         started, ended = instance.started, instance.ended
         instance.started, instance.ended = [], []
         instance.after = instance.seq
-        return _Load(
+        return LoadReport(
             instance.boot_id,
             instance.seq,
             started,

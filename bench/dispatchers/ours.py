@@ -9,7 +9,7 @@ import inspect
 import random
 from collections.abc import Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench.dispatchers.rule import Fleet, Request
 from bench.dispatchers.world import Later, Send
@@ -17,35 +17,14 @@ from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, HotInstance, HotSet, Poll
 from loadbalancer import LoadBalancer
 from model_timing import Timing
 from simulation.timing import ModelServer
+from simulation.virtual import BEAT_S, GRANT_S, PUSH_S, TOKEN_LIFE_S, Ended, LoadReport
 
 from .rule import BLOCK_TOKENS
-
-BEAT_S, PUSH_S, TOKEN_LIFE_S = 1.0, 0.05, 600.0
-GRANT_S = (0.02, 0.1)
-"""As in simulation/virtual.py."""
 
 AMPLE = 50.0
 """Without holding an instance is told to hold so many times what fits its memory."""
 
 PREFILL_WEIGHT = 0.1
-
-
-class _Ended(NamedTuple):
-    id: str
-    status: str
-    output_tokens: int
-
-
-class _Load(NamedTuple):
-    boot_id: str
-    seq: int
-    started: Sequence[str]
-    ended: Sequence[_Ended]
-    running: int
-    waiting: int
-    model_up: bool
-    prompt_tokens_total: int
-    generation_tokens_total: int
 
 
 class _Instance:
@@ -55,7 +34,7 @@ class _Instance:
         self.told = told
         self.boot_id = f"boot-{told.id}"
         self.started: list[str] = []
-        self.ended: list[_Ended] = []
+        self.ended: list[Ended] = []
         self.seq = self.after = self.number = 0
         self.push_due = False
         self.next_push_at = 0.0
@@ -209,7 +188,7 @@ class Ours:
         name = self._ids.get(request.number) or f"{request.router}.{request.number}"
         instance.seq += 1
         if end:
-            instance.ended.append(_Ended(name, "finished", request.output))
+            instance.ended.append(Ended(name, "finished", request.output))
             self._ids.pop(request.number, None)
         else:
             instance.started.append(name)
@@ -242,7 +221,7 @@ class Ours:
     def report(self, server: int, live: ModelServer, now: float) -> None:
         """A poll and its answer."""
         instance = self._instances[server]
-        load = _Load(
+        load = LoadReport(
             instance.boot_id,
             instance.seq,
             instance.started,
