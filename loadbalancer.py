@@ -48,9 +48,9 @@ from typing import Any
 
 from dispatch.affinity import Prefixes
 from dispatch.allowance import MOST_UNUSED, Allowance
-from dispatch.belief import row, warm_up
+from dispatch.belief import Beliefs, row, warm_up
 from dispatch.circuit import ALONE, State
-from dispatch.forward import KIND, KV, PROMPT, SEQS, UNREAD, E, Floats
+from dispatch.forward import KIND, KV, LEFT, PROMPT, SEQS, UNREAD, E, Floats
 from dispatch.instances import READING_S, STOCK_LEAST, STOCK_MOST, Instance, Queue
 from dispatch.lengths import Lengths
 from dispatch.line import LATE_BOUND_S, Line
@@ -240,6 +240,7 @@ class LoadBalancer:
         self._request_id = request_id
         self._counter = count()
         self._instances: dict[int, Instance] = {}
+        self._beliefs = Beliefs()
         self._queues: dict[tuple[int, int], Queue] = {}
         self._leases: dict[str, Lease] = {}
         self._expiring: deque[Lease] = deque()  # by expires_at
@@ -301,13 +302,14 @@ class LoadBalancer:
         for new in named.values():
             known = self._instances.get(new.id)
             if known is None:
-                known = self._instances[new.id] = Instance(new, now)
+                known = self._instances[new.id] = Instance(new, self._beliefs, now)
             elif known.told is new:
                 continue  # of 10,000 few have changed
             else:
                 known.capacity *= new.capacity_work / known.told.capacity_work
                 if new.timing is not None and new.timing != known.told.timing:
                     known.pace = Pace(new.timing)
+                    known.belief.follow(known.pace.constants)
                 known.told = new
                 if not known.measured:
                     self._set_throughput(known, new.throughput_work_s, now)
@@ -337,6 +339,7 @@ class LoadBalancer:
         for lease in list(inst.leases.values()):
             self._release(inst, lease, "lost", now)
         inst.leave_queue()
+        inst.belief.close()
         self._memories.pop(inst.memory, None)
         del self._instances[inst.id]
         self._thirsty.pop(inst.id, None)
@@ -383,22 +386,21 @@ class LoadBalancer:
             return []
         count = min(count, MAX_LEASES - len(self._leases), self.allowance.left(ask.client))
         given: list[Lease] = []
-        request: Floats | None = None
+        request = self._row(ask)
         for inst, n in self._spread(ask, count, now):
-            if request is None or ask.affinity:
-                request = self._row(ask, inst)
+            here = self._row_at(inst, ask, request)
             last = None
             for token, batch in inst.stock.take_some(n, now):
                 name = self._request_id(token)
                 if name not in self._leases:
-                    last = self._give(inst, name, token, batch, ask, now, request, more=True)
+                    last = self._give(inst, name, token, batch, ask, here, now, more=True)
                     given.append(last)
             self._wants_tokens(inst, now)
             if last is not None and ask.affinity:
                 self._prefixes.served(ask.affinity, inst.memory)
             self._requeue(inst, now)
         if given:
-            self._note_mix(given[0].row[PROMPT], len(given))
+            self._note_mix(float(request[PROMPT]), len(given))
         elif count > 0:
             lease = self._lease(ask, now)
             return [] if lease is None else [lease]
@@ -411,11 +413,11 @@ class LoadBalancer:
         work, not_these = ask.work, {*ask.avoid, *self._claimed}
         few = max(BEST_FEW, count // max(1, len(self._queues))) + len(not_these)
         for queue in self._queues.values():
-            for inst in queue.first(few, now):
+            for left_s, _, _, inst in queue.first(few, now):
                 if inst.told.id not in not_these:
-                    left = inst.work(now)
+                    left = left_s * inst.throughput
                     heap.append(
-                        ((left + work) / inst.throughput, len(heap), 0, left, inst.read_at - now, inst)
+                        (left_s + work / inst.throughput, len(heap), 0, left, inst.read_at - now, inst)
                     )
         heapify(heap)
         share: dict[int, tuple[Instance, int]] = {}
@@ -449,10 +451,10 @@ class LoadBalancer:
         if not self._hot:
             expected = RETRY_UNKNOWN_S if self._hot_expected_at is None else self._hot_expected_at - now
             return min(3600.0, max(1.0, expected))
-        first = [i for queue in self._queues.values() for i in queue.first(BEST_FEW, now)]
+        first = [found for queue in self._queues.values() for found in queue.first(BEST_FEW, now)]
         if not first:
             return 1.0  # no tokens, or all are being avoided: that is over in a moment or known soon
-        room_s = min((i.work(now) + ask.work - i.capacity) / i.throughput for i in first)
+        room_s = min(left_s + (ask.work - i.capacity) / i.throughput for left_s, _, _, i in first)
         return min(3600.0, max(1.0, room_s + self._line_s(room_s, now)))
 
     def _line_s(self, room_s: float, now: float) -> float:
@@ -468,7 +470,8 @@ class LoadBalancer:
     def _lease(self, ask: Ask, now: float) -> Lease | None:
         if len(self._leases) >= MAX_LEASES:
             return None
-        while (inst := self._best_for(ask, now)) is not None:
+        request = self._row(ask)
+        while (inst := self._best_for(ask, request, now)) is not None:
             taken = inst.stock.take(now)
             self._wants_tokens(inst, now)
             if taken is None:
@@ -478,60 +481,52 @@ class LoadBalancer:
             request_id = self._request_id(token)
             # An instance that gives a token twice must not upset the books.
             if request_id not in self._leases:
-                return self._give(inst, request_id, token, batch, ask, now)
+                return self._give(inst, request_id, token, batch, ask, self._row_at(inst, ask, request), now)
         return None
 
-    def _best_for(self, ask: Ask, now: float) -> Instance | None:
+    def _best_for(self, ask: Ask, request: Floats, now: float) -> Instance | None:
         """The instance where it does least to everybody: the best few by their work are predicted in full."""
         found = self._candidates(ask.work, {*ask.avoid, *self._claimed}, now, memory_known=True)
         for memory in self._prefixes.holders(ask.affinity):
             inst = self._memories.get(memory)
             if inst is None or inst.entry is None or inst.id in ask.avoid or inst.id in self._claimed:
                 continue
-            left = inst.work(now)
-            if (inst.told.timing is not None or inst.has_room(ask.work, left, now)) and all(
-                inst is not other for _, other in found
+            if (inst.told.timing is not None or inst.has_room(ask.work, inst.work(now), now)) and all(
+                inst is not other for other in found
             ):
-                found.append(((left + ask.work) / inst.throughput, inst))
-        if not found or (len(found) == 1 and found[0][1].told.timing is None):
-            return found[0][1] if found else None
-        longest = max(len(inst.belief) for _, inst in found)
+                found.append(inst)
+        if not found or (len(found) == 1 and found[0].told.timing is None):
+            return found[0] if found else None
+        longest = max([len(inst.belief.ids) for inst in found])
         if longest * len(found) > PREDICT_MOST:
             found = found[: max(2, PREDICT_MOST // longest)]
-        request = self._row(ask, found[0][1])
-        if self.line.held and not any(self._fits(request, inst, now) for _, inst in found):
+        if self.line.held and not any(self._has_room(request, inst, now) for inst in found):
             # It would wait for the best of them, whichever that is: who comes later must not take it.
-            self._wait_for(found[0][1], ask)
+            self._wait_for(found[0], ask)
             return None
-        best: Instance | None = None
-        best_s, fits = math.inf, True
-        for _, inst in found:
-            # What comes there anyway, by its share of what all can do.
-            here_s = self._arrivals_s * inst.throughput / max(self._hot_throughput, 1e-9)
-            price_s, free, unread_s, step_s = inst.belief.offer(
-                request if not ask.affinity else self._row(ask, inst),
-                inst.pace.constants,
-                self._lengths.table,
+        # What comes there anyway, by its share of what all can do.
+        share_s = self._arrivals_s / max(self._hot_throughput, 1e-9)
+        cached = None
+        if ask.affinity:
+            cached = [self._prefixes.cached_tokens(ask.affinity, inst.memory) for inst in found]
+        best = found[
+            self._beliefs.best(
+                [inst.belief.place for inst in found],
+                request,
+                cached,
                 self._usual,
-                1.0 / here_s if here_s > 1e-3 else math.inf,
+                [inst.throughput * share_s for inst in found],
+                self._lengths.table,
                 self.first_token_weight,
                 now,
             )
-            if price_s < best_s:
-                best, best_s = inst, price_s
-                fits = self._has_room(request, inst, free, unread_s, step_s, now)
-        if best is not None and not fits:
-            self._wait_for(best, ask)
-            return None
-        return best
+        ]
+        if self._has_room(request, best, now):
+            return best
+        self._wait_for(best, ask)
+        return None
 
-    def _fits(self, request: Floats, inst: Instance, now: float) -> bool:
-        room = inst.belief.room(inst.pace.constants, self._lengths.table, now)
-        return self._has_room(request, inst, *room, now)
-
-    def _has_room(
-        self, request: Floats, inst: Instance, free: float, unread_s: float, step_s: float, now: float
-    ) -> bool:
+    def _has_room(self, request: Floats, inst: Instance, now: float) -> bool:
         """Whether it would be admitted and read at once, and those there get their tokens in time.
 
         A step of step_s makes a token for each; with a share r of the time spent on prompts tokens come each
@@ -539,6 +534,7 @@ class LoadBalancer:
         """
         if inst.idle or inst.told.timing is None:
             return True
+        free, unread_s, step_s = inst.belief.room(self._lengths.table, now)
         inst.read_share = 1.0 - step_s / (SLOW_SHARE * self.slo.output_token_s)
         if inst.read_share < READ_LEAST or inst.read_at - now > READING_S:
             return False
@@ -552,39 +548,48 @@ class LoadBalancer:
         self._claimed.add(inst.id)
         self._waits_for_one = ask
 
-    def _row(self, ask: Ask, inst: Instance) -> Floats:
-        """The request as the instance would see it: without the prefix that it has served lately."""
+    def _row(self, ask: Ask) -> Floats:
+        """The request as an instance would see it that has served nothing like it."""
         kind = self._lengths.kind(ask.prompt_tokens, ask.max_tokens)
         expected = self._lengths.mean(kind, ask.max_tokens)
         prompt = float(ask.prompt_tokens)
         if not ask.prompt_tokens:  # only its work was told
             prompt = max(0.0, ask.work - expected) / max(self.prefill_weight, 1e-3)
-        cached = self._prefixes.cached_tokens(ask.affinity, inst.memory) if ask.affinity else 0.0
         most = math.inf if ask.max_tokens is None else float(ask.max_tokens)
-        return row(prompt, cached, expected, most, kind)
+        return row(prompt, 0.0, expected, most, kind)
+
+    def _row_at(self, inst: Instance, ask: Ask, request: Floats) -> Floats:
+        """The same as this one sees it: without the prefix that it has served lately."""
+        cached = self._prefixes.cached_tokens(ask.affinity, inst.memory) if ask.affinity else 0.0
+        if not cached:
+            return request
+        here = request.copy()
+        here[UNREAD] = max(1.0, request[UNREAD] - cached)
+        return here
 
     def _choose(self, work: float, avoid: Collection[int], now: float) -> Instance | None:
         """The instance that would be done with it first by its work; None where none has room."""
         found = self._candidates(work, avoid, now)
-        return found[0][1] if found else None
+        return found[0] if found else None
 
     def _candidates(
         self, work: float, avoid: Collection[int], now: float, *, memory_known: bool = False
-    ) -> list[tuple[float, Instance]]:
-        """(seconds until it would be done, instance) of the best few with room, the best first.
+    ) -> list[Instance]:
+        """The best few with room, those first that would be done with it first by their work.
 
         memory_known: whether there is room is found out later, where it can be known.
         """
-        found: list[tuple[float, Instance]] = []
+        found: list[tuple[float, float, int, Instance]] = []
         for queue in self._queues.values():
-            for inst in queue.first(BEST_FEW + len(avoid), now):
-                left = inst.work(now)
-                if inst.told.id in avoid:
-                    continue
-                if (memory_known and inst.told.timing is not None) or inst.has_room(work, left, now):
-                    found.append(((left + work) / inst.throughput, inst))
-        found.sort(key=lambda pair: pair[0])
-        return found[:BEST_FEW]
+            for left_s, chance, age, inst in queue.first(BEST_FEW + len(avoid), now):
+                told = inst.told
+                if (not avoid or told.id not in avoid) and (
+                    (memory_known and told.timing is not None)
+                    or inst.has_room(work, left_s * inst.throughput, now)
+                ):
+                    found.append((left_s + work / inst.throughput, chance, age, inst))
+        found.sort()
+        return [inst for _, _, _, inst in found[:BEST_FEW]]
 
     def _give(
         self,
@@ -593,12 +598,12 @@ class LoadBalancer:
         token: str,
         batch: Batch,
         ask: Ask,
+        request: Floats,
         now: float,
-        row: Floats | None = None,
         *,
         more: bool = False,
     ) -> Lease:
-        """Enter the lease in the books. row: where it is known. more: the next is for this instance, too."""
+        """Enter the lease in the books. request: as the instance sees it. more: the next goes there, too."""
         told = inst.told
         lease = Lease(
             request_id=request_id,
@@ -611,7 +616,7 @@ class LoadBalancer:
             expires_at=min(now + self.lease_s, batch.expires_at),
             batch=batch,
             boot_id=inst.boot_id,
-            row=self._row(ask, inst) if row is None else row,
+            row=request,
             client=ask.client,
         )
         left_s = inst.work(now) / inst.throughput
@@ -620,13 +625,13 @@ class LoadBalancer:
             self._working += 1
         inst.taken += 1
         inst.leases[request_id] = lease
-        inst.belief.add(request_id, lease.row, inst.pace.constants, now)
+        inst.belief.add(request_id, request, now)
         inst.given += ask.work
         inst.free_at = now + left_s + ask.work / inst.throughput
         if told.timing is None:
             read_s = ask.prompt_tokens * self.prefill_weight / inst.throughput
         else:
-            read_s = float(lease.row[UNREAD] * inst.pace.constants[E]) / max(inst.read_share, READ_LEAST)
+            read_s = float(request[UNREAD] * inst.pace.constants[E]) / max(inst.read_share, READ_LEAST)
         inst.read_at = max(now, inst.read_at) + read_s
         self._leases[request_id] = lease
         self._expiring.append(lease)
@@ -636,7 +641,7 @@ class LoadBalancer:
         self._mean_work += (ask.work - self._mean_work) / MIX_MEMORY
         if more:
             return lease
-        self._note_mix(lease.row[PROMPT])
+        self._note_mix(float(request[PROMPT]))
         if ask.affinity:
             self._prefixes.served(ask.affinity, inst.memory)
         self._requeue(inst, now)
@@ -647,7 +652,8 @@ class LoadBalancer:
         share = min(1.0, times / min(MIX_MEMORY, float(self.routed)))
         self._mean_prompt += share * (prompt - self._mean_prompt)
         self._mean_squares += share * (prompt * prompt - self._mean_squares)
-        self._usual = row(self._mean_prompt, 0.0, self._lengths.mean(0), math.inf, 0)
+        self._usual[PROMPT] = self._usual[UNREAD] = max(1.0, self._mean_prompt)
+        self._usual[LEFT] = self._lengths.mean(0)
 
     def done(
         self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False
@@ -683,7 +689,7 @@ class LoadBalancer:
         inst.circuit.over(lease.request_id)
         del self._leases[lease.request_id]
         del inst.leases[lease.request_id]
-        inst.belief.remove(lease.request_id, inst.pace.constants, now)
+        inst.belief.remove(lease.request_id, now)
         inst.given = inst.given - lease.work if inst.leases else 0.0
         if not inst.leases:
             inst.working_s += now - inst.working_since
@@ -928,7 +934,7 @@ class LoadBalancer:
         inst.running, inst.waiting = load.running, load.waiting
         self._learn_throughput(inst, load, now)
         self._take_events(inst, load.started, load.ended, inst.reports, now)
-        inst.belief.heard_at = now
+        inst.belief.heard(now)
         self._release_lost(inst, load, now)
         self._count_strangers(inst, load, now)
         self._learn_pace(inst, load, now)
@@ -968,7 +974,7 @@ class LoadBalancer:
         inst.push_number = push.number
         inst.pushes += 1
         self._take_events(inst, push.started, push.ended, inst.reports + 1, now)
-        inst.belief.heard_at = now
+        inst.belief.heard(now)
         if push.missed or push.after > inst.seq:
             inst.polled_at = -math.inf
         else:
@@ -981,14 +987,13 @@ class LoadBalancer:
     def _take_events(
         self, inst: Instance, started: Iterable[str], ended: Iterable[Ended], report: int, now: float
     ) -> None:
-        constants = inst.pace.constants
         for request_id in started:
             lease = inst.leases.get(request_id)
             if lease is None:
                 if request_id not in inst.strangers:
                     inst.strangers[request_id] = None
                     self._starts += 1
-                    inst.belief.add(request_id, self._usual, constants, now)
+                    inst.belief.add(request_id, self._usual, now)
             elif not lease.started:
                 self.allowance.settled(lease)
                 inst.circuit.started(request_id)
@@ -997,7 +1002,7 @@ class LoadBalancer:
         for end in ended:
             if end.id in inst.strangers:
                 del inst.strangers[end.id]
-                inst.belief.remove(end.id, constants, now)
+                inst.belief.remove(end.id, now)
             self._ended(inst, end, now)
 
     def _count_strangers(self, inst: Instance, load: Load, now: float) -> None:
@@ -1007,7 +1012,7 @@ class LoadBalancer:
         while len(inst.strangers) > foreign:
             oldest = next(iter(inst.strangers))
             del inst.strangers[oldest]
-            inst.belief.remove(oldest, inst.pace.constants, now)
+            inst.belief.remove(oldest, now)
 
     def _learn_pace(self, inst: Instance, load: Load, now: float) -> None:
         """Compare how long its steps took with what was expected of them (pace.py)."""
@@ -1015,7 +1020,7 @@ class LoadBalancer:
         if not load.model_up or not load.running:
             inst.span = None  # it may have paused
             return
-        inst.belief.age(inst.pace.constants, now)
+        inst.belief.age(now)
         at_work = max(1.0, load.running - inst.belief.reading)
         context = inst.belief.context
         if inst.span is None or not inst.span.goes_on(now, made, read):
@@ -1024,6 +1029,7 @@ class LoadBalancer:
         inst.span.take(now, at_work, context)
         if now - inst.span.from_s >= SPAN_S:
             inst.pace.observe(inst.span, made, read, self._mean_prompt, self._mean_squares)
+            inst.belief.follow(inst.pace.constants)
             inst.span = Span(now, at_work, context, made, read)
 
     def _ended(self, inst: Instance, end: Ended, now: float) -> None:

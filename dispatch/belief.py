@@ -1,16 +1,24 @@
-"""What the loadbalancer believes to go on inside one instance, and what a request would do there.
+"""What the loadbalancer believes to go on inside the instances, and what a request would do there.
 
 A request that is given to an instance stands in a table (forward.py) from then on and is moved along by
 the engine's own rule, with the instance's own constants, whenever somebody asks; a report takes out what has
 ended. So the belief is as new as the last request, however old the report, and what was given since counts:
 without that the first token came 2.6 times later in the study (dispatch-study.md).
 
-The table is always as it will be at the end of the step under way, because nobody can join before.
+A table is always as it will be at the end of the step under way, because nobody can join before.
+
+The tables of all instances are blocks of one, so that a choice among many is one compiled call:
+
+    rows     [ ..block of a.. | ..block of b.. | free | ..block of c.. ]      a block doubles when it is full
+    servers  a row an instance: its constants, as of when, where its block is
 
 Times are epoch seconds, lengths tokens.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from compiled import njit
 from dispatch.forward import (
@@ -28,179 +36,301 @@ from dispatch.forward import (
     C,
     E,
     Floats,
-    price,
+    behind,
+    price_below,
     run,
+    scratch_for,
 )
 from dispatch.lengths import BINS, expect
 
+Ints = NDArray[np.int64]
+
 ROWS = 16
-"""Rows that a table begins with; it doubles when it is full."""
+"""Rows that a block begins with."""
+
+AT, HEARD_AT, START, COUNT, WIDTH = (CONSTANTS + i for i in range(5))
+"""A row of `servers`, behind its constants: as of when its table is and until when its ends are known, epoch
+seconds; its block and the rows in use there."""
 
 
 def row(prompt_tokens: float, cached_tokens: float, left: float, most: float, kind: int) -> Floats:
     """A request that has not begun. cached_tokens of the prompt need not be read, but for the last one."""
+    prompt = max(1.0, prompt_tokens)
     out = np.zeros(COLUMNS)
-    out[PROMPT] = max(1.0, prompt_tokens)
-    out[UNREAD] = max(1.0, out[PROMPT] - cached_tokens)
-    out[LEFT], out[MOST], out[KIND] = left, most, kind
+    out[PROMPT], out[UNREAD], out[LEFT] = prompt, max(1.0, prompt - cached_tokens), left
+    out[MOST], out[KIND] = most, kind
     return out
+
+
+class Beliefs:
+    """Of all instances, each of which has a place here."""
+
+    def __init__(self) -> None:
+        """Of none."""
+        self.rows = np.zeros((64 * ROWS, COLUMNS))
+        self.servers = np.zeros((64, WIDTH))
+        self._places = 0  # so many have been in use
+        self._end = 0  # rows behind this have never been in use
+        self._left: list[int] = []  # places that are free
+        self._blocks: dict[int, list[int]] = {}  # length -> free blocks of it
+
+    def open(self, now: float) -> int:
+        """A place for an instance where nothing goes on."""
+        if self._left:
+            place = self._left.pop()
+        else:
+            place = self._places
+            self._places += 1
+            if place == len(self.servers):
+                self.servers = np.concatenate([self.servers, np.zeros_like(self.servers)])
+        server = self.servers[place]
+        server[AT] = server[HEARD_AT] = now
+        server[START], server[COUNT] = self.block(ROWS), 0.0
+        return place
+
+    def close(self, place: int, length: int) -> None:
+        """It is free again, with its block of so many rows."""
+        self._left.append(place)
+        self._blocks.setdefault(length, []).append(int(self.servers[place, START]))
+
+    def widen(self, place: int, length: int) -> None:
+        """Its block was full with so many rows: now there is room for as many more."""
+        old, new = int(self.servers[place, START]), self.block(2 * length)
+        self.rows[new : new + length] = self.rows[old : old + length]
+        self.servers[place, START] = new
+        self._blocks.setdefault(length, []).append(old)
+
+    def block(self, length: int) -> int:
+        """Where a free block of so many rows begins; it is taken."""
+        if free := self._blocks.get(length):
+            return free.pop()
+        start, self._end = self._end, self._end + length
+        if self._end > len(self.rows):
+            self.rows = np.concatenate([self.rows, np.zeros((max(len(self.rows), length), COLUMNS))])
+        return start
+
+    def best(
+        self,
+        places: Sequence[int],
+        request: Floats,
+        cached: Sequence[float] | None,
+        usual: Floats,
+        arrivals_s: Sequence[float],
+        table: Floats,
+        weight: float,
+        now: float,
+    ) -> int:
+        """Which of these instances, by its number among them, has the least price (forward.py).
+
+        cached: tokens of the prompt that each need not read; None: none. arrivals_s: requests a second that
+        come to each, each like usual. table: expected lengths (lengths.py). weight: of a first token. An
+        instance that stands earlier is the better guess: those behind are often dismissed at half the cost.
+        """
+        return _best(
+            self.rows,
+            self.servers,
+            np.array(places),
+            request,
+            np.zeros(len(places)) if cached is None else np.array(cached),
+            usual,
+            np.array(arrivals_s),
+            table,
+            weight,
+            now,
+        )
 
 
 class Belief:
     """The requests of one instance, in the order in which it was given them."""
 
-    def __init__(self, now: float) -> None:
-        """Nothing goes on there."""
-        self.at = now
-        self.heard_at = now  # so far its ends are known
+    def __init__(self, beliefs: Beliefs, constants: Floats, now: float) -> None:
+        """Nothing goes on there. constants: of its steps (forward.py)."""
         self.ids: list[str] = []
-        self.rows = np.zeros((ROWS, COLUMNS))
+        self._beliefs = beliefs
+        self._length = ROWS
+        self.place = beliefs.open(now)
+        self.follow(constants)
+
+    def close(self) -> None:
+        """The instance is gone. To be called once, and nothing after it."""
+        self._beliefs.close(self.place, self._length)
 
     def __len__(self) -> int:
         """Requests there."""
         return len(self.ids)
 
-    def add(self, request_id: str, request: Floats, constants: Floats, now: float) -> None:
+    def __contains__(self, request_id: str) -> bool:
+        """Whether it is there."""
+        return request_id in self.ids
+
+    def follow(self, constants: Floats) -> None:
+        """How long its steps take is known better."""
+        self._beliefs.servers[self.place, :CONSTANTS] = constants
+
+    def heard(self, now: float) -> None:
+        """All that has ended until now is known."""
+        self._beliefs.servers[self.place, HEARD_AT] = now
+
+    def add(self, request_id: str, request: Floats, now: float) -> None:
         """It was given this request (see `row`)."""
-        self.age(constants, now)
-        n = len(self.ids)
-        if n == len(self.rows):
-            self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
-        self.rows[n] = request
+        if len(self.ids) == self._length:
+            self._beliefs.widen(self.place, self._length)
+            self._length *= 2
+        _add(self._beliefs.rows, self._beliefs.servers, self.place, request, now)
         self.ids.append(request_id)
 
-    def remove(self, request_id: str, constants: Floats, now: float) -> None:
+    def remove(self, request_id: str, now: float) -> None:
         """That one has ended, or will not come."""
         try:
             i = self.ids.index(request_id)
         except ValueError:
             return
-        self.age(constants, now)
+        _remove(self._beliefs.rows, self._beliefs.servers, self.place, i, now)
         del self.ids[i]
-        n = len(self.ids)
-        self.rows[i:n] = self.rows[i + 1 : n + 1]
 
     def clear(self, now: float) -> None:
         """It has rebooted: nothing goes on there."""
         self.ids.clear()
-        self.at = now
+        server = self._beliefs.servers[self.place]
+        server[COUNT], server[AT] = 0.0, now
 
-    def age(self, constants: Floats, now: float) -> None:
+    def age(self, now: float) -> None:
         """Time has passed."""
-        if now > self.at:
-            self.at = _age(self.rows, len(self.ids), constants, self.at, now) if self.ids else now
+        _age(self._beliefs.rows, self._beliefs.servers, self.place, now)
 
-    def offer(
-        self,
-        request: Floats,
-        constants: Floats,
-        table: Floats,
-        usual: Floats,
-        gap_s: float,
-        weight: float,
-        now: float,
-    ) -> tuple[float, float, float, float]:
-        """(price, KV tokens free, seconds of reading before it, of a step) if it were given this request.
+    def room(self, table: Floats, now: float) -> tuple[float, float, float]:
+        """(KV tokens free, seconds of reading before it, of a step) for a request that came now.
 
-        The price is that of forward.py. KV memory is free that those who are there will never need together.
+        Memory is free that those who are there never need together. table: expected lengths (lengths.py).
         """
-        offered, free, unread_s, step_s, self.at = _offer(
-            self.rows,
-            len(self.ids),
-            constants,
-            self.at,
-            now,
-            request,
-            gap_s,
-            usual,
-            weight,
-            table,
-            now - self.heard_at,
-        )
-        return offered, free, unread_s, step_s
+        return _room(self._beliefs.rows, self._beliefs.servers, self.place, table, now)
 
-    def __contains__(self, request_id: str) -> bool:
-        """Whether it is there."""
-        return request_id in self.ids
+    @property
+    def at(self) -> float:
+        """As of when it is, at the end of a step."""
+        return float(self._beliefs.servers[self.place, AT])
 
-    def room(self, constants: Floats, table: Floats, now: float) -> tuple[float, float, float]:
-        """(KV tokens free, seconds of reading before it, of a step) for a request that came now."""
-        free, unread_s, step_s, self.at = _room(
-            self.rows, len(self.ids), constants, self.at, now, table, now - self.heard_at
-        )
-        return free, unread_s, step_s
+    @property
+    def rows(self) -> Floats:
+        """Its table."""
+        start = int(self._beliefs.servers[self.place, START])
+        return self._beliefs.rows[start : start + len(self.ids)]
 
     @property
     def context(self) -> float:
         """KV tokens in use."""
-        return float(self.rows[: len(self.ids), HELD].sum())
+        return float(self.rows[:, HELD].sum())
 
     @property
     def reading(self) -> int:
         """Requests that have memory and whose prompt is not read yet."""
-        rows = self.rows[: len(self.ids)]
-        return int(((rows[:, HELD] > 0.0) & (rows[:, UNREAD] > 0.0)).sum())
+        return int(((self.rows[:, HELD] > 0.0) & (self.rows[:, UNREAD] > 0.0)).sum())
 
 
 @njit
-def _age(rows: Floats, count: int, s: Floats, at: float, now: float) -> float:
-    if count == 0:
-        return max(at, now)
-    come, never = np.full(count, at - now), np.empty(count)
-    took = run(rows[:count], come, s, at - now, 0.0, never, never)
-    # Everything there may wait for ever: then nothing is under way.
-    return now + max(took, 0.0)
+def _table(rows: Floats, server: Floats) -> Floats:
+    start = int(server[START])
+    return rows[start : start + int(server[COUNT])]
 
 
 @njit
-def _room(
-    rows: Floats, count: int, s: Floats, at: float, now: float, table: Floats, unheard_s: float
-) -> tuple[float, float, float, float]:
-    if now > at:
-        at = _age(rows, count, s, at, now)
-    expect(rows, count, table)
+def _age(rows: Floats, servers: Floats, place: int, now: float) -> None:
+    server = servers[place]
+    if now > server[AT]:
+        table = _table(rows, server)
+        if len(table):
+            scratch, from_s = scratch_for(len(table)), server[AT] - now
+            scratch.come[:] = from_s
+            took = run(table, scratch.come, server, from_s, 0.0, scratch.first, scratch.end, scratch)
+            # Everything there may wait for ever: then nothing is under way.
+            server[AT] = now + max(took, 0.0)
+        else:
+            server[AT] = now
+
+
+@njit
+def _add(rows: Floats, servers: Floats, place: int, request: Floats, now: float) -> None:
+    _age(rows, servers, place, now)
+    server = servers[place]
+    rows[int(server[START] + server[COUNT])] = request
+    server[COUNT] += 1.0
+
+
+@njit
+def _remove(rows: Floats, servers: Floats, place: int, i: int, now: float) -> None:
+    _age(rows, servers, place, now)
+    server = servers[place]
+    table = _table(rows, server)
+    for j in range(i + 1, len(table)):
+        table[j - 1] = table[j]
+    server[COUNT] -= 1.0
+
+
+@njit
+def _room(rows: Floats, servers: Floats, place: int, table: Floats, now: float) -> tuple[float, float, float]:
+    _age(rows, servers, place, now)
+    s = servers[place]
+    there = _table(rows, s)
+    count = len(there)
+    expect(there, count, table)
     unread, context = 0.0, 0.0
     for i in range(count):
-        context += rows[i, HELD]
-        unread += rows[i, UNREAD]
+        context += there[i, HELD]
+        unread += there[i, UNREAD]
     step_s = s[A] + s[B] * count + s[C] * context
+    unheard_s = now - s[HEARD_AT]
     # What they need together is most when one of them ends: the others have grown until then.
-    most = there = held = 0.0
-    for i in np.argsort(-rows[:count, LEFT]):
-        steps, alive, has = rows[i, LEFT], 1.0, rows[i, PROMPT] + 1.0
-        if rows[i, HELD] > 0.0:
+    most = alive = held = 0.0
+    for i in np.argsort(-there[:, LEFT]):
+        steps, share, has = there[i, LEFT], 1.0, there[i, PROMPT] + 1.0
+        if there[i, HELD] > 0.0:
             # It may have ended since something was heard: where nothing is known it does at this rate.
-            alive, has = np.exp(-unheard_s / (steps * step_s)), rows[i, HELD]
-        there += alive
-        held += alive * has
-        most = max(most, held + steps * (there + 1.0))
-    return s[KV] - most, s[E] * unread, step_s, at
+            share, has = np.exp(-unheard_s / (steps * step_s)), there[i, HELD]
+        alive += share
+        held += share * has
+        most = max(most, held + steps * (alive + 1.0))
+    return s[KV] - most, s[E] * unread, step_s
 
 
 @njit
-def _offer(
+def _best(
     rows: Floats,
-    count: int,
-    s: Floats,
-    at: float,
-    now: float,
-    ask: Floats,
-    gap_s: float,
+    servers: Floats,
+    places: Ints,
+    request: Floats,
+    cached: Floats,
     usual: Floats,
+    arrivals_s: Floats,
+    lengths: Floats,
     weight: float,
-    table: Floats,
-    unheard_s: float,
-) -> tuple[float, float, float, float, float]:
-    free, unread_s, step_s, at = _room(rows, count, s, at, now, table, unheard_s)
-    priced, _, _ = price(rows, count, s, at - now, ask, gap_s, usual, weight)
-    return priced, free, unread_s, step_s, at
+    now: float,
+) -> int:
+    most = 0
+    for n in range(len(places)):
+        total = int(servers[places[n], COUNT]) + 1 + behind(1.0 / arrivals_s[n])
+        most = max(most, total)
+    scratch, ask = scratch_for(most), request.copy()
+    best, best_s = 0, np.inf
+    for n in range(len(places)):
+        _age(rows, servers, places[n], now)
+        s = servers[places[n]]
+        there = _table(rows, s)
+        expect(there, len(there), lengths)
+        ask[UNREAD] = max(1.0, request[UNREAD] - cached[n])
+        offered_s, _, _ = price_below(
+            there, s, s[AT] - now, ask, 1.0 / arrivals_s[n], usual, weight, best_s, scratch
+        )
+        if offered_s < best_s:
+            best, best_s = n, offered_s
+    return best
 
 
 def warm_up() -> None:
     """What is compiled is loaded, or compiled where no cache has it: a second or so that no request waits."""
-    constants, usual = np.ones(CONSTANTS), row(2.0, 0.0, 2.0, 4.0, 0)
-    belief = Belief(0.0)
-    belief.add("", usual, constants, 0.0)
-    belief.age(constants, 1.0)
-    belief.room(constants, np.ones((1, BINS)), 2.0)
-    belief.offer(usual, constants, np.ones((1, BINS)), usual, 1.0, 1.0, 2.0)
+    beliefs, usual, lengths = Beliefs(), row(2.0, 0.0, 2.0, 4.0, 0), np.ones((1, BINS))
+    belief = Belief(beliefs, np.ones(CONSTANTS), 0.0)
+    belief.add("", usual, 0.0)
+    belief.age(1.0)
+    belief.room(lengths, 2.0)
+    beliefs.best([belief.place], usual, None, usual, [1.0], lengths, 1.0, 2.0)
+    belief.remove("", 3.0)

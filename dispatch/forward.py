@@ -9,7 +9,7 @@ form,
     k = min(tokens until somebody ends, KV memory left / n, steps until somebody comes)
     dt = k * (a + b*n + c*context) + c*n * k*(k-1)/2
 
-so a run costs O(n) stretches and a choice among eight servers tens of microseconds, compiled. What is
+so a run costs O(n) stretches and a choice among eight servers some twenty microseconds, compiled. What is
 compiled is what stands here: `njit` keeps the plain function, and a test runs both.
 
 The price of giving a request to a server is what it does to everybody (dispatch-study.md):
@@ -19,6 +19,8 @@ The price of giving a request to a server is what it does to everybody (dispatch
 
 Times are seconds from now; rows, constants and asks are float64 tables with the columns below.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +40,9 @@ A, B, C, D, E, F, KV, SEQS, STEP, CONSTANTS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9
 NEVER_S = 1e9
 """When a request that is larger than the KV memory has its first token."""
 
-BEHIND_S, MOST_BEHIND = 3.0, 64.0
-"""So long, and so many, that are expected to come behind a request count among those it delays."""
+BEHIND_S, MOST_BEHIND = 3.0, 8.0
+"""So long, and so many, that are expected to come behind a request count among those it delays: with 64
+nothing is better (4 seeds of conv, bench/dispatch.py), and a choice takes half as long again."""
 
 
 def constants(t: Timing) -> Floats:
@@ -69,15 +72,56 @@ def _step_s(s: Floats, batch: int, context: float, prompt: float, squares: float
     return linear if linear > bound else bound  # type: ignore[no-any-return]
 
 
+class Scratch(NamedTuple):
+    """Memory for runs one after the other: what a run notes, and the tables that `price` runs."""
+
+    order: NDArray[np.int64]
+    since: Floats
+    ends: Floats
+    reads: NDArray[np.int64]
+    table: Floats
+    come: Floats
+    first: Floats
+    end: Floats
+
+
+@njit
+def scratch_for(total: int) -> Scratch:
+    """Enough for runs of so many rows."""
+    return Scratch(
+        np.empty(total, np.int64),
+        np.empty(total),
+        np.empty(total),
+        np.empty(total, np.int64),
+        np.empty((total, COLUMNS)),
+        np.empty(total),
+        np.empty(total),
+        np.empty(total),
+    )
+
+
+@njit
+def behind(gap_s: float) -> int:
+    """So many are expected to come in the next seconds."""
+    return int(min(BEHIND_S / gap_s, MOST_BEHIND))
+
+
 @njit
 def run(
-    rows: Floats, come: Floats, s: Floats, start_s: float, until_s: float, first: Floats, end: Floats
+    rows: Floats,
+    come: Floats,
+    s: Floats,
+    start_s: float,
+    until_s: float,
+    first: Floats,
+    end: Floats,
+    scratch: Scratch,
 ) -> float:
     """Run it from start_s until all have ended, or to the first step that ends at until_s or later.
 
     rows are changed. come: when each comes (0: it is there); those that come later stand last, in their
     order. first, end: filled with their times. until_s: inf, to run to the end; else nobody ever ends, for
-    it is not known who has, and come must be all 0. Returns the time it has come to.
+    it is not known who has, and all must be there from start_s on. Returns the time it has come to.
     """
     total = len(rows)
     endless = until_s < np.inf
@@ -85,8 +129,8 @@ def run(
     used = context = 0.0
     running = alive = 0
     # Who makes tokens, since which step and until which, who ends next stands last; who reads.
-    order, since, ends, batch = np.empty(total, np.int64), np.zeros(total), np.empty(total), 0
-    reads, reading = np.empty(total, np.int64), 0
+    order, since, ends, batch = scratch.order, scratch.since, scratch.ends, 0
+    reads, reading = scratch.reads, 0
     for i in range(total):
         if rows[i, LEFT] <= 0.0 and not endless:
             continue
@@ -99,6 +143,7 @@ def run(
                 reading += 1
             else:
                 context += rows[i, HELD]
+                since[i] = 0.0
                 batch = _insert(order, ends, batch, i, np.inf if endless else np.ceil(rows[i, LEFT]))
     waits = 0  # nobody who waits stands before this
     while alive > 0 and t < until_s:
@@ -265,9 +310,49 @@ def _take_out(order: NDArray[np.int64], ends: Floats, batch: int, i: int) -> int
 
 
 @njit
+def price_below(
+    rows: Floats,
+    s: Floats,
+    start_s: float,
+    ask: Floats,
+    gap_s: float,
+    usual: Floats,
+    weight: float,
+    most_s: float,
+    scratch: Scratch,
+) -> tuple[float, float, float]:
+    """The price (see `price`); inf where it is above most_s by what the request itself waits for.
+
+    That is found at half the cost. scratch: for the rows, the request and those behind it.
+    """
+    count, later = len(rows), behind(gap_s)
+    table, come, first, end = scratch.table, scratch.come, scratch.first, scratch.end
+    price_s = 0.0
+    own_first = own_end = 0.0
+    for given in (1, 0):
+        total = count + given + later
+        table[:count] = rows
+        come[: count + given] = 0.0
+        first[:total] = 0.0
+        if given:
+            table[count] = ask
+        for n in range(later):
+            table[count + given + n] = usual
+            come[count + given + n] = (n + 1) * gap_s
+        run(table[:total], come, s, start_s, np.inf, first, end, scratch)
+        sign = 1.0 if given else -1.0
+        for i in range(total):
+            price_s += sign * (end[i] + weight * first[i])
+        if given:
+            own_first, own_end = first[count], end[count]
+            if own_end + weight * own_first >= most_s:
+                return np.inf, own_first, own_end
+    return price_s, own_first, own_end
+
+
+@njit
 def price(
     rows: Floats,
-    count: int,
     s: Floats,
     start_s: float,
     ask: Floats,
@@ -277,26 +362,8 @@ def price(
 ) -> tuple[float, float, float]:
     """(price, own first token, own end) of giving it a request, seconds.
 
-    rows: the first `count` of the table, as they will be at start_s. ask: the row of the request. usual: the
-    row of one that comes each gap_s, and BEHIND_S long; gap_s inf: none. weight: of a first token.
+    rows: its table, as it will be at start_s. ask: the row of the request. usual: the row of one that comes
+    each gap_s, and BEHIND_S long; gap_s inf: none. weight: of a first token.
     """
-    behind = int(min(BEHIND_S / gap_s, MOST_BEHIND))
-    price_s = 0.0
-    own_first = own_end = 0.0
-    for given in range(2):
-        total = count + given + behind
-        table, come = np.empty((total, COLUMNS)), np.zeros(total)
-        first, end = np.zeros(total), np.zeros(total)
-        table[:count] = rows[:count]
-        if given:
-            table[count] = ask
-        for n in range(behind):
-            table[count + given + n] = usual
-            come[count + given + n] = (n + 1) * gap_s
-        run(table, come, s, start_s, np.inf, first, end)
-        sign = 1.0 if given else -1.0
-        for i in range(total):
-            price_s += sign * (end[i] + weight * first[i])
-        if given:
-            own_first, own_end = first[count], end[count]
-    return price_s, own_first, own_end
+    scratch = scratch_for(len(rows) + 1 + behind(gap_s))
+    return price_below(rows, s, start_s, ask, gap_s, usual, weight, np.inf, scratch)

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left, insort
 
-from dispatch.belief import Belief
+from dispatch.belief import Belief, Beliefs
 from dispatch.circuit import Circuit
 from dispatch.pace import Pace, Span
 from dispatch.stock import Stock
@@ -28,7 +28,7 @@ of the rate (bench/route.py, 2026-11). 400 are 40 kB."""
 class Instance:
     """What is known of one instance of the hot set, under one address."""
 
-    def __init__(self, told: HotInstance, now: float) -> None:
+    def __init__(self, told: HotInstance, beliefs: Beliefs, now: float) -> None:
         self.told = told
         self.throughput = told.throughput_work_s
         self.capacity = told.capacity_work
@@ -44,8 +44,8 @@ class Instance:
         self.entry: Entry | None = None  # its place in the queue; None when it cannot serve
         self.queue: Queue | None = None
         self.stock = Stock()
-        self.belief = Belief(now)
         self.pace = Pace(told.timing or like(told.throughput_work_s))
+        self.belief = Belief(beliefs, self.pace.constants, now)
         self.memory = -1  # the number of its KV memory, another after a reboot
         self.strangers: dict[str, None] = {}  # requests in its belief that we gave no lease for
         self.span: Span | None = None
@@ -96,10 +96,6 @@ class Instance:
             return total
         return left if left > FLOOR * total else FLOOR * total
 
-    def at_floor(self, now: float) -> bool:
-        """Whether its work stays what it is until something happens."""
-        return (self.free_at - now) * self.throughput <= FLOOR * (self.given + self.foreign)
-
     @property
     def idle(self) -> bool:
         """Whether nothing goes on there: it may be given a request of any size."""
@@ -126,8 +122,8 @@ class Instance:
         return self.working_s + (now - self.working_since if self.leases else 0.0)
 
 
-Entry = tuple[float, float, int, Instance]
-"""(key, random, counter, instance): ties are broken by chance, then by age."""
+Entry = tuple[float, float, int, Instance, float]
+"""(key, random, counter, instance, when it is at its floor): ties are broken by chance, then by age."""
 
 
 class Queue:
@@ -142,27 +138,33 @@ class Queue:
 
     def add(self, inst: Instance, tie: tuple[float, int], now: float) -> None:
         """It has its place; it must have none."""
-        steady = inst.at_floor(now)
-        entries = self.steady if steady else self.draining
-        key = inst.work(now) / inst.throughput if steady else inst.free_at
-        inst.entry = (key, *tie, inst)
+        floor_s = FLOOR * (inst.given + inst.foreign) / inst.throughput
+        floor_at = inst.free_at - floor_s
+        if floor_at <= now:
+            inst.entry = (floor_s, *tie, inst, -math.inf)
+            insort(self.steady, inst.entry)
+        else:
+            inst.entry = (inst.free_at, *tie, inst, floor_at)
+            insort(self.draining, inst.entry)
         inst.queue = self
-        insort(entries, inst.entry)
 
     def remove(self, inst: Instance) -> None:
         """It has no place any more; it must have one here."""
         entry = inst.entry
-        for entries in (self.draining, self.steady):
-            place = len(entries) if entry is None else bisect_left(entries, entry)
-            if place < len(entries) and entries[place] is entry:
-                del entries[place]
-                break
+        if entry is not None:
+            entries = self.steady if entry[4] == -math.inf else self.draining
+            del entries[bisect_left(entries, entry)]
         inst.entry = inst.queue = None
 
-    def first(self, few: int, now: float) -> list[Instance]:
-        """The first so many of either list."""
-        while self.draining and self.draining[0][3].at_floor(now):
-            _, chance, age, inst = self.draining.pop(0)
-            inst.entry = (inst.work(now) / inst.throughput, chance, age, inst)
-            insort(self.steady, inst.entry)
-        return [entry[3] for entry in (*self.draining[:few], *self.steady[:few])]
+    def first(self, few: int, now: float) -> list[tuple[float, float, int, Instance]]:
+        """(seconds of work, random, counter, instance) of the first so many of either list."""
+        while self.draining and self.draining[0][4] <= now:
+            inst = self.draining[0][3]
+            tie = self.draining.pop(0)[1:3]
+            self.add(inst, tie, now)
+        out = [entry[:4] for entry in self.steady[:few]]
+        for free_at, chance, age, inst, floor_at in self.draining[:few]:
+            # Of those behind the first some may be at their floor by now.
+            seconds = free_at - now if floor_at > now else free_at - floor_at
+            out.append((seconds, chance, age, inst))
+        return out

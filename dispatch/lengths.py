@@ -38,8 +38,13 @@ OCTAVE = 4
 BINS, STEPS = 96, 5.0
 """So many bins, so many to a doubling: up to 2**19 tokens, each 15 % longer than the one before."""
 
-NEWS = 16
-"""Completions after which a kind's table is made anew: it costs 20 µs."""
+NEWS_MOST = 16
+"""Completions after which a kind's table is made anew: it costs 2 µs."""
+
+
+N, TOTAL, NEWS, SCALE, PARENT, FIGURES = 0, 1, 2, 3, 4, 5
+"""A kind's figures: completions and their tokens, both fading; completions since its table was made; what a
+completion of now counts in its bins; its parent's number."""
 
 
 class Lengths:
@@ -50,13 +55,10 @@ class Lengths:
         self.told = told
         self.completions = 0
         self._kinds: dict[tuple[int, int], int] = {(-1, -1): 0}
-        self._parents = [0]
+        self._figures = np.zeros((KINDS, FIGURES))
+        self._figures[:, SCALE] = 1.0
         self._count = np.zeros((KINDS, BINS))
         self._sum = np.zeros((KINDS, BINS))
-        self._n = [0.0] * KINDS
-        self._total = [0.0] * KINDS
-        self._news = [0] * KINDS
-        self._scale = [1.0] * KINDS  # a completion of now counts so much in _count and _sum
         self._alive = np.ones((KINDS, BINS))  # share of its completions that come so far
         self.table = np.full((KINDS, BINS), told)
         """Tokens to come, by kind and bin of those made."""
@@ -65,7 +67,7 @@ class Lengths:
     def tell(self, told: float) -> None:
         """Another mean is expected where nothing is known."""
         self.told = told
-        for kind in range(len(self._parents)):
+        for kind in range(len(self._kinds)):
             self._make(kind)
 
     def kind(self, prompt_tokens: float, max_tokens: int | None) -> int:
@@ -75,59 +77,88 @@ class Lengths:
         found = self._kinds.get((bits, size))
         if found is None:
             parent = 0 if size < 0 else self.kind(0, max_tokens)
-            if len(self._parents) == KINDS:
+            if len(self._kinds) == KINDS:
                 return parent
-            found = self._kinds[(bits, size)] = len(self._parents)
-            self._parents.append(parent)
+            found = self._kinds[(bits, size)] = len(self._kinds)
+            self._figures[found, PARENT] = parent
             self._make(found)
         return found
 
     def ended(self, tokens: int, kind: int) -> None:
         """A request of that kind was answered with so many."""
         self.completions += 1
-        keep = 1.0 - 1.0 / MEMORY
-        place = _bin(float(tokens))
-        while True:
-            self._n[kind] = self._n[kind] * keep + 1.0
-            self._total[kind] = self._total[kind] * keep + tokens
-            # What is new counts more instead of all that is old less: that would be 2 * BINS multiplications.
-            scale = self._scale[kind] / keep
-            if scale > 1e9:
-                self._count[kind] /= scale
-                self._sum[kind] /= scale
-                scale = 1.0
-            self._scale[kind] = scale
-            self._count[kind, place] += scale
-            self._sum[kind, place] += scale * tokens
-            self._news[kind] += 1
-            if self._news[kind] >= NEWS or self._n[kind] < NEWS:
-                self._make(kind)
-            if kind == 0:
-                break
-            kind = self._parents[kind]
+        _ended(self._figures, self._count, self._sum, self._alive, self.table, self.told, float(tokens), kind)
 
     def mean(self, kind: int, max_tokens: int | None = None) -> float:
         """Tokens that one of that kind is expected to be answered with, that may have so many."""
-        most = math.inf if max_tokens is None else float(max_tokens)
-        prior = min(most, self.told) if kind == 0 else self.mean(self._parents[kind], max_tokens)
-        return min(most, (PRIOR * prior + self._total[kind]) / (PRIOR + self._n[kind]))
+        return _mean(self._figures, self.told, kind, math.inf if max_tokens is None else float(max_tokens))
 
     def _make(self, kind: int) -> None:
-        self._news[kind] = 0
-        # Of those in longer bins all, of those in the same one the half that is longer.
-        count, total = self._count[kind] / self._scale[kind], self._sum[kind] / self._scale[kind]
-        later = count[::-1].cumsum()[::-1] - 0.5 * count
-        tokens = total[::-1].cumsum()[::-1] - 0.5 * total
+        _make(self._figures, self._count, self._sum, self._alive, self.table, self.told, kind)
+
+
+@njit
+def _mean(figures: Floats, told: float, kind: int, most: float) -> float:
+    """What is learned of a kind and of its parents, each with the one above it as its prior."""
+    mean = min(most, told)
+    for i, one in enumerate((0, int(figures[kind, PARENT]), kind)):
+        if i == 0 or one > 0:
+            mean = min(most, (PRIOR * mean + figures[one, TOTAL]) / (PRIOR + figures[one, N]))
+    return mean
+
+
+@njit
+def _ended(
+    figures: Floats,
+    count: Floats,
+    total: Floats,
+    alive: Floats,
+    table: Floats,
+    told: float,
+    tokens: float,
+    kind: int,
+) -> None:
+    place, keep = _bin(tokens), 1.0 - 1.0 / MEMORY
+    while True:
+        own = figures[kind]
+        own[N] = own[N] * keep + 1.0
+        own[TOTAL] = own[TOTAL] * keep + tokens
+        # What is new counts more instead of all that is old less: that would be 2 * BINS multiplications.
+        own[SCALE] /= keep
+        if own[SCALE] > 1e9:
+            count[kind] /= own[SCALE]
+            total[kind] /= own[SCALE]
+            own[SCALE] = 1.0
+        count[kind, place] += own[SCALE]
+        total[kind, place] += own[SCALE] * tokens
+        own[NEWS] += 1.0
+        if own[NEWS] >= NEWS_MOST or own[N] < NEWS_MOST:
+            _make(figures, count, total, alive, table, told, kind)
         if kind == 0:
-            alive, left = np.exp(-_EDGES / self.told), np.full(BINS, self.told)
-        else:
-            alive, left = self._alive[self._parents[kind]], self.table[self._parents[kind]]
-        more = np.maximum(tokens - _EDGES * later, 0.0) + PRIOR * alive * left
-        self.table[kind] = np.maximum(1.0, more / np.maximum(later + PRIOR * alive, 1e-12))
-        self._alive[kind] = (later + PRIOR * alive) / (self._n[kind] + PRIOR)
+            break
+        kind = int(own[PARENT])
 
 
-_EDGES = np.exp2(np.arange(BINS) / STEPS) - 1.0
+@njit
+def _make(
+    figures: Floats, count: Floats, total: Floats, alive: Floats, table: Floats, told: float, kind: int
+) -> None:
+    own = figures[kind]
+    parent = int(own[PARENT])
+    own[NEWS] = 0.0
+    later = tokens = 0.0
+    for i in range(BINS - 1, -1, -1):
+        edge = 2.0 ** (i / STEPS) - 1.0
+        above = np.exp(-edge / told) if kind == 0 else alive[parent, i]
+        left = told if kind == 0 else table[parent, i]
+        # Of those in longer bins all, of those in the same one the half that is longer.
+        here, here_tokens = count[kind, i] / own[SCALE], total[kind, i] / own[SCALE]
+        some, some_tokens = later + 0.5 * here, tokens + 0.5 * here_tokens
+        more = max(some_tokens - edge * some, 0.0) + PRIOR * above * left
+        table[kind, i] = max(1.0, more / max(some + PRIOR * above, 1e-12))
+        alive[kind, i] = (some + PRIOR * above) / (own[N] + PRIOR)
+        later += here
+        tokens += here_tokens
 
 
 @njit

@@ -111,7 +111,6 @@ class Clairvoyant(Rule):
         ask[PROMPT], ask[UNREAD], ask[LEFT] = request.prompt, request.prompt - cached, request.output
         total, first_s, end_s = price(
             rows,
-            len(rows),
             self._constants[server],
             at - now,
             ask,
