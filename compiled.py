@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 ROOT = Path(__file__).parent
 
-SOURCES = ("compiled.py", "bench/floor.py", "dispatch/*.py", "policies/*.py", "simulation/fluid.py")
+SOURCES = ("compiled.py", "bench/floor.py", "dispatch/*.py", "policies/*.py", "simulation/*.py")
 """What is compiled, and all that it takes constants or functions from (test_compiled.py)."""
 
 KEPT_S = 7 * 86400.0

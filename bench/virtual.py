@@ -21,6 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.peers import PEERS, runs
 from bench.policies import GPUS, START_SHARE, TRACES, read_log
 from command_line import Parser, run_main
@@ -87,13 +89,17 @@ def setting(profile_name: str, **changes: Any) -> Setting:
 
 
 def poisson(rate: float, count: int) -> Iterator[Request]:
-    """Arrivals of the usual lengths."""
-    rng = random.Random(1)
+    """Arrivals of the usual lengths. Drawn by the thousand: one by one it would take 3 µs a request."""
+    rng = np.random.default_rng(1)
     at = 0.0
-    for _ in range(count):
-        at += rng.expovariate(rate)
-        prompt = min(4000, max(1, round(rng.lognormvariate(5.4, 0.8))))
-        yield Request(at, prompt, min(2000, max(1, round(rng.lognormvariate(4.9, 0.7)))), -1)
+    for drawn in range(0, count, 1000):
+        few = min(1000, count - drawn)
+        times = at + np.cumsum(rng.exponential(1.0 / rate, few))
+        at = float(times[-1])
+        prompts = np.clip(np.rint(rng.lognormal(5.4, 0.8, few)), 1, 4000).astype(int)
+        outputs = np.clip(np.rint(rng.lognormal(4.9, 0.7, few)), 1, 2000).astype(int)
+        for came, prompt, output in zip(times.tolist(), prompts.tolist(), outputs.tolist(), strict=True):
+            yield Request(came, prompt, output, -1)
 
 
 def memory_mb() -> float:

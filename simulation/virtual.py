@@ -1,14 +1,16 @@
 """A whole fleet in virtual time: the real autoscaler and loadbalancer, simulated machines, a trace of users.
 
-    trace ──► users ──► LoadBalancer ──► SimulatedInstance (ModelServer) ──► first token, end
+    trace ──► users ──► LoadBalancer ──► instances (Engines) ──► first token, end
                             ▲   reports, pushes ──┘
                             │ hot set     │ usage
                             └─ Autoscaler ┘ ── orders ──► SimulatedCloud ── boots, ends ──► instances
 
 `Autoscaler`, `InstanceSet`, `LoadBalancer`, `Demand` and `Ledger` are the objects that run in production,
 unchanged; what is simulated is what they talk to. Time is a heap of (time, counter, what): what is due at the
-same time happens in the order it was scheduled. The next arrival is read from the trace when the one before
-has happened, and figures are kept as digests, so memory does not grow with the length of the trace.
+same time happens in the order it was scheduled. What happens inside the model servers is not in it: they go
+on by themselves until somebody has ended (engines.py), for of the rest nobody is told. The next arrival is
+read from the trace when the one before has happened, and figures are kept as digests, so memory does not grow
+with the length of the trace.
 
 How long things take beside the model servers: an order takes as long as the vastai CLI, a health check as
 long as ssh and a short prompt, an instance tells of ends as soon as remote/speaker.py does.
@@ -24,7 +26,7 @@ import json
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -48,8 +50,8 @@ from profiles import Profile
 from report import FAILED, LATE, SLOW, Sample
 from simulation import replay
 from simulation.cloud import Hazards, SimulatedCloud, times_for
+from simulation.engines import Engines
 from simulation.figures import Digest
-from simulation.timing import Kind, ModelServer
 from simulation.traces import Request
 from slo import Slo
 from tuner import LEAST_S, NoCurve, Tuner
@@ -188,19 +190,23 @@ class LoadReport(NamedTuple):
 
 
 class _Flight:
-    """One request of a user, until it has ended. place: where it is now."""
+    """One request of a user, until it has ended.
+
+    place: where it is now. id: its lease's. row: its number among the requests of the engines, or 0.
+    """
 
     __slots__ = (
         "ask",
         "at",
-        "first_at",
         "given_at",
+        "id",
         "instance",
         "lease",
         "output",
         "pause_s",
         "place",
         "prompt",
+        "row",
         "scored",
         "tries",
         "up_at",
@@ -216,8 +222,9 @@ class _Flight:
         self.scored = scored
         self.tries = 0
         self.pause_s = 0.0
-        self.first_at: float | None = None
         self.given_at = at
+        self.id = ""
+        self.row = 0
         self.lease: Lease | None = None
         self.instance: _Instance | None = None
         self.place = "asking"
@@ -225,7 +232,7 @@ class _Flight:
 
 
 class _Instance:
-    """A rental's processes: a model server, and what it has not told yet."""
+    """A rental's processes: a model server, which requests are in it, and what it has not told yet."""
 
     __slots__ = (
         "after",
@@ -244,11 +251,10 @@ class _Instance:
         "server",
         "started",
         "up",
-        "wake_at",
-        "wake_no",
     )
 
-    def __init__(self, id: int, boot: int, server: ModelServer) -> None:
+    def __init__(self, id: int, boot: int, server: int) -> None:
+        """server: its number among the engines."""
         self.id = id
         self.boot = boot
         self.boot_id = f"{id}-{boot}"
@@ -256,7 +262,7 @@ class _Instance:
         self.up = True
         self.ready = False
         self.frozen = False
-        self.flights: dict[str, _Flight] = {}
+        self.flights: dict[int, _Flight] = {}
         self.started: list[str] = []
         self.ended: list[Ended] = []
         self.seq = 0
@@ -264,8 +270,6 @@ class _Instance:
         self.heard = 0
         self.push_due = False
         self.next_push_at = 0.0
-        self.wake_at = float("inf")
-        self.wake_no = 0
         self.after = 0
 
 
@@ -347,7 +351,9 @@ class VirtualFleet:
         self._policy = policy
         self._requests = iter(requests)
         self._context = setting.context or self._longest_request()
+        self._engines = Engines()
         self._instances: dict[int, _Instance] = {}
+        self._by_server: dict[int, _Instance] = {}
         self._lost_tokens = 0
         self._made_tokens = 0
         self._waiting: dict[Waiter, _Flight] = {}
@@ -370,7 +376,6 @@ class VirtualFleet:
         self._checking: set[str] = set()
         self._jitter = random.Random(self._rng.getrandbits(64))
         self._begun_at: float | None = None
-        self._trace_over = False
         self._sample_every = 1
         self._looks = 0
         self._arrived = 0
@@ -436,41 +441,38 @@ class VirtualFleet:
             and (states[State.HOT] + states[State.COLD] >= total)
         )
 
-    def _step(self) -> None:
-        at, _, what, arg = heapq.heappop(self._heap)
-        self.now = at
+    def _step(self, before: float = float("inf")) -> bool:
+        """What happens next has happened; False when that is not before then."""
+        heap = self._heap
+        due = heap[0][0]
+        # Whoever is held may be granted a lease by any change inside a model server, not by ends only.
+        server, at, ended = self._engines.play(min(due, before), bool(self._waiting))
+        if server:
+            self.now = at
+            self._happened(self._by_server[server], ended)
+            return True
+        if due >= before:
+            return False
+        self.now, _, what, arg = heapq.heappop(heap)
         if arg is None:
             what()
         else:
             what(arg)
+        return True
 
     def _play(self) -> None:
-        heap, requests = self._heap, self._requests
         begun = self.now
-        arrive, step = self._arrive, heapq.heappop
-        following: Iterator[Request] = iter(requests)
-        request = next(following, None)
-        if request is None:
-            raise ConfigError("the trace has no request")
-        due = begun + request.at_s
-        while True:
-            if heap[0][0] < due:
-                at, _, what, arg = step(heap)
-                self.now = at
-                if arg is None:
-                    what()
-                else:
-                    what(arg)
-                continue
+        arrive, step = self._arrive, self._step
+        for request in self._requests:
+            due = begun + request.at_s
+            while step(due):
+                pass
             self.now = due
             arrive(request, due)
-            request = next(following, None)
-            if request is None:
-                break
-            due = begun + request.at_s
-        self._trace_over = True
+        if not self._arrived:
+            raise ConfigError("the trace has no request")
         while self._asking or self._flying or self._waiting:
-            self._step()
+            step()
 
     # -- users --
 
@@ -538,13 +540,15 @@ class VirtualFleet:
             self._set_back(flight, "not_started")
             return
         flight.instance = instance
-        instance.flights[lease.request_id] = flight
+        flight.id = lease.request_id
         instance.started.append(lease.request_id)
         instance.seq += 1
-        events = instance.server.submit(lease.request_id, flight.prompt, flight.output, now)
-        if events:
-            self._happened(instance, events)
-        self._wake_for(instance)
+        flight.row, ended = self._engines.submit(instance.server, flight.prompt, flight.output, now)
+        instance.flights[flight.row] = flight
+        if ended:
+            self._happened(instance, ended)
+        elif self._waiting and len(instance.flights) == 1:  # admitted at once
+            self._grant()
 
     def _set_back(self, flight: _Flight, why: str) -> None:
         """The instance failed it: the loadbalancer is told, and another is asked."""
@@ -555,7 +559,7 @@ class VirtualFleet:
         self._flying -= 1
         flight.instance = None
         flight.lease = None
-        flight.first_at = None
+        flight.row = 0
         self.balancer.done(lease.request_id, "failed", self.now)
         if flight.scored:
             self.out.setbacks[why] += 1
@@ -571,11 +575,12 @@ class VirtualFleet:
         self._at(again, self._ask, flight)
 
     def _stalled(self, flight: _Flight) -> None:
-        if flight.place == "sent" and flight.instance is not None and flight.instance.frozen:
-            instance, lease = flight.instance, flight.lease
-            if lease is not None and instance.flights.pop(lease.request_id, None) is not None:
+        instance = flight.instance
+        # One that was sent while it was frozen never arrived there, thawed or not.
+        if flight.place == "sent" and instance is not None and (instance.frozen or not flight.row):
+            if instance.flights.pop(flight.row, None) is not None:
                 self._lost_tokens += flight.output
-                instance.server.cancel(lease.request_id, self.now)
+                self._engines.cancel(flight.row, instance.server, self.now)
             self._set_back(flight, "broken_off")
 
     def _fails(self, flight: _Flight, why: str) -> None:
@@ -590,37 +595,38 @@ class VirtualFleet:
             out.missed_why[FAILED] += 1
             out.retried += flight.tries > 1
 
-    def _completes(self, flight: _Flight, at: float) -> None:
+    def _completes(self, flight: _Flight, first_at: float, at: float) -> None:
         if flight.place != "sent":
             raise NotConserved(f"a request completed that was {flight.place}")
         flight.place = "ended"
         self._flying -= 1
         self._ended += 1
-        self._delivered_tokens += flight.output
+        prompt, output = flight.prompt, flight.output
+        self._delivered_tokens += output
         if not flight.scored:
             return
         out = self.out
-        first_s = (at if flight.first_at is None else flight.first_at) - flight.at
+        first_s = first_at - flight.at
         whole_s = at - flight.at
         out.requests += 1
         out.completed += 1
         out.retried += flight.tries > 1
-        out.prompt_tokens += flight.prompt
-        out.output_tokens += flight.output
+        out.prompt_tokens += prompt
+        out.output_tokens += output
         out.first_token.add(first_s)
         out.whole.add(whole_s)
         waited_s = flight.given_at - flight.at
         out.route.add(waited_s)
-        if flight.output > 1:
-            out.per_token.add((whole_s - first_s) / (flight.output - 1))
+        if output > 1:
+            out.per_token.add((whole_s - first_s) / (output - 1))
         slo = self.setting.slo
-        if first_s > slo.first_token_limit_s(flight.prompt) + 1e-6:
+        if not slo.met(prompt, output, first_s, whole_s):
             out.missed += 1
-            out.missed_why[LATE] += 1
-            out.late_wait.add(waited_s)
-        elif not slo.met(flight.prompt, flight.output, first_s, whole_s):
-            out.missed += 1
-            out.missed_why[SLOW] += 1
+            if first_s > slo.first_token_limit_s(prompt) + 1e-6:
+                out.missed_why[LATE] += 1
+                out.late_wait.add(waited_s)
+            else:
+                out.missed_why[SLOW] += 1
         out.late += flight.was_late
 
     # -- who is held --
@@ -655,43 +661,22 @@ class VirtualFleet:
 
     # -- instances --
 
-    def _wake_for(self, instance: _Instance) -> None:
-        """Look at its model server again when something can happen there."""
-        at = instance.server.next_change()
-        if at is None:
-            instance.wake_at = float("inf")
-        elif at != instance.wake_at:
-            instance.wake_at = at
-            instance.wake_no += 1
-            heapq.heappush(self._heap, (at, next(self._counter), self._wake, (instance, instance.wake_no)))
-
-    def _wake(self, which: tuple[_Instance, int]) -> None:
-        instance, number = which
-        if number != instance.wake_no or not instance.up or instance.frozen:
-            return
-        instance.wake_at = float("inf")
-        self._happened(instance, instance.server.advance(self.now))
-        self._wake_for(instance)
-
-    def _happened(self, instance: _Instance, events: list[Any]) -> None:
-        flights = instance.flights
-        for at, request_id, kind, tokens in events:
-            if kind is Kind.TOKENS:
-                flight = flights[request_id]
-                if flight.first_at is None:
-                    flight.first_at = at
-            elif kind is Kind.FINISHED:
-                flight = flights.pop(request_id)
-                if flight.first_at is None and tokens == flight.output:
-                    flight.first_at = at
-                instance.ended.append(Ended(request_id, "finished", flight.output))
-                instance.seq += 1
-                self._completes(flight, at)
-                # The client says at once that it has its answer; the instance's report tells of its length.
-                self.balancer.done(request_id, "finished", self.now)
-                if not instance.push_due:
-                    instance.push_due = True
-                    self._at(max(self.now + PUSH_S, instance.next_push_at), self._push, instance)
+    def _happened(self, instance: _Instance, ended: int) -> None:
+        """Something changed in its model server: that request has ended, and others behind it; 0: none."""
+        flights, engines, now = instance.flights, self._engines, self.now
+        while ended:
+            flight = flights.pop(ended)
+            first_at, at, following = engines.after(ended)
+            engines.release(ended)
+            instance.ended.append(Ended(flight.id, "finished", flight.output))
+            instance.seq += 1
+            self._completes(flight, first_at, at)
+            # The client says at once that it has its answer; the instance's report tells of its length.
+            self.balancer.done(flight.id, "finished", now)
+            if not instance.push_due:
+                instance.push_due = True
+                self._at(max(now + PUSH_S, instance.next_push_at), self._push, instance)
+            ended = following
         if self._waiting:
             self._grant()
 
@@ -719,11 +704,9 @@ class VirtualFleet:
         self._grant()
 
     def _load(self, instance: _Instance) -> LoadReport:
-        server = instance.server
-        events = server.advance(self.now)
-        if events:
-            self._happened(instance, events)
-            self._wake_for(instance)
+        happened, running, waiting, read, made = self._engines.look(instance.server, self.now)
+        if happened:
+            self._happened(instance, happened)
         started, ended = instance.started, instance.ended
         instance.started, instance.ended = [], []
         instance.after = instance.seq
@@ -732,11 +715,11 @@ class VirtualFleet:
             instance.seq,
             started,
             ended,
-            server.running,
-            server.waiting,
+            running,
+            waiting,
             instance.ready,
-            server.prompt_tokens_total,
-            server.generation_tokens_total,
+            read,
+            made,
         )
 
     def _ready(self, which: tuple[_Instance, int]) -> None:
@@ -760,11 +743,13 @@ class VirtualFleet:
         if instance is None or not instance.up:
             return
         instance.up = instance.ready = False
-        server = instance.server
-        self._made_tokens += server.generation_tokens_total
+        del self._by_server[instance.server]
+        self._made_tokens += self._engines.made_tokens(instance.server)
+        self._engines.remove(instance.server)
         self._ended_machines += 1
-        self._lost_tokens += sum(flight.output for flight in instance.flights.values())
-        for flight in list(instance.flights.values()):
+        for flight in instance.flights.values():
+            self._lost_tokens += flight.output
+            self._engines.release(flight.row)
             self._set_back(flight, "broken_off")
         instance.flights.clear()
 
@@ -876,7 +861,7 @@ class VirtualFleet:
             held_prompt_tokens=usage.held_prompt_tokens,
             oldest_wait_s=usage.oldest_wait_s,
             turned_late=usage.turned_late,
-            kv_tokens=sum(i.server.kv_tokens_used for i in self._instances.values()),
+            kv_tokens=sum(self._engines.kv_tokens_used(i.server) for i in self._instances.values()),
             slo=self.setting.slo,
             late_bound_s=self.setting.late_bound_s,
         )
@@ -897,17 +882,15 @@ class VirtualFleet:
         elif not instance.ready:
             check = Check(order.label, started_at, Verdict.LOADING, "the ready line is not in its log yet")
         else:
-            server = instance.server
-            server_events = server.advance(self.now)
-            if server_events:
-                self._happened(instance, server_events)
-                self._wake_for(instance)
+            ended, running, waiting, _, _ = self._engines.look(instance.server, self.now)
+            if ended:
+                self._happened(instance, ended)
             check = Check(
                 order.label,
                 started_at,
                 Verdict.PASSED,
                 "test prompt: 1 token(s)",
-                server.running + server.waiting,
+                running + waiting,
             )
         self.scaler.judge(check)
         self._tell_hot_set()
@@ -956,8 +939,9 @@ class VirtualFleet:
     def _boot(self, boot: Boot) -> None:
         self._dies(boot.id)
         timing = self._timing(boot.machine.gpu_name, boot.machine.num_gpus)
-        instance = _Instance(boot.id, boot.boot, ModelServer(timing, every_token=False))
-        self._instances[boot.id] = instance
+        server = self._engines.add(timing)
+        instance = _Instance(boot.id, boot.boot, server)
+        self._instances[boot.id] = self._by_server[server] = instance
         self._dearest_usd_h = max(self._dearest_usd_h, boot.machine.usd_h)
         self.cloud.booted(boot, self.now)
         self._at(self.now + boot.load_s, self._ready, (instance, boot.boot))
@@ -967,12 +951,10 @@ class VirtualFleet:
         if instance is None:
             return
         instance.frozen = effect.frozen
+        self._engines.freeze(instance.server, effect.frozen)
         if effect.frozen:
             for flight in instance.flights.values():
                 self._at(self.now + STALL_S, self._stalled, flight)
-        else:
-            instance.wake_at = float("inf")
-            self._wake_for(instance)
 
     # -- what is seen --
 
@@ -1013,7 +995,7 @@ class VirtualFleet:
         """What must be true of every run; raises NotConserved when it is not."""
         _must(self._arrived == self._ended, f"{self._arrived} requests arrived, {self._ended} ended")
         _must(not self._waiting and not self._flying, "the trace is over, and a request is still somewhere")
-        made = self._made_tokens + sum(i.server.generation_tokens_total for i in self._instances.values())
+        made = self._made_tokens + sum(self._engines.made_tokens(i.server) for i in self._instances.values())
         delivered, lost = self._delivered_tokens, self._lost_tokens
         _must(
             delivered <= made <= delivered + lost,

@@ -197,6 +197,7 @@ PURE = (
     "demand.py",
     "policies",
     "localcloud/model.py",
+    "simulation/engines.py",
     "simulation/timing.py",
     "simulation/figures.py",
     "simulation/fluid.py",

@@ -6,17 +6,19 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from localcloud.market import Machine
+from localcloud.model import Freeze
 from model_timing import Timing
 from policies import Busy, Fixed, Seen, Targets
 from profiles import PROFILES, Profile
 from simulation.cloud import Hazards, deep_market, parse_hazards
 from simulation.traces import Request
-from simulation.virtual import Outcome, Setting, simulate
+from simulation.virtual import Outcome, Setting, VirtualFleet, simulate
 
 A100 = tuple(m for m in deep_market() if m.gpu_name == "A100 SXM4")
 PROFILE = PROFILES["vllm-13"]
@@ -175,6 +177,20 @@ def test_machines_that_die_or_are_lost_cost_retries_and_no_request() -> None:
     assert out.retried > 0
     assert out.completed == 12_000
     assert out.audit["tokens_made"] > out.audit["tokens_delivered"]  # what was broken off was made twice
+
+
+def test_what_is_sent_to_a_host_that_is_lost_for_a_moment_is_broken_off_and_tried_again(
+    tmp_path: Path,
+) -> None:
+    fleet = VirtualFleet(setting(pool=2, hot=2), Fixed(2, 2), poisson(20.0, 40, 1), tmp_path)
+    fleet._prepare()
+    lost = next(iter(fleet._instances))
+    fleet._freezes(Freeze(lost, frozen=True))
+    fleet._at(fleet.now + 10.0, fleet._freezes, Freeze(lost, frozen=False))
+    fleet._play()
+    out = fleet._finish()
+    assert out.setbacks["broken_off"] > 0
+    assert out.completed == 40
 
 
 def test_an_interruptible_fleet_is_outbid_and_comes_back() -> None:
