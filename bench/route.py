@@ -5,8 +5,8 @@
 Three processes: a fleet of stub instances (a real socket each, tokens in batches, load reports, and the
 autoscaler's two routes), the real `loadbalancer_server.py`, and this driver, which has keep-alive
 connections, one request at a time on each. The driver tells the fleet which leases it was given and the
-fleet reports them as started and ended, so stock, refills, leases, work and reports all do what they
-do in service. With two cores the server has one, driver and fleet have the other.
+fleet reports them as started and ended, when it is asked and by itself, so stock, refills, leases, work and
+reports all do what they do in service. With two cores the server has one, driver and fleet have the other.
 
 Rounds of all kinds alternate, each against a fresh server; medians of the rounds are shown. Processor time is
 the server's (user and system) per lease, everything it does in the background included.
@@ -43,6 +43,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import uvloop
@@ -77,6 +78,9 @@ MOST_PORTS = 1000
 BATCH = 32
 """Leases in one answer of the batches."""
 
+SPEAKERS, TELL_AGAIN_S = 2, 1.0
+"""Connections over which the fleet pushes its reports, and when it looks again at who had nothing to say."""
+
 HELD, WAKES_S, WAKING_S, BURST = 5000, 200, 5.0, 3000
 """Clients that wait; of them woken a second, for so long; and then at once."""
 
@@ -97,6 +101,9 @@ class StubInstance:
         self.seq = 0
         self.served = 0
         self.serving: deque[tuple[float, str]] = deque()
+        self.report_to = ""
+        self.pushed = 0  # of the events, so many have been pushed
+        self.pushes = 0
         self.path = ""
         self.master_token = f"{number:08d}" + "m" * 56
 
@@ -131,6 +138,17 @@ class StubInstance:
         self.events.append((request_id, ""))
         self.serving.append((now + SERVED_S, request_id))
 
+    def push(self) -> bytes | None:
+        """POST /report with what has happened since the last one, or None when nothing has."""
+        if self.seq == self.pushed and not (self.serving and self.serving[0][0] <= time.monotonic()):
+            return None
+        load = self.load(self.pushed)
+        self.pushes += 1
+        told = {name: load[name] for name in ("boot_id", "seq", "missed", "started", "ended", "model_up")}
+        raw = signed_push(self, told | {"number": self.pushes, "after": self.pushed})
+        self.pushed = load["seq"]
+        return raw
+
     def load(self, after: int) -> dict[str, Any]:
         """GET /load."""
         now = time.monotonic()
@@ -153,6 +171,14 @@ class StubInstance:
             "prompt_tokens_total": 300 * self.served,
             "generation_tokens_total": 150 * self.served,
         }
+
+
+def signed_push(instance: StubInstance, said: dict[str, Any]) -> bytes:
+    """A report of that instance, as remote/speaker.py sends it."""
+    raw = json.dumps(said).encode()
+    name, key = name_and_key(instance.master_token)
+    signature = hmac.new(key.encode(), b"/report " + raw, hashlib.sha256).hexdigest()
+    return with_body("/report", raw, f"Authorization: Fleet {name}:{signature}\r\n")
 
 
 class StubHttp(asyncio.Protocol):
@@ -193,7 +219,9 @@ class StubHttp(asyncio.Protocol):
             if instance.path:
                 instance = self._fleet[int(target.split("/")[1])]
             if target.endswith("/tokens"):
-                return instance.token_batch(json.loads(body)["count"])
+                said = json.loads(body)
+                instance.report_to = said.get("report_to", "")
+                return instance.token_batch(said["count"])
             return instance.load(int(target.partition("after=")[2]))
         if target == "/leased":
             now = time.monotonic()
@@ -243,7 +271,37 @@ async def run_fleet(count: int) -> None:
         )
     control = await loop.create_server(lambda: StubHttp(fleet, None), "127.0.0.1", 0)
     print(control.sockets[0].getsockname()[1], flush=True)
+    turns = deque((0.0, instance) for instance in fleet)
+    await asyncio.gather(*(speak(turns) for _ in range(SPEAKERS)))
     await asyncio.Event().wait()
+
+
+async def speak(turns: deque[tuple[float, StubInstance]]) -> None:
+    """Push reports until the loadbalancer ends, of each instance as often as it is told to.
+
+    turns: (when, whose), one of each instance; several speakers share them.
+    """
+    loop = asyncio.get_running_loop()
+    answers: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
+    line: Client | None = None
+    while True:
+        due, instance = turns.popleft()
+        if due > time.monotonic():  # else the last answer was waited for: the loop has had its turn
+            await asyncio.sleep(due - time.monotonic())
+        raw = instance.push() if instance.report_to else None
+        next_in_s = TELL_AGAIN_S
+        if raw is not None:
+            if line is None:
+                line = Client(lambda _, head, body, __: answers.put_nowait((head, body)))
+                port = urlsplit(instance.report_to).port or 0
+                await loop.create_connection(lambda it=line: it, "127.0.0.1", port)  # type: ignore[misc]
+            if not line.connected:
+                return
+            line.send(raw)
+            head, body = await answers.get()
+            if head.startswith(b"HTTP/1.1 200"):
+                next_in_s = json.loads(body)["next_in_s"]
+        turns.append((time.monotonic() + next_in_s, instance))
 
 
 # -- the driver ------------------------------------------------------------------------------------------
@@ -265,6 +323,11 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of asyncio.Protocol."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one, but not by descent
+
+    @property
+    def connected(self) -> bool:
+        """Whether it can still ask."""
+        return not self._transport.is_closing()
 
     def send(self, request: bytes, since: float | None = None) -> None:
         """Ask once. since: from when its time counts."""
@@ -514,10 +577,7 @@ class Pusher:
             "ended": [{"id": request_id, "status": "finished", "output_tokens": 150}],
             "model_up": True,
         }
-        raw = json.dumps(said).encode()
-        name, key = name_and_key(instance.master_token)
-        signature = hmac.new(key.encode(), b"/report " + raw, hashlib.sha256).hexdigest()
-        return with_body("/report", raw, f"Authorization: Fleet {name}:{signature}\r\n")
+        return signed_push(instance, said)
 
 
 async def hold(port: int, pid: int, control: str, instances: list[StubInstance]) -> Held:

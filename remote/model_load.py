@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-FRESH_S = 0.2
+_FRESH_S = 0.2
 """A reading this old is as good as a new one."""
 
-TIMEOUT_S = 1.0
+_TIMEOUT_S = 1.0
 """For a reading. One that takes longer than this on loopback is a model server that does not answer."""
 
-RATE_S = 1.0
+_RATE_S = 1.0
 """The token rate is taken over at least so long."""
 
 _NAMES = {
@@ -85,7 +85,7 @@ class ModelServer:
         self._last = ModelLoad()
         self._base: tuple[float, int] | None = None
 
-    def load(self, fresh_s: float = FRESH_S) -> ModelLoad:
+    def load(self, fresh_s: float = _FRESH_S) -> ModelLoad:
         """The last reading if it is not older than that, or a new one."""
         with self._lock:
             if self._clock() - self._read_at > fresh_s:
@@ -98,7 +98,7 @@ class ModelServer:
             self._base = (now, load.generation_tokens_total) if load.model_up else None
             return load
         at, before = self._base
-        if now - at < RATE_S:
+        if now - at < _RATE_S:
             return replace(load, tokens_s=self._last.tokens_s)
         self._base = (now, load.generation_tokens_total)
         return replace(load, tokens_s=(load.generation_tokens_total - before) / (now - at))
@@ -123,10 +123,10 @@ class ModelServer:
 def _connection(port: int, certificate: str | None) -> http.client.HTTPConnection:
     """To this machine; with TLS, to nobody but who has that certificate."""
     if certificate is None:
-        return http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     # It is its own anchor, and its dates say nothing (X509_V_FLAG_NO_CHECK_TIME has no name in ssl).
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(0x200000)
     context.load_verify_locations(certificate)
-    return http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_S, context=context)
+    return http.client.HTTPSConnection("127.0.0.1", port, timeout=_TIMEOUT_S, context=context)

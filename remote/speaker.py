@@ -23,19 +23,19 @@ from urllib.parse import urlsplit
 from remote.events import Events, News, events_told
 from remote.log_lines import ENDED, GIVING_UP, READY
 
-TICK_S = 0.1
+_TICK_S = 0.1
 """Between two looks, at least: under half of what a loadbalancer may lag behind; each takes 50 to 100 µs."""
 
 _QUIET_S = 1.0
 """Between two looks at the log of a model that is ready, while no event comes."""
 
-PROGRESS_S = 5.0
+_PROGRESS_S = 5.0
 """Between two messages that say no more than how far loading is."""
 
-POST_S = 2.0
+_POST_S = 2.0
 """For a message: one that takes longer is tried again, or left to polling."""
 
-RETRY_S = (0.25, 5.0)
+_RETRY_S = (0.25, 5.0)
 """After a message that did not get through: the first, doubling up to the second."""
 
 TRIES = 3
@@ -47,8 +47,11 @@ MOST_LISTENERS = 8
 MOST_EVENTS = 2_000
 """In a report; a loadbalancer that lags behind further asks for the rest."""
 
-READ_BYTES = 65_536
+_READ_BYTES = 65_536
 """Of the log at a time."""
+
+_LENGTH = re.compile(rb"(?i)\ncontent-length: *(\d+)|$")
+"""Of the body. One sent in pieces is not understood; our servers, and proxies before them, send none such."""
 
 _PERCENT = re.compile(rb"\b(\d{1,3})%")
 
@@ -71,7 +74,7 @@ class ModelState:
     def feed(self, raw: bytes) -> None:
         """Take in what was written to the log."""
         *lines, self._rest = (self._rest + raw).split(b"\n")
-        self._rest = self._rest[-READ_BYTES:]
+        self._rest = self._rest[-_READ_BYTES:]
         for line in lines:
             # vLLM logs what requests say, but never at the beginning of a line.
             percent = None if self.said_ready else _PERCENT.search(line.rpartition(b"\r")[2])
@@ -126,7 +129,7 @@ class Watch(threading.Thread):
             if seen != (seen := (*self.news, self.model.state, self.model.why)):
                 with self.changed:
                     self.changed.notify_all()
-            time.sleep(TICK_S)
+            time.sleep(_TICK_S)
             # The end of a model server wakes us, too (events.fail_open).
             self._ring.wait(0.0 if self.model.state == "loading" else _QUIET_S)
 
@@ -138,7 +141,7 @@ class Watch(threading.Thread):
             if now.st_size > self._offset:
                 with open(self._log, "rb") as f:
                     f.seek(self._offset)
-                    raw = f.read(READ_BYTES)
+                    raw = f.read(_READ_BYTES)
                 self._offset += len(raw)
                 self.model.feed(raw)
         except OSError:
@@ -181,7 +184,7 @@ class Speaker:
 
     def _say_ready(self, line: "_Line", again: bool) -> None:
         watch = self._watch
-        said, said_at, pause_s = None, float("-inf"), RETRY_S[0]
+        said, said_at, pause_s = None, float("-inf"), _RETRY_S[0]
         note = "auth_server was started again" if again else ""
 
         def state() -> tuple[str, str]:
@@ -190,16 +193,16 @@ class Speaker:
         while True:
             now = state()
             progress = said is not None and now[0] == said[0] == "loading"
-            rest_s = said_at + PROGRESS_S - time.monotonic() if progress else 0.0
+            rest_s = said_at + _PROGRESS_S - time.monotonic() if progress else 0.0
             if now == said or rest_s > 0.0:
                 watch.wait_for_other(state, now, rest_s if now != said else None)
                 continue
             status, _ = self._post(line, {"state": now[0], "why": now[1]})
             if status == 200:
-                said, said_at, pause_s, note = now, time.monotonic(), RETRY_S[0], ""
+                said, said_at, pause_s, note = now, time.monotonic(), _RETRY_S[0], ""
             else:
                 time.sleep(pause_s)
-                pause_s = min(RETRY_S[1], 2.0 * pause_s)
+                pause_s = min(_RETRY_S[1], 2.0 * pause_s)
 
     def _report(self, line: "_Line") -> None:
         watch = self._watch
@@ -219,7 +222,7 @@ class Speaker:
                 break  # it does not know us: it asks again when it does
             else:  # 409: the answer that tells it of this boot, and made us speak, may still be under way
                 failed += 1
-                time.sleep(RETRY_S[0])
+                time.sleep(_RETRY_S[0])
         line.close()
 
 
@@ -231,7 +234,7 @@ class _Line:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.path = parts.path or "/"
         self._host = parts.netloc
-        self._connection = kind(parts.hostname or "", parts.port, timeout=POST_S)
+        self._connection = kind(parts.hostname or "", parts.port, timeout=_POST_S)
 
     def post(self, body: bytes, authorization: str) -> tuple[int, dict[str, Any]]:
         """(status, answer); status 0 when there was none."""
@@ -241,18 +244,23 @@ class _Line:
         for _ in range(2):  # a connection that was idle may just have been closed by the other side
             try:
                 self._connection.send(head.encode() + body)
-                reply = http.client.HTTPResponse(self._connection.sock, method="POST")
-                reply.begin()
-                said = json.loads(reply.read(READ_BYTES) or b"{}")
-                if reply.will_close:
-                    self.close()
-                return reply.status, said if isinstance(said, dict) else {}
-            except TimeoutError:
-                break
-            except (OSError, ValueError, http.client.HTTPException):
-                self._connection.close()
-        self.close()
+                return self._answer()
+            except (OSError, ValueError) as e:
+                self.close()
+                if isinstance(e, TimeoutError):
+                    break
         return 0, {}
+
+    def _answer(self) -> tuple[int, dict[str, Any]]:
+        # By hand, too: http.client takes a head to be e-mail, and took more time than all else of a report.
+        raw = head = end = body = b""
+        while not end or len(body) < int(_LENGTH.findall(head)[0] or 0):
+            raw += (more := self._connection.sock.recv(_READ_BYTES))
+            if not more or len(raw) > _READ_BYTES:
+                raise OSError  # none, or no end of it
+            head, end, body = raw.partition(b"\r\n\r\n")
+        said = json.loads(body or b"{}")
+        return int(head[9:12]), said if isinstance(said, dict) else {}
 
     def close(self) -> None:
         """Nothing is open until the next message."""

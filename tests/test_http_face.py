@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import flask
 import pytest
 from flask import Flask, jsonify
 
@@ -454,6 +455,38 @@ def test_a_direct_view_is_told_who_asks_by_his_key_and_without_keys_by_his_addre
     assert len(names) == 2
     assert all(re.fullmatch("key-[0-9a-f]{16}", name) for name in names)
     assert app.test_client().post("/who", json={}, headers={"Authorization": BEARER}).get_json() in named
+
+
+def test_a_signed_view_gets_the_body_as_it_came_and_answers_without_flask() -> None:
+    app = http_face.make_app("signed", large_bodies={"/long": 100_000})
+
+    def view(body: bytes, authorization: str | None) -> Answer:
+        if body == b"wrong":
+            raise BadField("body", "is wrong")
+        return Answer({"bytes": len(body), "by": authorization, "flask": flask.has_request_context()})
+
+    http_face.signed(app, "/short")(view)
+
+    @http_face.signed(app, "/long")
+    def long_view(body: bytes, authorization: str | None) -> Answer:
+        return view(body, authorization)
+
+    said = {"bytes": 3, "by": "Fleet a:b", "flask": False}
+    with served(app) as port:
+        assert call(port, "POST", "/short", b"\0\xff{", Authorization="Fleet a:b") == (200, said)
+        assert call(port, "POST", "/short", b"wrong") == (
+            400,
+            {"error": "bad_request", "message": "body: is wrong"},
+        )
+        assert call(port, "POST", "/short", b" " * 65_537)[0] == 413
+        assert call(port, "POST", "/long", b" " * 65_537)[0] == 200
+        assert call(port, "POST", "/long", b" " * 100_001)[0] == 413
+        assert call(port, "GET", "/short")[0] == 405
+    through_flask = app.test_client()
+    answer = through_flask.post("/short", data=b"\0\xff{", headers={"Authorization": "Fleet a:b"})
+    assert answer.get_json() == said | {"flask": True}
+    assert through_flask.post("/short", data=b" " * 65_537).status_code == 413
+    assert through_flask.post("/long", data=b" " * 65_537).status_code == 200
 
 
 def test_json_nested_as_deep_as_may_be_is_refused_and_breaks_nothing() -> None:

@@ -25,12 +25,23 @@ import loadbalancer_server
 import tls_pin
 from autoscaler_server import parse_report
 from bench.route import StubHttp, StubInstance, certificate, free_port
-from dispatch.types import Ask, HotSet
+from dispatch.types import Ask, HotSet, Refill
 from errors import ConfigError
 from http_face import BadField
 from instance_messages import name_and_key
 from loadbalancer import LoadBalancer
-from loadbalancer_server import Config, Desk, HotReader, Keys, create_app, parse_hot, read_hot
+from loadbalancer_server import (
+    CLOCKWORK_S,
+    QUIET_S,
+    Config,
+    Desk,
+    Errands,
+    HotReader,
+    Keys,
+    create_app,
+    parse_hot,
+    read_hot,
+)
 from slo import Slo
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +236,68 @@ def test_status_and_metrics_show_who_is_late() -> None:
     metrics = counter.client.get("/metrics").text
     assert "# TYPE loadbalancer_held_late gauge\nloadbalancer_held_late 1\n" in metrics
     assert "# TYPE loadbalancer_turned_late_total counter\nloadbalancer_turned_late_total 1\n" in metrics
+
+
+# -- the clockwork -------------------------------------------------------------------------------------
+
+
+def looks_in(seconds: float, stir: Callable[[Desk], None], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the clockwork asks for refills in so long; stir is called every 10 ms."""
+    counter = Counter()
+    looks: list[float] = []
+
+    def refills(now: float) -> list[Refill]:
+        looks.append(now)
+        return []
+
+    monkeypatch.setattr(counter.balancer, "refills", refills)
+
+    async def run() -> None:
+        work = asyncio.create_task(Errands(counter.desk, "http://127.0.0.1:1", "k" * 32).clockwork())
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            await asyncio.sleep(0.01)
+            stir(counter.desk)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+
+    asyncio.run(run())
+    return len(looks)
+
+
+def test_the_clockwork_looks_seldom_while_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2 <= looks_in(1.0, lambda _: None, monkeypatch) <= 1.0 / QUIET_S + 2
+
+
+def test_the_clockwork_looks_often_while_somebody_asks_and_not_once_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = looks_in(1.0, lambda desk: desk.stirred.set(), monkeypatch)
+    assert 2.0 / QUIET_S < looks <= 1.0 / CLOCKWORK_S + 2
+
+
+def test_the_clockwork_looks_often_while_somebody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hold(desk: Desk) -> None:
+        if not desk.balancer.line.held:
+            desk.balancer.hold(Ask(10.0), desk.clock() + 60.0, desk.clock())
+
+    assert looks_in(1.0, hold, monkeypatch) > 2.0 / QUIET_S
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda counter: counter.client.post("/route", json={"work": 10}),
+        lambda counter: counter.client.post("/done", json={"request_id": "x", "outcome": "failed"}),
+        lambda counter: counter.desk.hot_set(parse_hot(HOT)),
+    ],
+    ids=["route", "done", "hot"],
+)
+def test_what_may_be_followed_by_errands_wakes_the_clockwork(happens: Callable[["Counter"], object]) -> None:
+    counter = Counter()
+    assert not counter.desk.stirred.is_set()
+    happens(counter)
+    assert counter.desk.stirred.is_set()
 
 
 # -- batches, priorities, hints --------------------------------------------------------------------------

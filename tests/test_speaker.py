@@ -3,6 +3,7 @@
 import http.server
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from instance_messages import OLD_BOOTS, Heard, instance_key, name_and_key, sign
 from loadbalancer import LoadBalancer
 from remote import events
 from remote.events import Events
-from remote.speaker import MOST_EVENTS, MOST_LISTENERS, TRIES, ModelState, Speaker, Watch, signed
+from remote.speaker import MOST_EVENTS, MOST_LISTENERS, TRIES, ModelState, Speaker, Watch, _Line, signed
 from tests.test_loadbalancer import Bench, End, bench, instance
 from tests.waiting import wait_for
 
@@ -291,6 +292,49 @@ def seconds_until_said(one: Instance, lb: Listener, do: Callable[[], object]) ->
     do()
     wait_for("it is told", lambda: len(lb.heard) > heard)
     return lb.at[heard] - begun
+
+
+@pytest.mark.parametrize(
+    ("parts", "understood"),
+    [
+        (
+            [b"HTTP/1.1 200 OK\r\ncontent-length: 18\r\n\r\n", b'{"next_in_s": 0.5}'],
+            (200, {"next_in_s": 0.5}),
+        ),
+        (
+            [b"HTTP/1.1 200 OK\r\nCONTENT-Length:2\r", b"\nX: content-length: 9\r\n\r", b"\n{", b"}"],
+            (200, {}),
+        ),
+        ([b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"], (401, {})),
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"], (200, {})),
+        ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"], (0, {})),
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"], (0, {})),
+        ([b"HTTP/1.1 200 OK\r\n" + b"x" * 70_000], (0, {})),
+        ([b"nonsense\r\n\r\n"], (0, {})),
+    ],
+    ids=["plain", "in pieces", "no body", "no object", "chunked", "broken off", "endless", "not http"],
+)
+def test_an_answer_is_understood_or_there_was_none(
+    parts: list[bytes], understood: tuple[int, dict[str, Any]]
+) -> None:
+    """What cannot be read is asked for once more on a new connection, and then there was no answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(1 if understood[0] else 2):
+                sock, _ = server.accept()
+                with sock:
+                    sock.recv(65_536)
+                    for part in parts:
+                        sock.sendall(part)
+                        time.sleep(0.02)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        line = _Line(f"http://127.0.0.1:{server.getsockname()[1]}/report")
+        assert line.post(b"{}", "Fleet a:b") == understood
+        line.close()
+        thread.join(20.0)
 
 
 def test_where_nothing_happens_the_next_event_is_reported_at_once(one: Instance) -> None:
