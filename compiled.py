@@ -41,18 +41,20 @@ def _cache() -> Path:
     return ROOT / "build" / "numba" / digest.hexdigest()[:16]
 
 
-def _keep_in(cache: Path) -> None:
-    """numba's cache is here, unless the user said where; what was kept long ago is deleted."""
+def _keep_in(cache: Path) -> str:
+    """Where numba keeps it: here, unless the user said where. What was kept long ago is deleted."""
     if "NUMBA_CACHE_DIR" in os.environ:
-        return
+        return os.environ["NUMBA_CACHE_DIR"]
     numba.config.CACHE_DIR = str(cache)  # type: ignore[attr-defined]
     if not cache.exists() and cache.parent.exists():
         for old in cache.parent.iterdir():
             if time.time() - old.stat().st_mtime > KEPT_S:
                 shutil.rmtree(old, ignore_errors=True)
+    return str(cache)
 
 
-_keep_in(_cache())
+CACHE = _keep_in(_cache())
+"""The directory."""
 
 
 def njit(function: Callable[P, R]) -> Callable[P, R]:
