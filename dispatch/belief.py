@@ -41,7 +41,7 @@ from dispatch.forward import (
     run,
     scratch_for,
 )
-from dispatch.lengths import BINS, expect
+from dispatch.lengths import Lengths, expect
 
 Ints = NDArray[np.int64]
 
@@ -327,7 +327,9 @@ def _best(
 
 def warm_up() -> None:
     """What is compiled is loaded, or compiled where no cache has it: a second or so that no request waits."""
-    beliefs, usual, lengths = Beliefs(), row(2.0, 0.0, 2.0, 4.0, 0), np.ones((1, BINS))
+    learned = Lengths(2.0)
+    learned.ended(2, 0)
+    beliefs, usual, lengths = Beliefs(), row(2.0, 0.0, learned.mean(0), 4.0, 0), learned.table
     belief = Belief(beliefs, np.ones(CONSTANTS), 0.0)
     belief.add("", usual, 0.0)
     belief.age(1.0)
