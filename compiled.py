@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -46,10 +47,12 @@ def _keep_in(cache: Path) -> str:
     if "NUMBA_CACHE_DIR" in os.environ:
         return os.environ["NUMBA_CACHE_DIR"]
     numba.config.CACHE_DIR = str(cache)  # type: ignore[attr-defined]
-    if not cache.exists() and cache.parent.exists():
-        for old in cache.parent.iterdir():
-            if time.time() - old.stat().st_mtime > KEPT_S:
-                shutil.rmtree(old, ignore_errors=True)
+    # Others may start and delete at the same time, and what cannot be looked at stays.
+    with suppress(OSError):
+        if not cache.exists():
+            for old in cache.parent.iterdir():
+                if time.time() - old.stat().st_mtime > KEPT_S:
+                    shutil.rmtree(old, ignore_errors=True)
     return str(cache)
 
 

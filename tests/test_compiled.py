@@ -89,3 +89,19 @@ def test_what_was_kept_long_ago_is_deleted(tmp_path: Path, monkeypatch: pytest.M
     compiled._keep_in(tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lately"]
     assert getattr(numba.config, "CACHE_DIR") == str(tmp_path / "new")  # noqa: B009 (untyped)
+
+
+def test_a_cache_that_others_delete_at_the_same_time_stops_nobody(tmp_path: Path) -> None:
+    """A directory that is gone between being listed and being looked at."""
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+import compiled
+print(compiled._keep_in(Path({str(tmp_path / "new")!r})))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == str(tmp_path / "new")
