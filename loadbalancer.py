@@ -258,7 +258,7 @@ class LoadBalancer:
         self._mean_work = self.expected_output_tokens
         self._mean_prompt = 0.0
         self._mean_squares = 0.0  # of prompts
-        self._usual = row(1.0, 0.0, self.expected_output_tokens, math.inf, 0)
+        self._usual = row(1.0, self.expected_output_tokens, math.inf, 0)
         self._arrivals_s = 0.0  # a second
         self._ticked: tuple[float, int, int] | None = None
         self._starts = 0  # requests that were seen to start, those of others too
@@ -556,7 +556,7 @@ class LoadBalancer:
         if not ask.prompt_tokens:  # only its work was told
             prompt = max(0.0, ask.work - expected) / max(self.prefill_weight, 1e-3)
         most = math.inf if ask.max_tokens is None else float(ask.max_tokens)
-        return row(prompt, 0.0, expected, most, kind)
+        return row(prompt, expected, most, kind)
 
     def _row_at(self, inst: Instance, ask: Ask, request: Floats) -> Floats:
         """The same as this one sees it: without the prefix that it has served lately."""

@@ -53,12 +53,11 @@ AT, HEARD_AT, START, COUNT, WIDTH = (CONSTANTS + i for i in range(5))
 seconds; its block and the rows in use there."""
 
 
-def row(prompt_tokens: float, cached_tokens: float, left: float, most: float, kind: int) -> Floats:
-    """A request that has not begun. cached_tokens of the prompt need not be read, but for the last one."""
-    prompt = max(1.0, prompt_tokens)
+def row(prompt_tokens: float, left: float, most: float, kind: int) -> Floats:
+    """A request that has not begun, all of whose prompt is to be read."""
     out = np.zeros(COLUMNS)
-    out[PROMPT], out[UNREAD], out[LEFT] = prompt, max(1.0, prompt - cached_tokens), left
-    out[MOST], out[KIND] = most, kind
+    out[PROMPT] = out[UNREAD] = max(1.0, prompt_tokens)
+    out[LEFT], out[MOST], out[KIND] = left, most, kind
     return out
 
 
@@ -131,9 +130,9 @@ class Beliefs:
             self.servers,
             np.array(places),
             request,
-            np.zeros(len(places)) if cached is None else np.array(cached),
+            np.zeros(len(places)) if cached is None else np.array(cached, float),
             usual,
-            np.array(arrivals_s),
+            np.array(arrivals_s, float),
             table,
             weight,
             now,
@@ -272,7 +271,7 @@ def _room(rows: Floats, servers: Floats, place: int, table: Floats, now: float) 
     s = servers[place]
     there = _table(rows, s)
     count = len(there)
-    expect(there, count, table)
+    expect(there, table)
     unread, context = 0.0, 0.0
     for i in range(count):
         context += there[i, HELD]
@@ -315,7 +314,7 @@ def _best(
         _age(rows, servers, places[n], now)
         s = servers[places[n]]
         there = _table(rows, s)
-        expect(there, len(there), lengths)
+        expect(there, lengths)
         ask[UNREAD] = max(1.0, request[UNREAD] - cached[n])
         offered_s, _, _ = price_below(
             there, s, s[AT] - now, ask, 1.0 / arrivals_s[n], usual, weight, best_s, scratch
@@ -329,7 +328,7 @@ def warm_up() -> None:
     """What is compiled is loaded, or compiled where no cache has it: a second or so that no request waits."""
     learned = Lengths(2.0)
     learned.ended(2, 0)
-    beliefs, usual, lengths = Beliefs(), row(2.0, 0.0, learned.mean(0), 4.0, 0), learned.table
+    beliefs, usual, lengths = Beliefs(), row(2.0, learned.mean(0), 4.0, 0), learned.table
     belief = Belief(beliefs, np.ones(CONSTANTS), 0.0)
     belief.add("", usual, 0.0)
     belief.age(1.0)

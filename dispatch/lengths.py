@@ -52,7 +52,7 @@ class Lengths:
 
     def __init__(self, told: float) -> None:
         """Nothing has ended yet."""
-        self.told = told
+        self.told = float(told)  # an int would be compiled for anew, while requests wait
         self.completions = 0
         self._kinds: dict[tuple[int, int], int] = {(-1, -1): 0}
         self._figures = np.zeros((KINDS, FIGURES))
@@ -66,7 +66,7 @@ class Lengths:
 
     def tell(self, told: float) -> None:
         """Another mean is expected where nothing is known."""
-        self.told = told
+        self.told = float(told)
         for kind in range(len(self._kinds)):
             self._make(kind)
 
@@ -168,9 +168,9 @@ def _bin(tokens: float) -> int:
 
 
 @njit
-def expect(rows: Floats, count: int, table: Floats) -> None:
-    """The first `count` rows are expected to make as many more as others did that had come as far."""
-    for i in range(count):
+def expect(rows: Floats, table: Floats) -> None:
+    """They are expected to make as many more as others did that had come as far."""
+    for i in range(len(rows)):
         made = rows[i, MADE]
         left = table[int(rows[i, KIND]), _bin(made)]
         if made + left > rows[i, MOST]:

@@ -52,7 +52,7 @@ def test_it_is_the_model_server_to_the_microsecond(seed: int) -> None:
     """Chunks, admission in order, growth, being put back and read again: 12,000 tokens are soon full."""
     timing, asked = small(12_000), some(seed)
     first, ends, _ = served(timing, asked)
-    rows = np.stack([row(p, 0.0, o, 1e9, 0) for _, p, o in asked])
+    rows = np.stack([row(p, o, 1e9, 0) for _, p, o in asked])
     got_first, got_end = np.zeros(len(asked)), np.zeros(len(asked))
     come = np.array([at for at, _, _ in asked])
     run(rows, come, constants(timing), 0.0, np.inf, got_first, got_end, scratch_for(len(asked)))
@@ -68,7 +68,7 @@ def test_among_the_cases_are_some_in_which_memory_ran_out() -> None:
 def test_what_is_compiled_is_what_stands_there(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain Python function, without numba, gives the same numbers."""
     asked = some(seed)
-    rows = np.stack([row(p, 0.0, o, 1e9, 0) for _, p, o in asked])
+    rows = np.stack([row(p, o, 1e9, 0) for _, p, o in asked])
     come = np.array([at for at, _, _ in asked])
     compiled, s, scratch = np.zeros((2, len(asked))), constants(small(9_000)), scratch_for(len(asked))
     took = run(rows.copy(), come, s, 0.0, np.inf, compiled[0], compiled[1], scratch)
@@ -82,7 +82,7 @@ def test_what_is_compiled_is_what_stands_there(seed: int, monkeypatch: pytest.Mo
 
 
 def test_a_request_that_never_fits_ends_never_and_stops_nobody() -> None:
-    rows = np.stack([row(20_000.0, 0.0, 10.0, 1e9, 0), row(100.0, 0.0, 10.0, 1e9, 0)])
+    rows = np.stack([row(20_000.0, 10.0, 1e9, 0), row(100.0, 10.0, 1e9, 0)])
     first, end = np.zeros(2), np.zeros(2)
     run(rows, np.zeros(2), constants(small(9_000)), 0.0, np.inf, first, end, scratch_for(2))
     assert first[0] == end[0] == forward.NEVER_S
@@ -98,8 +98,8 @@ def test_the_price_is_what_everybody_waits_longer_for_it() -> None:
     first_with, ends_with, _ = served(timing, [*there, new])
     wanted = sum(ends_with.values()) - sum(ends.values())
     wanted += 10.0 * (sum(first_with.values()) - sum(first.values()))
-    rows = np.stack([row(p, 0.0, o, 1e9, 0) for _, p, o in there])
-    ask = row(new[1], 0.0, new[2], 1e9, 0)
+    rows = np.stack([row(p, o, 1e9, 0) for _, p, o in there])
+    ask = row(new[1], new[2], 1e9, 0)
     got, own_first, own_end = price(rows, constants(timing), 0.0, ask, np.inf, ask, 10.0)
     # On the server the first began alone, here all three are there: part of a step.
     assert got == pytest.approx(wanted, rel=0.03)
@@ -108,7 +108,7 @@ def test_the_price_is_what_everybody_waits_longer_for_it() -> None:
 
 
 def test_who_is_expected_to_come_makes_a_crowded_server_dearer_and_not_an_idle_one_cheaper() -> None:
-    ask = row(1000.0, 0.0, 200.0, 1e9, 0)
+    ask = row(1000.0, 200.0, 1e9, 0)
     s = constants(A100)
     rows = np.stack([ask] * 20)
     alone, _, _ = price(rows, s, 0.0, ask, np.inf, ask, 10.0)
@@ -137,7 +137,7 @@ def test_a_belief_that_is_told_everything_is_the_server(seed: int) -> None:
         for e in server.submit(str(n), prompt, output, now):
             if e.kind is Kind.FINISHED:
                 belief.remove(e.id, now)
-        belief.add(str(n), row(prompt, 0.0, 1e9, 1e9, 0), now)
+        belief.add(str(n), row(prompt, 1e9, 1e9, 0), now)
         belief.age(now)
         assert len(belief) == server.running + server.waiting
         assert belief.context == pytest.approx(server.kv_tokens_used, abs=3.0 * len(belief) + 4200)
@@ -150,7 +150,7 @@ def believed(now: float) -> Belief:
 
 def test_a_belief_is_as_new_as_the_question_and_never_before_the_step_under_way() -> None:
     belief = believed(10.0)
-    belief.add("one", row(1500.0, 0.0, 100.0, 1e9, 0), 10.0)
+    belief.add("one", row(1500.0, 100.0, 1e9, 0), 10.0)
     belief.age(10.0001)
     assert belief.at > 10.1, "reading 1,500 tokens is one step"
     assert belief.rows[0, UNREAD] == 0.0
@@ -162,7 +162,7 @@ def test_a_belief_is_as_new_as_the_question_and_never_before_the_step_under_way(
 
 def test_nobody_ends_in_a_belief_until_it_is_told() -> None:
     belief = believed(0.0)
-    belief.add("one", row(100.0, 0.0, 5.0, 1e9, 0), 0.0)
+    belief.add("one", row(100.0, 5.0, 1e9, 0), 0.0)
     belief.age(60.0)
     assert "one" in belief
     belief.remove("one", 60.0)
@@ -177,7 +177,7 @@ def test_a_table_grows_with_its_requests_and_those_of_others_stay_what_they_are(
     one, other = (Belief(beliefs, constants(A100), 0.0) for _ in range(2))
     for n in range(500):
         for belief, prompt in ((one, 10.0), (other, 20.0)):
-            belief.add(str(n), row(prompt + n, 0.0, 5.0, 1e9, 0), 0.0)
+            belief.add(str(n), row(prompt + n, 5.0, 1e9, 0), 0.0)
     assert one.rows[:, PROMPT].tolist() == [10.0 + n for n in range(500)]
     assert other.rows[:, PROMPT].tolist() == [20.0 + n for n in range(500)]
     one.clear(5.0)
@@ -191,7 +191,7 @@ def test_the_place_of_an_instance_that_is_gone_is_given_to_another() -> None:
         some = [Belief(beliefs, constants(A100), 0.0) for _ in range(10)]
         for belief in some:
             for n in range(40):
-                belief.add(str(n), row(10.0, 0.0, 5.0, 1e9, 0), 0.0)
+                belief.add(str(n), row(10.0, 5.0, 1e9, 0), 0.0)
         for belief in some:
             belief.close()
     assert len(beliefs.servers) == 64
@@ -201,15 +201,15 @@ def test_the_place_of_an_instance_that_is_gone_is_given_to_another() -> None:
 def test_the_best_is_the_one_with_the_least_price() -> None:
     """Whatever was dismissed at half the cost: in any order the same as by all prices."""
     rng, table = random.Random(5), np.full((1, BINS), 150.0)
-    beliefs, usual, ask = Beliefs(), row(400.0, 0.0, 100.0, 1e9, 0), row(700.0, 0.0, 150.0, 1e9, 0)
+    beliefs, usual, ask = Beliefs(), row(400.0, 100.0, 1e9, 0), row(700.0, 150.0, 1e9, 0)
     some = [Belief(beliefs, constants(rng.choice((A100, small(9_000)))), 0.0) for _ in range(8)]
     for n in range(120):
-        rng.choice(some).add(str(n), row(rng.randint(10, 1500), 0.0, 100.0, 1e9, 0), 0.02 * n)
+        rng.choice(some).add(str(n), row(rng.randint(10, 1500), 100.0, 1e9, 0), 0.02 * n)
     for gap_s in (np.inf, 0.5):
         prices = []
         for belief in some:
             belief.age(5.0)
-            expect(belief.rows, len(belief), table)
+            expect(belief.rows, table)
             here = beliefs.servers[belief.place]
             prices.append(price(belief.rows, here, belief.at - 5.0, ask, gap_s, usual, 10.0)[0])
         for _ in range(20):
@@ -220,7 +220,7 @@ def test_the_best_is_the_one_with_the_least_price() -> None:
 
 
 def test_what_need_not_be_read_makes_an_instance_the_best() -> None:
-    beliefs, ask = Beliefs(), row(3000.0, 0.0, 50.0, 1e9, 0)
+    beliefs, ask = Beliefs(), row(3000.0, 50.0, 1e9, 0)
     some = [Belief(beliefs, constants(A100), 0.0) for _ in range(3)]
     places, lengths = [belief.place for belief in some], np.full((1, BINS), 50.0)
     for n in range(3):
@@ -233,7 +233,7 @@ def test_memory_of_those_who_may_have_ended_counts_less_the_longer_nothing_was_h
     for heard_at in (20.0, 18.0, 10.0):
         belief = believed(0.0)
         for n in range(10):
-            belief.add(str(n), row(1000.0, 0.0, 100.0, 1e9, 0), 0.0)
+            belief.add(str(n), row(1000.0, 100.0, 1e9, 0), 0.0)
         belief.heard(heard_at)
         free.append(belief.room(table, 20.0)[0])
     assert free == sorted(free)

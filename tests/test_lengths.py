@@ -12,9 +12,9 @@ from dispatch.lengths import KINDS, Lengths, expect
 
 def left(lengths: Lengths, kind: int, made: float, most: float = 1e9) -> float:
     """Tokens to come of one that has made so many."""
-    rows = np.stack([row(100.0, 0.0, 0.0, most, kind)])
+    rows = np.stack([row(100.0, 0.0, most, kind)])
     rows[0, MADE] = made
-    expect(rows, 1, lengths.table)
+    expect(rows, lengths.table)
     return float(rows[0, LEFT])
 
 
