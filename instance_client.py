@@ -17,7 +17,7 @@ import hashlib
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -75,6 +75,7 @@ class Ended(NamedTuple):
 class Load:
     """One load report: events numbered up to seq, and how things stand. Totals count from the engine's start.
 
+    started_bytes: how long each request was that started, 0 where it did not say; none from old instances.
     missed: events between the asked number and the first one here are lost. kv_use: share of the KV memory
     in use, None where the engine does not say.
     """
@@ -90,6 +91,7 @@ class Load:
     model_up: bool
     prompt_tokens_total: int
     generation_tokens_total: int
+    started_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,24 @@ def _texts(said: object, name: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def _bytes_of(started: Sequence[str], said: object) -> tuple[int, ...]:
+    if not isinstance(said, Mapping) or "started_bytes" not in said:
+        return ()
+    sizes = _field(said, "started_bytes", list)
+    if len(sizes) != len(started) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise _Shape(f"started_bytes: wanted {len(started)} numbers")
+    return tuple(sizes)
+
+
 def parse_load(said: object) -> Load:
     """The load report in a decoded answer; raises ValueError that names the field."""
+    started = _texts(said, "started")
     kv_use = _field(said, "kv_use", float, int, type(None))
     return Load(
         boot_id=_field(said, "boot_id", str),
         seq=_count(said, "seq"),
         missed=_field(said, "missed", bool),
-        started=_texts(said, "started"),
+        started=started,
         ended=tuple(
             Ended(_field(e, "id", str), _field(e, "status", str), _count(e, "output_tokens"))
             for e in _field(said, "ended", list)
@@ -164,6 +176,7 @@ def parse_load(said: object) -> Load:
         model_up=_field(said, "model_up", bool),
         prompt_tokens_total=_count(said, "prompt_tokens_total"),
         generation_tokens_total=_count(said, "generation_tokens_total"),
+        started_bytes=_bytes_of(started, said),
     )
 
 

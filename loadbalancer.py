@@ -41,9 +41,9 @@ Times are epoch seconds, work is in output-token equivalents. All methods belong
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from heapq import heapify, heappop, heapreplace
-from itertools import count, islice
+from itertools import count, islice, repeat
 from typing import Any
 
 from dispatch.affinity import Prefixes
@@ -55,6 +55,7 @@ from dispatch.instances import READING_S, STOCK_LEAST, STOCK_MOST, Instance, Que
 from dispatch.lengths import Lengths
 from dispatch.line import LATE_BOUND_S, Line
 from dispatch.pace import SPAN_S, Pace, Span
+from dispatch.sizes import Sizes
 from dispatch.stock import Batch
 from dispatch.types import (
     Ask,
@@ -161,11 +162,16 @@ IDLE_POLL_RATIO = 5.0
 MAX_POLLS_S = 200.0
 """Load reports asked for in all; at about 0.25 ms of processor each, 5 % of one core."""
 
-MAX_PUSHES_S = 400.0
-"""Reports that instances push in all; at about 0.15 ms of processor each, 6 % of one core."""
+MAX_PUSHES_S, MAX_PUSHES_SOON_S = 400.0, 1000.0
+"""Reports that instances push in all, and where others give requests, too: at about 0.15 ms of
+processor each 6 and 15 % of one core."""
 
 PUSH_INTERVAL_S = 0.1
 """Between two of one instance, at least: with what it takes to see and to send, well below 250 ms."""
+
+PUSH_SOON_S = 0.02
+"""The same where other loadbalancers give requests, too: what they gave is known only from there. With 0.1 s
+first tokens came 7 % later (equal machines at 80 %, four loadbalancers; bench/dispatch.py)."""
 
 SWEEP, POLL_FEW = 10, 4
 """Calls of polls in which every instance is looked at, 0.2 s, and reports asked for in one call."""
@@ -253,6 +259,7 @@ class LoadBalancer:
         self._hot_expected_at: float | None = None
         warm_up()
         self._lengths = Lengths(self.expected_output_tokens)
+        self._sizes = Sizes()
         self._prefixes = Prefixes()
         self._memories: dict[int, Instance] = {}  # by the number of its memory
         self._mean_work = self.expected_output_tokens
@@ -933,13 +940,13 @@ class LoadBalancer:
         inst.seq = load.seq
         inst.running, inst.waiting = load.running, load.waiting
         self._learn_throughput(inst, load, now)
-        self._take_events(inst, load.started, load.ended, inst.reports, now)
+        self._take_events(inst, load, inst.reports, now)
         inst.belief.heard(now)
         self._release_lost(inst, load, now)
         self._count_strangers(inst, load, now)
         self._learn_pace(inst, load, now)
-        foreign = max(0, load.running + load.waiting - len(inst.leases))
-        inst.foreign = foreign * self._mean_work
+        unknown = max(0, load.running + load.waiting - len(inst.leases) - len(inst.strangers))
+        inst.foreign = sum(inst.strangers.values()) + unknown * self._mean_work
         inst.free_at = now + (inst.given + inst.foreign) / inst.throughput
         if load.model_up:
             inst.circuit.well(asked_at, now)
@@ -973,7 +980,7 @@ class LoadBalancer:
             return None
         inst.push_number = push.number
         inst.pushes += 1
-        self._take_events(inst, push.started, push.ended, inst.reports + 1, now)
+        self._take_events(inst, push, inst.reports + 1, now)
         inst.belief.heard(now)
         if push.missed or push.after > inst.seq:
             inst.polled_at = -math.inf
@@ -982,37 +989,53 @@ class LoadBalancer:
         if not push.model_up:
             self._broke(inst, now)
         self._requeue(inst, now)
+        if inst.strangers:
+            return max(PUSH_SOON_S, self._working / MAX_PUSHES_SOON_S)
         return max(PUSH_INTERVAL_S, self._working / MAX_PUSHES_S)
 
-    def _take_events(
-        self, inst: Instance, started: Iterable[str], ended: Iterable[Ended], report: int, now: float
-    ) -> None:
-        for request_id in started:
+    def _take_events(self, inst: Instance, said: Load | Push, report: int, now: float) -> None:
+        for request_id, size in zip(said.started, said.started_bytes or repeat(0), strict=False):
             lease = inst.leases.get(request_id)
             if lease is None:
                 if request_id not in inst.strangers:
-                    inst.strangers[request_id] = None
                     self._starts += 1
-                    inst.belief.add(request_id, self._usual, now)
+                    self._stranger(inst, request_id, size, now)
             elif not lease.started:
                 self.allowance.settled(lease)
                 inst.circuit.started(request_id)
                 lease.started = report
                 self._starts += 1
-        for end in ended:
+                if size:
+                    self._sizes.own(size, float(lease.row[PROMPT]))
+        for end in said.ended:
             if end.id in inst.strangers:
-                del inst.strangers[end.id]
-                inst.belief.remove(end.id, now)
+                self._stranger_left(inst, end.id, now)
             self._ended(inst, end, now)
 
+    def _stranger(self, inst: Instance, request_id: str, size: int, now: float) -> None:
+        """A request that we gave no lease for has started there: it is as long as it says, or as usual."""
+        prompt, request = self._sizes.prompt_tokens(size), self._usual
+        if prompt is not None:
+            kind = self._lengths.kind(round(prompt), None)
+            request = row(prompt, self._lengths.mean(kind, None), math.inf, kind)
+        inst.belief.add(request_id, request, now)
+        work = float(request[PROMPT] * self.prefill_weight + request[LEFT])
+        left_s = inst.work(now) / inst.throughput
+        inst.strangers[request_id] = work
+        inst.foreign += work
+        inst.free_at = now + left_s + work / inst.throughput
+
+    def _stranger_left(self, inst: Instance, request_id: str, now: float) -> None:
+        inst.belief.remove(request_id, now)
+        inst.foreign = max(0.0, inst.foreign - inst.strangers.pop(request_id))
+        inst.free_at = min(inst.free_at, now + (inst.given + inst.foreign) / inst.throughput)
+
     def _count_strangers(self, inst: Instance, load: Load, now: float) -> None:
-        """As many of other loadbalancers' requests are believed to be there as the instance has."""
+        """No more of other loadbalancers' requests are believed to be there than the instance has."""
         own = sum(1 for lease in inst.leases.values() if lease.started)
         foreign = max(0, load.running + load.waiting - own)
         while len(inst.strangers) > foreign:
-            oldest = next(iter(inst.strangers))
-            del inst.strangers[oldest]
-            inst.belief.remove(oldest, now)
+            self._stranger_left(inst, next(iter(inst.strangers)), now)
 
     def _learn_pace(self, inst: Instance, load: Load, now: float) -> None:
         """Compare how long its steps took with what was expected of them (pace.py)."""

@@ -282,6 +282,7 @@ _PUSH: dict[str, http_face.Field] = {
     "started": ListOf(Text(16, 16), MOST_EVENTS),
     "ended": ListOf(http_face.Mapping(), MOST_EVENTS),
     "model_up": http_face.Boolean(),
+    "started_bytes": ListOf(Whole(0, 2**32), MOST_EVENTS, optional=True),
 }
 
 _ENDED: dict[str, http_face.Field] = {
@@ -300,6 +301,8 @@ def parse_push(said: object) -> Push:
         for n, one in enumerate(told["ended"]):
             http_face.check_fields(one, _ENDED, f"ended[{n}].")
         raise
+    if len(told.get("started_bytes", told["started"])) != len(told["started"]):
+        raise BadField("started_bytes", f"wanted {len(told['started'])} numbers, one for each that started")
     return Push(**told)
 
 

@@ -35,8 +35,8 @@ _TEMPLATE = """\
 # autoscaler-py: made by start_script.py.
 set -u
 umask 077
-export HOME="${{HOME:-/root}}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+export HOME="${{HOME:-/root}}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \\
+  VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 fleet="$HOME/fleet"
 mkdir -p "$fleet" && cd "$fleet" || exit 1
 printf %s {digest} > master.sha256
@@ -44,8 +44,8 @@ printf %s {digest} > master.sha256
 [ -n "${{VLLM_ARGS+given}}" ] || VLLM_ARGS={args}
 export VLLM_MODEL VLLM_ARGS FLEET_READY_URL={ready_url}
 rm -rf remote
-mkdir remote && python3 -c 'import base64, json, lzma, sys
-for name, source in json.loads(lzma.decompress(base64.b85decode(sys.stdin.read().strip()))).items():
+mkdir remote && python3 -c 'import base64,json,lzma
+for name, source in json.loads(lzma.decompress(base64.b85decode(input()))).items():
     open("remote/" + name, "w").write(source)' <<'END'
 {packed}
 END

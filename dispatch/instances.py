@@ -37,7 +37,7 @@ class Instance:
         self.cls = (0, 0)
         self.leases: dict[str, Lease] = {}
         self.given = 0.0  # work of the unfinished leases
-        self.foreign = 0.0  # work that others gave it, by the last report
+        self.foreign = 0.0  # work that others gave it, by what it said
         self.free_at = now
         self.read_at = now  # when it will have read the prompts that it was given
         self.read_share = 1.0  # of its time, that may go into that
@@ -47,7 +47,7 @@ class Instance:
         self.pace = Pace(told.timing or like(told.throughput_work_s))
         self.belief = Belief(beliefs, self.pace.constants, now)
         self.memory = -1  # the number of its KV memory, another after a reboot
-        self.strangers: dict[str, None] = {}  # requests in its belief that we gave no lease for
+        self.strangers: dict[str, float] = {}  # requests in its belief that we gave no lease for -> work
         self.span: Span | None = None
         self.boot_id: str | None = None
         self.level = STOCK_LEAST

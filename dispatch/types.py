@@ -82,6 +82,10 @@ class Load(Protocol):
         """Request ids whose token was taken."""
 
     @property
+    def started_bytes(self) -> Sequence[int]:
+        """How long each of them was, 0 where it did not say; none from an instance that cannot tell."""
+
+    @property
     def ended(self) -> Sequence[Ended]:
         """Requests that ended."""
 
@@ -197,7 +201,10 @@ class Poll:
 
 
 class Push(NamedTuple):
-    """What an instance says by itself: its events after..seq. number grows within a boot."""
+    """What an instance says by itself: its events after..seq. number grows within a boot.
+
+    started_bytes: as in Load.
+    """
 
     boot_id: str
     number: int
@@ -207,6 +214,7 @@ class Push(NamedTuple):
     started: Sequence[str]
     ended: Sequence[Ended]
     model_up: bool
+    started_bytes: Sequence[int] = ()
 
 
 class InstanceUse(NamedTuple):

@@ -1,6 +1,6 @@
 """What happened to requests, in order: a ring of numbered records that the auth_server reports from.
 
-    record = request id (8 bytes) | kind u8 | output tokens u32
+    record = request id (8 bytes) | kind u8 | size u32: bytes of the request, or output tokens of its answer
 
 Numbers count from 1 in a boot. The ring holds the last RECORDS; who asks for older ones is told that some
 are missing. Several processes may write; records stand in the order in which they were written.
@@ -31,11 +31,14 @@ _RECORD = struct.Struct("<8sB3xI")
 
 @dataclass(frozen=True)
 class Event:
-    """One record: "started", or how the request ended and with how many output tokens."""
+    """One record: "started" with so many bytes, or how the request ended and with how many output tokens.
+
+    size: of a request that did not say how long it is, 0.
+    """
 
     request_id: str
     kind: str
-    output_tokens: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class News:
 
 def events_told(news: News) -> dict[str, object]:
     """The part of a load report that tells them."""
+    started = [e for e in news.events if e.kind == "started"]
     return {
         "seq": news.seq,
         "missed": news.missed,
-        "started": [e.request_id for e in news.events if e.kind == "started"],
+        "started": [e.request_id for e in started],
+        "started_bytes": [e.size for e in started],
         "ended": [
-            {"id": e.request_id, "status": e.kind, "output_tokens": e.output_tokens}
+            {"id": e.request_id, "status": e.kind, "output_tokens": e.size}
             for e in news.events
             if e.kind != "started"
         ],
@@ -81,9 +86,9 @@ class Events:
         self._file.close()
         os.close(self._pipe)
 
-    def write(self, request_id: str, kind: int, output_tokens: int = 0) -> None:
+    def write(self, request_id: str, kind: int, size: int = 0) -> None:
         """The event is the newest one."""
-        record = _RECORD.pack(bytes.fromhex(request_id), kind, min(output_tokens, 0xFFFFFFFF))
+        record = _RECORD.pack(bytes.fromhex(request_id), kind, min(size, 0xFFFFFFFF))
         with self._file as file:
             at = HEADER + file.counter % RECORDS * _RECORD.size
             file.data[at : at + _RECORD.size] = record
@@ -143,5 +148,5 @@ class Events:
         return self._file.data[HEADER + begin * _RECORD.size : HEADER + end * _RECORD.size]
 
 
-def _event(request_id: bytes, kind: int, output_tokens: int) -> Event:
-    return Event(request_id.hex(), KINDS[kind], output_tokens)
+def _event(request_id: bytes, kind: int, size: int) -> Event:
+    return Event(request_id.hex(), KINDS[kind], size)

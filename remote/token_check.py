@@ -4,7 +4,8 @@
                                      └──► yes: event "started" ─► vLLM ─► event "finished|aborted|failed"
 
 Open is only `GET /health`. `GET /metrics` is also for the auth_server beside it, which has the key of this
-boot. What the answer says is not looked at, but for the number of its tokens. Nothing here logs.
+boot. What the answer says is not looked at, but for the number of its tokens; of what is asked, its length is
+noted, which loadbalancers that did not send it cannot know. Nothing here logs.
 """
 
 import hmac
@@ -56,8 +57,8 @@ def bearer(scope: Scope) -> str | None:
 class Watched:
     """One admitted request: everything of it is passed on, and how it goes is noted."""
 
-    def __init__(self, name: str, ring: events.Events, receive: Receive, send: Send) -> None:
-        """The event "started" is written."""
+    def __init__(self, name: str, size: int, ring: events.Events, receive: Receive, send: Send) -> None:
+        """The event "started" is written. size: bytes of the request."""
         self._name = name
         self._ring = ring
         self._receive = receive
@@ -71,7 +72,7 @@ class Watched:
         self._broken = False
         self._complete = False
         self._ended = False
-        ring.write(name, events.STARTED)
+        ring.write(name, events.STARTED, size)
 
     async def receive(self) -> Message:
         """ASGI receive; a client that goes away before the answer is complete ends the request at once."""
@@ -173,7 +174,8 @@ class TokenCheck:
         elif not name:
             await self._app(_without_token(scope), receive, send)
         else:
-            watched = Watched(name, self._ring, receive, send)
+            size = int(dict(scope["headers"]).get(b"content-length", 0))  # the server has seen to it
+            watched = Watched(name, size, self._ring, receive, send)
             how = events.FAILED
             try:
                 await self._app(_without_token(scope), watched.receive, watched.sender())

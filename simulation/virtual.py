@@ -76,7 +76,7 @@ CALL_S, CREATE_GAP_S = 0.5, 4.5
 CHECK_S = 0.3
 """What a health check takes: an ssh handshake and a short prompt."""
 
-PUSH_S = 0.05
+PUSH_S = 0.02
 """From an end to its report: the tick of remote/speaker.py."""
 
 STALL_S = 30.0
@@ -187,6 +187,7 @@ class LoadReport(NamedTuple):
     model_up: bool
     prompt_tokens_total: int
     generation_tokens_total: int
+    started_bytes: Sequence[int] = ()
 
 
 class _Flight:

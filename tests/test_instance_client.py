@@ -73,6 +73,11 @@ def test_a_load_report_is_read_whole() -> None:
     )
 
 
+def test_a_load_report_may_say_how_long_the_requests_were() -> None:
+    assert parse_load({**LOAD, "started_bytes": [4102]}).started_bytes == (4102,)
+    assert parse_load(LOAD).started_bytes == ()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -81,6 +86,10 @@ def test_a_load_report_is_read_whole() -> None:
         ("seq", True),
         ("missed", 0),
         ("started", ["r1", 2]),
+        ("started_bytes", [1, 2]),
+        ("started_bytes", ["9"]),
+        ("started_bytes", [-1]),
+        ("started_bytes", 7),
         ("ended", [{"id": "r0", "status": "finished"}]),
         ("running", "1"),
         ("kv_use", "full"),

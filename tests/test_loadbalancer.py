@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import loadbalancer as lb
+from dispatch.forward import PROMPT
 from dispatch.instances import FLOOR, STOCK_LEAST, Instance
-from dispatch.types import Ask, HotInstance, HotSet, Lease, Poll, Refill, Waiter
+from dispatch.types import Ask, HotInstance, HotSet, Lease, Poll, Push, Refill, Waiter
 from loadbalancer import LoadBalancer
 from slo import Slo
 
@@ -38,6 +39,7 @@ class Report:
     model_up: bool = True
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
+    started_bytes: tuple[int, ...] = ()
 
 
 def instance(
@@ -280,6 +282,41 @@ def test_requests_of_others_count_until_a_report_says_they_are_gone() -> None:
     assert b.work(1) > 0.0
     b.report(1, running=0)
     assert b.work(1) == 0.0
+
+
+def test_a_request_of_others_is_as_long_as_its_instance_says() -> None:
+    """Prompts of 250 tokens take 1,000 bytes here; who has been given a long one is asked last."""
+    b = bench(instance(1), instance(2), instance(3))
+    own = b.balancer.route(Ask(100.0, prompt_tokens=250), b.now)
+    other = b.balancer.route(Ask(100.0, prompt_tokens=9000), b.now)
+    assert own is not None
+    assert other is not None
+    b.report(own.instance_id, started=(own.request_id,), started_bytes=(1000,), running=1)
+    b.report(other.instance_id, started=(other.request_id,), started_bytes=(36_000,), running=1)
+    for lease in (own, other):
+        b.balancer.done(lease.request_id, "finished", b.now)
+    for id, size in ((1, 400), (2, 20_000), (3, 0)):
+        b.report(id, started=(f"stranger{id}",), started_bytes=(size,), running=1)
+    told = b.balancer._instances
+    assert told[1].belief.rows[0, PROMPT] == pytest.approx(100.0)
+    assert told[2].belief.rows[0, PROMPT] == pytest.approx(5000.0)
+    assert told[3].belief.rows[0, PROMPT] == pytest.approx(b.balancer._usual[PROMPT])
+    assert b.work(1) < b.work(2)
+    check_books(b)
+
+
+def test_what_others_do_counts_from_push_to_push() -> None:
+    b = bench(instance(1), instance(2))
+    for id in (1, 2):
+        b.report(id)
+    told = Push("boot1", 1, 0, 1, False, ("stranger",), (), True)
+    assert b.balancer.pushed(1, told, b.now) == pytest.approx(0.02)
+    assert b.work(1) > 0.0
+    assert b.lease(10.0).instance_id == 2
+    ended = Push("boot1", 2, 1, 2, False, (), (End("stranger"),), True)
+    assert b.balancer.pushed(1, ended, b.now) == pytest.approx(0.1)
+    assert b.work(1) == 0.0
+    check_books(b)
 
 
 # -- how leases end --------------------------------------------------------------------------------------

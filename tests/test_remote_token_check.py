@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from remote import events, tokens
-from remote.events import Event, Events
+from remote.events import Event, Events, events_told
 from remote.token_check import TokenCheck, Watched
 from remote.tokens import LIFE_S, Issuer, request_id
 from tests.waiting import wait_for
@@ -220,14 +220,14 @@ def events_of(boot: str, engine: Engine) -> tuple[tuple[str, int], ...]:
         ask(check_of(engine, boot), request(bearing(token)))
     found = noted(boot)
     assert {e.request_id for e in found} == {request_id(token)}
-    return tuple((e.kind, e.output_tokens) for e in found)
+    return tuple((e.kind, e.size) for e in found)
 
 
 def events_of_stream(boot: str, *said: str) -> tuple[tuple[str, int], ...]:
     (token,) = fresh(boot)
     seen = len(noted(boot))
     ask(check_of(Engine(*sse(*said, "[DONE]"), content_type=STREAM), boot), request(bearing(token)))
-    return tuple((e.kind, e.output_tokens) for e in noted(boot)[seen:])
+    return tuple((e.kind, e.size) for e in noted(boot)[seen:])
 
 
 def sse(*said: str) -> tuple[bytes, ...]:
@@ -236,6 +236,20 @@ def sse(*said: str) -> tuple[bytes, ...]:
 
 STREAM = b"text/event-stream; charset=utf-8"
 TOKEN = '{"choices":[{"text":"a","finish_reason":null}]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [((b"content-length", b"36102"), 36_102), ((b"transfer-encoding", b"chunked"), 0)],
+)
+def test_how_long_a_request_is_is_noted_when_it_starts(
+    boot: str, header: tuple[bytes, bytes], size: int
+) -> None:
+    (token,) = fresh(boot)
+    assert ask(check_of(Engine(), boot), request(bearing(token), header))[0] == 200
+    assert noted(boot)[0] == Event(request_id(token), "started", size)
+    told = events_told(Events(boot).after(0))
+    assert (told["started"], told["started_bytes"]) == ([request_id(token)], [size])
 
 
 def test_a_finished_answer_counts_the_tokens_of_its_usage(boot: str) -> None:
@@ -308,7 +322,7 @@ def test_pieces_are_passed_on_as_they_are_and_by_the_servers_own_hand(boot: str)
         passed.append(message)
         return passed
 
-    watched: Any = Watched("00" * 8, Events(boot), None, server)  # type: ignore[arg-type]
+    watched: Any = Watched("00" * 8, 0, Events(boot), None, server)  # type: ignore[arg-type]
     send = watched.sender()
     for n in range(1000):
         message = {"type": "http.response.body", "body": b"%d" % n, "more_body": True}

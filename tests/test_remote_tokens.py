@@ -263,7 +263,7 @@ def test_round_the_ring_events_stay_in_order(boot: str, monkeypatch: pytest.Monk
     for n in range(1, 30):
         ring.write(A, events.FINISHED, n)
         for seq in range(max(0, n - 8), n + 1):
-            assert [e.output_tokens for e in ring.after(seq).events] == list(range(seq + 1, n + 1))
+            assert [e.size for e in ring.after(seq).events] == list(range(seq + 1, n + 1))
 
 
 def test_requests_of_a_dead_model_server_have_failed(boot: str) -> None:

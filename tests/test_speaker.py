@@ -574,6 +574,9 @@ def test_many_working_instances_are_told_to_speak_less_often() -> None:
         many.lease(500.0)
     assert few.balancer.pushed(1, push(1), few.now) == pytest.approx(0.1)
     assert many.balancer.pushed(1, push(1), many.now) == pytest.approx(0.25)
+    # What others give there is known from there only.
+    assert few.balancer.pushed(1, push(2, started=("other",)), few.now) == pytest.approx(0.02)
+    assert many.balancer.pushed(1, push(2, started=("other",)), many.now) == pytest.approx(0.1)
 
 
 def test_someone_unknown_is_not_believed() -> None:

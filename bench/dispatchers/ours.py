@@ -26,6 +26,11 @@ AMPLE = 50.0
 
 PREFILL_WEIGHT = 0.1
 
+BYTES_A_TOKEN, ENVELOPE_BYTES = (3.0, 6.0), 200
+"""Of a request: English takes 4 to 5 bytes a token, code and other languages less or more."""
+
+GOLDEN_RATIO = 0.6180339887498949
+
 
 class _Instance:
     """What one instance has not told this loadbalancer yet."""
@@ -34,6 +39,7 @@ class _Instance:
         self.told = told
         self.boot_id = f"boot-{told.id}"
         self.started: list[str] = []
+        self.started_bytes: list[int] = []
         self.ended: list[Ended] = []
         self.seq = self.after = self.number = 0
         self.push_due = False
@@ -192,6 +198,7 @@ class Ours:
             self._ids.pop(request.number, None)
         else:
             instance.started.append(name)
+            instance.started_bytes.append(body_bytes(request))
         if self._pushes and not instance.push_due:
             instance.push_due = True
             at = max(now + PUSH_S, instance.next_push_at)
@@ -211,10 +218,11 @@ class Ours:
             instance.started,
             instance.ended,
             True,
+            instance.started_bytes,
         )
         wait_s = self.balancer.pushed(instance.told.id, push, now)
         instance.after = instance.seq
-        instance.started, instance.ended = [], []
+        instance.started, instance.started_bytes, instance.ended = [], [], []
         instance.next_push_at = now + (wait_s or 0.0)
         self.again(now)
 
@@ -231,10 +239,18 @@ class Ours:
             True,
             live.prompt_tokens_total,
             live.generation_tokens_total,
+            instance.started_bytes,
         )
         instance.after = instance.seq
-        instance.started, instance.ended = [], []
+        instance.started, instance.started_bytes, instance.ended = [], [], []
         self.balancer.report(Poll(instance.told, instance.after), load, now)
+
+
+def body_bytes(request: Request) -> int:
+    """How long it would be in JSON. What a token takes differs from text to text, evenly."""
+    least, most = BYTES_A_TOKEN
+    chance = request.number * GOLDEN_RATIO % 1.0  # each its own, and the same for all loadbalancers
+    return round(ENVELOPE_BYTES + request.prompt * (least + chance * (most - least)))
 
 
 def hashes(request: Request) -> list[str]:
