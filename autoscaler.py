@@ -182,6 +182,10 @@ class Journal:
     mourned: dict[str, tuple[float, float]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to write down; the log lines are not."""
+        return bool(self.stretches or self.fleet or self.took or self.bad_machines or self.mourned)
+
     def before(self, later: "Journal") -> "Journal":
         """This one and a later one as one; its log lines are taken for written."""
         return Journal(
@@ -1480,7 +1484,7 @@ class Autoscaler:
                 journal = self.fleet.take_journal()
             for line in journal.log:
                 log.info("%s", line)
-            if journal == Journal(log=journal.log):
+            if not journal:
                 return
             try:
                 self.ledger.write(

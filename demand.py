@@ -14,6 +14,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +79,7 @@ class Report:
     late_bound_s: float | None = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(NamedTuple):
     """What arrived in one second, as the ledger keeps it: times and counts, nothing of what was asked.
 
     second: it lasts from then to the next, epoch seconds. Where reports were rare, counts are not whole.

@@ -50,7 +50,7 @@ from dispatch.affinity import Prefixes
 from dispatch.allowance import MOST_UNUSED, Allowance
 from dispatch.belief import Beliefs, row, warm_up
 from dispatch.circuit import ALONE, State
-from dispatch.forward import KIND, KV, LEFT, PROMPT, SEQS, UNREAD, E, Floats
+from dispatch.forward import KIND, LEFT, PROMPT, UNREAD, E, Floats
 from dispatch.instances import READING_S, STOCK_LEAST, STOCK_MOST, Instance, Queue
 from dispatch.lengths import Lengths
 from dispatch.line import LATE_BOUND_S, Line
@@ -265,6 +265,7 @@ class LoadBalancer:
         self._mean_work = self.expected_output_tokens
         self._mean_prompt = 0.0
         self._mean_squares = 0.0  # of prompts
+        self._prompts, self._prompt_sum, self._square_sum = 0, 0.0, 0.0  # of those given since the last tick
         self._usual = row(1.0, self.expected_output_tokens, math.inf, 0)
         self._arrivals_s = 0.0  # a second
         self._ticked: tuple[float, int, int] | None = None
@@ -406,9 +407,7 @@ class LoadBalancer:
             if last is not None and ask.affinity:
                 self._prefixes.served(ask.affinity, inst.memory)
             self._requeue(inst, now)
-        if given:
-            self._note_mix(float(request[PROMPT]), len(given))
-        elif count > 0:
+        if not given and count > 0:
             lease = self._lease(ask, now)
             return [] if lease is None else [lease]
         return given
@@ -504,15 +503,10 @@ class LoadBalancer:
                 found.append(inst)
         if not found or (len(found) == 1 and found[0].told.timing is None):
             return found[0] if found else None
-        longest = max([len(inst.belief.ids) for inst in found])
-        if longest * len(found) > PREDICT_MOST:
-            found = found[: max(2, PREDICT_MOST // longest)]
         if self.line.held and not any(self._has_room(request, inst, now) for inst in found):
             # It would wait for the best of them, whichever that is: who comes later must not take it.
             self._wait_for(found[0], ask)
             return None
-        # What comes there anyway, by its share of what all can do.
-        share_s = self._arrivals_s / max(self._hot_throughput, 1e-9)
         cached = None
         if ask.affinity:
             cached = [self._prefixes.cached_tokens(ask.affinity, inst.memory) for inst in found]
@@ -522,9 +516,11 @@ class LoadBalancer:
                 request,
                 cached,
                 self._usual,
-                [inst.throughput * share_s for inst in found],
+                # What comes to each anyway, by its share of what all can do.
+                self._arrivals_s / max(self._hot_throughput, 1e-9),
                 self._lengths.table,
                 self.first_token_weight,
+                PREDICT_MOST,
                 now,
             )
         ]
@@ -541,14 +537,11 @@ class LoadBalancer:
         """
         if inst.idle or inst.told.timing is None:
             return True
-        free, unread_s, step_s = inst.belief.room(self._lengths.table, now)
+        free, unread_s, step_s = inst.belief.room(self._lengths.table, KV_SHARE, now)
         inst.read_share = 1.0 - step_s / (SLOW_SHARE * self.slo.output_token_s)
         if inst.read_share < READ_LEAST or inst.read_at - now > READING_S:
             return False
-        s = inst.pace.constants
-        spare = (1.0 - KV_SHARE) * s[KV]
-        fits = request[PROMPT] + 1.0 <= free - spare and len(inst.belief) < s[SEQS]
-        return bool(fits and unread_s <= READING_S)
+        return unread_s <= READING_S and float(request[PROMPT]) + 1.0 <= free
 
     def _wait_for(self, inst: Instance, ask: Ask) -> None:
         """It waits for that one, and nobody who comes later is given it before."""
@@ -646,19 +639,24 @@ class LoadBalancer:
         inst.circuit.given(request_id, now)
         self.routed += 1
         self._mean_work += (ask.work - self._mean_work) / MIX_MEMORY
+        prompt = float(request[PROMPT])
+        self._prompts += 1
+        self._prompt_sum += prompt
+        self._square_sum += prompt * prompt
         if more:
             return lease
-        self._note_mix(float(request[PROMPT]))
         if ask.affinity:
             self._prefixes.served(ask.affinity, inst.memory)
         self._requeue(inst, now)
         return lease
 
-    def _note_mix(self, prompt: float, times: int = 1) -> None:
-        """A request with such a prompt was given, or several: that changes what is usual."""
-        share = min(1.0, times / min(MIX_MEMORY, float(self.routed)))
-        self._mean_prompt += share * (prompt - self._mean_prompt)
-        self._mean_squares += share * (prompt * prompt - self._mean_squares)
+    def _learn_mix(self) -> None:
+        """What was given since the last time changes what is usual."""
+        if self._prompts:
+            share = self._prompts / min(MIX_MEMORY + self._prompts, self.routed)
+            self._mean_prompt += share * (self._prompt_sum / self._prompts - self._mean_prompt)
+            self._mean_squares += share * (self._square_sum / self._prompts - self._mean_squares)
+            self._prompts, self._prompt_sum, self._square_sum = 0, 0.0, 0.0
         self._usual[PROMPT] = self._usual[UNREAD] = max(1.0, self._mean_prompt)
         self._usual[LEFT] = self._lengths.mean(0)
 
@@ -729,6 +727,7 @@ class LoadBalancer:
             self._ticks += 1
             self._arrivals_s += max(ARRIVALS_WEIGHT, 1.0 / self._ticks) * (arrived_s - self._arrivals_s)
         self._ticked = now, self.arrivals, self._starts
+        self._learn_mix()
         self._queues = {cls: q for cls, q in self._queues.items() if q.draining or q.steady}
         self._survey()
 
@@ -999,7 +998,8 @@ class LoadBalancer:
             if lease is None:
                 if request_id not in inst.strangers:
                     self._starts += 1
-                    self._stranger(inst, request_id, size, now)
+                    if request_id not in self._done_early:
+                        self._stranger(inst, request_id, size, now)
             elif not lease.started:
                 self.allowance.settled(lease)
                 inst.circuit.started(request_id)
@@ -1032,6 +1032,8 @@ class LoadBalancer:
 
     def _count_strangers(self, inst: Instance, load: Load, now: float) -> None:
         """No more of other loadbalancers' requests are believed to be there than the instance has."""
+        if not inst.strangers:
+            return
         own = sum(1 for lease in inst.leases.values() if lease.started)
         foreign = max(0, load.running + load.waiting - own)
         while len(inst.strangers) > foreign:
@@ -1043,9 +1045,8 @@ class LoadBalancer:
         if not load.model_up or not load.running:
             inst.span = None  # it may have paused
             return
-        inst.belief.age(now)
-        at_work = max(1.0, load.running - inst.belief.reading)
-        context = inst.belief.context
+        reading, context = inst.belief.at_work(now)
+        at_work = max(1.0, load.running - reading)
         if inst.span is None or not inst.span.goes_on(now, made, read):
             inst.span = Span(now, at_work, context, made, read)
             return
@@ -1139,6 +1140,7 @@ class LoadBalancer:
         told = inst.told.throughput_work_s
         left = inst.work(now)
         inst.throughput = min(told * RATE_RANGE, max(told / RATE_RANGE, throughput))
+        inst.belief.does(inst.throughput)
         inst.free_at = now + left / inst.throughput
         inst.classify()
 

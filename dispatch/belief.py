@@ -30,6 +30,7 @@ from dispatch.forward import (
     LEFT,
     MOST,
     PROMPT,
+    SEQS,
     UNREAD,
     A,
     B,
@@ -48,9 +49,9 @@ Ints = NDArray[np.int64]
 ROWS = 16
 """Rows that a block begins with."""
 
-AT, HEARD_AT, START, COUNT, WIDTH = (CONSTANTS + i for i in range(5))
+AT, HEARD_AT, START, COUNT, RATE, WIDTH = (CONSTANTS + i for i in range(6))
 """A row of `servers`, behind its constants: as of when its table is and until when its ends are known, epoch
-seconds; its block and the rows in use there."""
+seconds; its block and the rows in use there; work a second, by which it has its share of what comes."""
 
 
 def row(prompt_tokens: float, left: float, most: float, kind: int) -> Floats:
@@ -114,16 +115,19 @@ class Beliefs:
         request: Floats,
         cached: Sequence[float] | None,
         usual: Floats,
-        arrivals_s: Sequence[float],
+        arrivals: float,
         table: Floats,
         weight: float,
+        most: int,
         now: float,
     ) -> int:
         """Which of these instances, by its number among them, has the least price (forward.py).
 
-        cached: tokens of the prompt that each need not read; None: none. arrivals_s: requests a second that
-        come to each, each like usual. table: expected lengths (lengths.py). weight: of a first token. An
-        instance that stands earlier is the better guess: those behind are often dismissed at half the cost.
+        cached: tokens of the prompt that each need not read; None: none. arrivals: requests that come for
+        each work a second that an instance does, each like usual, a second. table: expected lengths
+        (lengths.py). weight: of a first token. most: requests that are run forward in all; if there are more
+        only the first instances are looked at, and two at least. An instance that stands earlier is the
+        better guess: those behind are often dismissed at half the cost.
         """
         return _best(
             self.rows,
@@ -132,9 +136,10 @@ class Beliefs:
             request,
             np.zeros(len(places)) if cached is None else np.array(cached, float),
             usual,
-            np.array(arrivals_s, float),
+            arrivals,
             table,
             weight,
+            most,
             now,
         )
 
@@ -142,13 +147,14 @@ class Beliefs:
 class Belief:
     """The requests of one instance, in the order in which it was given them."""
 
-    def __init__(self, beliefs: Beliefs, constants: Floats, now: float) -> None:
-        """Nothing goes on there. constants: of its steps (forward.py)."""
+    def __init__(self, beliefs: Beliefs, constants: Floats, rate: float, now: float) -> None:
+        """Nothing goes on there. constants: of its steps (forward.py). rate: work a second."""
         self.ids: list[str] = []
         self._beliefs = beliefs
         self._length = ROWS
         self.place = beliefs.open(now)
         self.follow(constants)
+        self.does(rate)
 
     def close(self) -> None:
         """The instance is gone. To be called once, and nothing after it."""
@@ -165,6 +171,10 @@ class Belief:
     def follow(self, constants: Floats) -> None:
         """How long its steps take is known better."""
         self._beliefs.servers[self.place, :CONSTANTS] = constants
+
+    def does(self, rate: float) -> None:
+        """How much work a second it does is known better."""
+        self._beliefs.servers[self.place, RATE] = rate
 
     def heard(self, now: float) -> None:
         """All that has ended until now is known."""
@@ -197,12 +207,17 @@ class Belief:
         """Time has passed."""
         _age(self._beliefs.rows, self._beliefs.servers, self.place, now)
 
-    def room(self, table: Floats, now: float) -> tuple[float, float, float]:
+    def room(self, table: Floats, share: float, now: float) -> tuple[float, float, float]:
         """(KV tokens free, seconds of reading before it, of a step) for a request that came now.
 
-        Memory is free that those who are there never need together. table: expected lengths (lengths.py).
+        Free is what those who are there never need together of this share of the memory; less than nothing
+        where as many run as may. table: expected lengths (lengths.py).
         """
-        return _room(self._beliefs.rows, self._beliefs.servers, self.place, table, now)
+        return _room(self._beliefs.rows, self._beliefs.servers, self.place, table, share, now)
+
+    def at_work(self, now: float) -> tuple[float, float]:
+        """(requests whose prompt is being read, KV tokens in use)."""
+        return _at_work(self._beliefs.rows, self._beliefs.servers, self.place, now)
 
     @property
     def at(self) -> float:
@@ -214,16 +229,6 @@ class Belief:
         """Its table."""
         start = int(self._beliefs.servers[self.place, START])
         return self._beliefs.rows[start : start + len(self.ids)]
-
-    @property
-    def context(self) -> float:
-        """KV tokens in use."""
-        return float(self.rows[:, HELD].sum())
-
-    @property
-    def reading(self) -> int:
-        """Requests that have memory and whose prompt is not read yet."""
-        return int(((self.rows[:, HELD] > 0.0) & (self.rows[:, UNREAD] > 0.0)).sum())
 
 
 @njit
@@ -266,7 +271,21 @@ def _remove(rows: Floats, servers: Floats, place: int, i: int, now: float) -> No
 
 
 @njit
-def _room(rows: Floats, servers: Floats, place: int, table: Floats, now: float) -> tuple[float, float, float]:
+def _at_work(rows: Floats, servers: Floats, place: int, now: float) -> tuple[float, float]:
+    _age(rows, servers, place, now)
+    there = _table(rows, servers[place])
+    reading = context = 0.0
+    for i in range(len(there)):
+        context += there[i, HELD]
+        if there[i, HELD] > 0.0 and there[i, UNREAD] > 0.0:
+            reading += 1.0
+    return reading, context
+
+
+@njit
+def _room(
+    rows: Floats, servers: Floats, place: int, table: Floats, of_memory: float, now: float
+) -> tuple[float, float, float]:
     _age(rows, servers, place, now)
     s = servers[place]
     there = _table(rows, s)
@@ -288,7 +307,8 @@ def _room(rows: Floats, servers: Floats, place: int, table: Floats, now: float) 
         alive += share
         held += share * has
         most = max(most, held + steps * (alive + 1.0))
-    return s[KV] - most, s[E] * unread, step_s
+    free = of_memory * s[KV] - most if count < s[SEQS] else -1.0
+    return free, s[E] * unread, step_s
 
 
 @njit
@@ -299,26 +319,28 @@ def _best(
     request: Floats,
     cached: Floats,
     usual: Floats,
-    arrivals_s: Floats,
+    arrivals: float,
     lengths: Floats,
     weight: float,
+    most: int,
     now: float,
 ) -> int:
-    most = 0
-    for n in range(len(places)):
-        total = int(servers[places[n], COUNT]) + 1 + behind(1.0 / arrivals_s[n])
-        most = max(most, total)
-    scratch, ask = scratch_for(most), request.copy()
+    longest = wide = 0
+    for place in places:
+        count, gap_s = int(servers[place, COUNT]), 1.0 / (arrivals * servers[place, RATE])
+        longest = max(longest, count)
+        wide = max(wide, count + 1 + behind(gap_s))
+    looked_at = min(len(places), max(2, most // max(longest, 1)))
+    scratch, ask = scratch_for(wide), request.copy()
     best, best_s = 0, np.inf
-    for n in range(len(places)):
+    for n in range(looked_at):
         _age(rows, servers, places[n], now)
         s = servers[places[n]]
         there = _table(rows, s)
         expect(there, lengths)
         ask[UNREAD] = max(1.0, request[UNREAD] - cached[n])
-        offered_s, _, _ = price_below(
-            there, s, s[AT] - now, ask, 1.0 / arrivals_s[n], usual, weight, best_s, scratch
-        )
+        gap_s = 1.0 / (arrivals * s[RATE])
+        offered_s, _, _ = price_below(there, s, s[AT] - now, ask, gap_s, usual, weight, best_s, scratch)
         if offered_s < best_s:
             best, best_s = n, offered_s
     return best
@@ -329,9 +351,10 @@ def warm_up() -> None:
     learned = Lengths(2.0)
     learned.ended(2, 0)
     beliefs, usual, lengths = Beliefs(), row(2.0, learned.mean(0), 4.0, 0), learned.table
-    belief = Belief(beliefs, np.ones(CONSTANTS), 0.0)
+    belief = Belief(beliefs, np.ones(CONSTANTS), 1.0, 0.0)
     belief.add("", usual, 0.0)
     belief.age(1.0)
-    belief.room(lengths, 2.0)
-    beliefs.best([belief.place], usual, None, usual, [1.0], lengths, 1.0, 2.0)
+    belief.at_work(1.0)
+    belief.room(lengths, 1.0, 2.0)
+    beliefs.best([belief.place], usual, None, usual, 1.0, lengths, 1.0, 2, 2.0)
     belief.remove("", 3.0)

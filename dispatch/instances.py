@@ -45,7 +45,7 @@ class Instance:
         self.queue: Queue | None = None
         self.stock = Stock()
         self.pace = Pace(told.timing or like(told.throughput_work_s))
-        self.belief = Belief(beliefs, self.pace.constants, now)
+        self.belief = Belief(beliefs, self.pace.constants, self.throughput, now)
         self.memory = -1  # the number of its KV memory, another after a reboot
         self.strangers: dict[str, float] = {}  # requests in its belief that we gave no lease for -> work
         self.span: Span | None = None

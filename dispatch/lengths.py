@@ -62,11 +62,13 @@ class Lengths:
         self._alive = np.ones((KINDS, BINS))  # share of its completions that come so far
         self.table = np.full((KINDS, BINS), told)
         """Tokens to come, by kind and bin of those made."""
+        self._last: tuple[int, int | None, float] | None = None  # the last mean asked for
         self._make(0)
 
     def tell(self, told: float) -> None:
         """Another mean is expected where nothing is known."""
         self.told = float(told)
+        self._last = None
         for kind in range(len(self._kinds)):
             self._make(kind)
 
@@ -87,11 +89,17 @@ class Lengths:
     def ended(self, tokens: int, kind: int) -> None:
         """A request of that kind was answered with so many."""
         self.completions += 1
+        self._last = None
         _ended(self._figures, self._count, self._sum, self._alive, self.table, self.told, float(tokens), kind)
 
     def mean(self, kind: int, max_tokens: int | None = None) -> float:
         """Tokens that one of that kind is expected to be answered with, that may have so many."""
-        return _mean(self._figures, self.told, kind, math.inf if max_tokens is None else float(max_tokens))
+        last = self._last
+        if last is not None and last[0] == kind and last[1] == max_tokens:  # a request is asked about twice
+            return last[2]
+        found = _mean(self._figures, self.told, kind, math.inf if max_tokens is None else float(max_tokens))
+        self._last = kind, max_tokens, found
+        return found
 
     def _make(self, kind: int) -> None:
         _make(self._figures, self._count, self._sum, self._alive, self.table, self.told, kind)

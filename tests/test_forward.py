@@ -7,7 +7,7 @@ import pytest
 
 from dispatch import forward
 from dispatch.belief import Belief, Beliefs, row
-from dispatch.forward import HELD, MADE, PROMPT, UNREAD, constants, price, run, scratch_for
+from dispatch.forward import HELD, MADE, PROMPT, SEQS, UNREAD, constants, price, run, scratch_for
 from dispatch.lengths import BINS, expect
 from model_timing import TIMINGS, Timing
 from simulation.timing import Kind, ModelServer
@@ -124,7 +124,11 @@ def test_who_is_expected_to_come_makes_a_crowded_server_dearer_and_not_an_idle_o
 def test_a_belief_that_is_told_everything_is_the_server(seed: int) -> None:
     """Requests and ends are told at once: after each, tokens made and memory held are the server's."""
     rng, timing = random.Random(seed), A100
-    server, belief, now = ModelServer(timing, every_token=False), Belief(Beliefs(), constants(A100), 0.0), 0.0
+    server, belief, now = (
+        ModelServer(timing, every_token=False),
+        Belief(Beliefs(), constants(A100), 1.0, 0.0),
+        0.0,
+    )
     for n in range(60):
         until = now + rng.expovariate(3.0)
         while (change := server.next_change()) is not None and change <= until:
@@ -140,12 +144,12 @@ def test_a_belief_that_is_told_everything_is_the_server(seed: int) -> None:
         belief.add(str(n), row(prompt, 1e9, 1e9, 0), now)
         belief.age(now)
         assert len(belief) == server.running + server.waiting
-        assert belief.context == pytest.approx(server.kv_tokens_used, abs=3.0 * len(belief) + 4200)
+        assert belief.at_work(now)[1] == pytest.approx(server.kv_tokens_used, abs=3.0 * len(belief) + 4200)
 
 
 def believed(now: float) -> Belief:
     """An A100 where nothing goes on."""
-    return Belief(Beliefs(), constants(A100), now)
+    return Belief(Beliefs(), constants(A100), 1.0, now)
 
 
 def test_a_belief_is_as_new_as_the_question_and_never_before_the_step_under_way() -> None:
@@ -174,7 +178,7 @@ def test_nobody_ends_in_a_belief_until_it_is_told() -> None:
 
 def test_a_table_grows_with_its_requests_and_those_of_others_stay_what_they_are() -> None:
     beliefs = Beliefs()
-    one, other = (Belief(beliefs, constants(A100), 0.0) for _ in range(2))
+    one, other = (Belief(beliefs, constants(A100), 1.0, 0.0) for _ in range(2))
     for n in range(500):
         for belief, prompt in ((one, 10.0), (other, 20.0)):
             belief.add(str(n), row(prompt + n, 5.0, 1e9, 0), 0.0)
@@ -188,7 +192,7 @@ def test_the_place_of_an_instance_that_is_gone_is_given_to_another() -> None:
     """Ten thousand come and go in the memory of ten."""
     beliefs = Beliefs()
     for _ in range(1000):
-        some = [Belief(beliefs, constants(A100), 0.0) for _ in range(10)]
+        some = [Belief(beliefs, constants(A100), 1.0, 0.0) for _ in range(10)]
         for belief in some:
             for n in range(40):
                 belief.add(str(n), row(10.0, 5.0, 1e9, 0), 0.0)
@@ -202,7 +206,7 @@ def test_the_best_is_the_one_with_the_least_price() -> None:
     """Whatever was dismissed at half the cost: in any order the same as by all prices."""
     rng, table = random.Random(5), np.full((1, BINS), 150.0)
     beliefs, usual, ask = Beliefs(), row(400.0, 100.0, 1e9, 0), row(700.0, 150.0, 1e9, 0)
-    some = [Belief(beliefs, constants(rng.choice((A100, small(9_000)))), 0.0) for _ in range(8)]
+    some = [Belief(beliefs, constants(rng.choice((A100, small(9_000)))), 1.0, 0.0) for _ in range(8)]
     for n in range(120):
         rng.choice(some).add(str(n), row(rng.randint(10, 1500), 100.0, 1e9, 0), 0.02 * n)
     for gap_s in (np.inf, 0.5):
@@ -214,18 +218,41 @@ def test_the_best_is_the_one_with_the_least_price() -> None:
             prices.append(price(belief.rows, here, belief.at - 5.0, ask, gap_s, usual, 10.0)[0])
         for _ in range(20):
             order = rng.sample(range(8), 8)
-            places, arrivals_s = [some[i].place for i in order], [1.0 / gap_s] * 8
-            best = beliefs.best(places, ask, None, usual, arrivals_s, table, 10.0, 5.0)
+            places = [some[i].place for i in order]
+            best = beliefs.best(places, ask, None, usual, 1.0 / gap_s, table, 10.0, 512, 5.0)
             assert prices[order[best]] == pytest.approx(min(prices), rel=1e-9)
+
+
+def test_of_many_requests_only_the_first_instances_are_run_forward_and_two_at_least() -> None:
+    """The last is idle and would be the best."""
+    beliefs, ask, lengths = Beliefs(), row(100.0, 50.0, 1e9, 0), np.full((1, BINS), 50.0)
+    some = [Belief(beliefs, constants(A100), 1.0, 0.0) for _ in range(3)]
+    for n in range(40):
+        some[n % 2].add(str(n), row(1000.0, 100.0, 1e9, 0), 0.0)
+    places = [belief.place for belief in some]
+    for most, best in ((60, 2), (59, 1), (1, 1)):
+        some[1].remove("1", 1.0)  # the second is better than the first
+        assert beliefs.best(places, ask, None, ask, 0.0, lengths, 10.0, most, 1.0) == best
+
+
+def test_where_as_many_run_as_may_no_memory_is_free() -> None:
+    table = np.full((1, BINS), 100.0)
+    for seqs, free in ((3.0, True), (2.0, False)):
+        some = constants(A100)
+        some[SEQS] = seqs
+        belief = Belief(Beliefs(), some, 1.0, 0.0)
+        for n in range(2):
+            belief.add(str(n), row(10.0, 100.0, 1e9, 0), 0.0)
+        assert (belief.room(table, 1.0, 0.0)[0] > 0.0) is free
 
 
 def test_what_need_not_be_read_makes_an_instance_the_best() -> None:
     beliefs, ask = Beliefs(), row(3000.0, 50.0, 1e9, 0)
-    some = [Belief(beliefs, constants(A100), 0.0) for _ in range(3)]
+    some = [Belief(beliefs, constants(A100), 1.0, 0.0) for _ in range(3)]
     places, lengths = [belief.place for belief in some], np.full((1, BINS), 50.0)
     for n in range(3):
         cached = [2900.0 if i == n else 0.0 for i in range(3)]
-        assert beliefs.best(places, ask, cached, ask, [0.0] * 3, lengths, 10.0, 1.0) == n
+        assert beliefs.best(places, ask, cached, ask, 0.0, lengths, 10.0, 512, 1.0) == n
 
 
 def test_memory_of_those_who_may_have_ended_counts_less_the_longer_nothing_was_heard() -> None:
@@ -235,6 +262,6 @@ def test_memory_of_those_who_may_have_ended_counts_less_the_longer_nothing_was_h
         for n in range(10):
             belief.add(str(n), row(1000.0, 100.0, 1e9, 0), 0.0)
         belief.heard(heard_at)
-        free.append(belief.room(table, 20.0)[0])
+        free.append(belief.room(table, 1.0, 20.0)[0])
     assert free == sorted(free)
     assert free[-1] > 1.02 * free[0]

@@ -319,6 +319,17 @@ def test_what_others_do_counts_from_push_to_push() -> None:
     check_books(b)
 
 
+def test_a_start_that_comes_after_its_end_is_no_strangers() -> None:
+    """The client was first to say that it has its answer."""
+    b = bench(instance(1))
+    lease = b.lease(10.0)
+    b.balancer.done(lease.request_id, "finished", b.now)
+    told = Push("boot1", 1, 0, 1, False, (lease.request_id,), (), True)
+    assert b.balancer.pushed(1, told, b.now) == pytest.approx(0.1)
+    assert b.work(1) == 0.0
+    check_books(b)
+
+
 # -- how leases end --------------------------------------------------------------------------------------
 
 
