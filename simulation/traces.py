@@ -38,15 +38,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from errors import ConfigError
-
-if TYPE_CHECKING:
-    from simulation.fluid import Bins
 
 log = logging.getLogger("autoscaler")
 
@@ -67,9 +64,6 @@ JITTER_S = 5.0
 
 LONGEST_LINE = 1 << 20
 """Bytes. The longest of the published logs, with a thousand hash_ids, is a hundredth of it."""
-
-MOST_BINS = 366 * 86_400
-"""A year of seconds: 1.3 GB of bins."""
 
 HOUR_FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
@@ -241,50 +235,6 @@ def _placed(together: list[Request], room_s: float, rng: random.Random, alone: b
     places = sorted(rng.random() * room_s for _ in together)
     for (at, prompt, output, session), place in zip(together, places, strict=True):
         yield Request(min(at + place, at + room_s), prompt, output, session)
-
-
-def binned(
-    requests: Iterable[Request],
-    bin_s: float = 1.0,
-    prefill_weight: float = 0.1,
-    read_s_per_token: float = 0.0,
-) -> "Bins":
-    """The requests as the fluid model takes them, one value per bin of bin_s (it wants seconds).
-
-    work: prefill_weight * prompt + output tokens. limit_s: mean over the requests of what may pass before
-    they are served, 2 s + 1 ms a prompt token (the objective) less the seconds of reading the prompt, at
-    least 0.1; 2 s where nobody came. A block of requests is added at a time: memory grows with bins alone.
-    Raises ConfigError for over MOST_BINS of them, ValueError for times before 0 and a width that is none.
-    """
-    # numba comes with the fluid model, and takes a second to import: live runs that only read do without.
-    import numpy as np
-
-    from simulation.fluid import Bins
-
-    if not 0.0 < bin_s < math.inf:
-        raise ValueError(f"bin_s: wanted more than 0, got {bin_s}")
-    sums = np.zeros((5, 3600))  # work, requests, limits, prompt tokens, output tokens
-    length = 1
-    left = iter(requests)
-    while block := list(islice(left, 1 << 15)):
-        at, prompt, output, _ = np.array(block, dtype=np.float64).T
-        last = float(at.max()) // bin_s
-        if not (at.min() >= 0.0 and last < MOST_BINS):
-            if at.min() < 0.0:
-                raise ValueError(f"a request at {at.min():g} s: wanted 0 or later")
-            raise ConfigError(f"a log of {at.max():g} s: wanted at most {MOST_BINS} bins of {bin_s:g} s")
-        length = max(length, int(last) + 1)
-        while length > sums.shape[1]:
-            sums = np.concatenate((sums, np.zeros_like(sums)), axis=1)
-        where = (at // bin_s).astype(np.int64)
-        first = int(where.min())
-        limit = np.maximum(0.1, 2.0 + 0.001 * prompt - read_s_per_token * prompt)
-        values = (prefill_weight * prompt + output, np.ones_like(at), limit, prompt, output)
-        for total, value in zip(sums, values, strict=True):
-            part = np.bincount(where - first, weights=value)
-            total[first : first + len(part)] += part
-    work, came, limits, prompts, outputs = sums[:, :length]
-    return Bins(work, came, np.where(came > 0.0, limits / np.maximum(came, 1.0), 2.0), prompts, outputs)
 
 
 # --- outside world ---------------------------------------------------------------------------------

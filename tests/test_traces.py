@@ -10,13 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from errors import ConfigError
 from simulation import traces
-from simulation.fluid import bins_of
-from simulation.traces import LeftOut, Request, binned, read, scaled, spread_ticks, tiled
+from simulation.traces import LeftOut, Request, read, scaled, spread_ticks, tiled
 
 COMPACT = "arrival_s,prompt_tokens,output_tokens\n"
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -416,44 +414,3 @@ def test_rounded_times_are_spread_within_their_tick_or_up_to_the_next_moment() -
     assert len({r.at_s for r in found}) == 500
     assert in_order(list(spread_ticks(log, 100.0, random.Random(1))))
     assert list(spread_ticks([], 3.0, random.Random(1))) == []
-
-
-def test_bins_have_work_requests_and_the_mean_limit_of_each_second() -> None:
-    log = [Request(0.2, 1000, 50, -1), Request(0.9, 3000, 70, -1), Request(2.0, 100, 7, -1)]
-    bins = binned(log)
-    assert bins.work == pytest.approx([150.0 + 370.0, 0.0, 17.0])
-    assert bins.requests.tolist() == [2.0, 0.0, 1.0]
-    assert bins.limit_s == pytest.approx([4.0, 2.0, 2.1])
-    assert [v.dtype for v in (bins.work, bins.requests, bins.limit_s)] == [np.float64] * 3
-    assert bins.tokens()[0].tolist() == [4000.0, 0.0, 100.0]
-    assert bins.tokens()[1].tolist() == [120.0, 0.0, 7.0]
-
-
-def test_reading_takes_from_the_limit_but_never_all_of_it() -> None:
-    bins = binned(iter([Request(0.0, 1000, 1, -1), Request(1.0, 10_000, 1, -1)]), 1.0, 0.5, 0.0015)
-    assert bins.limit_s == pytest.approx([1.5, 0.1])
-    assert bins.work == pytest.approx([501.0, 5001.0])
-    assert len(binned([Request(0.0, 1, 1, -1), Request(59.0, 1, 1, -1)], 10.0)) == 6
-    assert binned([]).work.tolist() == [0.0]
-
-
-def test_a_long_log_is_binned_in_blocks_as_the_fluid_model_bins_it_at_once() -> None:
-    rng = random.Random(1)
-    times = sorted(rng.uniform(0.0, 20_000.0) for _ in range(70_000))
-    log = [Request(at, rng.randint(1, 9000), rng.randint(1, 900), -1) for at in times]
-    found = binned(iter(log))
-    at, prompt, output, _ = np.array(log).T
-    known = bins_of(at, prompt, output)
-    came = known.requests > 0.0
-    assert found.requests.tolist() == known.requests.tolist()
-    assert found.work == pytest.approx(known.work)
-    assert found.limit_s[came] == pytest.approx(known.limit_s[came])
-
-
-def test_what_cannot_be_binned_is_said() -> None:
-    with pytest.raises(ConfigError, match="a log of 1e\\+09 s: wanted at most 31622400 bins of 1 s"):
-        binned([Request(1e9, 1, 1, -1)])
-    with pytest.raises(ValueError, match="a request at -1 s: wanted 0 or later"):
-        binned([Request(-1.0, 1, 1, -1)])
-    with pytest.raises(ValueError, match="bin_s: wanted more than 0"):
-        binned([], 0.0)
