@@ -363,6 +363,7 @@ class Driver:
         """request: what all ask. again: each asks again when it is answered."""
         self.request = request
         self.latencies: list[float] = []
+        self.lags: list[float] = []  # from when a request was due until it was sent
         self.leases = 0
         self.refused = 0
         self.leased: list[bytes] = []
@@ -404,6 +405,8 @@ class Driver:
         while not self.stopped:
             while due <= time.perf_counter():
                 if self._idle:
+                    if self.measuring:
+                        self.lags.append(time.perf_counter() - due)
                     self._idle.popleft().send(self.request, due)
                 else:
                     self._due.append(due)
@@ -423,7 +426,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round measured. Times in milliseconds unless named otherwise."""
+    """What one round measured. Times in milliseconds unless named otherwise.
+
+    lag_p99_ms: of all that the driver itself was late, which is part of the latencies.
+    """
 
     instances: int
     connections: int
@@ -437,6 +443,7 @@ class Round:
     p50_ms: float
     p99_ms: float
     max_ms: float
+    lag_p99_ms: float
     server_cpu_us: float
     server_cpu_share: float
     server_mb: float
@@ -491,7 +498,7 @@ async def drive(
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    found = sorted(driver.latencies)
+    found, lags = sorted(driver.latencies), sorted(driver.lags)
     return Round(
         instances=cell.instances,
         connections=cell.connections,
@@ -505,6 +512,7 @@ async def drive(
         p50_ms=round(1e3 * found[len(found) // 2], 3),
         p99_ms=round(1e3 * found[int(len(found) * 0.99)], 3),
         max_ms=round(1e3 * found[-1], 3),
+        lag_p99_ms=round(1e3 * lags[int(len(lags) * 0.99)], 3) if lags else 0.0,
         server_cpu_us=round(1e6 * cpu / max(1, driver.leases), 1),
         server_cpu_share=round(cpu / took_s, 3),
         server_mb=round(mb, 1),
@@ -827,17 +835,20 @@ def show(medians: list[dict[str, Any]], held: dict[str, Any] | None) -> None:
     """Print the tables."""
     print(
         f"{'instances':>9} {'clients':>7} {'batch':>5} {'due/s':>7} {'leases/s':>8} {'p50 ms':>7} "
-        f"{'p99 ms':>7} {'max ms':>7} {'CPU µs':>7} {'MB':>5} {'refused':>7} {'lost':>4} {'fewest':>6}"
+        f"{'p99 ms':>7} {'max ms':>7} {'lag ms':>6} {'CPU µs':>7} {'MB':>5} {'refused':>7} {'lost':>4} "
+        f"{'fewest':>6}"
     )
     for row in medians:
         print(
             f"{row['instances']:9.0f} {row['connections']:7.0f} {row['batch'] or '':>5} "
             f"{row['due_s'] or '':>7} {row['leases_s']:8.0f} {row['p50_ms']:7.2f} {row['p99_ms']:7.2f} "
-            f"{row['max_ms']:7.1f} {row['server_cpu_us']:7.1f} {row['server_mb']:5.0f} "
-            f"{row['refused']:7.0f} {row['lost']:4.0f} {row['fewest_answers_of_a_connection']:6.0f}"
+            f"{row['max_ms']:7.1f} {row['lag_p99_ms']:6.2f} {row['server_cpu_us']:7.1f} "
+            f"{row['server_mb']:5.0f} {row['refused']:7.0f} {row['lost']:4.0f} "
+            f"{row['fewest_answers_of_a_connection']:6.0f}"
         )
     print(
-        "CPU: of the server, per lease. due/s: by the clock. fewest: answers of the connection with fewest."
+        "CPU: of the server, per lease. due/s: by the clock; lag: p99 of how late the driver itself was.\n"
+        "fewest: answers of the connection with fewest."
     )
     if held is not None:
         print(
