@@ -473,11 +473,11 @@ class LoadBalancer:
         one = self._hot_throughput / self._hot
         return before_s + (self.line.work - before_s * self._hot_throughput) / (self._hot_throughput + one)
 
-    def _lease(self, ask: Ask, now: float) -> Lease | None:
+    def _lease(self, ask: Ask, now: float, *, hurries: bool = False) -> Lease | None:
         if len(self._leases) >= MAX_LEASES:
             return None
         request = self._row(ask)
-        while (inst := self._best_for(ask, request, now)) is not None:
+        while (inst := self._best_for(ask, request, now, hurries)) is not None:
             taken = inst.stock.take(now)
             self._wants_tokens(inst, now)
             if taken is None:
@@ -490,8 +490,11 @@ class LoadBalancer:
                 return self._give(inst, request_id, token, batch, ask, self._row_at(inst, ask, request), now)
         return None
 
-    def _best_for(self, ask: Ask, request: Floats, now: float) -> Instance | None:
-        """The instance where it does least to everybody: the best few by their work are predicted in full."""
+    def _best_for(self, ask: Ask, request: Floats, now: float, hurries: bool) -> Instance | None:
+        """The instance where it does least to everybody: the best few by their work are predicted in full.
+
+        hurries: it is late, and nobody else is to be served before it (line.py).
+        """
         found = self._candidates(ask.work, {*ask.avoid, *self._claimed}, now, memory_known=True)
         for memory in self._prefixes.holders(ask.affinity):
             inst = self._memories.get(memory)
@@ -503,7 +506,7 @@ class LoadBalancer:
                 found.append(inst)
         if not found or (len(found) == 1 and found[0].told.timing is None):
             return found[0] if found else None
-        if self.line.held and not any(self._has_room(request, inst, now) for inst in found):
+        if self.line.held and not any(self._has_room(request, inst, now, hurries) for inst in found):
             # It would wait for the best of them, whichever that is: who comes later must not take it.
             self._wait_for(found[0], ask)
             return None
@@ -524,21 +527,22 @@ class LoadBalancer:
                 now,
             )
         ]
-        if self._has_room(request, best, now):
+        if self._has_room(request, best, now, hurries):
             return best
         self._wait_for(best, ask)
         return None
 
-    def _has_room(self, request: Floats, inst: Instance, now: float) -> bool:
+    def _has_room(self, request: Floats, inst: Instance, now: float, hurries: bool) -> bool:
         """Whether it would be admitted and read at once, and those there get their tokens in time.
 
         A step of step_s makes a token for each; with a share r of the time spent on prompts tokens come each
-        step_s / (1 - r). So prompts may take no more than what leaves them within the objective.
+        step_s / (1 - r). So prompts may take no more than what leaves them within the objective. For who is
+        late all the same that would be waiting for nothing: he hurries, and all of the time may go into it.
         """
         if inst.idle or inst.told.timing is None:
             return True
         free, unread_s, step_s = inst.belief.room(self._lengths.table, KV_SHARE, now)
-        inst.read_share = 1.0 - step_s / (SLOW_SHARE * self.slo.output_token_s)
+        inst.read_share = 1.0 if hurries else 1.0 - step_s / (SLOW_SHARE * self.slo.output_token_s)
         if inst.read_share < READ_LEAST or inst.read_at - now > READING_S:
             return False
         return unread_s <= READING_S and float(request[PROMPT]) + 1.0 <= free
@@ -628,11 +632,7 @@ class LoadBalancer:
         inst.belief.add(request_id, request, now)
         inst.given += ask.work
         inst.free_at = now + left_s + ask.work / inst.throughput
-        if told.timing is None:
-            read_s = ask.prompt_tokens * self.prefill_weight / inst.throughput
-        else:
-            read_s = float(request[UNREAD] * inst.pace.constants[E]) / max(inst.read_share, READ_LEAST)
-        inst.read_at = max(now, inst.read_at) + read_s
+        self._reads(inst, ask.prompt_tokens, request, now)
         self._leases[request_id] = lease
         self._expiring.append(lease)
         self.allowance.given(lease)
@@ -649,6 +649,14 @@ class LoadBalancer:
             self._prefixes.served(ask.affinity, inst.memory)
         self._requeue(inst, now)
         return lease
+
+    def _reads(self, inst: Instance, prompt_tokens: float, request: Floats, now: float) -> None:
+        """It will have read the prompts that it was given, and this one, so much later."""
+        if inst.told.timing is None:
+            read_s = prompt_tokens * self.prefill_weight / inst.throughput
+        else:
+            read_s = float(request[UNREAD] * inst.pace.constants[E]) / max(inst.read_share, READ_LEAST)
+        inst.read_at = max(now, inst.read_at) + read_s
 
     def _learn_mix(self) -> None:
         """What was given since the last time changes what is usual."""
@@ -769,7 +777,10 @@ class LoadBalancer:
         self._claimed.clear()
         self._waits_for_one = None
         return self.line.grant(
-            now, lambda ask: self._lease(ask, now), lambda ask: self._only_avoids(ask, now), most
+            now,
+            lambda ask, hurries: self._lease(ask, now, hurries=hurries),
+            lambda ask: self._only_avoids(ask, now),
+            most,
         )
 
     def _only_avoids(self, ask: Ask, now: float) -> bool:
@@ -1024,6 +1035,7 @@ class LoadBalancer:
         inst.strangers[request_id] = work
         inst.foreign += work
         inst.free_at = now + left_s + work / inst.throughput
+        self._reads(inst, float(request[PROMPT]), request, now)
 
     def _stranger_left(self, inst: Instance, request_id: str, now: float) -> None:
         inst.belief.remove(request_id, now)

@@ -89,7 +89,7 @@ class _Pass:
     """One pass of grant."""
 
     now: float
-    lease: Callable[[Ask], Lease | None]
+    lease: Callable[[Ask, bool], Lease | None]
     only_avoids: Callable[[Ask], bool]
     most: int
     granted: list[tuple[Waiter, Lease]] = field(default_factory=list)
@@ -194,14 +194,15 @@ class Line:
     def grant(
         self,
         now: float,
-        lease: Callable[[Ask], Lease | None],
+        lease: Callable[[Ask, bool], Lease | None],
         only_avoids: Callable[[Ask], bool],
         most: int | None = None,
     ) -> list[tuple[Waiter, Lease]]:
         """Leases for those who may be served now: the overdue, those in time, the late; each in their order.
 
-        Who could be served but for the instances he avoids (only_avoids) lets the others pass. most: so many
-        at once; `cut` says then that there may be more.
+        lease is also told whether its request hurries: late, in one line of all. Who could be served but for
+        the instances he avoids (only_avoids) lets the others pass. most: so many at once; `cut` says then
+        that there may be more.
         """
         this = _Pass(now, lease, only_avoids, self.most if most is None else most)
         self._blocked = math.inf
@@ -251,7 +252,7 @@ class Line:
             heappush(lane.entries, entry)
             this.blocked, this.cut = entry[0], True
             return False
-        elif (given := this.lease(waiter.ask)) is not None:
+        elif (given := this.lease(waiter.ask, self._hurries(waiter, now))) is not None:
             self.cancel(waiter)
             this.granted.append((waiter, given))
             self.turned_late += waiter.give_by < now and not waiter.late  # all in one line
@@ -262,6 +263,9 @@ class Line:
             this.blocked = entry[0]
             return False
         return True
+
+    def _hurries(self, waiter: Waiter, now: float) -> bool:
+        return self.late_bound_s is None and waiter.give_by < now
 
     def blocks(self, ask: Ask, now: float, only_avoids: Callable[[Ask], bool]) -> bool:
         """Whether one who asks for this now must wait behind others."""

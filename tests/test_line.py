@@ -44,9 +44,11 @@ class Counter:
     ) -> list[Waiter]:
         """Who is served when there is room for so many; who avoids something is not, unless he can."""
         self.room, self.tried = room, 0
+        self.hurried: list[bool] = []
 
-        def lease(ask: Ask) -> Lease | None:
+        def lease(ask: Ask, hurries: bool) -> Lease | None:
             self.tried += 1
+            self.hurried.append(hurries)
             if not self.room or not can(ask):
                 return None
             self.room -= 1
@@ -276,3 +278,12 @@ def test_the_counts_are_those_of_who_waits_whatever_happens(seed: int) -> None:
             assert line.ahead_of(priority) == pytest.approx(ahead, abs=1e-6)
         assert line.oldest_wait_s(c.now) == max((c.now - w.since for w in waiting), default=0.0)
         assert sorted(map(id, (*line._in_time, *line._late))) == sorted(map(id, waiting))
+
+
+def test_who_is_late_hurries_where_nobody_is_to_be_served_before_him() -> None:
+    for late_bound_s, hurried in ((None, [True, False]), (LATE_BOUND_S, [False, False])):
+        c = Counter(late_bound_s=late_bound_s)
+        first, second = c.hold(time_to_give_s=5.0), c.hold(time_to_give_s=50.0)
+        c.now += 10.0
+        assert sorted(map(id, c.grant(2))) == sorted(map(id, (first, second)))
+        assert c.hurried == hurried

@@ -12,6 +12,7 @@ from dispatch.forward import PROMPT
 from dispatch.instances import FLOOR, STOCK_LEAST, Instance
 from dispatch.types import Ask, HotInstance, HotSet, Lease, Poll, Push, Refill, Waiter
 from loadbalancer import LoadBalancer
+from model_timing import TIMINGS
 from slo import Slo
 
 T0 = 1_700_000_000.0
@@ -1131,6 +1132,34 @@ def test_room_that_appears_because_prompts_have_been_read_is_given_to_who_waits(
     assert served(b) == []
     b.now += 1.5
     assert served(b) == [waiter]
+
+
+@pytest.mark.parametrize("late_bound_s", [None, 300.0])
+def test_prompts_are_paced_so_that_answers_flow_but_not_for_who_is_late_in_one_line(
+    late_bound_s: float | None,
+) -> None:
+    """Forty answers are being made; with a lane of their own the late leave those their pace."""
+
+    def given(first_token_s: float) -> int:
+        slo = Slo(first_token_s, 0.0, 0.1)
+        b = bench(slo=slo, late_bound_s=late_bound_s)
+        b.hot(replace(instance(1, 1000.0, 1e3), timing=TIMINGS["13B", "awq4", "L40S", 1]))
+        for _ in range(40):
+            assert b.lease(500.0, prompt_tokens=10)
+            b.now += 0.1
+        for _ in range(20):
+            ask = Ask(300.0, prompt_tokens=1500)
+            b.balancer.arrived(ask)
+            if b.balancer.route(ask, b.now) is None:
+                assert b.balancer.hold(ask, b.now + 100.0, b.now)
+        count = 0
+        for _ in range(40):
+            b.now += 0.1
+            count += len(b.balancer.grant(b.now))
+        return count
+
+    paced, hurried = given(1000.0), given(0.01)
+    assert hurried > 1.2 * paced if late_bound_s is None else hurried == paced
 
 
 # -- the hot set -----------------------------------------------------------------------------------------
