@@ -273,7 +273,7 @@ class LoadBalancer:
         self._ticks = 0
         self._refused_work: deque[list[float]] = deque()  # [second, work]
         self._working = 0  # instances with a lease
-        self._to_poll: list[int] = []
+        self._to_poll: list[Instance] = []
         self._hot = 0
         self._hot_throughput = 0.0
         self._typical_capacity = CAPACITY_UNKNOWN * self.expected_output_tokens
@@ -626,6 +626,7 @@ class LoadBalancer:
         left_s = inst.work(now) / inst.throughput
         if not inst.leases:
             inst.working_since = now
+            inst.look_at = now
             self._working += 1
         inst.taken += 1
         inst.leases[request_id] = lease
@@ -724,10 +725,12 @@ class LoadBalancer:
         if len(self._expiring) > 2 * len(self._leases) + 1000:
             self._expiring = deque(lease for lease in self._expiring if not lease.over)
         for inst in self._instances.values():
-            inst.stock.drop_old(now)
+            if inst.stock.old_at <= now:
+                inst.stock.drop_old(now)
             if inst.circuit.tick(now) or (inst.entry is not None and not inst.stock.size):
                 self._requeue(inst, now)
-            self._wants_tokens(inst, now)
+            if inst.is_low(now):
+                self._thirsty[inst.told.id] = None
         if self._ticked is not None and now > self._ticked[0]:
             # Other loadbalancers' requests are seen when they start; our own may still be held.
             came = max(self.arrivals - self._ticked[1], self._starts - self._ticked[2])
@@ -911,11 +914,14 @@ class LoadBalancer:
             if len(out) == POLL_FEW:
                 break
             if not self._to_poll:
-                self._to_poll = list(self._instances)
-            inst = self._instances.get(self._to_poll.pop())
-            if inst is None or inst.boot_id is None or inst.polling:
+                self._to_poll = list(self._instances.values())
+            inst = self._to_poll.pop()
+            if inst.look_at > now or inst.polling or inst.boot_id is None:
                 continue
-            if now - inst.polled_at >= self._poll_interval_of(inst):
+            due_at = inst.polled_at + self._poll_interval_of(inst)
+            if due_at > now:
+                inst.look_at = min(due_at, now + self.poll_interval_s)
+            elif self._instances.get(inst.told.id) is inst:
                 out.append(self._poll(inst, now))
         return out
 
@@ -994,6 +1000,7 @@ class LoadBalancer:
         inst.belief.heard(now)
         if push.missed or push.after > inst.seq:
             inst.polled_at = -math.inf
+            inst.look_at = now
         else:
             inst.seq = max(inst.seq, push.seq)
         if not push.model_up:

@@ -61,6 +61,7 @@ class Instance:
         self.pushes = 0
         self.polling = False
         self.polled_at = now
+        self.look_at = now  # until then no report is due
         self.reports = 0
         # (time, work total, tokens made) that the next rate is taken from
         self.base: tuple[float, float, int] | None = None
@@ -114,8 +115,10 @@ class Instance:
 
     def is_low(self, now: float) -> bool:
         """Whether tokens are to be fetched for it."""
-        low = max(STOCK_LEAST // 2, self.level // 4)
-        return not self.told.draining and not self.refilling and self.stock.fresh(now) < low
+        if self.refilling or self.told.draining:
+            return False
+        stock = self.stock  # what is to be renewed counts for nothing
+        return stock.size < max(STOCK_LEAST // 2, self.level // 4) or now >= stock.renew_at
 
     def working(self, now: float) -> float:
         """Seconds with a request under way, so far."""

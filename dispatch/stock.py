@@ -28,6 +28,7 @@ class Stock:
         self._batches: deque[Batch] = deque()
         self.size = 0
         self.renew_at = math.inf
+        self.old_at = math.inf  # from then on its oldest batch is not to be given
 
     def add(self, tokens: Sequence[str], expires_in_s: float, now: float) -> None:
         if tokens:
@@ -35,6 +36,7 @@ class Stock:
             self._batches.append(Batch(list(tokens), until, now + expires_in_s))
             self.size += len(tokens)
             self.renew_at = now + RENEW_SHARE * expires_in_s
+            self.old_at = self._batches[0].until
 
     def take(self, now: float) -> tuple[str, Batch] | None:
         self.drop_old(now)
@@ -44,7 +46,7 @@ class Stock:
         self.size -= 1
         token = batch.tokens.pop()
         if not batch.tokens:
-            self._batches.popleft()
+            self._drop()
         return token, batch
 
     def take_some(self, count: int, now: float) -> list[tuple[str, Batch]]:
@@ -57,23 +59,30 @@ class Stock:
             out += [(token, batch) for token in reversed(batch.tokens[-few:])]
             del batch.tokens[-few:]
             if not batch.tokens:
-                self._batches.popleft()
+                self._drop()
         self.size -= len(out)
         return out
 
     def give_back(self, token: str, batch: Batch) -> None:
         if not batch.tokens:
             self._batches.appendleft(batch)
+            self.old_at = batch.until
         batch.tokens.append(token)
         self.size += 1
 
     def drop_old(self, now: float) -> None:
-        while self._batches and self._batches[0].until <= now:
-            self.size -= len(self._batches.popleft().tokens)
+        while self.old_at <= now:
+            self.size -= len(self._drop().tokens)
+
+    def _drop(self) -> Batch:
+        """The oldest batch goes."""
+        gone = self._batches.popleft()
+        self.old_at = self._batches[0].until if self._batches else math.inf
+        return gone
 
     def clear(self) -> None:
         self._batches.clear()
-        self.size = 0
+        self.size, self.old_at = 0, math.inf
 
     def fresh(self, now: float) -> int:
         """How many there are; none when they are to be renewed, although they are still good."""

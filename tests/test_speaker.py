@@ -521,6 +521,15 @@ def test_what_a_report_leaves_out_is_polled_at_once(told: Push) -> None:
     assert due(b) == [(1, 0)]
 
 
+def test_who_begins_to_work_is_polled_at_once_although_nothing_was_due_a_moment_ago() -> None:
+    b = bench(instance(1))
+    b.report(1)
+    b.now += 2.0
+    assert due(b) == [], "an idle one is polled every five seconds"
+    b.lease()
+    assert due(b) == [(1, 0)]
+
+
 def test_a_model_server_that_is_down_gets_nothing_until_a_report_is_good_again() -> None:
     b = bench(instance(1))
     b.balancer.pushed(1, push(1, model_up=False), b.now)
