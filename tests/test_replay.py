@@ -76,6 +76,18 @@ def test_a_goal_that_cannot_be_kept_gives_no_extreme() -> None:
     assert not tuned.reached or tuned.usd_day < 60 * 24 * FLEET.running_usd_h
 
 
+def test_twenty_minutes_of_a_model_that_starts_slowly_are_enough_for_a_level() -> None:
+    """The first minutes of a replay, before a start can have helped, are nobody's fault."""
+    slow = replace(FLEET, start_lo_s=120.0, start_hi_s=300.0, late_lane=False)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        rate = 2.0 * np.exp(rng.normal(0.0, 0.6, 40)).repeat(30)
+        requests = rng.poisson(rate).astype(float)
+        work = requests * rng.gamma(2.0, 50.0, len(rate))
+        tuned = tune(Bins(work, requests, np.full(len(rate), 2.5)), 0.99, slow)
+        assert tuned.reached, "with a fifth of the history for a start it was in one of them"
+
+
 def test_the_same_history_gives_the_same_level() -> None:
     assert tune(day(1), 0.99, FLEET) == tune(day(1), 0.99, FLEET)
 
