@@ -12,7 +12,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 
-.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers clean
+.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -52,6 +52,10 @@ POLICIES := $(BIN)/python -m bench.policies --traces $(TRACES)
 bench-policies: $(READY)
 	$(POLICIES) --profiles vllm-13 --goals 0.99 --json build/bench-policies.json --plots build/policies \
 	--peers fixed,vast,skyserve,ray-serve,knative-patient,hpa,dynamo-kalman,dynamo-arima,wva,delayed-off
+
+# The logs of an hour: every peer, both profiles and goals, about five minutes.
+bench-policies-hours: $(READY)
+	$(POLICIES) --only code,conv,mooncake --json build/bench-policies-hours.json --plots build/policies-hours
 
 bench-policies-all: $(READY)
 	$(POLICIES) --json build/bench-policies-all.json --plots build/policies-all
