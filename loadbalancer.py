@@ -1046,7 +1046,8 @@ class LoadBalancer:
 
     def _stranger_left(self, inst: Instance, request_id: str, now: float) -> None:
         inst.belief.remove(request_id, now)
-        inst.foreign = max(0.0, inst.foreign - inst.strangers.pop(request_id))
+        left = inst.foreign - inst.strangers.pop(request_id)
+        inst.foreign = left if left > 1e-6 else 0.0  # exactly 0 where nothing is left: then it is idle
         inst.free_at = min(inst.free_at, now + (inst.given + inst.foreign) / inst.throughput)
 
     def _count_strangers(self, inst: Instance, load: Load, now: float) -> None:

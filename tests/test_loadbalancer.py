@@ -320,6 +320,24 @@ def test_what_others_do_counts_from_push_to_push() -> None:
     check_books(b)
 
 
+def test_when_all_of_the_others_have_gone_an_instance_is_idle() -> None:
+    """To the last bit: sums of sizes that are no binary fractions."""
+    b = bench(instance(1))
+    own = b.balancer.route(Ask(100.0, prompt_tokens=9000), b.now)
+    assert own is not None
+    b.report(1, started=(own.request_id,), started_bytes=(27_001,), running=1)
+    b.balancer.done(own.request_id, "finished", b.now)
+    names = [f"other{n}" for n in range(9)]
+    for number, (names_in, names_out) in enumerate([(names, []), ([], names[3:] + names[:3])], start=1):
+        sizes = tuple(1000 + 37 * n for n in range(len(names_in)))
+        ended = tuple(End(name) for name in names_out)
+        told = Push("boot1", number, number - 1, number, False, tuple(names_in), ended, True, sizes)
+        b.balancer.pushed(1, told, b.now)
+        assert b.balancer._instances[1].idle is (number == 2)
+    assert b.lease(50_000.0)
+    check_books(b)
+
+
 def test_a_start_that_comes_after_its_end_is_no_strangers() -> None:
     """The client was first to say that it has its answer."""
     b = bench(instance(1))

@@ -1059,6 +1059,24 @@ def test_five_thousand_wait_in_one_process_and_a_replaced_hot_set_loses_none_and
         print(f"took {time.monotonic() - begun:.1f} s, {memory_mb(it.process.pid):.0f} MB")
 
 
+def test_sizes_of_other_requests_than_those_that_started_are_refused() -> None:
+    said = {
+        "boot_id": "b",
+        "number": 1,
+        "after": 0,
+        "seq": 1,
+        "missed": False,
+        "started": ["0" * 16],
+        "ended": [],
+        "model_up": True,
+    }
+    assert loadbalancer_server.parse_push(said).started_bytes == (), "of an older instance"
+    assert loadbalancer_server.parse_push({**said, "started_bytes": [4102]}).started_bytes == [4102]
+    for wrong in ([], [1, 2], [-1], [2**33], [True], ["7"]):
+        with pytest.raises(BadField, match=r"^started_bytes"):
+            loadbalancer_server.parse_push({**said, "started_bytes": wrong})
+
+
 def test_a_report_that_an_instance_pushes_wakes_who_waits(tmp_path: Path) -> None:
     """A request has ended there: the next one is given its place before any poll is due."""
     with (
