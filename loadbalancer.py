@@ -623,7 +623,7 @@ class LoadBalancer:
             row=request,
             client=ask.client,
         )
-        left_s = inst.work(now) / inst.throughput
+        inst.gets(ask.work, now)
         if not inst.leases:
             inst.working_since = now
             inst.look_at = now
@@ -632,7 +632,6 @@ class LoadBalancer:
         inst.leases[request_id] = lease
         inst.belief.add(request_id, request, now)
         inst.given += ask.work
-        inst.free_at = now + left_s + ask.work / inst.throughput
         self._reads(inst, ask.prompt_tokens, request, now)
         self._leases[request_id] = lease
         self._expiring.append(lease)
@@ -709,7 +708,7 @@ class LoadBalancer:
             inst.working_s += now - inst.working_since
             self._working -= 1
             inst.read_at = min(inst.read_at, now)  # nothing is left that it could be reading
-        inst.free_at = min(inst.free_at, now + (inst.given + inst.foreign) / inst.throughput)
+        inst.loses(now)
         self.ends[how] = self.ends.get(how, 0) + 1
 
     def tick(self, now: float) -> None:
@@ -725,12 +724,10 @@ class LoadBalancer:
         if len(self._expiring) > 2 * len(self._leases) + 1000:
             self._expiring = deque(lease for lease in self._expiring if not lease.over)
         for inst in self._instances.values():
-            if inst.stock.old_at <= now:
-                inst.stock.drop_old(now)
+            inst.stock.drop_old(now)
             if inst.circuit.tick(now) or (inst.entry is not None and not inst.stock.size):
                 self._requeue(inst, now)
-            if inst.is_low(now):
-                self._thirsty[inst.told.id] = None
+            self._wants_tokens(inst, now)
         if self._ticked is not None and now > self._ticked[0]:
             # Other loadbalancers' requests are seen when they start; our own may still be held.
             came = max(self.arrivals - self._ticked[1], self._starts - self._ticked[2])
@@ -1038,17 +1035,16 @@ class LoadBalancer:
             request = row(prompt, self._lengths.mean(kind, None), math.inf, kind)
         inst.belief.add(request_id, request, now)
         work = float(request[PROMPT] * self.prefill_weight + request[LEFT])
-        left_s = inst.work(now) / inst.throughput
+        inst.gets(work, now)
         inst.strangers[request_id] = work
         inst.foreign += work
-        inst.free_at = now + left_s + work / inst.throughput
         self._reads(inst, float(request[PROMPT]), request, now)
 
     def _stranger_left(self, inst: Instance, request_id: str, now: float) -> None:
         inst.belief.remove(request_id, now)
         left = inst.foreign - inst.strangers.pop(request_id)
         inst.foreign = left if left > 1e-6 else 0.0  # exactly 0 where nothing is left: then it is idle
-        inst.free_at = min(inst.free_at, now + (inst.given + inst.foreign) / inst.throughput)
+        inst.loses(now)
 
     def _count_strangers(self, inst: Instance, load: Load, now: float) -> None:
         """No more of other loadbalancers' requests are believed to be there than the instance has."""

@@ -97,6 +97,14 @@ class Instance:
             return total
         return left if left > FLOOR * total else FLOOR * total
 
+    def gets(self, work: float, now: float) -> None:
+        """Work is coming, which is not counted yet: it will have drained so much later."""
+        self.free_at = now + self.work(now) / self.throughput + work / self.throughput
+
+    def loses(self, now: float) -> None:
+        """Work has gone, which is not counted any more: no more is left than what is."""
+        self.free_at = min(self.free_at, now + (self.given + self.foreign) / self.throughput)
+
     @property
     def idle(self) -> bool:
         """Whether nothing goes on there: it may be given a request of any size."""

@@ -102,7 +102,7 @@ def warm_up_s(history_s: int, fleet: Fleet) -> int:
     """Seconds of a history that are played and not scored: until the fleet is as its level would have it.
 
     That takes a start, at least: with less, of twenty minutes of a model that starts in five no level kept
-    99 % in one line, and the highest was taken (README, vllm-70).
+    99 % in one line, and the highest was taken.
     """
     return max(min(600, history_s // 6), min(history_s // 2, math.ceil(WARM_STARTS * fleet.start_hi_s)))
 
