@@ -26,7 +26,7 @@ test: $(READY) $(COMPILED)
 	$(BIN)/python -m pytest
 
 test-vllm: $(READY) $(COMPILED) $(VLLM_READY)
-	$(BIN)/python -m pytest tests_vllm
+	$(BIN)/python -m pytest tests/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -82,9 +82,9 @@ $(READY): requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# What numba compiles is kept (compiled.py); the first loadbalancer would take ten seconds to start.
-$(COMPILED): $(READY) compiled.py $(wildcard bench/floor.py dispatch/*.py policies/*.py simulation/*.py)
-	$(BIN)/python -c 'from dispatch.belief import warm_up; warm_up()'
+# What numba compiles is kept (process/compiled.py); the first loadbalancer would take ten seconds to start.
+$(COMPILED): $(READY) process/compiled.py $(wildcard bench/floor.py dispatch/*.py policies/*.py simulation/*.py)
+	$(BIN)/python -c 'from dispatch.predicted_load import warm_up; warm_up()'
 	mkdir -p $(@D)
 	touch $@
 

@@ -1,6 +1,6 @@
 """The fleet: what each instance is, what the cloud shows of it, and what to ask of the cloud next.
 
-The states and the moves between them are in `instance_states.py`. `InstanceSet` is arithmetic
+The states and the moves between them are in `fleet/states.py`. `InstanceSet` is arithmetic
 only. A turn is three calls with the I/O between them:
 
     observe(rows, checks, now)   copy what the world says; deadlines; passive moves
@@ -15,42 +15,32 @@ Invariants
 - Nothing with requests is stopped, unless it failed, passed its drain deadline, or a person asked.
 """
 
-import itertools
 import logging
 import math
-import queue
-import secrets
-import sqlite3
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from demand import ARRIVING_S, MIX_S, Demand, Mix, Report
-from errors import CloudError, ConfigError
-from health import Check, CheckOrder, Verdict
-from instance_messages import Heard
-from instance_states import BILLS_GPU, SERVING, Deadlines, IllegalMove, Limits, State, check_move
-from ledger import BUCKET_S, Ledger, Remembered, Stretch
-from orders import (
+from engine.profiles import Profile
+from fleet.checks import Check, CheckOrder, Verdict
+from fleet.commands import (
     Command,
     Create,
     Destroy,
     Drain,
     LookForOffers,
-    Performed,
-    Performer,
     Reply,
     Start,
     Stop,
     Undrain,
-    with_label,
 )
-from policies import BIN_S, Capacity, Policy, Seen, Targets
-from profiles import Profile
-from steady_clock import steady_clock
-from vast import Offer, Row, Vast
+from fleet.demand import Demand, Mix
+from fleet.instance import Instance
+from fleet.journal import Decision, Journal, Remembered, Stretch
+from fleet.states import SERVING, Deadlines, IllegalMove, Limits, State, check_move
+from policies import BIN_S, Capacity, Policy, Seen
+from process.errors import ConfigError
+from vast.rows import Offer, Row
 
 log = logging.getLogger("autoscaler")
 
@@ -76,126 +66,6 @@ BROKEN_HOST = (
     "no space left on device",
     "failed to resolve reference",
 )
-
-
-@dataclass
-class Instance:
-    """One rented machine. Times are seconds on the caller's clock, prices $/h."""
-
-    label: str
-    state: State
-    since: float
-    why: str
-    ordered_at: float
-    id: int | None = None
-    machine_id: int | None = None
-    gpu_name: str = ""
-    num_gpus: int = 1
-    running_usd_h: float = 0.0
-    stopped_usd_h: float = 0.0
-    price_usd_h: float = 0.0
-    throughput_work_s: float = 1.0
-    loaded: bool = False
-    doomed: bool = False
-    was_hot: bool = False  # in this boot
-    maybe_busy: bool = False  # it was given requests in this boot, or may have been before we knew it
-    adopted: bool = False  # found in the listing: when it was ordered is not known
-    booted_at: float = 0.0
-    boot_ordered_at: float | None = None
-    host: str | None = None
-    ports: Mapping[int, int] = field(default_factory=dict)
-    heard: Heard = field(default_factory=Heard)  # of what it says by itself
-    certificate: str | None = None  # as ssh showed it in this boot, or in the one before
-    ssh: tuple[str, int] | None = None
-    listed: bool = False
-    intended: str | None = None
-    last_check_at: float = float("-inf")
-    checks: int = 0
-    in_flight_at: float = 0.0
-    in_flight: int | None = None
-    drain_version: int = 0
-    orders_out: int = 0
-    asked_at: float = 0.0
-    answered_at: float = float("-inf")
-    destroyed: bool = False
-    patience_until: float = float("-inf")
-    absent_since: float | None = None
-    absent_turns: int = 0
-    lost_since: float | None = None
-    broken_since: float | None = None
-    no_start_before: float = 0.0
-    failed_starts: int = 0
-    refused_starts: int = 0
-
-    @property
-    def address(self) -> str | None:
-        """Where clients send prompts, once the listing shows it."""
-        return self._url(8000)
-
-    @property
-    def auth_url(self) -> str | None:
-        """Where the loadbalancer fetches tokens, once the listing shows it."""
-        return self._url(3000)
-
-    def _url(self, inside: int) -> str | None:
-        if not self.host or inside not in self.ports:
-            return None
-        return f"{'https' if self.certificate else 'http'}://{self.host}:{self.ports[inside]}"
-
-    @property
-    def usd_per_work(self) -> float:
-        """Price of throughput: what victims and starts are ranked by."""
-        return self.running_usd_h / max(self.throughput_work_s, 1e-9)
-
-    @property
-    def committed_usd_h(self) -> float:
-        """What it may cost at most in its state, as far as is known."""
-        if self.state in BILLS_GPU:
-            return max(self.price_usd_h, self.running_usd_h)
-        return max(self.price_usd_h, self.stopped_usd_h) or self.running_usd_h  # no price: never listed
-
-    def __repr__(self) -> str:
-        """<1001 fleet/3f2a… hot 12:ok>; designed to be read in test failures."""
-        return f"<{self.id} {self.label} {self.state} {self.why!r}>"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What was seen, what was wanted and what is ordered; the record `GET /decisions` shows."""
-
-    at: float
-    seen: Seen | None
-    targets: Targets | None
-    commands: tuple[Command, ...]
-    notes: tuple[str, ...]
-    clamped: tuple[str, ...] = ()  # "hot", "total": what the policy wanted was beyond the hard limits
-
-
-@dataclass
-class Journal:
-    """What the ledger must learn since the last `take_journal`."""
-
-    stretches: list[Stretch] = field(default_factory=list)
-    fleet: dict[str, Remembered] = field(default_factory=dict)
-    took: list[tuple[str, float, float]] = field(default_factory=list)
-    bad_machines: dict[int, tuple[float, str]] = field(default_factory=dict)
-    mourned: dict[str, tuple[float, float]] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        """Whether there is anything to write down; the log lines are not."""
-        return bool(self.stretches or self.fleet or self.took or self.bad_machines or self.mourned)
-
-    def before(self, later: "Journal") -> "Journal":
-        """This one and a later one as one; its log lines are taken for written."""
-        return Journal(
-            self.stretches + later.stretches,
-            self.fleet | later.fleet,
-            self.took + later.took,
-            self.bad_machines | later.bad_machines,
-            self.mourned | later.mourned,
-            later.log,
-        )
 
 
 class InstanceSet:
@@ -1215,294 +1085,3 @@ def _ssh_address(row: Row) -> tuple[str, int] | None:
     if row.public_ip and 22 in row.ports:
         return row.public_ip, row.ports[22]
     return (row.ssh_host, row.ssh_port) if row.ssh_host and row.ssh_port else None
-
-
-# --- outside world ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An order that was not done, or perhaps not, and why."""
-
-    at: float
-    command: Command
-    reply: Reply
-    why: str
-
-
-_URGENCY: Mapping[type, int] = {Start: 0, Stop: 0, Destroy: 1, LookForOffers: 2, Create: 2}
-"""What is sent first: a create must wait 4.5 s for the one before, and may wait 12 (vast-contract 1.3)."""
-
-_LAST = 9
-
-REMEMBERED_S = max(ARRIVING_S, MIX_S)
-"""So much of the arrivals in the ledger a new process takes over."""
-
-COUNTS_EVERY_S = 30.0
-"""Seconds worked and arrivals are written down so often: a kill loses no more, and a turn stays cheap."""
-
-
-class Autoscaler:
-    """Turns, one after another: list, observe and decide under the lock, then send the orders.
-
-    Two threads call it: one runs `turn` at every poll interval, one runs `perform_next` for ever. The
-    Flask face and the health checks call the rest from others. `lock` is held for arithmetic only; who
-    writes to the ledger waits for his turn there, so that it learns things in the order they happened.
-    """
-
-    def __init__(
-        self,
-        fleet: InstanceSet,
-        policy: Policy,
-        demand: Demand,
-        vast: Vast,
-        performer: Performer,
-        ledger: Ledger,
-        clock: Callable[[], float] | None = None,
-        new_label: Callable[[], str] = lambda: secrets.token_hex(6),
-    ) -> None:
-        """Take over what the ledger knows; nothing is asked of the cloud yet.
-
-        clock: never goes back. new_label: what a new instance is called in its fleet, never twice the same.
-        """
-        self.lock = threading.Lock()
-        self.fleet = fleet
-        self.policy = policy
-        self.demand = demand
-        self.decisions: deque[Decision] = deque(maxlen=500)
-        self.failures: deque[Failure] = deque(maxlen=100)
-        self.clamps: Counter[str] = Counter()  # turns in which the policy wanted what the limits forbid
-        self.last_good_turn: float | None = None
-        self.last_error = "no turn yet"
-        self._new_label = new_label
-        self._worked: dict[tuple[str, int], float] = {}  # seconds by label and bucket, not yet in the ledger
-        self._counts_at = float("-inf")
-        self._vast = vast
-        self._performer = performer
-        self.ledger = ledger
-        self.clock = clock or steady_clock()
-        self._writing = threading.Lock()
-        self._orders: queue.PriorityQueue[tuple[int, int, Command | None]] = queue.PriorityQueue()
-        self._numbers = itertools.count()
-        self._ending = False
-        self.look = threading.Event()  # the next turn should not wait for its time
-        now = self.clock()
-        fleet.restore(
-            ledger.remembered(),
-            ledger.bad_machines(now),
-            ledger.last_took("boot", 20)[::-1],
-            ledger.last_took("load", 20)[::-1],
-            mourned=ledger.mourned(now),
-            now=now,
-        )
-        demand.remember(ledger.arrived(now - REMEMBERED_S, now), fleet.profile.prefill_weight)
-
-    @property
-    def epoch(self) -> str:
-        """Names this process to the loadbalancers: versions of the hot set count from its start."""
-        return self.demand.epoch
-
-    def turn(self) -> Decision:
-        """One round. A listing that fails is logged and nothing is decided. Raises sqlite3.Error only."""
-        rows, trouble = self._list()
-        now = self.clock()
-        with self.lock:
-            self.fleet.observe(rows, (), now)
-            self.demand.tick(now)
-            self.demand.served(self.fleet.hot, now)
-            decision = self.fleet.decide(self.demand, self.policy, now)
-            if trouble is not None:
-                decision = replace(decision, notes=(*decision.notes, trouble))
-            begun = self._begin(decision, now)
-            self._keep(decision)
-            self.clamps.update(decision.clamped)
-        self._send(begun)
-        if now >= self._counts_at:
-            self.write_counts()
-        if rows is not None and self.fleet.plausible:
-            self.last_good_turn = now
-        elif rows is not None:
-            self.last_error = "the listing lacks most of the fleet"
-        return decision
-
-    def _list(self) -> tuple[list[Row] | None, str | None]:
-        """The rows of the fleet, or None and why not. Rows of others are not even read."""
-        try:
-            return self._vast.list_instances(self.fleet.fleet + "/"), None
-        except CloudError as e:
-            self.last_error = str(e)
-            log.warning("listing failed, nothing is decided this turn: %s", e)
-            return None, self.last_error
-
-    def _keep(self, decision: Decision) -> None:
-        """Remember it when it orders or says something new; of the demand only the last value."""
-        last = self.decisions[-1] if self.decisions else None
-        said = (decision.targets, decision.notes)
-        if decision.commands or last is None or (last.targets, last.notes) != said:
-            seen = decision.seen and replace(decision.seen, demand=decision.seen.demand[-1:], arriving=())
-            self.decisions.append(replace(decision, seen=seen))
-
-    def _send(self, begun: Sequence[Command]) -> None:
-        """Queue what was begun, once it is written down.
-
-        After a kill in between the label is known, and its order is looked for. What cannot be written
-        down is not sent.
-        """
-        try:
-            self._flush()
-        except sqlite3.Error as e:
-            with self.lock:
-                for command in begun:
-                    why = f"not sent, the ledger cannot be written: {e}"
-                    self.fleet.finish(command, Reply.REFUSED, self.clock(), why=why)
-            raise
-        for command in begun:
-            if type(command) in _URGENCY:
-                self._queue(_URGENCY[type(command)], command)
-
-    def _queue(self, urgency: int, command: Command | None) -> None:
-        self._orders.put((urgency, next(self._numbers), command))
-
-    def _begin(self, decision: Decision, now: float) -> list[Command]:
-        begun: list[Command] = []
-        for command in decision.commands:
-            if isinstance(command, Create):
-                command = with_label(command, f"{self.fleet.fleet}/{self._new_label()}")
-            try:
-                self.fleet.begin(command, now)
-            except IllegalMove as e:
-                log.warning("order dropped: %s", e)
-                continue
-            begun.append(command)
-        return begun
-
-    def perform_next(self) -> bool:
-        """Send the next order and note its reply; False when `stop_performing` was called."""
-        _, _, command = self._orders.get()
-        if command is None:
-            return False
-        if self._ending and isinstance(command, Create | Start | LookForOffers):
-            self._noted(command, Performed(Reply.REFUSED, "not sent: the autoscaler ends"))
-            return True
-        try:
-            done = self._performer.perform(command)
-        except Exception as e:
-            log.exception("%s: a fault of ours", _words(command))
-            done = Performed(Reply.UNKNOWN, f"a fault of ours, the log has it: {type(e).__name__}")
-        self._noted(command, done)
-        return True
-
-    def stop_performing(self) -> None:
-        """Let `perform_next` return False once the stops and destroys that were begun are sent.
-
-        Nothing is rented or started any more.
-        """
-        self._ending = True
-        self._queue(_LAST, None)
-
-    def _noted(self, command: Command, done: Performed) -> None:
-        now = self.clock()
-        if done.reply is not Reply.DONE:
-            log.warning("%s: %s: %s", _words(command), done.reply, done.why)
-        with self.lock:
-            if done.reply is not Reply.DONE:
-                self.failures.append(Failure(now, command, done.reply, done.why))
-            if done.offers is not None:
-                self.fleet.offers_found(done.offers, now)
-            self.fleet.finish(command, done.reply, now, done.new_id, done.why, offer_gone=done.offer_gone)
-        self._flush()
-
-    def checks_due(self, under_way: Collection[str] = ()) -> list[CheckOrder]:
-        """The health checks to make now, but for the labels that are being checked."""
-        with self.lock:
-            return self.fleet.checks_due(self.clock(), under_way)
-
-    def judge(self, check: Check) -> None:
-        """Apply one finished health check at once: a new hot instance should not wait for the next turn."""
-        with self.lock:
-            self.fleet.judge(check, self.clock())
-        self._flush()
-
-    def told(self, label: str, boot_id: str, number: int, why: str) -> bool:
-        """An instance says how it is; its next health check is due at once. False when heard before."""
-        with self.lock:
-            new = self.fleet.told(label, boot_id, number, why)
-            waiting = new and self.fleet.instances[label].state not in CHECKED
-        if waiting:
-            self.look.set()  # the listing that we have is older than the machine
-        return new
-
-    def heard(self, report: Report, measured: Mapping[int, float]) -> None:
-        """Take in a loadbalancer's report; measured: work per second by instance id."""
-        now = self.clock()
-        with self.lock:
-            worked, failing = self.demand.heard(report, now)
-            self.fleet.measured(measured)
-            for instance_id in failing:
-                self.fleet.suspect(instance_id)
-            if worked:
-                bucket = int(now // BUCKET_S)
-                for i in self.fleet.instances.values():
-                    seconds = worked.get(i.id) if i.id is not None else None
-                    if seconds is not None:
-                        where = i.label, bucket
-                        self._worked[where] = self._worked.get(where, 0.0) + seconds
-
-    def write_counts(self) -> None:
-        """Write down seconds worked and arrivals; a turn does it by itself every COUNTS_EVERY_S."""
-        with self._writing:
-            now = self.clock()
-            with self.lock:
-                worked, self._worked = self._worked, {}
-                arrived = self.demand.take_arrived()
-                self._counts_at = now + COUNTS_EVERY_S
-            try:
-                self.ledger.add_counts(worked, arrived, now)
-            except sqlite3.Error:
-                with self.lock:
-                    for where, seconds in worked.items():
-                        self._worked[where] = self._worked.get(where, 0.0) + seconds
-                    self.demand.put_back(arrived)
-                raise
-
-    def destroy_all(self, why: str) -> None:
-        """Order the end of every instance of the fleet. A person asked: busy ones too."""
-        now = self.clock()
-        with self.lock:
-            commands = [
-                Destroy(i.label, i.id, why)
-                for i in self.fleet.instances.values()
-                if i.id is not None and i.state is not State.DESTROYING
-            ]
-            begun = self._begin(Decision(now, None, None, tuple(commands), (why,)), now)
-        self._send(begun)
-
-    def _flush(self) -> None:
-        """Log and write down what has happened. When that fails it is kept for the next time."""
-        with self._writing:
-            with self.lock:
-                journal = self.fleet.take_journal()
-            for line in journal.log:
-                log.info("%s", line)
-            if not journal:
-                return
-            try:
-                self.ledger.write(
-                    stretches=journal.stretches,
-                    fleet=journal.fleet.values(),
-                    took=journal.took,
-                    bad_machines=journal.bad_machines,
-                    mourned=journal.mourned,
-                )
-            except sqlite3.Error:
-                with self.lock:
-                    self.fleet.put_back(journal)
-                raise
-
-
-def _words(command: Command) -> str:
-    """The command for a log line."""
-    name = type(command).__name__.lower()
-    if isinstance(command, LookForOffers):
-        return name
-    return f"{name} {command.label}"

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 
-from errors import InstanceError
-from tls_pin import BadAddress, context_for
+from fleet_client.tls_pins import BadAddress, context_for
+from process.errors import InstanceError
 
 T = TypeVar("T")
 

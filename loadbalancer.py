@@ -11,7 +11,7 @@ be over is not over, however long ago it was given. Seconds compare between mach
 
 There is one queue per class of speed, because an idle fast machine and an idle slow one have the same
 `free_at` and not the same answer: the first few of each class are looked at, and the best few of all by their
-work are predicted in full (dispatch/forward.py): the request goes where it does least to everybody. A queue
+work are predicted in full (engine/forward.py): the request goes where it does least to everybody. A queue
 is two sorted lists whose keys do not age, so a choice costs O(log n) comparisons: those that drain, by
 `free_at`, and those at their floor or idle, by seconds. An instance crosses from the first to the second when
 it is met there, once per change. Only instances that can serve are in a queue: hot, with tokens in stock, not
@@ -23,8 +23,9 @@ failing.
                    │
     hold ─► waiter ┴► granted when capacity appears: who can still be in time, then who is late
 
-Who waits stands in the line (dispatch/line.py: two lanes, priorities). Where the best instance has no room he
-waits for that one, and nobody who comes later is given it before him; others pass to other instances.
+Who waits stands in the line (dispatch/request_queue.py: two lanes, priorities). Where the best instance has
+no room he waits for that one, and nobody who comes later is given it before him; others pass to other
+instances.
 
 Room is memory for what those there will grow to, and no more prompts to read than it reads in READING_S:
 what waits inside an instance can be put into no order. Where step times are not known it is capacity in work.
@@ -46,17 +47,17 @@ from heapq import heapify, heappop, heapreplace
 from itertools import count, islice, repeat
 from typing import Any
 
-from dispatch.affinity import Prefixes
 from dispatch.allowance import MOST_UNUSED, Allowance
-from dispatch.belief import Beliefs, row, warm_up
-from dispatch.circuit import ALONE, State
-from dispatch.forward import KIND, LEFT, PROMPT, UNREAD, E, Floats
-from dispatch.instances import READING_S, STOCK_LEAST, STOCK_MOST, Instance, Queue
-from dispatch.lengths import Lengths
-from dispatch.line import LATE_BOUND_S, Line
-from dispatch.pace import SPAN_S, Pace, Span
-from dispatch.sizes import Sizes
-from dispatch.stock import Batch
+from dispatch.candidate_index import Queue
+from dispatch.circuit_breaker import ALONE, State
+from dispatch.instance import READING_S, STOCK_LEAST, STOCK_MOST, Instance
+from dispatch.output_lengths import Lengths
+from dispatch.predicted_load import Beliefs, row, warm_up
+from dispatch.prefix_cache import Prefixes
+from dispatch.prompt_lengths import Sizes
+from dispatch.request_queue import LATE_BOUND_S, Line
+from dispatch.step_times import SPAN_S, Pace, Span
+from dispatch.token_stock import Batch
 from dispatch.types import (
     Ask,
     Ended,
@@ -70,7 +71,8 @@ from dispatch.types import (
     Usage,
     Waiter,
 )
-from slo import Slo
+from engine.forward import KIND, LEFT, PROMPT, UNREAD, E, Floats
+from engine.slo import Slo
 
 RATE_WEIGHT = 0.3
 """Weight of one observed rate in the measured throughput: settles in about five reports."""
@@ -150,8 +152,9 @@ REFILL_RETRY_S = (0.25, 10.0)
 """A failed refill is repeated after the first, doubling up to the second."""
 
 ALONE_SHARE = 0.1
-"""Of the hot instances, and at least one: so many may be avoided by one client's word alone (circuit.py). A
-client that finds more of them broken, which nobody and no report confirms, is more likely broken itself."""
+"""Of the hot instances, and at least one: so many may be avoided by one client's word alone
+(dispatch/circuit_breaker.py). A client that finds more of them broken, which nobody and no report confirms,
+is more likely broken itself."""
 
 SILENT = 3
 """Reports in a row that did not come after which the requests there are taken to be lost."""
@@ -359,7 +362,7 @@ class LoadBalancer:
         return max(1.0, prompt_tokens * self.prefill_weight + self.expected_output(max_tokens, prompt_tokens))
 
     def expected_output(self, max_tokens: int | None, prompt_tokens: int = 0) -> float:
-        """Mean tokens that requests like it were answered with (lengths.py); what was told is the prior."""
+        """Mean tokens that requests like it were answered with (dispatch/output_lengths.py)."""
         return self._lengths.mean(self._lengths.kind(prompt_tokens, max_tokens), max_tokens)
 
     def arrived(self, ask: Ask) -> None:
@@ -493,7 +496,7 @@ class LoadBalancer:
     def _best_for(self, ask: Ask, request: Floats, now: float, hurries: bool) -> Instance | None:
         """The instance where it does least to everybody: the best few by their work are predicted in full.
 
-        hurries: it is late, and nobody else is to be served before it (line.py).
+        hurries: it is late, and nobody else is to be served before it (dispatch/request_queue.py).
         """
         found = self._candidates(ask.work, {*ask.avoid, *self._claimed}, now, memory_known=True)
         for memory in self._prefixes.holders(ask.affinity):
@@ -1056,7 +1059,7 @@ class LoadBalancer:
             self._stranger_left(inst, next(iter(inst.strangers)), now)
 
     def _learn_pace(self, inst: Instance, load: Load, now: float) -> None:
-        """Compare how long its steps took with what was expected of them (pace.py)."""
+        """Compare how long its steps took with what was expected of them (dispatch/step_times.py)."""
         made, read = load.generation_tokens_total, load.prompt_tokens_total
         if not load.model_up or not load.running:
             inst.span = None  # it may have paused

@@ -3,13 +3,14 @@
     python sim.py --local               start everything on this machine, run, report, take it all down
     python sim.py --local --engine vllm     the same with real vLLM and a tiny model, on the processor
     python sim.py [flags]               against a loadbalancer and an autoscaler that run already
-    python sim.py --virtual --trace F   in virtual time, with simulated machines: simulation/command.py
+    python sim.py --virtual --trace F   in virtual time, with simulated machines:
+    simulation/virtual/command.py
 
 A run is rounds of --round-s seconds. In each round each user sends one request with a probability, at a
 moment drawn uniformly inside the round; the number of users follows the schedule. What is sent, when, and
-how it is tried again is told in driver.py; what the report says in report.py. Beside the requests the fleet
-is looked at once a second, and at the end the autoscaler is asked for the costs of exactly this stretch of
-time.
+how it is tried again is told in simulation/live/users.py; what the report says in simulation/report.py.
+Beside the requests the fleet is looked at once a second, and at the end the autoscaler is asked for the
+costs of exactly this stretch of time.
 """
 
 import argparse
@@ -37,18 +38,18 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-import report
-import simulation.command
-from command_line import Parser, server_url, within
-from driver import Arrival, Driver, Workload, plan
-from errors import ConfigError
+from engine.profiles import PROFILES, get_profile
 from fleet_client import AsyncFleetTransport
-from local_stack import ENGINES, ChildFailed, LocalStack, StackConfig
-from loopback import is_loopback
-from private_files import default_state_dir, load_keys
-from profiles import PROFILES, get_profile
-from report import COMPLETED
-from simulation.traces import read
+from fleet_client.flags import Parser, server_url, within
+from fleet_client.loopback import is_loopback
+from fleet_client.private_files import default_state_dir, load_keys
+from process.errors import ConfigError
+from simulation import report
+from simulation.live.local_stack import ENGINES, ChildFailed, LocalStack, StackConfig
+from simulation.live.users import Arrival, Driver, Workload, plan
+from simulation.report import COMPLETED
+from simulation.traces.logs import read
+from simulation.virtual import command
 
 T = TypeVar("T")
 
@@ -556,7 +557,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--client-key-file", Path, "FILE", "none", "a key of the loadbalancer's clients, mode 0600")
     add("--wait-s", float, "S", d.wait_s, "how long /route may hold a request")
     add("--request-timeout-s", float, "S", d.request_timeout_s, "for a request, all tries together")
-    add("--trace", Path, "FILE", "none", "send the requests of a log instead, at its times (traces.py)")
+    add(
+        "--trace",
+        Path,
+        "FILE",
+        "none",
+        "send the requests of a log instead, at its times (simulation/traces/logs.py)",
+    )
     add("--json", Path, "FILE", "none", "write the report there")
     parser.add_argument("--local", action="store_true", help="start everything on this machine, and end it")
     add("--engine", str, "NAME", d.engine, f"with --local: what answers, {' or '.join(ENGINES)}")
@@ -697,7 +704,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run as the flags say; the exit status. Raises ConfigError, ChildFailed and KeyboardInterrupt."""
     argv = sys.argv[1:] if argv is None else argv
     if "--virtual" in argv:
-        return simulation.command.main(argv)
+        return command.main(argv)
     config = parse(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     if not config.quiet:

@@ -29,10 +29,11 @@ from typing import Any
 
 import paramiko
 
-from health import Check, CheckOrder, HealthChecker, Verdict
+from fleet.checks import Check, CheckOrder, Verdict
+from fleet.outside.health import HealthChecker
+from fleet.outside.ssh_log import SshLog
+from fleet.states import State
 from instance_client import InstanceClient
-from instance_states import State
-from ssh_log import SshLog
 
 ROOT = Path(__file__).parent.parent
 SLACK_S = 0.5

@@ -41,15 +41,15 @@ import httpx2
 import numpy as np
 from aiohttp import web
 
-from die_with_parent import dying_with_parent
-from fleet_affinity import BLOCK_TOKENS, Hasher, Served
 from fleet_client import AsyncFleetTransport, FleetTransport
-from fleet_leases import READ_S, Lease, LeasesAhead
-from fleet_size import Size, read_body, size_in
-from local_stack import LocalStack, StackConfig
+from fleet_client.leases import READ_S, Lease, LeasesAhead
+from fleet_client.prefix_hashes import BLOCK_TOKENS, Hasher, Served
+from fleet_client.tls_pins import pinned_context
+from fleet_client.token_estimate import Size, read_body, size_in
+from process.children import dying_with_parent
 from remote import boot as boots
 from remote.tokens import CAP, Issuer
-from tls_pin import pinned_context
+from simulation.live.local_stack import LocalStack, StackConfig
 
 ROOT = Path(__file__).parent.parent
 UP_S = 30.0

@@ -6,7 +6,7 @@
                              [--repeats N] [--workers N] [--json FILE] [--with FILE] [--plots DIR]
                              [--full]
 
-Step-level model servers (simulation/timing.py) are given the requests of a trace by ours, by the rules of
+Step-level model servers (engine/reference.py) are given the requests of a trace by ours, by the rules of
 others (bench/dispatchers), and by a clairvoyant who knows how long every answer will be. Load is the share of
 what the servers serve when they are saturated with the same lengths, each measured by itself.
 
@@ -36,11 +36,11 @@ from bench.dispatchers import RULES, Fleet, Request, World
 from bench.dispatchers.ours import Ours
 from bench.dispatchers.rule import BLOCK_TOKENS
 from bench.dispatchers.world import Router, RuleRouter
-from command_line import Parser, run_main, within
-from errors import ConfigError
-from model_timing import TIMINGS, Timing
-from simulation import traces
-from simulation.timing import Kind, ModelServer
+from engine.reference import Kind, ModelServer
+from engine.timing import TIMINGS, Timing
+from fleet_client.flags import Parser, run_main, within
+from process.errors import ConfigError
+from simulation.traces import logs
 
 TRACES: Mapping[str, str] = {
     "conv": "azure2023_conv.csv",
@@ -116,9 +116,9 @@ class Cell:
 
 
 @cache
-def lengths(path: Path, most: int) -> tuple[traces.Request, ...]:
+def lengths(path: Path, most: int) -> tuple[logs.Request, ...]:
     """The first so many of a log."""
-    return tuple(islice(traces.read(path), most))
+    return tuple(islice(logs.read(path), most))
 
 
 def cut(prompt: int, output: int, longest: int) -> tuple[int, int]:
@@ -201,7 +201,7 @@ Come = tuple[float, int, int, int]
 """When, prompt, output, session."""
 
 
-def _poisson(log: Sequence[traces.Request], rate: float, rng: random.Random) -> Iterable[Come]:
+def _poisson(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
     """Independent arrivals, the log's lengths in another order: nothing changes with time."""
     at = 0.0
     for r in rng.sample(log, len(log)):
@@ -209,19 +209,19 @@ def _poisson(log: Sequence[traces.Request], rate: float, rng: random.Random) -> 
         yield at, r.prompt_tokens, r.output_tokens, -1
 
 
-def _stretched(log: Sequence[traces.Request], rate: float, rng: random.Random) -> Iterable[Come]:
+def _stretched(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
     """The log as it is, with its times stretched or shrunk: its bursts are as high and as many."""
     stretch = (len(log) - 1) / max(log[-1].at_s, 1e-9) / rate
-    for r in traces.spread_ticks(log, traces.TICK_S if len({*log}) < len(log) else 0.0, rng):
+    for r in logs.spread_ticks(log, logs.TICK_S if len({*log}) < len(log) else 0.0, rng):
         yield r.at_s * stretch, r.prompt_tokens, r.output_tokens, r.session
 
 
-def _sessions(log: Sequence[traces.Request], rate: float, rng: random.Random) -> Iterable[Come]:
+def _sessions(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
     """The log's sessions, as many of them as give the rate, with the pauses they have in reality.
 
     The log is played again, with others of its sessions, until as many have come as there are in it.
     """
-    span_s = log[-1].at_s + traces.TICK_S
+    span_s = log[-1].at_s + logs.TICK_S
     share = rate * span_s / len(log)
     come: list[Come] = []
     tile = 0
@@ -231,14 +231,14 @@ def _sessions(log: Sequence[traces.Request], rate: float, rng: random.Random) ->
             if r.session not in copies:
                 copies[r.session] = int(share) + (rng.random() < share % 1.0)
             for copy in range(copies[r.session]):
-                at = tile * span_s + r.at_s + rng.uniform(0.0, traces.TICK_S)
+                at = tile * span_s + r.at_s + rng.uniform(0.0, logs.TICK_S)
                 come.append((at, r.prompt_tokens, r.output_tokens, (tile * 64 + copy) << 40 | r.session))
         tile += 1
     come.sort()
     return come
 
 
-COME: Mapping[str, Callable[[Sequence[traces.Request], float, random.Random], Iterable[Come]]] = {
+COME: Mapping[str, Callable[[Sequence[logs.Request], float, random.Random], Iterable[Come]]] = {
     "poisson": _poisson,
     "log": _stretched,
     "sessions": _sessions,
@@ -570,7 +570,7 @@ def plots(lines: Sequence[Line], directory: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from simulation.plot import save
+    from simulation.plots import save
 
     directory.mkdir(parents=True, exist_ok=True)
     cells = by_cell(line for line in lines if not line["unknown"])

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, run_main, within
-from instance_states import Limits
-from local_stack import StackConfig
+from engine.profiles import get_profile
+from fleet.states import Limits
+from fleet_client.flags import Parser, run_main, within
+from localcloud.account import Times
 from localcloud.market import MACHINES
-from localcloud.model import Times
 from policies import POLICIES, make_policy
-from profiles import get_profile
-from simulation.traces import Request, read
-from simulation.virtual import Setting, simulate
+from simulation.live.local_stack import StackConfig
+from simulation.traces.logs import Request, read
+from simulation.virtual.virtual_fleet import Setting, simulate
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,10 +2,11 @@
 
     minimise  hot seconds + start_s a start + stop_s a stop + λ * missed requests
 
-in the fluid model of simulation/fluid.py, by exact dynamic programming over (hot instances, work that waits
-and is still in time). The clairvoyant orders a start just as early as it takes, so its count of hot instances
-is free, and it may drop any work to the late lane, which is served from what is left and costs it nothing.
-What waits longer than a bin's limit is dropped; so with h hot at most  c·h·limit  of work can wait.
+in the fluid model of simulation/virtual/fluid.py, by exact dynamic programming over (hot instances, work
+that waits and is still in time). The clairvoyant orders a start just as early as it takes, so its count of
+hot instances is free, and it may drop any work to the late lane, which is served from what is left and
+costs it nothing. What waits longer than a bin's limit is dropped; so with h hot at most  c·h·limit  of work
+can wait.
 
     V(t, h, b) = min over h'  [ seconds of h' + moves from h to h' + λ·(dropped) + V(t + dt, h', b') ]
 
@@ -27,9 +28,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compiled import njit
 from policies.types import Seen, Targets
-from simulation.fluid import Bins, Fleet, run_policy
+from process.compiled import njit
+from simulation.virtual.fluid import Bins, Fleet, run_policy
 
 Floats = NDArray[np.float64]
 Schedule = NDArray[np.int16]

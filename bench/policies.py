@@ -4,7 +4,8 @@
                              [--goals 0.99,0.999] [--json FILE] [--plots DIR] [--only conv,…] [--peers NAME,…]
 
 For each trace, size of fleet, profile and discipline of the queue (one line, or the late lane) in the fluid
-model (simulation/fluid.py), whose capacity is that of the step-level model server for the trace's lengths:
+model (simulation/virtual/fluid.py), whose capacity is that of the step-level model server for the trace's
+lengths:
 
     floor        the cheapest a clairvoyant could do (bench/floor.py)
     ours         `Objective`, tuned by replay every half hour on what it has seen; no hindsight
@@ -33,17 +34,17 @@ from numpy.typing import NDArray
 
 from bench.floor import floor
 from bench.peers import PEERS, Peer, runs
-from command_line import Parser, run_main, within
-from errors import ConfigError
-from model_timing import Timing, timing_for
+from engine.profiles import get_profile
+from engine.slo import Slo
+from engine.timing import Timing, timing_for
+from fleet_client.flags import Parser, run_main, within
 from policies import Capacity
 from policies.objective import KeptPool, Margin, Objective, worth_keeping_s
-from profiles import get_profile
-from simulation import traces
-from simulation.capacity import capacity_of
-from simulation.fluid import Bins, Fleet, FluidResult, Run, bins_of
-from simulation.replay import LEAST_HISTORY_S, REPLAY_EVERY_S, tune
-from slo import Slo
+from process.errors import ConfigError
+from simulation.traces import logs
+from simulation.virtual.capacity import capacity_of
+from simulation.virtual.fluid import Bins, Fleet, FluidResult, Run, bins_of
+from simulation.virtual.replay import LEAST_HISTORY_S, REPLAY_EVERY_S, tune
 
 TRACES: Mapping[str, str] = {
     "code": "azure2023_code.csv",
@@ -96,10 +97,10 @@ class World:
 # -- the world of a case ---------------------------------------------------------------------------------
 
 
-def read_log(path: Path, tick_s: float) -> list[traces.Request]:
+def read_log(path: Path, tick_s: float) -> list[logs.Request]:
     """A log, its rounded times spread."""
-    log = traces.read(path)
-    return list(log if not tick_s else traces.spread_ticks(log, tick_s, random.Random(1)))
+    log = logs.read(path)
+    return list(log if not tick_s else logs.spread_ticks(log, tick_s, random.Random(1)))
 
 
 def world_of(case: Case) -> World:
@@ -136,7 +137,7 @@ def _reading_s(timing: Timing, prompt: NDArray[np.float64]) -> NDArray[np.float6
     return found
 
 
-def scaled_bins(log: Sequence[traces.Request], scale: float, timing: Timing, seconds: int, seed: int) -> Bins:
+def scaled_bins(log: Sequence[logs.Request], scale: float, timing: Timing, seconds: int, seed: int) -> Bins:
     """The arrivals `scale` times, each repeat moved by up to JITTER_S, as traces.scaled does it one by one.
 
     Repeat after repeat goes into the bins, so that a thousand of them need no more memory than one.
@@ -146,7 +147,7 @@ def scaled_bins(log: Sequence[traces.Request], scale: float, timing: Timing, sec
     sums = [np.zeros(seconds) for _ in range(5)]
     for copy in range(math.ceil(scale)):
         part = table if copy + 1 <= scale else table[rng.random(len(table)) < scale - copy]
-        moved = rng.uniform(-traces.JITTER_S, traces.JITTER_S, len(part)) if copy else 0.0
+        moved = rng.uniform(-logs.JITTER_S, logs.JITTER_S, len(part)) if copy else 0.0
         at = np.clip(part[:, 0] + moved, 0.0, seconds - 1e-6)
         one = bins_of(at, part[:, 1], part[:, 2], seconds=seconds, reading_s=_reading_s(timing, part[:, 1]))
         prompt, output = one.tokens()
@@ -481,7 +482,7 @@ def plots(cases: Sequence[Mapping[str, Any]], goals: Sequence[float], directory:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from simulation.plot import save
+    from simulation.plots import save
 
     directory.mkdir(parents=True, exist_ok=True)
     for case in cases:

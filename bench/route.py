@@ -48,9 +48,9 @@ from urllib.request import urlopen
 
 import uvloop
 
-from http_face import allow_many_files
-from instance_messages import name_and_key
 from remote import boot
+from web.http_face import allow_many_files
+from web.signatures import name_and_key
 
 ROOT = Path(__file__).parent.parent
 

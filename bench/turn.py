@@ -22,16 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoscaler import Autoscaler, InstanceSet
-from demand import Demand, Report
-from health import Check, Verdict
-from instance_states import Deadlines, Limits, State
-from ledger import Ledger
-from orders import Performer
+from autoscaler import InstanceSet
+from engine.profiles import get_profile
+from fleet.checks import Check, Verdict
+from fleet.demand import Demand, Report
+from fleet.outside.ledger import Ledger
+from fleet.outside.performer import Performer
+from fleet.outside.start_script import render
+from fleet.outside.turns import Autoscaler
+from fleet.states import Deadlines, Limits, State
 from policies import Busy
-from profiles import get_profile
-from start_script import render
-from vast import Vast, VastSettings
+from vast.client import Vast, VastSettings
 
 TARGET_MS = 50.0
 """Of one turn over 500 instances, besides the CLI call."""

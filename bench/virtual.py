@@ -25,19 +25,19 @@ import numpy as np
 
 from bench.peers import PEERS, runs
 from bench.policies import GPUS, START_SHARE, TRACES, read_log
-from command_line import Parser, run_main
-from errors import ConfigError
-from instance_states import Limits
+from engine.profiles import get_profile
+from engine.slo import Slo
+from engine.timing import timing_for
+from fleet.states import Limits
+from fleet_client.flags import Parser, run_main
 from localcloud.market import Machine
-from model_timing import timing_for
 from policies import Fixed, Objective, Policy, Seen, Targets
-from profiles import get_profile
-from simulation import traces
-from simulation.capacity import capacity_of
-from simulation.cloud import times_for
-from simulation.traces import Request
-from simulation.virtual import Outcome, Setting, simulate
-from slo import Slo
+from process.errors import ConfigError
+from simulation.traces import logs
+from simulation.traces.logs import Request
+from simulation.virtual.capacity import capacity_of
+from simulation.virtual.cloud import times_for
+from simulation.virtual.virtual_fleet import Outcome, Setting, simulate
 
 GOAL = 0.99
 NEED = 3.0
@@ -129,12 +129,12 @@ def speed(directory: Path) -> dict[str, Any]:
     found["million"] = {"seconds": took, "mb": half_mb, "mb_more_for_the_second_half": grown}
     path = directory / TRACES["m-small"]
     begun = time.process_time()
-    out = simulate(setting("vllm-13", hot=1, pool=4), Fixed(1, 4), traces.read(path))
+    out = simulate(setting("vllm-13", hot=1, pool=4), Fixed(1, 4), logs.read(path))
     took = time.process_time() - begun
     print(f"{out.requests:,} requests of two days, a fixed fleet: {took:.1f} s of one core")
     found["two_days"] = {"seconds": took, "requests": out.requests}
     begun = time.process_time()
-    out = simulate(setting("vllm-13", hot=1, pool=4), Objective(goal=GOAL), traces.read(path))
+    out = simulate(setting("vllm-13", hot=1, pool=4), Objective(goal=GOAL), logs.read(path))
     took = time.process_time() - begun
     print(f"the same with the objective and its 95 replays: {took:.1f} s; {out.missed_share:.2%} missed")
     found["two_days_objective"] = {"seconds": took, "missed": out.missed_share}
@@ -173,7 +173,7 @@ def compare(directory: Path, name: str, lane: bool) -> dict[str, Any]:
     )
 
     def play(policy: Policy) -> dict[str, float]:
-        requests = traces.scaled(log, scale, traces.JITTER_S, random.Random(7))
+        requests = logs.scaled(log, scale, logs.JITTER_S, random.Random(7))
         return scored(simulate(base, policy, requests))
 
     found: dict[str, Any] = {"ours": play(Objective(goal=GOAL)), "peers": {}}

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from dispatch.forward import Floats
-from dispatch.stock import Batch
-from model_timing import Timing
+from dispatch.token_stock import Batch
+from engine.forward import Floats
+from engine.timing import Timing
 
 AFFINITY_BLOCK_TOKENS = 256
 """Prompt tokens behind one hash of a prefix: the cost of reading fewer is not worth a hash."""
@@ -135,7 +135,7 @@ class Ask:
 class Lease:
     """What a client is given. started: the report in which it was seen to have started, 0 before.
 
-    row: its request as the instance sees it (forward.py).
+    row: its request as the instance sees it (engine/forward.py).
     """
 
     request_id: str

@@ -1,0 +1,1 @@
+"""A Vast.ai on one machine."""

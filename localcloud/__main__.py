@@ -20,17 +20,16 @@ from types import FrameType
 
 from waitress.server import create_server  # type: ignore[import-untyped]
 
-import command_line
-import http_face
-import private_files
-from command_line import Parser, within
-from errors import ConfigError
+from fleet_client import flags, private_files
+from fleet_client.flags import Parser, within
 from localcloud import faults, processes
+from localcloud.account import Cloud
 from localcloud.api import create_app
 from localcloud.engines import ENGINES
 from localcloud.market import MACHINES, Machine, machines_from
-from localcloud.model import Cloud
 from localcloud.world import World
+from process.errors import ConfigError
+from web import http_face
 
 log = logging.getLogger("localcloud")
 
@@ -175,4 +174,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.argv[0] = "localcloud"
-    command_line.run_main(main)
+    flags.run_main(main)

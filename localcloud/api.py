@@ -21,11 +21,11 @@ from typing import Any
 
 from flask import Flask, Response, jsonify, request
 
-import http_face
+from localcloud.account import Order, Refused
 from localcloud.faults import FAULTS, BadFault, limits_of
 from localcloud.market import GPUS, BadQuery, Query, in_order, matches
-from localcloud.model import Order, Refused
 from localcloud.world import World
+from web import http_face
 
 log = logging.getLogger("localcloud")
 

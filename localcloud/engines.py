@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from errors import ConfigError
-from localcloud.model import Times
+from localcloud.account import Times
+from process.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -97,7 +97,9 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
             bin=VLLM_ENVIRONMENT / "bin",
             variables=MappingProxyType(
                 {
-                    "VLLM_MODEL": str(TINY_MODEL),  # goes before the profile's (start_script.py)
+                    "VLLM_MODEL": str(
+                        TINY_MODEL
+                    ),  # goes before the profile's (fleet/outside/start_script.py)
                     "VLLM_TARGET_DEVICE": "cpu",
                     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for a million tokens
                     "VLLM_NO_USAGE_STATS": "1",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-from errors import ConfigError
+from process.errors import ConfigError
 
 HOURS_PER_MONTH = 720.0
 """storage_total_cost = storage_cost * disk_space / 720 (vast-contract 2.11)."""

@@ -1,6 +1,6 @@
 """The paced engine: vLLM's routes, answers and pace without a model. It says so in every answer.
 
-    request ─► read and checked ─► ModelServer (simulation/timing.py) ─► tokens when they are due ─► answer
+    request ─► read and checked ─► ModelServer (engine/reference.py) ─► tokens when they are due ─► answer
 
 What a client can tell from vLLM 0.11 is meant to be the same: shapes of answers, of stream events and of
 errors, names of metrics, lines of the log. What differs, beside the text:
@@ -41,10 +41,10 @@ import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from errors import ConfigError
-from model_timing import PROFILE_MODELS, timing_for
-from profiles import PROFILES
-from simulation.timing import Event, Kind, ModelServer
+from engine.profiles import PROFILES
+from engine.reference import Event, Kind, ModelServer
+from engine.timing import PROFILE_MODELS, timing_for
+from process.errors import ConfigError
 
 log = logging.getLogger("paced")
 

@@ -33,10 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from die_with_parent import dying_with_parent
+from fleet_client.private_files import make_private_dir
 from localcloud import processes
-from localcloud.engines import ENGINES
-from localcloud.model import (
+from localcloud.account import (
     Authorize,
     Boot,
     Cloud,
@@ -49,9 +48,10 @@ from localcloud.model import (
     Ssh,
     Terminate,
 )
+from localcloud.engines import ENGINES
 from localcloud.ssh_server import HANG, SshServer, listen_on
-from private_files import make_private_dir
-from ssh_keys import load_or_make_ssh_key
+from process.children import dying_with_parent
+from process.ssh_keys import load_or_make_ssh_key
 
 log = logging.getLogger("localcloud")
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from errors import ConfigError
 from policies.types import Policy
+from process.errors import ConfigError
 
 
 def make_policy(

@@ -15,8 +15,8 @@ Instances that are starting count as hot: while they boot nothing more is starte
 loaded, but orders nothing new: a machine that must first load comes after the burst.
 
 The operator says `goal`, the share of requests that shall be served in time. Everything else is the level:
-`simulation/replay.py` finds it every half hour by simulating the fleet's own last day. Until there is a
-history of some twenty minutes the defaults hold; for them k follows from the goal.
+`simulation/virtual/replay.py` finds it every half hour by simulating the fleet's own last day. Until there
+is a history of some twenty minutes the defaults hold; for them k follows from the goal.
 
 The loaded pool (hot + cold) only grows between two replays. When a replay has just settled how many are
 worth their storage (`pool`, at `settled_at`) the rest is given up.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from report import QUANTILES
+from simulation.report import QUANTILES
 
 GROWTH = 1.005
 LEAST = 1e-5

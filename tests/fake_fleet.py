@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
-from fleet_leases import Lease
+from fleet_client.leases import Lease
 
 WORDS = ("one", " two", " three", " four", " five")
 """What an instance answers, a word a token."""

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from autoscaler import InstanceSet
-from demand import Demand, Report
-from health import Check, Verdict
-from instance_states import Deadlines, Limits, State
-from orders import (
+from engine.profiles import get_profile
+from fleet.checks import Check, Verdict
+from fleet.commands import (
     Command,
     Create,
     Destroy,
@@ -25,9 +24,10 @@ from orders import (
     Undrain,
     with_label,
 )
+from fleet.demand import Demand, Report
+from fleet.states import Deadlines, Limits, State
 from policies import Fixed, Policy
-from profiles import get_profile
-from vast import Offer, Row
+from vast.rows import Offer, Row
 
 TURN_S = 5.0
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from profiles import Profile, get_profile
-from start_script import render
+from engine.profiles import Profile, get_profile
+from fleet.outside.start_script import render
+from fleet_client.tls_pins import pinned_context
 from tests.waiting import wait_for
-from tls_pin import pinned_context
 
 MASTER = "master-token-of-a-test"
 MODEL = "vllm.entrypoints.openai.api_server"

@@ -229,7 +229,7 @@ def main() -> None:
     directory, module, *arguments = sys.argv[1:]
     sys.argv = [module, *arguments]
     tap_process(Recorder(Path(directory) / f"{module}-{os.getpid()}.tap"))
-    from command_line import run_main
+    from fleet_client.flags import run_main
 
     run_main(importlib.import_module(module).main)
 

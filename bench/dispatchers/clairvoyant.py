@@ -2,7 +2,7 @@
 
 Greedy: of who comes next it knows no more than how many usual ones do, so it is no optimum; a search in
 hindsight found 0.03 % below one like it on equal servers and 1.5 % on mixed ones (dispatch-study.md). Its
-price is that of ours (dispatch/forward.py),
+price is that of ours (engine/forward.py),
 
     own end + w * own first token + the same, as it grows for everybody who is there or usually comes in 3 s
 
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from bench.dispatchers.rule import Fleet, Request, Rule
-from dispatch.forward import COLUMNS, HELD, LEFT, MADE, PROMPT, UNREAD, Floats, constants, price
-from simulation.timing import ModelServer
+from engine.forward import COLUMNS, HELD, LEFT, MADE, PROMPT, UNREAD, Floats, constants, price
+from engine.reference import ModelServer
 
 WEIGHT = 10.0
 

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
-from bench.dispatchers.rule import Fleet, Request
+from bench.dispatchers.rule import BLOCK_TOKENS, Fleet, Request
 from bench.dispatchers.world import Later, Send
 from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, HotInstance, HotSet, Poll, Push, Waiter
+from engine.reference import ModelServer
+from engine.timing import Timing
 from loadbalancer import LoadBalancer
-from model_timing import Timing
-from simulation.timing import ModelServer
-from simulation.virtual import BEAT_S, GRANT_S, PUSH_S, TOKEN_LIFE_S, Ended, LoadReport
-
-from .rule import BLOCK_TOKENS
+from simulation.virtual.virtual_fleet import BEAT_S, GRANT_S, PUSH_S, TOKEN_LIFE_S, Ended, LoadReport
 
 AMPLE = 50.0
 """Without holding an instance is told to hold so many times what fits its memory."""

@@ -5,8 +5,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from model_timing import Timing
-from simulation.timing import ModelServer
+from engine.reference import ModelServer
+from engine.timing import Timing
 
 BLOCK_TOKENS = 512
 """Tokens behind one id of a prefix: that of Mooncake's hash_ids."""

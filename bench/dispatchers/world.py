@@ -21,7 +21,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from bench.dispatchers.rule import BLOCK_TOKENS, Fleet, Report, Request, Rule
-from simulation.timing import Event, Kind, ModelServer
+from engine.reference import Event, Kind, ModelServer
 
 Later = Callable[[float, Callable[[], None]], None]
 """Do that then."""

@@ -32,8 +32,8 @@ from typing import Any, Protocol, TypeVar, cast
 import httptools
 
 from bench.routers.backend import MODEL, TOKEN
-from fleet_leases import Lease, LeasesAhead, Refusal, done_body, read_batch, read_route, route_body
-from fleet_size import size_of
+from fleet_client.leases import Lease, LeasesAhead, Refusal, done_body, read_batch, read_route, route_body
+from fleet_client.token_estimate import size_of
 
 TOKENS = 256
 """Of a streamed answer."""

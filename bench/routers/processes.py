@@ -4,7 +4,7 @@
     core 1   engines, auth_servers and the load (this process)
 
 With one core they share it. A process is started on its core, so that a router with threads makes as many as
-it has cores. Each ends with the bench, whatever ends that (die_with_parent.py); what one of them started
+it has cores. Each ends with the bench, whatever ends that (process/children.py); what one of them started
 itself is ended by its number.
 
 Processor time is utime + stime of /proc/PID/stat, and what it has waited for, of a process and of all that it
@@ -30,8 +30,8 @@ from urllib.request import Request, urlopen
 from bench.route import ROOT, StubHttp, free_port
 from bench.routers.backend import MODEL
 from bench.routers.load import completion
-from die_with_parent import dying_with_parent
-from errors import ConfigError
+from process.children import dying_with_parent
+from process.errors import ConfigError
 from remote import boot as boots
 from remote.log_lines import READY
 

@@ -1,0 +1,370 @@
+"""A model server run forward: when each of its requests would have its first token and its end.
+
+It is the engine's own rule (engine/reference.py) on a table with a row a request, in the order in which
+they were given to it. A step makes one token for all who are past their prompt and reads prompts with what
+is left of its budget of tokens; who comes first is admitted first, while there is KV memory; who came last
+is put back when there is none. Steps in which nobody comes, ends or is put back are one stretch in closed
+form,
+
+    k = min(tokens until somebody ends, KV memory left / n, steps until somebody comes)
+    dt = k * (a + b*n + c*context) + c*n * k*(k-1)/2
+
+so a run costs O(n) stretches and a choice among eight servers some twenty microseconds, compiled. What is
+compiled is what stands here: `njit` keeps the plain function, and a test runs both.
+
+The price of giving a request to a server is what it does to everybody (dispatch-study.md):
+
+    own end + w * own first token
+      + the same, as it grows for all who are there, and for those who will come in the next seconds
+
+Times are seconds from now; rows, constants and asks are float64 tables with the columns below.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.timing import Timing
+from process.compiled import njit
+
+Floats = NDArray[np.float64]
+
+PROMPT, UNREAD, LEFT, HELD, MADE, MOST, KIND, COLUMNS = 0, 1, 2, 3, 4, 5, 6, 7
+"""A row: tokens of the prompt (after being put back its own, too), those of them still to read, tokens still
+to make, KV tokens held (0: it waits), tokens made, tokens it may make, its kind
+(dispatch/output_lengths.py)."""
+
+A, B, C, D, E, F, KV, SEQS, STEP, CONSTANTS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9
+"""A server: the constants of engine/timing.py in seconds a request, a token, a token²; its limits."""
+
+NEVER_S = 1e9
+"""When a request that is larger than the KV memory has its first token."""
+
+BEHIND_S, MOST_BEHIND = 3.0, 8.0
+"""So long, and so many, that are expected to come behind a request count among those it delays: with 64
+nothing is better (4 seeds of conv, bench/dispatch.py), and a choice takes half as long again."""
+
+
+def constants(t: Timing) -> Floats:
+    """The server's table."""
+    return np.array(
+        [
+            t.a / 1e3,
+            t.b / 1e3,
+            t.c / 1e6,
+            t.d / 1e3,
+            t.e / 1e6,
+            t.f / 1e9,
+            t.kv_tokens,
+            t.max_seqs,
+            t.step_tokens,
+        ]
+    )
+
+
+@njit
+def _step_s(s: Floats, batch: int, context: float, prompt: float, squares: float) -> float:
+    floor = s[A] if batch else 0.0
+    if prompt > 0.0 and s[D] > floor:
+        floor = s[D]
+    linear = floor + s[B] * batch + s[C] * context + s[E] * prompt + s[F] * squares
+    bound = s[E] * (batch + prompt)
+    return linear if linear > bound else bound  # type: ignore[no-any-return]
+
+
+class Scratch(NamedTuple):
+    """Memory for runs one after the other: what a run notes, and the tables that `price` runs."""
+
+    order: NDArray[np.int64]
+    since: Floats
+    ends: Floats
+    reads: NDArray[np.int64]
+    table: Floats
+    come: Floats
+    first: Floats
+    end: Floats
+
+
+@njit
+def scratch_for(total: int) -> Scratch:
+    """Enough for runs of so many rows."""
+    return Scratch(
+        np.empty(total, np.int64),
+        np.empty(total),
+        np.empty(total),
+        np.empty(total, np.int64),
+        np.empty((total, COLUMNS)),
+        np.empty(total),
+        np.empty(total),
+        np.empty(total),
+    )
+
+
+@njit
+def behind(gap_s: float) -> int:
+    """So many are expected to come in the next seconds."""
+    return int(min(BEHIND_S / gap_s, MOST_BEHIND))
+
+
+@njit
+def run(
+    rows: Floats,
+    come: Floats,
+    s: Floats,
+    start_s: float,
+    until_s: float,
+    first: Floats,
+    end: Floats,
+    scratch: Scratch,
+) -> float:
+    """Run it from start_s until all have ended, or to the first step that ends at until_s or later.
+
+    rows are changed. come: when each comes (0: it is there); those that come later stand last, in their
+    order. first, end: filled with their times. until_s: inf, to run to the end; else nobody ever ends, for
+    it is not known who has, and all must be there from start_s on. Returns the time it has come to.
+    """
+    total = len(rows)
+    endless = until_s < np.inf
+    t, count = start_s, 0.0
+    used = context = 0.0
+    running = alive = 0
+    # Who makes tokens, since which step and until which, who ends next stands last; who reads.
+    order, since, ends, batch = scratch.order, scratch.since, scratch.ends, 0
+    reads, reading = scratch.reads, 0
+    for i in range(total):
+        if rows[i, LEFT] <= 0.0 and not endless:
+            continue
+        alive += 1
+        if rows[i, HELD] > 0.0:
+            used += rows[i, HELD]
+            running += 1
+            if rows[i, UNREAD] > 0.0:
+                reads[reading] = i
+                reading += 1
+            else:
+                context += rows[i, HELD]
+                since[i] = 0.0
+                batch = _insert(order, ends, batch, i, np.inf if endless else np.ceil(rows[i, LEFT]))
+    waits = 0  # nobody who waits stands before this
+    while alive > 0 and t < until_s:
+        put_back = False
+        while used + batch > s[KV] and running > 1:
+            i = total - 1
+            while rows[i, HELD] <= 0.0:
+                i -= 1
+            if rows[i, UNREAD] > 0.0:
+                reading -= 1  # it came last, so it reads last
+            else:
+                _settle(rows, i, count - since[i])
+                context -= rows[i, HELD]
+                batch = _take_out(order, ends, batch, i)
+                rows[i, PROMPT] = rows[i, HELD]  # as many as its prompt and its own tokens
+            used -= rows[i, HELD]
+            running -= 1
+            rows[i, UNREAD], rows[i, HELD] = rows[i, PROMPT], 0.0
+            waits = i
+            put_back = True
+        budget = s[STEP] - batch
+        tokens = squares = 0.0
+        parts = 0  # of those who read, so many get a part of this step
+        while parts < reading and budget > 0.0:
+            i = reads[parts]
+            part = min(rows[i, UNREAD], budget)
+            at = rows[i, PROMPT] - rows[i, UNREAD]
+            tokens += part
+            squares += (at + part) ** 2 - at**2
+            budget -= part
+            parts += 1
+        next_s = np.inf
+        while not put_back:
+            while waits < total and (rows[waits, HELD] > 0.0 or (rows[waits, LEFT] <= 0.0 and not endless)):
+                waits += 1
+            if waits == total:
+                break
+            if come[waits] > t:
+                next_s = come[waits]
+                break
+            need = rows[waits, PROMPT] + 1.0
+            if need > s[KV] and running == 0:
+                first[waits] = end[waits] = NEVER_S  # it never fits
+                rows[waits, LEFT] = 0.0
+                alive -= 1
+                if endless:
+                    waits += 1
+                continue
+            if budget <= 0.0 or running >= s[SEQS] or used + batch + need > s[KV]:
+                break
+            rows[waits, HELD] = need
+            used += need
+            running += 1
+            part = min(rows[waits, UNREAD], budget)
+            at = rows[waits, PROMPT] - rows[waits, UNREAD]
+            tokens += part
+            squares += (at + part) ** 2 - at**2
+            budget -= part
+            reads[reading] = waits
+            reading += 1
+            parts += 1
+        if parts > 0:
+            k, dt = 1.0, _step_s(s, batch, context, tokens, squares)
+        elif batch > 0:
+            one_s = s[A] + s[B] * batch + s[C] * context
+            grows_s = s[C] * batch
+            if one_s < s[E] * batch:
+                one_s, grows_s = s[E] * batch, 0.0
+            k = ends[batch - 1] - count
+            room = np.floor((s[KV] - used) / batch)
+            if running > 1 and room < k:
+                k = room if room > 1.0 else 1.0
+            stop = until_s if until_s < next_s else next_s
+            if stop < np.inf:
+                k = min(k, _steps_until(stop - t, one_s, grows_s))
+            dt = k * one_s + grows_s * k * (k - 1.0) / 2.0
+        elif next_s < np.inf:
+            t = next_s
+            continue
+        else:
+            break
+        t += dt
+        count += k
+        used += k * batch
+        context += k * batch
+        while batch > 0 and ends[batch - 1] <= count:
+            batch -= 1
+            i = order[batch]
+            _settle(rows, i, count - since[i])
+            end[i] = t
+            used -= rows[i, HELD]
+            context -= rows[i, HELD]
+            rows[i, HELD] = rows[i, LEFT] = 0.0
+            running -= 1
+            alive -= 1
+        kept = 0
+        for j in range(reading):
+            i = reads[j]
+            part = min(rows[i, UNREAD], tokens) if j < parts else 0.0
+            rows[i, UNREAD] -= part
+            tokens -= part
+            if rows[i, UNREAD] > 0.0:
+                reads[kept] = i
+                kept += 1
+                continue
+            if rows[i, MADE] < 1.0:
+                first[i] = t
+            rows[i, MADE] += 1.0
+            rows[i, LEFT] -= 1.0
+            if rows[i, LEFT] <= 0.0 and not endless:
+                end[i] = t
+                used -= rows[i, HELD]
+                rows[i, HELD] = 0.0
+                running -= 1
+                alive -= 1
+            else:
+                context += rows[i, HELD]
+                since[i] = count
+                batch = _insert(order, ends, batch, i, np.inf if endless else count + np.ceil(rows[i, LEFT]))
+        reading = kept
+    if endless:
+        for j in range(batch):
+            _settle(rows, order[j], count - since[order[j]])
+    return t
+
+
+@njit
+def _steps_until(dt: float, one_s: float, grows_s: float) -> float:
+    """So many steps, at least one, end at dt or just after it."""
+    if grows_s <= 0.0:
+        return max(1.0, np.ceil(dt / one_s))  # type: ignore[no-any-return]
+    half = one_s - grows_s / 2.0
+    steps = (np.sqrt(half * half + 2.0 * grows_s * max(dt, 0.0)) - half) / grows_s
+    return max(1.0, np.ceil(steps - 1e-9))  # type: ignore[no-any-return]
+
+
+@njit
+def _settle(rows: Floats, i: int, steps: float) -> None:
+    """It has made a token in each of these steps."""
+    rows[i, HELD] += steps
+    rows[i, MADE] += steps
+    rows[i, LEFT] -= steps
+
+
+@njit
+def _insert(order: NDArray[np.int64], ends: Floats, batch: int, i: int, at: float) -> int:
+    j = batch
+    while j > 0 and ends[j - 1] < at:
+        order[j], ends[j] = order[j - 1], ends[j - 1]
+        j -= 1
+    order[j], ends[j] = i, at
+    return batch + 1
+
+
+@njit
+def _take_out(order: NDArray[np.int64], ends: Floats, batch: int, i: int) -> int:
+    j = 0
+    while order[j] != i:
+        j += 1
+    while j + 1 < batch:
+        order[j], ends[j] = order[j + 1], ends[j + 1]
+        j += 1
+    return batch - 1
+
+
+@njit
+def price_below(
+    rows: Floats,
+    s: Floats,
+    start_s: float,
+    ask: Floats,
+    gap_s: float,
+    usual: Floats,
+    weight: float,
+    most_s: float,
+    scratch: Scratch,
+) -> tuple[float, float, float]:
+    """The price (see `price`); inf where it is above most_s by what the request itself waits for.
+
+    That is found at half the cost. scratch: for the rows, the request and those behind it.
+    """
+    count, later = len(rows), behind(gap_s)
+    table, come, first, end = scratch.table, scratch.come, scratch.first, scratch.end
+    price_s = 0.0
+    own_first = own_end = 0.0
+    for given in (1, 0):
+        total = count + given + later
+        table[:count] = rows
+        come[: count + given] = 0.0
+        first[:total] = 0.0
+        if given:
+            table[count] = ask
+        for n in range(later):
+            table[count + given + n] = usual
+            come[count + given + n] = (n + 1) * gap_s
+        run(table[:total], come, s, start_s, np.inf, first, end, scratch)
+        sign = 1.0 if given else -1.0
+        for i in range(total):
+            price_s += sign * (end[i] + weight * first[i])
+        if given:
+            own_first, own_end = first[count], end[count]
+            if own_end + weight * own_first >= most_s:
+                return np.inf, own_first, own_end
+    return price_s, own_first, own_end
+
+
+@njit
+def price(
+    rows: Floats,
+    s: Floats,
+    start_s: float,
+    ask: Floats,
+    gap_s: float,
+    usual: Floats,
+    weight: float,
+) -> tuple[float, float, float]:
+    """(price, own first token, own end) of giving it a request, seconds.
+
+    rows: its table, as it will be at start_s. ask: the row of the request. usual: the row of one that comes
+    each gap_s, and BEHIND_S long; gap_s inf: none. weight: of a first token.
+    """
+    scratch = scratch_for(len(rows) + 1 + behind(gap_s))
+    return price_below(rows, s, start_s, ask, gap_s, usual, weight, np.inf, scratch)

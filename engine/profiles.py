@@ -1,0 +1,139 @@
+"""The models we know how to serve, one `Profile` each; add your own at the bottom of the table.
+
+A profile says what a machine must have (offer query, disk), what runs on it (model, vLLM
+arguments) and what to expect of it until the instance's own reports say better: throughput
+in work per second, prefill weight, times to load and to start. *Work* is in output-token
+equivalents: `prompt_tokens * prefill_weight + expected output tokens`.
+
+Throughputs by GPU are what `engine/reference.py` gives at a full queue of 300-token prompts and 180-token
+answers (tests/unit/engine/test_profiles.py computes them), so they are starting points: an instance's
+measured rate replaces them as soon as it is known.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from process.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one model needs and what it is expected to give.
+
+    prefill_weight: work per prompt token (one output token is 1).
+    throughput_work_s: work per second of one instance with all it can hold; _by_gpu refines it.
+    hold_s: seconds of work an instance may be given before a new request would wait too long.
+    load_time_s: seconds from order to hot on a new machine.
+    start_time_s: seconds from start to hot on a stopped machine that holds the model.
+    """
+
+    name: str
+    model: str
+    image: str
+    offer_query: str
+    disk_gb: float
+    vllm_args: str
+    prefill_weight: float
+    throughput_work_s: float
+    hold_s: float
+    expected_output_tokens: float
+    load_time_s: float
+    start_time_s: float
+    max_model_len: int
+    throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def throughput_on(self, gpu_name: str, num_gpus: int = 1) -> float:
+        """Expected work per second on that GPU, or the profile's own figure for one we have no number for."""
+        key = gpu_name if num_gpus == 1 else f"{num_gpus}x {gpu_name}"
+        return self.throughput_by_gpu.get(key, self.throughput_work_s)
+
+
+_VLLM_IMAGE = "vllm/vllm-openai:v0.11.0"
+
+PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {
+        "vllm-13": Profile(
+            name="vllm-13",
+            model="TheBloke/Llama-2-13B-chat-AWQ",
+            image=_VLLM_IMAGE,
+            # gpu_ram is per GPU in GB; >= 22 admits the 24 GB cards, AWQ weights are 7.4 GB.
+            offer_query="num_gpus=1 gpu_ram>=22 compute_cap>=800 reliability>0.95 inet_down>=200 "
+            "direct_port_count>=4 cuda_max_good>=12.4",
+            disk_gb=40.0,
+            vllm_args="--quantization awq --max-model-len 4096 --gpu-memory-utilization 0.9",
+            prefill_weight=0.1,
+            throughput_work_s=620.0,  # a GPU that we have no figure for is taken for the slowest one here
+            throughput_by_gpu=MappingProxyType(
+                {
+                    "RTX 3090": 620.0,
+                    "RTX 4090": 950.0,
+                    "RTX A6000": 845.0,
+                    "L40S": 1170.0,
+                    "A100 SXM4": 1720.0,
+                    "H100 SXM": 3650.0,
+                }
+            ),
+            hold_s=6.0,
+            expected_output_tokens=180.0,
+            load_time_s=600.0,
+            start_time_s=90.0,
+            max_model_len=4096,
+        ),
+        "vllm-70": Profile(
+            name="vllm-70",
+            model="hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4",
+            image=_VLLM_IMAGE,
+            offer_query="num_gpus<=2 gpu_total_ram>=78 compute_cap>=800 reliability>0.95 inet_down>=500 "
+            "direct_port_count>=4 cuda_max_good>=12.4",
+            disk_gb=80.0,
+            vllm_args="--max-model-len 8192 --gpu-memory-utilization 0.92",
+            prefill_weight=0.1,
+            throughput_work_s=490.0,
+            throughput_by_gpu=MappingProxyType(
+                {"2x RTX A6000": 490.0, "A100 SXM4": 570.0, "2x A100 SXM4": 1220.0, "H100 SXM": 1310.0}
+            ),
+            hold_s=8.0,
+            expected_output_tokens=220.0,
+            load_time_s=3600.0,
+            start_time_s=210.0,
+            max_model_len=8192,
+        ),
+        # For the local cloud's engine vllm: real vLLM on two cores, with random weights of 0.9 MB that
+        # localcloud/tiny_model.py makes; its image names their directory in VLLM_MODEL. No GPU is used.
+        "tiny": Profile(
+            name="tiny",
+            model="tiny-random-llama",
+            image=_VLLM_IMAGE,
+            offer_query="num_gpus=1 reliability>0.95",
+            disk_gb=10.0,
+            # Without --enforce-eager it compiles for 25 s at its first boot, with a C++ compiler. With it
+            # bfloat16 uses AMX where a processor has that, and vLLM 0.32.0 dies of an illegal instruction
+            # if its first prompt is short: only a longer one makes it ask the kernel for AMX. Four at once,
+            # so that a small load fills it.
+            vllm_args="--max-model-len 1024 --dtype float32 --max-num-seqs 4 --enforce-eager",
+            # Measured on one core of two, 2026-11-26: 390 output tokens/s with one request, 1,370 with 4,
+            # 3,700 with 16; 45,000 prompt tokens/s.
+            prefill_weight=0.03,
+            throughput_work_s=1370.0,
+            # Twice what an answer of 200 tokens takes when nothing else runs: an instance that may hold no
+            # more than one answer is given one at a time, and seems slower and slower by that.
+            hold_s=1.0,
+            expected_output_tokens=200.0,
+            load_time_s=45.0,  # 20 s of one core, twice that when nothing of vLLM is in memory yet
+            start_time_s=30.0,
+            max_model_len=1024,
+        ),
+        # Your own model: copy an entry, give it a name, and pass that name to --model.
+    }
+)
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of that name; raises ConfigError that lists the names there are."""
+    try:
+        return PROFILES[name]
+    except KeyError:
+        raise ConfigError(
+            f"unknown model {name!r}: known are {', '.join(sorted(PROFILES))} (engine/profiles.py)"
+        ) from None

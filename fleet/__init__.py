@@ -1,0 +1,1 @@
+"""What the autoscaler is made of. Pure; fleet.outside does the I/O."""

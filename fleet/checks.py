@@ -1,0 +1,47 @@
+"""Health checks as data: what is to be checked, and what was found."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fleet.states import State
+
+
+class Verdict(StrEnum):
+    """What a health check found."""
+
+    PASSED = "passed"
+    LOADING = "loading"  # reachable, but the ready line is not there yet
+    FATAL = "fatal"  # the log of this boot holds a fatal line, or the host key changed
+    FAILED = "failed"  # did not answer as a hot instance must
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finished health check. in_flight: requests the instance itself says it is working on.
+
+    certificate: the machine's (PEM), when the check read it over ssh.
+    """
+
+    label: str
+    started_at: float
+    verdict: Verdict
+    why: str
+    in_flight: int | None = None
+    certificate: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckOrder:
+    """A health check to be made: where, and whether the log must be read (always, until it is hot).
+
+    certificate: the machine's, as far as it is known; the log check reads it anew.
+    """
+
+    label: str
+    id: int
+    state: State
+    ssh: tuple[str, int] | None
+    auth_url: str | None
+    address: str | None
+    read_log: bool
+    certificate: str | None = None

@@ -1,0 +1,1 @@
+"""The autoscaler's outside world: threads, commands sent, health checks, ledger, ssh."""

@@ -1,0 +1,71 @@
+"""The command `destroy-fleet`: end everything that carries the label, after asking."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from fleet.outside.process import Config, Process
+from policies import Fixed
+from process.errors import CloudError, ConfigError
+
+log = logging.getLogger("autoscaler")
+
+
+def destroy_fleet(config: Config, *, ask: Callable[[str], str] | None) -> None:
+    """End every instance that carries the label, and see that none is left. ask None: do not ask."""
+    process = Process(replace(config, manage=False), told_nobody=True, policy=Fixed(0, 0))
+    try:
+        process.check_account()
+        _destroy_fleet(process, ask)
+    except KeyboardInterrupt:
+        print("\ninterrupted: run destroy-fleet again to be sure that nothing is left", flush=True)
+        raise SystemExit(130) from None
+    finally:
+        process.stop()
+        process.close()
+
+
+def _destroy_fleet(process: Process, ask: Callable[[str], str] | None) -> None:
+    scaler, label = process.scaler, process.config.label
+    try:
+        rows = process.vast.list_instances(label + "/")
+    except CloudError as e:
+        raise ConfigError(f"the cloud cannot be used: {e}") from e
+    if not rows:
+        print(f"nothing is rented with the label {label}/…", flush=True)
+    elif ask is not None:
+        for r in rows:
+            print(f"  {r.id}  {r.label}  {r.gpu_name}  {r.actual_status}  {r.price_now_usd_h:.3f} $/h")
+        try:
+            answer = ask(f"destroy these {len(rows)} instances and their disks? [y/N] ")
+        except EOFError:
+            raise ConfigError("destroy-fleet asks before it destroys: answer, or give --yes") from None
+        if answer.strip().lower() not in ("y", "yes"):
+            print("nothing was destroyed", flush=True)
+            return
+    with scaler.lock:
+        scaler.fleet.observe(rows, (), scaler.clock())  # a later listing that lacks them hides none
+    shown = ""
+    process.start()
+    while True:
+        scaler.destroy_all("destroy-fleet")
+        with scaler.lock:
+            left = [f"{i.id or 'ordered'} {i.state}" for i in scaler.fleet.instances.values()]
+        if not left and _lists_none(process):
+            print(f"destroyed: {len(rows)} instances; the listing shows none any more", flush=True)
+            return
+        line = f"{len(left)} left: {', '.join(left)}"
+        if left and line != shown:
+            print(line, flush=True)
+            shown = line
+        time.sleep(0.5)
+
+
+def _lists_none(process: Process) -> bool:
+    """Whether the cloud says itself that nothing of the fleet is left."""
+    try:
+        return not process.vast.list_instances(process.config.label + "/")
+    except CloudError as e:
+        log.warning("is anything left? %s", e)
+        return False

@@ -1,0 +1,158 @@
+"""What a health check is, and how it is made: the log of this boot over ssh, and a test prompt.
+
+A running instance becomes hot when its log has the ready line and no fatal one, and a test
+prompt, sent to the public address with a real token, brought back at least one token. A hot one
+is asked again and again with a prompt, and now and then its log is read. A draining one is only
+asked how many requests it still has.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from fleet.checks import Check, CheckOrder, Verdict
+from fleet.outside.ssh_log import HostKeyChanged, LogView, SshLog
+from fleet.states import State
+from instance_client import InstanceClient, Load
+from process.errors import InstanceError
+
+log = logging.getLogger("autoscaler")
+
+T = TypeVar("T")
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+NO_EVENTS = 2**53
+"""As `after` of a load question: no event is that late, so none is sent."""
+
+
+class HealthChecker:
+    """Makes health checks, any number at once, each inside one timeout, so a dead machine delays nobody."""
+
+    def __init__(
+        self,
+        client: InstanceClient,
+        ssh: SshLog,
+        master_token: Callable[[str], str],
+        model: str,
+        timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """model: the served model's name; timeout_s: for a whole check."""
+        self._client = client
+        self._ssh = ssh
+        self._master_token = master_token
+        self._model = model
+        self._timeout_s = timeout_s
+        self._clock = clock
+
+    async def check(self, order: CheckOrder) -> Check:
+        """Make one check. Never raises and never takes longer than the timeout."""
+        found = _Found(order, self._clock())
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._look(order, found)
+        except TimeoutError:
+            return found(Verdict.FAILED, f"health check took over {self._timeout_s:g} s")
+        except InstanceError as e:
+            return found(Verdict.FAILED, str(e))
+        except Exception as e:  # an instance may answer anything: that must not keep it hot, nor end the loop
+            log.exception("health check of %s: a fault of ours", order.label)
+            return found(Verdict.FAILED, f"health check: {type(e).__name__}")
+
+    async def _look(self, order: CheckOrder, found: "_Found") -> Check:
+        if order.auth_url is None or order.address is None:
+            return found(Verdict.FAILED, "running, but the listing shows no ports")
+        token = self._master_token(order.label)
+        if order.state is State.DRAINING:
+            load = await self._client.fetch_load(
+                order.auth_url, token, NO_EVENTS, self._timeout_s, order.certificate
+            )
+            return found(Verdict.PASSED, "draining", _in_flight(load))
+        if order.read_log:
+            view = await self._read_log(order)
+            if view.changed_host_key:
+                return found(Verdict.FATAL, "its ssh host key changed: refused")
+            if view.fatal is not None:
+                return found(Verdict.FATAL, f"fatal line in its log: {view.fatal}")
+            if not view.ready and view.reached:
+                return found(Verdict.LOADING, "the ready line is not in its log yet")
+            if not view.reached and order.state is State.RUNNING:
+                return found(Verdict.FAILED, view.why)
+            found.certificate = view.certificate
+        certificate = found.certificate or order.certificate
+        auth_url, address = (_secure(url, certificate) for url in (order.auth_url, order.address))
+        batch = await self._client.fetch_tokens(auth_url, token, 1, self._timeout_s, certificate)
+        tokens = await self._client.test_prompt(
+            address, batch.tokens[0], self._model, self._timeout_s, certificate
+        )
+        return found(Verdict.PASSED, f"test prompt: {tokens} token(s)", _in_flight(batch.load))
+
+    async def _read_log(self, order: CheckOrder) -> LogView:
+        """The log as ssh shows it. An unreachable ssh is no fatal sign by itself: the prompt decides."""
+        if order.ssh is None:
+            return LogView(reached=False, why="the listing shows no ssh address")
+        host, port = order.ssh
+        hot = order.state is not State.RUNNING
+        try:
+            return await _in_thread(lambda: self._ssh.read(order.label, host, port, hot, self._timeout_s))
+        except HostKeyChanged:
+            return LogView(reached=True, changed_host_key=True)
+        except InstanceError as e:
+            return LogView(reached=False, why=str(e))
+
+
+class _Found:
+    """What a check will say in the end; certificate: what it has read meanwhile."""
+
+    def __init__(self, order: CheckOrder, started_at: float) -> None:
+        self.certificate: str | None = None
+        self._label = order.label
+        self._started_at = started_at
+
+    def __call__(self, verdict: Verdict, why: str, in_flight: int | None = None) -> Check:
+        return Check(self._label, self._started_at, verdict, why, in_flight, self.certificate)
+
+
+def _secure(url: str, certificate: str | None) -> str:
+    """The URL under TLS, when the certificate that belongs to it is known."""
+    return url if certificate is None else url.replace("http://", "https://", 1)
+
+
+def _in_flight(load: Load) -> int | None:
+    """Requests on it; None when the engine did not say, for then 0 would be a guess."""
+    return load.running + load.waiting if load.model_up else None
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """What the blocking call returns or raises, from a thread of its own.
+
+    A pool has a last thread, and hanging machines could have them all; and the end of the process would
+    wait for a pool's threads, but not for a daemon's.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: Exception | None) -> None:
+        if future.done():
+            return  # the check was given up meanwhile
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = call()
+        except Exception as e:  # noqa: BLE001 it is raised where the call is awaited
+            error = e
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="ssh", daemon=True).start()
+    return await future

@@ -1,0 +1,75 @@
+"""Send the autoscaler's commands to the cloud."""
+
+from collections.abc import Callable
+
+from engine.profiles import Profile
+from fleet.commands import Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
+from fleet.outside import start_script
+from process.errors import CloudError, ConfigError
+from vast.client import ApiError, CloudAuthError, NoSuchInstance, OfferGone, RateLimited, Vast
+
+# --- outside world ---------------------------------------------------------------------------------
+
+PORTS_ENV = "-p 3000:3000 -p 8000:8000"
+"""auth_server and model server; nothing secret travels in --env, which is visible in process lists."""
+
+
+class Performer:
+    """Sends one command through the vastai CLI and says how it went; decides nothing."""
+
+    def __init__(
+        self,
+        vast: Vast,
+        profile: Profile,
+        master_token: Callable[[str], str],
+        ready_url: str | None = None,
+    ) -> None:
+        """master_token: the token of the instance with that label. ready_url: where it says how it is."""
+        self._ready_url = ready_url
+        self._vast = vast
+        self._profile = profile
+        self._master_token = master_token
+
+    def perform(self, command: Command) -> Performed:
+        """Ask the cloud. A clear no is REFUSED; whatever may hide an effect is UNKNOWN."""
+        try:
+            return self._ask(command)
+        except OfferGone as e:
+            # With one attempt per create (vast.py) this is a plain answer; the label would show it if not.
+            return Performed(Reply.REFUSED, str(e), offer_gone=True)
+        except (RateLimited, CloudAuthError) as e:
+            return Performed(Reply.REFUSED, str(e))
+        except NoSuchInstance as e:
+            return Performed(Reply.DONE if isinstance(command, Destroy) else Reply.REFUSED, str(e))
+        except ApiError as e:
+            # 200 is `success: false`: the service itself says that nothing was done.
+            refused = e.status == 200 or (400 <= e.status < 500 and e.status != 408)
+            return Performed(Reply.REFUSED if refused else Reply.UNKNOWN, str(e))
+        except CloudError as e:
+            return Performed(Reply.UNKNOWN, str(e))
+        except (ValueError, ConfigError) as e:
+            # vast.py and the start script refuse what cannot be sent before anything is.
+            return Performed(Reply.REFUSED, f"not sent: {e}")
+
+    def _ask(self, command: Command) -> Performed:
+        p = self._profile
+        if isinstance(command, Create):
+            new_id = self._vast.create(
+                command.offer.id,
+                image=p.image,
+                disk_gb=p.disk_gb,
+                label=command.label,
+                env=PORTS_ENV,
+                onstart=start_script.render(p, self._master_token(command.label), self._ready_url),
+            )
+            return Performed(Reply.DONE, new_id=new_id)
+        if isinstance(command, Start):
+            self._vast.start(command.id)
+        elif isinstance(command, Stop):
+            self._vast.stop(command.id)
+        elif isinstance(command, Destroy):
+            self._vast.destroy(command.id)
+        elif isinstance(command, LookForOffers):
+            offers = self._vast.search_offers(p.offer_query, storage_gb=p.disk_gb)
+            return Performed(Reply.DONE, offers=tuple(offers))
+        return Performed(Reply.DONE)

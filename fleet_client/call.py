@@ -1,0 +1,108 @@
+"""One request as it is to reach an instance: what of it is passed on, and what is for us."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import httpx2
+
+from fleet_client.connection_pool import Header
+from fleet_client.leases import PRIORITIES
+from fleet_client.token_estimate import Size
+
+HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)
+"""Headers of a connection, not of the message: RFC 9110, 7.6.1."""
+
+PRIORITY_HEADER = "X-Fleet-Priority"
+"""high, normal or low: who is served first when there is no room for all. It is for the loadbalancer."""
+
+_PRIORITY = PRIORITY_HEADER.lower().encode()
+_CREDENTIALS = frozenset((b"authorization", b"proxy-authorization", b"api-key", b"x-api-key"))
+_NOT_FORWARDED = HOP_BY_HOP | _CREDENTIALS | {b"host", b"content-length", b"expect", _PRIORITY}
+
+_METHOD, _TARGET = re.compile(r"[A-Z]{1,20}"), re.compile(r"/[!-~]*")
+_HEADER_NAME, _NO_HEADER_VALUE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"), re.compile(rb"[\r\n\0]")
+
+
+def forwarded(headers: Iterable[Header], token: str) -> list[Header]:
+    """A request's headers as they go to an instance.
+
+    Those of the connection stay behind, and so do keys: they are for others, and the token is the key here.
+    """
+    kept = [(name, value, name.lower()) for name, value in headers]
+    named = _named_by_connection(kept)
+    out = [(name, value) for name, value, low in kept if low not in _NOT_FORWARDED and low not in named]
+    out.append((b"Authorization", b"Bearer " + token.encode()))
+    return out
+
+
+def returned(headers: Iterable[Header]) -> list[Header]:
+    """An answer's headers without those of the connection it came by."""
+    kept = [(name, value, name.lower()) for name, value in headers]
+    named = _named_by_connection(kept)
+    return [(name, value) for name, value, low in kept if low not in HOP_BY_HOP and low not in named]
+
+
+def _named_by_connection(headers: Iterable[tuple[bytes, bytes, bytes]]) -> set[bytes]:
+    return {
+        one.strip().lower() for _, value, low in headers if low == b"connection" for one in value.split(b",")
+    }
+
+
+def priority_in(headers: Iterable[Header]) -> str | None:
+    """The priority that a request asks for, None when it asks for none; ValueError names the header."""
+    values = [value.strip().decode("latin-1") for name, value in headers if name.lower() == _PRIORITY]
+    if not values:
+        return None
+    said = ", ".join(values)
+    if said not in PRIORITIES:
+        raise ValueError(f"{PRIORITY_HEADER}: wanted high, normal or low, got {said[:40]!r}")
+    return said
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Of one request, in seconds; None is no limit. pool also bounds the wait for a lease."""
+
+    connect: float | None = None
+    read: float | None = None
+    write: float | None = None
+    pool: float | None = None
+
+
+NO_TIMEOUTS = Timeouts()
+
+
+@dataclass(slots=True)
+class Call:
+    """One request as it is to reach an instance. target: path and query, encoded.
+
+    Raises httpx2.LocalProtocolError for one that HTTP cannot carry, ValueError for a priority that is none.
+    """
+
+    method: str
+    target: str
+    headers: Sequence[Header]
+    body: bytes = field(repr=False)
+    size: Size
+    timeouts: Timeouts = NO_TIMEOUTS
+    avoid: Sequence[int] = ()  # instances that it must not go to, unless there are no others
+    affinity: Sequence[str] = ()  # salted hashes of the prompt's prefixes, the shortest first
+    priority: str | None = None  # None: the transport's
+    # What became of it:
+    setbacks: list[tuple[int, str]] = field(default_factory=list)  # instances that failed it, and how
+    refusals: list[str] = field(default_factory=list)  # what the loadbalancer said instead of giving a lease
+    leases: int = 0
+    asked_s: float = 0.0  # seconds spent on getting leases, pauses included
+
+    def __post_init__(self) -> None:
+        """Check it: a line end in a header would be a second header, or a second request."""
+        if self.priority is not None and self.priority not in PRIORITIES:
+            raise ValueError(f"priority: wanted high, normal or low, got {self.priority!r}")
+        if not _METHOD.fullmatch(self.method) or not _TARGET.fullmatch(self.target):
+            raise httpx2.LocalProtocolError(f"no request: {self.method[:20]!r} {self.target[:100]!r}")
+        for name, value in self.headers:
+            if not _HEADER_NAME.fullmatch(name) or _NO_HEADER_VALUE.search(value):
+                raise httpx2.LocalProtocolError(f"no header: {name[:40]!r}")

@@ -1,0 +1,185 @@
+"""Where the beginning of a prompt was read before, found without telling anybody what it is.
+
+A model server that has read a prefix need not read it again, so who places a request has to know which
+prompts begin alike. He is told salted hashes of their beginnings:
+
+    prompt, as canonical text   ├── 1024 bytes ──┼── 1024 bytes ──┼── 1024 bytes ──┼── the rest ─┤
+                                └───── h1 ───────┘                │                │
+                                └───────────── h2 ────────────────┘                │
+                                └───────────────────── h3 ─────────────────────────┘
+
+    h_i = BLAKE2b of the first i blocks, with the salt as its key, 8 bytes
+
+Tools come first, then the system's words, then the messages in order, as chat templates have them: two
+turns of a conversation share what the first one had, and conversations share their system prompt. A block
+is 256 tokens by fleet_size's estimate; token ids take 4 bytes each, so 256 of them are one, too.
+
+Who has the hashes but not the salt learns: which prompts under one salt begin with the same whole blocks, and
+how many blocks they have, which prompt_tokens says anyway. He can check no guess of a text, however short the
+list of guesses is. Who has the salt, too, can. Two texts may in theory have the same canonical text: it is a
+hint, and the worst it does is send a request where its prefix is not.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fleet_client.token_estimate import BYTES_PER_TOKEN, DEEPEST, MEDIA_TOKENS, Size, is_media, makes_text
+
+BLOCK_TOKENS, MOST_BLOCKS = 256, 256
+"""Tokens of a block, and blocks that are hashed at most: what POST /route takes."""
+
+BLOCK = BLOCK_TOKENS * BYTES_PER_TOKEN
+"""Bytes of canonical text a block."""
+
+LEAST_SALT = 16
+"""Bytes of a salt: one that can be guessed is none."""
+
+REMEMBERED, HOLDERS = 20_000, 4
+"""Hashes kept, about 250 bytes each, and instances for each: the last that served it."""
+
+_FIRST = ("role", "content")
+_BEFORE, _MAIN = ("tools", "functions", "instructions", "system"), ("messages", "prompt", "input")
+_TEXTS = frozenset(("text", "input_text", "output_text"))
+
+
+class Hasher:
+    """Makes the hashes under one salt. The salt is never shown."""
+
+    def __init__(self, salt: bytes) -> None:
+        """Raises ValueError for a salt that can be guessed."""
+        if len(salt) < LEAST_SALT:
+            raise ValueError(f"affinity_salt: wanted at least {LEAST_SALT} bytes, got {len(salt)}")
+        self._key = hashlib.blake2b(salt, digest_size=32, person=b"fleet affinity").digest()
+
+    def hashes(self, target: str, said: Mapping[str, Any] | None, size: Size) -> tuple[str, ...]:
+        """The hashes of a body's prompt, shortest prefix first: none when it has no whole block."""
+        blocks = min(MOST_BLOCKS, size.prompt_tokens // BLOCK_TOKENS)
+        if said is None or blocks == 0 or not makes_text(target):
+            return ()
+        text = canonical(said, blocks * BLOCK, self._key)
+        hasher = hashlib.blake2b(key=self._key, digest_size=8)
+        out = []
+        for end in range(BLOCK, len(text) + 1, BLOCK):
+            hasher.update(text[end - BLOCK : end])
+            out.append(hasher.copy().hexdigest())
+        return tuple(out)
+
+
+def canonical(said: Mapping[str, Any], limit: int, key: bytes) -> bytes:
+    """The first `limit` bytes of what a model reads, the same however it is written as JSON.
+
+    Of several prompts it is the first. key: pictures and sounds stand there as their hashes under it.
+    """
+    found = _Text(limit, key)
+    for name in _BEFORE:
+        found.add(said.get(name))
+    for name in _MAIN:
+        value = said.get(name)
+        if name == "prompt" and isinstance(value, list) and value and not isinstance(value[0], int):
+            value = value[0]
+        found.add(value)
+    return found.joined()
+
+
+class _Text:
+    """Canonical text, up to a length."""
+
+    def __init__(self, limit: int, key: bytes) -> None:
+        self._parts: list[bytes] = []
+        self._limit = limit
+        self._left = limit
+        self._key = key
+
+    def joined(self) -> bytes:
+        return b"".join(self._parts)[: self._limit]
+
+    def add(self, value: object, depth: int = 0) -> None:
+        """What is empty or no text of the prompt adds nothing."""
+        if self._left <= 0 or not value or depth > DEEPEST:
+            return
+        if isinstance(value, str):
+            # A character has at least one byte, so no more of them are looked at than are wanted.
+            self._put(b"\0" + value[: self._left].encode(errors="surrogatepass"))
+        elif isinstance(value, dict):
+            self._add_fields(value, depth)
+        elif isinstance(value, list):
+            if isinstance(value[0], int) and self._add_ids(value):
+                return
+            for one in value:
+                self.add(one, depth + 1)
+        else:
+            self._put(b"\0" + repr(value).encode())
+
+    def _add_fields(self, value: Mapping[str, Any], depth: int) -> None:
+        if is_media(value):
+            self._add_media(value, depth)
+            return
+        text = value.get("text")
+        if isinstance(text, str) and value.get("type") in _TEXTS:
+            # The same as the text alone. What else stands there is no part of the prompt, and may move from
+            # turn to turn, as cache_control does.
+            self.add(text, depth + 1)
+            return
+        self._put(b"\1")  # signs stand before what they divide: a text that grows begins like the shorter one
+        for name in _FIRST:
+            self.add(value.get(name), depth + 1)
+        for name in sorted(value):
+            if name not in _FIRST and value[name]:
+                self.add(name, depth + 1)
+                self.add(value[name], depth + 1)
+
+    def _add_ids(self, ids: list[Any]) -> bool:
+        try:
+            self._put(array("I", ids[: self._left // BYTES_PER_TOKEN + 1]).tobytes())
+        except (TypeError, OverflowError):
+            return False  # no token ids
+        return True
+
+    def _add_media(self, value: Mapping[str, Any], depth: int) -> None:
+        """As long as fleet_size takes it to be, and different for a different one."""
+        whole = _Text(2**62, self._key)
+        for name in sorted(value):
+            whole.add(name)
+            whole.add(value[name], depth + 1)
+        digest = hashlib.blake2b(whole.joined(), key=self._key, digest_size=40).digest()
+        self._put(digest * (MEDIA_TOKENS * BYTES_PER_TOKEN // 40))
+
+    def _put(self, raw: bytes) -> None:
+        self._parts.append(raw)
+        self._left -= len(raw)
+
+
+class Served:
+    """Which instances have answered which prefixes, as far as this client knows. Bounded."""
+
+    def __init__(self, most: int = REMEMBERED) -> None:
+        """Nothing is known. most: hashes kept."""
+        self._most = most
+        self._holders: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Hashes kept."""
+        return len(self._holders)
+
+    def note(self, hashes: Sequence[str], instance_id: int) -> None:
+        """The instance has answered a request with these prefixes."""
+        kept = self._holders
+        for one in hashes:
+            before = kept.get(one)
+            if before is None or before[0] != instance_id:
+                rest = [i for i in before or () if i != instance_id]
+                kept[one] = (instance_id, *rest[: HOLDERS - 1])
+            kept.move_to_end(one)
+        while len(kept) > self._most:
+            kept.popitem(last=False)
+
+    def blocks(self, hashes: Sequence[str]) -> dict[int, int]:
+        """By instance, how many blocks of the prefix it has answered; only those that have any."""
+        found: dict[int, int] = {}
+        for n in range(len(hashes), 0, -1):
+            for instance_id in self._holders.get(hashes[n - 1], ()):
+                found.setdefault(instance_id, n)
+        return found

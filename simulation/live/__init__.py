@@ -1,0 +1,1 @@
+"""Users of a running fleet, and the whole system on this machine."""

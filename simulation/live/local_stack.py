@@ -1,0 +1,603 @@
+"""The whole system on this machine: local cloud, autoscaler and loadbalancer as children, and their end.
+
+    start:  localcloud ─► prepare a pool ─► autoscaler, loadbalancer ─► one instance hot
+    run:    a child that dies is started again, on the same port and with the same state
+    stop:   loadbalancer, autoscaler ─► destroy-fleet ─► is anything left? ─► localcloud
+
+True whatever happens:
+- no child outlives this process: each asked the kernel for SIGKILL at its parent's death before it
+  became the program (prctl PR_SET_PDEATHSIG), so `kill -9` of the parent ends them too;
+- the terminal's Ctrl-C reaches this process only: each child leads a session of its own;
+- everything lies in one private directory (0700), with a key of its own for the local cloud, since that
+  runs what its users ask it to run.
+
+The kernel's signal comes when the *thread* that started the child ends (process/children.py). So children are
+started by the main thread and, when they died, by a watcher thread that ends last.
+"""
+
+import http.client
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+from engine.profiles import get_profile
+from fleet_client.private_files import make_private_dir
+from localcloud import processes
+from process.children import dying_with_parent
+from process.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CLOUD, AUTOSCALER, LOADBALANCER = "localcloud", "autoscaler", "loadbalancer"
+
+UP_TIMEOUT_S = 30.0
+"""For a child to answer: Python and its imports take 1 to 3 s on a busy core."""
+
+PREPARE_TIMEOUT_S = 180.0
+"""For the pool: each instance takes its load time divided by the speedup and a few seconds of commands."""
+
+HOT_TIMEOUT_S = 60.0
+"""For the first instance to be hot: a start, a check, and several listings."""
+
+TERM_GRACE_S = 10.0
+"""From SIGTERM to SIGKILL: the loadbalancer answers those who wait, the autoscaler ends a command."""
+
+DESTROY_TIMEOUT_S = 60.0
+"""For destroy-fleet: one command an instance at half a second of processor each, and listings."""
+
+STRAY_GRACE_S = 3.0
+"""For the processes of instances to be gone after their cloud: the kernel ends them, but not at once."""
+
+RESTART_PAUSE_S = (0.2, 5.0)
+"""Before a dead child is started again: the first, doubling up to the second when it dies at once."""
+
+SETTLED_S = 10.0
+"""A child that lived so long had started well; its next death is answered with the short pause again."""
+
+TAIL_LINES = 20
+"""Lines of a log that are shown when something failed."""
+
+_PORTS = (20_000, 30_000)
+"""Where ports are taken from: below Linux's range for outgoing connections (32768 and up), because one of
+those may sit on the port of a child that has died and is about to be started again."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine of the local cloud asks of the rest of the stack.
+
+    model, instances: what is served by how many, when nothing else is said. only_model: it serves no other.
+    most_instances: so many fit on two cores. speedup: of the autoscaler's deadlines, where the model server
+    takes its own time; None: as the cloud's. patience: the stack waits so many times as long.
+    autoscaler_args: further flags of `serve`.
+    """
+
+    model: str
+    instances: int
+    most_instances: int
+    only_model: bool = False
+    speedup: float | None = None
+    patience: float = 1.0
+    autoscaler_args: tuple[str, ...] = ()
+
+
+ENGINES: Mapping[str, Engine] = MappingProxyType(
+    {
+        # Placeholder text at the speed of the model on that GPU.
+        "paced": Engine(model="vllm-13", instances=4, most_instances=1000),
+        # Real vLLM: 2.5 GB and a processor each. The 300 s after which the policy stops what is not needed
+        # are longer than a run, and it must not stop what has only just started.
+        "vllm": Engine(
+            model="tiny",
+            instances=2,
+            most_instances=2,
+            only_model=True,
+            speedup=1.0,
+            patience=3.0,
+            autoscaler_args=("--policy", "busy", "--policy-param", "remove_after_s=25"),
+        ),
+    }
+)
+
+
+class ChildFailed(Exception):
+    """A child did not do its part; the text has the end of its log."""
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """What to start. Times in seconds, of the wall clock.
+
+    speedup: boot and load times of the local cloud are the real ones divided by it.
+    state_dir: for keys, logs and the cloud's disks; None makes a temporary one that is removed in the end.
+    hot: so many instances are hot before start() returns.
+    autoscaler_args: further flags of `autoscaler_server.py serve`.
+    """
+
+    engine: str = "paced"
+    model: str = "vllm-13"
+    instances: int = 4
+    speedup: float = 60.0
+    seed: int = 0
+    label: str = "sim"
+    max_instances: int = 6
+    max_dollars_per_hour: float = 10.0
+    poll_interval_s: float = 1.5  # one listing costs 0.5 s of processor, and there are two cores
+    check_boot_every_s: float = 1.0
+    state_dir: Path | None = None
+    hot: int = 1
+    autoscaler_args: tuple[str, ...] = ()
+
+    def checked(self) -> "StackConfig":
+        """Itself, or ConfigError naming the value and the range."""
+        get_profile(self.model)
+        if self.engine not in ENGINES:
+            raise ConfigError(f"--engine {self.engine}: wanted {' or '.join(ENGINES)}")
+        engine = ENGINES[self.engine]
+        if engine.only_model and self.model != engine.model:
+            raise ConfigError(f"--model {self.model}: the {self.engine} engine serves {engine.model} only")
+        if not 1 <= self.instances <= self.limit:
+            raise ConfigError(f"--instances {self.instances}: wanted 1 to {self.limit}")
+        if not 1.0 <= self.speedup <= 10_000.0:
+            raise ConfigError(f"--speedup {self.speedup:g}: wanted 1 to 10000")
+        return self
+
+    @property
+    def limit(self) -> int:
+        """So many instances there are at most."""
+        return min(self.max_instances, ENGINES[self.engine].most_instances)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The command each child is started with, flags to be added; tests put their own here."""
+
+    cloud: Sequence[str] = (sys.executable, "-m", "localcloud")
+    autoscaler: Sequence[str] = (sys.executable, "autoscaler_server.py")
+    loadbalancer: Sequence[str] = (sys.executable, "loadbalancer_server.py")
+
+
+OUR_PROGRAMS = Programs()
+
+
+@dataclass(frozen=True)
+class Takedown:
+    """How it ended. left_behind names what was still there when all should have been gone; empty is good."""
+
+    left_behind: tuple[str, ...]
+    restarts: Mapping[str, int]
+
+
+@dataclass
+class _Child:
+    """One process that shall run, and how often it had to be started again."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    process: subprocess.Popen[bytes]
+    started_at: float
+    pause_s: float = RESTART_PAUSE_S[0]
+    restart_at: float | None = None
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+class LocalStack:
+    """A context manager: inside it the system runs, after it nothing of it is left."""
+
+    def __init__(
+        self, config: StackConfig, programs: Programs = OUR_PROGRAMS, say: Callable[[str], None] = print
+    ) -> None:
+        """Make the directory and choose the ports; nothing runs yet. Raises ConfigError.
+
+        say is given a line for people now and then, by the thread that called start() or stop().
+        """
+        self.config = config.checked()
+        self._engine = ENGINES[config.engine]
+        self.taken_down: Takedown | None = None  # how it ended, once it has
+        self.programs = programs
+        self.say = say
+        self._temporary = config.state_dir is None
+        self.state_dir = _private_dir(config.state_dir)
+        self._logs = self.state_dir / "logs"
+        self._logs.mkdir(mode=0o700, exist_ok=True)
+        ports = _free_ports(3)
+        self.cloud_url, self.autoscaler_url, self.loadbalancer_url = (f"http://127.0.0.1:{p}" for p in ports)
+        self._common = (
+            *("--local", "--cloud-url", self.cloud_url, "--state-dir", str(self.state_dir)),
+            *("--label", config.label, "--model", config.model),
+            *("--speedup", f"{self._engine.speedup or config.speedup:g}"),
+            # Else those that prepare rents, which does not know the port, would never be heard.
+            *("--public-url", self.autoscaler_url),
+            *("--max-instances", str(config.limit)),
+            *("--max-dollars-per-hour", f"{config.max_dollars_per_hour:g}"),
+            *("--poll-interval-s", f"{config.poll_interval_s:g}"),
+            *("--check-boot-every-s", f"{config.check_boot_every_s:g}"),
+        )
+        self._environment = _child_environment(secrets.token_hex(16), self.state_dir)
+        self._children: dict[str, _Child] = {}
+        self._lock = threading.Lock()  # held for looking at and starting children, never while waiting
+        self._watching: set[str] = set()
+        self._restarts: Counter[str] = Counter()
+        self._end_of_watch = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._may_have_rented = False
+
+    def __enter__(self) -> Self:
+        """Start everything; when that fails or is interrupted everything is ended before it raises."""
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End everything."""
+        self.stop()
+
+    @property
+    def restarts(self) -> Mapping[str, int]:
+        """How often each child that died was started again."""
+        return MappingProxyType(dict(self._restarts))
+
+    @property
+    def engine(self) -> str:
+        """What answers the requests, in words that must stand in every report."""
+        return f"local cloud, {self.config.engine} engine"
+
+    def pid(self, name: str) -> int:
+        """The process id of that child as it runs now."""
+        with self._lock:
+            return self._children[name].process.pid
+
+    def tail(self, name: str) -> str:
+        """The end of that child's log."""
+        return _tail(self._logs / f"{name}.log")
+
+    def start(self) -> None:
+        """Return when the pool is prepared, all three answer, and config.hot instances are hot.
+
+        Raises ChildFailed with the end of the log of the child that failed.
+        """
+        c = self.config
+        self._launch(
+            CLOUD,
+            *self.programs.cloud,
+            *("--port", _port(self.cloud_url), "--speedup", f"{c.speedup:g}", "--engine", c.engine),
+            *("--root", str(self.state_dir / "cloud"), "--seed", str(c.seed)),
+        )
+        self._wait_up(CLOUD, f"{self.cloud_url}/localcloud/status")
+        self.say(f"{self.engine}, speedup {c.speedup:g}: {self.cloud_url}")
+        self._prepare()
+        self._launch(
+            AUTOSCALER,
+            *self.programs.autoscaler,
+            *("--port", _port(self.autoscaler_url), "--loadbalancer", self.loadbalancer_url),
+            *self._common,
+            *self._engine.autoscaler_args,
+            *c.autoscaler_args,
+        )
+        self._launch(
+            LOADBALANCER,
+            *self.programs.loadbalancer,
+            *("--port", _port(self.loadbalancer_url), "--autoscaler", self.autoscaler_url),
+            *("--state-dir", str(self.state_dir)),
+        )
+        self._wait_up(AUTOSCALER, f"{self.autoscaler_url}/health")
+        self._wait_up(LOADBALANCER, f"{self.loadbalancer_url}/health")
+        self._watcher = threading.Thread(target=self._watch, name="local stack", daemon=True)
+        self._watching = {CLOUD, AUTOSCALER, LOADBALANCER}
+        self._watcher.start()
+        self._wait_hot()
+
+    def stop(self) -> Takedown:
+        """End everything, in order; Ctrl-C during it only makes it quicker. A second call changes nothing."""
+        if self.taken_down is not None:
+            return self.taken_down
+        left: list[str] = []
+        try:
+            left = self._end_in_order()
+        except KeyboardInterrupt:
+            left = ["not looked for: interrupted"]
+        finally:
+            with self._lock:
+                self._watching = set()
+            for name in tuple(self._children):
+                self._end(name, grace_s=TERM_GRACE_S if name == CLOUD else 0.0)
+            self._end_of_watch.set()
+            if self._watcher is not None:
+                self._watcher.join()
+            left += _end_strays(self.state_dir)
+            self.taken_down = Takedown(tuple(left), self.restarts)
+            if self._temporary and not left:
+                shutil.rmtree(self.state_dir, ignore_errors=True)
+        if left:
+            self.say(f"left behind: {', '.join(left)}; logs: {self._logs}")
+        return self.taken_down
+
+    # -- inside: start ----------------------------------------------------------------------------
+
+    def _launch(self, name: str, *command: str) -> None:
+        log = self._logs / f"{name}.log"
+        with self._lock:
+            process = self._popen(command, log)
+            self._children[name] = _Child(name, command, log, process, time.monotonic())
+
+    def _popen(
+        self, command: Sequence[str], log: Path, *, stdout: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+            return subprocess.Popen(
+                dying_with_parent(command),
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out if stdout is None else stdout,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    def _wait_up(self, name: str, url: str) -> None:
+        """Return when the URL answers 200; raises ChildFailed when the child ends or takes too long."""
+        timeout_s = UP_TIMEOUT_S * self._engine.patience
+        limit = time.monotonic() + timeout_s
+        while _get(url) is None:
+            self._still_there(name)
+            if time.monotonic() > limit:
+                raise ChildFailed(f"{name} did not answer within {timeout_s:g} s:\n{self.tail(name)}")
+            time.sleep(0.05)
+
+    def _still_there(self, name: str) -> None:
+        status = self._children[name].process.poll()
+        if status is not None:
+            raise ChildFailed(f"{name} exited with status {status}:\n{self.tail(name)}")
+
+    def _prepare(self) -> None:
+        """Rent, load and stop the pool, telling what `prepare` tells."""
+        self._may_have_rented = True
+        log = self._logs / "prepare.log"
+        process = self._popen(
+            (*self.programs.autoscaler, "prepare", "--count", str(self.config.instances), *self._common),
+            log,
+            stdout=subprocess.PIPE,
+        )
+        with self._lock:
+            self._children["prepare"] = _Child("prepare", (), log, process, time.monotonic())
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        timeout_s = PREPARE_TIMEOUT_S * self._engine.patience
+        limit = threading.Timer(timeout_s, give_up)
+        limit.start()
+        try:
+            assert process.stdout is not None  # noqa: S101 it was asked for above
+            with process.stdout as lines, log.open("ab") as kept:
+                for line in lines:
+                    kept.write(line)
+                    kept.flush()
+                    self.say(line.decode(errors="replace").rstrip())
+            status = process.wait()
+        finally:
+            limit.cancel()
+        if late.is_set():
+            raise ChildFailed(f"prepare was not done after {timeout_s:g} s:\n{_tail(log)}")
+        if status != 0:
+            raise ChildFailed(f"prepare exited with status {status}:\n{_tail(log)}")
+        del self._children["prepare"]
+
+    def _wait_hot(self) -> None:
+        timeout_s = HOT_TIMEOUT_S * self._engine.patience
+        limit = time.monotonic() + timeout_s
+        while True:
+            states = self._states()
+            if states.count("hot") >= self.config.hot:
+                self.say(f"hot: {states.count('hot')} of {len(states)} instances")
+                return
+            if time.monotonic() > limit:
+                raise ChildFailed(
+                    f"{states.count('hot')} of {self.config.hot} instances hot after {timeout_s:g} s, "
+                    f"states {states}:\n{self.tail(AUTOSCALER)}"
+                )
+            time.sleep(0.1)
+
+    def _states(self) -> list[str]:
+        """The states of the instances as the autoscaler tells them; none while it does not answer."""
+        try:
+            return [str(i["state"]) for i in (_get(f"{self.autoscaler_url}/instances") or {})["instances"]]
+        except (KeyError, TypeError):
+            return []
+
+    # -- inside: run ------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Start again what died, until stop() has ended everything."""
+        while not self._end_of_watch.wait(0.1):
+            with self._lock:
+                for child in self._children.values():
+                    if child.name in self._watching and child.process.poll() is not None:
+                        self._revive(child, time.monotonic())
+
+    def _revive(self, child: _Child, now: float) -> None:
+        if child.restart_at is None:
+            if now - child.started_at > SETTLED_S:
+                child.pause_s = RESTART_PAUSE_S[0]
+            child.restart_at = now + child.pause_s
+            child.pause_s = min(2 * child.pause_s, RESTART_PAUSE_S[1])
+            with child.log.open("a") as log:
+                log.write(f"local stack: exited with status {child.process.returncode}, starting it again\n")
+        elif now >= child.restart_at:
+            try:
+                child.process = self._popen(child.command, child.log)
+            except OSError:  # no memory or processes left for now: this thread must live, and tries again
+                return
+            child.started_at, child.restart_at = now, None
+            self._restarts[child.name] += 1
+
+    # -- inside: stop -----------------------------------------------------------------------------
+
+    def _end_in_order(self) -> list[str]:
+        """End the fleet while its cloud still runs; what is left of it."""
+        with self._lock:
+            self._watching &= {CLOUD}
+        for name in (LOADBALANCER, AUTOSCALER, "prepare"):
+            self._end(name, grace_s=TERM_GRACE_S)
+        return self._destroy_fleet() if self._may_have_rented else []
+
+    def _destroy_fleet(self) -> list[str]:
+        if self._rented() == []:
+            return []
+        log = self._logs / "destroy-fleet.log"
+        process = self._popen((*self.programs.autoscaler, "destroy-fleet", "--yes", *self._common), log)
+        try:
+            status: int | None = process.wait(DESTROY_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end_group(process, 0.0)
+        rented = self._rented()
+        if rented is None:
+            return ["unknown: the local cloud does not answer"]
+        if rented and status != 0:
+            self.say(f"destroy-fleet {'hung' if status is None else f'exited with {status}'}:\n{_tail(log)}")
+        return [f"instance {i}" for i in rented]
+
+    def _rented(self) -> list[str] | None:
+        """The ids of what the local cloud still holds; None when it does not say."""
+        limit = time.monotonic() + UP_TIMEOUT_S
+        while time.monotonic() < limit:  # it may have died a moment ago, and is started again then
+            said = _get(f"{self.cloud_url}/localcloud/status")
+            try:
+                return [str(i["id"]) for i in said["instances"]]
+            except (KeyError, TypeError):
+                time.sleep(0.1)
+        return None
+
+    def _end(self, name: str, grace_s: float) -> None:
+        child = self._children.get(name)
+        if child is not None:
+            _end_group(child.process, grace_s)
+
+
+def _end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    """SIGTERM, time to act on it, then SIGKILL to the child and whatever it started in its session."""
+    if process.poll() is not None:
+        return  # it died before; its number may be another's by now
+    try:
+        if grace_s > 0:
+            process.terminate()
+            process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _end_strays(state_dir: Path) -> list[str]:
+    """End processes of instances that outlived their cloud; their names, empty when there was none."""
+    limit = time.monotonic() + STRAY_GRACE_S
+    while (strays := _strays(state_dir)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    for pid in strays:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return [f"process {pid} ({what})" for pid, what in strays.items()]
+
+
+def _strays(state_dir: Path) -> dict[int, str]:
+    """Processes whose home lies in the state directory, as an instance's does, by number."""
+    found = {}
+    for pid in processes.living_in(state_dir):
+        program, *arguments = (part.decode(errors="replace") for part in processes.command_line(pid))
+        if program:  # else it has ended meanwhile
+            found[pid] = " ".join((Path(program).name, *arguments)).strip()[:80]
+    return found
+
+
+def _private_dir(wanted: Path | None) -> Path:
+    """An absolute directory, 0700; raises ConfigError when it cannot be made or others can look into it."""
+    if wanted is None:
+        return Path(tempfile.mkdtemp(prefix="autoscaler-py-"))
+    return make_private_dir(wanted).resolve()
+
+
+def _child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
+    """Ours, without a real Vast.ai key or URL, and with a key that only this local cloud takes."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "LOCALCLOUD_"))}
+    local = "127.0.0.1,localhost"
+    return kept | {
+        "LOCALCLOUD_API_KEY": cloud_key,
+        "NO_PROXY": local,
+        "no_proxy": local,
+        "TMPDIR": str(state_dir),
+    }
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of loopback nobody listens on now."""
+    chance = random.SystemRandom()
+    socks: list[socket.socket] = []
+    try:
+        while len(socks) < count:
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", chance.randrange(*_PORTS)))
+            except OSError:
+                sock.close()
+                continue
+            socks.append(sock)
+        return [int(sock.getsockname()[1]) for sock in socks]
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def _port(url: str) -> str:
+    return url.rpartition(":")[2]
+
+
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _get(url: str, timeout_s: float = 3.0) -> Any:
+    """The JSON of a 200 answer; None when there is none."""
+    try:
+        with _direct.open(url, timeout=timeout_s) as reply:
+            return json.load(reply)
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+
+
+def _tail(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError as e:
+        return f"  ({log}: {e.strerror})"
+    return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])

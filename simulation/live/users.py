@@ -1,0 +1,310 @@
+"""Users' requests: drawn ahead, sent when they are due whatever happens, tried again elsewhere, recorded.
+
+    due ─► fleet_client: lease, instance, answer streamed back ─► completed
+             ▲    │ no lease: pause        │ refused, broke off, no end
+             └────┘                        └─► again from the start, elsewhere
+
+All of a run is drawn from the seed before the first request is sent, and nothing that happens later changes
+it (open loop): a slow answer never delays the next arrival, and latencies count from the moment a request
+was due. A request fails only when its time is up or somebody says that it can never succeed.
+Prompts are token ids, so that every engine counts the same number, and `ignore_eos` makes answers as long as
+was drawn.
+"""
+
+import asyncio
+import json
+import math
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from engine.profiles import get_profile
+from fleet_client import Answer, AsyncFleetTransport, Call, Lease, Size, Timeouts
+from instance_client import BrokenOff, read_answer, read_stream
+from process.errors import InstanceError
+from simulation.report import COMPLETED, Record
+
+LENGTH_SIGMA = (0.81, 0.68)
+"""Of the log-normal lengths of prompts and answers: the spread (standard deviation over mean, 0.96 and 0.77)
+of the Azure conversation log of 2023-11."""
+
+TOKEN_IDS = (3, 256)
+"""First id and number of ids prompts are made of: all vocabularies have these; 0 to 2 are often special."""
+
+MOST_AVOIDED = 16
+"""Instances that a request avoids at once, the last that failed it; the loadbalancer refuses more than 64."""
+
+PAUSE_S = (0.1, 2.0)
+"""After a refusal or a second setback: the first, doubling up to the second; or a longer Retry-After."""
+
+LAST_TRY_S = 0.5
+"""With less time left than this no lease is asked for again: nothing could be answered in it."""
+
+CONNECT_S = 5.0
+"""For a connection: packets cross an ocean in 0.2 s, and a lost SYN is repeated after 1 and 3 s."""
+
+STALL_S = 30.0
+"""A streamed answer silent for so long has died: instances are not given more than hold_s of work."""
+
+NOT_STARTED = frozenset(("no_connection", "no_tls", "wrong_certificate", "bad_address"))
+"""Setbacks of the transport after which the engine has not seen the prompt."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What users send, and how long they wait for it. Times in seconds, lengths in tokens."""
+
+    num_iterations: int = 60  # rounds
+    round_s: float = 1.0
+    base_num_users: int = 20
+    request_probability: float = 0.1  # 20 users: 2 requests/s, half of what one RTX 4090 can do with vllm-13
+    load_schedule: tuple[float, ...] = (1.0,)
+    streaming: bool = True
+    model: str = "vllm-13"
+    prompt_tokens: float = 300.0  # mean
+    max_tokens: float = 180.0  # mean
+    seed: int = 0
+    wait_s: float = 30.0  # POST /route holds a request so long before it says 503
+    request_timeout_s: float = 120.0  # from due to the end of the answer, all tries together
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request to come. at_s: when it is due, seconds since the start of the run."""
+
+    number: int
+    at_s: float
+    prompt_tokens: int
+    max_tokens: int
+
+
+def plan(load: Workload) -> list[Arrival]:
+    """All requests of the run in order of time; the same workload gives the same list.
+
+    Lengths are log-normal with the means asked for, cut so that prompt and answer fit the model's context.
+    """
+    rng = random.Random(load.seed)
+    longest = get_profile(load.model).max_model_len
+    due: list[float] = []
+    for n in range(load.num_iterations):
+        multiple = load.load_schedule[n * len(load.load_schedule) // load.num_iterations]
+        for _ in range(round(load.base_num_users * multiple)):
+            if rng.random() < load.request_probability:
+                due.append((n + rng.random()) * load.round_s)  # noqa: PERF401 two draws, in this order
+    arrivals = []
+    for number, at_s in enumerate(sorted(due)):
+        output = _length(rng, load.max_tokens, LENGTH_SIGMA[1], longest - 1)
+        prompt = _length(rng, load.prompt_tokens, LENGTH_SIGMA[0], longest - output)
+        arrivals.append(Arrival(number, at_s, prompt, output))
+    return arrivals
+
+
+def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
+    # exp(mu + sigma²/2) is the mean of a log-normal
+    return min(most, max(1, round(rng.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
+
+
+def body_of(arrival: Arrival, model: str, streaming: bool, seed: int) -> dict[str, Any]:
+    """The request to an instance. Its prompt is its own, so that no prefix cache can help."""
+    first, ids = TOKEN_IDS
+    raw = random.Random((seed << 32) + arrival.number).randbytes(arrival.prompt_tokens)
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": [first + b % ids for b in raw],
+        "max_tokens": arrival.max_tokens,
+        "ignore_eos": True,
+        "stream": streaming,
+    }
+    if streaming:
+        body["stream_options"] = {"include_usage": True}
+    return body
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How a try went. failure: its kind, None when it was served. instance_id: who failed it, None when
+    nobody was asked; then retry_after_s says when to ask again. final: another try cannot help.
+    """
+
+    failure: str | None
+    instance_id: int | None = None
+    final: bool = False
+    retry_after_s: float = 0.0
+    cut_short: bool = False  # the time was up before anything came
+
+
+def _setback(call: Call, failure: str) -> Tried:
+    return Tried(failure, call.setbacks[-1][0])
+
+
+def _no_lease(call: Call, answer: Answer) -> Tried:
+    if answer.status < 500 and answer.status != 429:  # 429: so many leases unused, later there are more
+        return Tried("refused_by_loadbalancer", final=True)
+    code = call.refusals[-1] if call.refusals else ""
+    silent = code.startswith("http_") or code in ("unreachable", "bad_answer")
+    retry_after = next((v for name, v in answer.headers if name.lower() == b"retry-after"), b"0")
+    return Tried("loadbalancer_unreachable" if silent else "no_capacity", retry_after_s=float(retry_after))
+
+
+class Driver:
+    """Sends the planned requests when they are due and keeps a record of each."""
+
+    def __init__(self, load: Workload, transport: AsyncFleetTransport) -> None:
+        """Nothing is sent before run(). transport: with one try a call; the others are made here."""
+        self.records: list[Record] = []
+        self.in_flight = 0
+        self.outcomes: Counter[str] = Counter()
+        self.first_tokens: deque[float] = deque(maxlen=1000)  # for the live figures only
+        self.seen_addresses: set[str] = set()
+        self.begun = 0.0
+        self._load = load
+        self._transport = transport
+        self._jitter = random.Random(load.seed)
+        self._clock = time.perf_counter
+
+    async def run(self, arrivals: Sequence[Arrival]) -> None:
+        """Send all and wait for all. When cancelled, what is in flight ends as interrupted."""
+        self.begun = self._clock()
+        async with asyncio.TaskGroup() as group:
+            for arrival in arrivals:
+                due = self.begun + arrival.at_s
+                # At least once, so that sending late ones cannot starve those that are under way.
+                await asyncio.sleep(max(0.0, due - self._clock()))
+                while (left_s := due - self._clock()) > 0.0:
+                    await asyncio.sleep(left_s)
+                group.create_task(self._request(arrival))
+
+    async def _request(self, arrival: Arrival) -> None:
+        due = self.begun + arrival.at_s
+        record = Record(due_s=arrival.at_s, lag_s=self._clock() - due)
+        self.records.append(record)
+        self.in_flight += 1
+        try:
+            record.outcome = await self._until_served(arrival, record, due)
+        except asyncio.CancelledError:
+            record.outcome = "interrupted"
+            raise
+        finally:
+            if record.outcome != COMPLETED:
+                record.end_s = self._clock() - due
+            self.in_flight -= 1
+            self.outcomes[record.outcome] += 1
+
+    async def _until_served(self, arrival: Arrival, record: Record, due: float) -> str:
+        """Try until it is served or its time is up; "completed" or the kind of failure."""
+        up_at = due + self._load.request_timeout_s
+        body = body_of(arrival, self._load.model, self._load.streaming, self._load.seed)
+        raw = json.dumps(body).encode()
+        avoid: list[int] = []
+        last: str | None = None  # how an instance failed it
+        pause_s, rest_s = 0.0, PAUSE_S[0]  # the first retry goes at once: another instance is likely well
+        while True:
+            call = self._call(arrival, raw, avoid, up_at)
+            tried = await self._try(call, record, due, up_at)
+            record.route_s += call.asked_s
+            record.refusals.update(call.refusals)
+            record.leases += call.leases
+            if tried.failure is None:
+                return COMPLETED
+            if tried.cut_short and last is not None:
+                return last  # the time was up in a try that had come to nothing yet
+            if tried.instance_id is not None:
+                last = tried.failure
+                record.setbacks[tried.failure] += 1
+                if tried.final or self._clock() + pause_s >= up_at:
+                    return tried.failure
+                avoid = [*avoid, tried.instance_id][-MOST_AVOIDED:]
+                await asyncio.sleep(pause_s)
+                pause_s = self._longer(pause_s)
+                continue
+            left_s = up_at - self._clock()
+            if tried.final or left_s < LAST_TRY_S:
+                return tried.failure
+            avoid = []
+            # When a Retry-After is longer than the time that is left, room may still come sooner.
+            nap_s = min(max(tried.retry_after_s, rest_s) * self._jitter.uniform(1.0, 1.25), left_s / 2)
+            await asyncio.sleep(nap_s)
+            record.route_s += nap_s
+            rest_s = self._longer(rest_s)
+
+    def _call(self, arrival: Arrival, raw: bytes, avoid: list[int], up_at: float) -> Call:
+        left_s = max(0.0, up_at - self._clock())
+        return Call(
+            "POST",
+            "/v1/completions",
+            ((b"Content-Type", b"application/json"),),
+            raw,
+            Size(arrival.prompt_tokens, arrival.max_tokens),
+            Timeouts(
+                connect=CONNECT_S,
+                read=STALL_S if self._load.streaming else None,
+                pool=min(self._load.wait_s, left_s),
+            ),
+            avoid=avoid,
+        )
+
+    async def _try(self, call: Call, record: Record, due: float, up_at: float) -> Tried:
+        """One lease and one instance, at most."""
+        answer: Answer | None = None
+        try:
+            async with asyncio.timeout(max(0.0, up_at - self._clock())):
+                answer = await self._transport.exchange(call)
+                if answer.lease is None:
+                    return _no_lease(call, answer) if not call.setbacks else _setback(call, "not_started")
+                self.seen_addresses.add(answer.lease.address)
+                if call.setbacks:  # 429 or 503
+                    return _setback(call, "not_started")
+                return await self._read(call, answer, answer.lease, record, due)
+        except TimeoutError:
+            if answer is None:
+                return Tried("timeout" if call.leases else "no_capacity", final=True, cut_short=True)
+            answer.fail("timeout")
+            return Tried("timeout", None if answer.lease is None else answer.lease.instance_id, final=True)
+        except httpx2.RequestError:
+            if not call.setbacks:
+                return Tried("loadbalancer_unreachable")
+            unsent = call.setbacks[-1][1] in NOT_STARTED
+            return _setback(call, "not_started" if unsent else "broken_off")
+        finally:
+            if answer is not None:
+                await answer.aclose()
+
+    async def _read(self, call: Call, answer: Answer, lease: Lease, record: Record, due: float) -> Tried:
+        """The answer to its end, and into the record."""
+        if 400 <= answer.status < 500:
+            return Tried("rejected", lease.instance_id, final=True)
+        failure = "broken_off"
+        try:
+            if answer.status == 200 and self._load.streaming:
+                done = await read_stream(lease.address, aiter(answer))
+            elif answer.status == 200:
+                done = read_answer(lease.address, b"".join([chunk async for chunk in answer]))
+            else:
+                done = None
+        except BrokenOff:
+            done = None
+        except InstanceError:
+            done, failure = None, "bad_answer"
+        if done is not None and done.error is None and done.completion_tokens < 1:
+            failure = "bad_answer"
+        if done is None or done.error is not None or done.completion_tokens < 1:
+            # The loadbalancer is told the kind only: an error's own words may quote prompt and answer.
+            answer.fail(failure)
+            return _setback(call, failure)
+        record.end_s = done.end_s - due
+        record.prompt_tokens, record.output_tokens = done.prompt_tokens, done.completion_tokens
+        if self._load.streaming:
+            record.first_token_s = done.first_token_s - due
+            self.first_tokens.append(record.first_token_s)
+        return Tried(None, lease.instance_id)
+
+    def _longer(self, pause_s: float) -> float:
+        return min(max(2 * pause_s, PAUSE_S[0]), PAUSE_S[1]) * self._jitter.uniform(0.75, 1.0)

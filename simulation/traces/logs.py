@@ -1,0 +1,502 @@
+"""Logs of requests as their publishers distribute them, read one row at a time, and what is made of them.
+
+    compact     arrival_s,prompt_tokens,output_tokens[,session or client]         seconds
+    Azure       TIMESTAMP,ContextTokens,GeneratedTokens                           2023-11-16 18:15:46.6805900
+    BurstGPT    Timestamp,[Session ID,Elapsed time,]Model,Request tokens,Response tokens,Total tokens,Log Type
+    Mooncake    JSON lines: timestamp (ms), input_length, output_length, hash_ids
+
+    file ──read──► requests ──spread_ticks──► ──tiled / scaled──► one at a time, in order, from 0
+                                                                └──binned──► the fluid model
+
+The first line says which it is; gzip is known by its first bytes, not by the name. Times are made to start at
+0. Two publishers need more than that:
+
+- Mooncake's arrivals come in ticks of about 3 s. Requests of one moment are moved to places of their own in
+  the time up to the next moment, at most TICK_S, drawn from a fixed seed. So a log of the same format with
+  times to the millisecond (its synthetic_trace) stays as it is. Requests whose prompts begin with the same
+  block are of one session; in the older trace of its report all do, and there that says nothing.
+- BurstGPT notes a request that failed with 0 tokens: of 1.43 million rows of BurstGPT_1.csv 25,443 have no
+  answer, and 25,427 of these no prompt either. Nobody was served and nothing can be said of how long they
+  would have been, so such rows are left out and counted (`LeftOut`). In all other formats, where no publisher
+  says what it means, 0 tokens are a mistake, and so is less than 0 in any.
+
+Everything else that is wrong with a row is a ConfigError that names file, line and what is wrong. Whoever
+reads gets what came before it. Memory does not grow with the length of the log: a block of the file, the
+requests of one moment (Mooncake), and those of two jitters (repeats) are all that is kept.
+"""
+
+import csv
+import gzip
+import heapq
+import io
+import json
+import logging
+import math
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
+
+from process.errors import ConfigError
+
+log = logging.getLogger("autoscaler")
+
+MOST_TOKENS = 10_000_000
+"""In a prompt or an answer: ten times the longest context there is."""
+
+MOST_SECONDS = 1e9
+"""Thirty years: a longer log has a mistake in its times."""
+
+FARTHEST_S = 1e12
+"""A time beyond this is in another unit: today is 1.8e9 s after 1970, and 1.8e12 ms."""
+
+TICK_S = 3.0
+"""Mooncake's times are rounded to these; they are 2.999 to 3.052 s apart (conversation and older trace)."""
+
+JITTER_S = 5.0
+"""A repeated arrival is moved by up to so much, so that a burst stays a burst."""
+
+LONGEST_LINE = 1 << 20
+"""Bytes. The longest of the published logs, with a thousand hash_ids, is a hundredth of it."""
+
+HOUR_FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
+    {
+        # Of the hours of a day, mean 1; as ../shared/traces/README.md has them from the publications
+        # (alibaba/ServeGen; HPMLL/BurstGPT second-hand).
+        "servegen_m-small": (
+            0.84, 0.71, 0.73, 0.68, 0.71, 0.66, 0.68, 0.85, 1.02, 1.05, 1.13, 1.09,
+            1.06, 1.07, 1.06, 1.05, 1.09, 1.08, 1.01, 1.23, 1.46, 1.40, 1.27, 1.06,
+        ),
+        "burstgpt": (
+            0.96, 0.91, 0.59, 0.53, 0.38, 0.35, 0.20, 0.16, 0.18, 0.43, 0.90, 1.32,
+            1.79, 1.54, 1.84, 1.43, 1.51, 1.39, 1.21, 1.61, 1.39, 1.20, 1.16, 1.05,
+        ),
+    }
+)  # fmt: skip
+
+
+class Request(NamedTuple):
+    """One arrival, seconds since the first. session: who belongs together; -1 where nothing says so."""
+
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+    session: int
+
+
+@dataclass
+class LeftOut:
+    """What `read` has passed over so far: requests that failed where the log was made (BurstGPT)."""
+
+    failed: int = 0
+
+
+# -- what is done with arrivals --------------------------------------------------------------------------
+
+
+def scaled(
+    requests: Iterable[Request], factor: float, jitter_s: float, rng: random.Random
+) -> Iterator[Request]:
+    """Each arrival `factor` times on average, in order of time; below 1 some are left out.
+
+    The first copy stays where it is, each other is moved by up to ±jitter_s (what would be before 0 is as
+    much after it). Copies of a session are sessions of their own. So variance over mean of the counts grows
+    with the factor: bursts stay bursts. Independent arrivals at the higher rate would have it nearer to 1.
+    Raises ValueError for a factor or jitter that is negative or no number.
+    """
+    for name, value in (("factor", factor), ("jitter_s", jitter_s)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}: wanted 0 or more, got {value}")
+    return _repeated(requests, lambda _: factor, jitter_s, rng, math.inf)
+
+
+def tiled(
+    source: Path | Callable[[], Iterable[Request]],
+    days: float,
+    hour_factors: Sequence[float],
+    rng: random.Random,
+    jitter_s: float = JITTER_S,
+) -> Iterator[Request]:
+    """The log over and over for so many days, thinned and repeated by the factor of the hour (24, mean 1).
+
+    source: a file, or what begins the log anew each time it is called. All times are before the end of the
+    last day. Sessions of a repeat are its own. Raises ValueError for factors that are no daily profile, and
+    ConfigError, also while it is read, for a log that has nothing to be repeated.
+    """
+    if len(hour_factors) != 24:
+        raise ValueError(f"hour_factors: wanted 24, one an hour, got {len(hour_factors)}")
+    mean = sum(hour_factors) / 24.0
+    if not (min(hour_factors) >= 0.0 and abs(mean - 1.0) <= 0.05):  # published ones are rounded
+        raise ValueError(f"hour_factors: wanted a mean of 1 and none negative, got a mean of {mean:g}")
+    if not 0.0 < days < math.inf:
+        raise ValueError(f"days: wanted more than 0, got {days}")
+    again = (lambda: read(source)) if isinstance(source, Path) else source
+    end = days * 86_400.0
+    long = _one_after_another(again, end, _salt(rng))
+    return _repeated(long, lambda at: hour_factors[int(at // 3600.0) % 24], jitter_s, rng, end)
+
+
+def _one_after_another(again: Callable[[], Iterable[Request]], end: float, salt: int) -> Iterator[Request]:
+    """The log again and again until `end`; from its last to its first as long as from one to the next."""
+    begun = at = 0.0
+    tile = 0
+    while True:
+        came = 0
+        for request in again():
+            at = begun + request.at_s
+            if at >= end:
+                return
+            came += 1
+            yield request._replace(at_s=at, session=_another(request.session, tile, salt))
+        if came < 2 or at <= begun:
+            raise ConfigError("a log of less than two moments cannot be tiled")
+        begun = at + (at - begun) / (came - 1)
+        tile += 1
+
+
+def _repeated(
+    requests: Iterable[Request],
+    factor_at: Callable[[float], float],
+    jitter_s: float,
+    rng: random.Random,
+    end: float,
+) -> Iterator[Request]:
+    """Each request as often as factor_at its time says; moved copies wait in a heap for their turn."""
+    salt = _salt(rng)
+    waiting: list[tuple[float, int, Request]] = []
+    number = 0  # keeps those of one time in their order
+    for request in requests:
+        at, prompt, output, session = request
+        ripe = at - jitter_s  # whatever is still to come is not before this
+        while waiting and waiting[0][0] <= ripe:
+            yield heapq.heappop(waiting)[2]
+        factor = factor_at(at)
+        copies = int(factor)
+        rest = factor - copies
+        if rest > 0.0 and rng.random() < rest:
+            copies += 1
+        if copies:
+            heapq.heappush(waiting, (at, number, request))
+            number += 1
+        for copy in range(1, copies):
+            moved = abs(at + rng.uniform(-jitter_s, jitter_s))
+            if moved < end:
+                repeat = Request(moved, prompt, output, _another(session, copy, salt))
+                heapq.heappush(waiting, (moved, number, repeat))
+                number += 1
+    while waiting:
+        yield heapq.heappop(waiting)[2]
+
+
+def _salt(rng: random.Random) -> int:
+    """For `_another`: a number of its own for each round of repeats, so that two rounds do not meet."""
+    return rng.getrandbits(62) | 1
+
+
+def _another(session: int, copy: int, salt: int) -> int:
+    """The session of a copy: one for all requests of the session, and no other's; copy 0 is itself.
+
+    Odd factors, so that for one copy no two sessions meet, and for one session no two copies do.
+    """
+    if session < 0 or copy == 0:
+        return session
+    return (session * 0x9E3779B97F4A7C15 + copy * salt) & ((1 << 62) - 1)
+
+
+def spread_ticks(requests: Iterable[Request], tick_s: float, rng: random.Random) -> Iterator[Request]:
+    """Requests of one moment are moved to places of their own in the tick_s that follow, or up to the next
+    moment if that is sooner: for a log whose times are rounded. Order, lengths and sessions stay."""
+    return _spread(requests, tick_s, rng, alone=True)
+
+
+def _spread(
+    requests: Iterable[Request], tick_s: float, rng: random.Random, *, alone: bool
+) -> Iterator[Request]:
+    """alone: whether also one that has its moment for itself is moved."""
+    together: list[Request] = []
+    for request in requests:
+        if together and request.at_s != together[0].at_s:
+            yield from _placed(together, min(tick_s, request.at_s - together[0].at_s), rng, alone)
+            together = []
+        together.append(request)
+    yield from _placed(together, tick_s, rng, alone)
+
+
+def _placed(together: list[Request], room_s: float, rng: random.Random, alone: bool) -> Iterator[Request]:
+    if len(together) == 1 and not alone:
+        yield from together
+        return
+    places = sorted(rng.random() * room_s for _ in together)
+    for (at, prompt, output, session), place in zip(together, places, strict=True):
+        yield Request(min(at + place, at + room_s), prompt, output, session)
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+def read(path: Path, left_out: LeftOut | None = None) -> Iterator[Request]:
+    """The requests of a log in order of time, one at a time; raises ConfigError, also while it is read.
+
+    left_out counts the requests that are passed over while they are; how many they were is logged at the end.
+    """
+    passed = LeftOut() if left_out is None else left_out
+    before = passed.failed
+    try:
+        with path.open("rb") as raw:
+            packed = raw.peek(2)[:2] == b"\x1f\x8b"
+            blocks = _blocks(path, gzip.GzipFile(fileobj=raw) if packed else raw)
+            yield from _requests(path, blocks, passed)
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from None
+    if passed.failed > before:
+        log.info("%s: %s requests that failed there are left out", path, f"{passed.failed - before:,}")
+
+
+_Blocks = Iterator[tuple[int, list[str]]]
+"""The number of a line, and this and the next lines without their ends."""
+
+
+def _blocks(path: Path, source: io.BufferedReader | gzip.GzipFile) -> _Blocks:
+    """All lines of a file; those before a mistake are given before it is raised."""
+    line, begun = 1, b""
+    while True:
+        try:
+            # read1 gives what there is: all that was packed before a cut, and of a pipe what has come.
+            more = source.read1(1 << 16)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            _wrong(path, line, f"the gzip is cut short or damaged: {e}")
+        whole, ended, rest = (begun + more).rpartition(b"\n") if more else (begun, b"", b"")
+        if ended or whole:
+            lines, bad = _decoded(whole)
+            if lines:
+                yield line, lines
+            line += len(lines)
+            if bad is not None:
+                _wrong(path, line, f"wanted UTF-8 text, got the byte 0x{bad:02x}")
+        if not more:
+            return
+        begun = rest
+        if len(begun) > LONGEST_LINE:
+            _wrong(path, line, f"wanted a line of at most {LONGEST_LINE:,} bytes, it is longer")
+
+
+def _decoded(data: bytes) -> tuple[list[str], int | None]:
+    """The lines up to one that is no UTF-8, and the byte by which it is none."""
+    try:
+        lines, bad = data.decode().split("\n"), None
+    except UnicodeDecodeError as e:
+        bad = data[e.start]
+        lines = data[: data.rfind(b"\n", 0, e.start) + 1].decode().split("\n")[:-1]
+    return ([line.removesuffix("\r") for line in lines] if b"\r" in data else lines), bad
+
+
+class _Format(NamedTuple):
+    """A published table. columns: of time, prompt, output. zero_failed: a row with 0 tokens is a failure."""
+
+    columns: tuple[str, str, str]
+    time_of: Callable[[str], float]
+    time_is: str
+    zero_failed: bool = False
+
+
+def _date(text: str) -> float:
+    """Seconds since 1970 of `2023-11-16 18:15:46.6805900`, with or without fraction, and offset (2024).
+
+    The seventh digit, a tenth of a microsecond, is dropped by fromisoformat.
+    """
+    moment = datetime.fromisoformat(text.strip())
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+_FORMATS = (
+    _Format(("arrival_s", "prompt_tokens", "output_tokens"), float, "seconds"),
+    _Format(("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _date, "a date and time"),
+    _Format(("Timestamp", "Request tokens", "Response tokens"), float, "seconds", zero_failed=True),
+)
+_SESSIONS = ("session", "client", "Session ID")
+
+
+def _requests(path: Path, blocks: _Blocks, passed: LeftOut) -> Iterator[Request]:
+    """The requests of whatever format the first line is of, from 0."""
+    number, lines = next(blocks, (1, []))
+    if not lines:
+        _wrong(path, 1, "there are no requests in it, it is empty")
+    lines[0] = lines[0].removeprefix("\ufeff")
+    first = lines[0].strip()
+    if first.startswith("{"):
+        found = _mooncake(path, chain(((number, lines),), blocks))
+        yield from _from_zero(_spread(found, TICK_S, random.Random(0), alone=False))
+        return
+    names = [name.strip() for name in _cells(first)]
+    known = max(_FORMATS, key=lambda f: len({*f.columns} & {*names}))
+    missing = [name for name in known.columns if name not in names]
+    if len(missing) == 3:
+        wanted = f"{','.join(known.columns)} or that of Azure or BurstGPT, or Mooncake's JSON lines"
+        _wrong(path, 1, f"wanted the header {wanted}; got {first!r:.60}")
+    if missing:
+        _wrong(path, 1, f"the column {missing[0]} is missing; there are {', '.join(names)[:100]}")
+    yield from _table(path, chain(((number + 1, lines[1:]),), blocks), names, known, passed)
+
+
+def _from_zero(requests: Iterator[Request]) -> Iterator[Request]:
+    begun: float | None = None
+    for at, prompt, output, session in requests:
+        if begun is None:
+            begun = at
+        yield Request(at - begun, prompt, output, session)
+
+
+def _cells(line: str) -> list[str]:
+    """Of a line with quotes; a row is a line, so a quote that is not closed is seen in its own."""
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error:
+        return []
+
+
+def _table(
+    path: Path, blocks: _Blocks, names: list[str], known: _Format, passed: LeftOut
+) -> Iterator[Request]:
+    """The rows below a header. One loop for all that is done with a row: it is passed millions of times."""
+    a, p, o = (names.index(name) for name in known.columns)
+    s = next((names.index(name) for name in _SESSIONS if name in names), -1)
+    width, time_of, session = len(names), known.time_of, -1
+    begun: float | None = None
+    last, latest, line, before = -FARTHEST_S, FARTHEST_S, 1, passed.failed
+    for number, lines in blocks:
+        for line, text in enumerate(lines, number):
+            cells = text.split(",") if '"' not in text else _cells(text)
+            try:
+                at, prompt, output = time_of(cells[a]), int(cells[p]), int(cells[o])
+            except (ValueError, IndexError):
+                at, prompt, output = math.nan, 0, 0
+            # Whatever is wrong, not-a-number included, makes this false.
+            if not (
+                last <= at <= latest
+                and 0 < prompt <= MOST_TOKENS
+                and 0 < output <= MOST_TOKENS
+                and len(cells) == width
+                and ("_" not in text or "_" not in cells[a] + cells[p] + cells[o])  # int("1_0") is 10
+            ):
+                if not text.strip():
+                    continue
+                if known.zero_failed and at == at and len(cells) == width and min(prompt, output) == 0:
+                    passed.failed += 1
+                    continue
+                _refuse(path, line, cells, width, (a, p, o), known, last, begun)
+            if begun is None:
+                begun, latest = at, min(FARTHEST_S, at + MOST_SECONDS)
+            last = at
+            if s >= 0:
+                name = cells[s]
+                session = int(name) if len(name) < 13 and name.isdecimal() else _named(name)
+            yield Request(at - begun, prompt, output, session)
+    if begun is None:
+        failed = f": {passed.failed - before:,} failed where it was made" if passed.failed > before else ""
+        _wrong(path, line, f"there are no requests in it{failed}")
+
+
+def _named(name: str) -> int:
+    """A number for a session that is not numbered: the same for the same name, and beyond those that are."""
+    name = name.strip()
+    if name in ("", "-1"):
+        return -1
+    return (1 << 60) + int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "big")
+
+
+def _refuse(
+    path: Path,
+    line: int,
+    cells: list[str],
+    width: int,
+    columns: tuple[int, int, int],
+    known: _Format,
+    last: float,
+    begun: float | None,
+) -> NoReturn:
+    """Say what is wrong with a row in which something is."""
+    if len(cells) != width:
+        _wrong(path, line, f"wanted {width} columns, got {len(cells) or 'a quote that is not closed'}")
+    at_text, *token_texts = (cells[column] for column in columns)
+    at_name, *token_names = known.columns
+    try:
+        at = known.time_of(at_text) if "_" not in at_text else math.nan
+    except ValueError:
+        at = math.nan
+    if not math.isfinite(at):
+        _wrong(path, line, f"{at_name}: wanted {known.time_is}, got {at_text!r:.40}")
+    _check_time(path, line, at_name, at, last, begun)
+    for name, text in zip(token_names, token_texts, strict=True):
+        try:
+            _check_tokens(path, line, name, int(text) if "_" not in text else text)
+        except ValueError:
+            _check_tokens(path, line, name, text)
+    raise AssertionError("a row was refused and nothing is wrong with it")
+
+
+def _check_time(path: Path, line: int, name: str, at: float, last: float, begun: float | None) -> None:
+    if not -FARTHEST_S <= at <= FARTHEST_S:
+        _wrong(path, line, f"{name}: wanted at most {FARTHEST_S:g} s, got {at:g}")
+    if at < last:
+        _wrong(path, line, f"{name}: its time is {last - at:g} s before that of the row before it")
+    if begun is not None and at > begun + MOST_SECONDS:
+        _wrong(path, line, f"{name}: its time is over {MOST_SECONDS:g} s after the first")
+
+
+def _check_tokens(path: Path, line: int, name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        _wrong(path, line, f"{name}: wanted a whole number of tokens, got {value!r:.40}")
+    if not 1 <= value <= MOST_TOKENS:
+        _wrong(path, line, f"{name}: wanted 1 to {MOST_TOKENS:,} tokens, got {value!r:.40}")
+    return value
+
+
+def _mooncake(path: Path, blocks: _Blocks) -> Iterator[Request]:
+    """The JSON lines, with the times of the log's own clock."""
+    begun: float | None = None
+    last, line = -FARTHEST_S, 1
+    for number, lines in blocks:
+        for line, text in enumerate(lines, number):
+            if not text.strip():
+                continue
+            try:
+                said: Any = json.loads(text)
+            except (ValueError, RecursionError):
+                said = None
+            if not isinstance(said, dict):
+                _wrong(path, line, f"wanted a JSON object, got {text.strip()!r:.40}")
+            for name in ("timestamp", "input_length", "output_length"):
+                if name not in said:
+                    _wrong(path, line, f"{name} is missing")
+            at_ms = said["timestamp"]
+            # First the bounds: an int of 400 digits is no float.
+            if (
+                isinstance(at_ms, bool)
+                or not isinstance(at_ms, int | float)
+                or not -FARTHEST_S * 1e3 <= at_ms <= FARTHEST_S * 1e3
+            ):
+                _wrong(path, line, f"timestamp: wanted milliseconds, got {at_ms!r:.40}")
+            at = at_ms / 1e3
+            _check_time(path, line, "timestamp", at, last, begun)
+            last = at
+            begun = at if begun is None else begun
+            prompt = _check_tokens(path, line, "input_length", said["input_length"])
+            output = _check_tokens(path, line, "output_length", said["output_length"])
+            blocks_of = said.get("hash_ids")
+            shared = blocks_of[0] if isinstance(blocks_of, list) and blocks_of else None
+            yield Request(at, prompt, output, -1 if shared is None else _named_block(shared))
+
+
+def _named_block(shared: object) -> int:
+    """The session of those whose prompts begin with this block."""
+    return shared if type(shared) is int and 0 <= shared < 10**12 else _named(str(shared))
+
+
+def _wrong(path: Path, line: int, what: str) -> NoReturn:
+    raise ConfigError(f"{path}: line {line}: {what}") from None

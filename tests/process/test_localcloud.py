@@ -1,0 +1,506 @@
+"""The local cloud as a process: the real vastai rents, real ssh answers, and nothing is left when it ends."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import paramiko
+import pytest
+
+from engine.profiles import get_profile
+from fleet.outside.ssh_log import HostKeyChanged, SshLog
+from fleet.outside.start_script import render
+from localcloud.__main__ import THREADS
+from localcloud.account import Cloud, IllegalMove
+from localcloud.market import MACHINES
+from localcloud.processes import command_line
+from localcloud.world import World
+from process.errors import InstanceError
+from tests.paths import ROOT
+from tests.waiting import wait_for
+from vast.client import Vast, VastSettings
+from vast.rows import Row
+
+KEY = "k-of-a-test-0123456789"
+LEAVES_OTHERS = """\
+setsid sleep 1000 &
+sleep 1000 &
+echo done
+"""
+"""Ends at once, and what it started goes on: one process in its session, one in another."""
+
+ONSTART = """\
+echo "container $CONTAINER_ID, $GPU_COUNT GPU, port $VAST_TCP_PORT_8000, A is $A"
+mkdir -p "$HOME/fleet"
+echo "Application startup complete." > "$HOME/fleet/model.log"
+sleep 1000 &
+exec sleep 1000
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class LocalCloud:
+    """A local cloud in a process of its own, and the real CLI in front of it."""
+
+    def __init__(self, path: Path, *flags: str) -> None:
+        self.root = path / "cloud"
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.log = path / "log"
+        command = [sys.executable, "-m", "localcloud", "--port", self.url.rpartition(":")[2]]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--root", str(self.root), "--speedup", "300", *flags],
+                cwd=ROOT,
+                env={**os.environ, "LOCALCLOUD_API_KEY": KEY},
+                stdout=log,
+                stderr=log,
+            )
+        wait_for("it answers", self.status)
+        self.vast = Vast(VastSettings(state_dir=path, api_key=KEY, url=self.url, local=True, speedup=300.0))
+
+    def status(self) -> Any:
+        try:
+            with urllib.request.urlopen(f"{self.url}/localcloud/status", timeout=5) as reply:  # noqa: S310
+                return json.load(reply)
+        except OSError:
+            return None
+
+    def post(self, path: str, body: Any) -> Any:
+        return self.ask("POST", path, body)
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """An answer without the half second that the CLI takes."""
+        asked = urllib.request.Request(  # noqa: S310 our own port
+            self.url + path, json.dumps(body).encode(), {"Authorization": f"Bearer {KEY}"}, method=method
+        )
+        with urllib.request.urlopen(asked, timeout=5) as reply:  # noqa: S310
+            return json.load(reply)
+
+    def rent_by_hand(self, onstart: str, offer: int = 420_100) -> int:
+        order = {"image": "i", "disk": 10.0, "onstart": onstart, "env": {"-p 8000:8000": "1"}}
+        return int(self.ask("PUT", f"/api/v0/asks/{offer}/", order)["new_contract"])
+
+    def in_state(self, instance_id: int, state: str) -> Any:
+        """Its row of the status once it is in that state."""
+
+        def look() -> Any:
+            rows = self.status()["instances"]
+            return next((r for r in rows if r["id"] == instance_id and r["state"] == state), None)
+
+        return wait_for(f"{instance_id} is {state}", look)
+
+    def pids(self, instance_id: int, count: int) -> list[int]:
+        """Its processes, once it has so many and runs."""
+
+        def look() -> list[int] | None:
+            found: list[int] = self.in_state(instance_id, "running")["pids"]
+            return found if len(found) == count else None
+
+        return wait_for(f"{instance_id} has {count} processes", look)
+
+    def sleeping(self, instance_id: int, count: int) -> list[int]:
+        """Its processes, once they are so many and all of them what a script of these tests leaves."""
+
+        def look() -> bool:
+            return all(command_line(pid)[:1] == [b"sleep"] for pid in self.pids(instance_id, count))
+
+        wait_for(f"{instance_id} has {count} that sleep", look)
+        return self.pids(instance_id, count)
+
+    def rent(self, onstart: str = ONSTART) -> int:
+        offers = self.vast.search_offers("num_gpus=1 gpu_ram>=20", storage_gb=40.0)
+        return self.vast.create(
+            offers[0].id, "vllm/vllm-openai:x", 40.0, "fleet/a", "-e A=7 -p 8000:8000 -p 3000:3000", onstart
+        )
+
+    def row(self, instance_id: int) -> Row:
+        (row,) = [r for r in self.vast.list_instances() if r.id == instance_id]
+        return row
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=20) == 0
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[LocalCloud]:
+    cloud = LocalCloud(tmp_path)
+    yield cloud
+    cloud.process.kill()
+    cloud.process.wait()
+
+
+def alive(pids: list[int]) -> list[int]:
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        except OSError:
+            return False
+
+    return [pid for pid in pids if runs(pid)]
+
+
+def state(pid: int) -> str:
+    """S for sleeping, T for stopped, and so on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def greeting(port: int) -> bytes | None:
+    """What is said first there: nothing within a moment, or None when nobody listens."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            sock.settimeout(0.3)
+            return sock.recv(4)
+    except ConnectionRefusedError:
+        return None
+    except (TimeoutError, ConnectionResetError):
+        return b""
+
+
+def logged_in(cloud: LocalCloud, instance_id: int) -> paramiko.SSHClient:
+    """A session on the instance, with a key that was attached to it."""
+    key = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "key")))
+    port = cloud.in_state(instance_id, "running")["ports"]["22/tcp"]
+    cloud.post(f"/api/v0/instances/{instance_id}/ssh/", {"ssh_key": f"{key.get_name()} {key.get_base64()}"})
+
+    def log_in() -> paramiko.SSHClient | None:
+        client = paramiko.SSHClient()
+        client.set_missing_host_key_policy(paramiko.AutoAddPolicy())  # noqa: S507 it is our own
+        try:
+            client.connect(
+                "127.0.0.1", port, "root", pkey=key, look_for_keys=False, allow_agent=False, timeout=5
+            )
+        except paramiko.AuthenticationException:  # the key is on its way
+            client.close()
+            return None
+        return client
+
+    return wait_for("it lets us in", log_in)
+
+
+def reader(key: paramiko.PKey) -> SshLog:
+    known: dict[str, str] = {}
+    return SshLog(key, lambda label, shown: known.setdefault(label, shown))
+
+
+def test_a_machine_is_rented_used_stopped_started_and_destroyed(cloud: LocalCloud) -> None:
+    key = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "key")))
+    cloud.vast.register_ssh_key(f"{key.get_name()} {key.get_base64()} test")
+    instance_id = cloud.rent()
+    pids = cloud.pids(instance_id, 2)  # the script and what it started
+    row = cloud.row(instance_id)
+    assert (row.actual_status, row.label, set(row.ports)) == ("running", "fleet/a", {22, 3000, 8000})
+
+    ssh = reader(key)
+    assert ssh.read("a", "127.0.0.1", row.ports[22], False, 10.0).ready
+    stranger = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "other")))
+    with pytest.raises(InstanceError, match="Authentication"):
+        reader(stranger).read("a", "127.0.0.1", row.ports[22], False, 10.0)
+    port = row.ports[8000]
+    assert f"container {instance_id}, 1 GPU, port {port}, A is 7" in cloud.vast.logs(instance_id)
+
+    cloud.vast.stop(instance_id)
+    cloud.in_state(instance_id, "stopped")
+    wait_for("its processes are gone", lambda: not alive(pids))
+    home = cloud.root / "instances" / str(instance_id) / "home"
+    assert (home / "fleet" / "model.log").exists(), "a stopped instance keeps its disk"
+    cloud.vast.start(instance_id)
+    cloud.in_state(instance_id, "running")
+    again = cloud.row(instance_id)
+    assert ssh.read("a", "127.0.0.1", again.ports[22], False, 10.0).ready, "the host key is the same"
+
+    cloud.post("/localcloud/faults", {"name": "ssh-hangs", "instance_id": instance_id})
+    with pytest.raises(InstanceError):
+        ssh.read("a", "127.0.0.1", again.ports[22], False, 0.5)
+
+    pids = cloud.pids(instance_id, 2)
+    cloud.vast.destroy(instance_id)
+    wait_for("its processes are gone", lambda: not alive(pids))
+    wait_for("its disk is gone", lambda: not home.exists())
+    assert cloud.vast.list_instances() == []
+    cloud.end()
+
+
+def test_a_killed_script_is_a_crash_and_a_finished_one_is_not(cloud: LocalCloud) -> None:
+    quick, slow = cloud.rent("echo done"), cloud.rent()
+    cloud.in_state(quick, "running")
+    pids = cloud.pids(slow, 2)
+    os.kill(pids[0], signal.SIGKILL)
+    cloud.in_state(slow, "crashed")
+    wait_for("the rest of it is gone", lambda: not alive(pids))
+    assert cloud.in_state(quick, "running")["pids"] == [], "a container goes on without its script"
+
+
+def test_a_new_host_key_is_noticed_and_a_dropped_port_leads_nowhere(cloud: LocalCloud) -> None:
+    key = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "key")))
+    cloud.vast.register_ssh_key(f"{key.get_name()} {key.get_base64()} test")
+    instance_id = cloud.rent()
+    cloud.in_state(instance_id, "running")
+    ssh = reader(key)
+    assert ssh.read("a", "127.0.0.1", cloud.row(instance_id).ports[22], False, 10.0).ready
+    cloud.post("/localcloud/faults", {"name": "new-host-key", "count": 1})
+    cloud.vast.stop(instance_id)
+    cloud.in_state(instance_id, "stopped")
+    cloud.vast.start(instance_id)
+    cloud.in_state(instance_id, "running")
+    with pytest.raises(HostKeyChanged):
+        ssh.read("a", "127.0.0.1", cloud.row(instance_id).ports[22], False, 10.0)
+
+    cloud.post("/localcloud/faults", {"name": "port-drops", "count": 1})
+    other = cloud.rent()
+    cloud.in_state(other, "running")
+    port = cloud.row(other).ports[22]
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+        sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+
+
+def test_what_a_start_script_left_running_ends_with_its_instance(cloud: LocalCloud) -> None:
+    stopped, killed, destroyed = (cloud.rent_by_hand(LEAVES_OTHERS, 420_100 + slot) for slot in range(3))
+    for instance_id in (stopped, killed, destroyed):
+        pids = cloud.sleeping(instance_id, 2)
+        if instance_id == stopped:
+            cloud.ask("PUT", f"/api/v0/instances/{instance_id}/", {"state": "stopped"})
+            cloud.in_state(instance_id, "stopped")
+        elif instance_id == killed:
+            cloud.post(f"/localcloud/instances/{instance_id}/kill", {})
+            cloud.in_state(instance_id, "crashed")
+        else:
+            cloud.ask("DELETE", f"/api/v0/instances/{instance_id}/")
+        wait_for("they are gone", lambda pids=pids: not alive(pids))  # type: ignore[misc]
+
+
+def test_commands_over_ssh_are_processes_of_the_instance(cloud: LocalCloud) -> None:
+    """They end when it does, also in the background; one that takes long does not hold up the cloud's end."""
+    client = logged_in(cloud, cloud.rent_by_hand("true"))
+    instance_id = cloud.status()["instances"][0]["id"]
+    _, out, _ = client.exec_command("setsid sleep 1000 >/dev/null 2>&1 & echo $HOME; exit 3", timeout=10)
+    home = cloud.root / "instances" / str(instance_id) / "home"
+    assert out.read().decode().strip() == str(home)
+    assert out.channel.recv_exit_status() == 3
+    pids = cloud.sleeping(instance_id, 1)
+    cloud.ask("PUT", f"/api/v0/instances/{instance_id}/", {"state": "stopped"})
+    wait_for("it is gone", lambda: not alive(pids))
+    client.close()
+
+    cloud.ask("PUT", f"/api/v0/instances/{instance_id}/", {"state": "running"})
+    cloud.in_state(instance_id, "running")
+    client = logged_in(cloud, instance_id)
+    client.exec_command("exec sleep 1000")
+    pids = cloud.sleeping(instance_id, 1)
+    cloud.end()
+    assert not alive(pids)
+    client.close()
+
+
+def test_a_reboot_keeps_the_disk_and_a_recycle_does_not(cloud: LocalCloud) -> None:
+    instance_id = cloud.rent_by_hand('echo x >> "$HOME/boots"\nexec sleep 1000\n')
+    boots = cloud.root / "instances" / str(instance_id) / "home" / "boots"
+
+    def ran() -> int:
+        return len(boots.read_text()) // 2 if boots.exists() else 0
+
+    wait_for("it has booted", lambda: ran() == 1)
+    for ask, times in (("reboot", 2), ("recycle", 1)):
+        seen = cloud.sleeping(instance_id, 1)
+        cloud.ask("PUT", f"/api/v0/instances/{ask}/{instance_id}/", {})
+        wait_for("its processes have ended", lambda seen=seen: not alive(seen))  # type: ignore[misc]
+        wait_for(f"it has booted {times} times on this disk", lambda times=times: ran() == times)  # type: ignore[misc]
+
+
+def test_a_lost_host_stands_still_and_a_found_one_goes_on(cloud: LocalCloud) -> None:
+    instance_id = cloud.rent_by_hand(LEAVES_OTHERS)
+    pids = cloud.sleeping(instance_id, 2)
+    port = cloud.in_state(instance_id, "running")["ports"]["22/tcp"]
+    wait_for("ssh answers", lambda: greeting(port))
+    cloud.post("/localcloud/faults", {"name": "offline", "instance_id": instance_id})
+    cloud.in_state(instance_id, "offline")
+    wait_for("all of them stand still", lambda: {state(pid) for pid in pids} == {"T"})
+    wait_for("ssh says nothing", lambda: greeting(port) == b"")
+    cloud.ask("DELETE", "/localcloud/faults/offline")
+    cloud.in_state(instance_id, "running")
+    wait_for("all of them go on", lambda: {state(pid) for pid in pids} == {"S"})
+    wait_for("ssh answers again", lambda: greeting(port))
+
+    cloud.post("/localcloud/faults", {"name": "ssh-refuses"})
+    wait_for("nobody listens", lambda: greeting(port) is None)
+    cloud.ask("DELETE", "/localcloud/faults/ssh-refuses")
+    wait_for("ssh answers once more", lambda: greeting(port))
+
+
+def test_a_killed_model_server_is_started_again_by_its_instance(cloud: LocalCloud) -> None:
+    instance_id = cloud.rent_by_hand(render(get_profile("vllm-13"), "m"))
+    log = cloud.root / "instances" / str(instance_id) / "home" / "fleet" / "model.log"
+    wait_for("its model server is up", functools.partial(is_ready, log))
+    before = cloud.pids(instance_id, 3)
+    cloud.post(f"/localcloud/instances/{instance_id}/kill", {"part": "model"})
+    wait_for("one of them is gone", lambda: len(alive(before)) == 2)
+    after = cloud.pids(instance_id, 3)
+    assert len(set(before) & set(after)) == 2
+
+
+def test_calls_that_hang_do_not_stop_the_others(cloud: LocalCloud) -> None:
+    """Each keeps a thread, but only as long as its caller is there."""
+    cloud.post("/localcloud/faults", {"name": "list-hangs"})
+    head = f"GET /api/v1/instances/ HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n\r\n"
+    port = int(cloud.url.rpartition(":")[2])
+    for _ in range(3 * THREADS):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            sock.sendall(head.encode())
+    wait_for("it answers", cloud.status)
+
+
+def test_a_face_does_not_go_on_without_its_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaks(Cloud):
+        def advance(self, now: float) -> None:
+            raise IllegalMove("no way")
+
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: asked.append((pid, number)))
+    world = World(Breaks(MACHINES, Random(1)), tmp_path / "cloud", "paced")
+    world.start()
+    wait_for("it asks its process to end", lambda: asked == [(os.getpid(), signal.SIGTERM)])
+    world.stop()
+    assert world.failed
+
+
+@pytest.mark.parametrize("script", ["deployed", "leaves others"])
+def test_nothing_outlives_a_killed_cloud(cloud: LocalCloud, tmp_path: Path, script: str) -> None:
+    if script == "deployed":
+        pids = cloud.pids(cloud.rent_by_hand(render(get_profile("vllm-13"), "m")), 3)
+    else:
+        pids = cloud.sleeping(cloud.rent_by_hand(LEAVES_OTHERS), 2)
+    cloud.process.kill()
+    cloud.process.wait()
+    again = LocalCloud(tmp_path)
+    try:
+        assert not alive(pids), "the next cloud in the same directory begins when they are gone"
+        assert again.status()["instances"] == []
+    finally:
+        again.end()
+
+
+def test_a_directory_belongs_to_one_cloud(cloud: LocalCloud) -> None:
+    instance_id = cloud.rent_by_hand(ONSTART)
+    cloud.pids(instance_id, 2)
+    ran = subprocess.run(
+        [sys.executable, "-m", "localcloud", "--root", str(cloud.root), "--port", str(free_port())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
+    assert "another local cloud" in ran.stderr
+    assert (cloud.root / "instances" / str(instance_id) / "home").exists()
+    assert len(cloud.pids(instance_id, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--fault", "no-such"], "unknown fault"),
+        (["--fault", "list-500:odd=1"], "no parameter"),
+        (["--speedup", "0"], "--speedup 0"),
+        (["--offers", "/nowhere"], "--offers /nowhere"),
+        (["--host", "0.0.0.0"], "loopback only"),
+        (["--engine", "gpt"], "--engine"),
+        (["--port", "99999"], "--port 99999"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path, flags: list[str], words: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "localcloud", "--root", str(tmp_path / "c"), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert words in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ran = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "localcloud",
+                "--root",
+                str(tmp_path / "c"),
+                "--port",
+                str(taken.getsockname()[1]),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
+
+
+def make_key(path: Path) -> Path:
+    from process.ssh_keys import load_or_make_ssh_key
+
+    load_or_make_ssh_key(path)
+    return path
+
+
+def is_ready(log: Path) -> bool:
+    return log.exists() and "Application startup complete." in log.read_text()
+
+
+def cpu_s(pids: list[int]) -> float:
+    """Processor seconds that these have used."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def rss_mb(pids: list[int]) -> float:
+    return sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids) * 4096 / 1e6
+
+
+def test_six_idle_instances_cost_little(cloud: LocalCloud) -> None:
+    """Under 15 % of one core and 600 MB together (with the start script that is deployed)."""
+    script = render(get_profile("vllm-13"), "m")
+    offers = cloud.vast.search_offers("num_gpus=1 gpu_ram>=20", storage_gb=40.0)
+    env = "-p 8000:8000 -p 3000:3000"
+    ids = [cloud.vast.create(o.id, "i", 40.0, f"fleet/{o.id}", env, script) for o in offers[:6]]
+    for instance_id in ids:
+        log = cloud.root / "instances" / str(instance_id) / "home" / "fleet" / "model.log"
+        wait_for("ready", functools.partial(is_ready, log))
+    pids = [pid for row in cloud.status()["instances"] for pid in row["pids"]]
+    assert len(pids) == 18
+    everything = [*pids, cloud.process.pid]
+    before, begun = cpu_s(everything), time.monotonic()
+    time.sleep(3.0)  # what is measured is that nothing happens
+    share = (cpu_s(everything) - before) / (time.monotonic() - begun)
+    assert share < 0.15
+    assert rss_mb(pids) < 600
+    print(f"6 idle instances: {rss_mb(pids):.0f} MB, cloud {rss_mb([cloud.process.pid]):.0f} MB, {share:.1%}")

@@ -1,0 +1,110 @@
+"""The README is true: every flag, route, make target and file that there is stands in it, and no other."""
+
+import argparse
+import re
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+import autoscaler_server
+import loadbalancer_server
+import sim
+from dispatch.outside import service
+from fleet_client import gateway
+from loadbalancer import LoadBalancer
+from localcloud import __main__ as localcloud_main
+from localcloud.account import Cloud
+from localcloud.api import create_app as cloud_app
+from localcloud.market import MACHINES
+from localcloud.world import World
+from simulation.virtual import command
+from tests.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """All long flags of a parser and its commands, without --help."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found |= {o for o in action.option_strings if o.startswith("--")}
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= flags_of(command)
+    return found - {"--help"}
+
+
+FLAGS = {
+    "autoscaler_server.py": flags_of(autoscaler_server._parser()),
+    "loadbalancer_server.py": flags_of(loadbalancer_server._parser()),
+    "sim.py": flags_of(sim._parser()),
+    "sim.py --virtual": flags_of(command._parser()),
+    "localcloud": flags_of(localcloud_main._parser()),
+    "gateway.py": flags_of(gateway._parser()),
+}
+OTHERS = {"--help", "--raw", "--pinnedpubkey"}
+
+
+@pytest.mark.parametrize("program", list(FLAGS))
+def test_every_flag_is_in_the_readme(program: str) -> None:
+    missing = {flag for flag in FLAGS[program] if not re.search(rf"{re.escape(flag)}(?![\w-])", README)}
+    assert missing == set()
+
+
+def test_every_flag_in_the_readme_exists() -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", README))
+    assert named <= set.union(*FLAGS.values()) | OTHERS
+
+
+def routes(app: Any) -> set[str]:
+    """METHOD /path of every route."""
+    found = set()
+    for rule in app.url_map.iter_rules():
+        path = re.sub(r"<(?:int:)?(\w+)>", lambda m: "ID" if "id" in m[1] else m[1].upper(), rule.rule)
+        found |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
+    return found
+
+
+def test_every_route_is_in_the_readme(tmp_path: Path) -> None:
+    scaler = autoscaler_server.create_app(
+        MagicMock(),
+        MagicMock(),
+        autoscaler_server.Keys("c" * 16),
+        5.0,
+        str,
+    )
+    desk = service.Desk(LoadBalancer(Random(1), str), lambda: 0.0)
+    balancer = loadbalancer_server.create_app(desk, loadbalancer_server.Keys("c" * 16))
+    world = World(Cloud(MACHINES, Random(1)), tmp_path / "cloud", "paced")
+    ours = {r for r in routes(cloud_app(world, "k" * 16)) if "/localcloud/" in r}
+    world.stop()
+    for route in routes(scaler) | routes(balancer) | ours:
+        assert f"`{route}`" in README, route
+
+
+def test_every_make_target_in_the_readme_exists_and_every_benchmark_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.M))
+    named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", README, re.M))
+    assert named <= targets
+    assert {t for t in targets if t.startswith("bench")} <= named
+
+
+def test_every_file_of_the_root_is_in_the_table_of_files() -> None:
+    for path in ROOT.glob("*.py"):
+        assert path.name in README, path.name
+
+
+def test_every_dependency_has_its_reason() -> None:
+    decisions = (ROOT / "DECISIONS.md").read_text()
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name = line.partition("==")[0]
+            assert name in decisions or name.startswith("types-"), name
+
+
+def test_no_placeholder_was_left() -> None:
+    assert not re.search(r"\b(TODO|FIXME|XXX|SIM_OUTPUT|ROUTE|BENCH|TURN)\b", README)

@@ -1,0 +1,82 @@
+"""Who has read a prefix lately, and how much of a prompt he need not read."""
+
+from dataclasses import replace
+
+from dispatch.prefix_cache import HOLDERS, TRUST, Prefixes
+from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask
+from engine.timing import TIMINGS
+from tests.unit.dispatch.test_loadbalancer import End, bench, instance
+
+
+def chain(*names: str) -> tuple[str, ...]:
+    """Hashes of the prefixes of these blocks."""
+    return tuple("/".join(names[: n + 1]) for n in range(len(names)))
+
+
+def test_of_a_prompt_the_longest_prefix_that_an_instance_served_need_not_be_read() -> None:
+    known = Prefixes()
+    known.served(chain("system", "one", "two"), 7)
+    assert known.cached_tokens(chain("system", "one", "two", "three"), 7) == TRUST * 3 * AFFINITY_BLOCK_TOKENS
+    assert known.cached_tokens(chain("system", "other"), 7) == TRUST * AFFINITY_BLOCK_TOKENS
+    assert known.cached_tokens(chain("system"), 8) == 0.0
+    assert known.cached_tokens((), 7) == 0.0
+
+
+def test_the_holders_of_the_longest_prefix_are_told_the_last_first() -> None:
+    known = Prefixes()
+    known.served(chain("system", "one"), 1)
+    known.served(chain("system", "two"), 2)
+    assert known.holders(chain("system", "one", "more")) == (1,)
+    assert known.holders(chain("system", "new")) == (2, 1)
+    assert known.holders(chain("strange")) == ()
+    for n in range(10):
+        known.served(chain("system"), n)
+    assert known.holders(chain("system")) == tuple(range(9, 9 - HOLDERS, -1))
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
+    known = Prefixes(most=100)
+    for n in range(1000):
+        known.served(chain(f"session {n}", "turn"), n % 5)
+    assert len(known) == 100
+    assert known.holders(chain("session 0", "turn")) == ()
+    assert known.holders(chain("session 999", "turn")) == (999 % 5,)
+
+
+def test_a_request_goes_where_its_prefix_was_read_unless_it_would_wait_for_longer_there() -> None:
+    told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
+    b = bench(*(replace(instance(n), timing=told) for n in (1, 2, 3)))
+    prefix = chain("a", "b", "c", "d", "e", "f", "g", "h")
+    first = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
+    b.report(first.instance_id, started=(first.request_id,), ended=(End(first.request_id),), seq=2)
+    for n in range(5):
+        again = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
+        assert again.instance_id == first.instance_id
+        b.report(again.instance_id, started=(again.request_id,), ended=(End(again.request_id),), seq=3 + n)
+    b.lease(1000.0, prompt_tokens=8000, avoid=tuple({1, 2, 3} - {first.instance_id}))
+    crowded = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
+    assert crowded.instance_id != first.instance_id, "8,000 tokens are to be read there before it"
+
+
+def test_an_instance_that_rebooted_has_served_nothing() -> None:
+    told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
+    b = bench(*(replace(instance(n), timing=told) for n in range(1, 9)))
+    prefix = chain("a", "b", "c", "d")
+    for n in range(3):
+        lease = b.lease(500.0, prompt_tokens=1100, affinity=prefix)
+        b.report(lease.instance_id, started=(lease.request_id,), ended=(End(lease.request_id),), seq=2 + n)
+    held = b.balancer._instances[lease.instance_id].memory
+    assert b.balancer._prefixes.holders(prefix)[0] == held
+    b.report(lease.instance_id, boot_id="another", seq=0)
+    assert b.balancer._instances[lease.instance_id].memory != held
+    assert held not in b.balancer._memories
+
+
+def test_a_batch_is_remembered_by_the_memory_that_reads_it() -> None:
+    """Not by the instance's own number, which another memory may have."""
+    told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
+    b = bench(*(replace(instance(n), timing=told) for n in (1, 2, 3)))
+    prefix = chain("a", "b", "c", "d")
+    leases = b.balancer.lease_many(Ask(500.0, None, (), 1100, prefix), 4, b.now)
+    served = {b.balancer._instances[lease.instance_id].memory for lease in leases}
+    assert set(b.balancer._prefixes.holders(prefix)) == served

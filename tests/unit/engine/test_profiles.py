@@ -1,0 +1,49 @@
+"""The models we know: what is expected of each GPU is what the timing of a model server gives."""
+
+import pytest
+
+from engine.profiles import PROFILES, Profile, get_profile
+from engine.reference import Kind, ModelServer
+from engine.timing import timing_for
+from process.errors import ConfigError
+
+REQUESTS, PROMPT, OUTPUT = 1500, 300, 180
+
+
+def saturated_work_s(profile: Profile, gpu_name: str, num_gpus: int) -> float:
+    """Work per second of a server with a full queue, over the middle third of what it finishes."""
+    server = ModelServer(timing_for(profile.name, gpu_name, num_gpus))
+    ended = [
+        e.at
+        for n in range(REQUESTS)
+        for e in server.submit(str(n), PROMPT, OUTPUT, 0.0)
+        if e.kind is Kind.FINISHED
+    ]
+    while (at := server.next_change()) is not None:
+        ended += [e.at for e in server.advance(at) if e.kind is Kind.FINISHED]
+    third = REQUESTS // 3
+    work = third * (OUTPUT + PROMPT * profile.prefill_weight)
+    return work / (ended[2 * third - 1] - ended[third - 1])
+
+
+CASES = [(name, gpu) for name, profile in PROFILES.items() for gpu in profile.throughput_by_gpu]
+
+
+@pytest.mark.parametrize(("name", "gpu"), CASES)
+def test_the_expected_throughput_is_that_of_a_full_queue(name: str, gpu: str) -> None:
+    profile = get_profile(name)
+    count, _, one = gpu.rpartition("x ")
+    expected = saturated_work_s(profile, one, int(count or 1))
+    assert profile.throughput_on(one, int(count or 1)) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "profile", [p for p in PROFILES.values() if p.throughput_by_gpu], ids=lambda p: p.name
+)
+def test_an_unknown_gpu_is_taken_for_the_slowest(profile: Profile) -> None:
+    assert profile.throughput_on("GTX 9") == min(profile.throughput_by_gpu.values())
+
+
+def test_an_unknown_model_is_told_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="unknown model 'gpt': known are tiny, vllm-13, vllm-70"):
+        get_profile("gpt")

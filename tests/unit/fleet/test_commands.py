@@ -1,0 +1,97 @@
+"""Sending orders: what each answer of the cloud means for the one who asked."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engine.profiles import get_profile
+from fleet.commands import Command, Create, Destroy, LookForOffers, Reply, Start, Stop
+from fleet.outside.performer import PORTS_ENV, Performer
+from process.errors import CloudError
+from tests.fleet_world import make_offer
+from vast.client import ApiError, CloudTimeout, NoSuchInstance, OfferGone, check_env
+
+CREATE = Create(make_offer(5), "wanted", label="fleet/abc")
+
+
+class Cloud:
+    """Answers every call by raising, or with an id; keeps what it was asked."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.asked: list[tuple[str, tuple[tuple[object, ...], dict[str, Any]]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*args: object, **more: object) -> object:
+            self.asked.append((name, (args, more)))
+            if self.error is not None:
+                raise self.error
+            return [make_offer(1)] if name == "search_offers" else 1001
+
+        return call
+
+
+def performer(cloud: Cloud) -> Performer:
+    return Performer(cloud, get_profile("vllm-13"), lambda label: f"master-of-{label}")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "reply"),
+    [
+        (None, Reply.DONE),
+        (OfferGone("create: no_such_ask", 410, "no_such_ask"), Reply.REFUSED),
+        (ApiError("create: 400", status=400, msg="bad"), Reply.REFUSED),
+        (ApiError("create: 500", status=500, msg=""), Reply.UNKNOWN),
+        (ApiError("create: 504", status=504, msg=""), Reply.UNKNOWN),
+        (CloudTimeout("create: no answer"), Reply.UNKNOWN),
+        (CloudError("whatever"), Reply.UNKNOWN),
+    ],
+)
+def test_a_create_that_may_have_had_an_effect_is_unknown_and_never_refused(
+    error: Exception | None, reply: Reply
+) -> None:
+    done = performer(Cloud(error)).perform(CREATE)
+    assert done.reply is reply
+    assert done.new_id == (1001 if error is None else None)
+    assert done.offer_gone == isinstance(error, OfferGone)
+
+
+def test_destroying_what_is_not_there_is_done() -> None:
+    cloud = Cloud(NoSuchInstance("destroy: 404", 404, ""))
+    assert performer(cloud).perform(Destroy("fleet/a", 7, "")).reply is Reply.DONE
+    assert performer(cloud).perform(Stop("fleet/a", 7, "")).reply is Reply.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("command", "call"),
+    [
+        (Start("fleet/a", 7, ""), "start"),
+        (Stop("fleet/a", 7, ""), "stop"),
+        (Destroy("fleet/a", 7, ""), "destroy"),
+    ],
+)
+def test_each_order_is_one_call_with_the_id(command: Command, call: str) -> None:
+    cloud = Cloud()
+    assert performer(cloud).perform(command).reply is Reply.DONE
+    assert [(name, args) for name, (args, _) in cloud.asked] == [(call, (7,))]
+
+
+def test_the_market_comes_back_as_offers() -> None:
+    done = performer(Cloud()).perform(LookForOffers("more wanted"))
+    assert done.offers == (make_offer(1),)
+
+
+def test_the_master_token_never_travels_only_its_hash_in_the_start_script() -> None:
+    """Not even the hash in --env, which stands in the process list (vast-contract 2.2)."""
+    cloud = Cloud()
+    performer(cloud).perform(CREATE)
+    ((_, (args, more)),) = cloud.asked
+    hashed = hashlib.sha256(b"master-of-fleet/abc").hexdigest()
+    script = more.pop("onstart")
+    assert hashed in script
+    assert "master-of" not in script
+    for secret in ("master-of", hashed):
+        assert secret not in repr((args, more))
+    check_env(PORTS_ENV)

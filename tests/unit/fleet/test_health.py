@@ -1,0 +1,307 @@
+"""Health checks: what a log and a prompt say, and that one dead machine delays nobody."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import paramiko
+import pytest
+
+from fleet.checks import Check, CheckOrder, Verdict
+from fleet.outside.health import HealthChecker
+from fleet.outside.ssh_log import (
+    FATAL_LINES,
+    MAX_OUTPUT,
+    READY_LINE,
+    HostKeyChanged,
+    LogView,
+    SshLog,
+    grep_command,
+    parse,
+)
+from fleet.states import State
+from instance_client import Load, TokenBatch
+from process.errors import InstanceError
+
+LOAD = Load(
+    boot_id="b",
+    seq=0,
+    missed=False,
+    started=(),
+    ended=(),
+    running=2,
+    waiting=1,
+    kv_use=None,
+    model_up=True,
+    prompt_tokens_total=0,
+    generation_tokens_total=0,
+)
+
+
+@dataclass
+class Client:
+    """An instance's HTTP side. hangs: auth urls that never answer; refuses: prompts that fail."""
+
+    hangs: frozenset[str] = frozenset()
+    refuses: frozenset[str] = frozenset()
+
+    async def fetch_tokens(
+        self, auth_url: str, master: str, count: int, timeout_s: float, certificate: str | None = None
+    ) -> TokenBatch:
+        if auth_url in self.hangs:
+            await asyncio.sleep(3600)
+        return TokenBatch(("token",) * count, "b", 600.0, LOAD)
+
+    async def fetch_load(
+        self, auth_url: str, master: str, after: int, timeout_s: float, certificate: str | None = None
+    ) -> Load:
+        return LOAD
+
+    async def test_prompt(
+        self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
+    ) -> int:
+        if address in self.refuses:
+            raise InstanceError(f"{address}: expected a token, got 500")
+        return 1
+
+
+class Log:
+    """An ssh side that shows one view; `Hangs` sleeps until its timeout as a socket would."""
+
+    def __init__(self, view: LogView | Exception, hanging: frozenset[str] = frozenset()) -> None:
+        self.view = view
+        self.hanging = hanging
+
+    def read(self, label: str, host: str, port: int, hot: bool, timeout_s: float) -> LogView:
+        if label in self.hanging:
+            time.sleep(timeout_s)
+            raise InstanceError("ssh: timed out")
+        if isinstance(self.view, Exception):
+            raise self.view
+        return self.view
+
+
+def order(n: int = 1, state: State = State.RUNNING, read_log: bool = True) -> CheckOrder:
+    return CheckOrder(f"f/{n}", n, state, ("127.0.0.1", 22), f"http://a{n}", f"http://m{n}", read_log)
+
+
+def check(order: CheckOrder, log: object, client: object, timeout_s: float = 5.0) -> Check:
+    checker = HealthChecker(client, log, lambda label: "master", "vllm-13", timeout_s, lambda: 100.0)  # type: ignore[arg-type]
+    return asyncio.run(checker.check(order))
+
+
+READY = LogView(ready=True)
+
+
+@pytest.mark.parametrize(
+    ("view", "client", "state", "verdict"),
+    [
+        (READY, Client(), State.RUNNING, Verdict.PASSED),
+        (LogView(ready=False), Client(), State.RUNNING, Verdict.LOADING),
+        (LogView(ready=True, fatal="CUDA out of memory"), Client(), State.RUNNING, Verdict.FATAL),
+        (LogView(ready=False, fatal="fleet: giving up"), Client(), State.HOT, Verdict.FATAL),
+        (HostKeyChanged("changed"), Client(), State.RUNNING, Verdict.FATAL),
+        (InstanceError("refused"), Client(), State.RUNNING, Verdict.FAILED),
+        # A hot instance whose ssh fails is judged by the prompt: ssh alone says nothing about service.
+        (InstanceError("refused"), Client(), State.HOT, Verdict.PASSED),
+        (READY, Client(refuses=frozenset({"http://m1"})), State.RUNNING, Verdict.FAILED),
+        (READY, Client(refuses=frozenset({"http://m1"})), State.HOT, Verdict.FAILED),
+        (LogView(ready=False), Client(), State.HOT, Verdict.LOADING),
+    ],
+)
+def test_hot_needs_a_ready_line_no_fatal_line_and_a_token(
+    view: LogView | Exception, client: Client, state: State, verdict: Verdict
+) -> None:
+    assert check(order(state=state), Log(view), client).verdict is verdict
+
+
+def test_a_running_instance_without_ports_is_not_healthy() -> None:
+    bare = CheckOrder("f/1", 1, State.RUNNING, None, None, None, True)
+    assert check(bare, Log(READY), Client()).verdict is Verdict.FAILED
+
+
+def test_a_draining_instance_is_only_asked_what_it_still_has() -> None:
+    found = check(order(state=State.DRAINING), Log(InstanceError("unused")), Client())
+    assert (found.verdict, found.in_flight) == (Verdict.PASSED, 3)
+
+
+def test_fifty_checks_of_which_ten_hang_are_done_within_one_timeout() -> None:
+    """Five hang in ssh, five in HTTP; compared with one hanging check in the same run."""
+    timeout_s = 1.5
+    hanging = frozenset(f"f/{n}" for n in range(5))
+    client = Client(hangs=frozenset(f"http://a{n}" for n in range(5, 10)))
+    checker = HealthChecker(client, Log(READY, hanging), lambda label: "m", "vllm-13", timeout_s, lambda: 1.0)  # type: ignore[arg-type]
+
+    async def run(orders: list[CheckOrder]) -> tuple[list[Check], float]:
+        begun = time.monotonic()
+        found = await asyncio.gather(*(checker.check(o) for o in orders))
+        return list(found), time.monotonic() - begun
+
+    _, alone = asyncio.run(run([order(0)]))
+    found, together = asyncio.run(run([order(n) for n in range(50)]))
+    assert [c.verdict for c in found].count(Verdict.PASSED) == 40
+    assert together < 1.5 * alone + 0.5
+
+
+def test_an_engine_that_does_not_say_how_much_it_has_is_not_taken_for_idle() -> None:
+    """Its zeros are no zeros: it may be too busy to answer."""
+
+    class Silent(Client):
+        async def fetch_load(
+            self, auth_url: str, master: str, after: int, timeout_s: float, certificate: str | None = None
+        ) -> Load:
+            return replace(LOAD, running=0, waiting=0, model_up=False)
+
+    assert check(order(state=State.DRAINING), Log(READY), Silent()).in_flight is None
+
+
+def test_an_answer_nobody_thought_of_fails_the_check_and_only_that(caplog: pytest.LogCaptureFixture) -> None:
+    found = check(order(), Log(KeyError("odd")), Client())
+    assert (found.verdict, found.why) == (Verdict.FAILED, "health check: KeyError")
+    assert "a fault of ours" in caplog.text
+
+
+def test_as_many_checks_as_hang_in_ssh_leave_others_their_turn() -> None:
+    """150 hanging machines: more than any pool of threads would have."""
+    hanging = frozenset(f"f/{n}" for n in range(1, 151))
+    checker = HealthChecker(Client(), Log(READY, hanging), lambda label: "m", "vllm-13", 2.0, lambda: 1.0)  # type: ignore[arg-type]
+
+    async def run() -> list[Check]:
+        return list(await asyncio.gather(*(checker.check(order(n)) for n in [*range(1, 151), 151])))
+
+    assert [c.verdict for c in asyncio.run(run())].count(Verdict.PASSED) == 1
+
+
+# -- the log -------------------------------------------------------------------------------------------
+
+
+def test_lines_are_matched_as_substrings() -> None:
+    assert parse("READY\nCERTIFICATE\nEND\n") == LogView(ready=True)
+    assert parse("CERTIFICATE\nEND\n") == LogView(ready=False)
+    assert parse("CERTIFICATE\n-----BEGIN\nxy\nEND\n").certificate == "-----BEGIN\nxy\n"
+    assert parse("READY\n(APIServer pid=7) CUDA out of memory\nCERTIFICATE\nEND\n").fatal == (
+        "(APIServer pid=7) CUDA out of memory"
+    )
+
+
+def test_a_reply_that_was_cut_short_says_nothing() -> None:
+    for cut in ("", "READY\n", "READY\nEN"):
+        with pytest.raises(InstanceError):
+            parse(cut)
+
+
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+
+
+def test_the_shell_command_reads_the_log_of_this_boot(tmp_path: object) -> None:
+    import subprocess
+
+    home = str(tmp_path)
+    (tmp_path / "fleet").mkdir()  # type: ignore[operator]
+    log = tmp_path / "fleet" / "model.log"  # type: ignore[operator]
+
+    def look(hot: bool) -> LogView:
+        ran = subprocess.run(
+            ["bash", "-c", grep_command(hot=hot)],
+            env={"HOME": home, "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return parse(ran.stdout)
+
+    assert look(False) == LogView(ready=False)
+    log.write_text("INFO: Waiting\n")
+    assert look(False) == LogView(ready=False)
+    log.write_text(f"INFO:     {READY_LINE}\n")
+    assert look(False) == LogView(ready=True)
+    log.write_text(f"INFO: x {FATAL_LINES[0]} y\n")
+    assert look(False).fatal == FATAL_LINES[0]
+    (tmp_path / "fleet" / "tls.crt").write_text(f"{PEM}{PEM}")  # type: ignore[operator]
+    assert look(True).certificate == PEM, "the first of the file"
+    assert look(True).fatal is None, "what kills a boot may be one request's error later"
+
+
+@contextmanager
+def ssh_server(answer: bytes, host_key: paramiko.PKey) -> Iterator[int]:
+    """A real ssh server on loopback that answers every command with that."""
+
+    class Server(paramiko.ServerInterface):
+        def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+            return paramiko.common.AUTH_SUCCESSFUL
+
+        def get_allowed_auths(self, username: str) -> str:
+            return "publickey"
+
+        def check_channel_request(self, kind: str, chanid: int) -> int:
+            return paramiko.common.OPEN_SUCCEEDED
+
+        def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+            def reply() -> None:
+                channel.sendall(answer)
+                channel.send_exit_status(0)
+                channel.shutdown_write()  # a close could overtake paramiko's own "yes, it runs"
+
+            threading.Thread(target=reply, daemon=True).start()
+            return True
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    transports: list[paramiko.Transport] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            transport = paramiko.Transport(sock)
+            transports.append(transport)
+            transport.add_server_key(host_key)
+            try:
+                transport.start_server(server=Server())
+            except (paramiko.SSHException, EOFError, OSError):
+                transport.close()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(timeout=10)
+        for transport in transports:
+            transport.close()
+
+
+def test_a_changed_host_key_is_refused() -> None:
+    known: dict[str, str] = {}
+    reader = SshLog(paramiko.ECDSAKey.generate(), lambda label, key: known.setdefault(label, key))
+    with ssh_server(b"READY\nCERTIFICATE\nEND\n", paramiko.ECDSAKey.generate()) as port:
+        assert reader.read("f/1", "127.0.0.1", port, False, 10.0) == LogView(ready=True)
+    with ssh_server(b"READY\nCERTIFICATE\nEND\n", paramiko.ECDSAKey.generate()) as port:
+        with pytest.raises(HostKeyChanged):
+            reader.read("f/1", "127.0.0.1", port, False, 10.0)
+        assert reader.read("f/2", "127.0.0.1", port, False, 10.0).ready
+
+
+def test_an_ssh_that_accepts_and_never_answers_ends_with_the_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        reader = SshLog(paramiko.ECDSAKey.generate(), lambda label, key: key)
+        begun = time.monotonic()
+        with pytest.raises(InstanceError):
+            reader.read("f/1", "127.0.0.1", silent.getsockname()[1], False, 1.0)
+        assert time.monotonic() - begun < 5.0
+
+
+def test_an_ssh_that_never_stops_talking_is_not_listened_to_for_ever() -> None:
+    reader = SshLog(paramiko.ECDSAKey.generate(), lambda label, key: key)
+    with (
+        ssh_server(b"x" * (MAX_OUTPUT + 1), paramiko.ECDSAKey.generate()) as port,
+        pytest.raises(InstanceError, match="no end"),
+    ):
+        reader.read("f/1", "127.0.0.1", port, False, 10.0)

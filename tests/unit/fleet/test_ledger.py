@@ -1,0 +1,206 @@
+"""Every dollar is in the ledger, and a restart loses none."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleet.demand import Arrived
+from fleet.journal import BUCKET_S, Remembered, Stretch
+from fleet.outside.ledger import DAY_S, KEPT_S, PRUNE_EVERY_S, Ledger
+
+
+def stretch(label: str, state: str, at: float, usd_h: float, running: float = 3600.0) -> Stretch:
+    return Stretch(label, 1, 7, state, at, None, usd_h, running, "test")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path):  # type: ignore[no-untyped-def]
+    made = Ledger(tmp_path / "ledger.sqlite")
+    yield made
+    made.close()
+
+
+def test_dollars_are_seconds_times_price_by_state(ledger: Ledger) -> None:
+    """Prices of 3600 $/h make a dollar a second."""
+    ledger.write(
+        stretches=[
+            stretch("f/a", "ordered", 0.0, 36.0),
+            stretch("f/a", "running", 10.0, 3600.0),
+            stretch("f/a", "hot", 30.0, 3600.0),
+            stretch("f/a", "draining", 90.0, 3600.0),
+            stretch("f/a", "stopping", 100.0, 3600.0),
+            stretch("f/a", "cold", 110.0, 36.0),
+            stretch("f/a", "failed", 210.0, 36.0),
+            stretch("f/a", "gone", 220.0, 0.0),
+        ]
+    )
+    costs = ledger.costs(0.0, 1000.0)
+    assert costs.loading == pytest.approx(0.1 + 20)
+    assert costs.hot_idle == pytest.approx(70)
+    assert costs.hot_working == 0.0
+    assert costs.stopped == pytest.approx(10 + 1)
+    assert costs.lost == pytest.approx(0.1)
+    assert costs.total == pytest.approx(0.1 + 20 + 70 + 11 + 0.1)
+    assert costs.usd_if_all_hot == pytest.approx(220)
+
+
+def test_a_window_counts_what_lies_inside_it(ledger: Ledger) -> None:
+    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/a", "cold", 100.0, 36.0)])
+    assert ledger.costs(40.0, 60.0).total == pytest.approx(20)
+    assert ledger.costs(90.0, 110.0).total == pytest.approx(10.1)
+    assert ledger.costs(200.0, 200.0).total == 0.0
+
+
+def test_hot_dollars_are_split_by_the_seconds_that_had_a_request(ledger: Ledger) -> None:
+    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/b", "hot", 0.0, 3600.0)])
+    for n in range(10):
+        ledger.add_worked({"f/a": BUCKET_S / 3, "f/b": 0.0}, n * BUCKET_S + 1)
+    costs = ledger.costs(0.0, 10 * BUCKET_S)
+    assert costs.hot_working == pytest.approx(50)
+    assert costs.hot_idle == pytest.approx(250)
+    assert costs.utilisation == pytest.approx(1 / 6)
+    assert ledger.costs(0.0, 5 * BUCKET_S).hot_working == pytest.approx(25)
+
+
+def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> None:
+    """kill -9 in the middle: what was written is there, open stretches go on, nothing is counted twice."""
+    path = tmp_path / "ledger.sqlite"
+    script = (
+        "import sys, time; sys.path.insert(0, '.'); from pathlib import Path\n"
+        "from fleet.journal import Remembered, Stretch\n"
+        "from fleet.outside.ledger import Ledger\n"
+        f"l = Ledger(Path({str(path)!r}))\n"
+        "l.write(stretches=[Stretch('f/a', 1, 7, 'hot', 100.0, None, 3600.0, 3600.0, 'x')],"
+        " fleet=[Remembered('f/a', 1, 7, True, False, 50.0, 900.0, 'hot', 100.0)])\n"
+        "print('written', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "written\n"
+        os.kill(child.pid, signal.SIGKILL)
+    again = Ledger(path)
+    try:
+        assert again.remembered() == [
+            Remembered("f/a", 1, 7, True, False, 50.0, 900.0, "hot", 100.0, 3600.0, 3600.0)
+        ]
+        again.write(stretches=[stretch("f/a", "running", 160.0, 3600.0)])
+        costs = again.costs(0.0, 200.0)
+        assert [costs.hot_idle, costs.loading] == pytest.approx([60.0, 40.0])
+    finally:
+        again.close()
+
+
+def test_what_is_gone_is_not_remembered_but_what_is_doomed_is(ledger: Ledger) -> None:
+    for label, doomed in (("f/a", False), ("f/b", True)):
+        ledger.write(
+            stretches=[stretch(label, "hot", 0.0, 1.0), stretch(label, "gone", 5.0, 0.0)],
+            fleet=[Remembered(label, 1, 7, True, doomed, 0.0, None, "gone", 5.0)],
+        )
+    assert [(r.label, r.doomed, r.state) for r in ledger.remembered()] == [("f/b", True, None)]
+
+
+def test_bad_machines_are_forgotten_when_their_time_is_up(ledger: Ledger) -> None:
+    ledger.write(bad_machines={7: (100.0, "never ready"), 8: (50.0, "died")})
+    assert ledger.bad_machines(60.0) == {7: 100.0}
+
+
+def test_a_host_key_is_the_one_seen_first(ledger: Ledger) -> None:
+    assert ledger.remember_host_key("f/a", "ed25519 AAA") == "ed25519 AAA"
+    assert ledger.remember_host_key("f/a", "ed25519 BBB") == "ed25519 AAA"
+
+
+def test_a_write_that_fails_changes_nothing(ledger: Ledger) -> None:
+    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0)])
+    with pytest.raises(sqlite3.Error):
+        ledger.write(stretches=[stretch("f/a", "cold", 10.0, 36.0), stretch(None, "hot", 1.0, 1.0)])  # type: ignore[arg-type]
+    assert ledger.costs(0.0, 20.0).hot_idle == pytest.approx(20)
+
+
+def test_the_file_is_private(tmp_path: Path) -> None:
+    Ledger(tmp_path / "l.sqlite").close()
+    assert (tmp_path / "l.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_what_vanished_is_remembered_until_its_time_is_up(ledger: Ledger) -> None:
+    ledger.write(mourned={"f/a": (100.0, 0.4), "f/b": (50.0, 0.3)})
+    assert ledger.mourned(60.0) == {"f/a": (100.0, 0.4)}
+
+
+def test_a_commit_that_failed_does_not_keep_the_next_from_beginning(tmp_path: Path) -> None:
+    made = Ledger(tmp_path / "l.sqlite")
+    reader = sqlite3.connect(tmp_path / "l.sqlite", isolation_level=None)
+    made._db.execute("PRAGMA journal_mode=DELETE")
+    made._db.execute("PRAGMA busy_timeout=0")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM stretch").fetchall()  # a reader keeps a commit from happening
+    with pytest.raises(sqlite3.OperationalError):
+        made.write(stretches=[stretch("f/a", "hot", 0.0, 1.0)])
+    reader.execute("COMMIT")
+    reader.close()
+    made.write(stretches=[stretch("f/a", "hot", 0.0, 1.0)])
+    assert [s.label for s in made.costs(0.0, 10.0).stretches] == ["f/a"]
+    made.close()
+
+
+def test_arrivals_are_kept_by_second_and_a_second_may_come_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.add_arrived([Arrived(100, 2.0, 50.0, 300.0), Arrived(103, 1.0, 20.0, 10.0)], 104.0)
+    ledger.add_arrived([Arrived(103, 0.5, 5.0, 90.0)], 105.0)
+    ledger.close()
+    again = Ledger(tmp_path / "ledger.sqlite")
+    assert again.arrived(0.0, 1000.0) == [Arrived(100, 2.0, 50.0, 300.0), Arrived(103, 1.5, 25.0, 100.0)]
+    assert again.arrived(101.0, 103.0) == []
+    assert again.arrived(103.0, 104.0) == [Arrived(103, 1.5, 25.0, 100.0)]
+    again.close()
+
+
+def test_of_what_arrived_only_times_and_counts_are_kept(ledger: Ledger) -> None:
+    columns = [name for _, name, *_ in ledger._db.execute("PRAGMA table_info(arrived)")]
+    assert columns == ["second", "requests", "work", "prompt_tokens"]
+
+
+def test_arrivals_are_forgotten_after_eight_days(ledger: Ledger) -> None:
+    day = [Arrived(int(n * DAY_S), 1.0, 1.0, 1.0) for n in range(20)]
+    ledger.add_arrived(day[:10], 9 * DAY_S)
+    assert [a.second for a in ledger.arrived(0.0, 1e9)] == [a.second for a in day[1:10]]
+    ledger.add_arrived(day[10:11], 9 * DAY_S + PRUNE_EVERY_S - 1.0)
+    assert len(ledger.arrived(0.0, 1e9)) == 10, "it is looked once an hour"
+    ledger.add_arrived(day[11:], 19 * DAY_S)
+    assert [a.second for a in ledger.arrived(0.0, 1e9)] == [a.second for a in day[11:]]
+
+
+def test_what_is_forgotten_of_the_work_changes_no_dollar(ledger: Ledger) -> None:
+    """Buckets of 15 s become days; hot dollars that were for work stay so."""
+    start = 100 * DAY_S
+    ledger.write(stretches=[stretch("f/a", "hot", start, 3600.0), stretch("f/b", "hot", start, 3600.0)])
+    for n in range(0, 12 * 24):  # 9 s of each 15, for 12 days, in a bucket an hour
+        ledger.add_worked({"f/a": 9.0, "f/b": 3.0}, start + n * 3600.0 + 1.0)
+    before = ledger.costs(0.0, start + 2 * DAY_S), ledger.costs(0.0, start + 12 * DAY_S)
+    ledger._prune(start + 12 * DAY_S - KEPT_S)
+    ledger._prune(start + 12 * DAY_S - KEPT_S)
+    assert ledger._db.execute("SELECT COUNT(*) FROM worked_day").fetchone() == (8,)
+    assert ledger._db.execute("SELECT COUNT(*) FROM worked").fetchone() == (2 * 8 * 24,)
+    after = ledger.costs(0.0, start + 2 * DAY_S), ledger.costs(0.0, start + 12 * DAY_S)
+    for one, other in zip(before, after, strict=True):
+        assert other.hot_working == pytest.approx(one.hot_working)
+        assert other.total == pytest.approx(one.total)
+    half = ledger.costs(start, start + DAY_S / 2.0)
+    assert half.hot_working == pytest.approx(12 * 12.0), "inside a day that was folded its work is even"
+
+
+def test_a_ledger_of_before_gets_the_new_tables(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE arrived")
+        db.execute("DROP TABLE worked_day")
+    db.close()
+    again = Ledger(path)
+    again.add_arrived([Arrived(1, 1.0, 1.0, 1.0)], 1.0)
+    assert again.costs(0.0, 10.0).total == 0.0
+    again.close()

@@ -1,0 +1,1 @@
+"""Vast.ai through its command line, as typed calls."""

@@ -1,0 +1,241 @@
+"""The rows of Vast.ai's JSON as typed values: offers and instances."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from vast.cli import (
+    short,
+    unexpected,
+)
+
+PAGE_ROWS = 25  # the most that one page of the listing holds; vast-contract 2.3
+HOURS_PER_MONTH = 720.0  # storage_total_cost = storage_cost * disk_space / 720; vast-contract 2.11
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A machine for rent. Prices are $/h, dph_total with the storage asked for; None means not said."""
+
+    id: int
+    machine_id: int
+    host_id: int | None
+    gpu_name: str
+    num_gpus: int
+    gpu_ram_mb: float
+    dph_total: float
+    dph_base: float
+    storage_cost_gb_month: float
+    inet_down_mbps: float
+    reliability: float
+    dlperf: float | None
+    geolocation: str | None
+    is_bid: bool
+    min_bid: float | None
+    duration_s: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instance as the listing shows it. None means not said.
+
+    ports: tcp port in the container -> port at public_ip, empty unless it runs. dph_total: $/h when it
+    runs; price_now_usd_h: in its present state. Dates are epoch seconds. onstart holds a master token,
+    so repr leaves it out.
+    """
+
+    id: int
+    machine_id: int
+    label: str | None
+    actual_status: str | None
+    intended_status: str | None
+    cur_state: str | None
+    status_msg: str | None
+    public_ip: str | None
+    ports: Mapping[int, int]
+    ssh_host: str | None
+    ssh_port: int | None
+    gpu_name: str
+    num_gpus: int
+    dph_base: float
+    dph_total: float
+    storage_usd_h: float
+    price_now_usd_h: float
+    start_date: float | None
+    end_date: float | None
+    image: str | None
+    onstart: str | None = field(default=None, repr=False)
+
+
+# --- reading what the CLI printed ------------------------------------------------------------------
+
+
+class _Fields:
+    """Typed reading of one JSON object. A required field that is missing or wrong raises and is named."""
+
+    def __init__(self, command: str, what: str, data: object) -> None:
+        self._command = command
+        self._what = what
+        if not isinstance(data, dict):
+            raise unexpected(command, f"an object for each {what}", _shape(data))
+        self._data: dict[str, object] = data
+
+    def whole(self, key: str) -> int:
+        value = self.maybe_whole(key)
+        return self._refuse(key, "a whole number") if value is None else value
+
+    def maybe_whole(self, key: str) -> int | None:
+        value = self._data.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def amount(self, key: str) -> float:
+        value = self.maybe_amount(key)
+        return self._refuse(key, "a number of 0 or more") if value is None else value
+
+    def maybe_amount(self, key: str) -> float | None:
+        """A finite number of 0 or more: the service writes -1 where it does not know."""
+        value = self.maybe_number(key)
+        return value if value is not None and value >= 0 else None
+
+    def maybe_amount_in(self, outer: str, key: str) -> float | None:
+        return _Fields(self._command, f"{self._what}.{outer}", self.mapping(outer)).maybe_amount(key)
+
+    def number(self, key: str) -> float:
+        value = self.maybe_number(key)
+        return self._refuse(key, "a number") if value is None else value
+
+    def maybe_number(self, key: str) -> float | None:
+        value = self._data.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return float(value)
+
+    def text(self, key: str) -> str:
+        return self.maybe_text(key) or self._refuse(key, "a text")
+
+    def maybe_text(self, key: str) -> str | None:
+        """Stripped: whitespace has been seen around addresses. None when empty."""
+        value = self._data.get(key)
+        return (value.strip() or None) if isinstance(value, str) else None
+
+    def rows(self, key: str) -> list[object]:
+        value = self._data.get(key)
+        return value if isinstance(value, list) else self._refuse(key, "a list")
+
+    def mapping(self, key: str) -> dict[str, object]:
+        """Empty when it is missing or null."""
+        value = self._data.get(key)
+        return value if isinstance(value, dict) else {}
+
+    def flag(self, key: str) -> bool | None:
+        value = self._data.get(key)
+        return value if isinstance(value, bool) else None
+
+    def _refuse(self, key: str, expected: str) -> NoReturn:
+        got = _shape(self._data[key]) if key in self._data else "no such field"
+        raise unexpected(self._command, f"{expected} as {key} of the {self._what}", got)
+
+
+def _shape(value: object) -> str:
+    """What kind of JSON it is. Not its content, which may hold keys and start scripts."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(sorted(value)) or 'no keys'}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _json(command: str, stdout: str) -> object:
+    try:
+        return json.loads(stdout)
+    except ValueError:
+        if not stdout.strip():
+            got = "nothing"
+        elif stdout.lstrip().startswith(("{", "[")):
+            got = f"{len(stdout)} characters of broken JSON"
+        else:
+            got = repr(short(stdout))
+        raise unexpected(command, "JSON on stdout", got) from None
+
+
+def _list(command: str, of: str, stdout: str) -> list[object]:
+    value = _json(command, stdout)
+    if not isinstance(value, list):
+        raise unexpected(command, f"a list of {of}", _shape(value))
+    return value
+
+
+def _offer(f: _Fields) -> Offer:
+    return Offer(
+        id=f.whole("id"),
+        machine_id=f.whole("machine_id"),
+        host_id=f.maybe_whole("host_id"),
+        gpu_name=f.text("gpu_name"),
+        num_gpus=f.whole("num_gpus"),
+        gpu_ram_mb=f.amount("gpu_ram"),
+        dph_total=f.amount("dph_total"),
+        dph_base=f.amount("dph_base"),
+        storage_cost_gb_month=f.amount("storage_cost"),
+        inet_down_mbps=f.maybe_amount("inet_down") or 0.0,
+        reliability=f.maybe_amount("reliability") or f.maybe_amount("reliability2") or 0.0,
+        dlperf=f.maybe_amount("dlperf"),
+        geolocation=f.maybe_text("geolocation"),
+        is_bid=f.flag("is_bid") is True,
+        min_bid=f.maybe_amount("min_bid"),
+        duration_s=f.maybe_amount("duration"),
+    )
+
+
+def _row(f: _Fields) -> Row:
+    dph_total = f.amount("dph_total")
+    storage_usd_h = f.maybe_amount("storage_total_cost")
+    if storage_usd_h is None:
+        gb, usd_gb_month = f.maybe_amount("disk_space"), f.maybe_amount("storage_cost")
+        storage_usd_h = (gb or 0.0) * (usd_gb_month or 0.0) / HOURS_PER_MONTH
+    dph_base = f.maybe_amount("dph_base")
+    cur_state = f.maybe_text("cur_state")
+    # cur_state is the contract's: while it is stopped the GPU is given up, and not paid (2.12, 2.13).
+    price_now = f.maybe_amount_in("instance", "totalHour")
+    if price_now is None:
+        price_now = storage_usd_h if cur_state in ("stopped", "unloaded") else dph_total
+    return Row(
+        id=f.whole("id"),
+        machine_id=f.whole("machine_id"),
+        label=f.maybe_text("label"),
+        actual_status=f.maybe_text("actual_status"),
+        intended_status=f.maybe_text("intended_status"),
+        cur_state=cur_state,
+        status_msg=f.maybe_text("status_msg"),
+        public_ip=f.maybe_text("public_ipaddr"),
+        ports=_ports(f.mapping("ports")),
+        ssh_host=f.maybe_text("ssh_host"),
+        ssh_port=f.maybe_whole("ssh_port"),
+        gpu_name=f.maybe_text("gpu_name") or "",
+        num_gpus=f.maybe_whole("num_gpus") or 1,
+        dph_base=max(0.0, dph_total - storage_usd_h) if dph_base is None else dph_base,
+        dph_total=dph_total,
+        storage_usd_h=storage_usd_h,
+        price_now_usd_h=price_now,
+        start_date=f.maybe_amount("start_date"),
+        end_date=f.maybe_amount("end_date"),
+        image=f.maybe_text("image_uuid"),
+        onstart=f.maybe_text("onstart"),
+    )
+
+
+def _label_begins(f: _Fields, prefix: str | None) -> bool:
+    return prefix is None or (f.maybe_text("label") or "").startswith(prefix)
+
+
+def _ports(mapped: Mapping[str, object]) -> dict[int, int]:
+    """{"8000/tcp": [{"HostPort": "33526"}, …again for IPv6]} as {8000: 33526}; anything else is left out."""
+    ports = {}
+    for inside, outside in mapped.items():
+        port, _, protocol = inside.partition("/")
+        first = outside[0] if isinstance(outside, list) and outside else None
+        host_port = str(first.get("HostPort")) if isinstance(first, dict) else ""
+        if protocol == "tcp" and port.isdecimal() and host_port.isdecimal():
+            ports[int(port)] = int(host_port)
+    return ports
