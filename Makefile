@@ -12,7 +12,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 
-.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers clean
+.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -73,6 +73,10 @@ bench-dispatch: $(READY)
 # Against real routers, which have an environment of their own (0.9 GB): about 20 minutes.
 bench-routers: $(READY) $(ROUTERS_READY)
 	$(BIN)/python -m bench.routers --json build/bench-routers.json --plot build/bench-routers.png
+
+# The picture of the system in docs/, drawn from its text (needs graphviz: apt-get install graphviz).
+picture:
+	dot -Tsvg docs/system.dot -o docs/system.svg
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(ROUTERS_VENV) build .mypy_cache .ruff_cache

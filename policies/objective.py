@@ -22,7 +22,7 @@ The loaded pool (hot + cold) only grows between two replays. When a replay has j
 worth their storage (`pool`, at `settled_at`) the rest is given up.
 
 Invariants: the same `seen` gives the same answer; hot is at least min_hot; total is never below what is hot
-or coming. docs/policy.md has the mathematics with its sources.
+or coming. docs/policies.md has the mathematics with its sources.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The README is true: every flag, route, make target and file that there is stands in it, and no other."""
+"""README and docs/ are true: each flag, route, make target, link and file they name exists, and none is missing."""
 
 import argparse
 import re
@@ -24,6 +24,8 @@ from simulation.virtual import command
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+DOCS = "\n".join(PAGES.values())
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -49,13 +51,13 @@ OTHERS = {"--help", "--raw", "--pinnedpubkey"}
 
 
 @pytest.mark.parametrize("program", list(FLAGS))
-def test_every_flag_is_in_the_readme(program: str) -> None:
-    missing = {flag for flag in FLAGS[program] if not re.search(rf"{re.escape(flag)}(?![\w-])", README)}
+def test_every_flag_is_in_the_docs(program: str) -> None:
+    missing = {flag for flag in FLAGS[program] if not re.search(rf"{re.escape(flag)}(?![\w-])", DOCS)}
     assert missing == set()
 
 
-def test_every_flag_in_the_readme_exists() -> None:
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", README))
+def test_every_flag_in_the_docs_exists() -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", DOCS))
     assert named <= set.union(*FLAGS.values()) | OTHERS
 
 
@@ -68,7 +70,7 @@ def routes(app: Any) -> set[str]:
     return found
 
 
-def test_every_route_is_in_the_readme(tmp_path: Path) -> None:
+def test_every_route_is_in_the_docs(tmp_path: Path) -> None:
     scaler = autoscaler_server.create_app(
         MagicMock(),
         MagicMock(),
@@ -82,20 +84,51 @@ def test_every_route_is_in_the_readme(tmp_path: Path) -> None:
     ours = {r for r in routes(cloud_app(world, "k" * 16)) if "/localcloud/" in r}
     world.stop()
     for route in routes(scaler) | routes(balancer) | ours:
-        assert f"`{route}`" in README, route
+        assert f"`{route}`" in DOCS, route
 
 
-def test_every_make_target_in_the_readme_exists_and_every_benchmark_is_there() -> None:
+def test_every_make_target_in_the_docs_exists_and_every_benchmark_is_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.M))
-    named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", README, re.M))
+    named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", DOCS, re.M))
     assert named <= targets
     assert {t for t in targets if t.startswith("bench")} <= named
 
 
-def test_every_file_of_the_root_is_in_the_table_of_files() -> None:
-    for path in ROOT.glob("*.py"):
-        assert path.name in README, path.name
+def test_the_readme_names_every_script_and_every_package() -> None:
+    tops = {p.name for p in ROOT.glob("*.py")} | {f"{p.parent.name}/" for p in ROOT.glob("*/__init__.py")}
+    assert {top for top in tops - {"bench/", "tests/"} if top not in README} == set()
+
+
+def test_the_readme_can_be_read_in_minutes() -> None:
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in PAGES])
+def test_every_link_leads_somewhere(page: str) -> None:
+    text = PAGES[ROOT / page]
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith(("http://", "https://")):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def named_files(text: str) -> set[str]:
+    """Paths of ours with a folder in them, as code, docs and docstrings name them."""
+    tops = "|".join([p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")])
+    return set(re.findall(rf"(?<![\w/.-])((?:{tops})/[\w/.-]*\w\.(?:py|md|svg|dot|json|toml))\b", text))
+
+
+def test_every_file_that_a_page_or_a_source_names_exists() -> None:
+    files = [*PAGES, ROOT / "DECISIONS.md", ROOT / "Makefile", *ROOT.glob("*.py")]
+    files += [f for p in ROOT.glob("*/__init__.py") for f in p.parent.rglob("*.py")]
+    missing = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in files
+        for name in named_files(file.read_text())
+        if not (ROOT / name).exists() and not name.startswith("build/")
+    }
+    assert missing == set()
 
 
 def test_every_dependency_has_its_reason() -> None:
@@ -107,4 +140,4 @@ def test_every_dependency_has_its_reason() -> None:
 
 
 def test_no_placeholder_was_left() -> None:
-    assert not re.search(r"\b(TODO|FIXME|XXX|SIM_OUTPUT|ROUTE|BENCH|TURN)\b", README)
+    assert not re.search(r"\b(TODO|FIXME|XXX|SIM_OUTPUT|ROUTE|BENCH|TURN)\b", DOCS)
