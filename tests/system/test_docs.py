@@ -1,4 +1,4 @@
-"""README and docs/ are true: each flag, route, make target, link and file they name exists; none is missing."""
+"""README and docs/ are true: each flag, route, make target, link and file they name exists."""
 
 import argparse
 import re
