@@ -11,7 +11,8 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping as MappingType
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,26 @@ from fleet.outside.turns import Autoscaler
 from fleet.states import State
 from fleet_client import flags, private_files
 from fleet_client.flags import Parser
+from fleet_client.listening import bind_socket, check_bind
 from policies import POLICIES, make_policy
 from process.errors import ConfigError
-from web import http_face
+from web.answers import error
+from web.app import make_app, requires
+from web.bodies import (
+    BadField,
+    Boolean,
+    Choice,
+    Mapping,
+    Number,
+    Text,
+    Whole,
+    body,
+    check_fields,
+    json_body,
+    parse_json,
+    query_number,
+)
+from web.bridge import serve_flask
 from web.signatures import name_and_key, signer
 
 log = logging.getLogger("autoscaler")
@@ -74,9 +92,9 @@ def create_app(
 
     nudge: a health check has become due. tuner: whom to ask for the curve, and to tell of a new policy.
     """
-    app = http_face.make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
-    control = http_face.requires(lambda: frozenset({keys.control}))
-    operator = http_face.requires(lambda: keys.operator and keys.operator | {keys.control})
+    app = make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
+    control = requires(lambda: frozenset({keys.control}))
+    operator = requires(lambda: keys.operator and keys.operator | {keys.control})
     started = scaler.clock()
 
     @app.get("/health")
@@ -113,7 +131,7 @@ def create_app(
     @app.post("/busy")
     @control
     def busy() -> Response:
-        said = http_face.check_fields(http_face.json_body(MAX_BUSY_BODY), _BUSY)
+        said = check_fields(json_body(MAX_BUSY_BODY), _BUSY)
         report, measured = parse_report(said)
         scaler.heard(report, measured)
         with scaler.lock:
@@ -131,12 +149,12 @@ def create_app(
             label_of[name] = one
         said_by = signer(request.headers.get("Authorization"), "/ready", raw, names)
         if said_by is None:
-            return http_face.error(401, "unauthorized", "wanted the signature of an instance of the fleet")
+            return error(401, "unauthorized", "wanted the signature of an instance of the fleet")
         label = label_of[said_by]
-        said = http_face.check_fields(http_face.parse_json(raw), _READY)
+        said = check_fields(parse_json(raw), _READY)
         why = f"{said['state']}: {said['why']}" if said.get("why") else said["state"]
         if not scaler.told(label, said["boot_id"], said["number"], why):
-            return http_face.error(409, "heard_before", "this message, or one after it, was heard before")
+            return error(409, "heard_before", "this message, or one after it, was heard before")
         log.info("%s says: %s", label, why)
         nudge()
         return jsonify(label=label)
@@ -168,14 +186,14 @@ def create_app(
     @operator
     def costs() -> Response:
         now = scaler.clock()
-        from_s = http_face.query_number("from", 0.0, 0.0, 1e12)
-        to_s = min(now, http_face.query_number("to", now, 0.0, 1e12))
+        from_s = query_number("from", 0.0, 0.0, 1e12)
+        to_s = min(now, query_number("to", now, 0.0, 1e12))
         return jsonify(cost_answer(scaler, from_s, to_s))
 
     @app.put("/manage")
     @operator
     def manage() -> Response:
-        wanted = http_face.body({"manage": http_face.Boolean()})["manage"]
+        wanted = body({"manage": Boolean()})["manage"]
         with scaler.lock:
             scaler.fleet.manage = wanted
         log.info("manage is now %s", wanted)
@@ -184,12 +202,12 @@ def create_app(
     @app.put("/policy")
     @operator
     def policy() -> Response:
-        wanted = http_face.body({"name": http_face.Text(1, 64), "params": http_face.Mapping(optional=True)})
+        wanted = body({"name": Text(1, 64), "params": Mapping(optional=True)})
         try:
             params = wanted.get("params") or {}
             made = make_policy(POLICIES, wanted["name"], params, scaler.fleet.speedup)
         except ConfigError as e:
-            raise http_face.BadField("name" if "unknown policy" in str(e) else "params", str(e)) from e
+            raise BadField("name" if "unknown policy" in str(e) else "params", str(e)) from e
         with scaler.lock:
             scaler.policy = made
         log.info("policy is now %r", made)
@@ -202,11 +220,11 @@ def create_app(
     @operator
     def policy_curve() -> Response:
         if tuner is None:
-            return http_face.error(404, "no_curve", "this process makes no replays")
+            return error(404, "no_curve", "this process makes no replays")
         try:
             return jsonify(tuner.curve())
         except NoCurve as e:
-            return http_face.error(404, "no_curve", str(e))
+            return error(404, "no_curve", str(e))
 
     @app.get("/metrics")
     @operator
@@ -223,49 +241,49 @@ def _shown(command: Command) -> dict[str, str]:
 
 
 _READY: dict[str, Any] = {
-    "state": http_face.Choice(("loading", "ready", "failed")),
-    "why": http_face.Text(0, 300, optional=True),
-    "boot_id": http_face.Text(1, 64),
-    "number": http_face.Whole(0, 2**63),
+    "state": Choice(("loading", "ready", "failed")),
+    "why": Text(0, 300, optional=True),
+    "boot_id": Text(1, 64),
+    "number": Whole(0, 2**63),
 }
 
 _BUSY: dict[str, Any] = {
-    "loadbalancer": http_face.Text(1, 64),
-    "hot_epoch": http_face.Text(0, 64, optional=True),
-    "hot_version": http_face.Whole(0, 2**53, optional=True),
-    "busy": http_face.Number(0.0, 1e6),
-    "demand": http_face.Number(0.0, 1e6),
-    "held": http_face.Whole(0, 10**9),
-    "held_work": http_face.Number(0.0, 1e15),
-    "arrivals": http_face.Whole(0, 2**53),
-    "arrived_work": http_face.Number(0.0, 1e18),
-    "instances": http_face.Mapping(),
-    "traffic": http_face.Mapping(optional=True),  # an older loadbalancer does not send it
+    "loadbalancer": Text(1, 64),
+    "hot_epoch": Text(0, 64, optional=True),
+    "hot_version": Whole(0, 2**53, optional=True),
+    "busy": Number(0.0, 1e6),
+    "demand": Number(0.0, 1e6),
+    "held": Whole(0, 10**9),
+    "held_work": Number(0.0, 1e15),
+    "arrivals": Whole(0, 2**53),
+    "arrived_work": Number(0.0, 1e18),
+    "instances": Mapping(),
+    "traffic": Mapping(optional=True),  # an older loadbalancer does not send it
 }
 
 _TRAFFIC: dict[str, Any] = {
-    "prompt_tokens": http_face.Whole(0, 2**53),
-    "output_tokens": http_face.Number(0.0, 1e18),
-    "in_flight": http_face.Whole(0, 10**9),
-    "late": http_face.Whole(0, 10**9),
-    "held_prompt_tokens": http_face.Whole(0, 2**53),
-    "oldest_wait_s": http_face.Number(0.0, 1e9),
-    "turned_late": http_face.Whole(0, 2**53),
-    "first_token_s": http_face.Number(1e-3, 3600.0),
-    "prompt_token_s": http_face.Number(0.0, 1.0),
-    "late_bound_s": http_face.Number(0.0, 86_400.0, optional=True),
+    "prompt_tokens": Whole(0, 2**53),
+    "output_tokens": Number(0.0, 1e18),
+    "in_flight": Whole(0, 10**9),
+    "late": Whole(0, 10**9),
+    "held_prompt_tokens": Whole(0, 2**53),
+    "oldest_wait_s": Number(0.0, 1e9),
+    "turned_late": Whole(0, 2**53),
+    "first_token_s": Number(1e-3, 3600.0),
+    "prompt_token_s": Number(0.0, 1.0),
+    "late_bound_s": Number(0.0, 86_400.0, optional=True),
 }
 
 _BUSY_INSTANCE: dict[str, Any] = {
-    "unfinished": http_face.Whole(0, 10**9),
-    "work": http_face.Number(0.0, 1e15),
-    "working_s": http_face.Number(0.0, 1e12),
-    "throughput_work_s": http_face.Number(0.0, 1e9),
-    "failures": http_face.Whole(0, 2**53),
+    "unfinished": Whole(0, 10**9),
+    "work": Number(0.0, 1e15),
+    "working_s": Number(0.0, 1e12),
+    "throughput_work_s": Number(0.0, 1e9),
+    "failures": Whole(0, 2**53),
 }
 
 
-def parse_report(said: Mapping[str, Any]) -> tuple[Report, dict[int, float]]:
+def parse_report(said: MappingType[str, Any]) -> tuple[Report, dict[int, float]]:
     """A checked `POST /busy` body as a Report, and the measured work per second by instance id."""
     unfinished: dict[int, int] = {}
     working: dict[int, float] = {}
@@ -273,16 +291,16 @@ def parse_report(said: Mapping[str, Any]) -> tuple[Report, dict[int, float]]:
     measured: dict[int, float] = {}
     for key, one in said["instances"].items():
         if not re.fullmatch(r"[0-9]{1,16}", key):
-            raise http_face.BadField("instances", f"wanted ids of instances as keys, got {key[:60]!r}")
-        instance_id, told = int(key), http_face.check_fields(one, _BUSY_INSTANCE, f"instances.{key}.")
+            raise BadField("instances", f"wanted ids of instances as keys, got {key[:60]!r}")
+        instance_id, told = int(key), check_fields(one, _BUSY_INSTANCE, f"instances.{key}.")
         unfinished[instance_id] = told["unfinished"]
         working[instance_id] = told["working_s"]
         failures[instance_id] = told["failures"]
         if told["throughput_work_s"] > 0.0:
             measured[instance_id] = told["throughput_work_s"]
-    traffic: Mapping[str, Any] = {}
+    traffic: MappingType[str, Any] = {}
     if said.get("traffic") is not None:
-        traffic = http_face.check_fields(said["traffic"], _TRAFFIC, "traffic.")
+        traffic = check_fields(said["traffic"], _TRAFFIC, "traffic.")
     report = Report(
         loadbalancer=said["loadbalancer"],
         hot_epoch=said.get("hot_epoch"),
@@ -393,8 +411,8 @@ def metrics_text(scaler: Autoscaler) -> str:
 def serve(config: Config) -> None:
     """Run until SIGTERM or Ctrl-C. The fleet goes on running: it is found again at the next start."""
     operator_keys = private_files.load_keys(config.operator_key_file)
-    http_face.check_bind(config.host, config.port, keys_present=bool(operator_keys))
-    sock = http_face.bind_socket(config.host, config.port)
+    check_bind(config.host, config.port, keys_present=bool(operator_keys))
+    sock = bind_socket(config.host, config.port)
     process = Process(config, replay=REPLAY)
     keys = Keys(private_files.load_or_make_key(process.state_dir / "control.key"), operator_keys)
     process.check_account()
@@ -412,7 +430,7 @@ def serve(config: Config) -> None:
     )
     process.start()
     try:
-        http_face.serve(
+        serve_flask(
             app,
             sock,
             background=[process.run_health_checks, process.run_hot_push],

@@ -33,11 +33,15 @@ from dispatch.types import Ask
 from engine.slo import Slo
 from fleet_client import flags, private_files
 from fleet_client.flags import Parser, server_url, within
+from fleet_client.listening import bind_socket, check_bind
 from instance_client import request_id
 from loadbalancer import FIRST_TOKEN_WEIGHT, LoadBalancer
 from process.clock import steady_clock
-from web import http_face
-from web.http_face import Answer, BadField, Held, ListOf, Number, Text, Whole
+from web.answers import JsonAnswer
+from web.app import make_app, requires
+from web.bodies import BadField, Choice, Field, ListOf, Number, Text, Whole
+from web.bridge import serve_flask
+from web.direct import Held, awaited, direct, signed
 
 log = logging.getLogger("loadbalancer")
 
@@ -110,7 +114,7 @@ class Config:
 
 # -- the face --------------------------------------------------------------------------------------------
 
-_ROUTE: dict[str, http_face.Field] = {
+_ROUTE: dict[str, Field] = {
     "prompt_tokens": Whole(0, MAX_TOKENS, optional=True),
     "max_tokens": Whole(1, MAX_TOKENS, optional=True),
     "work": Number(1e-3, MAX_WORK, optional=True),
@@ -119,13 +123,13 @@ _ROUTE: dict[str, http_face.Field] = {
     "affinity": ListOf(
         Text(8, 32, form=(re.compile("[0-9a-f]*"), "hex digits a-f")), MAX_AFFINITY, optional=True
     ),
-    "priority": http_face.Choice(tuple(PRIORITIES), optional=True),
+    "priority": Choice(tuple(PRIORITIES), optional=True),
     "count": Whole(1, MAX_COUNT, optional=True),
 }
 
-_DONE: dict[str, http_face.Field] = {
+_DONE: dict[str, Field] = {
     "request_id": Text(1, 64),
-    "outcome": http_face.Choice(("finished", "failed", "unused")),
+    "outcome": Choice(("finished", "failed", "unused")),
     "why": Text(0, 40, optional=True),
 }
 
@@ -141,15 +145,15 @@ class Keys:
 
 def create_app(desk: Desk, keys: Keys) -> Flask:
     """The routes. Views check, act and answer; what is decided is decided in `loadbalancer.py`."""
-    app = http_face.make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
-    operator = http_face.requires(lambda: keys.operator and keys.operator | {keys.control})
+    app = make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
+    operator = requires(lambda: keys.operator and keys.operator | {keys.control})
 
-    @http_face.direct(app, "/route", _ROUTE, lambda: keys.clients)
-    def route(said: dict[str, Any], client: str) -> Answer | Held:
+    @direct(app, "/route", _ROUTE, lambda: keys.clients)
+    def route(said: dict[str, Any], client: str) -> JsonAnswer | Held:
         return desk.route(_ask(desk.balancer, said, client), said.get("wait_s", 0.0), said.get("count"))
 
-    @http_face.direct(app, "/done", _DONE, lambda: keys.clients)
-    def done(said: dict[str, Any], client: str) -> Answer:  # noqa: ARG001
+    @direct(app, "/done", _DONE, lambda: keys.clients)
+    def done(said: dict[str, Any], client: str) -> JsonAnswer:  # noqa: ARG001
         why = said.get("why", "")
         if not re.fullmatch(r"[a-z0-9_]*", why):
             raise BadField("why", "wanted one word of a-z, 0-9 and _: a sentence could quote a prompt")
@@ -164,16 +168,16 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
             log.warning("a client's request %s failed: %s", said["request_id"], why or "no reason given")
         desk.stirred.set()
         desk.serve_waiting()
-        return Answer({})
+        return JsonAnswer({})
 
-    @http_face.signed(app, "/report")
-    def report(raw: bytes, authorization: str | None) -> Answer:
+    @signed(app, "/report")
+    def report(raw: bytes, authorization: str | None) -> JsonAnswer:
         return desk.report(raw, authorization)
 
-    @http_face.awaited(app, "PUT", "/hot", lambda: frozenset({keys.control}))
-    async def hot(raw: bytes) -> Answer:
+    @awaited(app, "PUT", "/hot", lambda: frozenset({keys.control}))
+    async def hot(raw: bytes) -> JsonAnswer:
         news = desk.hot_set(await read_hot(desk.reader, raw))
-        return Answer({"taken": news, "epoch": desk.balancer.epoch, "version": desk.balancer.version})
+        return JsonAnswer({"taken": news, "epoch": desk.balancer.epoch, "version": desk.balancer.version})
 
     @app.get("/status")
     @operator
@@ -298,16 +302,16 @@ def serve(config: Config) -> None:
     config = config.checked()
     clients = private_files.load_keys(config.client_keys_file)
     operator = private_files.load_keys(config.operator_key_file)
-    http_face.check_bind(config.host, config.port, keys_present=bool(clients) and bool(operator))
+    check_bind(config.host, config.port, keys_present=bool(clients) and bool(operator))
     state_dir = private_files.make_private_dir(
         config.state_dir or private_files.default_state_dir(config.label)
     )
     keys = Keys(private_files.load_or_make_key(state_dir / "control.key"), clients, operator)
-    sock = http_face.bind_socket(config.host, config.port)
+    sock = bind_socket(config.host, config.port)
     desk = Desk(make_balancer(config), steady_clock())
     errands = Errands(desk, config.autoscaler, keys.control, config.report_to)
     log.info("loadbalancer of fleet %s on http://%s:%d", config.label, config.host, config.port)
-    http_face.serve(
+    serve_flask(
         create_app(desk, keys),
         sock,
         background=[errands.clockwork, errands.ticks, errands.autoscaler],

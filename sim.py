@@ -41,7 +41,7 @@ from rich.text import Text
 from engine.profiles import PROFILES, get_profile
 from fleet_client import AsyncFleetTransport
 from fleet_client.flags import Parser, server_url, within
-from fleet_client.loopback import is_loopback
+from fleet_client.loopback import is_loopback_url
 from fleet_client.private_files import default_state_dir, load_keys
 from process.errors import ConfigError
 from simulation import report
@@ -429,7 +429,7 @@ async def _find_engine(addresses: Collection[str]) -> str:
     """What answered, told by where it is: on loopback it can only be a local cloud."""
     if not addresses:
         return "unknown engine: no instance was asked"
-    if not all(is_loopback(address) for address in addresses):
+    if not all(is_loopback_url(address) for address in addresses):
         return "vLLM on rented machines"
     async with aiohttp.ClientSession(trust_env=False, timeout=aiohttp.ClientTimeout(total=2.0)) as session:
         try:

@@ -48,8 +48,8 @@ from urllib.request import urlopen
 
 import uvloop
 
+from fleet_client.listening import allow_many_files
 from remote import boot
-from web.http_face import allow_many_files
 from web.signatures import name_and_key
 
 ROOT = Path(__file__).parent.parent

@@ -30,14 +30,24 @@ from typing import Any
 
 import httpx2
 
-from fleet_client import Answer, AsyncFleetTransport, Reply, Timeouts, flags, private_files
+from fleet_client import (
+    Answer,
+    AsyncFleetTransport,
+    Reply,
+    Timeouts,
+    flags,
+    private_files,
+)
+from fleet_client.asgi_server import AsgiServer
+from fleet_client.bearer import bearer_is
 from fleet_client.connection_pool import Header
 from fleet_client.errors import ConfigError
 from fleet_client.flags import Parser, server_url, within
 from fleet_client.leases import NORMAL, PRIORITIES
+from fleet_client.listening import bind_socket, check_bind
+from fleet_client.loopback import is_loopback_host, names_loopback
 from fleet_client.retry import error_reply
 from fleet_client.transport import MAX_BODY
-from web import http_face
 
 log = logging.getLogger("gateway")
 
@@ -85,7 +95,7 @@ def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool)
     if keys:
         # Given twice they are joined, so two Authorization headers match no key.
         given = b",".join(_values(headers, b"authorization"))
-        if http_face.bearer_is(given.decode("latin-1"), keys):
+        if bearer_is(given.decode("latin-1"), keys):
             return None
         reply = error_reply(
             401, "invalid_api_key", "this gateway wants its own key: Authorization: Bearer <key>"
@@ -94,7 +104,7 @@ def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool)
         return reply
     if loopback:
         for host in _values(headers, b"host"):
-            if not http_face.names_loopback(host):
+            if not names_loopback(host):
                 return error_reply(403, "wrong_host", f"Host: {_shown(host)} is not this machine")
     origins = _values(headers, b"origin")
     for origin in origins:
@@ -108,7 +118,7 @@ def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool)
 def from_loopback(origin: bytes) -> bool:
     """Whether an Origin header names a server of this machine."""
     scheme, found, host = origin.partition(b"://")
-    return bool(found) and scheme in (b"http", b"https") and http_face.names_loopback(host)
+    return bool(found) and scheme in (b"http", b"https") and names_loopback(host)
 
 
 def _values(headers: Sequence[Header], name: bytes) -> list[bytes]:
@@ -325,7 +335,7 @@ def serve(config: Config) -> None:
     """Run until SIGTERM or Ctrl-C; leases that were fetched ahead go back then."""
     config = config.checked()
     keys = private_files.load_keys(config.key_file)
-    http_face.check_bind(config.host, config.port, keys_present=bool(keys))
+    check_bind(config.host, config.port, keys_present=bool(keys))
     try:
         transport = AsyncFleetTransport(
             config.loadbalancer,
@@ -340,8 +350,8 @@ def serve(config: Config) -> None:
         )
     except ValueError as e:
         raise ConfigError(str(e).replace("trust_network=True", "--trust-network")) from None
-    sock = http_face.bind_socket(config.host, config.port)
-    loopback = http_face.is_loopback(sock.getsockname()[0])
+    sock = bind_socket(config.host, config.port)
+    loopback = is_loopback_host(sock.getsockname()[0])
     # It says there that an answer was left incomplete, which is how a broken one is passed on.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     gateway = Gateway(transport, keys, loopback=loopback)
@@ -350,7 +360,7 @@ def serve(config: Config) -> None:
         log.warning(
             "prompts and keys come here in the clear: only for a network where nobody else can listen"
         )
-    http_face.serve(gateway, sock, background=[gateway.leases])
+    AsgiServer(gateway, sock, background=[gateway.leases]).run()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fleet_client.loopback import is_loopback
+from fleet_client.loopback import is_loopback_url
 
 LONGEST = 16_384
 """Characters of a certificate that is looked at; one with an RSA key of 4096 bits has 2,000."""
@@ -77,5 +77,5 @@ def check(url: str, certificate: str | None) -> None:
     scheme = urlsplit(url).scheme
     if scheme == "https" and certificate is None:
         raise BadAddress("https, but its certificate is not known")
-    if scheme != "https" and (scheme != "http" or not is_loopback(url)):
+    if scheme != "https" and (scheme != "http" or not is_loopback_url(url)):
         raise BadAddress("in the clear, which is for loopback only")

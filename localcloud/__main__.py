@@ -22,6 +22,8 @@ from waitress.server import create_server  # type: ignore[import-untyped]
 
 from fleet_client import flags, private_files
 from fleet_client.flags import Parser, within
+from fleet_client.listening import bind_socket
+from fleet_client.loopback import is_loopback_host
 from localcloud import faults, processes
 from localcloud.account import Cloud
 from localcloud.api import create_app
@@ -29,7 +31,6 @@ from localcloud.engines import ENGINES
 from localcloud.market import MACHINES, Machine, machines_from
 from localcloud.world import World
 from process.errors import ConfigError
-from web import http_face
 
 log = logging.getLogger("localcloud")
 
@@ -122,14 +123,14 @@ def main(argv: list[str] | None = None) -> None:
 
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    if not http_face.is_loopback(args.host):
+    if not is_loopback_host(args.host):
         raise ConfigError(f"--host {args.host}: loopback only: it runs what it is asked to run")
     within("--port", args.port, 1, 65_535)
     cloud = _cloud(args, time.time())
     ENGINES[args.engine].make_ready()
     root = private_files.make_private_dir(args.root or private_files.default_state_dir("localcloud"))
     key = os.environ.get("LOCALCLOUD_API_KEY") or private_files.load_or_make_key(root / "api.key")
-    sock = http_face.bind_socket(args.host, args.port)
+    sock = bind_socket(args.host, args.port)
     locked = processes.lock(root / "lock", LOCK_WAIT_S)
     if locked is None:
         raise ConfigError(f"--root {root}: another local cloud has its instances there")

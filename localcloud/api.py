@@ -25,7 +25,9 @@ from localcloud.account import Order, Refused
 from localcloud.faults import FAULTS, BadFault, limits_of
 from localcloud.market import GPUS, BadQuery, Query, in_order, matches
 from localcloud.world import World
-from web import http_face
+from web.answers import error
+from web.app import make_app, requires
+from web.bodies import BadField, Choice, body, json_body
 
 log = logging.getLogger("localcloud")
 
@@ -108,7 +110,7 @@ def _too_many() -> Response:
 
 def create_app(world: World, api_key: str) -> Flask:
     """All routes. api_key: what an Authorization header must carry, but for the few that are open."""
-    app = http_face.make_app("localcloud")
+    app = make_app("localcloud")
     # A page in somebody's browser can reach loopback under a name of its own (DNS rebinding).
     app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost", "[::1]"]
     pace = _Pace(world.cloud.speedup)
@@ -427,7 +429,7 @@ def create_app(world: World, api_key: str) -> Flask:
 
     # -- our own ------------------------------------------------------------------------------------
 
-    keyed = http_face.requires(lambda: frozenset({api_key}))
+    keyed = requires(lambda: frozenset({api_key}))
 
     @app.get("/localcloud/status")
     def status() -> Response:
@@ -446,15 +448,15 @@ def create_app(world: World, api_key: str) -> Flask:
     @app.post("/localcloud/faults")
     @keyed
     def add_fault() -> tuple[Response, int]:
-        said = http_face.json_body()
+        said = json_body()
         if not isinstance(said, dict) or not isinstance(said.get("name"), str):
-            raise http_face.BadField("name", "wanted the name of a fault")
+            raise BadField("name", "wanted the name of a fault")
         name = said.pop("name")
         try:
             with world.lock:
                 fault = cloud.faults.add(name, said, world.clock())
         except BadFault as e:
-            raise http_face.BadField("name" if name not in FAULTS else "parameters", str(e)) from None
+            raise BadField("name" if name not in FAULTS else "parameters", str(e)) from None
         world.kick()
         log.info("fault on: %s", fault.shown())
         return jsonify(fault.shown()), 201
@@ -466,7 +468,7 @@ def create_app(world: World, api_key: str) -> Flask:
             with world.lock:
                 removed = cloud.faults.remove(name)
         except BadFault as e:
-            return http_face.error(404, "not_found", str(e))
+            return error(404, "not_found", str(e))
         world.kick()
         log.info("fault off: %s (%d)", name, removed)
         return jsonify(removed=removed)
@@ -474,12 +476,12 @@ def create_app(world: World, api_key: str) -> Flask:
     @app.post("/localcloud/instances/<int:instance_id>/kill")
     @keyed
     def kill(instance_id: int) -> Any:
-        part = http_face.body({"part": http_face.Choice(("all", "model"), optional=True)}).get("part", "all")
+        part = body({"part": Choice(("all", "model"), optional=True)}).get("part", "all")
         try:
             with world.lock:
                 cloud.kill(instance_id, world.clock(), part)
         except Refused as e:
-            return http_face.error(e.status, e.error, e.msg)
+            return error(e.status, e.error, e.msg)
         world.kick()
         return jsonify(killed=part)
 

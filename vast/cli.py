@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fleet_client.loopback import is_loopback
+from fleet_client.loopback import is_loopback_url
 from process.errors import CloudError, ConfigError
 
 log = logging.getLogger("vast")
@@ -108,7 +108,7 @@ class VastSettings:
             raise ConfigError("the cloud's API key must be printable characters without spaces")
         if self.url is not None:
             _check_url(self.url)
-        if self.local and (self.url is None or not is_loopback(self.url)):
+        if self.local and (self.url is None or not is_loopback_url(self.url)):
             raise ConfigError(
                 f"a local cloud needs a loopback VAST_URL such as http://127.0.0.1:8500, got {self.url!r}: "
                 "without one the CLI talks to the paid service"
@@ -130,7 +130,7 @@ def _check_url(url: str) -> None:
         raise ConfigError(f"VAST_URL must be like https://host or http://127.0.0.1:PORT, got {url!r}")
     if parts.username or parts.path or parts.query or parts.fragment:
         raise ConfigError(f"VAST_URL must end after host and port, without a slash, got {url!r}")
-    if parts.scheme == "http" and not is_loopback(url):
+    if parts.scheme == "http" and not is_loopback_url(url):
         raise ConfigError(f"VAST_URL {url!r} would send the API key unencrypted: use https")
 
 
@@ -426,7 +426,7 @@ class Cli:
             kept["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
         if self._settings.url is not None:
             kept["VAST_URL"] = self._settings.url
-            if is_loopback(self._settings.url):
+            if is_loopback_url(self._settings.url):
                 # requests honours proxies, and reads the lower-case name first.
                 kept["NO_PROXY"] = kept["no_proxy"] = "127.0.0.1,localhost,::1"
         return kept

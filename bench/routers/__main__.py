@@ -57,12 +57,12 @@ from bench.routers.load import (
 )
 from bench.routers.processes import ROUTERS, Engine
 from fleet_client.flags import Parser, run_main, within
+from fleet_client.listening import allow_many_files
 from fleet_client.tls_pins import pinned_context
 from process.errors import ConfigError
 from remote import boot as boots
 from remote.token_check import App, Message, Receive, Scope, Send, TokenCheck
 from remote.tokens import Issuer
-from web.http_face import allow_many_files
 
 LEASES_AHEAD = 64
 """That a client of ours keeps: what one call of POST /route brings at most, where it gives batches."""

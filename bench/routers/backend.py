@@ -29,8 +29,8 @@ from typing import Any, cast
 import httptools
 import uvloop
 
+from fleet_client.listening import allow_many_files
 from remote.token_check import App, Message, Receive, Scope, Send, TokenCheck
-from web.http_face import allow_many_files
 
 MODEL = "bench"
 TOKEN = "^"  # noqa: S105 a letter of an answer, not a secret

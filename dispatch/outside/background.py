@@ -15,8 +15,7 @@ from dispatch.outside.service import Desk
 from dispatch.types import Poll, Refill, Usage
 from instance_client import InstanceClient
 from process.errors import InstanceError
-from web import http_face
-from web.http_face import BadField, Number, Text, Whole
+from web.bodies import BadField, Number, Text, Whole, check_fields
 
 log = logging.getLogger("loadbalancer")
 
@@ -235,7 +234,7 @@ class Errands:
         ) as reply:
             said = await _answer(reply)
         balancer, now = self._desk.balancer, self._desk.clock()
-        told = http_face.check_fields(
+        told = check_fields(
             said,
             {
                 "hot_epoch": Text(1, 64),

@@ -8,8 +8,7 @@ from typing import Any
 from dispatch.types import HotInstance, HotSet
 from engine.timing import Timing
 from fleet_client import tls_pins
-from web import http_face
-from web.http_face import BadField, ListOf, Number, Text, Whole
+from web.bodies import BadField, Choice, Field, ListOf, Mapping, Number, Text, Whole, check_fields, json_parts
 
 MAX_HOT_BODY = 32 * 2**20
 """Bytes of a hot set: 10,000 instances at about 2 kB, most of which is the certificate."""
@@ -17,31 +16,31 @@ MAX_HOT_BODY = 32 * 2**20
 
 # -- the hot set, as it is told --------------------------------------------------------------------------
 
-_HOT: dict[str, http_face.Field] = {
+_HOT: dict[str, Field] = {
     "epoch": Text(1, 64),
     "version": Whole(0, 2**53),
     "model": Text(1, 200),
     "prefill_weight": Number(0.0, 100.0),
     "expected_output_tokens": Number(1.0, 1e6),
     "expected_hot_s": Number(0.0, 1e6, optional=True),
-    "instances": ListOf(http_face.Mapping(), 0),  # those that there are have been read by then
+    "instances": ListOf(Mapping(), 0),  # those that there are have been read by then
 }
 
 MAX_INSTANCES = 20_000
 
-_HOT_INSTANCE: dict[str, http_face.Field] = {
+_HOT_INSTANCE: dict[str, Field] = {
     "id": Whole(0, 2**53),
-    "state": http_face.Choice(("hot", "draining")),
+    "state": Choice(("hot", "draining")),
     "address": Text(8, 300),
     "auth_url": Text(8, 300),
     "master_token": Text(1, 200),
     "throughput_work_s": Number(1e-3, 1e9),
     "capacity_work": Number(1e-3, 1e12),
     "certificate": Text(1, tls_pins.LONGEST, optional=True),
-    "timing": http_face.Mapping(optional=True),
+    "timing": Mapping(optional=True),
 }
 
-_TIMING: dict[str, http_face.Field] = {
+_TIMING: dict[str, Field] = {
     **{name: Number(0.0, 1e6) for name in "abcdef"},
     "kv_tokens": Whole(1, 10**9),
     "max_seqs": Whole(1, 10**9),
@@ -80,7 +79,7 @@ class HotReader:
             known[told.id] = value, told
             n += 1
             yield None
-        hot = http_face.check_fields(fields, _HOT)
+        hot = check_fields(fields, _HOT)
         self._known = known
         yield HotSet(
             epoch=hot["epoch"],
@@ -101,7 +100,7 @@ class HotReader:
 
 
 def _parse_instance(said: object, inside: str) -> HotInstance:
-    told = http_face.check_fields(said, _HOT_INSTANCE, inside)
+    told = check_fields(said, _HOT_INSTANCE, inside)
     certificate = told.get("certificate")
     for name in ("address", "auth_url"):
         try:
@@ -114,7 +113,7 @@ def _parse_instance(said: object, inside: str) -> HotInstance:
         raise BadField(f"{inside}certificate", str(e)) from None
     timing = told.pop("timing", None)
     if timing is not None:
-        timing = Timing("told", **http_face.check_fields(timing, _TIMING, f"{inside}timing."))
+        timing = Timing("told", **check_fields(timing, _TIMING, f"{inside}timing."))
     draining = told.pop("state") == "draining"
     return HotInstance(draining=draining, public_key_sha256=key, timing=timing, **told)
 
@@ -126,7 +125,7 @@ def parse_hot(said: object) -> HotSet:
 
 
 def _parts(said: object) -> Iterator[tuple[str, Any, bool]]:
-    for name, value in http_face.Mapping().check("body", said).items():
+    for name, value in Mapping().check("body", said).items():
         entries = value if name == "instances" and isinstance(value, list) else None
         yield name, value if entries is None else [], False
         for one in entries or ():
@@ -136,7 +135,7 @@ def _parts(said: object) -> Iterator[tuple[str, Any, bool]]:
 async def read_hot(reader: HotReader, raw: bytes) -> HotSet:
     """The hot set in a body, read a little at a time: meanwhile others are answered."""
     begun = time.perf_counter()
-    for hot in reader.read(http_face.json_parts(raw, "instances")):
+    for hot in reader.read(json_parts(raw, "instances")):
         if hot is not None:
             return hot
         if time.perf_counter() - begun > SLICE_S:

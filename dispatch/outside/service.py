@@ -13,8 +13,9 @@ from dispatch.outside.hot_set import HotReader
 from dispatch.outside.push import parse_push
 from dispatch.types import Ask, HotInstance, HotSet, Lease, Waiter
 from loadbalancer import LoadBalancer
-from web import http_face
-from web.http_face import Answer, Held
+from web.answers import JsonAnswer, error_answer
+from web.bodies import parse_json
+from web.direct import Held
 from web.signatures import name_and_key, signer
 
 log = logging.getLogger("loadbalancer")
@@ -60,7 +61,7 @@ class Desk:
             raise RuntimeError("the loadbalancer's state belongs to the thread of the event loop")
         return self._balancer
 
-    def route(self, ask: Ask, wait_s: float, count: int | None = None) -> Answer | Held:
+    def route(self, ask: Ask, wait_s: float, count: int | None = None) -> JsonAnswer | Held:
         """A lease, a place in the line, or why not; with count up to so many leases, and at least one."""
         balancer, now = self.balancer, self.clock()
         self.stirred.set()
@@ -151,31 +152,29 @@ class Desk:
         self.serve_waiting()
         return True
 
-    def report(self, raw: bytes, authorization: str | None) -> Answer:
+    def report(self, raw: bytes, authorization: str | None) -> JsonAnswer:
         """An instance says by itself what has happened there."""
         name = signer(authorization, "/report", raw, self._signing_keys)
         if name is None:
-            return http_face.error_answer(
-                401, "unauthorized", "wanted the signature of an instance that is hot"
-            )
-        push = parse_push(http_face.parse_json(raw))
+            return error_answer(401, "unauthorized", "wanted the signature of an instance that is hot")
+        push = parse_push(parse_json(raw))
         instance_id = self._signers[name]
         next_in_s = self.balancer.pushed(instance_id, push, self.clock())
         if next_in_s is None:
-            return http_face.error_answer(409, "not_now", "of a boot that is not known here, or heard before")
+            return error_answer(409, "not_now", "of a boot that is not known here, or heard before")
         if any(end.status == "failed" for end in push.ended):
             self.stirred.set()  # the instance may be in doubt
         if not push.model_up:
             log.warning("instance %d says that its model server is down: it gets no requests", instance_id)
         self.serve_waiting()
-        return Answer({"next_in_s": round(next_in_s, 3)})
+        return JsonAnswer({"next_in_s": round(next_in_s, 3)})
 
     def _park(self, waiter: Waiter, wait_s: float, count: int | None) -> Held:
         def leave() -> None:
             self._parked.pop(waiter, None)
             self.balancer.cancel(waiter)
 
-        def late() -> Answer:
+        def late() -> JsonAnswer:
             leave()
             return self._refused(waiter.ask)
 
@@ -187,11 +186,11 @@ class Desk:
         for lease in given:
             self.balancer.done(lease.request_id, "unused", self.clock())
 
-    def _granted(self, given: list[Lease], count: int | None, now: float) -> Answer:
+    def _granted(self, given: list[Lease], count: int | None, now: float) -> JsonAnswer:
         """One lease, or with count several."""
         if count is None:
             shown = self._shown_of(given[0].told)
-            return Answer(f"{shown.lease(given[0], _expiry(given[0], now))}{shown.certified}}}".encode())
+            return JsonAnswer(f"{shown.lease(given[0], _expiry(given[0], now))}{shown.certified}}}".encode())
         texts: list[str] = []
         certificates: dict[int, str] = {}
         expiries: dict[float, str] = {}  # most leases of a batch expire together
@@ -205,7 +204,7 @@ class Desk:
                 certificates[lease.instance_id] = f'"{lease.instance_id}": {{{shown.certified[2:]}}}'
         known = ", ".join(certificates.values())
         leases = "}, ".join(texts)
-        return Answer(f'{{"leases": [{leases}}}], "certificates": {{{known}}}}}'.encode())
+        return JsonAnswer(f'{{"leases": [{leases}}}], "certificates": {{{known}}}}}'.encode())
 
     def _shown_of(self, told: HotInstance) -> "_Shown":
         shown = self._shown.get(told.id)
@@ -213,7 +212,7 @@ class Desk:
             shown = self._shown[told.id] = _Shown(told, self._balancer.model)
         return shown
 
-    def _too_many(self, ask: Ask, after_s: float) -> Answer:
+    def _too_many(self, ask: Ask, after_s: float) -> JsonAnswer:
         leases, work = self.balancer.allowance.unused(ask.client)
         message = (
             f"{leases} leases of {work:.0f} work are yours and unused, and others ask, too, or it is as many "
@@ -221,7 +220,7 @@ class Desk:
         )
         return _again_later("too_many_unused", message, after_s, 429)
 
-    def _refused(self, ask: Ask) -> Answer:
+    def _refused(self, ask: Ask) -> JsonAnswer:
         why, after_s = self.balancer.refuse(ask, self.clock())
         message = {
             "nothing_hot": "no instance is hot; the fleet has been told",
@@ -230,9 +229,9 @@ class Desk:
         return _again_later(why, message, after_s, 503)
 
 
-def _again_later(error: str, message: str, after_s: float, status: int) -> Answer:
+def _again_later(error: str, message: str, after_s: float, status: int) -> JsonAnswer:
     said = {"error": error, "message": message, "retry_after_s": round(after_s, 1)}
-    return Answer(said, status, (("Retry-After", str(math.ceil(after_s))),))
+    return JsonAnswer(said, status, (("Retry-After", str(math.ceil(after_s))),))
 
 
 class _Shown:

@@ -42,7 +42,7 @@ from remote.speaker import signed
 from tests.fleet_world import FakeVast, World, make_offer
 from tests.paths import ROOT
 from vast.rows import Offer, Row
-from web.http_face import MAX_BODY
+from web.app import MAX_BODY
 from web.signatures import instance_key
 
 CONTROL, OPERATOR = "control-" + "c" * 32, "operator-" + "o" * 32

@@ -19,13 +19,14 @@ import openai
 import pytest
 
 from fleet_client import AsyncFleetTransport, gateway
+from fleet_client.asgi_server import AsgiServer
 from fleet_client.connection_pool import Header
 from fleet_client.gateway import Config, Gateway, from_loopback, one_secret, preflight, refusal
+from fleet_client.listening import bind_socket
 from process.errors import ConfigError
 from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet
 from tests.paths import ROOT
 from tests.waiting import wait_for
-from web import http_face
 
 SECRET = "the quick brown fox and his secret"
 KEY = "k" * 32
@@ -173,10 +174,10 @@ def fleet() -> Iterator[FakeFleet]:
 @contextmanager
 def running(fleet: FakeFleet, keys: frozenset[str] = frozenset(), **more: Any) -> Iterator[int]:
     """A gateway in this process; gives its port."""
-    sock = http_face.bind_socket("127.0.0.1", 0)
+    sock = bind_socket("127.0.0.1", 0)
     port: int = sock.getsockname()[1]
     made = Gateway(AsyncFleetTransport(fleet.url, **more), keys, loopback=True)
-    server = http_face.Server(made, sock, background=[made.leases])
+    server = AsgiServer(made, sock, background=[made.leases])
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

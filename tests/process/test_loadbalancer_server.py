@@ -30,12 +30,12 @@ from dispatch.outside.service import Desk
 from dispatch.types import Ask, HotSet, Refill
 from engine.slo import Slo
 from fleet_client import tls_pins
+from fleet_client.listening import allow_many_files, bind_socket
 from loadbalancer import LoadBalancer
 from loadbalancer_server import Config, Keys, create_app
 from process.errors import ConfigError
 from tests.paths import ROOT
-from web import http_face
-from web.http_face import BadField
+from web.bodies import BadField, check_fields
 from web.signatures import name_and_key
 
 CONTROL, CLIENT, OPERATOR = "control-" + "c" * 32, "client-" + "u" * 32, "operator-" + "o" * 32
@@ -198,13 +198,13 @@ def test_the_autoscaler_understands_the_busy_report_and_also_one_of_an_older_loa
     counter.client.post("/route", json={"prompt_tokens": 1000, "max_tokens": 50})
     counter.balancer.hold(Ask(900.0, None, (), 100), counter.desk.clock() + 5.0, counter.desk.clock())
     body = json.loads(background.busy_body(counter.desk))
-    report, measured = parse_report(http_face.check_fields(body, autoscaler_server._BUSY))
+    report, measured = parse_report(check_fields(body, autoscaler_server._BUSY))
     assert (report.arrived_prompt_tokens, report.arrived_output_tokens) == (1000, 50.0)
     assert (report.in_flight, report.held, report.held_work) == (1, 1, 900.0)
     assert (report.held_prompt_tokens, report.late_bound_s, report.slo) == (100, 300.0, Slo())
     assert measured == {7: 100.0}
     del body["traffic"]
-    older, _ = parse_report(http_face.check_fields(body, autoscaler_server._BUSY))
+    older, _ = parse_report(check_fields(body, autoscaler_server._BUSY))
     assert (older.arrivals, older.in_flight, older.held_work) == (1, 1, 900.0)
     assert older.late_bound_s is None, "it has one line"
 
@@ -736,7 +736,7 @@ def run(*flags: str) -> tuple[int, str]:
 
 
 def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path) -> None:
-    with http_face.bind_socket("127.0.0.1", 0) as taken:
+    with bind_socket("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         code, said = run("--port", port, "--state-dir", str(tmp_path / "state"))
     assert (code, said.count("\n")) == (2, 1)
@@ -910,7 +910,7 @@ def test_those_who_wait_are_served_when_an_instance_becomes_hot_and_told_at_the_
 def test_an_instance_that_does_not_answer_delays_nobody(tmp_path: Path) -> None:
     """Its port takes connections and never says a word; the other instance serves meanwhile."""
     with (
-        http_face.bind_socket("127.0.0.1", 0) as silent,
+        bind_socket("127.0.0.1", 0) as silent,
         StubFleet(1) as fleet,
         loadbalancer(free_port(), tmp_path / "state") as it,
     ):
@@ -976,7 +976,7 @@ def test_five_thousand_wait_in_one_process_and_a_replaced_hot_set_loses_none_and
     tmp_path: Path,
 ) -> None:
     """Real connections of all classes; 200 clients go away; the hot set changes while others are served."""
-    http_face.allow_many_files()
+    allow_many_files()
     fleet_size, many, away = 16, 5000, 200
 
     def hot(version: int, start: int) -> dict[str, Any]:

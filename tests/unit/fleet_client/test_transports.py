@@ -47,7 +47,7 @@ from tests.fake_fleet import (
     make_certificate,
 )
 from tests.waiting import wait_for
-from web import http_face
+from web.bodies import check_fields
 
 SECRET = "the quick brown fox and his secret"
 USER_KEY = "sk-the-users-own-key"
@@ -1274,15 +1274,15 @@ def test_a_thread_that_reads_is_ended_by_another_that_closes(fleet: FakeFleet) -
 
 def test_what_is_asked_of_the_loadbalancer_is_what_the_real_one_takes() -> None:
     body = leases.route_body(Size(5, 7), 3.0, [1, 1, 2])
-    checked = http_face.check_fields(body, loadbalancer_server._ROUTE)
+    checked = check_fields(body, loadbalancer_server._ROUTE)
     assert checked == {"prompt_tokens": 5, "max_tokens": 7, "wait_s": 3.0, "avoid": [1, 2]}
-    assert http_face.check_fields(leases.route_body(Size(0, None), 0.0), loadbalancer_server._ROUTE)
+    assert check_fields(leases.route_body(Size(0, None), 0.0), loadbalancer_server._ROUTE)
     hashes = ["0123456789abcdef"] * 256
     body = leases.route_body(Size(5, 7), 0.0, affinity=hashes, priority="low", count=64)
-    checked = http_face.check_fields(body, loadbalancer_server._ROUTE)
+    checked = check_fields(body, loadbalancer_server._ROUTE)
     assert (checked["affinity"], checked["priority"], checked["count"]) == (hashes, "low", 64)
     for outcome, why in (("unused", ""), ("failed", "wrong_certificate")):
-        assert http_face.check_fields(leases.done_body(lease(), outcome, why), loadbalancer_server._DONE)
+        assert check_fields(leases.done_body(lease(), outcome, why), loadbalancer_server._DONE)
 
 
 def test_the_certificate_of_an_instance_is_the_only_one_that_counts() -> None:

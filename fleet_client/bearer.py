@@ -1,0 +1,15 @@
+"""Compare bearer keys in constant time."""
+
+import hmac
+from collections.abc import Collection
+
+
+def bearer_is(header: str | None, keys: Collection[str]) -> bool:
+    """Whether the header carries one of the keys; every key is compared, each in constant time."""
+    if header is None or header[:7].lower() != "bearer ":
+        return False
+    given = header[7:].encode()
+    good = False
+    for key in keys:
+        good |= hmac.compare_digest(given, key.encode())
+    return good

@@ -1,0 +1,264 @@
+"""Serve a Flask app on the event loop.
+
+Views run inline on the loop: uvicorn parses, the bridge calls the WSGI app, and only requests that must wait
+are parked. That takes 130 µs of processor an answer and holds thousands of waiting clients in two threads; a
+thread per client took twice to nine times that (measured 2026-11). So all views run on one thread, the
+loop's, unless their path is named blocking, and state that only views and background coroutines touch needs
+no lock.
+
+    request ─┬─► Flask view ─────► answer
+             └─► direct view ─┬──► answer           without Flask's part of the time
+                              └──► Held ─► its answer    from whatever frees capacity,
+                                      ├──► late()        when its time is over,
+                                      ├──► 503           when the server ends,
+                                      └──► gave_up()     when its client has gone
+"""
+
+import asyncio
+import functools
+import io
+import logging
+import socket
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+from urllib.parse import unquote_to_bytes
+
+from flask import Flask
+
+from fleet_client.asgi_server import AsgiServer, Background
+from fleet_client.loopback import is_loopback_host, names_loopback
+from web.answers import CLOSING, OUR_FAULT, JsonAnswer, error_answer
+from web.direct import AwaitedRoute, DirectAnswer, Held, direct_routes
+
+log = logging.getLogger("http")
+
+_Plain = tuple[int, list[tuple[bytes, bytes]], bytes]
+
+
+@functools.lru_cache(maxsize=256)
+def _environ_name(header: bytes) -> str:
+    name = header.decode("latin-1").upper().replace("-", "_")
+    return name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + name
+
+
+class FlaskBridge:
+    """The ASGI application around one Flask app; a context, which ends with the views in the thread pool."""
+
+    def __init__(self, app: Flask, blocking: Collection[str] = (), *, loopback: bool = False) -> None:
+        """Build it.
+
+        blocking: paths whose views may take long; they run in a thread pool, and must lock what they touch.
+        loopback: refuse requests whose Host header names another machine.
+        """
+        self._app = app
+        self._blocking = frozenset(blocking)
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="view")
+        self._loopback = loopback
+        self._max_body: int = app.config["MAX_CONTENT_LENGTH"]
+        self._large = direct_routes(app).large_bodies
+        self._direct = direct_routes(app).direct
+        self._awaited = direct_routes(app).awaited
+        self._held: set[Held] = set()
+        self._closing = False
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the views in the thread pool."""
+        self._pool.shutdown()
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        """Answer one request."""
+        path = scope["path"]
+        most = self._large.get(path, self._max_body)
+        raw = await self._read(receive, most)
+        if raw is None:
+            return
+        strange = self._strange_host(scope["headers"])
+        direct = self._direct.get(path) if scope["method"] == "POST" else None
+        if strange is not None:
+            answer = _plain(strange)
+        elif direct is not None:
+            found = self._answer_directly(direct, scope, raw, most)
+            if isinstance(found, Held):
+                later = await self._wait(found, receive)
+                if later is None:
+                    return
+                found = later
+            answer = _plain(found)
+        elif (scope["method"], path) in self._awaited:
+            answer = _plain(await self._await(self._awaited[scope["method"], path], scope, raw, most))
+        elif path in self._blocking:
+            loop = asyncio.get_running_loop()
+            answer = await loop.run_in_executor(self._pool, self._call_flask, self._environ(scope, raw))
+        else:
+            answer = self._call_flask(self._environ(scope, raw))
+        status, headers, payload = answer
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": payload})
+
+    async def _read(self, receive: Any, most: int) -> bytes | None:
+        """The body, or its beginning when it is longer than allowed; None when the client has gone."""
+        message = await receive()
+        raw: bytes = message.get("body", b"")
+        while message["type"] == "http.request" and message.get("more_body") and len(raw) <= most:
+            message = await receive()
+            raw += message.get("body", b"")
+        return None if message["type"] == "http.disconnect" else raw
+
+    def _strange_host(self, headers: Sequence[tuple[bytes, bytes]]) -> JsonAnswer | None:
+        """A refusal when the request came under a name of another machine.
+
+        A page in the operator's browser can reach loopback under a name of its own (DNS rebinding).
+        """
+        if self._loopback:
+            for name, value in headers:
+                if name == b"host" and not names_loopback(value):
+                    shown = value[:100].decode("latin-1")
+                    return error_answer(403, "wrong_host", f"Host: {shown} is not this machine")
+        return None
+
+    def _answer_directly(
+        self, direct: DirectAnswer, scope: Mapping[str, Any], raw: bytes, most: int
+    ) -> JsonAnswer | Held:
+        if len(raw) > most:
+            return _too_long(most)
+        try:
+            return direct(raw, _authorization(scope), (scope.get("client") or ("",))[0])
+        except Exception:
+            log.exception("a direct view failed")
+            return OUR_FAULT
+
+    async def _await(
+        self, rules: AwaitedRoute, scope: Mapping[str, Any], raw: bytes, most: int
+    ) -> JsonAnswer:
+        if len(raw) > most:
+            return _too_long(most)
+        try:
+            return await rules.answer(raw, _authorization(scope))
+        except Exception:
+            log.exception("an awaited view failed")
+            return OUR_FAULT
+
+    def _environ(self, scope: Mapping[str, Any], raw: bytes) -> dict[str, Any]:
+        server = scope.get("server") or ("localhost", 80)
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": scope["method"],
+            "SCRIPT_NAME": "",
+            "PATH_INFO": unquote_to_bytes(scope["raw_path"]).decode("latin-1"),
+            "QUERY_STRING": scope["query_string"].decode("latin-1"),
+            "SERVER_NAME": str(server[0]),
+            "SERVER_PORT": str(server[1]),
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": (scope.get("client") or ("",))[0],
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(raw),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": False,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
+        for name, value in scope["headers"]:
+            key = _environ_name(name)
+            text = value.decode("latin-1")
+            environ[key] = f"{environ[key]},{text}" if key in environ else text
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        environ["CONTENT_LENGTH"] = str(len(raw))  # what has come, also of a chunked body
+        return environ
+
+    def _call_flask(self, environ: dict[str, Any]) -> _Plain:
+        status = 500
+        headers: list[tuple[bytes, bytes]] = []
+
+        def start_response(line: str, given: list[tuple[str, str]], exc_info: Any = None) -> Any:  # noqa: ARG001
+            nonlocal status, headers
+            status, headers = int(line[:3]), _encoded(given)
+
+        chunks = self._app.wsgi_app(environ, start_response)
+        try:
+            payload = b"".join(chunks)
+        finally:
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
+        return status, headers, payload
+
+    async def _wait(self, held: Held, receive: Any) -> JsonAnswer | None:
+        """The answer of a request that waits; None when its client went away first."""
+        if self._closing:
+            held.gave_up()
+            return CLOSING
+        future = held.future(asyncio.get_running_loop())
+        gone = asyncio.ensure_future(_disconnected(receive))
+        self._held.add(held)
+        try:
+            both: set[asyncio.Future[Any]] = {future, gone}
+            await asyncio.wait(both, timeout=held.wait_s, return_when=asyncio.FIRST_COMPLETED)
+            if future.done():
+                if gone.done():
+                    held.undelivered()
+                    return None
+                return future.result()
+            future.cancel()
+            if gone.done():
+                held.gave_up()
+                return None
+            return held.late()
+        finally:
+            self._held.discard(held)
+            gone.cancel()
+
+    def close(self) -> None:
+        """JsonAnswer every request that waits 503, now and from now on."""
+        self._closing = True
+        for held in list(self._held):
+            if held.answer(CLOSING):
+                held.gave_up()
+
+
+def _too_long(most: int) -> JsonAnswer:
+    return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
+
+
+def _authorization(scope: Mapping[str, Any]) -> str:
+    # Given twice they are joined, so two Authorization headers match no key.
+    return b",".join([value for name, value in scope["headers"] if name == b"authorization"]).decode(
+        "latin-1"
+    )
+
+
+def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+
+
+def _plain(answer: JsonAnswer) -> _Plain:
+    payload = answer.payload
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(payload))]
+    return answer.status, headers + _encoded(answer.headers) if answer.headers else headers, payload
+
+
+async def _disconnected(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def serve_flask(
+    app: Flask,
+    sock: socket.socket,
+    background: Sequence[Background] = (),
+    blocking: Collection[str] = (),
+    *,
+    any_host: bool = False,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then return; for background see AsgiServer, for blocking FlaskBridge.
+
+    any_host: answer on loopback also under names of other machines (a proxy in front, with keys).
+    """
+    loopback = is_loopback_host(sock.getsockname()[0]) and not any_host
+    with FlaskBridge(app, blocking, loopback=loopback) as bridge:
+        AsgiServer(bridge, sock, background).run()
