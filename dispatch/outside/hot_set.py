@@ -60,7 +60,7 @@ class HotReader:
         self._known: dict[int, tuple[dict[str, Any], HotInstance]] = {}
 
     def read(self, parts: Iterable[tuple[str, Any, bool]]) -> Iterator[HotSet | None]:
-        """The hot set whose fields these are (http_face.json_parts); None at each step before.
+        """The hot set whose fields these are (web.bodies.json_parts); None at each step before.
 
         BadField names what is wrong with it.
         """

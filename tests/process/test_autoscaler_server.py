@@ -844,8 +844,8 @@ class AlwaysWell:
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> QuickCloud:
     made = QuickCloud()
-    monkeypatch.setattr(autoscaler_server, "Vast", made)
-    monkeypatch.setattr(autoscaler_server, "HealthChecker", AlwaysWell)
+    monkeypatch.setattr(process, "Vast", made)
+    monkeypatch.setattr(process, "HealthChecker", AlwaysWell)
     monkeypatch.setenv("LOCALCLOUD_API_KEY", "k" * 32)
     return made
 
