@@ -12,7 +12,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 
-.PHONY: sim sim-vllm test test-vllm lint bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers picture clean
+.PHONY: sim sim-vllm test test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -32,6 +32,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Sizes, arrows, names and references of this checkout, and what is over its limit.
+structure: $(READY)
+	$(BIN)/python -m tests.structure
 
 bench-route: $(READY)
 	$(BIN)/python -m bench.route --json build/bench-route.json

@@ -1,17 +1,14 @@
 """Which part may import which, and what a pure part may not touch: read from the source with `ast`.
 
-A unit is a script at the top, a package, or a part of a package that has rules of its own (`fleet.outside`).
-docs/architecture.md explains the rules.
+tests/import_graph.py says what a unit is, docs/architecture.md explains the rules.
 """
 
 import ast
-from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
+from tests.import_graph import arrows, imports_of, modules_of, unit_of
 from tests.paths import ROOT
 
 PURE_NEEDS = {"process.errors", "process.compiled"}
@@ -145,49 +142,7 @@ WORLDLY = {
     "time",
 }
 
-SKIPPED = {"build", "docs", "deploy"}
-
-
-def files() -> list[Path]:
-    """Every Python file of the project."""
-    tops = [p for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in SKIPPED]
-    return sorted([*ROOT.glob("*.py"), *(f for top in tops for f in top.rglob("*.py"))])
-
-
-def module_of(path: Path) -> str:
-    """The dotted name of a file."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_of(path): path for path in files()}
-
-
-def unit_of(module: str) -> str:
-    """The unit a module belongs to: the longest name in the table that it begins with."""
-    names = [n for n in {*ALLOWED, *ANYTHING} if module == n or module.startswith(n + ".")]
-    return max(names, key=len, default=module.split(".")[0])
-
-
-def imports(path: Path) -> Iterator[str]:
-    """The modules of ours that a file imports anywhere in it, or runs with `-m`."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            assert node.module
-            found = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Tuple | ast.List):
-            texts = [e.value if isinstance(e, ast.Constant) else None for e in node.elts]
-            found = [str(b) for a, b in pairwise(texts) if a == "-m"]
-        else:
-            continue
-        for name in found:
-            while name and name not in MODULES:
-                name = name.rpartition(".")[0]
-            if name:
-                yield name
+MODULES = modules_of(ROOT)
 
 
 def allowed(unit: str, module: str) -> bool:
@@ -203,22 +158,13 @@ def test_every_import_of_ours_is_an_arrow_of_the_table(module: str) -> None:
     if unit in ANYTHING:
         return
     assert unit in ALLOWED, f"{unit} has no line in ALLOWED: say what it may import"
-    wrong = {m for m in imports(MODULES[module]) if unit_of(m) in ANYTHING or not allowed(unit, m)}
+    wrong = {m for m in imports_of(module, MODULES) if unit_of(m) in ANYTHING or not allowed(unit, m)}
     assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
-
-
-def arrows() -> dict[str, set[str]]:
-    """Unit -> the units that its files import."""
-    graph: dict[str, set[str]] = {}
-    for module, path in MODULES.items():
-        unit = unit_of(module)
-        graph.setdefault(unit, set()).update(unit_of(m) for m in imports(path) if unit_of(m) != unit)
-    return graph
 
 
 def test_no_two_units_import_each_other_directly_or_through_others() -> None:
     try:
-        TopologicalSorter(arrows()).prepare()
+        TopologicalSorter(arrows(MODULES)).prepare()
     except CycleError as e:
         pytest.fail(f"a cycle: {' -> '.join(e.args[1])}")
 

@@ -1,0 +1,116 @@
+"""What `make structure` measures is found where it is, and only there."""
+
+import pytest
+
+from tests.structure import JSON_BY_HAND, PROMETHEUS_BY_HAND, Checkout, report
+
+FILES = {
+    "README.md": "Three words [here](guide/gone.md) and [there](guide/page.md).\n",
+    "guide/page.md": "`house/room.py`, `house/cellar.py`, ../shared/notes.md\n",
+    "docs/architecture.md": "# Exceptions to the size limits\n\n- `house/room.py:Room.long`: why\n\n# Next\n",
+    "front.py": 'import house.room\n\nCALL = ["python", "-m", "yard.shed"]\n',
+    "house/__init__.py": "",
+    "house/room.py": '''"""A room (vast-contract 2.2)."""
+
+import yard.shed
+from yard.shed import Door
+
+# servers 8, peers.md
+
+
+class Room:
+    size = 1
+
+    def __init__(self, door):
+        """Say {"nothing": 1}."""
+        self.door = door
+
+    def long(self):
+'''
+    + "        self.size += 1\n" * 70
+    + """
+    def use(self, other):
+        made = Room(None)
+        made.size = 2
+        again = Room(None)
+        again = other
+        again.size = 3
+        self.door.handle, other.foreign = 4, 5
+        yard.shed.size = 6
+        del other.size
+        return f'{{"size": {made.size}}}', '# TYPE size gauge'
+""",
+    "yard/__init__.py": "",
+    "yard/shed.py": "from house import room\n\n\nclass Door:\n    handle: int\n\n\nclass Room:\n    pass\n",
+    "tests_vllm/test_room.py": "class Door:\n    pass\n\n\nroom.size = 7\n",
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A small checkout with one of everything."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return Checkout(root)
+
+
+def test_scripts_packages_and_arrows(checkout: Checkout) -> None:
+    """What is run with `-m` is imported."""
+    assert checkout.scripts() == ["front.py"]
+    assert checkout.packages() == ["house", "tests_vllm", "yard"]
+    assert checkout.arrows() == ["front -> house, yard", "house -> yard", "yard -> house"]
+    assert checkout.cycles() == ["house <-> yard"]
+
+
+def test_what_is_over_its_limit_is_found_unless_it_is_a_listed_exception(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkout.sizes("function")[0] == (71, "house/room.py:Room.long")
+    assert checkout.exceptions() == ["house/room.py:Room.long"]
+    assert checkout.over_limit("function") == []
+    monkeypatch.setattr(checkout, "exceptions", list)
+    assert checkout.over_limit("function") == ["71 house/room.py:Room.long"]
+
+
+def test_names_of_classes_count_outside_tests(checkout: Checkout) -> None:
+    assert checkout.class_names_used_twice() == ["Room: house/room.py, yard/shed.py"]
+
+
+def test_an_attribute_is_written_from_outside_unless_its_object_was_just_made(checkout: Checkout) -> None:
+    """No class declares `foreign`; `yard.shed.size` is a module's."""
+    written = [place.split(" ")[1] for place in checkout.foreign_writes()]
+    assert written == ["again.size", "self.door.handle", "other.size"]
+
+
+def test_references_that_lead_nowhere(checkout: Checkout) -> None:
+    assert checkout.dangling_references() == [
+        "README.md: guide/gone.md",
+        "guide/page.md: house/cellar.py",
+        "guide/page.md: ../shared/notes.md",
+        "house/room.py: peers.md",
+        "house/room.py: servers",
+        "house/room.py: vast-contract",
+    ]
+
+
+def test_formats_by_hand_are_found_outside_docstrings(checkout: Checkout) -> None:
+    assert [place.split(":")[0] for place in checkout.strings_like(JSON_BY_HAND)] == ["house/room.py"]
+    assert [place.split(":")[0] for place in checkout.strings_like(PROMETHEUS_BY_HAND)] == ["house/room.py"]
+
+
+def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings(checkout: Checkout) -> None:
+    code, prose = checkout.code_lines(bench=False)
+    lines = [line for name, text in FILES.items() if name.endswith(".py") for line in text.splitlines()]
+    ours = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    assert code + prose == len(ours) - len(
+        [x for x in FILES["tests_vllm/test_room.py"].splitlines() if x.strip()]
+    )
+    assert prose == 2
+
+
+def test_the_report_tells_all_of_it(checkout: Checkout) -> None:
+    told = report(checkout)
+    assert "README: 1 lines, 5 words" in told
+    assert "foreign writes: 3\n    house/room.py:" in told
