@@ -306,7 +306,7 @@ PARENT = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from local_stack import LOADBALANCER, LocalStack, Programs, StackConfig
+from simulation.live.local_stack import LOADBALANCER, LocalStack, Programs, StackConfig
 program = (sys.executable, sys.argv[2])
 programs = Programs(program, program, program)
 with LocalStack(StackConfig(state_dir=Path(sys.argv[3])), programs, print) as stack:
