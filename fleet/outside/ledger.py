@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fleet.demand import Arrived
 from fleet.journal import BOOT_STATES, BUCKET_S, HOT_STATES, Costs, Remembered, Stretch
+from process.errors import ConfigError
 
 DAY_S = 86_400.0
 
@@ -32,7 +33,7 @@ KEPT_S = 8 * DAY_S
 PRUNE_EVERY_S = 3600.0
 """A prune deletes an hour then, in milliseconds."""
 
-_SCHEMA = """
+_VERSION_1 = """
 CREATE TABLE IF NOT EXISTS stretch(
   label TEXT NOT NULL, instance INTEGER, machine INTEGER, state TEXT NOT NULL,
   from_s REAL NOT NULL, to_s REAL, usd_h REAL NOT NULL, running_usd_h REAL NOT NULL, why TEXT NOT NULL);
@@ -55,20 +56,34 @@ CREATE TABLE IF NOT EXISTS took(kind TEXT NOT NULL, at_s REAL NOT NULL, seconds 
 CREATE INDEX IF NOT EXISTS took_at ON took(at_s);
 """
 
+MIGRATIONS = ((1, _VERSION_1),)
+"""(version, SQL that brings a ledger of the version before to it), oldest first; released ones never change.
+
+Version 0 is an empty file or a ledger from before versions (commit 0abccd6), which has these tables, or all but
+the youngest of them.
+"""
+
 
 class Ledger:
     """The file. Raises sqlite3.Error when it cannot be written: without a ledger nothing may be rented."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file (0600). Raises OSError too."""
+        """Open or make the file (0600) and bring it to the newest version.
+
+        Raises OSError too, and ConfigError when a newer autoscaler wrote it.
+        """
         path.touch(mode=0o600, exist_ok=True)
         self._lock = threading.Lock()
         self._prune_at = float("-inf")
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        # WAL with NORMAL survives kill -9 of the process; only a power cut may lose the last transaction.
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
+        try:
+            self._migrate(path)
+            # WAL with NORMAL survives kill -9 of the process; only a power cut may lose the last transaction.
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+        except BaseException:
+            self._db.close()
+            raise
 
     def close(self) -> None:
         """Close the file; the open stretches stay open."""
@@ -291,6 +306,19 @@ class Ledger:
         )
 
     # -- inside -------------------------------------------------------------------------------------
+
+    def _migrate(self, path: Path) -> None:
+        """Run the migrations that the file has not had, each in one transaction with its version."""
+        [(version,)] = self._db.execute("PRAGMA user_version").fetchall()
+        newest = MIGRATIONS[-1][0]
+        if version > newest:
+            raise ConfigError(
+                f"{path} was written by a newer autoscaler: it has version {version}, and this one knows "
+                f"versions up to {newest}"
+            )
+        for to_version, sql in MIGRATIONS:
+            if to_version > version:
+                self._db.executescript(f"BEGIN IMMEDIATE;{sql}PRAGMA user_version={to_version};COMMIT;")
 
     def _transaction(self) -> "_Transaction":
         return _Transaction(self._db)

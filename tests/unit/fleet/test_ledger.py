@@ -11,7 +11,8 @@ import pytest
 
 from fleet.demand import Arrived
 from fleet.journal import BUCKET_S, Remembered, Stretch
-from fleet.outside.ledger import DAY_S, KEPT_S, PRUNE_EVERY_S, Ledger
+from fleet.outside.ledger import DAY_S, KEPT_S, MIGRATIONS, PRUNE_EVERY_S, Ledger
+from process.errors import ConfigError
 
 
 def stretch(label: str, state: str, at: float, usd_h: float, running: float = 3600.0) -> Stretch:
@@ -199,8 +200,74 @@ def test_a_ledger_of_before_gets_the_new_tables(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("DROP TABLE arrived")
         db.execute("DROP TABLE worked_day")
+        db.execute("PRAGMA user_version = 0")
     db.close()
     again = Ledger(path)
     again.add_arrived([Arrived(1, 1.0, 1.0, 1.0)], 1.0)
     assert again.costs(0.0, 10.0).total == 0.0
+    again.close()
+
+
+def version_of(path: Path) -> int:
+    """The version that the file says it has."""
+    db = sqlite3.connect(path)
+    [(version,)] = db.execute("PRAGMA user_version").fetchall()
+    db.close()
+    return int(version)
+
+
+def test_a_new_ledger_has_the_newest_version(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    assert version_of(path) == MIGRATIONS[-1][0]
+
+
+def test_versions_rise_by_one() -> None:
+    assert [version for version, _ in MIGRATIONS] == list(range(1, len(MIGRATIONS) + 1))
+
+
+def test_a_ledger_of_a_newer_autoscaler_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path, newest = tmp_path / "ledger.sqlite", MIGRATIONS[-1][0]
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version = {newest + 1}")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError) as raised:
+        Ledger(path)
+    assert str(raised.value) == (
+        f"{path} was written by a newer autoscaler: it has version {newest + 1}, and this one knows "
+        f"versions up to {newest}"
+    )
+    assert path.read_bytes() == before
+
+
+def test_a_ledger_of_an_older_version_gets_what_is_new_and_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    made = Ledger(path)
+    made.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0)])
+    made.close()
+    newest = MIGRATIONS[-1][0]
+    added = (newest + 1, "ALTER TABLE took ADD COLUMN note TEXT; CREATE TABLE extra(a); ")
+    monkeypatch.setattr("fleet.outside.ledger.MIGRATIONS", (*MIGRATIONS, added))
+    for _ in range(2):  # the second time there is nothing to do
+        again = Ledger(path)
+        assert again.costs(0.0, 20.0).hot_idle == pytest.approx(20)
+        again.close()
+        assert version_of(path) == newest + 1
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    newest = MIGRATIONS[-1][0]
+    with monkeypatch.context() as patched:
+        broken = (newest + 1, "DROP TABLE took; INSERT INTO nowhere VALUES (1);")
+        patched.setattr("fleet.outside.ledger.MIGRATIONS", (*MIGRATIONS, broken))
+        with pytest.raises(sqlite3.OperationalError, match="nowhere"):
+            Ledger(path)
+    assert version_of(path) == newest
+    again = Ledger(path)
+    assert again.last_took("boot", 1) == []
     again.close()
