@@ -59,8 +59,8 @@ CREATE INDEX IF NOT EXISTS took_at ON took(at_s);
 MIGRATIONS = ((1, _VERSION_1),)
 """(version, SQL that brings a ledger of the version before to it), oldest first; released ones never change.
 
-Version 0 is an empty file or a ledger from before versions (commit 0abccd6), which has these tables, or all but
-the youngest of them.
+Version 0 is an empty file, or a ledger from before versions (commit 0abccd6), which has these tables, or all
+but the youngest of them.
 """
 
 
