@@ -1,0 +1,96 @@
+"""How busy a loadbalancer is, as it tells the autoscaler each second (POST /busy), and the answer."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine.slo import Slo
+
+Requests = Annotated[int, Meta(ge=0, le=10**9)]
+Counter = Annotated[int, Meta(ge=0, le=2**53)]
+Work = Annotated[float, Meta(ge=0.0, le=1e15)]
+WorkCounter = Annotated[float, Meta(ge=0.0, le=1e18)]
+Instances = Annotated[float, Meta(ge=0.0, le=1e6)]
+HotEpoch = Annotated[str, Meta(max_length=64)]
+
+
+class InstanceUse(Struct, frozen=True, gc=False):
+    """One instance's part of a report; working_s and failures are cumulative.
+
+    working_s: seconds with a request under way. throughput_work_s: 0 where it was not measured.
+    """
+
+    unfinished: Requests
+    work: Work
+    working_s: Annotated[float, Meta(ge=0.0, le=1e12)]
+    throughput_work_s: Annotated[float, Meta(ge=0.0, le=1e9)]
+    failures: Counter
+
+
+class TrafficReport(Struct, frozen=True, gc=False, omit_defaults=True):
+    """What has arrived and what waits. Tokens and turned_late are cumulative.
+
+    output_tokens: as expected when the requests came. late: held requests that are in the late lane;
+    turned_late: those that ever were. first_token_s, prompt_token_s: what counts as in time. late_bound_s:
+    None where all wait in one line. kv_tokens: context in the memory of all instances; only simulated ones
+    say so.
+    """
+
+    prompt_tokens: Counter
+    output_tokens: WorkCounter
+    in_flight: Requests
+    late: Requests
+    held_prompt_tokens: Counter
+    oldest_wait_s: Annotated[float, Meta(ge=0.0, le=1e9)]
+    turned_late: Counter
+    first_token_s: Annotated[float, Meta(ge=1e-3, le=3600.0)]
+    prompt_token_s: Annotated[float, Meta(ge=0.0, le=1.0)]
+    late_bound_s: Annotated[float, Meta(ge=0.0, le=86_400.0)] | None = None
+    kv_tokens: float = 0.0
+
+    @property
+    def slo(self) -> Slo:
+        """What the loadbalancer counts as in time."""
+        return Slo(self.first_token_s, self.prompt_token_s)
+
+
+NO_TRAFFIC = TrafficReport(0, 0.0, 0, 0, 0, 0.0, 0, Slo().first_token_s, Slo().prompt_token_s)
+"""What a loadbalancer without `traffic` in its reports is taken to say (before 2026-11)."""
+
+
+class BusyReport(Struct, frozen=True):
+    """How busy a loadbalancer is. arrivals and arrived_work count from the start of its process.
+
+    busy, demand: in instances' worth of capacity; demand counts held requests, too. hot_epoch, hot_version:
+    of the hot set that it has. instances: by id.
+    """
+
+    loadbalancer: Annotated[str, Meta(min_length=1, max_length=64)]
+    hot_epoch: HotEpoch | None
+    hot_version: Counter | None
+    busy: Instances
+    demand: Instances
+    held: Requests
+    held_work: Work
+    arrivals: Counter
+    arrived_work: WorkCounter
+    instances: Mapping[Counter, InstanceUse]
+    traffic: TrafficReport = NO_TRAFFIC
+
+    def __post_init__(self) -> None:
+        """Count what is under way by instance, where the loadbalancer is too old to say it itself."""
+        if self.traffic is NO_TRAFFIC:
+            under_way = sum(use.unfinished for use in self.instances.values())
+            msgspec.structs.force_setattr(
+                self, "traffic", msgspec.structs.replace(NO_TRAFFIC, in_flight=under_way)
+            )
+
+
+class BusyAnswer(Struct, frozen=True):
+    """Which hot set is the present one, and when something becomes hot, if that is known."""
+
+    hot_epoch: Annotated[str, Meta(min_length=1, max_length=64)]
+    hot_version: Counter
+    expected_hot_s: Annotated[float, Meta(ge=0.0, le=1e6)] | None = None

@@ -1,0 +1,80 @@
+"""Decode JSON into a struct; an error names the field and says what was wanted."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+T = TypeVar("T")
+
+
+class BadField(Exception):
+    """A message said something that cannot be: 400, with the field named."""
+
+    def __init__(self, name: str, message: str) -> None:
+        """name: of the field; message: what was wanted, and what came."""
+        super().__init__(f"{name}: {message}")
+
+
+def decode(raw: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
+    """Return the message of that kind; raise BadField.
+
+    NaN and Infinity are refused: they are not JSON. inside: what to put before the names of fields, as in
+    "instances[3].".
+    """
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
+    try:
+        found: T = decoder.decode(raw)
+    except msgspec.ValidationError as e:
+        raise _bad_field(str(e), kind, inside) from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
+        raise BadField(inside.rstrip(".") or "body", f"not JSON: {e}") from None
+    return found
+
+
+_DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {}
+
+_WHERE = re.compile(r"(?P<what>.*) - at (?P<key>`key` in )?`\$\.?(?P<path>[^`]*)`", re.DOTALL)
+_FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.DOTALL)
+_NAMED = re.compile(r"[a-z_0-9]+: ")
+
+
+def _bad_field(text: str, kind: type[Any], inside: str) -> BadField:
+    """Turn msgspec's "Expected `int` >= 0 - at `$.ended[3].tokens`" into the form of our errors."""
+    found = _WHERE.fullmatch(text)
+    what, path = (found["what"], found["path"]) if found else (text, "")
+    if about := _FIELD.fullmatch(what):
+        name = f"{path}.{about[2][:60]}" if path else about[2][:60]
+        return BadField(inside + name, "is missing" if about[1] == "missing required" else "unknown field")
+    if what.startswith("Invalid enum value"):
+        what = f"wanted one of {', '.join(_choices(kind, path))}"
+    elif what.endswith("out of range"):
+        what = "wanted a number of usual size"
+    elif not path and _NAMED.match(what):  # of a __post_init__, which names the field itself
+        name, _, what = what.partition(": ")
+        return BadField(inside + name, what)
+    else:
+        what = what.replace("Expected", "wanted", 1)
+    if found and found["key"]:
+        what += " as a key"
+    return BadField(inside + path or inside.rstrip(".") or "body", what)
+
+
+def _choices(kind: type[Any], path: str) -> list[str]:
+    """Return the words that the field at that path may have."""
+    parts: list[Any] = []
+    for name in re.sub(r"\[[^]]*\]", "", path).split("."):
+        parts = list(_parts(get_type_hints(kind)[name]))
+        kind = next((p for p in parts if isinstance(p, type) and issubclass(p, msgspec.Struct)), kind)
+    return [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """Give a type and the types that it is made of."""
+    yield hint
+    if get_origin(hint) is not Literal:
+        for part in get_args(hint):
+            yield from _parts(part)

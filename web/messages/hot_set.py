@@ -1,0 +1,93 @@
+"""The hot set: which instances may be used, as the autoscaler tells a loadbalancer (GET and PUT /hot)."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine.timing import Timing
+
+MAX_INSTANCES = 20_000
+"""Instances of one hot set."""
+
+Url = Annotated[str, Meta(min_length=8, max_length=300)]
+StepConstant = Annotated[float, Meta(ge=0.0, le=1e6)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+
+
+class HotTiming(Struct, frozen=True, gc=False):
+    """How long the steps of an instance are believed to take: engine.timing.Timing without its name."""
+
+    a: StepConstant
+    b: StepConstant
+    c: StepConstant
+    d: StepConstant
+    e: StepConstant
+    f: StepConstant
+    kv_tokens: Count
+    max_seqs: Count
+    step_tokens: Count
+
+    @classmethod
+    def of(cls, timing: Timing) -> "HotTiming":
+        """Return what is sent of that timing."""
+        return cls(*(getattr(timing, name) for name in cls.__struct_fields__))
+
+    def timing(self) -> Timing:
+        """Return the timing that was sent."""
+        return Timing("told", *msgspec.structs.astuple(self))
+
+
+class HotInstance(Struct, frozen=True, gc=False):
+    """One instance of the hot set; capacity_work / throughput_work_s are the seconds of work it may hold.
+
+    certificate: the only one that TLS to it may find (PEM); None without TLS. timing: how long its steps are
+    believed to take, before it was watched; None: by its throughput only.
+    """
+
+    id: Annotated[int, Meta(ge=0, le=2**53)]
+    state: Literal["hot", "draining"]
+    address: Url
+    auth_url: Url
+    master_token: Annotated[str, Meta(min_length=1, max_length=200)]
+    throughput_work_s: Annotated[float, Meta(ge=1e-3, le=1e9)]
+    capacity_work: Annotated[float, Meta(ge=1e-3, le=1e12)]
+    certificate: Annotated[str, Meta(min_length=1, max_length=16_384)] | None = None
+    timing: HotTiming | None = None
+
+    @property
+    def draining(self) -> bool:
+        """Whether it gets no new work."""
+        return self.state == "draining"
+
+    def __repr__(self) -> str:
+        """Show no master token."""
+        return f"HotInstance(id={self.id}, state={self.state!r}, address={self.address!r})"
+
+
+class HotSetHead(Struct, frozen=True):
+    """What a hot set says beside its instances. Versions grow within an epoch: one autoscaler process.
+
+    expected_hot_s: seconds until the next instance becomes hot; None: not known.
+    """
+
+    epoch: Annotated[str, Meta(min_length=1, max_length=64)]
+    version: Annotated[int, Meta(ge=0, le=2**53)]
+    model: Annotated[str, Meta(min_length=1, max_length=200)]
+    prefill_weight: Annotated[float, Meta(ge=0.0, le=100.0)]
+    expected_output_tokens: Annotated[float, Meta(ge=1.0, le=1e6)]
+    expected_hot_s: Annotated[float, Meta(ge=0.0, le=1e6)] | None
+
+
+class HotSet(HotSetHead, frozen=True):
+    """What the autoscaler says may be used."""
+
+    instances: Annotated[tuple[HotInstance, ...], Meta(max_length=MAX_INSTANCES)]
+
+
+class HotSetTaken(Struct, frozen=True):
+    """The answer to PUT /hot: whether it was news, and which hot set the loadbalancer has now."""
+
+    taken: bool
+    epoch: str | None
+    version: int | None

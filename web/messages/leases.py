@@ -1,0 +1,92 @@
+"""What a client asks of the loadbalancer and is given: POST /route and POST /done."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+MAX_TOKENS = 10_000_000
+"""Tokens of a request: ten times the longest context there is."""
+
+MAX_WORK = 1e7
+"""Work of a request, in output-token equivalents."""
+
+MAX_WAIT_S = 600.0
+"""Seconds that a request may wait for a lease."""
+
+MAX_AVOID = 64
+"""Instances that a request may avoid: more than a client tries."""
+
+MAX_AFFINITY = 256
+"""Hashes of a prompt's beginnings: 65,536 tokens of it."""
+
+MAX_COUNT = 64
+"""Leases of one answer, 20 kB of them."""
+
+PrefixHash = Annotated[str, Meta(pattern=r"\A[0-9a-f]{8,32}\Z")]
+Priority = Literal["high", "normal", "low"]
+Outcome = Literal["finished", "failed", "unused"]
+
+
+class RouteBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /route: either work, or prompt_tokens and max_tokens where it is known."""
+
+    prompt_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
+    work: Annotated[float, Meta(ge=1e-3, le=MAX_WORK)] | None = None
+    wait_s: Annotated[float, Meta(ge=0.0, le=MAX_WAIT_S)] | None = None
+    avoid: Annotated[list[Annotated[int, Meta(ge=0, le=2**53)]], Meta(max_length=MAX_AVOID)] | None = None
+    affinity: Annotated[list[PrefixHash], Meta(max_length=MAX_AFFINITY)] | None = None
+    priority: Priority | None = None
+    count: Annotated[int, Meta(ge=1, le=MAX_COUNT)] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a body that says neither or both, with ValueError."""
+        if self.work is None:
+            if self.prompt_tokens is None:
+                raise ValueError("prompt_tokens: is missing (or give work)")
+        elif self.prompt_tokens is not None or self.max_tokens is not None:
+            raise ValueError("work: goes alone, without prompt_tokens and max_tokens")
+
+
+class DoneBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /done. why: one word of a-z, 0-9 and _, because a sentence could quote a prompt."""
+
+    request_id: Annotated[str, Meta(min_length=1, max_length=64)]
+    outcome: Outcome
+    why: Annotated[str, Meta(pattern=r"\A[a-z0-9_]{0,40}\Z")] | None = None
+
+
+class LeaseAnswer(Struct, frozen=True, gc=False, omit_defaults=True):
+    """One lease: where the request goes, and the single-use token that admits it.
+
+    expires_at: epoch seconds; expires_in_s: for a client whose clock is wrong. certificate (PEM) and
+    public_key_sha256 (base64): of an instance with TLS; leases of a batch have them in `certificates`.
+    """
+
+    address: str
+    token: str
+    request_id: str
+    instance_id: int
+    model: str
+    expires_at: float
+    expires_in_s: float
+    certificate: str | None = None
+    public_key_sha256: str | None = None
+
+    def __repr__(self) -> str:
+        """Show no token."""
+        return f"LeaseAnswer(request_id={self.request_id!r}, instance_id={self.instance_id})"
+
+
+class InstanceCertificate(Struct, frozen=True, gc=False):
+    """The certificate of one instance (PEM), and the SHA-256 of its public key (base64)."""
+
+    certificate: str
+    public_key_sha256: str
+
+
+class LeaseBatch(Struct, frozen=True):
+    """The answer to a body with count: up to so many leases, and their instances' certificates by id."""
+
+    leases: list[LeaseAnswer]
+    certificates: dict[int, InstanceCertificate]
