@@ -32,7 +32,8 @@ from fleet.outside.start_script import render
 from fleet.outside.turns import Autoscaler
 from fleet.states import Deadlines, Limits, State
 from policies import Busy
-from vast.client import Vast, VastSettings
+from vast.cli import Cli, Endpoint
+from vast.client import Vast
 
 TARGET_MS = 50.0
 """Of one turn over 500 instances, besides the CLI call."""
@@ -169,7 +170,7 @@ def row(number: int, *, hot: bool, rng: random.Random, onstart: str) -> dict[str
     }
 
 
-class PreparedCli:
+class PreparedCli(Cli):
     """Prints the same listing at every call, as two runs of the real command do, and counts its own time."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -194,7 +195,7 @@ class PreparedCli:
         """Bytes that are printed at each turn."""
         return len(self._whole) + len(self._page)
 
-    def run(self, endpoint: object, words: object, flags: Sequence[str] = (), **more: object) -> str:  # noqa: ARG002
+    def run(self, endpoint: Endpoint, words: Sequence[str], flags: Sequence[str] = (), **more: object) -> str:  # noqa: ARG002
         """What the command would have printed."""
         return self._page if any(flag.startswith("--limit") for flag in flags) else self._whole
 
@@ -230,8 +231,7 @@ def measure(instances: int, turns: int) -> Result:
         return run
 
     with tempfile.TemporaryDirectory() as directory:
-        vast = Vast(VastSettings(state_dir=Path(directory), api_key="k" * 32))
-        vast._cli = cli  # type: ignore[assignment]
+        vast = Vast(cli)
         fleet = InstanceSet("fleet", profile, Limits(2 * instances + 1, 1e6), Deadlines.for_profile(profile))
         demand = Demand("bench")
         ledger = Ledger(Path(directory) / "ledger.sqlite")

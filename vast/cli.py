@@ -1,4 +1,4 @@
-"""One run of the vastai 1.9.1 command line: isolated, paced, limited in time, and judged by what it left.
+"""One run of the vastai 1.9.1 command line: isolated, rate-limited, limited in time, judged by its output.
 
 Its exit status says little: 0 on every HTTP error, and 1 where the service only answered oddly. So a run
 is read in this order (vast-contract 1.1, measured against the real CLI):
@@ -19,7 +19,6 @@ Invariants
 
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -29,129 +28,25 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from fleet_client.loopback import is_loopback_url
 from process.errors import CloudError, ConfigError
+from vast.errors import (
+    ApiError,
+    CloudAuthError,
+    CloudTimeout,
+    NoSuchInstance,
+    OfferGone,
+    RateLimited,
+    TransportError,
+    short,
+    unexpected,
+)
+from vast.settings import VastSettings
 
 log = logging.getLogger("vast")
-
-
-class CloudTimeout(CloudError):
-    """No answer within our limit. Whatever was asked may have happened."""
-
-
-class TransportError(CloudError):
-    """The service was not reached, or hung up. What was asked may have happened."""
-
-
-class ProtocolError(CloudError):
-    """The run ended as neither a success nor an error that the CLI reports. Nothing is known."""
-
-
-class ApiError(CloudError):
-    """The service said no. status: of HTTP, 200 for `success: false`; msg: its words."""
-
-    def __init__(self, text: str, status: int, msg: str) -> None:
-        """text is the whole message for a person."""
-        super().__init__(text)
-        self.status = status
-        self.msg = msg
-
-
-class CloudAuthError(ApiError):
-    """The key was refused. A change was not made."""
-
-
-class RateLimited(ApiError):
-    """Called too often. A change was not made."""
-
-
-class NoSuchInstance(ApiError):
-    """The service has no instance of that id."""
-
-
-class OfferGone(ApiError):
-    """Somebody has the offer; it may be us.
-
-    A create whose reply was lost and that is sent again gets this answer although the first one rented
-    the machine (vast-contract 0, row 9). We send a create once, a proxy on the way may not: only the
-    listing, by label, tells.
-    """
-
-
-@dataclass(frozen=True, kw_only=True)
-class VastSettings:
-    """Which service, with which key, and how patiently.
-
-    url: None is the paid production service. local: a local cloud, which must have a loopback url.
-    speedup: how much faster than real a local cloud runs; the intervals between calls are divided by it.
-    state_dir: the CLI's own files live below it, apart from the user's. Time limits are seconds of one
-    run (vast-contract 3: 20, logs 30), start-up of 0.5 s included; listing_timeout_s is for many pages.
-    """
-
-    state_dir: Path
-    api_key: str = field(repr=False)
-    url: str | None = None
-    local: bool = False
-    speedup: float = 1.0
-    executable: Sequence[str] = field(default_factory=lambda: [str(Path(sys.executable).with_name("vastai"))])
-    timeout_s: float = 20.0
-    listing_timeout_s: float = 60.0
-    logs_timeout_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        """Refuse what would ask the wrong service, or the right one wrongly, with ConfigError."""
-        if not re.fullmatch(r"[!-~]+", self.api_key):
-            raise ConfigError("the cloud's API key must be printable characters without spaces")
-        if self.url is not None:
-            _check_url(self.url)
-        if self.local and (self.url is None or not is_loopback_url(self.url)):
-            raise ConfigError(
-                f"a local cloud needs a loopback VAST_URL such as http://127.0.0.1:8500, got {self.url!r}: "
-                "without one the CLI talks to the paid service"
-            )
-        if not (math.isfinite(self.speedup) and self.speedup >= 1):
-            raise ConfigError(f"speedup must be 1 or more, got {self.speedup}")
-        if self.speedup != 1 and not self.local:
-            raise ConfigError(f"speedup {self.speedup} is for a local cloud only")
-
-
-def _check_url(url: str) -> None:
-    """A trailing slash or path makes the CLI ask for //api; plain http shows the key to the network."""
-    try:
-        parts = urlsplit(url)
-        port_is_sound = parts.port is None or parts.port > 0
-    except ValueError:
-        port_is_sound = False
-    if not port_is_sound or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"VAST_URL must be like https://host or http://127.0.0.1:PORT, got {url!r}")
-    if parts.username or parts.path or parts.query or parts.fragment:
-        raise ConfigError(f"VAST_URL must end after host and port, without a slash, got {url!r}")
-    if parts.scheme == "http" and not is_loopback_url(url):
-        raise ConfigError(f"VAST_URL {url!r} would send the API key unencrypted: use https")
-
-
-def find_api_key(environ: Mapping[str, str], home: Path) -> str:
-    """The operator's key: VAST_API_KEY, else where `vastai set api-key` wrote it; ConfigError if nowhere."""
-    if key := environ.get("VAST_API_KEY", "").strip():
-        return key
-    config = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
-    for path in (config / "vastai" / "vast_api_key", home / ".vast_api_key"):
-        try:
-            key = path.read_text().strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"cannot read the Vast.ai key in {path}: {e}") from e
-        if key:
-            return key
-    raise ConfigError(
-        "no Vast.ai API key: run `vastai set api-key KEY` or set VAST_API_KEY "
-        "(keys are made at https://console.vast.ai/manage-keys/)"
-    )
 
 
 @dataclass(frozen=True)
@@ -180,27 +75,27 @@ ACCOUNT = Endpoint("show user", 2.0)
 SSH_KEYS = Endpoint("ssh-key", 1.0)
 
 
-class Pace:
-    """When each endpoint may be called again. Times are the caller's seconds."""
+class RateLimiter:
+    """Keeps the time from which each endpoint may be called again, in the caller's seconds."""
 
     def __init__(self, speedup: float = 1.0) -> None:
-        """speedup divides every interval."""
+        """Divide every interval by speedup."""
         self._speedup = speedup
         self._free_at: dict[Endpoint, float] = {}
 
     def wait_s(self, endpoint: Endpoint, now: float) -> float:
-        """Seconds until it may be called; 0 when it may be called now."""
+        """Return the seconds until the endpoint may be called; 0 when it may be called now."""
         return max(0.0, self._free_at.get(endpoint, now) - now)
 
     def ended(self, endpoint: Endpoint, now: float, *, refused: bool) -> None:
-        """Remember that a call of it ended now; refused when the answer was "too often"."""
+        """Note that a call ended now. refused: its answer was "too often"."""
         interval_s = max(endpoint.interval_s, endpoint.rest_s) if refused else endpoint.interval_s
         self._free_at[endpoint] = now + interval_s / self._speedup
 
 
 @dataclass(frozen=True)
-class Ended:
-    """What a run left. The streams stay apart: stderr carries warnings of runs that went well."""
+class CliRun:
+    """What one run left. The streams stay apart: stderr carries warnings of runs that succeeded."""
 
     status: int
     stdout: str
@@ -215,23 +110,23 @@ NO_DETAIL = "(no detail message supplied)"
 _KEY_REFUSED = ("invalid user key", "auth_error", "please log in")
 
 
-def judge(command: str, endpoint: Endpoint, ended: Ended) -> None:
+def judge(command: str, endpoint: Endpoint, run: CliRun) -> None:
     """Raise the failure that the run shows; return when it shows none, which is not yet a success."""
-    reported = _reported_error(ended.stderr)
+    reported = _reported_error(run.stderr)
     if reported is not None:
         raise api_error(command, endpoint, *reported)
-    if ended.status == 0:
+    if run.status == 0:
         return
-    last = short(ended.stderr.strip().rpartition("\n")[2]) or "nothing on stderr"
-    if "requests.exceptions." in ended.stderr:
+    last = short(run.stderr.strip().rpartition("\n")[2]) or "nothing on stderr"
+    if "requests.exceptions." in run.stderr:
         raise TransportError(f"{command}: expected an answer, got {last}")
     if endpoint is LOGS and last.startswith("TimeoutError"):
         raise CloudTimeout(f"{command}: expected the log to be uploaded within 9 s, got {last}")
-    raise unexpected(command, "exit status 0", f"{ended.status} ({last})")
+    raise unexpected(command, "exit status 0", f"{run.status} ({last})")
 
 
 def _reported_error(stderr: str) -> tuple[int, str] | None:
-    """(HTTP status, message) as the CLI reports it: one JSON line with --raw, a sentence without."""
+    """Return (HTTP status, message) as the CLI reports them: a JSON line with --raw, a sentence without."""
     for line in reversed(stderr.splitlines()):
         if plain := re.match(r"Failed with error (\d+): (.*)", line):
             return int(plain[1]), plain[2]
@@ -246,7 +141,7 @@ def _reported_error(stderr: str) -> tuple[int, str] | None:
 
 
 def api_error(command: str, endpoint: Endpoint, status: int, msg: str) -> CloudError:
-    """The failure that an answer of that status and those words is."""
+    """Return the error for an answer of that status and those words."""
     if status == 0:
         return unexpected(command, "JSON from the service", short(msg))
     text = f"{command}: expected success, got {status} {short(msg)!r}"
@@ -263,26 +158,15 @@ def api_error(command: str, endpoint: Endpoint, status: int, msg: str) -> CloudE
 
 
 def in_words(words: Sequence[str]) -> str:
-    """The command as messages show it: without flags, which may hold what is nobody's business."""
+    """Return the command as messages show it: without its flags, which may hold private values."""
     return " ".join(["vastai", *words])
-
-
-def unexpected(command: str, expected: str, got: str) -> ProtocolError:
-    """The error that says so."""
-    return ProtocolError(f"{command}: expected {expected}, got {got}")
-
-
-def short(text: str) -> str:
-    """Its first line, at most 200 characters."""
-    line = text.strip().partition("\n")[0]
-    return line if len(line) <= 200 else line[:199] + "…"
 
 
 # --- outside world ---------------------------------------------------------------------------------
 
 
 class Cli:
-    """Runs the CLI. Safe to use from several threads."""
+    """Runs the vastai command. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -295,8 +179,8 @@ class Cli:
         self._settings = settings
         self._clock = clock
         self._sleep = sleep
-        self._pace = Pace(settings.speedup)
-        # The right to have a run under way, not locks on data: who waits here waits for a process.
+        self._limiter = RateLimiter(settings.speedup)
+        # Permits to have a run under way, not locks on data: a thread that waits here waits for a process.
         self._lanes = {True: threading.BoundedSemaphore(), False: threading.BoundedSemaphore()}
         self._home = (settings.state_dir / "vastai").absolute()
         self._gpu_names = self._home / "cache" / "vastai" / "gpu_names_cache.json"
@@ -327,7 +211,7 @@ class Cli:
         lane = self._lanes[endpoint.lists]
         while True:
             with lane:
-                wait_s = self._pace.wait_s(endpoint, self._clock())
+                wait_s = self._limiter.wait_s(endpoint, self._clock())
                 if wait_s <= 0:
                     return self._in_turn(command, endpoint, [*words, *flags], timeout_s, script)
             self._sleep(wait_s)
@@ -339,22 +223,22 @@ class Cli:
         try:
             self._seed()
             if script is None:
-                ended = self._spawn(command, argv, timeout_s)
+                run = self._spawn(command, argv, timeout_s)
             else:
-                ended = self._spawn_with_script(command, argv, timeout_s, script)
-            judge(command, endpoint, ended)
-            return ended.stdout
+                run = self._spawn_with_script(command, argv, timeout_s, script)
+            judge(command, endpoint, run)
+            return run.stdout
         except RateLimited:
             refused = True
             raise
         except OSError as e:
             raise TransportError(f"{command}: expected to run it, got {e}") from e
         finally:
-            self._pace.ended(endpoint, self._clock(), refused=refused)
+            self._limiter.ended(endpoint, self._clock(), refused=refused)
 
     def _spawn_with_script(
         self, command: str, argv: list[str], timeout_s: float | None, script: str
-    ) -> Ended:
+    ) -> CliRun:
         # The file never has a name: nothing to delete, and nothing stays behind when we are killed.
         with tempfile.TemporaryFile("w", encoding="utf-8", dir=self._home) as file:
             file.write(script)
@@ -364,7 +248,7 @@ class Cli:
 
     def _spawn(
         self, command: str, argv: list[str], timeout_s: float | None, fds: Sequence[int] = ()
-    ) -> Ended:
+    ) -> CliRun:
         limit_s = timeout_s or self._settings.timeout_s
         began = self._clock()
         with subprocess.Popen(
@@ -387,15 +271,15 @@ class Cli:
                 _kill(process)
                 raise
         log.debug("%s ended with %s after %.2f s", command, process.returncode, self._clock() - began)
-        return Ended(process.returncode, *(self._without_key(s) for s in (stdout, stderr)))
+        return CliRun(process.returncode, *(self._without_key(s) for s in (stdout, stderr)))
 
     def _without_key(self, text: str) -> str:
-        """What a service echoes must not reach a log. A short key is a local cloud's, a plain word."""
+        """Hide the key where a service echoes it. A short key is a local cloud's, a plain word: it stays."""
         key = self._settings.api_key
         return text.replace(key, "[key]") if len(key) >= 16 else text
 
     def _seed(self) -> None:
-        """The CLI's files are there and fresh.
+        """Write the CLI's own files, or mark them as fresh.
 
         Without them its first run asks for its role, every run asks for GPU names at import, with no
         time limit, and parallel first runs race for the directories (vast-contract 0, rows 5 and 6; 3).
@@ -409,7 +293,7 @@ class Cli:
             _write(self._gpu_names, '{"gpu_names": []}')  # last: its presence says that all is there
 
     def _isolated(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """The environment of a run: nothing of the user's Vast.ai, XDG or Python set-up, and our key."""
+        """Return environ without the user's Vast.ai, XDG and Python set-up, and with our key."""
         kept = {k: v for k, v in environ.items() if not k.startswith(("VAST", "XDG_", "PYTHON"))}
         kept |= {
             "HOME": str(self._home),
@@ -433,7 +317,7 @@ class Cli:
 
 
 def _kill(process: "subprocess.Popen[str]") -> None:
-    """The run and whatever it started are gone. It is not reaped yet, so the id is still its own."""
+    """Kill the run and all that it started. It is not reaped yet, so the id is still its own."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -441,7 +325,7 @@ def _kill(process: "subprocess.Popen[str]") -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """The file holds that text, whole at any moment, whoever else writes it at the same time."""
+    """Replace the file in one step: a reader sees it whole, also when two processes write at once."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
     os.replace(file.name, path)

@@ -1,6 +1,6 @@
 """Vast.ai as typed calls: what is for rent, what we have, and what can be done with it.
 
-Each method is one command of the vastai CLI (`vast_cli` runs it and raises what the run shows) and one
+Each method is one command of the vastai CLI (vast/cli.py runs it and raises what the run shows) and one
 reading of what it printed. A command counts as done only when its own words say so: the JSON that it
 prints on success, or for those that ignore `--raw` the exact sentence (vast-contract 2). A listing is
 returned whole or not at all: `{}`, or fewer rows than it claims to have, raises.
@@ -12,8 +12,7 @@ ProtocolError or a 5xx it may have been done, and only the listing tells.
 
 import logging
 import re
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from process.errors import ConfigError
 from vast.cli import (
@@ -25,40 +24,23 @@ from vast.cli import (
     LOGS,
     SEARCH,
     SSH_KEYS,
-    ApiError,
     Cli,
-    CloudAuthError,
-    CloudTimeout,
     Endpoint,
-    NoSuchInstance,
-    OfferGone,
-    ProtocolError,
-    RateLimited,
-    TransportError,
-    VastSettings,
     api_error,
-    find_api_key,
     in_words,
-    short,
-    unexpected,
 )
-from vast.rows import PAGE_ROWS, Offer, Row, _Fields, _json, _label_begins, _list, _offer, _row
-
-__all__ = [
-    "ApiError",
-    "CloudAuthError",
-    "CloudTimeout",
-    "NoSuchInstance",
-    "Offer",
-    "OfferGone",
-    "ProtocolError",
-    "RateLimited",
-    "Row",
-    "TransportError",
-    "Vast",
-    "VastSettings",
-    "find_api_key",
-]
+from vast.errors import CloudAuthError, NoSuchInstance, ProtocolError, short, unexpected
+from vast.rows import (
+    PAGE_ROWS,
+    Fields,
+    Offer,
+    Row,
+    has_label_prefix,
+    offer_of,
+    parse_json,
+    parse_list,
+    row_of,
+)
 
 log = logging.getLogger("vast")
 
@@ -66,6 +48,8 @@ ONCE = "--retry=1"  # attempts in all; the default is 3, also for changes (vast-
 ONSTART_LIMIT_BYTES = 16_384  # vast-contract 2.2: the service refuses or cuts longer scripts
 LABEL_LIMIT = 256  # at create; vast-contract 2.2
 PORTS_LIMIT = 64  # -p options of one instance; vast-contract 2.2
+LISTING_TIMEOUT_S = 60.0  # of a listing of many pages
+LOGS_TIMEOUT_S = 30.0  # vast-contract 3
 
 
 # --- what is refused before it is sent -------------------------------------------------------------
@@ -101,7 +85,7 @@ def check_env(env: str) -> None:
 
 
 def _check_label(label: str) -> None:
-    """A label is one argument and is found in a sentence afterwards, so it must be plain."""
+    """Raise ValueError unless it can be one argument and be found in a sentence afterwards."""
     if not re.fullmatch(r"[A-Za-z0-9_][!-~]*", label) or len(label) > LABEL_LIMIT:
         raise ValueError(
             f"label {label!r}: expected 1 to {LABEL_LIMIT} printable characters without spaces, "
@@ -115,16 +99,9 @@ def _check_label(label: str) -> None:
 class Vast:
     """The account at the cloud. Safe to use from several threads; every method but __init__ runs the CLI."""
 
-    def __init__(
-        self,
-        settings: VastSettings,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """Ask nothing yet. ConfigError when the CLI is missing or has no place for its files."""
-        self._settings = settings
-        self._cli = Cli(settings, clock=clock, sleep=sleep)
+    def __init__(self, cli: Cli) -> None:
+        """Ask nothing yet."""
+        self._cli = cli
 
     def search_offers(
         self,
@@ -134,7 +111,7 @@ class Vast:
         limit: int = 64,
         exclude_machines: Collection[int] = (),
     ) -> list[Offer]:
-        """What is for rent on demand and fits the query (vast-contract 2.1), in that order.
+        """Return what is for rent on demand and fits the query (vast-contract 2.1), in that order.
 
         dph_total includes storage_gb. An offer that lacks a price or a name is left out; when all do,
         ProtocolError.
@@ -144,12 +121,12 @@ class Vast:
         if exclude_machines:
             query += f" machine_id notin [{','.join(str(m) for m in sorted(exclude_machines))}]"
         flags = ["--type=on-demand", f"--storage={storage_gb:g}", f"--order={order}", f"--limit={limit}"]
-        answer = _list(command, "offers", self._cli.run(SEARCH, words, [query, *flags, "--raw"]))
+        answer = parse_list(command, "offers", self._cli.run(SEARCH, words, [query, *flags, "--raw"]))
         offers: list[Offer] = []
         flaw: ProtocolError | None = None
         for data in answer:
             try:
-                offers.append(_offer(_Fields(command, "offer", data)))
+                offers.append(offer_of(Fields(command, "offer", data)))
             except ProtocolError as e:
                 flaw = e
         if flaw is not None:
@@ -186,14 +163,14 @@ class Vast:
         if price_usd_h is not None:
             flags.append(f"--bid_price={price_usd_h:g}")
         printed = self._cli.run(CREATE, words, flags, script=onstart)
-        answer = _Fields(command, "answer", _json(command, printed))
+        answer = Fields(command, "answer", parse_json(command, printed))
         if answer.flag("success") is False:
             msg = answer.maybe_text("msg") or answer.maybe_text("error") or "no message"
             raise api_error(command, CREATE, 200, msg)
         return answer.whole("new_contract")
 
     def list_instances(self, label_prefix: str | None = None) -> list[Row]:
-        """Every instance of the account, or those whose label begins so; all of them or CloudError.
+        """Return every instance of the account, or those whose label begins so: all of them or CloudError.
 
         The labels are compared here: a filter at the service would hide a row that it misreads, and its
         silence would look like an instance that is gone.
@@ -204,25 +181,24 @@ class Vast:
         if more:
             # The interval of this endpoint is 1 s and the CLI pauses only before a retry: with 6 attempts
             # these pauses add up to 2 s, so that the second page and the next outlast it.
-            limit_s = self._settings.listing_timeout_s
-            printed = self._cli.run(LISTING, words, ["--raw", "--retry=6"], timeout_s=limit_s)
-            page = _list(command, "instances", printed)
+            printed = self._cli.run(LISTING, words, ["--raw", "--retry=6"], timeout_s=LISTING_TIMEOUT_S)
+            page = parse_list(command, "instances", printed)
             if len(page) < total:
                 _, total, _ = self._first_page(words)  # one may have been destroyed between the two
-        listed = {f.whole("id"): f for f in (_Fields(command, "instance", data) for data in page)}
+        listed = {f.whole("id"): f for f in (Fields(command, "instance", data) for data in page)}
         if len(listed) < total:
             raise unexpected(command, f"the {total} instances that it claims", f"{len(listed)}")
-        return [_row(f) for f in listed.values() if _label_begins(f, label_prefix)]
+        return [row_of(f) for f in listed.values() if has_label_prefix(f, label_prefix)]
 
     def _first_page(self, words: list[str]) -> tuple[list[object], int, bool]:
-        """Its rows, how many there are in all, and whether there are more pages.
+        """Return its rows, how many there are in all, and whether there are more pages.
 
         With --limit the CLI shows the service's own envelope. Without, an outage that answers `{}` prints
         `[]`, which looks like an account without instances (vast-contract 1.1).
         """
         command = in_words(words)
         printed = self._cli.run(LISTING, words, ["--raw", f"--limit={PAGE_ROWS}"])
-        f = _Fields(command, "listing", _json(command, printed))
+        f = Fields(command, "listing", parse_json(command, printed))
         if f.flag("success") is False:
             raise unexpected(command, "success", f"success: false {short(f.maybe_text('msg') or '')!r}")
         rows = f.rows("instances")
@@ -232,7 +208,7 @@ class Vast:
         return rows, f.whole("total_instances"), f.maybe_text("next_token") is not None
 
     def start(self, instance_id: int) -> None:
-        """Ask for a stopped instance to run. It may wait for its GPU for ever: the listing tells."""
+        """Ask for a stopped instance to run. It may wait for its GPU for ever: only the listing tells."""
         self._say(CHANGE, ["start", "instance", str(instance_id)], f"starting instance {instance_id}.")
 
     def stop(self, instance_id: int) -> None:
@@ -240,16 +216,17 @@ class Vast:
         self._say(CHANGE, ["stop", "instance", str(instance_id)], f"stopping instance {instance_id}.")
 
     def label(self, instance_id: int, label: str) -> None:
-        """Its label is that one."""
+        """Change its label."""
         _check_label(label)
         words = ["label", "instance", str(instance_id)]
         self._say(CHANGE, words, f"label for {instance_id} set to {label}.", [label])
 
     def destroy(self, instance_id: int) -> None:
-        """Ask for its end, data included; fine when it is gone already. Only the listing proves it.
+        """Ask for its end, data included; an instance that is gone already is no error.
 
-        Plain, because with --raw nothing is printed whatever happened; -y, because without it nothing is
-        destroyed and the exit status is 0 (vast-contract 0, rows 3 and 4).
+        Only the listing proves that it is gone. Without --raw, with which nothing is printed whatever
+        happened; with -y, without which nothing is destroyed and the exit status is 0 (vast-contract 0,
+        rows 3 and 4).
         """
         words = ["destroy", "instance", str(instance_id)]
         try:
@@ -266,42 +243,42 @@ class Vast:
         *,
         raw: bool = True,
     ) -> None:
-        """Run a command that prints exactly that sentence when it is done. raw: its errors are JSON."""
+        """Run a command that prints exactly that sentence once it is done. raw: its errors are JSON."""
         stdout = self._cli.run(endpoint, words, [*flags, ONCE, *(["--raw"] if raw else [])])
         if stdout.strip() != sentence:
             got = repr(short(stdout)) if stdout.strip() else "nothing"
             raise unexpected(in_words(words), repr(sentence), got)
 
     def logs(self, instance_id: int, tail: int = 100) -> str:
-        """The last lines of the container's log. Takes 1 to 10 s; CloudTimeout when it never came."""
+        """Return the last lines of the container's log. Takes 1 to 10 s; CloudTimeout when it never came."""
         words = ["logs", str(instance_id)]
         flags = [f"--tail={tail}", "--raw"]
-        stdout = self._cli.run(LOGS, words, flags, timeout_s=self._settings.logs_timeout_s)
+        stdout = self._cli.run(LOGS, words, flags, timeout_s=LOGS_TIMEOUT_S)
         if not stdout:
             raise unexpected(in_words(words), "a log, or at least an empty line", "nothing")
         return stdout.removesuffix("\n")
 
     def credit(self) -> float:
-        """Dollars left to spend; at 0 and below the service stops everything."""
+        """Return the dollars left to spend; at 0 and below the service stops everything."""
         words = ["show", "user"]
-        answer = _json(in_words(words), self._cli.run(ACCOUNT, words, ["--raw"]))
-        return _Fields(in_words(words), "account", answer).number("credit")
+        answer = parse_json(in_words(words), self._cli.run(ACCOUNT, words, ["--raw"]))
+        return Fields(in_words(words), "account", answer).number("credit")
 
     def check_key(self) -> None:
-        """The key is good, or ConfigError: for start-up. CloudError when that cannot be known now."""
+        """Raise ConfigError when the key is refused, for start-up; CloudError when that is not known now."""
         try:
             self.credit()
         except CloudAuthError as e:
             raise ConfigError(f"the cloud refuses the API key: {e}") from e
 
     def register_ssh_key(self, public_key: str) -> None:
-        """The account has this key, and gives it to instances created from now on. Harmless when repeated."""
+        """Add the key to the account unless it is there: instances created from now on have it."""
         parts = public_key.split()
         if len(parts) < 2 or not parts[0].startswith(("ssh-", "ecdsa-", "sk-")) or "\n" in public_key.strip():
             raise ValueError("expected one line of an ssh public key: TYPE BASE64 COMMENT")
         words = ["show", "ssh-keys"]
-        for data in _list(in_words(words), "keys", self._cli.run(SSH_KEYS, words, ["--raw"])):
-            f = _Fields(in_words(words), "key", data)
+        for data in parse_list(in_words(words), "keys", self._cli.run(SSH_KEYS, words, ["--raw"])):
+            f = Fields(in_words(words), "key", data)
             # Documented as `key` in the listing and as `public_key` in the answer to a create.
             known = (f.maybe_text("key") or f.maybe_text("public_key") or "").split()
             if known[:2] == parts[:2] and f.maybe_text("deleted_at") is None:

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from vast.cli import (
-    short,
-    unexpected,
-)
+from vast.errors import short, unexpected
 
 PAGE_ROWS = 25  # the most that one page of the listing holds; vast-contract 2.3
 HOURS_PER_MONTH = 720.0  # storage_total_cost = storage_cost * disk_space / 720; vast-contract 2.11
@@ -72,8 +69,8 @@ class Row:
 # --- reading what the CLI printed ------------------------------------------------------------------
 
 
-class _Fields:
-    """Typed reading of one JSON object. A required field that is missing or wrong raises and is named."""
+class Fields:
+    """Typed reading of one JSON object: a required field that is missing or wrong is named and raises."""
 
     def __init__(self, command: str, what: str, data: object) -> None:
         self._command = command
@@ -95,12 +92,12 @@ class _Fields:
         return self._refuse(key, "a number of 0 or more") if value is None else value
 
     def maybe_amount(self, key: str) -> float | None:
-        """A finite number of 0 or more: the service writes -1 where it does not know."""
+        """Return a finite number of 0 or more, else None: the service writes -1 where it does not know."""
         value = self.maybe_number(key)
         return value if value is not None and value >= 0 else None
 
     def maybe_amount_in(self, outer: str, key: str) -> float | None:
-        return _Fields(self._command, f"{self._what}.{outer}", self.mapping(outer)).maybe_amount(key)
+        return Fields(self._command, f"{self._what}.{outer}", self.mapping(outer)).maybe_amount(key)
 
     def number(self, key: str) -> float:
         value = self.maybe_number(key)
@@ -116,7 +113,7 @@ class _Fields:
         return self.maybe_text(key) or self._refuse(key, "a text")
 
     def maybe_text(self, key: str) -> str | None:
-        """Stripped: whitespace has been seen around addresses. None when empty."""
+        """Return the text stripped (whitespace has been seen around addresses); None when it is empty."""
         value = self._data.get(key)
         return (value.strip() or None) if isinstance(value, str) else None
 
@@ -125,7 +122,7 @@ class _Fields:
         return value if isinstance(value, list) else self._refuse(key, "a list")
 
     def mapping(self, key: str) -> dict[str, object]:
-        """Empty when it is missing or null."""
+        """Return the object; an empty one when it is missing or null."""
         value = self._data.get(key)
         return value if isinstance(value, dict) else {}
 
@@ -139,7 +136,7 @@ class _Fields:
 
 
 def _shape(value: object) -> str:
-    """What kind of JSON it is. Not its content, which may hold keys and start scripts."""
+    """Say what kind of JSON value it is, without its content, which may hold keys and start scripts."""
     if isinstance(value, dict):
         return f"an object with {', '.join(sorted(value)) or 'no keys'}"
     if isinstance(value, list):
@@ -147,7 +144,8 @@ def _shape(value: object) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _json(command: str, stdout: str) -> object:
+def parse_json(command: str, stdout: str) -> object:
+    """Return the JSON that the command printed; ProtocolError when it is none."""
     try:
         return json.loads(stdout)
     except ValueError:
@@ -160,14 +158,16 @@ def _json(command: str, stdout: str) -> object:
         raise unexpected(command, "JSON on stdout", got) from None
 
 
-def _list(command: str, of: str, stdout: str) -> list[object]:
-    value = _json(command, stdout)
+def parse_list(command: str, of: str, stdout: str) -> list[object]:
+    """Return the JSON list that the command printed; ProtocolError when it is something else."""
+    value = parse_json(command, stdout)
     if not isinstance(value, list):
         raise unexpected(command, f"a list of {of}", _shape(value))
     return value
 
 
-def _offer(f: _Fields) -> Offer:
+def offer_of(f: Fields) -> Offer:
+    """Read an offer; ProtocolError when a price or a name is missing."""
     return Offer(
         id=f.whole("id"),
         machine_id=f.whole("machine_id"),
@@ -188,7 +188,8 @@ def _offer(f: _Fields) -> Offer:
     )
 
 
-def _row(f: _Fields) -> Row:
+def row_of(f: Fields) -> Row:
+    """Read an instance; what the service does not say is None or computed from what it says."""
     dph_total = f.amount("dph_total")
     storage_usd_h = f.maybe_amount("storage_total_cost")
     if storage_usd_h is None:
@@ -225,12 +226,13 @@ def _row(f: _Fields) -> Row:
     )
 
 
-def _label_begins(f: _Fields, prefix: str | None) -> bool:
+def has_label_prefix(f: Fields, prefix: str | None) -> bool:
+    """Say whether the label begins so; None is the prefix of all."""
     return prefix is None or (f.maybe_text("label") or "").startswith(prefix)
 
 
 def _ports(mapped: Mapping[str, object]) -> dict[int, int]:
-    """{"8000/tcp": [{"HostPort": "33526"}, …again for IPv6]} as {8000: 33526}; anything else is left out."""
+    """Read {"8000/tcp": [{"HostPort": "33526"}, …again for IPv6]} as {8000: 33526}; leave out the rest."""
     ports = {}
     for inside, outside in mapped.items():
         port, _, protocol = inside.partition("/")

@@ -6,7 +6,8 @@ from engine.profiles import Profile
 from fleet.commands import Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
 from fleet.outside import start_script
 from process.errors import CloudError, ConfigError
-from vast.client import ApiError, CloudAuthError, NoSuchInstance, OfferGone, RateLimited, Vast
+from vast.client import Vast
+from vast.errors import ApiError, CloudAuthError, NoSuchInstance, OfferGone, RateLimited
 
 # --- outside world ---------------------------------------------------------------------------------
 

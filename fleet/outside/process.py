@@ -36,7 +36,9 @@ from instance_client import InstanceClient
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.clock import steady_clock
 from process.errors import CloudError, ConfigError
-from vast.client import Vast, VastSettings, find_api_key
+from vast.cli import Cli
+from vast.client import Vast
+from vast.settings import VastSettings, find_api_key
 
 log = logging.getLogger("autoscaler")
 
@@ -228,15 +230,14 @@ class Process:
         self._lock_file = _only_one(self.state_dir / "autoscaler.lock")
         self.keys = FleetKeys(self.state_dir)
         find_key = local_cloud_key if config.local else find_api_key
-        self.vast = Vast(
-            VastSettings(
-                url=config.cloud_url if config.local else None,
-                api_key=find_key(os.environ, Path.home()),
-                local=config.local,
-                state_dir=self.state_dir,
-                speedup=config.speedup,
-            )
+        settings = VastSettings(
+            url=config.cloud_url if config.local else None,
+            api_key=find_key(os.environ, Path.home()),
+            local=config.local,
+            state_dir=self.state_dir,
+            speedup=config.speedup,
         )
+        self.vast = Vast(Cli(settings))
         try:
             self.ledger = Ledger(self.state_dir / "ledger.sqlite")
         except (sqlite3.Error, OSError) as e:

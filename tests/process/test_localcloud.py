@@ -28,8 +28,10 @@ from localcloud.world import World
 from process.errors import InstanceError
 from tests.paths import ROOT
 from tests.waiting import wait_for
-from vast.client import Vast, VastSettings
+from vast.cli import Cli
+from vast.client import Vast
 from vast.rows import Row
+from vast.settings import VastSettings
 
 KEY = "k-of-a-test-0123456789"
 LEAVES_OTHERS = """\
@@ -72,7 +74,8 @@ class LocalCloud:
                 stderr=log,
             )
         wait_for("it answers", self.status)
-        self.vast = Vast(VastSettings(state_dir=path, api_key=KEY, url=self.url, local=True, speedup=300.0))
+        settings = VastSettings(state_dir=path, api_key=KEY, url=self.url, local=True, speedup=300.0)
+        self.vast = Vast(Cli(settings))
 
     def status(self) -> Any:
         try:

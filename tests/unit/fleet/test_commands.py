@@ -11,7 +11,8 @@ from fleet.commands import Command, Create, Destroy, LookForOffers, Reply, Start
 from fleet.outside.performer import PORTS_ENV, Performer
 from process.errors import CloudError
 from tests.fleet_world import make_offer
-from vast.client import ApiError, CloudTimeout, NoSuchInstance, OfferGone, check_env
+from vast.client import check_env
+from vast.errors import ApiError, CloudTimeout, NoSuchInstance, OfferGone
 
 CREATE = Create(make_offer(5), "wanted", label="fleet/abc")
 
