@@ -18,11 +18,10 @@ Invariants
 import logging
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from engine.profiles import Profile
-from fleet.checks import Check, CheckOrder, Verdict
 from fleet.commands import (
     Command,
     Create,
@@ -35,10 +34,11 @@ from fleet.commands import (
     Undrain,
 )
 from fleet.demand import Demand, Mix
+from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.instance import Instance
-from fleet.journal import Decision, Journal, Remembered, Stretch
-from fleet.states import SERVING, Deadlines, IllegalMove, Limits, State, check_move
-from policies import BIN_S, Capacity, Policy, Seen
+from fleet.journal import BillingInterval, Decision, Journal, SavedInstance
+from fleet.states import SERVING, Deadlines, IllegalTransition, Limits, State, check_move
+from policies import BIN_S, Capacity, FleetSnapshot, Policy
 from process.errors import ConfigError
 from vast.rows import Offer, Row
 
@@ -73,7 +73,7 @@ class InstanceSet:
 
     def __init__(
         self,
-        fleet: str,
+        fleet_name: str,
         profile: Profile,
         limits: Limits,
         deadlines: Deadlines,
@@ -82,7 +82,7 @@ class InstanceSet:
         check_boot_every_s: float = 3.0,
     ) -> None:
         """An empty set for the fleet whose labels are `<fleet>/<something>`."""
-        self.fleet = fleet
+        self.fleet_name = fleet_name
         self.profile = profile
         self.limits = limits
         self.deadlines = deadlines
@@ -91,15 +91,15 @@ class InstanceSet:
         self.check_boot_every_s = check_boot_every_s
         self.instances: dict[str, Instance] = {}
         self.bad_machines: dict[int, float] = {}
-        self.version = 0  # of the hot set
+        self.hot_version = 0  # of the hot set
         self.manage = True
         self.listed_at: float | None = None  # last good listing
         self.plausible = False
         self.gone: deque[Instance] = deque(maxlen=50)  # the last that went, and why
         self._strange_since: float | None = None  # since when the listings lack most of the fleet
         self._blind_since: float | None = float("-inf")  # since when there is no believable listing
-        self._unearned: set[str] = set()  # hot before a restart, not yet checked again
-        self._doomed: set[str] = set()  # labels given up: destroyed again if they reappear
+        self._unverified: set[str] = set()  # hot before a restart, not yet checked again
+        self._condemned: set[str] = set()  # labels given up: destroyed again if they reappear
         self._offers: tuple[Offer, ...] = ()
         self._offers_at = float("-inf")
         self._looking_since = float("-inf")
@@ -109,19 +109,39 @@ class InstanceSet:
         self._load_times: list[float] = []
         self.start_time_s = profile.start_time_s / speedup
         self.load_time_s = profile.load_time_s / speedup
-        self._mourned: dict[str, tuple[float, float]] = {}  # vanished without our asking: until when, $/h
+        self._vanished: dict[str, tuple[float, float]] = {}  # vanished without our asking: until when, $/h
         self._journal = Journal()
+
+    def __iter__(self) -> Iterator[Instance]:
+        """Iterate over the instances, in the order in which they were ordered or found."""
+        return iter(self.instances.values())
+
+    def __len__(self) -> int:
+        """Return how many instances there are, failed ones and those being destroyed included."""
+        return len(self.instances)
+
+    def __contains__(self, label: object) -> bool:
+        """Return whether there is an instance with that label."""
+        return label in self.instances
+
+    def __getitem__(self, label: str) -> Instance:
+        """Return the instance with that label; raises KeyError."""
+        return self.instances[label]
+
+    def set_manage(self, manage: bool) -> None:
+        """Set whether anything new is ordered; what was begun is finished either way."""
+        self.manage = manage
 
     # -- restart ------------------------------------------------------------------------------------
 
     def restore(
         self,
-        remembered: Iterable[Remembered],
+        remembered: Iterable[SavedInstance],
         bad_machines: Mapping[int, float],
         start_times: Sequence[float] = (),
         load_times: Sequence[float] = (),
         *,
-        mourned: Mapping[str, tuple[float, float]] | None = None,
+        vanished: Mapping[str, tuple[float, float]] | None = None,
         now: float | None = None,
     ) -> None:
         """Take over what the ledger knows of the last process. What was hot must earn it again.
@@ -129,22 +149,22 @@ class InstanceSet:
         Labels of another fleet are left alone: a state directory may have served two.
         """
         self.bad_machines.update(bad_machines)
-        self._mourned.update(mourned or {})
+        self._vanished.update(vanished or {})
         self._start_times += start_times
         self._load_times += load_times
         self._time_it()
         for r in remembered:
-            if not r.label.startswith(self.fleet + "/"):
+            if not r.label.startswith(self.fleet_name + "/"):
                 continue
-            if r.doomed:
-                self._doomed.add(r.label)
+            if r.condemned:
+                self._condemned.add(r.label)
             if r.state is None or r.since is None:
                 continue
             state = State(r.state)
             # The machine's clock may have been set back since.
             since = r.since if now is None else min(r.since, now)
             if state in SERVING:
-                self._unearned.add(r.label)
+                self._unverified.add(r.label)
                 state = State.RUNNING
                 since = r.since if now is None else now
             self.instances[r.label] = Instance(
@@ -158,7 +178,7 @@ class InstanceSet:
                 price_usd_h=r.usd_h,
                 running_usd_h=r.running_usd_h,
                 loaded=r.loaded,
-                doomed=r.doomed,
+                condemned=r.condemned,
                 was_hot=State(r.state) in SERVING,
                 maybe_busy=state is State.RUNNING,
                 boot_ordered_at=since if state is State.STARTING else None,
@@ -166,20 +186,20 @@ class InstanceSet:
                 throughput_work_s=r.throughput or self.profile.throughput_work_s,
             )
 
-    def knows_fleet(self) -> bool:
+    def knows_hot_set(self) -> bool:
         """Whether the hot set can be told: a listing came, and what was hot before a restart was checked."""
         if self.listed_at is None:
             return False
-        self._unearned = {
+        self._unverified = {
             label
-            for label in self._unearned
+            for label in self._unverified
             if label in self.instances and self.instances[label].state is State.RUNNING
         }
-        return not self._unearned
+        return not self._unverified
 
     # -- observe ------------------------------------------------------------------------------------
 
-    def observe(self, rows: Sequence[Row] | None, checks: Iterable[Check], now: float) -> None:
+    def observe(self, rows: Sequence[Row] | None, checks: Iterable[HealthCheck], now: float) -> None:
         """Copy what the world says: the listing (None when it failed), then the finished health checks.
 
         Deadlines are judged only on a believable listing: with the cloud away nobody can tell a dead machine
@@ -228,16 +248,16 @@ class InstanceSet:
         self._blind_since = None
 
     def _ours(self, rows: Sequence[Row]) -> dict[str, Row]:
-        """The rows with our label; a second row of one label gets a label of its own and is doomed."""
+        """The rows with our label; a second row of one label gets a label of its own and is condemned."""
         ours: dict[str, Row] = {}
-        prefix = self.fleet + "/"
+        prefix = self.fleet_name + "/"
         for row in rows:
             if row.label is None or not row.label.startswith(prefix):
                 continue
             known = self.instances.get(row.label)
             if row.label in ours or (known and known.id is not None and known.id != row.id):
                 twin = f"{row.label}#{row.id}"
-                self._doomed.add(twin)
+                self._condemned.add(twin)
                 ours[twin] = row
             else:
                 ours[row.label] = row
@@ -254,7 +274,7 @@ class InstanceSet:
                 late = now - max(i.since, i.answered_at) > self.deadlines.ordered and not i.orders_out
                 if self.plausible and late and now >= i.patience_until:
                     if i.id is None:
-                        self._doom(i)
+                        self._condemn(i)
                         self._vanish(i, "its order was never seen", now)
                     else:
                         self._fail(i, "ordered, but never listed", now)
@@ -266,15 +286,15 @@ class InstanceSet:
                 continue
             away = now - i.absent_since >= absent
             # A destroyed instance is gone when the cloud said so and two believable listings in a row lack
-            # it; another is mourned longer, because to forget a machine that bills is the costlier mistake.
+            # it; another is vanished longer, because to forget a machine that bills is the costlier mistake.
             # One that passes its checks exists: then it is the listing that lacks something.
             if i.state is State.DESTROYING:
                 if i.absent_turns >= 2 and (i.destroyed or away):
                     self._move(i, State.GONE, "destroyed", now)
             elif i.absent_turns >= 3 and away and i.state not in SERVING:
                 self._vanish(i, "the cloud does not list it any more", now)
-        self._mourned = {
-            label: m for label, m in self._mourned.items() if m[0] > now and label not in self.instances
+        self._vanished = {
+            label: m for label, m in self._vanished.items() if m[0] > now and label not in self.instances
         }
 
     def _see(self, label: str, row: Row, now: float) -> None:
@@ -282,7 +302,7 @@ class InstanceSet:
         i = self.instances.get(label)
         if i is None:
             i = self._adopt(label, row, now)
-        records = len(self._journal.stretches)
+        records = len(self._journal.intervals)
         repriced = i.price_usd_h != row.price_now_usd_h
         i.price_usd_h = row.price_now_usd_h
         i.listed, i.intended = True, row.intended_status
@@ -300,7 +320,7 @@ class InstanceSet:
         i.lost_since = _since(i.lost_since, now, row.actual_status in LOST)
         i.broken_since = _since(i.broken_since, now, _says_broken(row.status_msg))
         self._follow(i, row, now)
-        if repriced and len(self._journal.stretches) == records:
+        if repriced and len(self._journal.intervals) == records:
             self._record(i, now)
 
     def _adopt(self, label: str, row: Row, now: float) -> Instance:
@@ -318,8 +338,8 @@ class InstanceSet:
         # Without a ledger a stopped instance is taken to hold the model: a start will show.
         i.loaded = row.actual_status in DOWN
         self.instances[label] = i
-        if label in self._doomed:
-            i.doomed = True
+        if label in self._condemned:
+            i.condemned = True
             self._move(i, State.DESTROYING, "given up earlier, and still listed", now)
         else:
             if row.actual_status in DOWN:
@@ -327,7 +347,7 @@ class InstanceSet:
             elif row.actual_status in UP:
                 i.state, i.maybe_busy = State.RUNNING, True
                 if self.listed_at is None:
-                    self._unearned.add(label)  # may well be hot: its first check will tell
+                    self._unverified.add(label)  # may well be hot: its first check will tell
             self._record(i, now)
         return i
 
@@ -367,12 +387,12 @@ class InstanceSet:
         i.in_flight = None
         self._move(i, State.RUNNING, why, now)
 
-    def judge(self, check: Check, now: float) -> None:
+    def judge(self, check: HealthCheck, now: float) -> None:
         """Apply one health check. The only place that makes an instance hot."""
         i = self.instances.get(check.label)
         if i is None or i.state not in CHECKED or check.started_at < i.booted_at:
             return
-        self._unearned.discard(i.label)
+        self._unverified.discard(i.label)
         if check.in_flight is not None:
             i.in_flight, i.in_flight_at = check.in_flight, check.started_at
         if check.certificate is not None and check.certificate != i.certificate:
@@ -439,7 +459,7 @@ class InstanceSet:
 
     # -- decide -------------------------------------------------------------------------------------
 
-    def see(self, demand: Demand, now: float, memory_s: float = math.inf) -> Seen:
+    def snapshot(self, demand: Demand, now: float, memory_s: float = math.inf) -> FleetSnapshot:
         """The fleet in numbers, as a policy sees it that looks back so far."""
         hot = coming = loading = cold = draining = 0
         speeds: list[float] = []  # of the hot
@@ -469,7 +489,7 @@ class InstanceSet:
                 stopped_usd_h.append(i.stopped_usd_h)
         work_s = _median(speeds) or _median(loaded_speeds) or self.profile.throughput_work_s
         work_s = demand.saturated_work_s() or work_s
-        return Seen(
+        return FleetSnapshot(
             now=now,
             demand=demand.since(now - memory_s),
             hot=hot,
@@ -505,7 +525,7 @@ class InstanceSet:
         """
         if self.listed_at is None or not self.plausible:
             return Decision(now, None, None, (), ("the listing failed or is not believed: nothing decided",))
-        seen = self.see(demand, now, policy.memory_s)
+        seen = self.snapshot(demand, now, policy.memory_s)
         targets = policy.targets(seen)
         notes: list[str] = []
         clamped: list[str] = []
@@ -671,26 +691,26 @@ class InstanceSet:
     def committed_usd_h(self) -> float:
         """Dollars per hour if every order goes through: what the hard limit is held against."""
         return sum(i.committed_usd_h for i in self.instances.values()) + sum(
-            usd_h for _, usd_h in self._mourned.values()
+            usd_h for _, usd_h in self._vanished.values()
         )
 
     def committed_instances(self) -> int:
         """Instances that exist or may exist: what the hard limit is held against."""
-        return len(self.instances) + len(self._mourned)
+        return len(self.instances) + len(self._vanished)
 
     # -- orders -------------------------------------------------------------------------------------
 
     def begin(self, command: Command, now: float) -> None:
         """Write the order down before it is sent, so that it counts and can be found again.
 
-        Raises IllegalMove when the instance has moved on since the decision; then nothing is to be sent.
+        Raises IllegalTransition when the instance has moved on since the decision; then nothing is sent.
         """
         if isinstance(command, LookForOffers):
             self._looking_since = now
             return
         if isinstance(command, Create):
-            if not command.label.startswith(self.fleet + "/") or command.label in self.instances:
-                raise ConfigError(f"label {command.label!r} is not a new one of fleet {self.fleet!r}")
+            if not command.label.startswith(self.fleet_name + "/") or command.label in self.instances:
+                raise ConfigError(f"label {command.label!r} is not a new one of fleet {self.fleet_name!r}")
             o = command.offer
             self.instances[command.label] = i = Instance(
                 label=command.label,
@@ -712,7 +732,7 @@ class InstanceSet:
             return
         found = self.instances.get(command.label)
         if found is None or found.id != command.id:
-            raise IllegalMove(f"{command.label}: not there any more")
+            raise IllegalTransition(f"{command.label}: not there any more")
         i = found
         if isinstance(command, Start):
             if i.state is not State.STARTING:
@@ -724,12 +744,12 @@ class InstanceSet:
                 i.asked_at = now
         elif isinstance(command, Destroy):
             if i.state is not State.DESTROYING:
-                self._doom(i)
+                self._condemn(i)
                 self._move(i, State.DESTROYING, command.why, now)
                 i.asked_at = now
         elif isinstance(command, Drain):
             self._move(i, State.DRAINING, command.why, now)
-            i.drain_version = self.version
+            i.drain_version = self.hot_version
             return
         else:
             self._move(i, State.HOT, command.why, now)
@@ -768,7 +788,7 @@ class InstanceSet:
             elif reply is Reply.REFUSED and i.state is State.ORDERED:
                 if not offer_gone:
                     self._failed_create(now)
-                self._doom(i)
+                self._condemn(i)
                 self._move(i, State.GONE, why, now)
         elif isinstance(command, Start) and reply is Reply.REFUSED and i.state is State.STARTING:
             i.refused_starts += 1
@@ -791,7 +811,7 @@ class InstanceSet:
 
     # -- what others ask ----------------------------------------------------------------------------
 
-    def checks_due(self, now: float, under_way: Collection[str] = ()) -> list[CheckOrder]:
+    def checks_due(self, now: float, under_way: Collection[str] = ()) -> list[HealthCheckOrder]:
         """The health checks to make now; each is counted as made. under_way: labels that are being checked.
 
         Nothing is checked before a listing of this process said where it is.
@@ -810,32 +830,34 @@ class InstanceSet:
             # Reading the log of a hot instance costs an ssh handshake; the prompt is the sharper test.
             read_log = i.state is State.RUNNING or (i.state is State.HOT and i.checks % 4 == 0)
             due.append(
-                CheckOrder(i.label, i.id, i.state, i.ssh, i.auth_url, i.address, read_log, i.certificate)
+                HealthCheckOrder(
+                    i.label, i.id, i.state, i.ssh, i.auth_url, i.address, read_log, i.certificate
+                )
             )
         return due
 
-    def suspect(self, instance_id: int) -> None:
-        """Somebody met a failure there: its next health check is due at once."""
-        for i in self.instances.values():
-            if i.id == instance_id:
-                i.last_check_at = float("-inf")
-
-    def told(self, label: str, boot_id: str, number: int, why: str) -> bool:
+    def record_message(self, label: str, boot_id: str, number: int, why: str) -> bool:
         """The instance says how it is. It is looked at now; what it says makes nothing hot or failed.
 
         False when it was heard before.
         """
         i = self.instances.get(label)
-        if i is None or not i.heard.is_new(boot_id, number):
+        if i is None or not i.replay_guard.accept(boot_id, number):
             return False
         i.last_check_at = float("-inf")
         if i.state is State.RUNNING:
             i.why = f"it says: {why}"
         return True
 
-    def measured(self, throughput_work_s: Mapping[int, float]) -> None:
-        """A loadbalancer measured these instances' work per second, by id. Less than 2 % is noise."""
+    def record_report(self, throughput_work_s: Mapping[int, float], failing: Collection[int]) -> None:
+        """Take in what a loadbalancer says of instances, by id.
+
+        throughput_work_s: measured work per second; a change of less than 2 % is noise. failing: instances
+        with new failures, whose next health check is due at once.
+        """
         for i in self.instances.values():
+            if i.id in failing:
+                i.last_check_at = float("-inf")
             new = throughput_work_s.get(i.id) if i.id is not None else None
             if new is not None and abs(new - i.throughput_work_s) > 0.02 * i.throughput_work_s:
                 i.throughput_work_s = new
@@ -876,7 +898,7 @@ class InstanceSet:
 
     def _comes_back(self, i: Instance) -> bool:
         """Running and on its way to hot with the model on its disk, as far as we know."""
-        return i.state is State.RUNNING and (i.loaded or i.label in self._unearned)
+        return i.state is State.RUNNING and (i.loaded or i.label in self._unverified)
 
     def _by_state(self) -> dict[State, list[Instance]]:
         found: dict[State, list[Instance]] = {state: [] for state in State}
@@ -889,7 +911,7 @@ class InstanceSet:
         spent = now - i.since
         self._journal.log.append(f"{i.id or i.label} {i.state} -> {to}: {why} (after {spent:.0f} s)")
         if (i.state in SERVING) or (to in SERVING):
-            self.version += 1
+            self.hot_version += 1
         if i.state is State.DESTROYING and to is State.GONE:
             self._took("destroyed", i.asked_at, now)
         if to is State.GONE:
@@ -910,13 +932,13 @@ class InstanceSet:
             until = now + self.deadlines.bad_machine
             self.bad_machines[i.machine_id] = until
             self._journal.bad_machines[i.machine_id] = (until, why)
-        self._doom(i)
+        self._condemn(i)
         self._move(i, State.FAILED, why, now)
 
     def _vanish(self, i: Instance, why: str, now: float) -> None:
         """Gone, as far as the listing can be trusted: it goes on counting against the limits for a while."""
         usd_h = max(i.price_usd_h, i.running_usd_h)
-        self._mourned[i.label] = self._journal.mourned[i.label] = (now + self.deadlines.mourn, usd_h)
+        self._vanished[i.label] = self._journal.vanished[i.label] = (now + self.deadlines.vanished, usd_h)
         self._move(i, State.GONE, why, now)
 
     def _failed_create(self, now: float) -> None:
@@ -927,17 +949,17 @@ class InstanceSet:
         self._no_create_before = now + rest
         self.offer_gone(now)
 
-    def _doom(self, i: Instance) -> None:
+    def _condemn(self, i: Instance) -> None:
         """Whatever the cloud does later, this label is not to live on."""
-        i.doomed = True
-        self._doomed.add(i.label)
+        i.condemned = True
+        self._condemned.add(i.label)
         self._remember(i)
 
     def _hot_changed(self) -> None:
-        self.version += 1
+        self.hot_version += 1
 
     def _took(self, kind: str, since: float, now: float) -> None:
-        self._journal.took.append((kind, now, now - since))
+        self._journal.durations.append((kind, now, now - since))
 
     def _time_it(self) -> None:
         """Medians of the last measured times from start and from order to hot; till then the profile's."""
@@ -952,12 +974,12 @@ class InstanceSet:
         return self.start_time_s * 2.0 / 3.0, self.start_time_s * 4.0 / 3.0
 
     def _remember(self, i: Instance) -> None:
-        self._journal.fleet[i.label] = Remembered(
+        self._journal.fleet[i.label] = SavedInstance(
             i.label,
             i.id,
             i.machine_id,
             i.loaded,
-            i.doomed,
+            i.condemned,
             i.ordered_at,
             i.throughput_work_s,
             i.state,
@@ -967,8 +989,8 @@ class InstanceSet:
         )
 
     def _record(self, i: Instance, now: float) -> None:
-        self._journal.stretches.append(
-            Stretch(
+        self._journal.intervals.append(
+            BillingInterval(
                 i.label,
                 i.id,
                 i.machine_id,

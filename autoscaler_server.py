@@ -25,7 +25,7 @@ from fleet.commands import Command, LookForOffers
 from fleet.demand import Report
 from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.prepare import prepare
-from fleet.outside.process import Config, Process, hot_set
+from fleet.outside.process import AutoscalerConfig, AutoscalerProcess, hot_set
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
@@ -116,8 +116,8 @@ def create_app(
     @operator
     def instances() -> Response:
         with scaler.lock:
-            now, manage = scaler.clock(), scaler.fleet.manage
-            there, gone = scaler.fleet.describe(now), scaler.fleet.describe_gone(now)
+            now, manage = scaler.clock(), scaler.instances.manage
+            there, gone = scaler.instances.describe(now), scaler.instances.describe_gone(now)
         return jsonify(instances=there, gone=gone, manage=manage)
 
     @app.get("/hot")
@@ -133,16 +133,19 @@ def create_app(
     def busy() -> Response:
         said = check_fields(json_body(MAX_BUSY_BODY), _BUSY)
         report, measured = parse_report(said)
-        scaler.heard(report, measured)
+        scaler.record_report(report, measured)
         with scaler.lock:
-            version, expected_s = scaler.fleet.version, scaler.fleet.expected_hot_s(scaler.clock())
+            version, expected_s = (
+                scaler.instances.hot_version,
+                scaler.instances.expected_hot_s(scaler.clock()),
+            )
         return jsonify(hot_epoch=scaler.epoch, hot_version=version, expected_hot_s=expected_s)
 
     @app.post("/ready")
     def ready() -> Response:
         raw = request.get_data(cache=False)
         with scaler.lock:
-            labels = list(scaler.fleet.instances)
+            labels = [i.label for i in scaler.instances]
         names, label_of = {}, {}
         for one in labels:
             name, names[name] = name_and_key(master_token(one))
@@ -153,7 +156,7 @@ def create_app(
         label = label_of[said_by]
         said = check_fields(parse_json(raw), _READY)
         why = f"{said['state']}: {said['why']}" if said.get("why") else said["state"]
-        if not scaler.told(label, said["boot_id"], said["number"], why):
+        if not scaler.record_message(label, said["boot_id"], said["number"], why):
             return error(409, "heard_before", "this message, or one after it, was heard before")
         log.info("%s says: %s", label, why)
         nudge()
@@ -195,7 +198,7 @@ def create_app(
     def manage() -> Response:
         wanted = body({"manage": Boolean()})["manage"]
         with scaler.lock:
-            scaler.fleet.manage = wanted
+            scaler.instances.set_manage(wanted)
         log.info("manage is now %s", wanted)
         return jsonify(manage=wanted)
 
@@ -205,11 +208,11 @@ def create_app(
         wanted = body({"name": Text(1, 64), "params": Mapping(optional=True)})
         try:
             params = wanted.get("params") or {}
-            made = make_policy(POLICIES, wanted["name"], params, scaler.fleet.speedup)
+            made = make_policy(POLICIES, wanted["name"], params, scaler.instances.speedup)
         except ConfigError as e:
             raise BadField("name" if "unknown policy" in str(e) else "params", str(e)) from e
         with scaler.lock:
-            scaler.policy = made
+            scaler.set_policy(made)
         log.info("policy is now %r", made)
         if tuner is not None:
             tuner.policy_was_set()
@@ -328,14 +331,14 @@ def parse_report(said: MappingType[str, Any]) -> tuple[Report, dict[int, float]]
 
 
 def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any]:
-    """`GET /costs`: dollars of the window, the stretches behind them, and what is being spent now."""
+    """`GET /costs`: dollars of the window, the intervals behind them, and what is being spent now."""
     scaler.write_counts()
     costs = scaler.ledger.costs(from_s, to_s)
-    took = scaler.ledger.took(from_s, to_s)
+    took = scaler.ledger.durations(from_s, to_s)
     with scaler.lock:
-        burn = sum(i.price_usd_h for i in scaler.fleet.instances.values())
-        committed = scaler.fleet.committed_usd_h()
-        limit = scaler.fleet.limits.max_usd_h
+        burn = sum(i.price_usd_h for i in scaler.instances)
+        committed = scaler.instances.committed_usd_h()
+        limit = scaler.instances.limits.max_usd_h
 
     def count(kind: str) -> int:
         return sum(k == kind for k, _, _ in took)
@@ -373,7 +376,7 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
                 "usd": s.usd_h * s.seconds_within(from_s, to_s) / 3600.0,
                 "why": s.why,
             }
-            for s in costs.stretches
+            for s in costs.intervals
         ],
     }
 
@@ -382,12 +385,12 @@ def metrics_text(scaler: Autoscaler) -> str:
     """Prometheus text: instances by state, demand, busy, burn rate, dollars so far, age of the last turn."""
     now = scaler.clock()
     scaler.write_counts()
-    costs = scaler.ledger.costs(0.0, now, with_stretches=False)
+    costs = scaler.ledger.costs(0.0, now, with_intervals=False)
     with scaler.lock:
         states = dict.fromkeys(State, 0)
-        for i in scaler.fleet.instances.values():
+        for i in scaler.instances:
             states[i.state] += 1
-        burn = sum(i.price_usd_h for i in scaler.fleet.instances.values())
+        burn = sum(i.price_usd_h for i in scaler.instances)
         demand, busy, held = scaler.demand.demand, scaler.demand.busy, scaler.demand.held
         arrivals = scaler.demand.arrivals
     lines = ["# TYPE autoscaler_instances gauge"]
@@ -408,12 +411,12 @@ def metrics_text(scaler: Autoscaler) -> str:
     return "\n".join(lines) + "\n"
 
 
-def serve(config: Config) -> None:
+def serve(config: AutoscalerConfig) -> None:
     """Run until SIGTERM or Ctrl-C. The fleet goes on running: it is found again at the next start."""
     operator_keys = private_files.load_keys(config.operator_key_file)
     check_bind(config.host, config.port, keys_present=bool(operator_keys))
     sock = bind_socket(config.host, config.port)
-    process = Process(config, replay=REPLAY)
+    process = AutoscalerProcess(config, replay=REPLAY)
     keys = Keys(private_files.load_or_make_key(process.state_dir / "control.key"), operator_keys)
     process.check_account()
     app = create_app(
@@ -422,7 +425,7 @@ def serve(config: Config) -> None:
         keys,
         config.poll_interval_s,
         process.keys.master_token,
-        process.due.ring,
+        process.check_wakeup.wake,
         process.tuner,
     )
     log.info(
@@ -443,7 +446,7 @@ def serve(config: Config) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    d = Config()
+    d = AutoscalerConfig()
     common = Parser(add_help=False)
     add = common.add_argument
     add(
@@ -539,9 +542,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config(args: argparse.Namespace) -> Config:
+def _config(args: argparse.Namespace) -> AutoscalerConfig:
     given = vars(args)
-    names = Config.__dataclass_fields__
+    names = AutoscalerConfig.__dataclass_fields__
     chosen = {k: v for k, v in given.items() if k in names and v is not None and k != "loadbalancer"}
     if given.get("loadbalancer"):
         chosen["loadbalancer"] = tuple(given["loadbalancer"])
@@ -549,7 +552,7 @@ def _config(args: argparse.Namespace) -> Config:
         raise ConfigError(f"--goal and --policy {given['policy']}: only objective has a goal")
     if given.get("policy_param"):
         chosen["policy_params"] = tuple(given["policy_param"])
-    return Config(**chosen)
+    return AutoscalerConfig(**chosen)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,8 +29,8 @@ from typing import Any
 
 import paramiko
 
-from fleet.checks import Check, CheckOrder, Verdict
-from fleet.outside.health import HealthChecker
+from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
+from fleet.outside.health_checker import HealthChecker
 from fleet.outside.ssh_log import SshLog
 from fleet.states import State
 from instance_client import InstanceClient
@@ -132,7 +132,7 @@ async def run_machines(count: int, hanging: int) -> None:
 
 
 @contextmanager
-def machines(count: int, hanging: int) -> Iterator[list[CheckOrder]]:
+def machines(count: int, hanging: int) -> Iterator[list[HealthCheckOrder]]:
     """So many machines, the first of which hang, as orders to check them."""
     argv = [sys.executable, "-m", "bench.checks", "--machines", str(count), str(hanging)]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -140,7 +140,7 @@ def machines(count: int, hanging: int) -> Iterator[list[CheckOrder]]:
             assert process.stdout is not None
             told: list[dict[str, int]] = json.loads(process.stdout.readline())
             yield [
-                CheckOrder(
+                HealthCheckOrder(
                     label=f"fleet/{n}",
                     id=n,
                     state=State.RUNNING,
@@ -170,7 +170,7 @@ class Round:
     passed_worst_s: float
 
 
-async def check_all(orders: list[CheckOrder], hanging: int, timeout_s: float) -> Round:
+async def check_all(orders: list[HealthCheckOrder], hanging: int, timeout_s: float) -> Round:
     """Check all of them at once, as the autoscaler does."""
     known: dict[str, str] = {}
     took: dict[str, float] = {}
@@ -185,7 +185,7 @@ async def check_all(orders: list[CheckOrder], hanging: int, timeout_s: float) ->
             time.monotonic,
         )
 
-        async def one(order: CheckOrder) -> Check:
+        async def one(order: HealthCheckOrder) -> HealthCheck:
             found = await checker.check(order)
             took[order.label] = time.perf_counter() - begun
             return found

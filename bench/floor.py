@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.types import Seen, Targets
+from policies.types import FleetSnapshot, Targets
 from process.compiled import njit
 from simulation.virtual.fluid import Bins, Fleet, run_policy
 
@@ -188,7 +188,7 @@ class Played:
         self._ahead = math.ceil((ahead_s + self.tick_s) / step_s)
         self._pool = pool
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """What will be hot when what is ordered now has started, and no fewer than are to be hot now."""
         at = int(seen.now) // self._step_s
         coming = self._schedule[at : at + self._ahead + 1]
@@ -338,7 +338,7 @@ def _achieved(
     return result.misses, result.usd_serving
 
 
-_AT_ZERO = Seen(0.0, (), 0, 0, 0, 0, 0, 0.0, 0.0)
+_AT_ZERO = FleetSnapshot(0.0, (), 0, 0, 0, 0, 0, 0.0, 0.0)
 
 
 def _summed(values: Floats, steps: int, step_s: int) -> Floats:

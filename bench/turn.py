@@ -24,8 +24,8 @@ from typing import Any
 
 from autoscaler import InstanceSet
 from engine.profiles import get_profile
-from fleet.checks import Check, Verdict
 from fleet.demand import Demand, Report
+from fleet.health_check import HealthCheck, Verdict
 from fleet.outside.ledger import Ledger
 from fleet.outside.performer import Performer
 from fleet.outside.start_script import render
@@ -246,12 +246,14 @@ def measure(instances: int, turns: int) -> Result:
             lambda: now[0],
         )
         scaler.turn()
-        for i in list(fleet.instances.values()):
+        for i in list(fleet):
             if i.state is State.RUNNING:
-                scaler.judge(Check(i.label, now[0], Verdict.PASSED, "test prompt: 4 token(s)", 0))
+                scaler.judge(HealthCheck(i.label, now[0], Verdict.PASSED, "test prompt: 4 token(s)", 0))
         for _ in range(720):  # an hour of demand
             now[0] += TURN_S
-            demand.heard(Report("lb", "bench", fleet.version, 0.7 * hot, 0.7 * hot, 0, 0, 0.0), now[0])
+            demand.add_report(
+                Report("lb", "bench", fleet.hot_version, 0.7 * hot, 0.7 * hot, 0, 0, 0.0), now[0]
+            )
             demand.tick(now[0])
         scaler.turn()  # reads prices and sizes for the first time
         vast.list_instances = timed("read the listing", vast.list_instances)  # type: ignore[method-assign]
@@ -261,7 +263,9 @@ def measure(instances: int, turns: int) -> Result:
         gc.collect()
         for _ in range(turns):
             now[0] += TURN_S
-            demand.heard(Report("lb", "bench", fleet.version, 0.7 * hot, 0.7 * hot, 0, 0, 0.0), now[0])
+            demand.add_report(
+                Report("lb", "bench", fleet.hot_version, 0.7 * hot, 0.7 * hot, 0, 0, 0.0), now[0]
+            )
             decision = turn()
             assert decision.commands == (), f"something changed: {decision.commands[:3]} {decision.notes}"
         assert len(fleet.serving()) == hot

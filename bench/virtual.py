@@ -31,7 +31,7 @@ from engine.timing import timing_for
 from fleet.states import Limits
 from fleet_client.flags import Parser, run_main
 from localcloud.market import Machine
-from policies import Fixed, Objective, Policy, Seen, Targets
+from policies import Fixed, FleetSnapshot, Objective, Policy, Targets
 from process.errors import ConfigError
 from simulation.traces import logs
 from simulation.traces.logs import Request
@@ -56,7 +56,7 @@ class Ticked:
         self._said = Targets(0, 0, "not asked yet")
         self.memory_s = peer.memory_s
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """The peer's."""
         if seen.now >= self._next:
             self._next = seen.now + self._peer.tick_s

@@ -136,7 +136,7 @@ class Demand:
         self._served = (-math.inf, 0, 0.0, 0.0)  # (when, hot, work arrived, work held)
         self._full_work = self._full_s = 0.0
 
-    def heard(self, report: Report, now: float) -> tuple[dict[int, float], list[int]]:
+    def add_report(self, report: Report, now: float) -> tuple[dict[int, float], list[int]]:
         """Take in a report; gives back seconds newly worked by instance, and instances with new failures."""
         at, before = self._known.get(report.loadbalancer, (now, None))
         most_s = float("inf")

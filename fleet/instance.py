@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fleet.states import BILLS_GPU, State
-from web.signatures import Heard
+from web.signatures import ReplayGuard
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Instance:
     price_usd_h: float = 0.0
     throughput_work_s: float = 1.0
     loaded: bool = False
-    doomed: bool = False
+    condemned: bool = False
     was_hot: bool = False  # in this boot
     maybe_busy: bool = False  # it was given requests in this boot, or may have been before we knew it
     adopted: bool = False  # found in the listing: when it was ordered is not known
@@ -33,7 +33,7 @@ class Instance:
     boot_ordered_at: float | None = None
     host: str | None = None
     ports: Mapping[int, int] = field(default_factory=dict)
-    heard: Heard = field(default_factory=Heard)  # of what it says by itself
+    replay_guard: ReplayGuard = field(default_factory=ReplayGuard)  # of what it says by itself
     certificate: str | None = None  # as ssh showed it in this boot, or in the one before
     ssh: tuple[str, int] | None = None
     listed: bool = False

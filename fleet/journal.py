@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fleet.commands import (
     Command,
 )
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 BUCKET_S = 15.0
 """Width of a `worked` bucket: fine enough to clip to a run of a minute, 5,760 rows an instance and day."""
@@ -15,7 +15,7 @@ BOOT_STATES = frozenset({"ordered", "loading", "running", "starting"})
 
 
 @dataclass(frozen=True)
-class Stretch:
+class BillingInterval:
     """One instance in one state at one price. usd_h is what it pays, running_usd_h what it would pay hot."""
 
     label: str
@@ -35,14 +35,14 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Remembered:
+class SavedInstance:
     """What a restarted autoscaler must know of an instance; from `state` on it is its open stretch."""
 
     label: str
     instance: int | None
     machine: int | None
     loaded: bool
-    doomed: bool
+    condemned: bool
     ordered_s: float
     throughput: float | None
     state: str | None
@@ -62,7 +62,7 @@ class Costs:
     lost: float
     usd_if_all_hot: float
     utilisation: float | None
-    stretches: tuple[Stretch, ...]
+    intervals: tuple[BillingInterval, ...]
 
     @property
     def total(self) -> float:
@@ -75,7 +75,7 @@ class Decision:
     """What was seen, what was wanted and what is ordered; the record `GET /decisions` shows."""
 
     at: float
-    seen: Seen | None
+    seen: FleetSnapshot | None
     targets: Targets | None
     commands: tuple[Command, ...]
     notes: tuple[str, ...]
@@ -86,24 +86,24 @@ class Decision:
 class Journal:
     """What the ledger must learn since the last `take_journal`."""
 
-    stretches: list[Stretch] = field(default_factory=list)
-    fleet: dict[str, Remembered] = field(default_factory=dict)
-    took: list[tuple[str, float, float]] = field(default_factory=list)
+    intervals: list[BillingInterval] = field(default_factory=list)
+    fleet: dict[str, SavedInstance] = field(default_factory=dict)
+    durations: list[tuple[str, float, float]] = field(default_factory=list)
     bad_machines: dict[int, tuple[float, str]] = field(default_factory=dict)
-    mourned: dict[str, tuple[float, float]] = field(default_factory=dict)
+    vanished: dict[str, tuple[float, float]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether there is anything to write down; the log lines are not."""
-        return bool(self.stretches or self.fleet or self.took or self.bad_machines or self.mourned)
+        return bool(self.intervals or self.fleet or self.durations or self.bad_machines or self.vanished)
 
     def before(self, later: "Journal") -> "Journal":
         """This one and a later one as one; its log lines are taken for written."""
         return Journal(
-            self.stretches + later.stretches,
+            self.intervals + later.intervals,
             self.fleet | later.fleet,
-            self.took + later.took,
+            self.durations + later.durations,
             self.bad_machines | later.bad_machines,
-            self.mourned | later.mourned,
+            self.vanished | later.vanished,
             later.log,
         )

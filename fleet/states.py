@@ -7,7 +7,7 @@
     from anywhere: failed ─► destroying ─► gone
 
 Beside each edge stands the event in the world that causes it. A move that is not in the table raises
-IllegalMove and changes nothing; `autoscaler.InstanceSet` is the only caller.
+IllegalTransition and changes nothing; `autoscaler.InstanceSet` is the only caller.
 """
 
 from collections.abc import Mapping
@@ -84,14 +84,14 @@ SERVING = frozenset({S.HOT, S.DRAINING})
 BILLS_GPU = frozenset({S.ORDERED, S.LOADING, S.RUNNING, S.HOT, S.DRAINING, S.STARTING, S.STOPPING})
 
 
-class IllegalMove(Exception):
+class IllegalTransition(Exception):
     """The table of transitions has no such edge; nothing was changed."""
 
 
 def check_move(now_in: State, to: State) -> None:
-    """Raise IllegalMove unless the table has that edge."""
+    """Raise IllegalTransition unless the table has that edge."""
     if to is now_in or (to not in TRANSITIONS[now_in] and to not in FROM_ANYWHERE):
-        raise IllegalMove(f"no way from {now_in} to {to}")
+        raise IllegalTransition(f"no way from {now_in} to {to}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Deadlines:
     stopping: float = 180.0  # stop is repeated meanwhile
     lost: float = 90.0  # host offline or unknown (vast-contract 6.7)
     lost_cold: float = 3600.0  # the same for a stopped one: its bill is small and its disk worth a wait
-    mourn: float = 600.0  # one that vanished from the listing still counts against the hard limits
+    vanished: float = 600.0  # one that vanished from the listing still counts against the hard limits
     absent: float = 30.0  # not in the listing although it should be
     disbelief: float = (
         120.0  # a listing that lacks most of the fleet is taken for an outage; those last a minute
@@ -153,7 +153,7 @@ class Deadlines:
             "stopping": 30,
             "lost": 15,
             "lost_cold": 60,
-            "mourn": 60,
+            "vanished": 60,
             "absent": 12,
             "patience": 20,
             "broken_host": 5,

@@ -8,7 +8,7 @@ from policies.busy import Busy
 from policies.fixed import Fixed
 from policies.named import make_policy, parse_params
 from policies.objective import Objective
-from policies.types import BIN_S, Capacity, Policy, Seen, Targets, Traffic
+from policies.types import BIN_S, Capacity, FleetSnapshot, Policy, Targets, Traffic
 
 POLICIES: dict[str, type[Policy]] = {"objective": Objective, "busy": Busy, "fixed": Fixed}
 
@@ -18,9 +18,9 @@ __all__ = [
     "Busy",
     "Capacity",
     "Fixed",
+    "FleetSnapshot",
     "Objective",
     "Policy",
-    "Seen",
     "Targets",
     "Traffic",
     "make_policy",

@@ -14,7 +14,7 @@ nothing more is started unless demand grows past what they will hold.
 import math
 from dataclasses import dataclass, replace
 
-from policies.types import Seen, Targets
+from policies.types import FleetSnapshot, Targets
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Busy:
         """The same with its waiting time divided, but not under 10 s: demand itself is not sped up."""
         return replace(self, remove_after_s=max(10.0, self.remove_after_s / speedup))
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """The hot and total targets for this moment."""
         demand = seen.demand[-1][1] if seen.demand else 0.0
         ready = seen.hot + seen.coming
@@ -62,7 +62,7 @@ class Busy:
         # A loaded pool is what makes starts quick, so it is not destroyed by a lull: it only grows here.
         return Targets(hot, max(hot + self.spare, seen.total), why)
 
-    def _hot(self, seen: Seen, demand: float, ready: int) -> tuple[int, str]:
+    def _hot(self, seen: FleetSnapshot, demand: float, ready: int) -> tuple[int, str]:
         if ready < self.min_hot:
             return self.min_hot, f"{ready} hot or coming, at least {self.min_hot} wanted"
         if demand > self.add_above * ready:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from policies.types import Seen, Targets
+from policies.types import FleetSnapshot, Targets
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Fixed:
         """It looks at nothing."""
         return 0.0
 
-    def targets(self, seen: Seen) -> Targets:  # noqa: ARG002 - a fixed fleet looks at nothing
+    def targets(self, seen: FleetSnapshot) -> Targets:  # noqa: ARG002 - a fixed fleet looks at nothing
         """The same two numbers, always."""
         return Targets(self.hot, max(self.hot, self.total), f"fixed at {self.hot} hot, {self.total} in all")
 

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.types import BIN_S, Seen, Targets
+from policies.types import BIN_S, FleetSnapshot, Targets
 
 MEANS_LOOK_BACK = 6.0
 """An exponential mean over w seconds reads the last 6 w: what is older would weigh exp(-6), a quarter of a
@@ -86,7 +86,7 @@ class Objective:
     hold_s: how long a need is kept before an instance is taken down for lack of it.
     drain_s: a backlog is given what would clear it in so many seconds.
     pool: least number of loaded instances, hot and cold. pool_headroom: the same as a multiple of the hot.
-    settled_at: when replay set the pool, seconds on the clock of `Seen.now`; -inf: never, so it only grows.
+    settled_at: when replay set the pool, on the clock of `FleetSnapshot.now`; -inf: never, so it only grows.
     min_hot: kept hot with no load at all.
     """
 
@@ -141,7 +141,7 @@ class Objective:
             drain_s=max(BIN_S, self.drain_s / speedup),
         )
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """The hot and total targets for this moment."""
         if seen.capacity is None or not len(seen.arriving):
             what = "nothing has arrived yet" if seen.capacity else "no capacity is known yet"
@@ -161,7 +161,7 @@ class Objective:
             why += f"; {wanted} would be hot, but no more are loaded"
         return Targets(hot, self._total(seen, steady, hot), why)
 
-    def _total(self, seen: Seen, steady: int, hot: int) -> int:
+    def _total(self, seen: FleetSnapshot, steady: int, hot: int) -> int:
         """How many shall be loaded: only a replay's word, while it is fresh, makes the pool smaller.
 
         The headroom is over what is needed without the backlog, which would be gone before a load ends.

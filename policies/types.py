@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BIN_S = 5.0
-"""Width of a bin of `Seen.arriving`, seconds: about one turn of the autoscaler."""
+"""Width of a bin of `FleetSnapshot.arriving`, seconds: about one turn of the autoscaler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class FleetSnapshot:
     """The fleet and its load at one moment, as a policy may see it.
 
     now: seconds on the caller's clock.
@@ -90,7 +90,7 @@ class Targets:
 class Policy(Protocol):
     """A frozen dataclass whose fields are its parameters; `targets` has no memory beside `seen`."""
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """Say what the fleet should be; the same `seen` gives the same answer."""
         ...
 

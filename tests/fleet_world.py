@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 from autoscaler import InstanceSet
 from engine.profiles import get_profile
-from fleet.checks import Check, Verdict
 from fleet.commands import (
     Command,
     Create,
@@ -25,6 +24,7 @@ from fleet.commands import (
     with_label,
 )
 from fleet.demand import Demand, Report
+from fleet.health_check import HealthCheck, Verdict
 from fleet.states import Deadlines, Limits, State
 from policies import Fixed, Policy
 from vast.rows import Offer, Row
@@ -195,10 +195,10 @@ class World:
         """A loadbalancer's report: it knows the hot set and has leases on the busy."""
         if demand is not None:
             self.load = demand
-        ids = {i.label: i.id for i in self.fleet.instances.values()}
+        ids = {i.label: i.id for i in self.fleet}
         unfinished = {ids[label]: 1 for label in self.busy if ids.get(label)}
-        self.demand.heard(
-            Report("lb", "e1", self.fleet.version, 0.0, self.load, 0, 0, 0.0, unfinished),  # type: ignore[arg-type]
+        self.demand.add_report(
+            Report("lb", "e1", self.fleet.hot_version, 0.0, self.load, 0, 0, 0.0, unfinished),  # type: ignore[arg-type]
             self.now,
         )
 
@@ -259,7 +259,7 @@ class World:
             elif c.status is None:
                 c.status = "loading"
 
-    def _checks(self) -> list[Check]:
+    def _checks(self) -> list[HealthCheck]:
         found = []
         for order in self.fleet.checks_due(self.now):
             c = self.contracts.get(order.label)
@@ -267,7 +267,9 @@ class World:
             if verdict is None:
                 ready = c is not None and c.ready_at is not None and self.now >= c.ready_at
                 verdict = Verdict.PASSED if ready else Verdict.LOADING
-            found.append(Check(order.label, self.now, verdict, str(verdict), int(order.label in self.busy)))
+            found.append(
+                HealthCheck(order.label, self.now, verdict, str(verdict), int(order.label in self.busy))
+            )
         return found
 
     # -- what a test asks ---------------------------------------------------------------------------
@@ -275,7 +277,7 @@ class World:
     def states(self) -> dict[str, int]:
         """How many instances are in each state."""
         count: dict[str, int] = {}
-        for i in self.fleet.instances.values():
+        for i in self.fleet:
             count[str(i.state)] = count.get(str(i.state), 0) + 1
         return count
 
@@ -290,7 +292,7 @@ class World:
 
     def only(self, state: State = State.HOT) -> str:
         """The label of the one instance in that state."""
-        (label,) = [i.label for i in self.fleet.instances.values() if i.state is state]
+        (label,) = [i.label for i in self.fleet if i.state is state]
         return label
 
     def with_pool(self, hot: int, total: int) -> "World":

@@ -41,7 +41,7 @@ def signer(authorization: str | None, path: str, raw: bytes, keys: Mapping[str, 
     return found[1] if hmac.compare_digest(wanted, found[2]) else None
 
 
-class Heard:
+class ReplayGuard:
     """What was heard of one instance: its boot, the number of its last message, and the boots before."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Heard:
         self._number = -1
         self._old: dict[str, None] = {}
 
-    def is_new(self, boot_id: str, number: int) -> bool:
+    def accept(self, boot_id: str, number: int) -> bool:
         """Whether the message was not heard before; it counts as heard from now on."""
         if boot_id in self._old or (boot_id == self._boot_id and number <= self._number):
             return False

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from bench.peers.rule import PeerPolicy
 from bench.peers.windows import Peak
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 KEEP_S = 6 * 3600.0
 """How long a stopped instance is kept after it was last wanted: the window of reference/policy-study.md."""
@@ -38,7 +38,7 @@ class AsIs:
         """A fresh one, its times divided."""
         return AsIs(self.peer.scaled(speedup))
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """N and N. A rule that reads the set-up time is told how long a load takes."""
         if self._reads_setup_time:
             seen = replace(seen, start_time_s=seen.load_time_s)
@@ -74,7 +74,7 @@ class WithPool:
         """A fresh one, its times divided."""
         return WithPool(self.peer.scaled(speedup), self.keep_s / speedup)
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """N hot, and in all what was wanted lately."""
         said = self.peer.targets(seen)
         if self._began is None:

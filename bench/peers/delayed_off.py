@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from bench.peers.rule import Rule, known, over_zero, whole_up
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class DelayedOff(Rule):
         super().__post_init__()
         over_zero(self, "t_wait_s")
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """The most that was needed lately."""
         capacity = known(seen.capacity)
         requests = seen.traffic.in_flight + seen.traffic.held

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from bench.peers.forecasts import Arima, Constant, Forecaster, Kalman
 from bench.peers.rule import Rule, known, over_zero, tokens_in_use, whole_up
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 PROMPT_WORK = 0.1
 """Work of a prompt token in output tokens, as everywhere here (bench of issue 4)."""
@@ -49,7 +49,7 @@ class DynamoStatic(Rule):
         super().__post_init__()
         over_zero(self, "scale_up", "scale_down")
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """One more, one fewer or as it is."""
         if self._n is None:
             self._n = self.limited(seen.hot + seen.coming)
@@ -86,7 +86,7 @@ class DynamoPredictive(Rule):
         make = PREDICTORS[self.predictor]
         self._series = (make(), make(), make())
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """Note the interval that ended, forecast the next, size for it."""
         if self._n is None:
             self._n = self.limited(seen.hot + seen.coming)
@@ -103,7 +103,7 @@ class DynamoPredictive(Rule):
         self._n = min(max(wanted, self._n - self.max_step), self._n + self.max_step)
         return Targets(self._n, self._n, f"{requests:.0f} requests forecast, {engine_rps:.2f}/s an engine")
 
-    def _observe(self, seen: Seen) -> float:
+    def _observe(self, seen: FleetSnapshot) -> float:
         """Feed the forecasters with the interval since the last call; its length in seconds, 0 at first."""
         t = seen.traffic
         latest = (seen.now, t.requests_total, t.prompt_tokens_total, t.output_tokens_total)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from bench.peers.rule import Rule, known, over_zero, whole_up
 from bench.peers.windows import Peak
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 
 @dataclass(eq=False)
@@ -41,11 +41,11 @@ class Hpa(Rule):
         over_zero(self, "downscale_stabilization_s", "min_replicas")  # 0 is behind an alpha gate
         self._recommended = Peak(self.downscale_stabilization_s)
 
-    def metric(self, seen: Seen) -> tuple[float, float | None]:
+    def metric(self, seen: FleetSnapshot) -> tuple[float, float | None]:
         """The total, and the target of it per replica; None when the target is not known."""
         raise NotImplementedError(type(self).__name__)
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """Recommend, stabilise, limit the rate, keep within the limits."""
         if self._n is None:
             self._n = max(self.limited(seen.hot + seen.coming), 1)
@@ -75,7 +75,7 @@ class HpaInFlight(Hpa):
         super().__post_init__()
         over_zero(self, "target", "share")
 
-    def metric(self, seen: Seen) -> tuple[float, float | None]:
+    def metric(self, seen: FleetSnapshot) -> tuple[float, float | None]:
         """Requests in flight and held."""
         capacity = known(seen.capacity)
         target = self.target
@@ -96,6 +96,6 @@ class HpaWaiting(Hpa):
         super().__post_init__()
         over_zero(self, "threshold")
 
-    def metric(self, seen: Seen) -> tuple[float, float | None]:
+    def metric(self, seen: FleetSnapshot) -> tuple[float, float | None]:
         """Requests that wait."""
         return seen.traffic.held, self.threshold

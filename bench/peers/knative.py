@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from bench.peers.rule import EARLY_S, Rule, over_zero, whole_up
 from bench.peers.windows import Gauge, Peak
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class KnativeKpa(Rule):
         """Requests at once that a pod should have."""
         return self.target_share * self.container_concurrency
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """The larger of the two windows while in panic, else the stable one."""
         now, concurrency = seen.now, seen.traffic.in_flight + seen.traffic.held
         for window in (self._stable, self._short):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from bench.peers.rule import EARLY_S, Rule, over_zero, whole_up
 from bench.peers.windows import Gauge
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class RayServe(Rule):
         )
         self._pushed = Gauge(self.look_back_period_s)
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """The wish of this moment, committed once it has lasted."""
         total = self._total(seen)
         if self._n is None:
@@ -62,7 +62,7 @@ class RayServe(Rule):
         self._commit(wish, seen.now)
         return Targets(self._n, self._n, f"{total:.1f} ongoing want {wish}")
 
-    def _total(self, seen: Seen) -> float:
+    def _total(self, seen: FleetSnapshot) -> float:
         self._unpushed.append((seen.now, seen.traffic.in_flight + seen.traffic.held))
         if seen.now >= self._next_push - EARLY_S:
             self._next_push = seen.now + self.push_interval_s

@@ -2,16 +2,16 @@
 
     seen, as often as the caller likes  ->  every tick_s: decide(seen)  ->  Targets, repeated until the next
 
-A rule reads `Seen` and nothing else; what its source measures and `Seen` does not have is written in the
-rule's own file. Fields that end in _s are seconds, and `scaled` divides exactly these. A rule that knows no
-stopped pool says one number, N hot and N in all; `bench.peers.actuators` makes two of it.
+A rule reads `FleetSnapshot` and nothing else; what its source measures and the snapshot does not have is
+written in the rule's own file. Fields that end in _s are seconds, and `scaled` divides exactly these. A rule
+that knows no stopped pool says one number, N hot and N in all; `bench.peers.actuators` makes two of it.
 """
 
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Protocol, Self
 
-from policies import Capacity, Seen, Targets
+from policies import Capacity, FleetSnapshot, Targets
 
 NO_CAP = 10_000
 """The most a rule can ask for where its operator set no limit: more than any fleet here, and finite."""
@@ -33,10 +33,10 @@ class PeerPolicy(Protocol):
 
     @property
     def memory_s(self) -> float:
-        """How much of `Seen.demand` it reads, seconds."""
+        """How much of `FleetSnapshot.demand` it reads, seconds."""
         ...
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """Say what the fleet should be; `seen.now` never goes back."""
         ...
 
@@ -60,7 +60,7 @@ def known(capacity: Capacity | None) -> Capacity | None:
     return capacity if all(0.0 < f < math.inf for f in figures) else None
 
 
-def mean_lengths(seen: Seen) -> tuple[float, float]:
+def mean_lengths(seen: FleetSnapshot) -> tuple[float, float]:
     """Prompt and output tokens of a mean request since the start; zeros before the first."""
     traffic = seen.traffic
     if not traffic.requests_total > 0.0:
@@ -71,7 +71,7 @@ def mean_lengths(seen: Seen) -> tuple[float, float]:
     )
 
 
-def tokens_in_use(seen: Seen) -> float:
+def tokens_in_use(seen: FleetSnapshot) -> float:
     """Context tokens in the memory of the instances; where nobody says, guessed from mean lengths.
 
     The guess is the prompt and half of the output for each request in flight.
@@ -87,7 +87,7 @@ class Rule:
     """The loop, the limits and the last answer. min_replicas, max_replicas: what it may ask for."""
 
     reads_setup_time: ClassVar[bool] = False
-    """Whether it uses `Seen.start_time_s` as the time a new instance takes."""
+    """Whether it uses `FleetSnapshot.start_time_s` as the time a new instance takes."""
 
     tick_s: float = 5.0
     min_replicas: int = 1
@@ -107,14 +107,14 @@ class Rule:
         """It keeps what it needs itself, so it reads none of the demand series."""
         return 0.0
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         """Decide when its time has come, else repeat what was said."""
         if seen.now >= self._due - EARLY_S:
             self._due = seen.now + self.tick_s
             self._said = self.decide(seen)
         return self._said
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """The rule itself."""
         raise NotImplementedError(type(self).__name__)
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from bench.peers.rule import EARLY_S, Rule, known, over_zero, whole_up
 from bench.peers.windows import Peak
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 
-def busy_workers(seen: Seen) -> int:
+def busy_workers(seen: FleetSnapshot) -> int:
     """Workers that the requests in progress fill when packed; all hot ones while no capacity is known."""
     capacity = known(seen.capacity)
     if capacity is None:
@@ -44,7 +44,7 @@ class RunPodRequestCount(Rule):
         over_zero(self, "scaler_value", "idle_timeout_s")
         self._wanted = Peak(self.idle_timeout_s)
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """What the count asks for or what is busy, the most of it in the idle timeout."""
         requests = seen.traffic.in_flight + seen.traffic.held
         wanted = max(whole_up(requests / self.scaler_value), busy_workers(seen))
@@ -72,7 +72,7 @@ class RunPodQueueDelay(Rule):
         over_zero(self, "scaler_value_s", "idle_timeout_s")
         self._busy = Peak(self.idle_timeout_s)
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """One more while something waits too long; the idle ones go once nothing waits."""
         if self._n is None:
             self._n = self.limited(seen.hot + seen.coming)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from bench.peers.forecasts import fit
 from bench.peers.rule import EARLY_S, Rule, known, over_zero, tokens_in_use, whole_up
 from bench.peers.windows import Growth
-from policies import Capacity, Seen, Targets
+from policies import Capacity, FleetSnapshot, Targets
 
 MINUTE = 60
 HISTORY = 24 * MINUTE
@@ -67,7 +67,7 @@ class SageServe(Rule):
             raise ValueError(f"extra {self.extra!r}: wanted ratio or util")
         self._last_minute = Growth(self.minute_s)
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """Keep the minutes, plan when the hour is round, act when memory use says so."""
         if self._n is None:
             self._n = self.limited(seen.hot + seen.coming)
@@ -83,11 +83,11 @@ class SageServe(Rule):
             self._act(seen, use, lately)
         return self._say(seen, f"memory use {use:.2f}, {self._delta:+d} planned")
 
-    def _say(self, seen: Seen, why: str) -> Targets:
+    def _say(self, seen: FleetSnapshot, why: str) -> Targets:
         assert self._n is not None
         return Targets(self._n, max(self._n, seen.total), why)
 
-    def _note(self, seen: Seen) -> float:
+    def _note(self, seen: FleetSnapshot) -> float:
         """Tokens of the last minute; full minutes go to the history."""
         work = seen.traffic.work_total
         lately = self._last_minute.note(seen.now, work)
@@ -108,7 +108,7 @@ class SageServe(Rule):
         self._delta = self.limited(whole_up(need / (capacity.work_s * self.minute_s))) - self._n
 
     @staticmethod
-    def _use(seen: Seen, capacity: Capacity) -> float:
+    def _use(seen: FleetSnapshot, capacity: Capacity) -> float:
         if seen.hot == 0:
             return 1.0 if seen.traffic.held > 0.0 else 0.0
         kv = tokens_in_use(seen) / (capacity.kv_tokens * seen.hot)
@@ -122,7 +122,7 @@ class SageServe(Rule):
         minute = min(int((now - self._planned_at) / self.minute_s), len(self._forecast) - 1)
         return lately > self.extra_ratio * self._forecast[minute]
 
-    def _act(self, seen: Seen, use: float, lately: float) -> None:
+    def _act(self, seen: FleetSnapshot, use: float, lately: float) -> None:
         assert self._n is not None
         step = 0
         if self._planned_at is None:

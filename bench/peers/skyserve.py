@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from bench.peers.rule import EARLY_S, Rule, known, over_zero, whole_up
 from bench.peers.windows import Growth
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ class SkyServe(Rule):
         over_zero(self, "look_s", "target_qps_per_replica", "qps_share", "qps_window_s")
         self._arrived = Growth(self.qps_window_s)
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """Count the arrivals at every call, and look when it is time to."""
         arrived = self._arrived.note(seen.now, seen.traffic.requests_total)
         if self._n is None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from bench.peers.rule import Rule, known, over_zero, whole_up
 from bench.peers.windows import Growth, Peak
-from policies import Seen, Targets
+from policies import FleetSnapshot, Targets
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class VastServerless(Rule):
         self._loads = (Growth(self.short_s), Growth(self.long_s))
         self._planned = Peak(self.plan_s)
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """Hot and total from the load, both in tokens per second over those of one worker."""
         traffic = seen.traffic
         tokens = traffic.output_tokens_total

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from bench.peers.rule import EARLY_S, ROUNDING, Rule, known, mean_lengths, over_zero, tokens_in_use, whole_up
 from bench.peers.windows import Gauge
-from policies import Capacity, Seen, Targets
+from policies import Capacity, FleetSnapshot, Targets
 
 OBSERVED = 10
 """Values of k2 that its rolling mean is over."""
@@ -57,7 +57,7 @@ class WvaTokens(Rule):
             raise ValueError(f"scale_down {self.scale_down:g}: wanted at most scale_up, {self.scale_up:g}")
         self._tokens, self._waiting = Gauge(self.loop_s), Gauge(self.loop_s)
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         """Scrape at every call, analyse when the loop comes round."""
         if self._n is None:
             self._n = self.limited(seen.hot + seen.coming)
@@ -81,7 +81,7 @@ class WvaTokens(Rule):
             self._n = self.limited(self._n - math.floor(spare / cap + ROUNDING))
         return Targets(self._n, self._n, f"{demand:.0f} tokens wanted, {cap:.0f} a replica")
 
-    def _cap(self, seen: Seen, capacity: Capacity, in_use: float, waiting: float) -> float:
+    def _cap(self, seen: FleetSnapshot, capacity: Capacity, in_use: float, waiting: float) -> float:
         """Tokens a replica holds well; learned when it is full."""
         prompt, output = mean_lengths(seen)
         learned = self._learned.setdefault(

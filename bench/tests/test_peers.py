@@ -23,7 +23,7 @@ from bench.peers.skyserve import SkyServe
 from bench.peers.vast import API, CLI, GUIDE, VastServerless
 from bench.peers.windows import Gauge, Growth, Peak
 from bench.peers.wva import WvaTokens
-from policies import Capacity, Seen, Targets, Traffic
+from policies import Capacity, FleetSnapshot, Targets, Traffic
 
 CAPACITY = Capacity(work_s=800.0, requests_s=4.0, concurrency=40.0, kv_tokens=80_000.0)
 """An instance that serves 4 requests of 1,000 prompt and 100 output tokens a second, 40 at once."""
@@ -40,9 +40,9 @@ def seen(
     start_time_s: float = 90.0,
     load_time_s: float = 600.0,
     **traffic: Any,
-) -> Seen:
+) -> FleetSnapshot:
     """A moment; what is not said of the traffic is 0."""
-    return Seen(
+    return FleetSnapshot(
         now,
         [],
         hot,
@@ -629,7 +629,7 @@ def sage_hour(rule: SageServe, work_s: float, hot: int = 2, use: float = 0.3) ->
     return work_s * 3600.0
 
 
-def sage_at(now: float, hot: int, use: float, work: float, *, cold: int = 0) -> Seen:
+def sage_at(now: float, hot: int, use: float, work: float, *, cold: int = 0) -> FleetSnapshot:
     return seen(now, hot, cold=cold, work_total=work, kv_tokens=use * 80_000.0 * hot, in_flight=1.0)
 
 
@@ -742,7 +742,7 @@ class Says(Rule):
 
     n = 0
 
-    def decide(self, seen: Seen) -> Targets:
+    def decide(self, seen: FleetSnapshot) -> Targets:
         return Targets(self.n, 99, "told")
 
 

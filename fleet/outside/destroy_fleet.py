@@ -5,16 +5,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from fleet.outside.process import Config, Process
+from fleet.outside.process import AutoscalerConfig, AutoscalerProcess
 from policies import Fixed
 from process.errors import CloudError, ConfigError
 
 log = logging.getLogger("autoscaler")
 
 
-def destroy_fleet(config: Config, *, ask: Callable[[str], str] | None) -> None:
+def destroy_fleet(config: AutoscalerConfig, *, ask: Callable[[str], str] | None) -> None:
     """End every instance that carries the label, and see that none is left. ask None: do not ask."""
-    process = Process(replace(config, manage=False), told_nobody=True, policy=Fixed(0, 0))
+    process = AutoscalerProcess(replace(config, manage=False), told_nobody=True, policy=Fixed(0, 0))
     try:
         process.check_account()
         _destroy_fleet(process, ask)
@@ -26,7 +26,7 @@ def destroy_fleet(config: Config, *, ask: Callable[[str], str] | None) -> None:
         process.close()
 
 
-def _destroy_fleet(process: Process, ask: Callable[[str], str] | None) -> None:
+def _destroy_fleet(process: AutoscalerProcess, ask: Callable[[str], str] | None) -> None:
     scaler, label = process.scaler, process.config.label
     try:
         rows = process.vast.list_instances(label + "/")
@@ -45,13 +45,13 @@ def _destroy_fleet(process: Process, ask: Callable[[str], str] | None) -> None:
             print("nothing was destroyed", flush=True)
             return
     with scaler.lock:
-        scaler.fleet.observe(rows, (), scaler.clock())  # a later listing that lacks them hides none
+        scaler.instances.observe(rows, (), scaler.clock())  # a later listing that lacks them hides none
     shown = ""
     process.start()
     while True:
         scaler.destroy_all("destroy-fleet")
         with scaler.lock:
-            left = [f"{i.id or 'ordered'} {i.state}" for i in scaler.fleet.instances.values()]
+            left = [f"{i.id or 'ordered'} {i.state}" for i in scaler.instances]
         if not left and _lists_none(process):
             print(f"destroyed: {len(rows)} instances; the listing shows none any more", flush=True)
             return
@@ -62,7 +62,7 @@ def _destroy_fleet(process: Process, ask: Callable[[str], str] | None) -> None:
         time.sleep(0.5)
 
 
-def _lists_none(process: Process) -> bool:
+def _lists_none(process: AutoscalerProcess) -> bool:
     """Whether the cloud says itself that nothing of the fleet is left."""
     try:
         return not process.vast.list_instances(process.config.label + "/")

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fleet.demand import Arrived
-from fleet.journal import BOOT_STATES, BUCKET_S, HOT_STATES, Costs, Remembered, Stretch
+from fleet.journal import BOOT_STATES, BUCKET_S, HOT_STATES, BillingInterval, Costs, SavedInstance
 from process.errors import ConfigError
 
 DAY_S = 86_400.0
@@ -86,7 +86,7 @@ class Ledger:
             raise
 
     def close(self) -> None:
-        """Close the file; the open stretches stay open."""
+        """Close the file; the open intervals stay open."""
         with self._lock:
             self._db.close()
 
@@ -95,21 +95,21 @@ class Ledger:
     def write(
         self,
         *,
-        stretches: Iterable[Stretch] = (),
-        fleet: Iterable[Remembered] = (),
-        took: Iterable[tuple[str, float, float]] = (),
+        intervals: Iterable[BillingInterval] = (),
+        fleet: Iterable[SavedInstance] = (),
+        durations: Iterable[tuple[str, float, float]] = (),
         bad_machines: Mapping[int, tuple[float, str]] | None = None,
-        mourned: Mapping[str, tuple[float, float]] | None = None,
+        vanished: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         """Record what changed, in one transaction.
 
         A stretch with to_s None closes the label's open one at its from_s and opens itself; one with state
-        "gone" closes only. took holds (kind, at, seconds): "create", "start", "stop",
-        "destroy" from order to effect, "load" from create to hot, "boot" from start to hot. mourned holds
+        "gone" closes only. durations holds (kind, at, seconds): "create", "start", "stop",
+        "destroy" from order to effect, "load" from create to hot, "boot" from start to hot. vanished holds
         (until when, $/h) by label.
         """
         with self._lock, self._transaction():
-            for s in stretches:
+            for s in intervals:
                 self._db.execute(
                     "UPDATE stretch SET to_s = ? WHERE label = ? AND to_s IS NULL", (s.from_s, s.label)
                 )
@@ -131,22 +131,13 @@ class Ledger:
             for r in fleet:
                 self._db.execute(
                     "INSERT OR REPLACE INTO fleet VALUES (?,?,?,?,?,?,?)",
-                    (r.label, r.instance, r.machine, r.loaded, r.doomed, r.ordered_s, r.throughput),
+                    (r.label, r.instance, r.machine, r.loaded, r.condemned, r.ordered_s, r.throughput),
                 )
-            self._db.executemany("INSERT INTO took VALUES (?,?,?)", took)
+            self._db.executemany("INSERT INTO took VALUES (?,?,?)", durations)
             for machine, (until_s, why) in (bad_machines or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO bad_machine VALUES (?,?,?)", (machine, until_s, why))
-            for label, (until_s, usd_h) in (mourned or {}).items():
+            for label, (until_s, usd_h) in (vanished or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO mourned VALUES (?,?,?)", (label, until_s, usd_h))
-
-    def add_worked(self, seconds_by_label: Mapping[str, float], now: float) -> None:
-        """Add seconds in which an instance had a request in flight, ending now."""
-        bucket = int(now // BUCKET_S)
-        self.add_counts({(label, bucket): s for label, s in seconds_by_label.items()}, (), now)
-
-    def add_arrived(self, arrived: Iterable[Arrived], now: float) -> None:
-        """Add to what arrived; a second that is known already gets more."""
-        self.add_counts({}, arrived, now)
 
     def add_counts(
         self, worked: Mapping[tuple[str, int], float], arrived: Iterable[Arrived], now: float
@@ -193,8 +184,8 @@ class Ledger:
 
     # -- reading ------------------------------------------------------------------------------------
 
-    def remembered(self) -> list[Remembered]:
-        """The instances that were not gone when the last process ended, and those once doomed."""
+    def saved_instances(self) -> list[SavedInstance]:
+        """The instances that were not gone when the last process ended, and those once condemned."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT f.label, f.instance, f.machine, f.loaded, f.doomed, f.ordered_s, f.throughput,"
@@ -202,7 +193,7 @@ class Ledger:
                 " FROM fleet f LEFT JOIN stretch s ON s.label = f.label AND s.to_s IS NULL"
                 " WHERE s.state IS NOT NULL OR f.doomed"
             ).fetchall()
-        return [Remembered(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:]) for r in rows]
+        return [SavedInstance(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:]) for r in rows]
 
     def bad_machines(self, now: float) -> dict[int, float]:
         """Machines not to be rented, each with the time until when."""
@@ -213,7 +204,7 @@ class Ledger:
                 ).fetchall()
             )
 
-    def mourned(self, now: float) -> dict[str, tuple[float, float]]:
+    def vanished(self, now: float) -> dict[str, tuple[float, float]]:
         """What vanished lately, by label: until when it counts against the limits, and its $/h."""
         with self._lock:
             rows = self._db.execute(
@@ -221,7 +212,7 @@ class Ledger:
             ).fetchall()
         return {label: (until_s, usd_h) for label, until_s, usd_h in rows}
 
-    def took(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
+    def durations(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
         """(kind, at, seconds) of what finished inside the window."""
         with self._lock:
             return self._db.execute(
@@ -229,7 +220,7 @@ class Ledger:
                 (from_s, to_s),
             ).fetchall()
 
-    def last_took(self, kind: str, count: int) -> list[float]:
+    def last_durations(self, kind: str, count: int) -> list[float]:
         """The seconds of the last so many of a kind, newest first."""
         with self._lock:
             rows = self._db.execute(
@@ -247,7 +238,7 @@ class Ledger:
             ).fetchall()
         return [Arrived(*row) for row in rows]
 
-    def costs(self, from_s: float, to_s: float, *, with_stretches: bool = True) -> Costs:
+    def costs(self, from_s: float, to_s: float, *, with_intervals: bool = True) -> Costs:
         """What was spent inside the window, to_s being at most now.
 
         Hot dollars are split by the seconds with at least one request in flight. usd_if_all_hot prices every
@@ -271,11 +262,11 @@ class Ledger:
                     (from_s, to_s, BUCKET_S, DAY_S),
                 ).fetchall()
             )
-        stretches = [Stretch(*row) for row in rows]
+        intervals = [BillingInterval(*row) for row in rows]
         hot_s: dict[str, float] = {}
         hot_usd: dict[str, float] = {}
         loading = stopped = lost = all_hot = 0.0
-        for s in stretches:
+        for s in intervals:
             seconds = s.seconds_within(from_s, to_s)
             usd = s.usd_h * seconds / 3600.0
             all_hot += s.running_usd_h * seconds / 3600.0
@@ -302,7 +293,7 @@ class Ledger:
             lost=lost,
             usd_if_all_hot=all_hot,
             utilisation=working / hot if hot > 0 else None,
-            stretches=tuple(stretches) if with_stretches else (),
+            intervals=tuple(intervals) if with_intervals else (),
         )
 
     # -- inside -------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ import aiohttp
 from autoscaler import InstanceSet
 from engine.profiles import Profile, get_profile
 from engine.timing import told_timing
-from fleet.checks import CheckOrder
 from fleet.demand import Demand
-from fleet.outside.health import HealthChecker
+from fleet.health_check import HealthCheckOrder
+from fleet.outside.health_checker import HealthChecker
 from fleet.outside.keys import FleetKeys
 from fleet.outside.ledger import Ledger
 from fleet.outside.performer import Performer
@@ -54,7 +54,7 @@ MIN_TURN_S = 1.0
 
 
 @dataclass(frozen=True)
-class Config:
+class AutoscalerConfig:
     """Everything an operator may set. Times in seconds, money in dollars per hour."""
 
     model: str = "vllm-13"
@@ -98,7 +98,7 @@ class Config:
             return f"http://127.0.0.1:{self.port}/ready"
         return None if self.public_url is None else f"{self.public_url}/ready"
 
-    def checked(self) -> "Config":
+    def checked(self) -> "AutoscalerConfig":
         """Itself, or ConfigError naming the flag, the value and the range."""
         within("--port", self.port, 1, 65535)
         within("--max-instances", self.max_instances, 1, 10_000)
@@ -154,10 +154,10 @@ def hot_set(
     """What a loadbalancer must know, or None while the fleet is not known yet. Secrets are in it."""
     now = scaler.clock()
     with scaler.lock:
-        if not scaler.fleet.knows_fleet():
+        if not scaler.instances.knows_hot_set():
             return None
-        serving = [replace(i) for i in scaler.fleet.serving()]
-        version, expected = scaler.fleet.version, scaler.fleet.expected_hot_s(now)
+        serving = [replace(i) for i in scaler.instances.serving()]
+        version, expected = scaler.instances.hot_version, scaler.instances.expected_hot_s(now)
     return {
         "epoch": scaler.epoch,
         "version": version,
@@ -185,14 +185,14 @@ def hot_set(
 # --- outside world ---------------------------------------------------------------------------------
 
 
-class Bell:
+class Wakeup:
     """Wakes those of one event loop who wait for it. Ring it in that loop."""
 
     def __init__(self) -> None:
         """Nobody waits."""
         self._waiting: set[asyncio.Future[None]] = set()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """All who wait go on."""
         for future in self._waiting:
             if not future.done():
@@ -208,12 +208,12 @@ class Bell:
             self._waiting.discard(future)
 
 
-class Process:
+class AutoscalerProcess:
     """One autoscaler process: its state directory (locked), its keys, its ledger and its threads."""
 
     def __init__(
         self,
-        config: Config,
+        config: AutoscalerConfig,
         *,
         told_nobody: bool = False,
         policy: Policy | None = None,
@@ -253,7 +253,7 @@ class Process:
             config.check_hot_every_s,
             config.check_boot_every_s,
         )
-        fleet.manage = config.manage
+        fleet.set_manage(config.manage)
         self.scaler = Autoscaler(
             fleet,
             policy or config.make_policy(),
@@ -264,7 +264,7 @@ class Process:
             clock,
         )
         self.tuner = Tuner(self.scaler, self.state_dir, replay, config.replay_every_s if replay else 0.0)
-        self.due, self.hot_changed = Bell(), Bell()
+        self.check_wakeup, self.push_wakeup = Wakeup(), Wakeup()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -286,7 +286,7 @@ class Process:
     def stop(self) -> None:
         """Stop ordering. What was begun and not sent is in the ledger: the next process goes on from it."""
         self._stop.set()
-        self.scaler.look.set()
+        self.scaler.turn_due.set()
         self.scaler.stop_performing()
         self.tuner.stop()
         for thread in self._threads:
@@ -329,8 +329,8 @@ class Process:
                 log.exception("a turn failed")
             # An instance that speaks up before the listing showed it makes us look, but not without a pause.
             self._stop.wait(min(MIN_TURN_S, self.config.poll_interval_s))
-            self.scaler.look.wait(max(0.0, self.config.poll_interval_s - (time.monotonic() - begun)))
-            self.scaler.look.clear()
+            self.scaler.turn_due.wait(max(0.0, self.config.poll_interval_s - (time.monotonic() - begun)))
+            self.scaler.turn_due.clear()
 
     def _run_orders(self) -> None:
         while True:
@@ -353,7 +353,7 @@ class Process:
             )
             running: dict[str, asyncio.Task[None]] = {}
 
-            async def one(order: CheckOrder) -> None:
+            async def one(order: HealthCheckOrder) -> None:
                 try:
                     check = await checker.check(order)
                     await asyncio.get_running_loop().run_in_executor(None, self.scaler.judge, check)
@@ -361,15 +361,15 @@ class Process:
                     log.exception("what a health check changed is not written down yet")
                 finally:
                     del running[order.label]
-                    self.due.ring()
-                    self.hot_changed.ring()
+                    self.check_wakeup.wake()
+                    self.push_wakeup.wake()
 
             try:
                 while True:
                     # One at a time of each: a machine that hangs would gather more and more of them.
                     for order in self.scaler.checks_due(running.keys()):
                         running[order.label] = asyncio.create_task(one(order))
-                    await self.due.wait(CHECK_TICK_S)
+                    await self.check_wakeup.wait(CHECK_TICK_S)
             finally:
                 tasks = list(running.values())
                 for task in tasks:
@@ -391,7 +391,7 @@ class Process:
         complaint: str | None = None
         while True:
             answer = None
-            if told != self.scaler.fleet.version:
+            if told != self.scaler.instances.hot_version:
                 answer = hot_set(self.scaler, self.profile, self.keys.master_token)
             if answer is not None:
                 trouble: str | None = None
@@ -406,7 +406,7 @@ class Process:
                 if trouble is not None and trouble != complaint:
                     log.warning("loadbalancer %s %s; it will ask when it can", url, trouble)
                 complaint = trouble
-            await self.hot_changed.wait(HOT_PUSH_S)
+            await self.push_wakeup.wait(HOT_PUSH_S)
 
 
 def _only_one(path: Path) -> int:

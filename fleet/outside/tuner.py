@@ -359,7 +359,8 @@ class Tuner:
         made = replace(policy, **tuned.level)  # type: ignore[arg-type]
         if settled_at is not None and "pool" in tuned.level:
             made = replace(made, settled_at=settled_at)
-        self._scaler.policy = self._given = made
+        self._given = made
+        self._scaler.set_policy(made)
         return True
 
     def _with_kept_pool(self, level: dict[str, float], day: Day, now: float) -> dict[str, float]:
@@ -388,12 +389,12 @@ class Tuner:
         if not arrived or now - arrived[0].second < LEAST_S:
             return None
         with scaler.lock:
-            fleet = scaler.fleet
-            seen = fleet.see(scaler.demand, now, 0.0)
+            fleet = scaler.instances
+            seen = fleet.snapshot(scaler.demand, now, 0.0)
             start_s, load_s = fleet.start_range_s, fleet.load_time_s
             slo, late_lane = scaler.demand.slo, scaler.demand.late_bound_s is not None
             late = scaler.demand.turned_late
-            loaded = sum(i.loaded for i in fleet.instances.values())
+            loaded = sum(i.loaded for i in fleet)
         if seen.capacity is None or seen.running_usd_h <= 0.0:
             return None  # nothing was ever rented: there is no price to weigh
         if self._margin is None or self._margin.goal != policy.goal:

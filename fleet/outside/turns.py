@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoscaler import CHECKED, InstanceSet
-from fleet.checks import Check, CheckOrder
 from fleet.commands import (
     Command,
     Create,
@@ -24,10 +23,11 @@ from fleet.commands import (
     with_label,
 )
 from fleet.demand import ARRIVING_S, MIX_S, Demand, Report
+from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.journal import BUCKET_S, Decision
 from fleet.outside.ledger import Ledger
 from fleet.outside.performer import Performer
-from fleet.states import IllegalMove, State
+from fleet.states import IllegalTransition, State
 from policies import Policy
 from process.clock import steady_clock
 from process.errors import CloudError
@@ -72,7 +72,7 @@ class Autoscaler:
 
     def __init__(
         self,
-        fleet: InstanceSet,
+        instances: InstanceSet,
         policy: Policy,
         demand: Demand,
         vast: Vast,
@@ -86,7 +86,7 @@ class Autoscaler:
         clock: never goes back. new_label: what a new instance is called in its fleet, never twice the same.
         """
         self.lock = threading.Lock()
-        self.fleet = fleet
+        self.instances = instances
         self.policy = policy
         self.demand = demand
         self.decisions: deque[Decision] = deque(maxlen=500)
@@ -105,17 +105,21 @@ class Autoscaler:
         self._orders: queue.PriorityQueue[tuple[int, int, Command | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._ending = False
-        self.look = threading.Event()  # the next turn should not wait for its time
+        self.turn_due = threading.Event()  # the next turn should not wait for its time
         now = self.clock()
-        fleet.restore(
-            ledger.remembered(),
+        instances.restore(
+            ledger.saved_instances(),
             ledger.bad_machines(now),
-            ledger.last_took("boot", 20)[::-1],
-            ledger.last_took("load", 20)[::-1],
-            mourned=ledger.mourned(now),
+            ledger.last_durations("boot", 20)[::-1],
+            ledger.last_durations("load", 20)[::-1],
+            vanished=ledger.vanished(now),
             now=now,
         )
-        demand.remember(ledger.arrived(now - REMEMBERED_S, now), fleet.profile.prefill_weight)
+        demand.remember(ledger.arrived(now - REMEMBERED_S, now), instances.profile.prefill_weight)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Let that policy decide from the next turn on; the caller holds `lock`."""
+        self.policy = policy
 
     @property
     def epoch(self) -> str:
@@ -127,10 +131,10 @@ class Autoscaler:
         rows, trouble = self._list()
         now = self.clock()
         with self.lock:
-            self.fleet.observe(rows, (), now)
+            self.instances.observe(rows, (), now)
             self.demand.tick(now)
-            self.demand.served(self.fleet.hot, now)
-            decision = self.fleet.decide(self.demand, self.policy, now)
+            self.demand.served(self.instances.hot, now)
+            decision = self.instances.decide(self.demand, self.policy, now)
             if trouble is not None:
                 decision = replace(decision, notes=(*decision.notes, trouble))
             begun = self._begin(decision, now)
@@ -139,7 +143,7 @@ class Autoscaler:
         self._send(begun)
         if now >= self._counts_at:
             self.write_counts()
-        if rows is not None and self.fleet.plausible:
+        if rows is not None and self.instances.plausible:
             self.last_good_turn = now
         elif rows is not None:
             self.last_error = "the listing lacks most of the fleet"
@@ -148,7 +152,7 @@ class Autoscaler:
     def _list(self) -> tuple[list[Row] | None, str | None]:
         """The rows of the fleet, or None and why not. Rows of others are not even read."""
         try:
-            return self._vast.list_instances(self.fleet.fleet + "/"), None
+            return self._vast.list_instances(self.instances.fleet_name + "/"), None
         except CloudError as e:
             self.last_error = str(e)
             log.warning("listing failed, nothing is decided this turn: %s", e)
@@ -174,7 +178,7 @@ class Autoscaler:
             with self.lock:
                 for command in begun:
                     why = f"not sent, the ledger cannot be written: {e}"
-                    self.fleet.finish(command, Reply.REFUSED, self.clock(), why=why)
+                    self.instances.finish(command, Reply.REFUSED, self.clock(), why=why)
             raise
         for command in begun:
             if type(command) in _URGENCY:
@@ -187,10 +191,10 @@ class Autoscaler:
         begun: list[Command] = []
         for command in decision.commands:
             if isinstance(command, Create):
-                command = with_label(command, f"{self.fleet.fleet}/{self._new_label()}")
+                command = with_label(command, f"{self.instances.fleet_name}/{self._new_label()}")
             try:
-                self.fleet.begin(command, now)
-            except IllegalMove as e:
+                self.instances.begin(command, now)
+            except IllegalTransition as e:
                 log.warning("order dropped: %s", e)
                 continue
             begun.append(command)
@@ -228,41 +232,39 @@ class Autoscaler:
             if done.reply is not Reply.DONE:
                 self.failures.append(Failure(now, command, done.reply, done.why))
             if done.offers is not None:
-                self.fleet.offers_found(done.offers, now)
-            self.fleet.finish(command, done.reply, now, done.new_id, done.why, offer_gone=done.offer_gone)
+                self.instances.offers_found(done.offers, now)
+            self.instances.finish(command, done.reply, now, done.new_id, done.why, offer_gone=done.offer_gone)
         self._flush()
 
-    def checks_due(self, under_way: Collection[str] = ()) -> list[CheckOrder]:
+    def checks_due(self, under_way: Collection[str] = ()) -> list[HealthCheckOrder]:
         """The health checks to make now, but for the labels that are being checked."""
         with self.lock:
-            return self.fleet.checks_due(self.clock(), under_way)
+            return self.instances.checks_due(self.clock(), under_way)
 
-    def judge(self, check: Check) -> None:
+    def judge(self, check: HealthCheck) -> None:
         """Apply one finished health check at once: a new hot instance should not wait for the next turn."""
         with self.lock:
-            self.fleet.judge(check, self.clock())
+            self.instances.judge(check, self.clock())
         self._flush()
 
-    def told(self, label: str, boot_id: str, number: int, why: str) -> bool:
+    def record_message(self, label: str, boot_id: str, number: int, why: str) -> bool:
         """An instance says how it is; its next health check is due at once. False when heard before."""
         with self.lock:
-            new = self.fleet.told(label, boot_id, number, why)
-            waiting = new and self.fleet.instances[label].state not in CHECKED
+            new = self.instances.record_message(label, boot_id, number, why)
+            waiting = new and self.instances[label].state not in CHECKED
         if waiting:
-            self.look.set()  # the listing that we have is older than the machine
+            self.turn_due.set()  # the listing that we have is older than the machine
         return new
 
-    def heard(self, report: Report, measured: Mapping[int, float]) -> None:
+    def record_report(self, report: Report, measured: Mapping[int, float]) -> None:
         """Take in a loadbalancer's report; measured: work per second by instance id."""
         now = self.clock()
         with self.lock:
-            worked, failing = self.demand.heard(report, now)
-            self.fleet.measured(measured)
-            for instance_id in failing:
-                self.fleet.suspect(instance_id)
+            worked, failing = self.demand.add_report(report, now)
+            self.instances.record_report(measured, failing)
             if worked:
                 bucket = int(now // BUCKET_S)
-                for i in self.fleet.instances.values():
+                for i in self.instances:
                     seconds = worked.get(i.id) if i.id is not None else None
                     if seconds is not None:
                         where = i.label, bucket
@@ -291,7 +293,7 @@ class Autoscaler:
         with self.lock:
             commands = [
                 Destroy(i.label, i.id, why)
-                for i in self.fleet.instances.values()
+                for i in self.instances
                 if i.id is not None and i.state is not State.DESTROYING
             ]
             begun = self._begin(Decision(now, None, None, tuple(commands), (why,)), now)
@@ -301,22 +303,22 @@ class Autoscaler:
         """Log and write down what has happened. When that fails it is kept for the next time."""
         with self._writing:
             with self.lock:
-                journal = self.fleet.take_journal()
+                journal = self.instances.take_journal()
             for line in journal.log:
                 log.info("%s", line)
             if not journal:
                 return
             try:
                 self.ledger.write(
-                    stretches=journal.stretches,
+                    intervals=journal.intervals,
                     fleet=journal.fleet.values(),
-                    took=journal.took,
+                    durations=journal.durations,
                     bad_machines=journal.bad_machines,
-                    mourned=journal.mourned,
+                    vanished=journal.vanished,
                 )
             except sqlite3.Error:
                 with self.lock:
-                    self.fleet.put_back(journal)
+                    self.instances.put_back(journal)
                 raise
 
 

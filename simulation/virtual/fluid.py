@@ -38,14 +38,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from policies.objective import ROUND, SETTLE_S, Objective, window
-from policies.types import BIN_S, Capacity, Policy, Seen, Traffic
+from policies.types import BIN_S, Capacity, FleetSnapshot, Policy, Traffic
 from process.compiled import njit
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 TICK_S = 5
-"""How often our policy is asked, seconds; one bin of `Seen.arriving`."""
+"""How often our policy is asked, seconds; one bin of `FleetSnapshot.arriving`."""
 
 PREFILL_WEIGHT = 0.1
 """Work of a prompt token, in output tokens."""
@@ -110,7 +110,7 @@ class Bins:
 
     @cached_property
     def arriving(self) -> Floats:
-        """Work per second in each whole bin of BIN_S, as `Seen.arriving` has it."""
+        """Work per second in each whole bin of BIN_S, as `FleetSnapshot.arriving` has it."""
         width = int(BIN_S)
         whole = len(self.work) // width
         return cast("Floats", self.work[: whole * width].reshape(whole, width).mean(axis=1))
@@ -947,7 +947,7 @@ class Run:
 
 
 class _Eyes:
-    """What a policy sees of a run: Seen as the autoscaler would make it."""
+    """What a policy sees of a run: FleetSnapshot as the autoscaler would make it."""
 
     def __init__(self, run: Run, memory_s: float) -> None:
         if not len(run._state.began):
@@ -960,7 +960,7 @@ class _Eyes:
         self._start_s = (fleet.start_lo_s + fleet.start_hi_s) / 2.0
         self._holds = fleet.capacity.work_s * fleet.service_s
 
-    def look(self, now: int) -> Seen:
+    def look(self, now: int) -> FleetSnapshot:
         """The fleet and its load at this second, before what arrives in it."""
         run, fleet = self._run, self._run.fleet
         hot, starting, loading, stopping, cold, head, late_head = run._state.whole[:7].tolist()
@@ -978,7 +978,7 @@ class _Eyes:
                 break
             self._demand.pop(0)
         ended = now // int(BIN_S)
-        return Seen(
+        return FleetSnapshot(
             now=float(now),
             demand=self._demand,
             hot=hot,
@@ -1074,7 +1074,9 @@ def _first(policy: Policy, fleet: Fleet, hot: int | None, cold: int | None) -> t
     if hot is not None and cold is not None:
         return hot, cold
     start_s = (fleet.start_lo_s + fleet.start_hi_s) / 2.0
-    wanted = policy.targets(Seen(0.0, (), 0, 0, 0, 0, 0, start_s, fleet.load_s, capacity=fleet.capacity))
+    wanted = policy.targets(
+        FleetSnapshot(0.0, (), 0, 0, 0, 0, 0, start_s, fleet.load_s, capacity=fleet.capacity)
+    )
     first = min(fleet.max_instances, max(0, wanted.hot)) if hot is None else hot
     total = min(fleet.max_instances, max(first, wanted.total))
     return first, total - first if cold is None else cold

@@ -39,9 +39,9 @@ from engine.model_servers import Engines
 from engine.profiles import Profile
 from engine.slo import Slo
 from engine.timing import Timing, timing_for
-from fleet.checks import Check, CheckOrder, Verdict
 from fleet.commands import Command, Create, Performed
 from fleet.demand import Demand, Report
+from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.journal import Costs
 from fleet.outside.ledger import Ledger
 from fleet.outside.tuner import LEAST_S, NoCurve, Tuner
@@ -421,7 +421,7 @@ class VirtualFleet:
         """The pool is loaded and as many are hot as the trace begins with; costs count from there."""
         s = self.setting
         total = max(s.pool, s.hot)
-        self.scaler.policy = Fixed(s.hot, total)
+        self.scaler.set_policy(Fixed(s.hot, total))
         self._turn_at(0.0)
         self._at(0.0, self._beat)
         while not self._prepared(s.hot, total):
@@ -430,15 +430,15 @@ class VirtualFleet:
                     f"the pool of {total} could not be prepared: the market or the limits have no room for it"
                 )
             self._step()
-        self.scaler.policy = self._policy
+        self.scaler.set_policy(self._policy)
         self.scaler.clamps.clear()
         self._tune_at = self.now + (LEAST_S if s.replay_every_s > 0.0 else float("inf"))
         self.cloud.hazards = s.hazards
         self._begun_at = self.now
 
     def _prepared(self, hot: int, total: int) -> bool:
-        states = Counter(i.state for i in self.scaler.fleet.instances.values())
-        loaded = sum(i.loaded for i in self.scaler.fleet.instances.values())
+        states = Counter(i.state for i in self.scaler.instances)
+        loaded = sum(i.loaded for i in self.scaler.instances)
         return (
             loaded >= total
             and states[State.HOT] == hot == self.balancer.hot
@@ -732,13 +732,13 @@ class VirtualFleet:
             return
         instance.ready = True
         instance.heard += 1
-        for i in self.scaler.fleet.instances.values():
+        for i in self.scaler.instances:
             if i.id == instance.id:
-                self.scaler.told(i.label, instance.boot_id, instance.heard, "ready")
+                self.scaler.record_message(i.label, instance.boot_id, instance.heard, "ready")
                 self._check()
                 break
-        if self.scaler.look.is_set():  # the listing that we have is older than the machine
-            self.scaler.look.clear()
+        if self.scaler.turn_due.is_set():  # the listing that we have is older than the machine
+            self.scaler.turn_due.clear()
             self._turn_at(max(self.now + CALL_S, self._turned_at + MIN_TURN_S))
 
     def _dies(self, instance_id: int) -> None:
@@ -785,14 +785,14 @@ class VirtualFleet:
             balancer.add_tokens(refill, instance.boot_id, tokens, TOKEN_LIFE_S, instance.seq, now)
 
     def _tell_hot_set(self) -> None:
-        fleet = self.scaler.fleet
-        if fleet.version == self._told_version or not fleet.knows_fleet():
+        fleet = self.scaler.instances
+        if fleet.hot_version == self._told_version or not fleet.knows_hot_set():
             return
-        self._told_version = fleet.version
+        self._told_version = fleet.hot_version
         profile = self.setting.profile
         hot = HotSet(
             epoch="sim",
-            version=fleet.version,
+            version=fleet.hot_version,
             model=profile.name,
             prefill_weight=profile.prefill_weight,
             expected_output_tokens=profile.expected_output_tokens,
@@ -834,7 +834,7 @@ class VirtualFleet:
             self._tune_at = now + self.setting.replay_every_s
             self.tuner.tune()
         self.scaler.turn()
-        self.balancer.expect_hot(self.scaler.fleet.expected_hot_s(now), now)
+        self.balancer.expect_hot(self.scaler.instances.expected_hot_s(now), now)
         self._check()
         self._tell_hot_set()
         self._order_soon()
@@ -869,7 +869,7 @@ class VirtualFleet:
             slo=self.setting.slo,
             late_bound_s=self.setting.late_bound_s,
         )
-        self.scaler.heard(report, {i: u.throughput_work_s for i, u in usage.instances.items()})
+        self.scaler.record_report(report, {i: u.throughput_work_s for i, u in usage.instances.items()})
 
     def _check(self) -> None:
         orders = self.scaler.checks_due(self._checking)
@@ -877,19 +877,21 @@ class VirtualFleet:
             self._checking.add(order.label)
             self._at(self.now + CHECK_S, self._checked, (order, self.now))
 
-    def _checked(self, which: tuple[CheckOrder, float]) -> None:
+    def _checked(self, which: tuple[HealthCheckOrder, float]) -> None:
         order, started_at = which
         self._checking.discard(order.label)
         instance = self._instances.get(order.id)
         if instance is None or not instance.up or instance.frozen:
-            check = Check(order.label, started_at, Verdict.FAILED, "does not answer")
+            check = HealthCheck(order.label, started_at, Verdict.FAILED, "does not answer")
         elif not instance.ready:
-            check = Check(order.label, started_at, Verdict.LOADING, "the ready line is not in its log yet")
+            check = HealthCheck(
+                order.label, started_at, Verdict.LOADING, "the ready line is not in its log yet"
+            )
         else:
             ended, running, waiting, _, _ = self._engines.look(instance.server, self.now)
             if ended:
                 self._happened(instance, ended)
-            check = Check(
+            check = HealthCheck(
                 order.label,
                 started_at,
                 Verdict.PASSED,
@@ -968,7 +970,7 @@ class VirtualFleet:
         self._looks += 1
         if self._looks % self._sample_every:
             return
-        fleet = self.scaler.fleet.instances.values()
+        fleet = self.scaler.instances
         states = Counter(str(i.state) for i in fleet)
         usd_h = sum(i.price_usd_h for i in fleet)
         at_s = self.now - self._begun_at
@@ -988,8 +990,8 @@ class VirtualFleet:
         out.clamped = Counter({str(what): n for what, n in sorted(self.scaler.clamps.items())})
         with suppress(NoCurve):
             out.curve = self.tuner.curve()
-        out.costs = self.ledger.costs(from_s, to_s, with_stretches=False)
-        out.took = self.ledger.took(from_s, to_s)
+        out.costs = self.ledger.costs(from_s, to_s, with_intervals=False)
+        out.took = self.ledger.durations(from_s, to_s)
         out.policy = self.scaler.policy
         out.audit = self._audit()
         self.ledger.close()
@@ -1008,7 +1010,7 @@ class VirtualFleet:
         self.cloud.advance(self.now)
         charged, booked = self.cloud.spent_usd(), self.ledger.costs(0.0, self.now).total
         # What passes between two listings is booked up to two turns late, each at no more than the dearest.
-        changes = 2 + len(self.ledger.took(0.0, self.now + 1.0)) + self._ended_machines
+        changes = 2 + len(self.ledger.durations(0.0, self.now + 1.0)) + self._ended_machines
         off_s = changes * (3.0 * self.setting.turn_s + CALL_S)
         allowed = off_s * self._dearest_usd_h / 3600.0
         _must(

@@ -25,13 +25,13 @@ from dispatch.outside.hot_set import parse_hot
 from engine.profiles import get_profile
 from engine.slo import Slo
 from engine.timing import timing_for, told_timing
-from fleet.checks import Check, CheckOrder, Verdict
 from fleet.demand import Arrived, Demand
+from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside import process
 from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.ledger import Ledger
 from fleet.outside.prepare import prepare
-from fleet.outside.process import Config, local_cloud_key
+from fleet.outside.process import AutoscalerConfig, local_cloud_key
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
@@ -144,7 +144,7 @@ class Face:
     @property
     def hot_label(self) -> str:
         """Of one hot instance."""
-        return next(i.label for i in self.world.fleet.instances.values() if i.state is State.HOT)
+        return next(i.label for i in self.world.fleet if i.state is State.HOT)
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_the_hot_set_is_what_a_loadbalancer_must_know(face: Face) -> None:
     first = next(i for i in face.world.fleet.serving())
     assert {k: v for k, v in said.items() if k != "instances"} == {
         "epoch": "e1",
-        "version": face.world.fleet.version,
+        "version": face.world.fleet.hot_version,
         "model": "vllm-13",
         "prefill_weight": 0.1,
         "expected_output_tokens": 180.0,
@@ -275,7 +275,7 @@ def test_the_hot_set_is_not_told_before_the_fleet_is_known(ledger: Ledger) -> No
     answer = client.get("/hot", headers=bearer)
     assert (answer.status_code, answer.get_json()["error"]) == (503, "not_ready")
     for order in again.checks_due():
-        again.judge(Check(order.label, face.world.now, Verdict.PASSED, "ok"))
+        again.judge(HealthCheck(order.label, face.world.now, Verdict.PASSED, "ok"))
     assert len(client.get("/hot", headers=bearer).get_json()["instances"]) == 2
 
 
@@ -283,11 +283,11 @@ def test_a_report_is_taken_in_and_answered_with_the_version_of_the_hot_set(face:
     answer = face.ask("POST", "/busy", CONTROL, json=REPORT)
     assert answer.get_json() == {
         "hot_epoch": "e1",
-        "hot_version": face.world.fleet.version,
+        "hot_version": face.world.fleet.hot_version,
         "expected_hot_s": None,
     }
     assert (face.scaler.demand.demand, face.scaler.demand.arrivals) == (0.5, 10)
-    assert next(i for i in face.world.fleet.instances.values() if i.id == 1001).throughput_work_s == 500.0
+    assert next(i for i in face.world.fleet if i.id == 1001).throughput_work_s == 500.0
 
 
 def test_a_report_on_thousands_of_instances_is_no_over_long_body(face: Face) -> None:
@@ -321,7 +321,7 @@ def test_what_arrived_and_what_was_worked_is_in_the_ledger_before_costs_are_told
 
 
 def test_the_curve_says_what_each_level_would_have_cost_yesterday(face: Face) -> None:
-    face.scaler.policy = Objective(goal=0.99)
+    face.scaler.set_policy(Objective(goal=0.99))
     face.tuner.policy_was_set()
     said = face.ask("GET", "/policy/curve").get_json()
     assert said["policy"] == {
@@ -345,7 +345,7 @@ def test_without_a_curve_it_is_said_why(face: Face, tmp_path: Path) -> None:
     answer = client.get("/policy/curve")
     assert (answer.status_code, answer.get_json()["error"]) == (404, "no_curve")
     assert answer.get_json()["message"] == "the policy is busy, which has no goal"
-    face.scaler.policy = Objective()
+    face.scaler.set_policy(Objective())
     assert "20 minutes" in client.get("/policy/curve").get_json()["message"]
 
 
@@ -369,7 +369,7 @@ def test_what_an_instance_says_brings_its_next_check_forward(face: Face) -> None
     assert face.say_ready(said).get_json() == {"label": face.hot_label}
     assert face.nudged == 1
     assert [order.label for order in face.world.fleet.checks_due(face.world.now)] == [face.hot_label]
-    assert face.world.fleet.instances[face.hot_label].state is State.HOT
+    assert face.world.fleet[face.hot_label].state is State.HOT
     assert face.say_ready(said).status_code == 409, "heard before"
     assert face.say_ready({**said, "number": 6}).status_code == 409
     assert face.say_ready({**said, "boot_id": "c", "number": 1}).status_code == 200
@@ -401,7 +401,7 @@ def test_instances_shows_each_with_its_state_since_why_price_and_address_and_wha
 
 
 def test_decisions_show_what_was_seen_wanted_ordered_and_what_failed(face: Face) -> None:
-    face.scaler.policy = Fixed(0, 3)
+    face.scaler.set_policy(Fixed(0, 3))
     face.world.now += 5
     face.scaler.turn()
     face.cloud.listing_error = CloudError("vastai show instances: expected JSON, got nothing")
@@ -621,7 +621,7 @@ def test_a_wrong_value_is_refused_with_its_flag_and_what_was_wanted(
     wrong: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ConfigError) as e:
-        Config(**wrong).checked()
+        AutoscalerConfig(**wrong).checked()
     assert str(e.value).startswith(named)
 
 
@@ -837,8 +837,8 @@ class AlwaysWell:
     ) -> None:
         self.clock = clock
 
-    async def check(self, order: CheckOrder) -> Check:
-        return Check(order.label, self.clock(), Verdict.PASSED, "well", 0)
+    async def check(self, order: HealthCheckOrder) -> HealthCheck:
+        return HealthCheck(order.label, self.clock(), Verdict.PASSED, "well", 0)
 
 
 @pytest.fixture
@@ -850,8 +850,8 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> QuickCloud:
     return made
 
 
-def quick(tmp_path: Path, **more: Any) -> Config:
-    return Config(
+def quick(tmp_path: Path, **more: Any) -> AutoscalerConfig:
+    return AutoscalerConfig(
         state_dir=tmp_path / "state",
         local=True,
         speedup=1000.0,
@@ -946,13 +946,13 @@ def test_destroy_fleet_does_not_believe_an_empty_listing_that_comes_after_a_full
 
 
 def test_two_autoscalers_do_not_run_on_one_fleet(tmp_path: Path, cloud: QuickCloud) -> None:
-    first = process.Process(quick(tmp_path))
+    first = process.AutoscalerProcess(quick(tmp_path))
     try:
         with pytest.raises(ConfigError, match="another autoscaler runs"):
-            process.Process(quick(tmp_path))
+            process.AutoscalerProcess(quick(tmp_path))
     finally:
         first.close()
-    process.Process(quick(tmp_path)).close()
+    process.AutoscalerProcess(quick(tmp_path)).close()
 
 
 def test_a_ledger_that_cannot_be_used_is_said_in_one_line(tmp_path: Path, cloud: QuickCloud) -> None:
@@ -961,7 +961,7 @@ def test_a_ledger_that_cannot_be_used_is_said_in_one_line(tmp_path: Path, cloud:
         "this is not a database, and long enough to be read" * 20
     )
     with pytest.raises(ConfigError, match=r"ledger\.sqlite cannot be used"):
-        process.Process(quick(tmp_path))
+        process.AutoscalerProcess(quick(tmp_path))
 
 
 def test_a_loadbalancer_that_hangs_does_not_keep_another_from_being_told(
@@ -990,10 +990,10 @@ def test_a_loadbalancer_that_hangs_does_not_keep_another_from_being_told(
         other = await asyncio.start_server(answering(b"401 No", refused), "127.0.0.1", 0)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             ports = [s.getsockname()[1] for s in (silent, other.sockets[0], good.sockets[0])]
-            one = process.Process(
+            one = process.AutoscalerProcess(
                 quick(tmp_path, loadbalancer=tuple(f"http://127.0.0.1:{port}" for port in ports))
             )
-            one.scaler.fleet.version = 7
+            one.scaler.instances.hot_version = 7
             task = asyncio.create_task(one.run_hot_push())
             begun = time.monotonic()
             while (not told or len(refused) < 3) and time.monotonic() < begun + 20:

@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 
 from autoscaler import InstanceSet
-from fleet.checks import Check, Verdict
 from fleet.commands import Command, Create, Destroy, Drain, LookForOffers, Reply, Start, Stop, with_label
 from fleet.demand import Arrived, Demand, Report
-from fleet.journal import Remembered
+from fleet.health_check import HealthCheck, Verdict
+from fleet.journal import SavedInstance
 from fleet.outside.ledger import Ledger
 from fleet.outside.turns import COUNTS_EVERY_S, Autoscaler
-from fleet.states import FROM_ANYWHERE, TRANSITIONS, Deadlines, IllegalMove, Limits, State, check_move
-from policies import Busy, Capacity, Fixed, Seen, Targets
+from fleet.states import FROM_ANYWHERE, TRANSITIONS, Deadlines, IllegalTransition, Limits, State, check_move
+from policies import Busy, Capacity, Fixed, FleetSnapshot, Targets
 from process.clock import steady_clock
 from process.errors import CloudError
 from tests.fleet_world import TURN_S, Contract, FakeVast, World, make_offer
 from vast.rows import Row
 
 
-def remembered(world: World) -> list[Remembered]:
+def remembered(world: World) -> list[SavedInstance]:
     """What the ledger would hold of the world's set."""
     return list(world.fleet.take_journal().fleet.values())
 
@@ -125,7 +125,7 @@ def test_a_lease_that_is_out_keeps_an_idle_instance_from_being_stopped() -> None
     original = w.fleet.checks_due
     w.tick(10)
     assert w.states() == {"draining": 1}
-    i = w.fleet.instances[label]
+    i = w.fleet[label]
     i.in_flight, i.in_flight_at = 0, w.now  # it says: nothing here
     decision = w.fleet.decide(w.demand, w.policy, w.now)
     assert decision.commands == ()
@@ -143,7 +143,7 @@ def test_draining_ends_at_its_deadline_even_when_busy() -> None:
 
 def test_a_drain_is_taken_back_when_the_instance_is_needed_again() -> None:
     w = World().with_pool(hot=2, total=2)
-    for i in w.fleet.instances.values():
+    for i in w.fleet:
         w.busy.add(i.label)
     w.policy = Fixed(1, 2)
     w.tick(10)
@@ -180,7 +180,7 @@ def test_no_manage_orders_nothing_new_but_finishes_what_was_begun() -> None:
     w = World().with_pool(hot=2, total=2)
     w.policy = Fixed(1, 2)
     w.tick(5)
-    w.fleet.manage = False
+    w.fleet.set_manage(False)
     w.policy = Fixed(5, 5)
     w.tick(120)
     assert w.states() == {"hot": 1, "cold": 1}
@@ -209,7 +209,7 @@ def test_a_policy_that_asks_for_a_billion_is_clamped_and_said_so() -> None:
 
 def test_a_policy_that_asks_for_minus_one_gets_none() -> None:
     class Minus(Fixed):
-        def targets(self, seen: Seen) -> Targets:
+        def targets(self, seen: FleetSnapshot) -> Targets:
             return Targets(-1, -1, "broken")
 
     w = World(policy=Minus()).tick(60)
@@ -237,7 +237,7 @@ def test_an_instance_that_vanished_still_counts_against_the_limits_for_a_while()
     w = World(limits=Limits(max_instances=3, max_usd_h=10)).with_pool(hot=3, total=3)
     hidden = next(iter(w.contracts.values()))
     hidden.hidden = True
-    w.tick(w.deadlines.mourn - 10)
+    w.tick(w.deadlines.vanished - 10)
     assert "Create" not in w.kinds()
     hidden.hidden = False
     w.tick(60)
@@ -274,7 +274,7 @@ def test_an_instance_that_stays_away_from_believable_listings_is_gone_and_replac
     label = next(iter(w.contracts))
     del w.contracts[label]
     w.tick(60)
-    assert label not in w.fleet.instances
+    assert label not in w.fleet
     assert "Create" in w.kinds()
 
 
@@ -285,7 +285,7 @@ def test_rows_of_other_fleets_and_unlabelled_ones_are_never_touched() -> None:
     w.limits = Limits(max_instances=8, max_usd_h=10)
     w.tick(600)
     assert w.ordered == []
-    assert w.fleet.instances == {}
+    assert list(w.fleet) == []
 
 
 def test_a_lost_reply_is_recognised_by_its_label_and_not_ordered_twice() -> None:
@@ -397,11 +397,11 @@ def test_a_fatal_log_line_gives_the_machine_back_at_once() -> None:
 
 def test_a_failed_check_takes_an_instance_out_of_the_hot_set_and_it_must_earn_hot_again() -> None:
     w = World().with_pool(hot=1, total=1)
-    label, version = w.only(), w.fleet.version
+    label, version = w.only(), w.fleet.hot_version
     w.check_hook = lambda _: Verdict.FAILED
     w.tick(20)
     assert w.states() == {"running": 1}
-    assert w.fleet.version > version
+    assert w.fleet.hot_version > version
     w.check_hook = lambda _: None
     w.tick(10)
     assert w.states() == {"hot": 1}
@@ -423,7 +423,7 @@ def test_a_check_from_before_the_boot_says_nothing_about_it() -> None:
     old = w.now
     w.tick(w.start_s + 10)
     assert w.states() == {"running": 1}
-    w.fleet.judge(Check(w.only(State.RUNNING), old, Verdict.PASSED, "stale"), w.now)
+    w.fleet.judge(HealthCheck(w.only(State.RUNNING), old, Verdict.PASSED, "stale"), w.now)
     assert w.states() == {"running": 1}
 
 
@@ -478,7 +478,7 @@ def test_an_offline_host_leaves_the_hot_set_at_once_and_is_replaced_after_its_gr
     w.contracts[label].status = "offline"
     w.check_hook = lambda at: Verdict.FAILED if at == label else None
     w.tick(5)
-    assert w.fleet.instances[label].state is State.RUNNING
+    assert w.fleet[label].state is State.RUNNING
     w.tick(w.deadlines.lost + 10)
     assert label not in w.contracts
     w.tick(120)
@@ -499,7 +499,7 @@ def test_a_destroy_is_repeated_until_the_listing_no_longer_shows_the_instance() 
     w.policy = Fixed(0, 0)
     w.tick(120)
     assert w.kinds() == ["Destroy"] * 3
-    assert w.fleet.instances == {}
+    assert list(w.fleet) == []
     assert w.contracts == {}
 
 
@@ -525,18 +525,18 @@ def test_a_stop_without_effect_is_repeated() -> None:
 
 def test_a_restarted_autoscaler_finds_its_fleet_in_one_turn_and_rents_nothing_twice() -> None:
     w = World().with_pool(hot=2, total=4)
-    ledger: dict[str, Remembered] = {r.label: r for r in remembered(w)}
-    since = {i.label: i.since for i in w.fleet.instances.values()}
+    ledger: dict[str, SavedInstance] = {r.label: r for r in remembered(w)}
+    since = {i.label: i.since for i in w.fleet}
     w.fleet = w.new_set()
     w.fleet.restore(ledger.values(), {})
-    assert not w.fleet.knows_fleet()
+    assert not w.fleet.knows_hot_set()
     w.tick(5)
-    assert w.fleet.knows_fleet()
+    assert w.fleet.knows_hot_set()
     assert w.states() == {"hot": 2, "cold": 2}
     w.tick(120)
     assert w.ordered == []
-    assert {i.label: i.since for i in w.fleet.instances.values() if i.state is State.COLD} == {
-        label: at for label, at in since.items() if w.fleet.instances[label].state is State.COLD
+    assert {i.label: i.since for i in w.fleet if i.state is State.COLD} == {
+        label: at for label, at in since.items() if w.fleet[label].state is State.COLD
     }
 
 
@@ -566,10 +566,10 @@ def test_what_was_hot_before_a_restart_is_not_told_before_it_was_checked() -> No
     w.fleet = w.new_set()
     w.fleet.restore(ledger, {})
     w.fleet.observe([c.row() for c in w.contracts.values()], (), w.now)
-    assert not w.fleet.knows_fleet()
+    assert not w.fleet.knows_hot_set()
     for c in w.contracts.values():
-        w.fleet.judge(Check(c.label, w.now, Verdict.PASSED, "ok"), w.now)
-    assert w.fleet.knows_fleet()
+        w.fleet.judge(HealthCheck(c.label, w.now, Verdict.PASSED, "ok"), w.now)
+    assert w.fleet.knows_hot_set()
     assert len(w.fleet.serving()) == 2
 
 
@@ -583,19 +583,19 @@ def test_only_the_moves_of_the_table_are_possible(frm: State, to: State) -> None
     if legal:
         check_move(frm, to)
     else:
-        with pytest.raises(IllegalMove):
+        with pytest.raises(IllegalTransition):
             check_move(frm, to)
 
 
 def test_an_illegal_order_raises_and_changes_nothing() -> None:
     w = World().with_pool(hot=1, total=1)
-    before = repr(w.fleet.instances)
+    before = repr(list(w.fleet))
     label = w.only()
-    with pytest.raises(IllegalMove):
+    with pytest.raises(IllegalTransition):
         w.fleet.begin(Start(label, w.contracts[label].id, "hot already"), w.now)
-    with pytest.raises(IllegalMove):
+    with pytest.raises(IllegalTransition):
         w.fleet.begin(Stop(label, 99, "another id"), w.now)
-    assert repr(w.fleet.instances) == before
+    assert repr(list(w.fleet)) == before
 
 
 def test_deadlines_of_a_sped_up_cloud_leave_room_for_the_command_line() -> None:
@@ -621,7 +621,9 @@ def test_a_turn_over_500_instances_in_which_nothing_changes_is_quick() -> None:
             for n in range(count)
         ]
         fleet.observe(rows, (), 1000.0)
-        fleet.observe(rows, [Check(f"fleet/{n}", 1000.0, Verdict.PASSED, "ok") for n in range(count)], 1000.0)
+        fleet.observe(
+            rows, [HealthCheck(f"fleet/{n}", 1000.0, Verdict.PASSED, "ok") for n in range(count)], 1000.0
+        )
         demand = Demand("e")
         best = float("inf")
         for n in range(5):
@@ -652,7 +654,7 @@ def test_busy_policy_grows_and_shrinks_the_fleet() -> None:
 # -- restart, once more: what must not be concluded from knowing little ---------------------------------
 
 
-def restarted(world: World, ledger: list[Remembered] | None = None) -> World:
+def restarted(world: World, ledger: list[SavedInstance] | None = None) -> World:
     """The same world with a process just started, which knows what the ledger holds."""
     held = remembered(world) if ledger is None else ledger
     world.fleet = world.new_set()
@@ -689,10 +691,10 @@ def test_a_hot_set_is_not_told_while_the_first_listings_lack_what_was_hot() -> N
     w = restarted(World().with_pool(hot=2, total=2))
     w.listing_hook = lambda rows: []
     w.tick(60)
-    assert not w.fleet.knows_fleet()
+    assert not w.fleet.knows_hot_set()
     w.listing_hook = lambda rows: rows
     w.tick(10)
-    assert w.fleet.knows_fleet()
+    assert w.fleet.knows_hot_set()
     assert len(w.fleet.serving()) == 2
 
 
@@ -714,17 +716,17 @@ def test_a_clock_set_back_between_two_processes_makes_no_instance_come_from_the_
     held = remembered(w)
     w.now -= 500
     restarted(w, held)
-    assert all(i.since <= w.now for i in w.fleet.instances.values())
+    assert all(i.since <= w.now for i in w.fleet)
 
 
 def test_instances_of_another_fleet_in_the_same_ledger_are_left_alone() -> None:
     w = World(policy=Fixed(0, 0))
-    theirs = Remembered("other/1", 7, 1, True, True, 0.0, 1.0, "destroying", 5.0)
+    theirs = SavedInstance("other/1", 7, 1, True, True, 0.0, 1.0, "destroying", 5.0)
     restarted(w, [theirs])
     w.contracts["other/1"] = Contract(7, "other/1", 1, 0.4, status="running")
     w.tick(300)
     assert w.ordered == []
-    assert w.fleet.instances == {}
+    assert list(w.fleet) == []
 
 
 def test_after_a_restart_an_order_not_yet_listed_still_costs_what_was_agreed() -> None:
@@ -739,7 +741,7 @@ def test_after_a_restart_an_order_not_yet_listed_still_costs_what_was_agreed() -
 
 def test_what_vanished_counts_against_the_limits_after_a_restart_too() -> None:
     w = World()
-    w.fleet.restore([], {}, mourned={"fleet/x": (w.now + 100, 0.7)}, now=w.now)
+    w.fleet.restore([], {}, vanished={"fleet/x": (w.now + 100, 0.7)}, now=w.now)
     assert (w.fleet.committed_instances(), w.fleet.committed_usd_h()) == (1, 0.7)
     w.policy = Fixed(0, 0)
     w.tick(110)
@@ -751,11 +753,11 @@ def test_what_vanished_counts_against_the_limits_after_a_restart_too() -> None:
 
 def test_an_empty_listing_for_a_minute_takes_nothing_out_of_service() -> None:
     w = World().with_pool(hot=2, total=3)
-    version = w.fleet.version
+    version = w.fleet.hot_version
     w.listing_hook = lambda rows: []
     w.tick(90)
     assert w.ordered == []
-    assert (w.states(), w.fleet.version) == ({"hot": 2, "cold": 1}, version)
+    assert (w.states(), w.fleet.hot_version) == ({"hot": 2, "cold": 1}, version)
 
 
 def test_what_answers_a_test_prompt_exists_whatever_the_listing_says() -> None:
@@ -767,7 +769,7 @@ def test_what_answers_a_test_prompt_exists_whatever_the_listing_says() -> None:
     assert w.ordered == []
 
 
-def test_what_is_neither_listed_nor_answers_is_mourned_and_then_replaced() -> None:
+def test_what_is_neither_listed_nor_answers_counts_for_a_while_and_is_then_replaced() -> None:
     w = World(limits=Limits(max_instances=3, max_usd_h=10)).with_pool(hot=3, total=3)
     hidden = next(iter(w.contracts.values()))
     hidden.hidden = True
@@ -776,7 +778,7 @@ def test_what_is_neither_listed_nor_answers_is_mourned_and_then_replaced() -> No
     assert w.states() == {"hot": 2}
     assert w.kinds() == [], "it may still exist, so the limit is reached"
     del w.contracts[hidden.label]
-    w.tick(w.deadlines.mourn)
+    w.tick(w.deadlines.vanished)
     assert w.kinds() == ["Create"]
 
 
@@ -826,7 +828,7 @@ def test_destroyed_is_what_the_cloud_says_is_destroyed() -> None:
     w.reply_hook = lambda c: None
     w.tick(60)
     assert w.contracts == {}
-    assert w.fleet.instances == {}
+    assert list(w.fleet) == []
 
 
 # -- orders on their way --------------------------------------------------------------------------------
@@ -835,7 +837,7 @@ def test_destroyed_is_what_the_cloud_says_is_destroyed() -> None:
 def test_an_order_that_waits_to_be_sent_is_not_ordered_again() -> None:
     """Destroying fifty takes minutes at one in three seconds; the queue must not grow meanwhile."""
     w = World().with_pool(hot=0, total=1)
-    (i,) = w.fleet.instances.values()
+    (i,) = w.fleet
     assert i.id is not None
     destroy = Destroy(i.label, i.id, "test")
     w.fleet.begin(destroy, w.now)
@@ -887,7 +889,7 @@ def test_starts_that_are_refused_for_an_hour_are_tried_again_within_minutes() ->
 def test_a_start_while_an_earlier_stop_waits_to_be_sent_waits_too() -> None:
     """Sent in that order the stop would follow the start."""
     w = World().with_pool(hot=0, total=1)
-    (i,) = w.fleet.instances.values()
+    (i,) = w.fleet
     i.orders_out = 1
     assert w.fleet.decide(w.demand, Fixed(1, 1), w.now).commands == ()
     i.orders_out = 0
@@ -927,7 +929,7 @@ def test_a_drain_waits_for_a_lease_that_a_loadbalancer_counts_however_long_it_wa
     w.tick(10)
     w.now += w.deadlines.lease + 20
     w.report()
-    i = w.fleet.instances[label]
+    i = w.fleet[label]
     i.in_flight, i.in_flight_at = 0, w.now
     assert w.fleet.decide(w.demand, w.policy, w.now).commands == ()
 
@@ -940,7 +942,7 @@ def test_with_no_loadbalancer_idle_must_be_said_after_the_last_lease_has_expired
     w.policy = Fixed(0, 1)
     label = w.only()
     w.tick(10)
-    i = w.fleet.instances[label]
+    i = w.fleet[label]
     assert i.state is State.DRAINING
     w.now = i.since + w.deadlines.lease + 20
     assert w.fleet.decide(w.demand, w.policy, w.now).commands == ()
@@ -967,7 +969,7 @@ def test_a_start_is_no_new_instance_for_the_limit() -> None:
 def test_a_failed_order_that_was_never_listed_counts_with_its_price() -> None:
     w = World(policy=Fixed(1, 1)).tick(10)
     (c,) = w.contracts.values()
-    (i,) = w.fleet.instances.values()
+    (i,) = w.fleet
     i.state, i.price_usd_h, i.stopped_usd_h = State.FAILED, 0.0, 0.0
     assert w.fleet.committed_usd_h() == pytest.approx(c.usd_h)
 
@@ -992,22 +994,22 @@ def test_what_an_instance_says_of_itself_makes_it_neither_hot_nor_failed() -> No
     w = World(policy=Fixed(1, 1)).tick(80)
     label = w.only(State.RUNNING)
     for number, said in enumerate(("ready", "failed: no such model")):
-        assert w.fleet.told(label, "boot", number, said)
-        assert w.fleet.instances[label].state is State.RUNNING
-        assert w.fleet.instances[label].why == f"it says: {said}"
+        assert w.fleet.record_message(label, "boot", number, said)
+        assert w.fleet[label].state is State.RUNNING
+        assert w.fleet[label].why == f"it says: {said}"
         assert [order.label for order in w.fleet.checks_due(w.now)] == [label]
-        assert not w.fleet.told(label, "boot", number, said), "heard before"
-    assert not w.fleet.told("fleet/unknown", "boot", 9, "ready")
+        assert not w.fleet.record_message(label, "boot", number, said), "heard before"
+    assert not w.fleet.record_message("fleet/unknown", "boot", 9, "ready")
 
 
 def test_a_measured_rate_that_hardly_changed_is_not_written_down_again() -> None:
     w = World().with_pool(hot=1, total=1)
-    (i,) = w.fleet.instances.values()
+    (i,) = w.fleet
     assert i.id is not None
     w.fleet.take_journal()
-    w.fleet.measured({i.id: i.throughput_work_s * 1.01, 99: 5.0})
+    w.fleet.record_report({i.id: i.throughput_work_s * 1.01, 99: 5.0}, ())
     assert w.fleet.take_journal().fleet == {}
-    w.fleet.measured({i.id: 500.0})
+    w.fleet.record_report({i.id: 500.0}, ())
     assert [r.throughput for r in w.fleet.take_journal().fleet.values()] == [500.0]
 
 
@@ -1051,7 +1053,7 @@ def test_an_order_is_in_the_ledger_before_it_is_sent(ledger: Ledger) -> None:
     loop.scaler.turn()  # ordered, not sent
     assert [type(c) for c in loop.cloud.sent] == [LookForOffers]
     again = Loop(ledger, loop.world, Fixed(1, 1))
-    (i,) = again.scaler.fleet.instances.values()
+    (i,) = again.scaler.instances
     assert i.state is State.ORDERED
     assert i.running_usd_h == pytest.approx(0.4)
     again.scaler.turn()
@@ -1068,10 +1070,10 @@ def test_what_cannot_be_written_down_is_not_sent_and_is_written_later(ledger: Le
         loop.scaler.turn()
     loop.send_all()
     assert [type(c) for c in loop.cloud.sent] == [LookForOffers]
-    assert loop.scaler.fleet.instances == {}
+    assert list(loop.scaler.instances) == []
     ledger.write = write  # type: ignore[method-assign]
     loop.scaler.turn()
-    assert [s.state for s in ledger.costs(0.0, 1e12).stretches] == ["ordered"]
+    assert [s.state for s in ledger.costs(0.0, 1e12).intervals] == ["ordered"]
 
 
 def full_disk(**what: object) -> None:
@@ -1082,7 +1084,7 @@ def test_the_ledger_learns_in_the_order_things_happened(ledger: Ledger) -> None:
     """Two threads at once: the one that took its part first also writes it first."""
     w = World().with_pool(hot=1, total=1)
     loop = Loop(ledger, w)
-    loop.scaler.policy = Fixed(1, 1)
+    loop.scaler.set_policy(Fixed(1, 1))
     loop.scaler.turn()
     label = next(iter(w.contracts))
     write, entered, go_on = ledger.write, threading.Event(), threading.Event()
@@ -1095,23 +1097,27 @@ def test_the_ledger_learns_in_the_order_things_happened(ledger: Ledger) -> None:
 
     ledger.write = slow_once  # type: ignore[method-assign]
     w.now += 1
-    first = threading.Thread(target=loop.scaler.judge, args=(Check(label, w.now, Verdict.PASSED, "first"),))
+    first = threading.Thread(
+        target=loop.scaler.judge, args=(HealthCheck(label, w.now, Verdict.PASSED, "first"),)
+    )
     first.start()
     assert entered.wait(10)
-    second = threading.Thread(target=loop.scaler.judge, args=(Check(label, w.now, Verdict.FAILED, "second"),))
+    second = threading.Thread(
+        target=loop.scaler.judge, args=(HealthCheck(label, w.now, Verdict.FAILED, "second"),)
+    )
     second.start()
-    while loop.scaler.fleet.instances[label].state is not State.RUNNING:
+    while loop.scaler.instances[label].state is not State.RUNNING:
         time.sleep(0.001)
     go_on.set()
     first.join(10)
     second.join(10)
-    assert [r.state for r in ledger.remembered()] == ["running"]
+    assert [r.state for r in ledger.saved_instances()] == ["running"]
 
 
 def test_a_fault_of_ours_in_sending_answers_the_order_and_the_loop_goes_on(ledger: Ledger) -> None:
     loop = Loop(ledger, World().with_pool(hot=1, total=1))
     loop.scaler.turn()
-    (i,) = loop.scaler.fleet.instances.values()
+    (i,) = loop.scaler.instances
     loop.cloud.error = KeyError("a bug")
     loop.scaler.destroy_all("a person asked")
     loop.send_all()
@@ -1122,7 +1128,7 @@ def test_a_fault_of_ours_in_sending_answers_the_order_and_the_loop_goes_on(ledge
 def test_stops_are_sent_before_creates(ledger: Ledger) -> None:
     """A create waits for the one before; what costs money or serves must not wait behind it."""
     loop = Loop(ledger)
-    loop.scaler.fleet.begin(create := Create(make_offer(1), "more", "fleet/a"), 0.0)
+    loop.scaler.instances.begin(create := Create(make_offer(1), "more", "fleet/a"), 0.0)
     for command in (create, LookForOffers("more"), Destroy("fleet/b", 2, ""), Stop("fleet/c", 3, "")):
         loop.scaler._send([command])
     loop.send_all()
@@ -1132,13 +1138,13 @@ def test_stops_are_sent_before_creates(ledger: Ledger) -> None:
 def test_an_autoscaler_that_ends_rents_nothing_more_but_stops_what_it_meant_to_stop(ledger: Ledger) -> None:
     loop = Loop(ledger)
     create = Create(make_offer(1), "more", "fleet/a")
-    loop.scaler.fleet.begin(create, 0.0)
+    loop.scaler.instances.begin(create, 0.0)
     loop.scaler._send([create, Stop("fleet/c", 3, "")])
     loop.scaler.stop_performing()
     while loop.scaler.perform_next():
         pass
     assert [type(c) for c in loop.cloud.sent] == [Stop]
-    assert loop.scaler.fleet.instances == {}, "what was not sent was not ordered"
+    assert list(loop.scaler.instances) == [], "what was not sent was not ordered"
 
 
 def test_why_a_listing_failed_stands_in_the_decisions(ledger: Ledger) -> None:
@@ -1183,7 +1189,7 @@ def test_an_instance_that_may_have_requests_from_before_a_restart_is_drained_not
     """It had just failed a check when the process was killed, and its clients still read their answers."""
     w = World().with_pool(hot=1, total=1)
     label = w.only()
-    w.fleet.judge(Check(label, w.now, Verdict.FAILED, "once"), w.now)
+    w.fleet.judge(HealthCheck(label, w.now, Verdict.FAILED, "once"), w.now)
     assert w.states() == {"running": 1}
     restarted(w)
     w.fleet.observe(listing(w), (), w.now)
@@ -1195,7 +1201,7 @@ def test_an_instance_that_may_have_requests_from_before_a_restart_is_drained_not
 
 def said(world: World, at: float, requests: int) -> None:
     """A loadbalancer has counted so many requests of 500 tokens to read and 150 to answer."""
-    world.demand.heard(
+    world.demand.add_report(
         Report(
             *("lb", "e1", 0, 0.0, 0.0, 0, requests, 200.0 * requests),
             arrived_prompt_tokens=500 * requests,
@@ -1207,12 +1213,12 @@ def said(world: World, at: float, requests: int) -> None:
 
 def test_the_capacity_is_that_of_the_median_hot_instance_with_the_requests_there_are() -> None:
     w = World(loadbalancer=False).with_pool(hot=3, total=5)
-    hot = [i for i in w.fleet.instances.values() if i.state is State.HOT]
+    hot = [i for i in w.fleet if i.state is State.HOT]
     for i, work_s in zip(hot, (900.0, 1000.0, 5000.0), strict=True):
         i.throughput_work_s = work_s
     said(w, w.now - 1.0, 0)
     said(w, w.now, 10)
-    seen = w.fleet.see(w.demand, w.now)
+    seen = w.fleet.snapshot(w.demand, w.now)
     # 200 work each, held for 6 s; an answer of 150 tokens is half there.
     assert seen.capacity == Capacity(1000.0, 5.0, 30.0, 30.0 * 575.0)
     assert seen.traffic.requests_total == 10
@@ -1222,36 +1228,36 @@ def test_the_capacity_is_that_of_the_median_hot_instance_with_the_requests_there
 
 def test_with_nothing_hot_the_capacity_is_that_of_what_is_loaded_and_then_the_profiles() -> None:
     w = World().with_pool(hot=0, total=2)
-    for i in w.fleet.instances.values():
+    for i in w.fleet:
         i.throughput_work_s = 700.0
-    capacity = w.fleet.see(w.demand, w.now).capacity
+    capacity = w.fleet.snapshot(w.demand, w.now).capacity
     assert capacity is not None
     assert capacity.work_s == 700.0
-    assert World().fleet.see(Demand("e"), 0.0).capacity == Capacity(
+    assert World().fleet.snapshot(Demand("e"), 0.0).capacity == Capacity(
         620.0, 620.0 / 210.0, 620.0 * 6.0 / 210.0, 620.0 * 6.0 / 210.0 * 390.0
     ), "300 tokens to read and 180 to answer, until something has arrived"
 
 
 def test_prices_are_those_of_the_median_instance() -> None:
     w = World().with_pool(hot=1, total=3)
-    for i, usd_h in zip(w.fleet.instances.values(), (0.3, 0.5, 9.0), strict=True):
+    for i, usd_h in zip(w.fleet, (0.3, 0.5, 9.0), strict=True):
         i.running_usd_h = usd_h
-    seen = w.fleet.see(w.demand, w.now)
+    seen = w.fleet.snapshot(w.demand, w.now)
     assert (seen.running_usd_h, seen.stopped_usd_h) == (0.5, 0.01)
-    empty = World().fleet.see(Demand("e"), 0.0)
+    empty = World().fleet.snapshot(Demand("e"), 0.0)
     assert (empty.running_usd_h, empty.stopped_usd_h) == (0.0, 0.0)
 
 
 class LooksBack(Fixed):
     """Remembers what it was shown; looks back for a minute."""
 
-    seen: Seen
+    seen: FleetSnapshot
 
     @property
     def memory_s(self) -> float:
         return 60.0
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         object.__setattr__(self, "seen", seen)
         return super().targets(seen)
 
@@ -1259,7 +1265,7 @@ class LooksBack(Fixed):
 def test_a_policy_sees_as_far_back_as_it_looks() -> None:
     w = World()
     w.policy = policy = LooksBack(0, 0)
-    w.demand.heard(Report("lb", "e1", 0, 0.0, 0.0, 0, 0, 0.0), w.now)
+    w.demand.add_report(Report("lb", "e1", 0, 0.0, 0.0, 0, 0, 0.0), w.now)
     w.tick(300.0)
     seen = policy.seen
     assert [t for t, _ in seen.demand] == [w.now - 60.0 + 5.0 * n for n in range(13)]
@@ -1363,7 +1369,7 @@ def test_when_starts_find_no_gpu_one_after_another_each_cold_one_is_tried() -> N
 
 def test_the_dearest_for_its_work_is_drained_and_not_the_dearest() -> None:
     w = World().with_pool(hot=3, total=3)
-    first, second, third = w.fleet.instances.values()
+    first, second, third = w.fleet
     first.running_usd_h, first.throughput_work_s = 0.5, 500.0
     second.running_usd_h, second.throughput_work_s = 2.0, 4000.0
     third.running_usd_h, third.throughput_work_s = 0.4, 950.0
@@ -1384,7 +1390,7 @@ def test_turns_in_which_the_policy_was_clamped_are_counted(ledger: Ledger) -> No
         decision = loop.scaler.turn()
     assert decision.clamped == ("hot", "total")
     assert loop.scaler.clamps == {"hot": 3, "total": 3}
-    loop.scaler.policy = Fixed(0, 1)
+    loop.scaler.set_policy(Fixed(0, 1))
     loop.world.now += TURN_S
     assert loop.scaler.turn().clamped == ()
     assert loop.scaler.clamps == {"hot": 3, "total": 3}
@@ -1398,12 +1404,12 @@ def test_what_new_instances_are_called_can_be_given(ledger: Ledger) -> None:
     loop.send_all()
     loop.world.now += TURN_S
     loop.scaler.turn()
-    assert list(loop.scaler.fleet.instances) == ["fleet/one"]
+    assert [i.label for i in loop.scaler.instances] == ["fleet/one"]
 
 
 def counted(loop: Loop, at: float, requests: int, working_s: float = 0.0) -> None:
     loop.world.now = at
-    loop.scaler.heard(
+    loop.scaler.record_report(
         Report(
             *("lb", "e1", 0, 0.0, 0.0, 0, requests, 200.0 * requests),
             arrived_prompt_tokens=500 * requests,

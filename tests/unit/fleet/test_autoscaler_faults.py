@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fleet.checks import Verdict
 from fleet.commands import Command, Create, Destroy, Drain, LookForOffers, Reply, Start, Stop, Undrain
 from fleet.demand import Demand
-from fleet.journal import Remembered
+from fleet.health_check import Verdict
+from fleet.journal import SavedInstance
 from fleet.states import Limits, State
 from policies import Fixed
 from tests.fleet_world import World, make_offer
@@ -34,8 +34,8 @@ class BadDay(World):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.offers = [make_offer(n, 0.3 + n % 7 / 10) for n in range(1, 400)]
-        self.held: dict[str, Remembered] = {}
-        self.mourned: dict[str, tuple[float, float]] = {}
+        self.held: dict[str, SavedInstance] = {}
+        self.vanished: dict[str, tuple[float, float]] = {}
         self.bad: dict[int, float] = {}
         self.outage_until = 0.0
         self.hide_until = 0.0
@@ -101,9 +101,7 @@ class BadDay(World):
             elif c.status == "offline" and self.happens(0.1):
                 c.status = "running" if c.intended == "running" else "exited"
         alive = {c.label for c in self.contracts.values() if c.status == "running"}
-        serving = [
-            i.label for i in self.fleet.instances.values() if i.state is State.HOT and i.label in alive
-        ]
+        serving = [i.label for i in self.fleet if i.state is State.HOT and i.label in alive]
         self.busy = {
             label for label in sorted(self.busy) if self.chance.random() < 0.9 and label in self.contracts
         }
@@ -127,7 +125,7 @@ class BadDay(World):
         """As the ledger would."""
         journal = self.fleet.take_journal()
         self.held |= journal.fleet
-        self.mourned |= journal.mourned
+        self.vanished |= journal.vanished
         self.bad |= {machine: until for machine, (until, _) in journal.bad_machines.items()}
 
     def restart(self) -> None:
@@ -135,17 +133,17 @@ class BadDay(World):
         self.write_down()
         self.fleet = self.new_set()
         gone = {label: r for label, r in self.held.items() if r.state == "gone"}
-        self.held = {label: r for label, r in self.held.items() if r.state != "gone" or r.doomed}
+        self.held = {label: r for label, r in self.held.items() if r.state != "gone" or r.condemned}
         known = [
-            Remembered(
-                r.label, r.instance, r.machine, r.loaded, r.doomed, r.ordered_s, r.throughput, None, None
+            SavedInstance(
+                r.label, r.instance, r.machine, r.loaded, r.condemned, r.ordered_s, r.throughput, None, None
             )
             if label in gone
             else r
             for label, r in self.held.items()
         ]
-        mourned = {label: m for label, m in self.mourned.items() if m[0] > self.now}
-        self.fleet.restore(known, self.bad, mourned=mourned, now=self.now)
+        vanished = {label: m for label, m in self.vanished.items() if m[0] > self.now}
+        self.fleet.restore(known, self.bad, vanished=vanished, now=self.now)
         self.demand = Demand("e1")
 
     def _perform(self, command: Command) -> None:
@@ -186,7 +184,7 @@ def test_whatever_goes_wrong_the_limits_hold_nothing_busy_is_stopped_and_all_can
     w.calm(Fixed(0, 0))
     w.tick(3 * 3600)
     assert w.contracts == {}
-    assert w.fleet.instances == {}
+    assert list(w.fleet) == []
     assert w.fleet.committed_instances() == 0
 
 

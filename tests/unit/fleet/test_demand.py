@@ -25,11 +25,11 @@ def report(name: str = "lb", demand: float = 1.0, **more: object) -> Report:
 
 def test_demand_is_the_sum_over_loadbalancers_and_a_silent_one_is_forgotten() -> None:
     d = Demand("e")
-    d.heard(report("a", 1.5), 100.0)
-    d.heard(report("b", 0.5), 100.0)
+    d.add_report(report("a", 1.5), 100.0)
+    d.add_report(report("b", 0.5), 100.0)
     d.tick(101.0)
     assert d.demand == 2.0
-    d.heard(report("a", 1.5), 101.0 + SILENT_S)
+    d.add_report(report("a", 1.5), 101.0 + SILENT_S)
     d.tick(101.0 + SILENT_S)
     assert d.demand == 1.5
     assert d.series == ((101.0, 2.0), (101.0 + SILENT_S, 1.5))
@@ -37,28 +37,28 @@ def test_demand_is_the_sum_over_loadbalancers_and_a_silent_one_is_forgotten() ->
 
 def test_cumulative_figures_survive_lost_reports_and_a_restarted_loadbalancer() -> None:
     d = Demand("e")
-    assert d.heard(report("a", arrivals=10, working_s={1: 3.0}), 0.0) == ({1: 3.0}, [])
-    assert d.heard(report("a", arrivals=25, working_s={1: 8.0}), 3.0) == ({1: 5.0}, [])
-    assert d.heard(report("a2", arrivals=4, working_s={1: 1.0}), 5.0) == ({1: 1.0}, [])
+    assert d.add_report(report("a", arrivals=10, working_s={1: 3.0}), 0.0) == ({1: 3.0}, [])
+    assert d.add_report(report("a", arrivals=25, working_s={1: 8.0}), 3.0) == ({1: 5.0}, [])
+    assert d.add_report(report("a2", arrivals=4, working_s={1: 1.0}), 5.0) == ({1: 1.0}, [])
     assert d.arrivals == 29
 
 
 def test_a_new_failure_is_told_once() -> None:
     d = Demand("e")
-    assert d.heard(report(failures={1: 2, 2: 0}), 0.0)[1] == [1]
-    assert d.heard(report(failures={1: 2, 2: 0}), 1.0)[1] == []
-    assert d.heard(report(failures={1: 3, 2: 1}), 2.0)[1] == [1, 2]
+    assert d.add_report(report(failures={1: 2, 2: 0}), 0.0)[1] == [1]
+    assert d.add_report(report(failures={1: 2, 2: 0}), 1.0)[1] == []
+    assert d.add_report(report(failures={1: 3, 2: 1}), 2.0)[1] == [1, 2]
 
 
 def test_no_lease_is_out_only_when_every_loadbalancer_knows_the_drain_and_counts_none() -> None:
     d = Demand("e")
     assert not d.no_lease_on(1, 5), "nobody was heard of"
-    d.heard(report("a", hot_version=5), 0.0)
+    d.add_report(report("a", hot_version=5), 0.0)
     assert d.no_lease_on(1, 5)
     assert not d.no_lease_on(1, 6), "it does not know the drain yet"
-    d.heard(report("b", hot_version=6, unfinished={1: 1}), 0.0)
+    d.add_report(report("b", hot_version=6, unfinished={1: 1}), 0.0)
     assert not d.no_lease_on(1, 5), "b counts one"
-    d.heard(report("b", hot_epoch="old", hot_version=9), 1.0)
+    d.add_report(report("b", hot_epoch="old", hot_version=9), 1.0)
     assert not d.no_lease_on(1, 5), "b has the set of another autoscaler"
     assert Demand("e", told_nobody=True).no_lease_on(1, 5)
 
@@ -72,24 +72,24 @@ def test_the_series_keeps_only_what_a_policy_may_read() -> None:
 
 def test_a_loadbalancer_that_was_silent_for_a_while_is_not_counted_from_the_beginning_again() -> None:
     d = Demand("e")
-    d.heard(report("a", arrivals=1000, working_s={1: 500.0}, failures={1: 3}), 0.0)
+    d.add_report(report("a", arrivals=1000, working_s={1: 500.0}, failures={1: 3}), 0.0)
     d.tick(SILENT_S + 1)
     assert d.demand == 0.0
     again = report("a", arrivals=1002, working_s={1: 501.5}, failures={1: 3})
-    assert d.heard(again, SILENT_S + 2) == ({1: 1.5}, [])
+    assert d.add_report(again, SILENT_S + 2) == ({1: 1.5}, [])
     assert d.arrivals == 1002
 
 
 def test_what_a_loadbalancer_counted_before_we_began_is_in_the_ledger_already() -> None:
     """After our restart its first report covers hours; else all hot dollars would become working ones."""
     d = Demand("e", began=1000.0)
-    assert d.heard(report("a", working_s={1: 9999.0, 2: 0.5}), 1002.0)[0] == {1: 2.0, 2: 0.5}
+    assert d.add_report(report("a", working_s={1: 9999.0, 2: 0.5}), 1002.0)[0] == {1: 2.0, 2: 0.5}
 
 
 def test_somebody_reports_while_a_loadbalancer_was_heard_of_lately() -> None:
     d = Demand("e")
     assert not d.reporting
-    d.heard(report("a"), 0.0)
+    d.add_report(report("a"), 0.0)
     assert d.reporting
     d.tick(SILENT_S + 1)
     assert not d.reporting
@@ -101,7 +101,7 @@ def test_somebody_reports_while_a_loadbalancer_was_heard_of_lately() -> None:
 
 def arrived(d: Demand, at: float, requests: int, name: str = "lb") -> None:
     """That loadbalancer says that so many have arrived in all: 100 work each, of it 300 tokens to read."""
-    d.heard(
+    d.add_report(
         report(
             name,
             arrivals=requests,
@@ -131,8 +131,8 @@ def test_the_traffic_is_the_sum_over_loadbalancers_and_its_counters_never_go_bac
 def test_what_waits_is_that_of_the_loadbalancers_heard_of_lately() -> None:
     d = Demand("e")
     waits = {"held": 2, "held_work": 30.0, "held_prompt_tokens": 200, "in_flight": 5, "kv_tokens": 9.0}
-    d.heard(report("a", **waits, oldest_wait_s=3.0), 100.0)
-    d.heard(report("b", **waits, oldest_wait_s=1.0), 105.0)
+    d.add_report(report("a", **waits, oldest_wait_s=3.0), 100.0)
+    d.add_report(report("b", **waits, oldest_wait_s=1.0), 105.0)
     assert d.traffic == Traffic(0, 0, 0.0, 0.0, 10, 4, 60.0, 400, 3.0, 18.0)
     d.tick(101.0 + SILENT_S)
     assert d.traffic == Traffic(0, 0, 0.0, 0.0, 5, 2, 30.0, 200, 1.0, 9.0)
@@ -243,10 +243,10 @@ def test_a_restarted_process_goes_on_with_the_arrivals_of_the_ledger() -> None:
 def test_the_mean_request_is_that_of_the_last_hours() -> None:
     d = Demand("e")
     assert d.mix is None
-    d.heard(report(arrivals=0, arrived_work=0.0), 0.0)
-    d.heard(report(arrivals=1000, arrived_work=50_000.0), 1.0)
+    d.add_report(report(arrivals=0, arrived_work=0.0), 0.0)
+    d.add_report(report(arrivals=1000, arrived_work=50_000.0), 1.0)
     assert d.mix == Mix(50.0, 0.0, 0.0)
-    d.heard(report(arrivals=2000, arrived_work=250_000.0), 1.0 + MIX_S)
+    d.add_report(report(arrivals=2000, arrived_work=250_000.0), 1.0 + MIX_S)
     assert d.mix is not None
     assert d.mix.work == pytest.approx((200.0 + 50.0 / math.e) / (1.0 + 1.0 / math.e))
 
@@ -265,7 +265,7 @@ def test_a_policy_is_given_the_demand_as_far_back_as_it_looks_and_one_more() -> 
 
 
 def saturated(d: Demand, at: float, arrived: float, held: float) -> None:
-    d.heard(report(arrivals=round(arrived), arrived_work=arrived, held_work=held), at)
+    d.add_report(report(arrivals=round(arrived), arrived_work=arrived, held_work=held), at)
 
 
 def test_what_a_full_fleet_serves_is_its_capacity() -> None:
@@ -295,7 +295,7 @@ def test_nothing_is_learnt_of_a_fleet_that_is_not_full_or_has_just_changed() -> 
 
 def test_late_requests_are_counted_over_loadbalancers_and_their_restarts() -> None:
     d = Demand("a")
-    d.heard(report(turned_late=5), NOW)
-    d.heard(report(turned_late=9, arrivals=20), NOW + 1.0)
-    d.heard(report(turned_late=2, arrivals=40), NOW + 2.0)
+    d.add_report(report(turned_late=5), NOW)
+    d.add_report(report(turned_late=9, arrivals=20), NOW + 1.0)
+    d.add_report(report(turned_late=2, arrivals=40), NOW + 2.0)
     assert d.turned_late == 4

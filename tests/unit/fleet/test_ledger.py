@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from fleet.demand import Arrived
-from fleet.journal import BUCKET_S, Remembered, Stretch
+from fleet.journal import BUCKET_S, BillingInterval, SavedInstance
 from fleet.outside.ledger import DAY_S, KEPT_S, MIGRATIONS, PRUNE_EVERY_S, Ledger
 from process.errors import ConfigError
 
 
-def stretch(label: str, state: str, at: float, usd_h: float, running: float = 3600.0) -> Stretch:
-    return Stretch(label, 1, 7, state, at, None, usd_h, running, "test")
+def stretch(label: str, state: str, at: float, usd_h: float, running: float = 3600.0) -> BillingInterval:
+    return BillingInterval(label, 1, 7, state, at, None, usd_h, running, "test")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def ledger(tmp_path: Path):  # type: ignore[no-untyped-def]
 def test_dollars_are_seconds_times_price_by_state(ledger: Ledger) -> None:
     """Prices of 3600 $/h make a dollar a second."""
     ledger.write(
-        stretches=[
+        intervals=[
             stretch("f/a", "ordered", 0.0, 36.0),
             stretch("f/a", "running", 10.0, 3600.0),
             stretch("f/a", "hot", 30.0, 3600.0),
@@ -51,16 +51,16 @@ def test_dollars_are_seconds_times_price_by_state(ledger: Ledger) -> None:
 
 
 def test_a_window_counts_what_lies_inside_it(ledger: Ledger) -> None:
-    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/a", "cold", 100.0, 36.0)])
+    ledger.write(intervals=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/a", "cold", 100.0, 36.0)])
     assert ledger.costs(40.0, 60.0).total == pytest.approx(20)
     assert ledger.costs(90.0, 110.0).total == pytest.approx(10.1)
     assert ledger.costs(200.0, 200.0).total == 0.0
 
 
 def test_hot_dollars_are_split_by_the_seconds_that_had_a_request(ledger: Ledger) -> None:
-    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/b", "hot", 0.0, 3600.0)])
+    ledger.write(intervals=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/b", "hot", 0.0, 3600.0)])
     for n in range(10):
-        ledger.add_worked({"f/a": BUCKET_S / 3, "f/b": 0.0}, n * BUCKET_S + 1)
+        ledger.add_counts({("f/a", n): BUCKET_S / 3, ("f/b", n): 0.0}, (), n * BUCKET_S + 1)
     costs = ledger.costs(0.0, 10 * BUCKET_S)
     assert costs.hot_working == pytest.approx(50)
     assert costs.hot_idle == pytest.approx(250)
@@ -69,15 +69,15 @@ def test_hot_dollars_are_split_by_the_seconds_that_had_a_request(ledger: Ledger)
 
 
 def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> None:
-    """kill -9 in the middle: what was written is there, open stretches go on, nothing is counted twice."""
+    """kill -9 in the middle: what was written is there, open intervals go on, nothing is counted twice."""
     path = tmp_path / "ledger.sqlite"
     script = (
         "import sys, time; sys.path.insert(0, '.'); from pathlib import Path\n"
-        "from fleet.journal import Remembered, Stretch\n"
+        "from fleet.journal import SavedInstance, BillingInterval\n"
         "from fleet.outside.ledger import Ledger\n"
         f"l = Ledger(Path({str(path)!r}))\n"
-        "l.write(stretches=[Stretch('f/a', 1, 7, 'hot', 100.0, None, 3600.0, 3600.0, 'x')],"
-        " fleet=[Remembered('f/a', 1, 7, True, False, 50.0, 900.0, 'hot', 100.0)])\n"
+        "l.write(intervals=[BillingInterval('f/a', 1, 7, 'hot', 100.0, None, 3600.0, 3600.0, 'x')],"
+        " fleet=[SavedInstance('f/a', 1, 7, True, False, 50.0, 900.0, 'hot', 100.0)])\n"
         "print('written', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
@@ -86,23 +86,23 @@ def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
         os.kill(child.pid, signal.SIGKILL)
     again = Ledger(path)
     try:
-        assert again.remembered() == [
-            Remembered("f/a", 1, 7, True, False, 50.0, 900.0, "hot", 100.0, 3600.0, 3600.0)
+        assert again.saved_instances() == [
+            SavedInstance("f/a", 1, 7, True, False, 50.0, 900.0, "hot", 100.0, 3600.0, 3600.0)
         ]
-        again.write(stretches=[stretch("f/a", "running", 160.0, 3600.0)])
+        again.write(intervals=[stretch("f/a", "running", 160.0, 3600.0)])
         costs = again.costs(0.0, 200.0)
         assert [costs.hot_idle, costs.loading] == pytest.approx([60.0, 40.0])
     finally:
         again.close()
 
 
-def test_what_is_gone_is_not_remembered_but_what_is_doomed_is(ledger: Ledger) -> None:
-    for label, doomed in (("f/a", False), ("f/b", True)):
+def test_what_is_gone_is_not_saved_but_what_is_condemned_is(ledger: Ledger) -> None:
+    for label, condemned in (("f/a", False), ("f/b", True)):
         ledger.write(
-            stretches=[stretch(label, "hot", 0.0, 1.0), stretch(label, "gone", 5.0, 0.0)],
-            fleet=[Remembered(label, 1, 7, True, doomed, 0.0, None, "gone", 5.0)],
+            intervals=[stretch(label, "hot", 0.0, 1.0), stretch(label, "gone", 5.0, 0.0)],
+            fleet=[SavedInstance(label, 1, 7, True, condemned, 0.0, None, "gone", 5.0)],
         )
-    assert [(r.label, r.doomed, r.state) for r in ledger.remembered()] == [("f/b", True, None)]
+    assert [(r.label, r.condemned, r.state) for r in ledger.saved_instances()] == [("f/b", True, None)]
 
 
 def test_bad_machines_are_forgotten_when_their_time_is_up(ledger: Ledger) -> None:
@@ -116,9 +116,9 @@ def test_a_host_key_is_the_one_seen_first(ledger: Ledger) -> None:
 
 
 def test_a_write_that_fails_changes_nothing(ledger: Ledger) -> None:
-    ledger.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0)])
+    ledger.write(intervals=[stretch("f/a", "hot", 0.0, 3600.0)])
     with pytest.raises(sqlite3.Error):
-        ledger.write(stretches=[stretch("f/a", "cold", 10.0, 36.0), stretch(None, "hot", 1.0, 1.0)])  # type: ignore[arg-type]
+        ledger.write(intervals=[stretch("f/a", "cold", 10.0, 36.0), stretch(None, "hot", 1.0, 1.0)])  # type: ignore[arg-type]
     assert ledger.costs(0.0, 20.0).hot_idle == pytest.approx(20)
 
 
@@ -128,8 +128,8 @@ def test_the_file_is_private(tmp_path: Path) -> None:
 
 
 def test_what_vanished_is_remembered_until_its_time_is_up(ledger: Ledger) -> None:
-    ledger.write(mourned={"f/a": (100.0, 0.4), "f/b": (50.0, 0.3)})
-    assert ledger.mourned(60.0) == {"f/a": (100.0, 0.4)}
+    ledger.write(vanished={"f/a": (100.0, 0.4), "f/b": (50.0, 0.3)})
+    assert ledger.vanished(60.0) == {"f/a": (100.0, 0.4)}
 
 
 def test_a_commit_that_failed_does_not_keep_the_next_from_beginning(tmp_path: Path) -> None:
@@ -140,18 +140,18 @@ def test_a_commit_that_failed_does_not_keep_the_next_from_beginning(tmp_path: Pa
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM stretch").fetchall()  # a reader keeps a commit from happening
     with pytest.raises(sqlite3.OperationalError):
-        made.write(stretches=[stretch("f/a", "hot", 0.0, 1.0)])
+        made.write(intervals=[stretch("f/a", "hot", 0.0, 1.0)])
     reader.execute("COMMIT")
     reader.close()
-    made.write(stretches=[stretch("f/a", "hot", 0.0, 1.0)])
-    assert [s.label for s in made.costs(0.0, 10.0).stretches] == ["f/a"]
+    made.write(intervals=[stretch("f/a", "hot", 0.0, 1.0)])
+    assert [s.label for s in made.costs(0.0, 10.0).intervals] == ["f/a"]
     made.close()
 
 
 def test_arrivals_are_kept_by_second_and_a_second_may_come_again(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.add_arrived([Arrived(100, 2.0, 50.0, 300.0), Arrived(103, 1.0, 20.0, 10.0)], 104.0)
-    ledger.add_arrived([Arrived(103, 0.5, 5.0, 90.0)], 105.0)
+    ledger.add_counts({}, [Arrived(100, 2.0, 50.0, 300.0), Arrived(103, 1.0, 20.0, 10.0)], 104.0)
+    ledger.add_counts({}, [Arrived(103, 0.5, 5.0, 90.0)], 105.0)
     ledger.close()
     again = Ledger(tmp_path / "ledger.sqlite")
     assert again.arrived(0.0, 1000.0) == [Arrived(100, 2.0, 50.0, 300.0), Arrived(103, 1.5, 25.0, 100.0)]
@@ -167,20 +167,22 @@ def test_of_what_arrived_only_times_and_counts_are_kept(ledger: Ledger) -> None:
 
 def test_arrivals_are_forgotten_after_eight_days(ledger: Ledger) -> None:
     day = [Arrived(int(n * DAY_S), 1.0, 1.0, 1.0) for n in range(20)]
-    ledger.add_arrived(day[:10], 9 * DAY_S)
+    ledger.add_counts({}, day[:10], 9 * DAY_S)
     assert [a.second for a in ledger.arrived(0.0, 1e9)] == [a.second for a in day[1:10]]
-    ledger.add_arrived(day[10:11], 9 * DAY_S + PRUNE_EVERY_S - 1.0)
+    ledger.add_counts({}, day[10:11], 9 * DAY_S + PRUNE_EVERY_S - 1.0)
     assert len(ledger.arrived(0.0, 1e9)) == 10, "it is looked once an hour"
-    ledger.add_arrived(day[11:], 19 * DAY_S)
+    ledger.add_counts({}, day[11:], 19 * DAY_S)
     assert [a.second for a in ledger.arrived(0.0, 1e9)] == [a.second for a in day[11:]]
 
 
 def test_what_is_forgotten_of_the_work_changes_no_dollar(ledger: Ledger) -> None:
     """Buckets of 15 s become days; hot dollars that were for work stay so."""
     start = 100 * DAY_S
-    ledger.write(stretches=[stretch("f/a", "hot", start, 3600.0), stretch("f/b", "hot", start, 3600.0)])
+    ledger.write(intervals=[stretch("f/a", "hot", start, 3600.0), stretch("f/b", "hot", start, 3600.0)])
     for n in range(0, 12 * 24):  # 9 s of each 15, for 12 days, in a bucket an hour
-        ledger.add_worked({"f/a": 9.0, "f/b": 3.0}, start + n * 3600.0 + 1.0)
+        at = start + n * 3600.0 + 1.0
+        bucket = int(at // BUCKET_S)
+        ledger.add_counts({("f/a", bucket): 9.0, ("f/b", bucket): 3.0}, (), at)
     before = ledger.costs(0.0, start + 2 * DAY_S), ledger.costs(0.0, start + 12 * DAY_S)
     ledger._prune(start + 12 * DAY_S - KEPT_S)
     ledger._prune(start + 12 * DAY_S - KEPT_S)
@@ -203,7 +205,7 @@ def test_a_ledger_of_before_gets_the_new_tables(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 0")
     db.close()
     again = Ledger(path)
-    again.add_arrived([Arrived(1, 1.0, 1.0, 1.0)], 1.0)
+    again.add_counts({}, [Arrived(1, 1.0, 1.0, 1.0)], 1.0)
     assert again.costs(0.0, 10.0).total == 0.0
     again.close()
 
@@ -246,7 +248,7 @@ def test_a_ledger_of_an_older_version_gets_what_is_new_and_keeps_what_it_has(
 ) -> None:
     path = tmp_path / "ledger.sqlite"
     made = Ledger(path)
-    made.write(stretches=[stretch("f/a", "hot", 0.0, 3600.0)])
+    made.write(intervals=[stretch("f/a", "hot", 0.0, 3600.0)])
     made.close()
     newest = MIGRATIONS[-1][0]
     added = (newest + 1, "ALTER TABLE took ADD COLUMN note TEXT; CREATE TABLE extra(a); ")
@@ -269,5 +271,5 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
             Ledger(path)
     assert version_of(path) == newest
     again = Ledger(path)
-    assert again.last_took("boot", 1) == []
+    assert again.last_durations("boot", 1) == []
     again.close()

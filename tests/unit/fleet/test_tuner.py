@@ -93,7 +93,7 @@ class Bench:
     def history(self, minutes: float = 40.0) -> "Bench":
         """Two requests a second of 500 tokens to read and 150 to answer, until now."""
         seconds = range(int(NOW - 60.0 * minutes), int(NOW))
-        self.ledger.add_arrived([Arrived(s, 2.0, 400.0, 1000.0) for s in seconds], NOW)
+        self.ledger.add_counts({}, [Arrived(s, 2.0, 400.0, 1000.0) for s in seconds], NOW)
         return self
 
     @property
@@ -212,7 +212,7 @@ def test_what_is_no_reply_at_all_is_refused(raw: bytes) -> None:
 
 def test_a_replay_of_the_last_day_sets_the_level(bench: Callable[..., Bench]) -> None:
     b = bench().history()
-    b.ledger.add_arrived([Arrived(int(NOW - 86_500), 9.0, 9.0, 9.0)], NOW)
+    b.ledger.add_counts({}, [Arrived(int(NOW - 86_500), 9.0, 9.0, 9.0)], NOW)
     assert b.tuner.tune()
     assert b.scaler.policy == replace(TUNED, settled_at=NOW)
     assert (len(b.asked["bins"]["work"]), b.asked["goal"]) == (2400, 0.99), "a day and not more"
@@ -252,12 +252,13 @@ def test_what_a_replay_is_asked_holds_times_and_counts_only(bench: Callable[...,
 def test_there_is_no_replay_of_nothing(bench: Callable[..., Bench], of: str) -> None:
     b = bench()
     if of == "no policy with a goal":
-        b.history().scaler.policy = Busy()
+        b.history().scaler.set_policy(Busy())
     elif of == "too short a history":
         b.history(minutes=19.0)
     elif of == "nothing rented yet":
         b.history()
-        b.world.fleet.instances.clear()
+        b.world.fleet = b.world.new_set()
+        b.start()
     assert not b.tuner.tune()
     assert not Path(f"{b.reply}.asked").exists()
     with pytest.raises(NoCurve):
@@ -324,7 +325,7 @@ def test_what_an_operator_set_while_it_was_replayed_stands(
     replay = b.tuner._replay
 
     def meanwhile(request: bytes) -> bytes:
-        b.scaler.policy = Objective(goal=0.999)
+        b.scaler.set_policy(Objective(goal=0.999))
         return replay(request)
 
     monkeypatch.setattr(b.tuner, "_replay", meanwhile)
@@ -335,7 +336,7 @@ def test_what_an_operator_set_while_it_was_replayed_stands(
 
 def test_a_level_given_by_hand_is_left_alone_but_the_curve_is_made(bench: Callable[..., Bench]) -> None:
     b = bench().history()
-    b.scaler.policy = by_hand = Objective(k=5.0)
+    b.scaler.set_policy(by_hand := Objective(k=5.0))
     assert b.tuner.tune()
     assert b.scaler.policy is by_hand
     assert b.tuner.curve()["policy"]["k"] == 5.0
@@ -370,10 +371,10 @@ def test_a_pool_is_given_up_when_its_storage_has_cost_as_much_as_loading_it_agai
 def test_a_goal_that_is_set_again_gets_its_level_again(bench: Callable[..., Bench]) -> None:
     b = bench().history()
     b.tuner.tune()
-    b.scaler.policy = Objective()
+    b.scaler.set_policy(Objective())
     b.tuner.policy_was_set()
     assert b.scaler.policy == TUNED
-    b.scaler.policy = Objective(goal=0.95)
+    b.scaler.set_policy(Objective(goal=0.95))
     b.tuner.policy_was_set()
     assert b.scaler.policy == Objective(goal=0.95)
 
@@ -388,9 +389,9 @@ def test_it_is_due_every_half_hour_and_when_the_goal_is_another(bench: Callable[
     b.world.now += 1.0
     assert b.tuner.due()
     b.world.now -= 1000.0
-    b.scaler.policy = Objective(goal=0.95)
+    b.scaler.set_policy(Objective(goal=0.95))
     assert b.tuner.due()
-    b.scaler.policy = Busy()
+    b.scaler.set_policy(Busy())
     assert not b.tuner.due()
 
 
@@ -500,7 +501,7 @@ def test_the_loop_replays_when_it_is_due_and_at_once_for_a_new_goal(bench: Calla
     thread.start()
     wait_for("it was tuned", lambda: isinstance(b.scaler.policy, Objective) and b.scaler.policy.k > 0.0)
     with b.scaler.lock:
-        b.scaler.policy = Objective(goal=0.95)
+        b.scaler.set_policy(Objective(goal=0.95))
     b.tuner.policy_was_set()
     wait_for("the new goal was replayed", lambda: b.asked["goal"] == 0.95)
     b.tuner.stop()
@@ -557,7 +558,7 @@ def test_a_real_replay_finds_a_level_for_a_small_history(tmp_path: Path) -> None
     """An hour with a lull: the level keeps the goal, and the curve rises."""
     b = Bench(tmp_path)
     busy = [Arrived(s, 4.0, 800.0, 2000.0) for s in range(int(NOW) - 3600, int(NOW)) if s // 600 % 2]
-    b.ledger.add_arrived(busy, NOW)
+    b.ledger.add_counts({}, busy, NOW)
     b.tuner = Tuner(b.scaler, tmp_path, REPLAY)
     begun = time.monotonic()
     assert b.tuner.tune(), b.tuner._trouble

@@ -25,8 +25,8 @@ from autoscaler import InstanceSet
 from dispatch.outside.hot_set import parse_hot
 from dispatch.outside.service import Desk
 from engine.profiles import get_profile
-from fleet.checks import Check, CheckOrder, Verdict
-from fleet.outside.health import HealthChecker
+from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
+from fleet.outside.health_checker import HealthChecker
 from fleet.outside.ssh_log import LogView
 from fleet.states import Deadlines, Limits, State
 from fleet_client.tls_pins import LONGEST, BadAddress, context_for, pinned_context, public_key_sha256
@@ -404,11 +404,11 @@ class Ssh:
         return LogView(ready=True, certificate=self.certificate)
 
 
-def health_check(port: int, ssh: Ssh, known: str | None = None) -> Check:
+def health_check(port: int, ssh: Ssh, known: str | None = None) -> HealthCheck:
     url = f"http://127.0.0.1:{port}"
-    order = CheckOrder("fleet/1", 1, State.RUNNING, ("127.0.0.1", 22), url, url, True, known)
+    order = HealthCheckOrder("fleet/1", 1, State.RUNNING, ("127.0.0.1", 22), url, url, True, known)
 
-    async def both() -> Check:
+    async def both() -> HealthCheck:
         async with InstanceClient() as client:
             checker = HealthChecker(client, ssh, lambda _: TOKEN, "m", 10.0, lambda: 10.0)  # type: ignore[arg-type]
             return await checker.check(order)
@@ -434,7 +434,7 @@ def running() -> tuple[InstanceSet, Contract, str]:
     fleet = InstanceSet("fleet", profile, Limits(4, 10.0), Deadlines.for_profile(profile, 1.0), 1.0)
     contract = Contract(7, "fleet/1", 107, 0.4, status="running")
     fleet.observe([contract.row()], (), 1.0)
-    (i,) = fleet.instances.values()
+    (i,) = fleet
     fleet.checks_due(2.0)
     assert i.state is State.RUNNING
     return fleet, contract, i.label
@@ -442,20 +442,20 @@ def running() -> tuple[InstanceSet, Contract, str]:
 
 def test_a_certificate_that_a_check_read_is_in_every_address_from_then_on() -> None:
     fleet, contract, label = running()
-    one = fleet.instances[label]
+    one = fleet[label]
     assert (one.address or "").startswith("http://")
-    fleet.judge(Check(label, 3.0, Verdict.FAILED, "another certificate", certificate=MINE[0]), 3.0)
+    fleet.judge(HealthCheck(label, 3.0, Verdict.FAILED, "another certificate", certificate=MINE[0]), 3.0)
     assert fleet.serving() == [], "it is not hot"
-    fleet.judge(Check(label, 4.0, Verdict.PASSED, "test prompt", certificate=MINE[0]), 4.0)
+    fleet.judge(HealthCheck(label, 4.0, Verdict.PASSED, "test prompt", certificate=MINE[0]), 4.0)
     assert fleet.serving() == [one]
     fleet.observe([contract.row()], (), 5.0)
     assert (one.address, one.auth_url) == ("https://127.0.0.1:22007", "https://127.0.0.1:21007")
-    version = fleet.version
-    fleet.judge(Check(label, 6.0, Verdict.PASSED, "test prompt", certificate=MINE[0]), 6.0)
-    fleet.judge(Check(label, 7.0, Verdict.PASSED, "test prompt"), 7.0)
-    assert (fleet.version, one.certificate) == (version, MINE[0])
-    fleet.judge(Check(label, 8.0, Verdict.PASSED, "test prompt", certificate=OTHER[0]), 8.0)
-    assert fleet.version > version, "loadbalancers must be told"
+    version = fleet.hot_version
+    fleet.judge(HealthCheck(label, 6.0, Verdict.PASSED, "test prompt", certificate=MINE[0]), 6.0)
+    fleet.judge(HealthCheck(label, 7.0, Verdict.PASSED, "test prompt"), 7.0)
+    assert (fleet.hot_version, one.certificate) == (version, MINE[0])
+    fleet.judge(HealthCheck(label, 8.0, Verdict.PASSED, "test prompt", certificate=OTHER[0]), 8.0)
+    assert fleet.hot_version > version, "loadbalancers must be told"
     assert one.certificate == OTHER[0]
 
 

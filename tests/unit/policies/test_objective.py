@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 
-from policies import BIN_S, Capacity, Objective, Seen, Traffic
+from policies import BIN_S, Capacity, FleetSnapshot, Objective, Traffic
 from policies.objective import MARGIN, KeptPool, Margin, default_k, worth_keeping_s
 
 CAPACITY = Capacity(100.0, 1.0, 10.0, 1e6)
 
 
-def seen(arriving: list[float], held_work: float = 0.0, **more: Any) -> Seen:
+def seen(arriving: list[float], held_work: float = 0.0, **more: Any) -> FleetSnapshot:
     fields: dict[str, Any] = {"hot": 1, "coming": 0, "loading": 0, "cold": 9, "draining": 0}
     fields |= {"start_time_s": 90.0, "load_time_s": 600.0, "capacity": CAPACITY, **more}
-    return Seen(now=1000.0, demand=(), arriving=arriving, traffic=Traffic(held_work=held_work), **fields)
+    return FleetSnapshot(
+        now=1000.0, demand=(), arriving=arriving, traffic=Traffic(held_work=held_work), **fields
+    )
 
 
 STEADY = [200.0] * 2000

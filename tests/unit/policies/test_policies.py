@@ -2,14 +2,16 @@
 
 import pytest
 
-from policies import Busy, Fixed, Seen, Targets
+from policies import Busy, Fixed, FleetSnapshot, Targets
 
 
-def seen(demand: list[float], *, hot: int = 1, coming: int = 0, cold: int = 0, step_s: float = 5.0) -> Seen:
+def seen(
+    demand: list[float], *, hot: int = 1, coming: int = 0, cold: int = 0, step_s: float = 5.0
+) -> FleetSnapshot:
     """A fleet whose demand was that, oldest first, one value every step_s, the last one now."""
     now = 10_000.0
     series = [(now - (len(demand) - 1 - n) * step_s, d) for n, d in enumerate(demand)]
-    return Seen(now, series, hot, coming, 0, cold, 0, 90.0, 600.0)
+    return FleetSnapshot(now, series, hot, coming, 0, cold, 0, 90.0, 600.0)
 
 
 BUSY = Busy(add_above=0.8, aim=0.7, remove_below=0.6, remove_after_s=60.0, min_hot=1, spare=1)

@@ -20,7 +20,7 @@ from remote.events import Events
 from remote.speaker import MOST_EVENTS, MOST_LISTENERS, TRIES, ModelState, Speaker, Watch, _Line, signed
 from tests.unit.dispatch.test_loadbalancer import Bench, End, bench, instance
 from tests.waiting import wait_for
-from web.signatures import OLD_BOOTS, Heard, instance_key, name_and_key, signer
+from web.signatures import OLD_BOOTS, ReplayGuard, instance_key, name_and_key, signer
 
 MASTER = "master-of-a-test"
 NAME, KEY = name_and_key(MASTER)
@@ -114,12 +114,12 @@ def test_another_path_body_or_key_is_nobodys_signature(header: str | None) -> No
 
 
 def test_a_message_counts_once_and_an_old_boot_not_again() -> None:
-    heard = Heard()
+    guard = ReplayGuard()
     said = [("a", 1), ("a", 1), ("a", 3), ("a", 2), ("b", 1), ("a", 9), ("b", 1), ("b", 2)]
-    assert [heard.is_new(*one) for one in said] == [True, False, True, False, True, False, False, True]
+    assert [guard.accept(*one) for one in said] == [True, False, True, False, True, False, False, True]
     for n in range(OLD_BOOTS + 2):
-        assert heard.is_new(f"boot{n}", 0)
-    assert len(heard._old) == OLD_BOOTS
+        assert guard.accept(f"boot{n}", 0)
+    assert len(guard._old) == OLD_BOOTS
 
 
 # -- threads and sockets -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies import Capacity, Fixed, Objective, Seen, Targets
+from policies import Capacity, Fixed, FleetSnapshot, Objective, Targets
 from simulation.virtual.fluid import Bins, Fleet, FluidResult, Run, bins_of, run_level, run_policy
 
 C = 100.0
@@ -80,7 +80,7 @@ class Script:
     def __init__(self, *steps: tuple[float, int, int]) -> None:
         self._steps = steps
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         _, hot, total = [s for s in self._steps if s[0] <= seen.now][-1]
         return Targets(hot, total, "")
 
@@ -140,10 +140,10 @@ def test_the_same_arguments_give_the_same_result_and_another_seed_another() -> N
 
 
 def test_a_policy_sees_what_the_autoscaler_would_show_it() -> None:
-    looks: list[Seen] = []
+    looks: list[FleetSnapshot] = []
 
     class Looks(Fixed):
-        def targets(self, seen: Seen) -> Targets:
+        def targets(self, seen: FleetSnapshot) -> Targets:
             looks.append(seen)
             return Targets(1, 3, "")
 

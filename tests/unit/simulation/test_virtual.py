@@ -15,7 +15,7 @@ from engine.profiles import PROFILES, Profile
 from engine.timing import Timing
 from localcloud.account import Freeze
 from localcloud.market import Machine
-from policies import Busy, Fixed, Seen, Targets
+from policies import Busy, Fixed, FleetSnapshot, Targets
 from simulation.traces.logs import Request
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
 from simulation.virtual.virtual_fleet import Outcome, Setting, VirtualFleet, simulate
@@ -213,7 +213,7 @@ class Absurd:
 
     memory_s = 0.0
 
-    def targets(self, seen: Seen) -> Targets:
+    def targets(self, seen: FleetSnapshot) -> Targets:
         return Targets(-1, 10**9, "absurd")
 
     def scaled(self, speedup: float) -> "Absurd":

@@ -16,7 +16,7 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Check:
+class HealthCheck:
     """One finished health check. in_flight: requests the instance itself says it is working on.
 
     certificate: the machine's (PEM), when the check read it over ssh.
@@ -31,7 +31,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class CheckOrder:
+class HealthCheckOrder:
     """A health check to be made: where, and whether the log must be read (always, until it is hot).
 
     certificate: the machine's, as far as it is known; the log check reads it anew.

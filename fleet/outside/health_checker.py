@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from fleet.checks import Check, CheckOrder, Verdict
+from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.ssh_log import HostKeyChanged, LogView, SshLog
 from fleet.states import State
 from instance_client import InstanceClient, Load
@@ -50,7 +50,7 @@ class HealthChecker:
         self._timeout_s = timeout_s
         self._clock = clock
 
-    async def check(self, order: CheckOrder) -> Check:
+    async def check(self, order: HealthCheckOrder) -> HealthCheck:
         """Make one check. Never raises and never takes longer than the timeout."""
         found = _Found(order, self._clock())
         try:
@@ -64,7 +64,7 @@ class HealthChecker:
             log.exception("health check of %s: a fault of ours", order.label)
             return found(Verdict.FAILED, f"health check: {type(e).__name__}")
 
-    async def _look(self, order: CheckOrder, found: "_Found") -> Check:
+    async def _look(self, order: HealthCheckOrder, found: "_Found") -> HealthCheck:
         if order.auth_url is None or order.address is None:
             return found(Verdict.FAILED, "running, but the listing shows no ports")
         token = self._master_token(order.label)
@@ -92,7 +92,7 @@ class HealthChecker:
         )
         return found(Verdict.PASSED, f"test prompt: {tokens} token(s)", _in_flight(batch.load))
 
-    async def _read_log(self, order: CheckOrder) -> LogView:
+    async def _read_log(self, order: HealthCheckOrder) -> LogView:
         """The log as ssh shows it. An unreachable ssh is no fatal sign by itself: the prompt decides."""
         if order.ssh is None:
             return LogView(reached=False, why="the listing shows no ssh address")
@@ -109,13 +109,13 @@ class HealthChecker:
 class _Found:
     """What a check will say in the end; certificate: what it has read meanwhile."""
 
-    def __init__(self, order: CheckOrder, started_at: float) -> None:
+    def __init__(self, order: HealthCheckOrder, started_at: float) -> None:
         self.certificate: str | None = None
         self._label = order.label
         self._started_at = started_at
 
-    def __call__(self, verdict: Verdict, why: str, in_flight: int | None = None) -> Check:
-        return Check(self._label, self._started_at, verdict, why, in_flight, self.certificate)
+    def __call__(self, verdict: Verdict, why: str, in_flight: int | None = None) -> HealthCheck:
+        return HealthCheck(self._label, self._started_at, verdict, why, in_flight, self.certificate)
 
 
 def _secure(url: str, certificate: str | None) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import paramiko
 import pytest
 
-from fleet.checks import Check, CheckOrder, Verdict
-from fleet.outside.health import HealthChecker
+from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
+from fleet.outside.health_checker import HealthChecker
 from fleet.outside.ssh_log import (
     FATAL_LINES,
     MAX_OUTPUT,
@@ -85,11 +85,11 @@ class Log:
         return self.view
 
 
-def order(n: int = 1, state: State = State.RUNNING, read_log: bool = True) -> CheckOrder:
-    return CheckOrder(f"f/{n}", n, state, ("127.0.0.1", 22), f"http://a{n}", f"http://m{n}", read_log)
+def order(n: int = 1, state: State = State.RUNNING, read_log: bool = True) -> HealthCheckOrder:
+    return HealthCheckOrder(f"f/{n}", n, state, ("127.0.0.1", 22), f"http://a{n}", f"http://m{n}", read_log)
 
 
-def check(order: CheckOrder, log: object, client: object, timeout_s: float = 5.0) -> Check:
+def check(order: HealthCheckOrder, log: object, client: object, timeout_s: float = 5.0) -> HealthCheck:
     checker = HealthChecker(client, log, lambda label: "master", "vllm-13", timeout_s, lambda: 100.0)  # type: ignore[arg-type]
     return asyncio.run(checker.check(order))
 
@@ -120,7 +120,7 @@ def test_hot_needs_a_ready_line_no_fatal_line_and_a_token(
 
 
 def test_a_running_instance_without_ports_is_not_healthy() -> None:
-    bare = CheckOrder("f/1", 1, State.RUNNING, None, None, None, True)
+    bare = HealthCheckOrder("f/1", 1, State.RUNNING, None, None, None, True)
     assert check(bare, Log(READY), Client()).verdict is Verdict.FAILED
 
 
@@ -136,7 +136,7 @@ def test_fifty_checks_of_which_ten_hang_are_done_within_one_timeout() -> None:
     client = Client(hangs=frozenset(f"http://a{n}" for n in range(5, 10)))
     checker = HealthChecker(client, Log(READY, hanging), lambda label: "m", "vllm-13", timeout_s, lambda: 1.0)  # type: ignore[arg-type]
 
-    async def run(orders: list[CheckOrder]) -> tuple[list[Check], float]:
+    async def run(orders: list[HealthCheckOrder]) -> tuple[list[HealthCheck], float]:
         begun = time.monotonic()
         found = await asyncio.gather(*(checker.check(o) for o in orders))
         return list(found), time.monotonic() - begun
@@ -170,7 +170,7 @@ def test_as_many_checks_as_hang_in_ssh_leave_others_their_turn() -> None:
     hanging = frozenset(f"f/{n}" for n in range(1, 151))
     checker = HealthChecker(Client(), Log(READY, hanging), lambda label: "m", "vllm-13", 2.0, lambda: 1.0)  # type: ignore[arg-type]
 
-    async def run() -> list[Check]:
+    async def run() -> list[HealthCheck]:
         return list(await asyncio.gather(*(checker.check(order(n)) for n in [*range(1, 151), 151])))
 
     assert [c.verdict for c in asyncio.run(run())].count(Verdict.PASSED) == 1
