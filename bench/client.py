@@ -42,10 +42,11 @@ import numpy as np
 from aiohttp import web
 
 from fleet_client import AsyncFleetTransport, FleetTransport
-from fleet_client.leases import READ_S, Lease, LeasesAhead
+from fleet_client.leases import ClientLease
+from fleet_client.leases_ahead import READ_S, LeasesAhead
 from fleet_client.prefix_hashes import BLOCK_TOKENS, Hasher, Served
 from fleet_client.tls_pins import pinned_context
-from fleet_client.token_estimate import Size, read_body, size_in
+from fleet_client.token_estimate import TokenEstimate, estimate_body, read_body
 from process.children import dying_with_parent
 from remote import boot as boots
 from remote.tokens import CAP, Issuer
@@ -136,7 +137,7 @@ def _hash_cost(raw: bytes, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         begun = time.perf_counter()
         said = read_body("POST", raw)
-        size = size_in("POST", target, raw, said)
+        size = estimate_body("POST", target, raw, said)
         read = time.perf_counter()
         made = hasher.hashes(target, said, size)
         hashed = time.perf_counter()
@@ -172,7 +173,7 @@ def _mean_wait_s(way: str, instances: int, route_s: float, turns: float, request
     told: dict[str, int] = {}  # what the loadbalancer knows
     has_read: list[set[str]] = [set() for _ in range(instances)]
     live: list[list[str]] = []
-    now, waited_s, size = 0.0, 0.0, Size(1500, 100)
+    now, waited_s, size = 0.0, 0.0, TokenEstimate(1500, 100)
     for n in range(requests):
         now += rng.expovariate(20.0)
         follows = bool(live) and rng.random() > 1.0 / turns
@@ -191,7 +192,9 @@ def _mean_wait_s(way: str, instances: int, route_s: float, turns: float, request
         ahead.sweep(now)
         while way != "asked" and (wanted := ahead.want(now)):
             places = [rng.randrange(instances) for _ in range(wanted)]
-            ahead.arrived([Lease("", "", one, now, now + 600.0, "", None) for one in places], wanted, now)
+            ahead.arrived(
+                [ClientLease("", "", one, now, now + 600.0, "", None) for one in places], wanted, now
+            )
         waited_s += READ_S * BLOCK_TOKENS * sum(one not in has_read[where] for one in prompt)
         has_read[where].update(prompt)
         served.note(prompt, where)

@@ -24,36 +24,48 @@ What is imported from here stays; it is loaded when it is first asked for, becau
 small files. Where it is:
 
     decides, and neither reads a clock nor opens anything       does
-    token_estimate  how long a request is                       transport         what both transports share
-    prefix_hashes   the hashes, and where each was read         async_transport   AsyncFleetTransport
-    leases          leases, POST /route, those fetched ahead    thread_transport  FleetTransport
-    call            what is passed on, and what is for us       connection_pool   HTTP/1.1 for it
-    retry           one request: where next, and when to stop   gateway           the same as a small server
+    options         what a transport can be told                transport         what both transports share
+    token_estimate  how long a request is                       async_transport   AsyncFleetTransport
+    prefix_hashes   the hashes, and where each was read         thread_transport  FleetTransport
+    leases          leases, POST /route and POST /done          async_connections aiohttp for the first
+    leases_ahead    leases fetched before they are needed       connection_pool   HTTP/1.1 for the second
+    lease_keeper    leases at hand, and ends to be told         gateway           the same as a small server
+    call, reply     what is passed on, and what is for us
+    retry           one request: where next, and when to stop
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fleet_client.async_transport import Answer, AsyncFleetTransport
+    from fleet_client.async_transport import AsyncAnswer, AsyncFleetTransport
     from fleet_client.call import Call, Timeouts
-    from fleet_client.leases import Lease
-    from fleet_client.retry import Reply
+    from fleet_client.leases import ClientLease
+    from fleet_client.reply import HttpReply
     from fleet_client.thread_transport import FleetTransport
-    from fleet_client.token_estimate import Size
-
-__all__ = ["Answer", "AsyncFleetTransport", "Call", "FleetTransport", "Lease", "Reply", "Size", "Timeouts"]
+    from fleet_client.token_estimate import TokenEstimate
 
 _MODULES = {
-    "Answer": "async_transport",
+    "AsyncAnswer": "async_transport",
     "AsyncFleetTransport": "async_transport",
     "Call": "call",
+    "ClientLease": "leases",
     "FleetTransport": "thread_transport",
-    "Lease": "leases",
-    "Reply": "retry",
-    "Size": "token_estimate",
+    "HttpReply": "reply",
     "Timeouts": "call",
+    "TokenEstimate": "token_estimate",
 }
+
+__all__ = [
+    "AsyncAnswer",
+    "AsyncFleetTransport",
+    "Call",
+    "ClientLease",
+    "FleetTransport",
+    "HttpReply",
+    "Timeouts",
+    "TokenEstimate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import httpx2
 
 from fleet_client.connection_pool import Header
-from fleet_client.leases import PRIORITIES
-from fleet_client.token_estimate import Size
+from fleet_client.leases import PRIORITIES, ClientLease, Refusal
+from fleet_client.token_estimate import TokenEstimate
 
 HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
@@ -16,7 +16,7 @@ HOP_BY_HOP = frozenset(
 """Headers of a connection, not of the message: RFC 9110, 7.6.1."""
 
 PRIORITY_HEADER = "X-Fleet-Priority"
-"""high, normal or low: who is served first when there is no room for all. It is for the loadbalancer."""
+"""high, normal or low: which request is served first when there is no room for all. For the loadbalancer."""
 
 _PRIORITY = PRIORITY_HEADER.lower().encode()
 _CREDENTIALS = frozenset((b"authorization", b"proxy-authorization", b"api-key", b"x-api-key"))
@@ -27,32 +27,29 @@ _HEADER_NAME, _NO_HEADER_VALUE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"), re
 
 
 def forwarded(headers: Iterable[Header], token: str) -> list[Header]:
-    """A request's headers as they go to an instance.
+    """Return a request's headers as they go to an instance.
 
     Those of the connection stay behind, and so do keys: they are for others, and the token is the key here.
     """
-    kept = [(name, value, name.lower()) for name, value in headers]
-    named = _named_by_connection(kept)
-    out = [(name, value) for name, value, low in kept if low not in _NOT_FORWARDED and low not in named]
+    out = _without(headers, _NOT_FORWARDED)
     out.append((b"Authorization", b"Bearer " + token.encode()))
     return out
 
 
 def returned(headers: Iterable[Header]) -> list[Header]:
-    """An answer's headers without those of the connection it came by."""
+    """Return an answer's headers without those of the connection it came by."""
+    return _without(headers, HOP_BY_HOP)
+
+
+def _without(headers: Iterable[Header], names: frozenset[bytes]) -> list[Header]:
+    """Drop the headers of these names and those that a Connection header names."""
     kept = [(name, value, name.lower()) for name, value in headers]
-    named = _named_by_connection(kept)
-    return [(name, value) for name, value, low in kept if low not in HOP_BY_HOP and low not in named]
-
-
-def _named_by_connection(headers: Iterable[tuple[bytes, bytes, bytes]]) -> set[bytes]:
-    return {
-        one.strip().lower() for _, value, low in headers if low == b"connection" for one in value.split(b",")
-    }
+    hop = {one.strip().lower() for _, value, low in kept if low == b"connection" for one in value.split(b",")}
+    return [(name, value) for name, value, low in kept if low not in names and low not in hop]
 
 
 def priority_in(headers: Iterable[Header]) -> str | None:
-    """The priority that a request asks for, None when it asks for none; ValueError names the header."""
+    """Return the priority that a request asks for, None without one; ValueError names the header."""
     values = [value.strip().decode("latin-1") for name, value in headers if name.lower() == _PRIORITY]
     if not values:
         return None
@@ -64,7 +61,7 @@ def priority_in(headers: Iterable[Header]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Of one request, in seconds; None is no limit. pool also bounds the wait for a lease."""
+    """Limits of one request in seconds; None is no limit. pool also bounds the wait for a lease."""
 
     connect: float | None = None
     read: float | None = None
@@ -77,21 +74,20 @@ NO_TIMEOUTS = Timeouts()
 
 @dataclass(slots=True)
 class Call:
-    """One request as it is to reach an instance. target: path and query, encoded.
+    """One request as it is to reach an instance, and what became of it. target: path and query, encoded.
 
-    Raises httpx2.LocalProtocolError for one that HTTP cannot carry, ValueError for a priority that is none.
+    Raises httpx2.LocalProtocolError for one that HTTP cannot carry, ValueError for an unknown priority.
     """
 
     method: str
     target: str
     headers: Sequence[Header]
     body: bytes = field(repr=False)
-    size: Size
+    size: TokenEstimate
     timeouts: Timeouts = NO_TIMEOUTS
     avoid: Sequence[int] = ()  # instances that it must not go to, unless there are no others
     affinity: Sequence[str] = ()  # salted hashes of the prompt's prefixes, the shortest first
     priority: str | None = None  # None: the transport's
-    # What became of it:
     setbacks: list[tuple[int, str]] = field(default_factory=list)  # instances that failed it, and how
     refusals: list[str] = field(default_factory=list)  # what the loadbalancer said instead of giving a lease
     leases: int = 0
@@ -106,3 +102,17 @@ class Call:
         for name, value in self.headers:
             if not _HEADER_NAME.fullmatch(name) or _NO_HEADER_VALUE.search(value):
                 raise httpx2.LocalProtocolError(f"no header: {name[:40]!r}")
+
+    def note_wait(self, seconds: float, said: ClientLease | Refusal | None = None) -> None:
+        """Count time spent on getting a lease. said: what the loadbalancer answered."""
+        self.asked_s += seconds
+        if isinstance(said, Refusal):
+            self.refusals.append(said.code)
+
+    def note_lease(self) -> None:
+        """Count a lease that it is sent with."""
+        self.leases += 1
+
+    def note_setback(self, lease: ClientLease, why: str) -> None:
+        """Keep that the instance failed it."""
+        self.setbacks.append((lease.instance_id, why))

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over sockets that are kept open, for the threads of `fleet_client.FleetTransport`.
+"""Kept-alive HTTP/1.1 connections over blocking sockets, for the threads of `FleetTransport`.
 
 Our own, parsed by httptools, because what httpx2 offers cannot wait a moment for the end of an answer: openai
 stops reading at [DONE], and each request would need a new TLS connection.
@@ -19,15 +19,15 @@ import httptools
 Header = tuple[bytes, bytes]
 
 
-class Wire:
+class Connection:
     """One connection, with one request at a time."""
 
     def __init__(self, address: str, context: ssl.SSLContext | None, connect_s: float) -> None:
-        """Connects; raises OSError."""
+        """Connect; raises OSError."""
         parts = urlsplit(address)
         host, port = parts.hostname or "", parts.port or (80 if context is None else 443)
-        self.idle_since = 0.0
-        self.fresh = True
+        self.fresh = True  # whether it has had no request before the one under way
+        self._idle_since = 0.0
         self._host = parts.netloc.encode()
         sock = socket.create_connection((host, port), connect_s)
         try:
@@ -44,7 +44,7 @@ class Wire:
         self.status = 0
         self.reason = b""
         self.headers: list[Header] = []
-        self.chunks: list[bytes] = []
+        self._chunks: list[bytes] = []
         self._headed = False
         self._framed = False
         self.complete = False
@@ -53,21 +53,21 @@ class Wire:
     # -- what httptools calls
 
     def on_message_begin(self) -> None:
-        """A status line: the first, or the one after an interim answer."""
+        """Begin a status line: the first, or the one after an interim answer."""
         self.headers, self.reason, self._framed = [], b"", False
 
     def on_status(self, reason: bytes) -> None:
-        """The words after the status."""
+        """Add to the words after the status."""
         self.reason += reason
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
+        """Add a header."""
         self.headers.append((name, value))
         low = name.lower()
         self._framed = self._framed or low == b"content-length" or low == b"transfer-encoding"
 
     def on_headers_complete(self) -> None:
-        """All headers."""
+        """Take the status; an interim answer (below 200) is followed by another."""
         self.status = self._parser.get_status_code()
         if self.status >= 200:
             self._headed = True
@@ -75,17 +75,17 @@ class Wire:
             self.complete = self._head_only
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
-        self.chunks.append(body)
+        """Add a piece of the body."""
+        self._chunks.append(body)
 
     def on_message_complete(self) -> None:
-        """The end."""
+        """End the answer."""
         self.complete = self.complete or self._headed
 
-    # -- what is asked of it
+    # -- one request
 
     def send(self, method: str, target: str, headers: Iterable[Header], body: bytes) -> None:
-        """The request is sent; raises OSError."""
+        """Send the request; raises OSError."""
         self._begin(method == "HEAD")
         lines = [b"%b: %b\r\n" % header for header in headers]
         length = b"Content-Length: %d\r\n" % len(body) if body or method in ("POST", "PUT", "PATCH") else b""
@@ -93,15 +93,15 @@ class Wire:
         self._sock.sendall(b"".join((first, *lines, length, b"\r\n", body)))
 
     def head(self) -> None:
-        """Status and headers are here; raises OSError."""
+        """Wait for status and headers; raises OSError."""
         while not self._headed:
             self._receive()
 
     def body(self) -> Iterator[bytes]:
-        """The body as it comes; raises OSError."""
+        """Yield the body as it comes; raises OSError."""
         while True:
-            if self.chunks:
-                chunks, self.chunks = self.chunks, []
+            if self._chunks:
+                chunks, self._chunks = self._chunks, []
                 yield chunks[0] if len(chunks) == 1 else b"".join(chunks)
             elif self.complete:
                 return
@@ -122,25 +122,36 @@ class Wire:
         except httptools.HttpParserError as e:
             raise BadHttp(f"an answer that is no HTTP: {e}") from None
 
-    def wait(self, limit_s: float | None) -> None:
-        """Each read and each write may take so long from now on."""
+    def limit(self, limit_s: float | None) -> None:
+        """Let each read and each write take so long from now on."""
         self._sock.settimeout(limit_s)
 
-    def alive(self) -> bool:
-        """Whether it can be used again: the server has neither closed it nor said anything unasked."""
+    # -- between requests
+
+    def rest(self, now: float) -> None:
+        """Note that it is idle."""
+        self._idle_since = now
+
+    def idle_for(self, now: float) -> float:
+        """Return seconds since it was used."""
+        return now - self._idle_since
+
+    def use_again(self) -> bool:
+        """Return whether it can be used again: the server has neither closed it nor sent anything unasked."""
+        self.fresh = False
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         return not poll.poll(0)
 
     def finish(self, moment_s: float) -> bool:
-        """Whether it can be used again, after waiting at most so long for the end of the answer."""
+        """Wait at most so long for the end of the answer; return whether it can be used again."""
         try:
             if not self.complete:
-                self.wait(moment_s)
+                self.limit(moment_s)
                 self._receive()
         except OSError:
             return False
-        return self.complete and self._reusable and not self.chunks
+        return self.complete and self._reusable and not self._chunks
 
     def close(self) -> None:
         """Close it at once, also when another thread is reading."""
@@ -154,79 +165,82 @@ class BadHttp(OSError):
 
 
 Key = tuple[str, str | None]
+"""Address and certificate."""
 
 
-class Wires:
+class ConnectionPool:
     """Kept-alive connections, by address and certificate."""
 
     def __init__(self, keep_alive_s: float) -> None:
+        """Keep an idle connection for so long."""
         self._keep_alive_s = keep_alive_s
         self._lock = threading.RLock()  # a collection of garbage may close a forgotten transport anywhere
-        self._idle: dict[Key, list[Wire]] = {}
-        self._busy: weakref.WeakSet[Wire] = weakref.WeakSet()
+        self._idle: dict[Key, list[Connection]] = {}
+        self._busy: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._swept_at = 0.0
         self._closed = False
 
-    def take(self, key: Key) -> Wire | None:
-        """One that can be used again."""
+    def take(self, key: Key) -> Connection | None:
+        """Return an idle connection that can be used again, None without one."""
         now = time.monotonic()
         while True:
             with self._lock:
-                wires = self._idle.get(key)
-                if not wires:
+                idle = self._idle.get(key)
+                if not idle:
                     return None
-                wire = wires.pop()
-                self._busy.add(wire)
-            if now - wire.idle_since < self._keep_alive_s and wire.alive():
-                wire.fresh = False
-                return wire
-            self.drop(wire)
+                connection = idle.pop()
+                self._busy.add(connection)
+            if connection.idle_for(now) < self._keep_alive_s and connection.use_again():
+                return connection
+            self.drop(connection)
 
-    def add(self, wire: Wire) -> None:
-        """A new one is in use; raises OSError after `close`."""
+    def connect(self, key: Key, context: ssl.SSLContext | None, connect_s: float) -> Connection:
+        """Return a new connection; raises OSError, also after `close`."""
+        connection = Connection(key[0], context, connect_s)
         with self._lock:
             if not self._closed:
-                self._busy.add(wire)
-                return
-        wire.close()
+                self._busy.add(connection)
+                return connection
+        connection.close()
         raise ConnectionAbortedError("the transport is closed")
 
-    def put(self, key: Key, wire: Wire) -> None:
-        """It can be used again; those that nobody has used for long are closed."""
-        wire.idle_since = now = time.monotonic()
+    def put(self, key: Key, connection: Connection) -> None:
+        """Keep it for another request; close those that were not used for long."""
+        now = time.monotonic()
+        connection.rest(now)
         with self._lock:
-            self._busy.discard(wire)
-            old = [wire] if self._closed else []
+            self._busy.discard(connection)
+            old = [connection] if self._closed else []
             if not self._closed:
-                self._idle.setdefault(key, []).append(wire)
+                self._idle.setdefault(key, []).append(connection)
                 if now - self._swept_at > self._keep_alive_s:
                     self._swept_at = now
                     old = self._sweep(now)
         for one in old:
             one.close()
 
-    def _sweep(self, now: float) -> list[Wire]:
+    def _sweep(self, now: float) -> list[Connection]:
         old = []
-        for key, wires in list(self._idle.items()):
-            old += [w for w in wires if now - w.idle_since >= self._keep_alive_s]
-            kept = [w for w in wires if now - w.idle_since < self._keep_alive_s]
+        for key, idle in list(self._idle.items()):
+            old += [one for one in idle if one.idle_for(now) >= self._keep_alive_s]
+            kept = [one for one in idle if one.idle_for(now) < self._keep_alive_s]
             if kept:
                 self._idle[key] = kept
             else:
                 del self._idle[key]
         return old
 
-    def drop(self, wire: Wire) -> None:
-        """It is of no more use."""
+    def drop(self, connection: Connection) -> None:
+        """Close one that is of no more use."""
         with self._lock:
-            self._busy.discard(wire)
-        wire.close()
+            self._busy.discard(connection)
+        connection.close()
 
     def close(self) -> None:
         """Close all, also those in use."""
         with self._lock:
             self._closed = True
-            wires = [*self._busy, *(w for wires in self._idle.values() for w in wires)]
+            all_of_them = [*self._busy, *(one for idle in self._idle.values() for one in idle)]
             self._busy, self._idle = weakref.WeakSet(), {}
-        for wire in wires:
-            wire.close()
+        for connection in all_of_them:
+            connection.close()

@@ -21,7 +21,6 @@ With keys (--key-file) the key is the proof, and none of this is looked at. Off 
 
 import argparse
 import asyncio
-import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,14 +29,7 @@ from typing import Any
 
 import httpx2
 
-from fleet_client import (
-    Answer,
-    AsyncFleetTransport,
-    Reply,
-    Timeouts,
-    flags,
-    private_files,
-)
+from fleet_client import AsyncAnswer, AsyncFleetTransport, HttpReply, Timeouts, flags, private_files
 from fleet_client.asgi_server import AsgiServer
 from fleet_client.bearer import bearer_is
 from fleet_client.connection_pool import Header
@@ -46,7 +38,7 @@ from fleet_client.flags import Parser, server_url, within
 from fleet_client.leases import NORMAL, PRIORITIES
 from fleet_client.listening import bind_socket, check_bind
 from fleet_client.loopback import is_loopback_host, names_loopback
-from fleet_client.retry import error_reply
+from fleet_client.reply import error_reply, json_reply
 from fleet_client.transport import MAX_BODY
 
 log = logging.getLogger("gateway")
@@ -90,18 +82,19 @@ class Config:
 # -- who may ask ---------------------------------------------------------------------------------------
 
 
-def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool) -> Reply | None:
+def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool) -> HttpReply | None:
     """Why a request is not served, or None. loopback: whether that is where the server listens."""
     if keys:
         # Given twice they are joined, so two Authorization headers match no key.
         given = b",".join(_values(headers, b"authorization"))
         if bearer_is(given.decode("latin-1"), keys):
             return None
-        reply = error_reply(
-            401, "invalid_api_key", "this gateway wants its own key: Authorization: Bearer <key>"
+        return error_reply(
+            401,
+            "invalid_api_key",
+            "this gateway wants its own key: Authorization: Bearer <key>",
+            headers=[(b"WWW-Authenticate", b"Bearer")],
         )
-        reply.headers = [*reply.headers, (b"WWW-Authenticate", b"Bearer")]
-        return reply
     if loopback:
         for host in _values(headers, b"host"):
             if not names_loopback(host):
@@ -129,7 +122,7 @@ def _shown(value: bytes) -> str:
     return value[:100].decode("latin-1")
 
 
-def preflight(headers: Sequence[Header]) -> Reply | None:
+def preflight(headers: Sequence[Header]) -> HttpReply | None:
     """The answer to a browser that asks whether a page of this machine may ask; None for anything else."""
     origin = _values(headers, b"origin")
     method = _values(headers, b"access-control-request-method")
@@ -142,7 +135,9 @@ def preflight(headers: Sequence[Header]) -> Reply | None:
         (b"Access-Control-Max-Age", b"%d" % CORS_AGE_S),
         (b"Vary", b"Origin"),
     ]
-    return Reply(204, b"", allow + ([(b"Access-Control-Allow-Headers", asked)] if asked else []), body=b"")
+    return HttpReply(
+        204, b"", allow + ([(b"Access-Control-Allow-Headers", asked)] if asked else []), body=b""
+    )
 
 
 def readable_by(origin: Sequence[bytes], headers: Sequence[Header]) -> Sequence[Header]:
@@ -152,7 +147,7 @@ def readable_by(origin: Sequence[bytes], headers: Sequence[Header]) -> Sequence[
     return [*headers, (b"Access-Control-Allow-Origin", origin[0]), (b"Vary", b"Origin")]
 
 
-def failure_reply(error: httpx2.RequestError) -> Reply:
+def failure_reply(error: httpx2.RequestError) -> HttpReply:
     """What a program is told when no instance answered."""
     if isinstance(error, httpx2.LocalProtocolError):
         return error_reply(400, "bad_request", str(error))
@@ -184,7 +179,7 @@ class Gateway:
         if reply is None:
             reply = refusal(headers, () if health else self._keys, loopback=self._loopback)
         if reply is None and health:
-            reply = _json(200, {"status": "ok"})
+            reply = json_reply(200, {"status": "ok"})
         origin = _values(headers, b"origin")
         if reply is not None:
             await _send(send, reply, origin)
@@ -212,11 +207,11 @@ class Gateway:
         send: Any,
     ) -> None:
         gone = _Gone(receive)
-        answer: Answer | None = None
+        answer: AsyncAnswer | None = None
         try:
             try:
                 call = self._transport.call(method, target, headers, body, _TIMEOUTS)
-                if isinstance(call, Reply):
+                if isinstance(call, HttpReply):
                     reply = call
                 else:
                     self._waiting.add(gone.task)
@@ -239,7 +234,9 @@ class Gateway:
             log.warning("%s %s: %s", method, target.partition("?")[0][:100], e)
         except asyncio.CancelledError:
             if self._closing and answer is None and not gone.happened:
-                closing = error_reply(503, "shutting_down", "the gateway is shutting down: ask again", 1.0)
+                closing = error_reply(
+                    503, "shutting_down", "the gateway is shutting down: ask again", retry_after_s=1.0
+                )
                 await _send(send, closing, origin)
             elif not gone.happened:
                 raise
@@ -308,19 +305,13 @@ async def _read(receive: Any) -> bytes | None:
             return b"".join(parts) if size <= MAX_BODY else b"x" * (MAX_BODY + 1)
 
 
-async def _send(send: Any, reply: Reply, origin: Sequence[bytes]) -> None:
+async def _send(send: Any, reply: HttpReply, origin: Sequence[bytes]) -> None:
     await send(_start(reply.status, readable_by(origin, reply.headers)))
     await send({"type": "http.response.body", "body": reply.body or b""})
 
 
 def _start(status: int, headers: Sequence[Header]) -> dict[str, Any]:
     return {"type": "http.response.start", "status": status, "headers": list(headers)}
-
-
-def _json(status: int, said: Mapping[str, Any]) -> Reply:
-    body = json.dumps(said).encode()
-    headers = [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(body))]
-    return Reply(status, b"", headers, body=body)
 
 
 def one_secret(path: Path | None) -> str | None:

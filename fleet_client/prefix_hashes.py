@@ -26,7 +26,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fleet_client.token_estimate import BYTES_PER_TOKEN, DEEPEST, MEDIA_TOKENS, Size, is_media, makes_text
+from fleet_client.token_estimate import (
+    BYTES_PER_TOKEN,
+    DEEPEST,
+    MEDIA_TOKENS,
+    TokenEstimate,
+    is_media,
+    makes_text,
+)
 
 BLOCK_TOKENS, MOST_BLOCKS = 256, 256
 """Tokens of a block, and blocks that are hashed at most: what POST /route takes."""
@@ -54,7 +61,7 @@ class Hasher:
             raise ValueError(f"affinity_salt: wanted at least {LEAST_SALT} bytes, got {len(salt)}")
         self._key = hashlib.blake2b(salt, digest_size=32, person=b"fleet affinity").digest()
 
-    def hashes(self, target: str, said: Mapping[str, Any] | None, size: Size) -> tuple[str, ...]:
+    def hashes(self, target: str, said: Mapping[str, Any] | None, size: TokenEstimate) -> tuple[str, ...]:
         """The hashes of a body's prompt, shortest prefix first: none when it has no whole block."""
         blocks = min(MOST_BLOCKS, size.prompt_tokens // BLOCK_TOKENS)
         if said is None or blocks == 0 or not makes_text(target):

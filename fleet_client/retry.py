@@ -1,78 +1,45 @@
-"""One request from its beginning to the first byte of an answer: where next, and when to stop.
+"""One request from its beginning to the first byte of an answer: where it goes next, and when to stop.
 
-    request ─► Ask ─► lease ─► Send ─► answer, passed on as it comes
-                ▲                │ no connection, wrong certificate, 401, 429, 503
-                └────────────────┘ before the first byte of an answer, and never after
+    request ─► lease at hand, or AcquireLease ─► Send ─► answer, passed on as it comes
+                ▲                                  │ no connection, wrong certificate, 401, 429, 503
+                └──────────────────────────────────┘ before the first byte of an answer, and never after
 
-`course` decides, and neither reads a clock nor opens anything: it is a generator that yields what to do
+`attempt` decides, and neither reads a clock nor opens anything: it is a generator that yields what to do
 next and is sent what came of it, and the time. Times are seconds of the caller's monotonic clock, so a
 clock that is wrong changes nothing.
 
-A request never goes back to an instance that has failed it while there are others: each Ask and each Take
-names all that it has tried, also when the lease had been fetched ahead.
+A request never goes back to an instance that has failed it while there are others: each question, and each
+look at the leases at hand, names all that it has tried, also when the lease had been fetched ahead.
 """
 
-import json
 import random
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 
-from fleet_client.call import Call, returned
-from fleet_client.connection_pool import Header
-from fleet_client.leases import NORMAL, PAUSE_S, PRIORITIES, Lease, Refusal, route_body
+from fleet_client.call import Call
+from fleet_client.lease_keeper import LeaseKeeper
+from fleet_client.leases import PAUSE_S, ClientLease, Refusal, route_body
+from fleet_client.reply import HttpReply, error_reply
 from fleet_client.tls_pins import BadAddress, context_for
 
 ELSEWHERE = frozenset((401, 429, 503))
-"""Answers that say "not taken": the token was refused, or the engine has no room or is not there."""
+"""Statuses that say "not taken": the token was refused, or the engine has no room or is not there."""
 
 AVOID_WAIT_S = 3.0
-"""How long /route may hold a request that avoids an instance; then it takes any, rather than none."""
+"""Longest hold, in seconds, of a request that avoids an instance; then it takes any, rather than none."""
 
 UNREACHABLE_S = 5.0
-"""A loadbalancer that does not answer is asked again for so long: one that restarts is back in about 1 s."""
+"""Seconds for which a silent loadbalancer is asked again: one that restarts is back in about 1 s."""
 
 ROUTE_SLACK_S, NEARER_SLACK_S = 5.0, 1.0
-"""What POST /route may take beyond the wait that was asked for, and what when there is a lease at hand."""
+"""Seconds POST /route may take beyond the wait that was asked for: usually, and with a lease at hand."""
 
 TOO_MANY_UNUSED = "too_many_unused"
-"""The loadbalancer's word for it: this client has taken many leases that it has not used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How far to go for a request. Times in seconds."""
-
-    max_tries: int = 4  # instances
-    wait_s: float = 30.0  # for leases, all in all
-    connect_s: float = (
-        5.0  # for a connection: packets cross an ocean in 0.2 s, a lost SYN repeats after 1 and 3
-    )
-    priority: str = NORMAL  # of requests that say nothing of their own
-
-    def checked(self) -> "Rules":
-        """Itself; ValueError names what cannot be."""
-        for name, least, most in (("max_tries", 1, 32), ("wait_s", 0, 600), ("connect_s", 0.1, 120)):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name}: wanted {least} to {most}, got {getattr(self, name)}")
-        if self.priority not in PRIORITIES:
-            raise ValueError(f"priority: wanted high, normal or low, got {self.priority!r}")
-        return self
-
-
-@dataclass(slots=True)
-class Reply:
-    """An answer from its first byte on. body: all of it, when it was read; source: where it comes from."""
-
-    status: int
-    reason: bytes
-    headers: Sequence[Header]
-    source: Any = None
-    body: bytes | None = None
-    lease: Lease | None = None
+"""The loadbalancer's word for a client that has taken many leases that it has not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +56,8 @@ class Setback:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Do: POST /route, where the body says how long it may hold it. What came: Lease or Refusal.
+class AcquireLease:
+    """Do: POST /route, whose body says how long it may hold it. What came: ClientLease or Refusal.
 
     slack_s: what it may take beyond that.
     """
@@ -101,17 +68,10 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
-    """Do: take a lease fetched ahead that is for none of these. What came: Lease or None."""
-
-    avoid: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Send:
-    """Do: send the request there, on a connection that is new if again. What came: Reply or Setback."""
+    """Do: send the request there, on a connection that is new if again. What came: HttpReply or Setback."""
 
-    lease: Lease
+    lease: ClientLease
     again: bool
 
 
@@ -122,116 +82,100 @@ class Rest:
     seconds: float
 
 
-Step = Ask | Take | Send | Rest
-Came = tuple[Lease | Refusal | Reply | Setback | None, float]
-"""What came of a step, and the time then."""
+Step = AcquireLease | Send | Rest
+Came = ClientLease | Refusal | HttpReply | Setback | None
+"""What came of a step."""
 
-Course = Generator[Step, Came, Reply]
-Tell = Callable[[Lease, str, str], None]
-"""Takes note of how a lease ended: outcome and why."""
+Attempt = Generator[Step, tuple[Came, float], HttpReply]
+"""Is sent what came of a step, and the time then."""
 
 
-def course(
-    call: Call,
-    rules: Rules,
-    url: str,
-    lease: Lease | None,
-    tell: Tell,
-    now: float,
-    rng: random.Random,
-    *,
-    stock: bool = False,
-    nearer: bool = False,
-) -> Course:
-    """One request from beginning to the first byte of an answer; raises httpx2's errors.
-
-    lease: one that was fetched ahead. url: the loadbalancer's, for messages. stock: there may be leases
-    fetched ahead for other tries. nearer: there is one, but first /route is asked for one where the prefix
-    lies.
-    """
-    asking = _Asking(call, rules, rng, stock=stock, nearer=nearer)
-    last: Reply | httpx2.RequestError | None = None
-    for n in range(rules.max_tries):
-        if lease is None:
-            got, now = yield from asking.lease(now, first=n == 0)
-            if isinstance(got, Refusal):
-                return _last_word(last) if last is not None else _no_lease(got, url)
-            lease = got
-        call.leases += 1
+def attempt(call: Call, leases: LeaseKeeper, now: float, rng: random.Random) -> Attempt:
+    """Take one request from its beginning to the first byte of an answer; raises httpx2's errors."""
+    options = leases.options
+    acquirer = LeaseAcquirer(call, leases, rng)
+    last: HttpReply | httpx2.RequestError | None = None
+    for _ in range(options.max_tries):
+        lease, now = yield from acquirer.acquire(now)
+        if isinstance(lease, Refusal):
+            return _last_word(last) if last is not None else _no_lease(lease, options.url)
+        call.note_lease()
         came, now = yield from _try(lease, now)
-        if isinstance(came, Reply):
+        if isinstance(came, HttpReply):
             if came.status not in ELSEWHERE:
+                leases.note_answer(call, came)
                 return came
             why = f"status_{came.status}"
             last = came
         else:
             why = came.why
             last = came.error
-        call.setbacks.append((lease.instance_id, why))
-        tell(lease, "failed", why)
+        call.note_setback(lease, why)
+        leases.tell(lease, "failed", why)
         if isinstance(came, Setback) and not came.elsewhere:
             raise came.error
-        asking.leave(lease, stranger=why == "wrong_certificate")
-        lease = None
+        acquirer.avoid(lease, impostor=why == "wrong_certificate")
     assert last is not None  # noqa: S101 there was a try
     return _last_word(last)
 
 
-class _Asking:
-    """How a request gets its leases, and which instances it leaves alone."""
+class LeaseAcquirer:
+    """Gets the leases of one request, and keeps which instances it avoids."""
 
-    def __init__(self, call: Call, rules: Rules, rng: random.Random, *, stock: bool, nearer: bool) -> None:
+    def __init__(self, call: Call, leases: LeaseKeeper, rng: random.Random) -> None:
+        """Nothing has been tried."""
         self._call = call
+        self._leases = leases
         self._rng = rng
-        self._stock = stock
-        self._nearer = nearer
-        self._priority = call.priority or rules.priority
+        self._stocked = leases.may_take(call)
+        self._first = True
+        self._priority = call.priority or leases.options.priority
         self._avoid = list(call.avoid)  # failed this request, the last one last
-        self._strangers: set[int] = set()  # those that had another certificate
-        given_s = call.timeouts.pool
-        self._left_s = rules.wait_s if given_s is None else min(rules.wait_s, given_s)
+        self._impostors: set[int] = set()  # those that had another certificate
+        given_s, wait_s = call.timeouts.pool, leases.options.wait_s
+        self._left_s = wait_s if given_s is None else min(wait_s, given_s)
 
-    def leave(self, lease: Lease, *, stranger: bool) -> None:
-        """It is not to be tried again. stranger: not even when there are no others."""
+    def avoid(self, lease: ClientLease, *, impostor: bool) -> None:
+        """Do not try its instance again. impostor: not even when there are no others."""
         self._avoid.append(lease.instance_id)
-        if stranger:
-            self._strangers.add(lease.instance_id)
+        if impostor:
+            self._impostors.add(lease.instance_id)
 
-    def lease(self, now: float, *, first: bool) -> Generator[Step, Came, tuple[Lease | Refusal, float]]:
-        """(a lease or why there is none, the time). first: for the first try, which has found none here."""
-        if first and self._nearer:
-            said, now = yield from self._ask(0.0, NEARER_SLACK_S, now)
-            if isinstance(said, Lease):
-                return said, now
-        here: Lease | None = None
-        if self._stock and (self._nearer or not first):
-            here, now = yield from self._take()
-        if here is not None:
+    def acquire(self, now: float) -> Generator[Step, tuple[Came, float], tuple[ClientLease | Refusal, float]]:
+        """Return (a lease or why there is none, the time)."""
+        look = self._stocked
+        if self._first:
+            self._first = False
+            here, look = self._leases.first(self._call, now) if self._stocked else (None, False)
+            if here is not None:
+                return here, now
+            if look:
+                said, now = yield from self._ask(0.0, NEARER_SLACK_S, now)
+                if isinstance(said, ClientLease):
+                    return said, now
+        if look and (here := self._leases.another(self._call, self._avoid, now)) is not None:
             return here, now
         said, now = yield from self._wait(now)
-        if isinstance(said, Refusal) and self._stock:
-            here, now = yield from self._take()  # some may have come in the meantime
-        return (said if here is None else here), now
-
-    def _take(self) -> Generator[Step, Came, tuple[Lease | None, float]]:
-        said, now = yield Take(tuple(self._avoid))
-        assert said is None or isinstance(said, Lease)  # noqa: S101 what Take gives
+        if isinstance(said, Refusal) and self._stocked:
+            # Some may have come in the meantime.
+            here = self._leases.another(self._call, self._avoid, now)
+            return (said if here is None else here), now
         return said, now
 
-    def _wait(self, now: float) -> Generator[Step, Came, tuple[Lease | Refusal, float]]:
-        """Ask until there is one or the time is up.
+    def _wait(self, now: float) -> Generator[Step, tuple[Came, float], tuple[ClientLease | Refusal, float]]:
+        """Ask until there is a lease or the time is up.
 
-        When all that are left are to be avoided those are forgotten, but for the ones that are somebody else.
+        When all that are left are to be avoided those are forgotten, but for the impostors.
         """
-        call, strangers = self._call, self._strangers
+        impostors = self._impostors
         pause_s = PAUSE_S[0]
         silent_s = min(self._left_s, UNREACHABLE_S)
         while True:
-            forgettable = not strangers.issuperset(self._avoid)
+            forgettable = not impostors.issuperset(self._avoid)
             hold_s = min(self._left_s, AVOID_WAIT_S) if forgettable else self._left_s
             begun = now
             said, now = yield from self._ask(hold_s, ROUTE_SLACK_S, now)
-            if isinstance(said, Lease) or said.final:
+            if isinstance(said, ClientLease) or said.final:
                 return said, now
             rest_s = max(said.retry_after_s, pause_s) * self._rng.uniform(1.0, 1.25)
             if said.status == 0:
@@ -240,49 +184,53 @@ class _Asking:
                     return said, now
                 silent_s -= pause_s
             elif said.status == 503 and forgettable:
-                self._avoid = [one for one in self._avoid if one in strangers]
+                self._avoid = [one for one in self._avoid if one in impostors]
                 rest_s = 0.0
             elif rest_s >= self._left_s:
                 return said, now
             if rest_s > 0.0:
                 begun = now
                 _, now = yield Rest(rest_s)
-                self._left_s = max(0.0, self._left_s - (now - begun))
-                call.asked_s += now - begun
+                self._spend(now - begun, None)
             pause_s = min(PAUSE_S[1], 2.0 * pause_s)
 
     def _ask(
         self, hold_s: float, slack_s: float, now: float
-    ) -> Generator[Step, Came, tuple[Lease | Refusal, float]]:
+    ) -> Generator[Step, tuple[Came, float], tuple[ClientLease | Refusal, float]]:
         call, begun = self._call, now
         body = route_body(call.size, hold_s, self._avoid, affinity=call.affinity, priority=self._priority)
-        said, now = yield Ask(body, hold_s, slack_s)
-        assert isinstance(said, Lease | Refusal)  # noqa: S101 what Ask gives
-        self._left_s = max(0.0, self._left_s - (now - begun))
-        call.asked_s += now - begun
-        if isinstance(said, Refusal):
-            call.refusals.append(said.code)
+        said, now = yield AcquireLease(body, hold_s, slack_s)
+        assert isinstance(said, ClientLease | Refusal)  # noqa: S101 what AcquireLease gives
+        self._spend(now - begun, said)
+        if hold_s == 0.0:
+            self._leases.note_route_time(now - begun)
+        if self._stocked and isinstance(said, ClientLease):
+            self._leases.refill()
         return said, now
 
+    def _spend(self, seconds: float, said: ClientLease | Refusal | None) -> None:
+        self._left_s = max(0.0, self._left_s - seconds)
+        self._call.note_wait(seconds, said)
 
-def _try(lease: Lease, now: float) -> Generator[Step, Came, tuple[Reply | Setback, float]]:
-    """One instance: what it said, or how it failed."""
+
+def _try(
+    lease: ClientLease, now: float
+) -> Generator[Step, tuple[Came, float], tuple[HttpReply | Setback, float]]:
+    """Send it to one instance; return what that said, or how it failed, and the time."""
     try:
         context_for(lease.address, lease.certificate)
         _check_origin(lease.address)
     except ValueError as e:
-        error: httpx2.RequestError = httpx2.ConnectError(f"{lease}: {e}")
-    else:
-        came, now = yield Send(lease, again=False)
-        assert isinstance(came, Reply | Setback)  # noqa: S101 what Send gives
-        if not isinstance(came, Setback) or not came.again:
-            return came, now
-        second, now = yield Send(lease, again=True)
-        if isinstance(second, Reply) and second.status != 401:
-            return second, now
-        # The first one may have been taken, so this request is over, whatever became of the second.
-        return Setback(came.why, came.error, elsewhere=False), now
-    return Setback("bad_address", error, elsewhere=True), now
+        return Setback("bad_address", httpx2.ConnectError(f"{lease}: {e}"), elsewhere=True), now
+    came, now = yield Send(lease, again=False)
+    assert isinstance(came, HttpReply | Setback)  # noqa: S101 what Send gives
+    if not isinstance(came, Setback) or not came.again:
+        return came, now
+    second, now = yield Send(lease, again=True)
+    if isinstance(second, HttpReply) and second.status != 401:
+        return second, now
+    # The first one may have been taken, so this request is over, whatever became of the second.
+    return Setback(came.why, came.error, elsewhere=False), now
 
 
 def _check_origin(address: str) -> None:
@@ -291,47 +239,28 @@ def _check_origin(address: str) -> None:
         raise BadAddress("no address of the form https://HOST:PORT")
 
 
-def _no_lease(refusal: Refusal, url: str) -> Reply:
-    """The answer when there is no lease; raises when the loadbalancer did not answer."""
+def _no_lease(refusal: Refusal, url: str) -> HttpReply:
+    """Return the answer when there is no lease; raises when the loadbalancer did not answer."""
     if refusal.status == 0:
         raise httpx2.ConnectError(f"loadbalancer {url}: {refusal.message}")
     if refusal.final:
         return error_reply(refusal.status, "loadbalancer_refused", f"loadbalancer {url}: {refusal.message}")
+    wait_s = max(1.0, refusal.retry_after_s)
     if refusal.code == TOO_MANY_UNUSED:
-        return error_reply(429, TOO_MANY_UNUSED, refusal.message, max(1.0, refusal.retry_after_s))
-    return error_reply(503, "no_capacity", refusal.message, max(1.0, refusal.retry_after_s))
+        return error_reply(429, TOO_MANY_UNUSED, refusal.message, retry_after_s=wait_s)
+    return error_reply(503, "no_capacity", refusal.message, retry_after_s=wait_s)
 
 
-def _last_word(last: Reply | httpx2.RequestError) -> Reply:
-    """What is said when there is nothing left to try."""
-    if not isinstance(last, Reply):
+def _last_word(last: HttpReply | httpx2.RequestError) -> HttpReply:
+    """Return what is said when there is nothing left to try; raises where that is an error."""
+    if not isinstance(last, HttpReply):
         raise last
     if last.status != 401:
         return last
     # Passed on it would say that the user's key is wrong.
-    return error_reply(503, "token_refused", f"{last.lease} refused its token", 1.0)
+    return error_reply(503, "token_refused", f"{last.lease} refused its token", retry_after_s=1.0)
 
 
 def is_last(chunk: bytes) -> bool:
-    """Whether the piece of a stream ends with its last event: openai stops reading there."""
+    """Return whether a piece of a stream ends with its last event: openai stops reading there."""
     return chunk.endswith((b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n"))
-
-
-def error_reply(
-    status: int, code: str, message: str, retry_after_s: float | None = None, field: str | None = None
-) -> Reply:
-    """An answer of our own in the shape of OpenAI's errors. field: what of the request is wrong."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    said = {"error": {"message": message, "type": kind, "param": field, "code": code}}
-    body = json.dumps(said).encode()
-    headers = [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(body))]
-    if retry_after_s is not None:
-        headers.append((b"Retry-After", b"%d" % -(-retry_after_s // 1)))
-    return Reply(status, b"", headers, body=body)
-
-
-def kept_reply(status: int, reason: bytes, headers: Iterable[Header], body: bytes) -> Reply:
-    """An answer that has been read to its end."""
-    kept = [(name, value) for name, value in returned(headers) if name.lower() != b"content-length"]
-    kept.append((b"Content-Length", b"%d" % len(body)))
-    return Reply(status, reason, kept, body=body)

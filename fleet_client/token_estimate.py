@@ -36,7 +36,7 @@ _NO_OUTPUT = (
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class TokenEstimate:
     """An estimate of a request; max_tokens is None when it sets no limit."""
 
     prompt_tokens: int
@@ -65,27 +65,27 @@ def makes_text(target: str) -> bool:
     return not target.partition("?")[0].rstrip("/").endswith(_NO_OUTPUT)
 
 
-def size_of(method: str, target: str, body: bytes) -> Size:
+def estimate_request(method: str, target: str, body: bytes) -> TokenEstimate:
     """The size of a request to a model server. Token ids are counted, text is taken by its length.
 
     It is an estimate: whatever cannot be understood counts something, and nothing is refused here.
     """
-    return size_in(method, target, body, read_body(method, body))
+    return estimate_body(method, target, body, read_body(method, body))
 
 
-def size_in(method: str, target: str, body: bytes, said: Mapping[str, Any] | None) -> Size:
+def estimate_body(method: str, target: str, body: bytes, said: Mapping[str, Any] | None) -> TokenEstimate:
     """The same, of a body that `read_body` has read."""
     if method not in ("POST", "PUT") or not body:
-        return Size(0, 1)
+        return TokenEstimate(0, 1)
     if said is None:
-        return Size(MEDIA_TOKENS, None)
+        return TokenEstimate(MEDIA_TOKENS, None)
     prompt, sequences = _prompt_of(said)
     answers = sequences * max(_whole(said.get("n")) or 1, _whole(said.get("best_of")) or 1)
     limits = [_whole(said.get(name)) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
     limit = next((n for n in limits if n is not None), None)
     if not makes_text(target):
         limit, answers = 1, 1
-    return Size(
+    return TokenEstimate(
         min(MAX_TOKENS, prompt), None if limit is None else min(MAX_TOKENS, max(1, limit) * max(1, answers))
     )
 

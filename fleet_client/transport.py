@@ -1,86 +1,74 @@
-"""What the transports for asyncio and threads share: settings, what is known of the fleet, httpx2's
-objects."""
+"""What the transports for asyncio and threads share: options, leases, httpx2's objects, names of failures."""
 
 import os
 import random
 import secrets
 import ssl
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 
 from fleet_client.call import NO_TIMEOUTS, PRIORITY_HEADER, Call, Timeouts, priority_in
 from fleet_client.connection_pool import Header
-from fleet_client.leases import PRIORITIES, Lease, LeasesAhead
-from fleet_client.prefix_hashes import Hasher, Served
-from fleet_client.retry import Reply, Rules, Setback, error_reply
-from fleet_client.tls_pins import BadAddress, context_for
-from fleet_client.token_estimate import read_body, size_in
+from fleet_client.lease_keeper import LeaseKeeper
+from fleet_client.leases import ClientLease
+from fleet_client.options import FleetOptions
+from fleet_client.prefix_hashes import Hasher
+from fleet_client.reply import HttpReply, error_reply
+from fleet_client.retry import Attempt, Setback, attempt
+from fleet_client.token_estimate import estimate_body, read_body
 
 MAX_BODY = 64 * 2**20
-"""Bytes of a request body; it is kept until the first byte of an answer, to be sent again elsewhere."""
+"""Most bytes of a request body; it is kept until the first byte of an answer, to be sent again elsewhere."""
 
 KEPT_ANSWER = 65_536
-"""Bytes that are kept of an answer that sends a request elsewhere (429, 503): it may become the last word."""
-
-DONE_S = 5.0
-"""What POST /done may take."""
+"""Most bytes kept of an answer that sends a request elsewhere (429, 503): it may become the last word."""
 
 MODEL_KEEP_ALIVE_S, ROUTE_KEEP_ALIVE_S = 3.0, 60.0
-"""An idle connection is used again for so long: vLLM's uvicorn closes its own after 5 s, the loadbalancer
-after 120 s."""
+"""Seconds for which an idle connection is used again: vLLM's uvicorn closes its own after 5 s, the
+loadbalancer after 120 s."""
 
-ENDS_KEPT, ENDS_AT_ONCE, CLOSE_S = 10_000, 8, 2.0
-"""Ends of leases that wait to be told, those told at once, and what the last may take on close."""
+CLOSE_S = 2.0
+"""Seconds that the last ends of leases, and the rest of an answer that is not wanted, may take."""
 
 MOMENT_S = 0.02
-"""How long the end of an answer is waited for after its [DONE]: it was sent in the same moment."""
+"""Seconds to wait for the end of an answer after its [DONE]: it was sent in the same moment."""
 
 
-class Fleet:
-    """What a transport is given, and what it knows of the fleet."""
+class TransportCore:
+    """Turns httpx2's requests into calls, and calls into attempts."""
 
     def __init__(
-        self,
-        loadbalancer: str,
-        *,
-        api_key: str | None,
-        max_tries: int,
-        wait_s: float,
-        ahead: int,
-        connect_s: float,
-        trust_network: bool,
-        priority: str,
-        affinity: bool,
-        affinity_salt: bytes | str | None,
+        self, options: FleetOptions, lock: AbstractContextManager[Any], wake: Callable[[], None]
     ) -> None:
-        """Raises ValueError for what cannot be; no key and no salt is in its text."""
-        if not 0 <= ahead <= 256:
-            raise ValueError(f"ahead: wanted 0 to 256, got {ahead}")
-        self.url = loadbalancer_url(loadbalancer, trust_network=trust_network)
-        self.rules = Rules(max_tries, wait_s, connect_s, priority).checked()
-        self.rng = random.Random()
-        self.ahead = LeasesAhead(ahead)
-        self._served = Served()
-        self._hasher = _hasher(affinity_salt) if affinity else None
-        key = os.environ.get("FLEET_CLIENT_KEY") if api_key is None else api_key
-        self.headers = {"Content-Type": "application/json"}
-        if key and not (key.isascii() and key.isprintable()):
-            raise ValueError("api_key: wanted printable ASCII")
-        if key:
-            self.headers["Authorization"] = f"Bearer {key}"
+        """Take what is not given from the environment; lock and wake are the `LeaseKeeper`'s."""
+        if options.api_key is None:
+            options = replace(options, api_key=os.environ.get("FLEET_CLIENT_KEY"))
+        self.options = options
+        self.leases = LeaseKeeper(options, lock, wake)
+        self.headers = {"Content-Type": "application/json"}  # of what the loadbalancer is asked
+        if options.api_key:
+            self.headers["Authorization"] = f"Bearer {options.api_key}"
+        self._hasher = _hasher(options.affinity_salt) if options.affinity else None
+        self._rng = random.Random()
+
+    def described(self, kind: str, *, closed: bool) -> str:
+        """Describe the transport without any key."""
+        parts = (kind, self.options.url, str(self.leases), "closed" if closed else "")
+        return f"<{' '.join(filter(None, parts))}>"
 
     def connect_s(self, timeouts: Timeouts) -> float:
-        """What a connection to an instance may take."""
+        """Return the seconds that a connection to an instance may take."""
         given = timeouts.connect
-        return self.rules.connect_s if given is None else min(given, self.rules.connect_s)
+        return self.options.connect_s if given is None else min(given, self.options.connect_s)
 
     def call(
         self, method: str, target: str, headers: Sequence[Header], body: bytes, timeouts: Timeouts
-    ) -> Call | Reply:
-        """The request, with all that the loadbalancer is told of it; or what is wrong with it.
+    ) -> Call | HttpReply:
+        """Return the request with all that the loadbalancer is told of it; or what is wrong with it.
 
         Raises httpx2.LocalProtocolError for one that HTTP cannot carry.
         """
@@ -89,35 +77,20 @@ class Fleet:
         except ValueError as e:
             return error_reply(400, "bad_priority", str(e), field=PRIORITY_HEADER)
         said = read_body(method, body)
-        size = size_in(method, target, body, said)
+        size = estimate_body(method, target, body, said)
         affinity = () if self._hasher is None else self._hasher.hashes(target, said, size)
         return Call(method, target, headers, body, size, timeouts, affinity=affinity, priority=priority)
 
-    # -- leases fetched ahead
+    def call_of(self, request: httpx2.Request, body: bytes | None) -> Call | HttpReply:
+        """Return httpx2's request as a call, or what is wrong with it. body: None when it is too large."""
+        if body is None:
+            return error_reply(413, "request_too_large", f"a request body may have {MAX_BODY} bytes")
+        target = request.url.raw_path.decode("ascii")
+        return self.call(request.method, target, request.headers.raw, body, _timeouts_of(request))
 
-    def may_take(self, call: Call) -> bool:
-        """Whether leases fetched ahead are for it: one of lower priority would pass others by with them."""
-        own = PRIORITIES.index(self.rules.priority)
-        return self.ahead.most > 0 and PRIORITIES.index(call.priority or self.rules.priority) <= own
-
-    def first(self, call: Call, now: float) -> tuple[Lease | None, bool]:
-        """(a lease fetched ahead, whether none is taken because /route may know a nearer one).
-
-        In the latter case none counts as used: those that only ever lie there go back.
-        """
-        near = self._served.blocks(call.affinity) if len(self.ahead) else {}
-        if self.ahead.better_asked(len(call.affinity), near, call.avoid, now):
-            return None, True
-        return self.ahead.take(call.size, now, call.avoid, near), False
-
-    def again(self, call: Call, avoid: Collection[int], now: float) -> Lease | None:
-        """A lease fetched ahead for another try."""
-        return self.ahead.take(call.size, now, avoid, self._served.blocks(call.affinity))
-
-    def answered(self, call: Call, reply: Reply) -> None:
-        """The instance has read the prompt, and is likely to have it at hand for a while."""
-        if self.ahead.most and call.affinity and reply.status == 200 and reply.lease is not None:
-            self._served.note(call.affinity, reply.lease.instance_id)
+    def attempt(self, call: Call, now: float) -> Attempt:
+        """Begin to serve it: what is yielded is to be done."""
+        return attempt(call, self.leases, now, self._rng)
 
 
 def _hasher(salt: bytes | str | None) -> Hasher:
@@ -127,63 +100,57 @@ def _hasher(salt: bytes | str | None) -> Hasher:
     return Hasher(given.encode(errors="surrogateescape") if isinstance(given, str) else given)
 
 
-class Body:
-    """A body that comes in parts, to be kept."""
+# -- httpx2's objects -----------------------------------------------------------------------------------
+
+
+class BodyBuffer:
+    """Keeps a request body that comes in parts."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Keep nothing yet."""
         self._parts: list[bytes] = []
         self._size = 0
 
     def add(self, part: bytes) -> bool:
-        """Whether there may be more."""
+        """Keep a part; return whether there may be more."""
         self._size += len(part)
         self._parts.append(part)
         return self._size <= MAX_BODY
 
     def joined(self) -> bytes | None:
-        """All of it; None when it is too large."""
+        """Return all of it; None when it is too large."""
         return b"".join(self._parts) if self._size <= MAX_BODY else None
 
 
-def timeouts_of(request: httpx2.Request) -> Timeouts:
-    """Those that httpx2 gives it."""
+def _timeouts_of(request: httpx2.Request) -> Timeouts:
     given = request.extensions.get("timeout")
     if not isinstance(given, Mapping):
         return NO_TIMEOUTS
     return Timeouts(given.get("connect"), given.get("read"), given.get("write"), given.get("pool"))
 
 
-def call_of(fleet: Fleet, request: httpx2.Request, body: bytes | None) -> Call | Reply:
-    """The request, or what is wrong with it. body: None when it is too large."""
-    if body is None:
-        return error_reply(413, "request_too_large", f"a request body may have {MAX_BODY} bytes")
-    target = request.url.raw_path.decode("ascii")
-    return fleet.call(request.method, target, request.headers.raw, body, timeouts_of(request))
+def response_of(call: Call | HttpReply, reply: HttpReply, stream: Any = None) -> httpx2.Response:
+    """Return the answer as httpx2 wants it. stream: of its bytes, where they are not here yet.
 
-
-def wrong_request(reply: Reply) -> httpx2.Response:
-    """What httpx2 is given for it."""
-    return httpx2.Response(
-        reply.status, headers=list(reply.headers), content=reply.body, extensions=extensions(None, reply)
-    )
-
-
-def extensions(call: Call | None, reply: Reply) -> dict[str, Any]:
-    """What httpx2 is told beside an answer."""
+    call: the request, or the reply that says what was wrong with it.
+    """
     said: dict[str, Any] = {"http_version": b"HTTP/1.1", "reason_phrase": reply.reason}
-    if call is not None:
+    if isinstance(call, Call):
         lease = reply.lease
         said["fleet"] = {
             "instance_id": None if lease is None else lease.instance_id,
             "request_id": None if lease is None else lease.request_id,
             "setbacks": tuple(call.setbacks),
         }
-    return said
+    content = {"content": reply.body} if stream is None else {"stream": stream}
+    return httpx2.Response(reply.status, headers=list(reply.headers), extensions=said, **content)
+
+
+# -- failures by name -----------------------------------------------------------------------------------
 
 
 def named(error: BaseException) -> str:
-    """A timeout's own text is empty."""
+    """Return the error's type and text; a timeout's own text is empty."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
@@ -194,38 +161,32 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
-def not_connected(lease: Lease, error: BaseException) -> Setback:
-    """The setback of a connection that did not come about: no byte of the request was sent."""
+def not_connected(lease: ClientLease, error: BaseException) -> Setback:
+    """Return the setback of a connection that did not come about: no byte of the request was sent."""
     causes = list(_causes(error))
     if any(isinstance(e, ssl.SSLCertVerificationError) for e in causes):
         said = f"{lease} does not have the certificate that is known of it"
         return Setback("wrong_certificate", httpx2.ConnectError(said), elsewhere=True)
     if any(isinstance(e, TimeoutError | httpx2.TimeoutException) for e in causes):
-        return Setback(
-            "no_connection", httpx2.ConnectTimeout(f"{lease}: no connection in time"), elsewhere=True
-        )
+        said = f"{lease}: no connection in time"
+        return Setback("no_connection", httpx2.ConnectTimeout(said), elsewhere=True)
     why = "no_tls" if any(isinstance(e, ssl.SSLError) for e in causes) else "no_connection"
     return Setback(why, httpx2.ConnectError(f"{lease}: no connection: {named(error)}"), elsewhere=True)
 
 
-def loadbalancer_url(text: str, *, trust_network: bool) -> str:
-    """The URL without a slash at its end; raises ValueError where leases may not travel.
+def not_answered(lease: ClientLease, error: BaseException, *, bad_http: bool, again: bool) -> Setback:
+    """Return the setback of a request that was sent and had no answer. bad_http: what came is none."""
+    if isinstance(error, TimeoutError):
+        return Setback("read_timeout", httpx2.ReadTimeout(f"{lease}: no answer in time"), elsewhere=False)
+    said = f"{lease}: the connection broke before an answer came: {type(error).__name__}"
+    if bad_http:
+        return Setback("bad_answer", httpx2.RemoteProtocolError(said), elsewhere=False)
+    return Setback("broke_off", httpx2.ReadError(said), elsewhere=False, again=again)
 
-    A lease holds the certificate that a prompt is sent to: who can change it on its way reads the prompt.
-    """
-    try:
-        parts = urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
-        raise ValueError(f"loadbalancer {text!r}: wanted http://HOST:PORT")
-    if parts.scheme == "http" and not trust_network:
-        try:
-            context_for(text, None)
-        except BadAddress:
-            raise ValueError(
-                f"loadbalancer {text!r}: leases in the clear are for loopback only; use https or an ssh "
-                "tunnel, or trust_network=True where nobody else can listen"
-            ) from None
-    return text.rstrip("/")
+
+def cut_off(lease: ClientLease | None, error: BaseException) -> tuple[str, httpx2.RequestError]:
+    """Return (a word for the loadbalancer, the error) of an answer that stopped before its end."""
+    if isinstance(error, TimeoutError):
+        return "read_timeout", httpx2.ReadTimeout(f"{lease}: nothing came in time")
+    said = f"{lease}: the answer broke off: {type(error).__name__}"
+    return "broke_off", httpx2.RemoteProtocolError(said)

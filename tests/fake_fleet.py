@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
-from fleet_client.leases import Lease
+from fleet_client.leases import ClientLease
 
 WORDS = ("one", " two", " three", " four", " five")
 """What an instance answers, a word a token."""
@@ -350,7 +350,7 @@ def _envelope(chat: bool, choices: list[dict[str, Any]], streamed: bool = False)
     return {"id": "r", "object": kind, "created": 1, "model": "m", "choices": choices}
 
 
-def lease(number: int = 1, granted: float = 0.0, life_s: float = 60.0, **more: Any) -> Lease:
+def lease(number: int = 1, granted: float = 0.0, life_s: float = 60.0, **more: Any) -> ClientLease:
     """One that is as good as any other."""
     said: dict[str, Any] = {
         "address": "http://127.0.0.1:1",
@@ -361,7 +361,7 @@ def lease(number: int = 1, granted: float = 0.0, life_s: float = 60.0, **more: A
         "token": "TOKEN",
         "certificate": None,
     }
-    return Lease(**(said | more))
+    return ClientLease(**(said | more))
 
 
 @dataclass

@@ -32,8 +32,9 @@ from typing import Any, Protocol, TypeVar, cast
 import httptools
 
 from bench.routers.backend import MODEL, TOKEN
-from fleet_client.leases import Lease, LeasesAhead, Refusal, done_body, read_batch, read_route, route_body
-from fleet_client.token_estimate import size_of
+from fleet_client.leases import ClientLease, Refusal, done_body, read_batch, read_route, route_body
+from fleet_client.leases_ahead import LeasesAhead
+from fleet_client.token_estimate import estimate_request
 
 TOKENS = 256
 """Of a streamed answer."""
@@ -230,7 +231,7 @@ class Leased:
     async def send(self, stream: int, body: bytes) -> Sample:  # noqa: ARG002
         """Part of Client."""
         begun = time.perf_counter()
-        size = size_of("POST", "/v1/completions", body)
+        size = estimate_request("POST", "/v1/completions", body)
         lease = self._ahead.take(size, time.monotonic())
         while wanted := self._ahead.want(time.monotonic()):
             task = asyncio.create_task(self._fetch(wanted))
@@ -265,7 +266,7 @@ class Leased:
             return
         self._ahead.arrived(leases, wanted, time.monotonic())
 
-    async def _ahead_of_need(self, wanted: int) -> list[Lease]:
+    async def _ahead_of_need(self, wanted: int) -> list[ClientLease]:
         typical = self._ahead.typical
         if self._batches:
             raw = await self._ask("/route", route_body(typical, 0.0, count=wanted))

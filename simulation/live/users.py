@@ -24,7 +24,7 @@ from typing import Any
 import httpx2
 
 from engine.profiles import get_profile
-from fleet_client import Answer, AsyncFleetTransport, Call, Lease, Size, Timeouts
+from fleet_client import AsyncAnswer, AsyncFleetTransport, Call, ClientLease, Timeouts, TokenEstimate
 from instance_client import BrokenOff, read_answer, read_stream
 from process.errors import InstanceError
 from simulation.report import COMPLETED, Record
@@ -145,7 +145,7 @@ def _setback(call: Call, failure: str) -> Tried:
     return Tried(failure, call.setbacks[-1][0])
 
 
-def _no_lease(call: Call, answer: Answer) -> Tried:
+def _no_lease(call: Call, answer: AsyncAnswer) -> Tried:
     if answer.status < 500 and answer.status != 429:  # 429: so many leases unused, later there are more
         return Tried("refused_by_loadbalancer", final=True)
     code = call.refusals[-1] if call.refusals else ""
@@ -242,7 +242,7 @@ class Driver:
             "/v1/completions",
             ((b"Content-Type", b"application/json"),),
             raw,
-            Size(arrival.prompt_tokens, arrival.max_tokens),
+            TokenEstimate(arrival.prompt_tokens, arrival.max_tokens),
             Timeouts(
                 connect=CONNECT_S,
                 read=STALL_S if self._load.streaming else None,
@@ -253,7 +253,7 @@ class Driver:
 
     async def _try(self, call: Call, record: Record, due: float, up_at: float) -> Tried:
         """One lease and one instance, at most."""
-        answer: Answer | None = None
+        answer: AsyncAnswer | None = None
         try:
             async with asyncio.timeout(max(0.0, up_at - self._clock())):
                 answer = await self._transport.exchange(call)
@@ -277,7 +277,9 @@ class Driver:
             if answer is not None:
                 await answer.aclose()
 
-    async def _read(self, call: Call, answer: Answer, lease: Lease, record: Record, due: float) -> Tried:
+    async def _read(
+        self, call: Call, answer: AsyncAnswer, lease: ClientLease, record: Record, due: float
+    ) -> Tried:
         """The answer to its end, and into the record."""
         if 400 <= answer.status < 500:
             return Tried("rejected", lease.instance_id, final=True)

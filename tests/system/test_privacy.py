@@ -698,23 +698,23 @@ def test_nor_does_the_instance_tell_it() -> None:
 @pytest.mark.parametrize("how", ["an error", "an error in a stream", "a broken answer", "a refusal"])
 def test_our_own_driver_tells_the_loadbalancer_nothing_that_a_model_server_said(how: str) -> None:
     """An error may quote what it is about, as pydantic's do (input_value='…'), a parser's the answer."""
-    from fleet_client import Answer, Lease, Reply
+    from fleet_client import AsyncAnswer, ClientLease, HttpReply
     from simulation.live.users import Arrival, Driver, Workload
     from simulation.report import Record
 
     canary = secrets.token_hex(12)
     told: list[Any] = []
-    lease = Lease("http://127.0.0.1:1", "r" * 16, 7, 0.0, 60.0, "t" * 38, None)
+    lease = ClientLease("http://127.0.0.1:1", "r" * 16, 7, 0.0, 60.0, "t" * 38, None)
 
-    async def exchange(call: Any) -> Answer:
+    async def exchange(call: Any) -> AsyncAnswer:
         if how == "a refusal":
             call.setbacks.append((7, "no_connection"))
             raise httpx2.ConnectError(canary)
         status = 500 if how == "an error" else 200
         event = f'data: {{"error": {{"message": "{canary}"}}}}\n\ndata: [DONE]\n\n'.encode()
         body = b"}" + canary.encode() if how == "a broken answer" else event
-        reply = Reply(status, b"", (), body=body, lease=lease)
-        return Answer(call, reply, lambda *args: told.append(args), lambda _: None)
+        reply = HttpReply(status, b"", (), body=body, lease=lease)
+        return AsyncAnswer(call, reply, lambda *args: told.append(args), lambda _: None)
 
     driver = Driver(Workload(), cast(Any, SimpleNamespace(exchange=exchange)))
     call = driver._call(Arrival(0, 0.0, 5, 5), b"{}", [], time.perf_counter() + 60)

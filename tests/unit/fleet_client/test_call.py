@@ -6,7 +6,7 @@ import httpx2
 import pytest
 
 from fleet_client.call import Call, forwarded, priority_in
-from fleet_client.token_estimate import Size
+from fleet_client.token_estimate import TokenEstimate
 
 
 def test_headers_pass_but_for_keys_and_those_of_the_connection() -> None:
@@ -53,7 +53,7 @@ def test_headers_pass_but_for_keys_and_those_of_the_connection() -> None:
 )
 def test_what_http_cannot_carry_is_refused(method: str, target: str, headers: list[Any]) -> None:
     with pytest.raises(httpx2.LocalProtocolError):
-        Call(method, target, headers, b"", Size(0, 1))
+        Call(method, target, headers, b"", TokenEstimate(0, 1))
 
 
 def test_a_request_says_its_priority_in_a_header() -> None:

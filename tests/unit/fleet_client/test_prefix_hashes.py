@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fleet_client.prefix_hashes import BLOCK, MOST_BLOCKS, Hasher, Served, canonical
-from fleet_client.token_estimate import read_body, size_in
+from fleet_client.token_estimate import estimate_body, read_body
 
 SALT = b"a salt of the test's own"
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -19,7 +19,7 @@ def hashes(body: object, target: str = CHAT, salt: bytes = SALT) -> tuple[str, .
     """Those of a request, as it comes from a client."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     said = read_body("POST", raw)
-    return Hasher(salt).hashes(target, said, size_in("POST", target, raw, said))
+    return Hasher(salt).hashes(target, said, estimate_body("POST", target, raw, said))
 
 
 def text(seed: int, size: int) -> str:
@@ -175,7 +175,7 @@ def test_there_are_at_most_256_of_them() -> None:
 def test_there_are_no_more_than_the_blocks_of_the_tokens_that_are_told() -> None:
     many = chat(*(message("user", "x") for _ in range(2000)))
     said = read_body("POST", json.dumps(many).encode())
-    size = size_in("POST", CHAT, b"{}", said)
+    size = estimate_body("POST", CHAT, b"{}", said)
     assert 0 < len(hashes(many)) <= size.prompt_tokens // 256
 
 

@@ -3,37 +3,55 @@
 import ast
 import json
 import random
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 import pytest
 
 from fleet_client.call import Call, Timeouts
-from fleet_client.leases import Lease, Refusal
-from fleet_client.retry import Ask, Reply, Rest, Rules, Send, Setback, Step, Take, course
-from fleet_client.token_estimate import Size
+from fleet_client.lease_keeper import LeaseKeeper
+from fleet_client.leases import ClientLease, Refusal
+from fleet_client.options import FleetOptions, OptionFields
+from fleet_client.reply import HttpReply
+from fleet_client.retry import AcquireLease, Rest, Send, Setback, Step, attempt
+from fleet_client.token_estimate import TokenEstimate
 from tests.fake_fleet import lease
 from tests.paths import ROOT
 
-SMALL = Size(100, 50)
+SMALL = TokenEstimate(100, 50)
 
 
-class World:
-    """Answers the steps of a course from a list, and keeps what was done."""
+@dataclass(frozen=True)
+class Look:
+    """A look at the leases at hand for one of another instance than these."""
 
-    def __init__(self, *came: Any, step_s: float = 0.0, rules: Rules | None = None, **more: Any) -> None:
-        self.steps: list[Step] = []
+    avoid: tuple[int, ...]
+
+
+class Script(LeaseKeeper):
+    """Answers an attempt's steps, and its looks at the leases at hand, from a list; keeps what was done."""
+
+    def __init__(
+        self, *came: Any, step_s: float = 0.0, rules: OptionFields | None = None, **more: Any
+    ) -> None:
+        options = FleetOptions("https://lb", **(rules or {}))
+        super().__init__(options, nullcontext(), lambda: None)
+        self.steps: list[Step | Look] = []
         self.told: list[tuple[int, str, str]] = []
         self.call = Call("POST", "/v1/x", [], b"", SMALL, **more)
         self.now = 0.0
-        self._came = list(came)
+        self.came = list(came)
         self._step_s = step_s
-        self._rules = rules or Rules()
 
-    def run(self, ahead: Lease | None = None, **more: bool) -> Reply:
-        steps = course(
-            self.call, self._rules, "http://lb", ahead, self.tell, self.now, random.Random(1), **more
-        )
+    def run(
+        self, ahead: ClientLease | None = None, *, stock: bool = False, nearer: bool = False
+    ) -> HttpReply:
+        """Serve the request. ahead: a lease at hand for it; nearer: it asks for a nearer one."""
+        self._first, self._stocked = (ahead, nearer), stock or ahead is not None
+        steps = attempt(self.call, self, self.now, random.Random(1))
         try:
             step = next(steps)
             while True:
@@ -43,140 +61,153 @@ class World:
                     step = steps.send((None, self.now))
                 else:
                     self.now += self._step_s
-                    came = self._came.pop(0)
+                    came = self.came.pop(0)
                     if callable(came):
                         came = came(step, self)
                     step = steps.send((came, self.now))
         except StopIteration as end:
-            assert not self._came
-            reply: Reply = end.value
+            assert not self.came
+            reply: HttpReply = end.value
             return reply
 
-    def tell(self, one: Lease, outcome: str, why: str) -> None:
-        self.told.append((one.instance_id, outcome, why))
+    def may_take(self, call: Call) -> bool:
+        return self._stocked
+
+    def first(self, call: Call, now: float) -> tuple[ClientLease | None, bool]:
+        return self._first
+
+    def another(self, call: Call, avoid: Collection[int], now: float) -> ClientLease | None:
+        self.steps.append(Look(tuple(avoid)))
+        lease: ClientLease | None = self.came.pop(0)
+        return lease
+
+    def tell(self, lease: ClientLease, outcome: str, why: str = "") -> None:
+        self.told.append((lease.instance_id, outcome, why))
 
     @property
     def asked(self) -> list[dict[str, Any]]:
-        return [step.body for step in self.steps if isinstance(step, Ask)]
+        return [step.body for step in self.steps if isinstance(step, AcquireLease)]
 
 
-OK = Reply(200, b"OK", [])
+OK = HttpReply(200, b"OK", [])
 REFUSED = Setback("no_connection", httpx2.ConnectError("instance 1"), elsewhere=True)
-STRANGER = Setback("wrong_certificate", httpx2.ConnectError("instance 1"), elsewhere=True)
+IMPOSTOR = Setback("wrong_certificate", httpx2.ConnectError("instance 1"), elsewhere=True)
 BROKE = Setback("broke_off", httpx2.ReadError("instance 1"), elsewhere=False)
 STALE = Setback("broke_off", httpx2.ReadError("instance 1"), elsewhere=False, again=True)
 BUSY = Refusal(503, "busy", 1.0)
 
 
-def held(step: Step, world: World) -> Refusal:
+def held(step: Step, script: Script) -> Refusal:
     """A loadbalancer that holds a request as long as it may and then says no."""
-    assert isinstance(step, Ask)
-    world.now += step.hold_s
+    assert isinstance(step, AcquireLease)
+    script.now += step.hold_s
     return BUSY
 
 
 def test_a_request_takes_a_lease_and_is_sent() -> None:
-    world = World(lease(1), OK)
-    assert world.run() is OK
-    assert world.steps == [
-        Ask({"prompt_tokens": 100, "max_tokens": 50, "wait_s": 30.0}, 30.0),
+    script = Script(lease(1), OK)
+    assert script.run() is OK
+    assert script.steps == [
+        AcquireLease({"prompt_tokens": 100, "max_tokens": 50, "wait_s": 30.0}, 30.0),
         Send(lease(1), again=False),
     ]
-    assert world.told == []
+    assert script.told == []
 
 
 def test_a_lease_fetched_ahead_costs_no_step() -> None:
-    world = World(OK)
-    assert world.run(lease(5)) is OK
-    assert world.steps == [Send(lease(5), again=False)]
+    script = Script(OK)
+    assert script.run(lease(5)) is OK
+    assert script.steps == [Send(lease(5), again=False)]
 
 
-@pytest.mark.parametrize("came", [REFUSED, STRANGER, *(Reply(n, b"", []) for n in (401, 429, 503))], ids=str)
-def test_what_was_not_taken_goes_elsewhere_and_is_told(came: Reply | Setback) -> None:
+@pytest.mark.parametrize(
+    "came", [REFUSED, IMPOSTOR, *(HttpReply(n, b"", []) for n in (401, 429, 503))], ids=str
+)
+def test_what_was_not_taken_goes_elsewhere_and_is_told(came: HttpReply | Setback) -> None:
     why = came.why if isinstance(came, Setback) else f"status_{came.status}"
-    world = World(lease(1), came, lease(2), OK)
-    assert world.run() is OK
-    assert [body.get("avoid") for body in world.asked] == [None, [1]]
-    assert world.told == [(1, "failed", why)]
-    assert world.call.setbacks == [(1, why)]
+    script = Script(lease(1), came, lease(2), OK)
+    assert script.run() is OK
+    assert [body.get("avoid") for body in script.asked] == [None, [1]]
+    assert script.told == [(1, "failed", why)]
+    assert script.call.setbacks == [(1, why)]
 
 
 @pytest.mark.parametrize("status", [200, 204, 400, 404, 413, 422, 500, 502])
 def test_every_other_answer_is_the_answer(status: int) -> None:
-    reply = Reply(status, b"", [])
-    assert World(lease(1), reply).run() is reply
+    reply = HttpReply(status, b"", [])
+    assert Script(lease(1), reply).run() is reply
 
 
 def test_what_may_have_been_taken_is_not_sent_again() -> None:
-    world = World(lease(1), BROKE)
+    script = Script(lease(1), BROKE)
     with pytest.raises(httpx2.ReadError):
-        world.run()
-    assert world.told == [(1, "failed", "broke_off")]
+        script.run()
+    assert script.told == [(1, "failed", "broke_off")]
 
 
-@pytest.mark.parametrize("second", [Reply(401, b"", []), REFUSED, BROKE, STALE, STRANGER], ids=str)
+@pytest.mark.parametrize("second", [HttpReply(401, b"", []), REFUSED, BROKE, STALE, IMPOSTOR], ids=str)
 def test_after_a_broken_kept_alive_connection_a_second_failure_is_the_first_one(
-    second: Reply | Setback,
+    second: HttpReply | Setback,
 ) -> None:
-    world = World(lease(1), STALE, second)
+    script = Script(lease(1), STALE, second)
     with pytest.raises(httpx2.ReadError):
-        world.run()
-    assert world.steps[1:] == [Send(lease(1), again=False), Send(lease(1), again=True)]
-    assert world.told == [(1, "failed", "broke_off")]
+        script.run()
+    assert script.steps[1:] == [Send(lease(1), again=False), Send(lease(1), again=True)]
+    assert script.told == [(1, "failed", "broke_off")]
 
 
 def test_after_a_broken_kept_alive_connection_the_same_token_may_still_be_served() -> None:
-    world = World(lease(1), STALE, OK)
-    assert world.run() is OK
-    assert world.told == []
+    script = Script(lease(1), STALE, OK)
+    assert script.run() is OK
+    assert script.told == []
 
 
 def test_tries_are_bounded_and_the_last_answer_is_passed_on() -> None:
-    full = Reply(429, b"", [])
-    world = World(*[one for n in range(3) for one in (lease(n), full)], rules=Rules(max_tries=3))
-    assert world.run() is full
-    assert world.asked[2]["avoid"] == [0, 1]
+    full = HttpReply(429, b"", [])
+    script = Script(*[one for n in range(3) for one in (lease(n), full)], rules={"max_tries": 3})
+    assert script.run() is full
+    assert script.asked[2]["avoid"] == [0, 1]
 
 
 def test_refused_tokens_are_not_passed_on_as_the_users_fault() -> None:
-    reply = World(lease(1), Reply(401, b"", []), rules=Rules(max_tries=1)).run()
+    reply = Script(lease(1), HttpReply(401, b"", []), rules={"max_tries": 1}).run()
     assert reply.status == 503
     assert reply.body is not None
     assert b"refused its token" in reply.body
 
 
 def test_waiting_for_leases_is_bounded_and_keeps_to_retry_after() -> None:
-    world = World(BUSY, Refusal(503, "busy", 4.0), held)
-    reply = world.run()
+    script = Script(BUSY, Refusal(503, "busy", 4.0), held)
+    reply = script.run()
     assert reply.status == 503
     assert (b"Retry-After", b"1") in reply.headers
-    rests = [step.seconds for step in world.steps if isinstance(step, Rest)]
+    rests = [step.seconds for step in script.steps if isinstance(step, Rest)]
     assert len(rests) == 2
     assert 1.0 <= rests[0] <= 1.25
     assert 4.0 <= rests[1] <= 5.0
-    assert world.now == pytest.approx(30.0, abs=0.01)
-    assert world.call.asked_s == pytest.approx(30.0, abs=0.01)
-    assert len(world.call.refusals) == 3
-    assert world.asked[-1]["wait_s"] == pytest.approx(30.0 - sum(rests), abs=0.01)
+    assert script.now == pytest.approx(30.0, abs=0.01)
+    assert script.call.asked_s == pytest.approx(30.0, abs=0.01)
+    assert len(script.call.refusals) == 3
+    assert script.asked[-1]["wait_s"] == pytest.approx(30.0 - sum(rests), abs=0.01)
 
 
 def test_a_retry_after_beyond_the_wait_is_the_users_to_wait_for() -> None:
-    world = World(Refusal(503, "nothing hot", 90.0))
-    reply = world.run()
-    assert (reply.status, world.now) == (503, 0.0)
+    script = Script(Refusal(503, "nothing hot", 90.0))
+    reply = script.run()
+    assert (reply.status, script.now) == (503, 0.0)
     assert (b"Retry-After", b"90") in reply.headers
 
 
 def test_the_timeout_for_a_connection_of_the_pool_also_bounds_the_wait_for_a_lease() -> None:
-    world = World(held, timeouts=Timeouts(pool=2.0))
-    assert world.run().status == 503
-    assert world.asked[0]["wait_s"] == 2.0
+    script = Script(held, timeouts=Timeouts(pool=2.0))
+    assert script.run().status == 503
+    assert script.asked[0]["wait_s"] == 2.0
 
 
 def test_instances_to_avoid_are_forgotten_when_there_are_no_others() -> None:
-    world = World(lease(1), REFUSED, held, lease(1), OK)
-    assert world.run() is OK
-    assert [(body["wait_s"], body.get("avoid")) for body in world.asked] == [
+    script = Script(lease(1), REFUSED, held, lease(1), OK)
+    assert script.run() is OK
+    assert [(body["wait_s"], body.get("avoid")) for body in script.asked] == [
         (30.0, None),
         (3.0, [1]),
         (27.0, None),
@@ -184,107 +215,107 @@ def test_instances_to_avoid_are_forgotten_when_there_are_no_others() -> None:
 
 
 def test_an_instance_that_is_somebody_else_is_not_forgotten() -> None:
-    world = World(lease(1), STRANGER, held)
+    script = Script(lease(1), IMPOSTOR, held)
     with pytest.raises(httpx2.ConnectError, match="instance 1"):
-        world.run()
-    assert world.asked[1] == {"prompt_tokens": 100, "max_tokens": 50, "wait_s": 30.0, "avoid": [1]}
+        script.run()
+    assert script.asked[1] == {"prompt_tokens": 100, "max_tokens": 50, "wait_s": 30.0, "avoid": [1]}
 
 
 def test_without_a_lease_for_another_try_the_last_answer_counts() -> None:
-    full = Reply(503, b"", [])
-    world = World(lease(1), full, Refusal(401, "no key", final=True))
-    assert world.run() is full
+    full = HttpReply(503, b"", [])
+    script = Script(lease(1), full, Refusal(401, "no key", final=True))
+    assert script.run() is full
 
 
 def test_a_loadbalancer_that_is_silent_is_asked_again_for_a_while() -> None:
     silent = Refusal(0, "ConnectionRefusedError")
-    world = World(silent, silent, lease(1), OK)
-    assert world.run() is OK
-    assert 0.3 <= world.now <= 0.4
-    world = World(*[silent] * 6)
-    with pytest.raises(httpx2.ConnectError, match="loadbalancer http://lb: ConnectionRefused"):
-        world.run()
-    assert 3.0 <= world.now <= 7.0
+    script = Script(silent, silent, lease(1), OK)
+    assert script.run() is OK
+    assert 0.3 <= script.now <= 0.4
+    script = Script(*[silent] * 6)
+    with pytest.raises(httpx2.ConnectError, match="loadbalancer https://lb: ConnectionRefused"):
+        script.run()
+    assert 3.0 <= script.now <= 7.0
 
 
-def avoided(world: World) -> list[tuple[int, ...]]:
+def avoided(script: Script) -> list[tuple[int, ...]]:
     """What each question and each look at the leases here was to avoid."""
     return [
-        tuple(step.body.get("avoid", ())) if isinstance(step, Ask) else step.avoid
-        for step in world.steps
-        if isinstance(step, Ask | Take)
+        tuple(step.body.get("avoid", ())) if isinstance(step, AcquireLease) else step.avoid
+        for step in script.steps
+        if isinstance(step, AcquireLease | Look)
     ]
 
 
-FULL = Reply(503, b"", [])
+FULL = HttpReply(503, b"", [])
 
 
 def test_every_try_avoids_all_instances_that_were_tried_before() -> None:
-    world = World(lease(1), REFUSED, lease(2), FULL, lease(3), STRANGER, lease(4), OK)
-    assert world.run() is OK
-    assert avoided(world) == [(), (1,), (1, 2), (1, 2, 3)]
-    world = World(lease(1), REFUSED, lease(2), OK, avoid=(8, 9))
-    assert world.run() is OK
-    assert avoided(world) == [(8, 9), (8, 9, 1)]
+    script = Script(lease(1), REFUSED, lease(2), FULL, lease(3), IMPOSTOR, lease(4), OK)
+    assert script.run() is OK
+    assert avoided(script) == [(), (1,), (1, 2), (1, 2, 3)]
+    script = Script(lease(1), REFUSED, lease(2), OK, avoid=(8, 9))
+    assert script.run() is OK
+    assert avoided(script) == [(8, 9), (8, 9, 1)]
 
 
 def test_a_lease_fetched_ahead_that_failed_is_avoided_like_any_other() -> None:
-    world = World(FULL, None, lease(2), REFUSED, lease(3), FULL, lease(4), OK)
-    assert world.run(lease(1), stock=True) is OK
-    assert avoided(world) == [(1,), (1,), (1, 2), (1, 2, 3)]
-    assert [type(step) for step in world.steps] == [Send, Take, Ask, Send, Take, Send, Take, Send]
-    assert world.call.setbacks == [(1, "status_503"), (2, "no_connection"), (3, "status_503")]
+    script = Script(FULL, None, lease(2), REFUSED, lease(3), FULL, lease(4), OK)
+    assert script.run(lease(1), stock=True) is OK
+    assert avoided(script) == [(1,), (1,), (1, 2), (1, 2, 3)]
+    assert [type(step) for step in script.steps] == [Send, Look, AcquireLease, Send, Look, Send, Look, Send]
+    assert script.call.setbacks == [(1, "status_503"), (2, "no_connection"), (3, "status_503")]
 
 
 def test_another_try_takes_a_lease_that_is_here_before_it_asks_for_one() -> None:
-    world = World(FULL, lease(2), OK)
-    assert world.run(lease(1), stock=True) is OK
-    assert world.asked == []
+    script = Script(FULL, lease(2), OK)
+    assert script.run(lease(1), stock=True) is OK
+    assert script.asked == []
 
 
 def test_a_request_that_finds_none_here_does_not_look_twice() -> None:
-    world = World(lease(1), OK)
-    assert world.run(stock=True) is OK
-    assert [type(step) for step in world.steps] == [Ask, Send]
+    script = Script(lease(1), OK)
+    assert script.run(stock=True) is OK
+    assert [type(step) for step in script.steps] == [AcquireLease, Send]
 
 
 def test_where_the_prefix_lies_is_asked_for_without_waiting() -> None:
     hashes = ("0" * 16, "1" * 16)
-    world = World(lease(1), OK, affinity=hashes)
-    assert world.run(stock=True, nearer=True) is OK
-    assert world.asked == [{"prompt_tokens": 100, "max_tokens": 50, "affinity": list(hashes)}]
-    assert next(step for step in world.steps if isinstance(step, Ask)).slack_s == 1.0
+    script = Script(lease(1), OK, affinity=hashes)
+    assert script.run(stock=True, nearer=True) is OK
+    assert script.asked == [{"prompt_tokens": 100, "max_tokens": 50, "affinity": list(hashes)}]
+    assert next(step for step in script.steps if isinstance(step, AcquireLease)).slack_s == 1.0
 
 
 @pytest.mark.parametrize(
     "said", [BUSY, Refusal(429, "too many", 9.0, code="too_many_unused"), Refusal(0, "silent")], ids=str
 )
 def test_when_there_is_no_room_where_it_lies_a_lease_that_is_here_is_taken(said: Refusal) -> None:
-    world = World(said, lease(5), OK, affinity=("0" * 16,))
-    assert world.run(stock=True, nearer=True) is OK
-    assert [type(step) for step in world.steps] == [Ask, Take, Send]
-    assert world.now == 0.0
+    script = Script(said, lease(5), OK, affinity=("0" * 16,))
+    assert script.run(stock=True, nearer=True) is OK
+    assert [type(step) for step in script.steps] == [AcquireLease, Look, Send]
+    assert script.now == 0.0
 
 
 def test_when_that_one_is_gone_by_then_it_asks_and_waits_like_any_other() -> None:
-    world = World(BUSY, None, lease(5), OK, affinity=("0" * 16,))
-    assert world.run(stock=True, nearer=True) is OK
-    assert [body.get("wait_s") for body in world.asked] == [None, 30.0]
+    script = Script(BUSY, None, lease(5), OK, affinity=("0" * 16,))
+    assert script.run(stock=True, nearer=True) is OK
+    assert [body.get("wait_s") for body in script.asked] == [None, 30.0]
 
 
 @pytest.mark.parametrize("code", ["all_busy", "too_many_unused"])
 def test_before_it_gives_up_it_looks_once_more_for_a_lease_that_is_here(code: str) -> None:
     refused = Refusal(429, "no", 90.0, code=code)
-    world = World(refused, lease(5), OK)
-    assert world.run(stock=True) is OK
-    assert [type(step) for step in world.steps] == [Ask, Take, Send]
-    assert World(refused, None).run(stock=True).status in (429, 503)
+    script = Script(refused, lease(5), OK)
+    assert script.run(stock=True) is OK
+    assert [type(step) for step in script.steps] == [AcquireLease, Look, Send]
+    assert Script(refused, None).run(stock=True).status in (429, 503)
 
 
 def test_every_question_has_the_hashes_and_the_priority_of_the_request() -> None:
-    world = World(lease(1), REFUSED, BUSY, lease(2), OK, affinity=("0" * 16,), priority="low")
-    assert world.run() is OK
-    assert [(body["affinity"], body["priority"]) for body in world.asked] == [(["0" * 16], "low")] * 3
+    script = Script(lease(1), REFUSED, BUSY, lease(2), OK, affinity=("0" * 16,), priority="low")
+    assert script.run() is OK
+    assert [(body["affinity"], body["priority"]) for body in script.asked] == [(["0" * 16], "low")] * 3
 
 
 @pytest.mark.parametrize(
@@ -299,21 +330,21 @@ def test_every_question_has_the_hashes_and_the_priority_of_the_request() -> None
 def test_a_request_has_the_priority_of_the_transport_unless_it_says_another(
     own: str | None, of_all: str, told: str | None
 ) -> None:
-    world = World(lease(1), OK, priority=own, rules=Rules(priority=of_all))
-    assert world.run() is OK
-    assert world.asked[0].get("priority") == told
+    script = Script(lease(1), OK, priority=own, rules={"priority": of_all})
+    assert script.run() is OK
+    assert script.asked[0].get("priority") == told
 
 
 def test_a_priority_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^priority: wanted high, normal or low, got 'urgent'"):
-        World(priority="urgent")
+        Script(priority="urgent")
     with pytest.raises(ValueError, match=r"^priority: wanted"):
-        Rules(priority="").checked()
+        FleetOptions(priority="")
 
 
 def test_who_has_too_many_unused_leases_is_told_so_with_the_time_to_wait() -> None:
     said = Refusal(429, "use those you have", 90.0, code="too_many_unused")
-    reply = World(said).run()
+    reply = Script(said).run()
     assert reply.status == 429
     assert (b"Retry-After", b"90") in reply.headers
     assert reply.body is not None
@@ -321,17 +352,17 @@ def test_who_has_too_many_unused_leases_is_told_so_with_the_time_to_wait() -> No
 
 
 def test_too_many_unused_leases_are_waited_for_while_there_is_time() -> None:
-    world = World(Refusal(429, "use those you have", 2.0, code="too_many_unused"), lease(1), OK)
-    assert world.run() is OK
-    assert 2.0 <= world.now <= 2.5
+    script = Script(Refusal(429, "use those you have", 2.0, code="too_many_unused"), lease(1), OK)
+    assert script.run() is OK
+    assert 2.0 <= script.now <= 2.5
 
 
 def test_a_key_that_the_loadbalancer_refuses_is_the_users_to_set_right() -> None:
-    reply = World(Refusal(401, "this route needs a key", final=True)).run()
+    reply = Script(Refusal(401, "this route needs a key", final=True)).run()
     assert reply.status == 401
     assert reply.body is not None
     said = json.loads(reply.body)["error"]
-    assert said["message"] == "loadbalancer http://lb: this route needs a key"
+    assert said["message"] == "loadbalancer https://lb: this route needs a key"
     assert said["type"] == "invalid_request_error"
 
 
@@ -353,18 +384,31 @@ def test_a_key_that_the_loadbalancer_refuses_is_the_users_to_set_right() -> None
 def test_an_address_that_prompts_must_not_go_to_is_never_sent_to(
     address: str, certificate: str | None
 ) -> None:
-    world = World(lease(1, address=address, certificate=certificate), lease(2), OK)
-    assert world.run() is OK
-    assert world.told == [(1, "failed", "bad_address")]
-    world = World(
-        lease(1, address=address, certificate=certificate), held, rules=Rules(wait_s=1.0, max_tries=1)
+    script = Script(lease(1, address=address, certificate=certificate), lease(2), OK)
+    assert script.run() is OK
+    assert script.told == [(1, "failed", "bad_address")]
+    script = Script(
+        lease(1, address=address, certificate=certificate), held, rules={"wait_s": 1.0, "max_tries": 1}
     )
-    world._came.pop()
+    script.came.pop()
     with pytest.raises(httpx2.ConnectError, match="instance 1"):
-        world.run()
+        script.run()
 
 
-@pytest.mark.parametrize("name", ["token_estimate", "prefix_hashes", "leases", "call", "retry"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "options",
+        "token_estimate",
+        "prefix_hashes",
+        "leases",
+        "leases_ahead",
+        "lease_keeper",
+        "call",
+        "reply",
+        "retry",
+    ],
+)
 def test_what_decides_reads_no_clock_and_opens_nothing(name: str) -> None:
     source = (ROOT / "fleet_client" / f"{name}.py").read_text()
     used = {

@@ -557,3 +557,10 @@ def test_an_rsa_certificate_will_do(serve: Callable[[Pair], FakeInstance]) -> No
     """Vast.ai's are; ours are of an elliptic curve."""
     pair = make_certificate(key=rsa.generate_private_key(public_exponent=65537, key_size=2048))
     shake_hands(serve(pair), pair[0])
+
+
+def test_the_certificate_of_an_instance_is_the_only_one_that_counts() -> None:
+    """Not even one that the system's authorities vouch for would do."""
+    context = pinned_context(make_certificate()[0])
+    assert len(context.get_ca_certs()) <= 1
+    assert context.verify_mode is ssl.CERT_REQUIRED

@@ -1,0 +1,56 @@
+"""An answer on its way to the program that asked: an instance's, or one of our own in OpenAI's shape."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fleet_client.call import returned
+from fleet_client.connection_pool import Header
+from fleet_client.leases import ClientLease
+
+
+@dataclass(frozen=True, slots=True)
+class HttpReply:
+    """An answer from its first byte on. body: all of it, when it was read; source: where it comes from."""
+
+    status: int
+    reason: bytes
+    headers: Sequence[Header]
+    source: Any = None
+    body: bytes | None = None
+    lease: ClientLease | None = None
+
+
+def error_reply(
+    status: int,
+    code: str,
+    message: str,
+    *,
+    retry_after_s: float | None = None,
+    field: str | None = None,
+    headers: Sequence[Header] = (),
+) -> HttpReply:
+    """Return an answer in the shape of OpenAI's errors. field: the part of the request that is wrong."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    more = list(headers)
+    if retry_after_s is not None:
+        more.append((b"Retry-After", b"%d" % -(-retry_after_s // 1)))
+    said = {"error": {"message": message, "type": kind, "param": field, "code": code}}
+    return json_reply(status, said, headers=more)
+
+
+def json_reply(status: int, said: Mapping[str, Any], *, headers: Sequence[Header] = ()) -> HttpReply:
+    """Return an answer of ours that says this."""
+    body = json.dumps(said).encode()
+    own = [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(body))]
+    return HttpReply(status, b"", [*own, *headers], body=body)
+
+
+def kept_reply(
+    status: int, reason: bytes, headers: Iterable[Header], body: bytes, lease: ClientLease
+) -> HttpReply:
+    """Return an instance's answer that has been read to its end."""
+    kept = [(name, value) for name, value in returned(headers) if name.lower() != b"content-length"]
+    kept.append((b"Content-Length", b"%d" % len(body)))
+    return HttpReply(status, reason, kept, body=body, lease=lease)
