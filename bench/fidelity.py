@@ -29,7 +29,8 @@ from localcloud.market import MACHINES
 from policies import POLICIES, make_policy
 from simulation.live.local_stack import StackConfig
 from simulation.traces.logs import Request, read
-from simulation.virtual.virtual_fleet import Setting, simulate
+from simulation.virtual.setting import Setting
+from simulation.virtual.virtual_fleet import simulate
 
 ROOT = Path(__file__).parent.parent
 

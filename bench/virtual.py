@@ -37,7 +37,9 @@ from simulation.traces import logs
 from simulation.traces.logs import Request
 from simulation.virtual.capacity import capacity_of
 from simulation.virtual.cloud import times_for
-from simulation.virtual.virtual_fleet import Outcome, Setting, simulate
+from simulation.virtual.outcome import Outcome
+from simulation.virtual.setting import Setting
+from simulation.virtual.virtual_fleet import simulate
 
 GOAL = 0.99
 NEED = 3.0

@@ -17,7 +17,10 @@ from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, HotInstance, HotSet, Poll
 from engine.reference import ModelServer
 from engine.timing import Timing
 from loadbalancer import LoadBalancer
-from simulation.virtual.virtual_fleet import BEAT_S, GRANT_S, PUSH_S, TOKEN_LIFE_S, Ended, LoadReport
+from simulation.virtual.background import TOKEN_LIFE_S
+from simulation.virtual.instances import PUSH_S, RequestEnd, SimulatedLoad
+from simulation.virtual.setting import BEAT_S
+from simulation.virtual.users import GRANT_S
 
 AMPLE = 50.0
 """Without holding an instance is told to hold so many times what fits its memory."""
@@ -38,7 +41,7 @@ class _Instance:
         self.boot_id = f"boot-{told.id}"
         self.started: list[str] = []
         self.started_bytes: list[int] = []
-        self.ended: list[Ended] = []
+        self.ended: list[RequestEnd] = []
         self.seq = self.after = self.number = 0
         self.push_due = False
         self.next_push_at = 0.0
@@ -192,7 +195,7 @@ class Ours:
         name = self._ids.get(request.number) or f"{request.router}.{request.number}"
         instance.seq += 1
         if end:
-            instance.ended.append(Ended(name, "finished", request.output))
+            instance.ended.append(RequestEnd(name, "finished", request.output))
             self._ids.pop(request.number, None)
         else:
             instance.started.append(name)
@@ -227,7 +230,7 @@ class Ours:
     def report(self, server: int, live: ModelServer, now: float) -> None:
         """A poll and its answer."""
         instance = self._instances[server]
-        load = LoadReport(
+        load = SimulatedLoad(
             instance.boot_id,
             instance.seq,
             instance.started,

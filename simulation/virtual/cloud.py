@@ -111,11 +111,11 @@ class SimulatedCloud:
         profile: Profile,
         rng: random.Random,
         times: Times | None = None,
-        hazards: Hazards | None = None,
         speedup: float = 1.0,
     ) -> None:
         """Nothing is rented; there is credit for anything."""
-        self.hazards = hazards or Hazards()
+        self.dearest_usd_h = 0.0  # of a machine that has booted
+        self._hazards = Hazards()
         self._profile = profile
         self._rng = rng
         self.faults = Faults()
@@ -138,16 +138,27 @@ class SimulatedCloud:
 
     def booted(self, boot: Boot, now: float) -> None:
         """Its processes are up."""
+        self.dearest_usd_h = max(self.dearest_usd_h, boot.machine.usd_h)
         ports = {inside: 10_000 + 10 * (boot.id % 5000) + n for n, inside in enumerate(boot.order.ports)}
         self.model.booted(boot.id, boot.boot, ports, now)
+
+    def crashed(self, id: int, now: float) -> None:
+        """Its processes have died by themselves."""
+        rental = self.model.rentals.get(id)
+        if rental is not None:
+            self.model.crashed(id, rental.boot, now)
 
     def next_event(self, now: float) -> float | None:
         """When `advance` has something to do again."""
         return self.model.next_event(now)
 
+    def begin_hazards(self, hazards: Hazards) -> None:
+        """Let these go wrong from now on."""
+        self._hazards = hazards
+
     def draw_hazards(self, now: float, for_s: float) -> None:
         """What goes wrong in the next for_s seconds is on from now. Call it every so long."""
-        h = self.hazards
+        h = self._hazards
         for rate, fault, args in (
             (h.dies_h, "dies-hot", {"count": 1}),
             (h.offline_h, "offline", {"seconds": h.offline_s}),
@@ -180,10 +191,10 @@ class SimulatedCloud:
             if isinstance(command, Create):
                 return Performed(Reply.DONE, new_id=self._create(command, now))
             if isinstance(command, LookForOffers):
-                return Performed(Reply.DONE, offers=tuple(self._offers(now)))
+                return Performed(Reply.DONE, offers=tuple(self.offers(now)))
             if isinstance(command, Start):
-                if self._rng.random() < self.hazards.no_gpu:
-                    args = {"instance_id": command.id, "seconds": self.hazards.no_gpu_s, "count": 1}
+                if self._rng.random() < self._hazards.no_gpu:
+                    args = {"instance_id": command.id, "seconds": self._hazards.no_gpu_s, "count": 1}
                     self.faults.add("start-waits", args, now)
                 self.model.start(command.id, now)
             elif isinstance(command, Stop):
@@ -196,7 +207,7 @@ class SimulatedCloud:
         return Performed(Reply.DONE)
 
     def _create(self, command: Create, now: float) -> int:
-        bid = self.hazards.bid
+        bid = self._hazards.bid
         order = Order(
             image=self._profile.image,
             disk_gb=self._profile.disk_gb,
@@ -207,7 +218,8 @@ class SimulatedCloud:
         )
         return self.model.create(command.offer.id, order, now)
 
-    def _offers(self, now: float) -> list[Offer]:
+    def offers(self, now: float) -> list[Offer]:
+        """Return the offers that suit the profile."""
         filters = _filters(self._profile.offer_query)
         disk_gb = self._profile.disk_gb
         query = Query({}, limit=100_000, disk_gb=disk_gb)

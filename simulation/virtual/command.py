@@ -31,7 +31,9 @@ from simulation import plots, report
 from simulation.traces import logs, synthetic
 from simulation.traces.logs import Request
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
-from simulation.virtual.virtual_fleet import Outcome, Setting, simulate
+from simulation.virtual.outcome import Outcome
+from simulation.virtual.setting import Setting
+from simulation.virtual.virtual_fleet import simulate
 
 SHOW_S = 5.0
 """Between two lines of progress, in real seconds."""
@@ -129,7 +131,7 @@ def setting_of(config: VirtualConfig) -> Setting:
         limits=Limits(config.max_instances, config.max_usd_h, max_creates_per_turn=8),
         slo=Slo(),
         hazards=config.hazards,
-        timings=None if config.timings is None else read_timings(config.timings),
+        timings={} if config.timings is None else read_timings(config.timings),
         late_bound_s=config.late_bound_s if config.late_lane else None,
         timeout_s=config.request_timeout_s,
         pool=config.pool,

@@ -13,12 +13,13 @@ import pytest
 
 from engine.profiles import PROFILES, Profile
 from engine.timing import Timing
-from localcloud.account import Freeze
 from localcloud.market import Machine
 from policies import Busy, Fixed, FleetSnapshot, Targets
 from simulation.traces.logs import Request
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
-from simulation.virtual.virtual_fleet import Outcome, Setting, VirtualFleet, simulate
+from simulation.virtual.outcome import Outcome
+from simulation.virtual.setting import Setting
+from simulation.virtual.virtual_fleet import VirtualFleet, simulate
 
 A100 = tuple(m for m in deep_market() if m.gpu_name == "A100 SXM4")
 PROFILE = PROFILES["vllm-13"]
@@ -183,12 +184,12 @@ def test_what_is_sent_to_a_host_that_is_lost_for_a_moment_is_broken_off_and_trie
     tmp_path: Path,
 ) -> None:
     fleet = VirtualFleet(setting(pool=2, hot=2), Fixed(2, 2), poisson(20.0, 40, 1), tmp_path)
-    fleet._prepare()
-    lost = next(iter(fleet._instances))
-    fleet._freezes(Freeze(lost, frozen=True))
-    fleet._at(fleet.now + 10.0, fleet._freezes, Freeze(lost, frozen=False))
-    fleet._play()
-    out = fleet._finish()
+    fleet.prepare()
+    lost = next(iter(fleet.instances)).id
+    fleet.instances.freeze(lost, frozen=True)
+    fleet.loop.at(fleet.loop.now + 10.0, lambda: fleet.instances.freeze(lost, frozen=False))
+    fleet.play()
+    out = fleet.finish()
     assert out.setbacks["broken_off"] > 0
     assert out.completed == 40
 

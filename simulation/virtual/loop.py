@@ -1,0 +1,44 @@
+"""Virtual time: a clock and a heap of what is due.
+
+The key is (time, priority, counter): of what is due at the same moment arrivals come first, and the rest
+happens in the order in which it was scheduled. What happens inside the model servers is not in the heap: they
+go on by themselves until a request has ended (engine/model_servers.py).
+"""
+
+import heapq
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+ARRIVAL, USUAL = 0, 1
+"""Priorities: a request that arrives sees the fleet before anything else of that moment has happened."""
+
+
+class EventLoop:
+    """The clock of a run, `now` in seconds, and what is scheduled on it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._heap: list[tuple[float, int, int, Callable[..., None], Any]] = []
+        self._counter = count()
+
+    @property
+    def next_s(self) -> float:
+        """When the next scheduled event is due."""
+        return self._heap[0][0]
+
+    def at(self, at: float, what: Callable[..., None], arg: Any = None, priority: int = USUAL) -> None:
+        """Schedule what(arg), or what() where arg is None."""
+        heapq.heappush(self._heap, (at, priority, next(self._counter), what, arg))
+
+    def run_next(self) -> None:
+        """Go to the next scheduled event and let it happen."""
+        self.now, _, _, what, arg = heapq.heappop(self._heap)
+        if arg is None:
+            what()
+        else:
+            what(arg)
+
+    def go_to(self, now: float) -> None:
+        """Move the clock to a moment before the next scheduled event."""
+        self.now = now

@@ -1,0 +1,132 @@
+"""What a run in virtual time gave: figures of the requests and of the fleet, in little memory."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.slo import Slo
+from fleet.instance import Instance
+from fleet.journal import Costs
+from policies import Policy
+from simulation.figures import Digest
+from simulation.report import FAILED, LATE, SLOW, Sample
+
+SAMPLES = 4096
+"""Looks at the fleet that are kept; when there are more, every other is dropped."""
+
+
+@dataclass
+class RequestFigures:
+    """Figures of the requests of the scored window; `cut` is of the whole run.
+
+    missed: requests that did not keep the objective, those that failed among them. late: requests that the
+    loadbalancer had put behind the others.
+    """
+
+    requests: int = 0
+    completed: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    retried: int = 0
+    setbacks: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    missed: int = 0
+    missed_why: Counter[str] = field(default_factory=Counter)
+    late: int = 0
+    first_token: Digest = field(default_factory=Digest)
+    per_token: Digest = field(default_factory=Digest)
+    whole: Digest = field(default_factory=Digest)
+    route: Digest = field(default_factory=Digest)
+    late_wait: Digest = field(default_factory=Digest)
+
+    @property
+    def missed_share(self) -> float:
+        """The share of the requests that did not keep the objective."""
+        return self.missed / self.requests if self.requests else 0.0
+
+    def add_completed(
+        self, prompt: int, output: int, waited_s: float, first_s: float, whole_s: float, slo: Slo
+    ) -> None:
+        """Count a request that was answered. Seconds since it came: lease, first token, end."""
+        self.requests += 1
+        self.completed += 1
+        self.prompt_tokens += prompt
+        self.output_tokens += output
+        self.first_token.add(first_s)
+        self.whole.add(whole_s)
+        self.route.add(waited_s)
+        if output > 1:
+            self.per_token.add((whole_s - first_s) / (output - 1))
+        if not slo.met(prompt, output, first_s, whole_s):
+            self.missed += 1
+            if first_s > slo.first_token_limit_s(prompt) + 1e-6:
+                self.missed_why[LATE] += 1
+                self.late_wait.add(waited_s)
+            else:
+                self.missed_why[SLOW] += 1
+
+    def add_failed(self, why: str) -> None:
+        """Count a request that was given up."""
+        self.requests += 1
+        self.failed[why] += 1
+        self.missed += 1
+        self.missed_why[FAILED] += 1
+
+    def add_retried(self) -> None:
+        """Count a request that ended after more than one lease."""
+        self.retried += 1
+
+    def add_late(self) -> None:
+        """Count an answered request that had been in the late lane."""
+        self.late += 1
+
+    def add_setback(self, why: str) -> None:
+        """Count an instance that failed a request."""
+        self.setbacks[why] += 1
+
+    def add_refusal(self, why: str) -> None:
+        """Count a request that the loadbalancer sent away for a while."""
+        self.refusals[why] += 1
+
+    def add_cut(self) -> None:
+        """Count a request that was longer than the context."""
+        self.cut += 1
+
+
+@dataclass(kw_only=True)
+class Outcome(RequestFigures):
+    """What a run gave. Figures are of the scored window, counters of clamps and audit of the whole run."""
+
+    duration_s: float
+    costs: Costs
+    took: list[tuple[str, float, float]]
+    samples: list[Sample]
+    clamped: Counter[str]
+    audit: dict[str, Any]
+    policy: Policy
+    curve: dict[str, Any] | None
+
+
+class FleetSamples:
+    """Looks at the fleet over time, thinned so that there are never more than SAMPLES."""
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+        self._looks = 0
+        self._every = 1
+
+    def look(self, at_s: float, instances: Iterable[Instance], demand: float) -> None:
+        """Keep how the fleet is now, if this look is one of those that are kept."""
+        self._looks += 1
+        if self._looks % self._every:
+            return
+        fleet = list(instances)
+        states = Counter(str(i.state) for i in fleet)
+        usd_h = sum(i.price_usd_h for i in fleet)
+        self.samples.append(Sample(at_s, dict(states), round(usd_h, 6), round(demand, 4)))
+        if len(self.samples) > SAMPLES:
+            del self.samples[1::2]
+            self._every *= 2

@@ -1,0 +1,58 @@
+"""All that a run in virtual time depends on, beside the trace and the policy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from engine.profiles import Profile
+from engine.slo import Slo
+from engine.timing import Key, Timing, timing_for
+from fleet.states import Limits
+from localcloud.account import Times
+from localcloud.market import Machine
+from simulation.virtual.cloud import Hazards
+
+TURN_S = 5.0
+"""Seconds between two turns: autoscaler_server's --poll-interval-s."""
+
+BEAT_S = 1.0
+"""Seconds between two rounds of the loadbalancer's own work: tokens, load reports, expiry."""
+
+CALL_S = 0.5
+"""Seconds that a call of the vastai CLI takes (vast-contract 1.3)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run depends on. Times in seconds.
+
+    pool, hot: loaded instances, and hot ones, when the trace begins. score_from_s, score_to_s: only what
+    arrives and is spent between them counts, measured from the first arrival. context: the longest request,
+    prompt and answer; longer prompts are cut, and counted. timings: constants that replace or add to those
+    of engine/timing.py. late_bound_s: None for one line, first come first served. tells_length: users say
+    how long their answer will be (as sim.py's do), or not at all, so that the loadbalancer expects the mean.
+    """
+
+    profile: Profile
+    machines: Sequence[Machine]
+    limits: Limits = field(default_factory=lambda: Limits(max_instances=200, max_usd_h=1e6))
+    slo: Slo = field(default_factory=Slo)
+    times: Times | None = None
+    hazards: Hazards = field(default_factory=Hazards)
+    timings: Mapping[Key, Timing] = field(default_factory=dict)
+    speedup: float = 1.0
+    late_bound_s: float | None = 300.0
+    timeout_s: float = 600.0
+    pool: int = 4
+    hot: int = 1
+    seed: int = 0
+    score_from_s: float = 0.0
+    score_to_s: float = float("inf")
+    context: int | None = None
+    replay_every_s: float = 1800.0
+    tells_length: bool = False
+    turn_s: float = TURN_S
+    beat_s: float = BEAT_S
+
+    def timing(self, gpu_name: str, num_gpus: int) -> Timing:
+        """Return the step-time constants of a model server on these GPUs."""
+        return timing_for(self.profile.name, gpu_name, num_gpus, self.timings)

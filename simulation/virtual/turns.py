@@ -1,0 +1,175 @@
+"""The autoscaler's turns, health checks and commands in virtual time, and what the cloud does to machines.
+
+How long things take: a command as long as a call of the vastai CLI, a health check as long as ssh and a
+short prompt. A machine that is ready before the listing showed it makes the autoscaler look sooner.
+"""
+
+from fleet.commands import Create
+from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
+from fleet.outside.tuner import Tuner
+from fleet.outside.turns import Autoscaler
+from loadbalancer import LoadBalancer
+from localcloud.account import Boot, End, Freeze, Kill
+from simulation.virtual.background import VirtualBackground
+from simulation.virtual.cloud import SimulatedCloud
+from simulation.virtual.instances import SimulatedInstance, SimulatedInstances
+from simulation.virtual.loop import EventLoop
+from simulation.virtual.outcome import FleetSamples
+from simulation.virtual.setting import CALL_S, Setting
+
+MIN_TURN_S = 1.0
+"""Seconds between the last turn and one that a machine which is ready brings about, at least."""
+
+CREATE_GAP_S = 4.5
+"""Seconds between two creates (vast-contract 1.3)."""
+
+CHECK_S = 0.3
+"""Seconds that a health check takes: an ssh handshake and a short prompt."""
+
+
+class VirtualTurns:
+    """The autoscaler at work: it sees the cloud and the instances, and its commands reach the cloud."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        loop: EventLoop,
+        scaler: Autoscaler,
+        tuner: Tuner,
+        balancer: LoadBalancer,
+        cloud: SimulatedCloud,
+        instances: SimulatedInstances,
+        background: VirtualBackground,
+    ) -> None:
+        self.samples = FleetSamples()
+        self._setting = setting
+        self._loop = loop
+        self._scaler = scaler
+        self._tuner = tuner
+        self._balancer = balancer
+        self._cloud = cloud
+        self._instances = instances
+        self._background = background
+        self._begun_at: float | None = None
+        self._tune_at = float("inf")
+        self._turn_number = 0
+        self._turned_at = 0.0
+        self._checking: set[str] = set()
+        self._command_due = False
+        self._last_create = float("-inf")
+        self._cloud_due = float("inf")
+
+    def begin(self, tune_at: float) -> None:
+        """Begin the trace now: the fleet is looked at in each turn, and tuned from tune_at on."""
+        self._begun_at = self._loop.now
+        self._tune_at = tune_at
+
+    # -- turns --
+
+    def turn_at(self, at: float) -> None:
+        """Have the next turn then, and not when it was to be."""
+        self._turn_number += 1
+        self._loop.at(at, self._turn, self._turn_number)
+
+    def _turn(self, number: int) -> None:
+        if number != self._turn_number:
+            return
+        s, scaler = self._setting, self._scaler
+        now = self._turned_at = self._loop.now
+        self.advance_cloud()
+        self._cloud.draw_hazards(now, s.turn_s)
+        self._background.report_usage()
+        if now >= self._tune_at:
+            self._tune_at = now + s.replay_every_s
+            self._tuner.tune()
+        scaler.turn()
+        self._balancer.expect_hot(scaler.instances.expected_hot_s(now), now)
+        self._check()
+        self._background.take_hot_set()
+        self._plan_command()
+        if self._begun_at is not None:
+            self.samples.look(now - self._begun_at, scaler.instances, scaler.demand.demand)
+        self.turn_at(now + s.turn_s)
+
+    def _check(self) -> None:
+        for order in self._scaler.checks_due(self._checking):
+            self._checking.add(order.label)
+            self._loop.at(self._loop.now + CHECK_S, self._checked, (order, self._loop.now))
+
+    def _checked(self, which: tuple[HealthCheckOrder, float]) -> None:
+        order, started_at = which
+        self._checking.discard(order.label)
+        instance = self._instances.answering(order.id)
+        if instance is None:
+            check = HealthCheck(order.label, started_at, Verdict.FAILED, "does not answer")
+        elif not instance.ready:
+            check = HealthCheck(
+                order.label, started_at, Verdict.LOADING, "the ready line is not in its log yet"
+            )
+        else:
+            at_hand = self._instances.requests_at(instance)
+            check = HealthCheck(order.label, started_at, Verdict.PASSED, "test prompt: 1 token(s)", at_hand)
+        self._scaler.judge(check)
+        self._background.take_hot_set()
+
+    # -- commands --
+
+    def _plan_command(self) -> None:
+        if not self._command_due and not self._scaler._orders.empty():
+            self._command_due = True
+            self._loop.at(self._loop.now + CALL_S, self._perform)
+
+    def _perform(self) -> None:
+        now = self._loop.now
+        if isinstance(self._scaler._orders.queue[0][2], Create):
+            if now - self._last_create < CREATE_GAP_S:
+                self._loop.at(self._last_create + CREATE_GAP_S, self._perform)
+                return
+            self._last_create = now
+        self._command_due = False
+        self._scaler.perform_next()
+        self.advance_cloud()
+        self._plan_command()
+
+    # -- machines --
+
+    def advance_cloud(self) -> None:
+        """Let happen what the cloud has done to machines by now, and look again when it does more."""
+        now = self._loop.now
+        for effect in self._cloud.advance(now):
+            if isinstance(effect, Boot):
+                self._boot(effect)
+            elif isinstance(effect, End):
+                self._instances.end(effect.id)
+            elif isinstance(effect, Kill):
+                self._instances.end(effect.id)
+                self._cloud.crashed(effect.id, now)
+            elif isinstance(effect, Freeze):
+                self._instances.freeze(effect.id, effect.frozen)
+        at = self._cloud.next_event(now)
+        if at is not None and at < now + self._setting.turn_s:
+            at = max(at, now + 1e-3)
+            if at < self._cloud_due or self._cloud_due <= now:
+                self._cloud_due = at
+                self._loop.at(at, self.advance_cloud)
+
+    def _boot(self, boot: Boot) -> None:
+        timing = self._setting.timing(boot.machine.gpu_name, boot.machine.num_gpus)
+        instance = self._instances.boot(boot.id, boot.boot, timing)
+        self._cloud.booted(boot, self._loop.now)
+        self._loop.at(self._loop.now + boot.load_s, self._ready, instance)
+
+    def _ready(self, instance: SimulatedInstance) -> None:
+        """Have its model loaded, of which it tells the autoscaler."""
+        if not instance.up:
+            return
+        instance.become_ready()
+        scaler = self._scaler
+        for i in scaler.instances:
+            if i.id == instance.id:
+                scaler.record_message(i.label, instance.boot_id, 1, "ready")
+                self._check()
+                break
+        if scaler.turn_due.is_set():  # the listing that we have is older than the machine
+            scaler.turn_due.clear()
+            self.turn_at(max(self._loop.now + CALL_S, self._turned_at + MIN_TURN_S))

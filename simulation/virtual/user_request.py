@@ -1,0 +1,128 @@
+"""One request of a user, from its arrival to its end.
+
+    asking ──lease──► sent ──answer──► ended
+     ▲  │ held ─lease──▲ │               ▲
+     │  └──►┘            │ its instance  │ its time is up
+     └───────────────────┘ failed it     └── asking, held
+
+An illegal move raises NotConserved and changes nothing.
+"""
+
+from dataclasses import replace
+from enum import Enum
+
+from dispatch.types import Ask, Lease
+
+RETRY_S = (0.5, 5.0)
+"""Seconds of a client's pause before its second and later tries: the first doubles up to the second."""
+
+MOST_AVOIDED = 16
+"""Instances that a request avoids at once: the last that failed it."""
+
+
+class NotConserved(Exception):
+    """A run lost or doubled a request, a token or a dollar: a mistake of ours."""
+
+
+def must(holds: bool, otherwise: str) -> None:
+    """Raise NotConserved with the text unless it holds."""
+    if not holds:
+        raise NotConserved(otherwise)
+
+
+class Place(Enum):
+    """Where a request is."""
+
+    ASKING = "asking"
+    HELD = "held"
+    SENT = "sent"
+    ENDED = "ended"
+
+
+class UserRequest:
+    """A request and what it went through. Times in seconds, lengths in tokens.
+
+    at: when it came; up_at: when its user gives up. given_at: when it got its last lease. row: its number
+    in the model servers' table, 0 while it is in none. late: it was in the late lane.
+    """
+
+    __slots__ = (
+        "_pause_s",
+        "ask",
+        "at",
+        "given_at",
+        "late",
+        "lease",
+        "output",
+        "place",
+        "prompt",
+        "row",
+        "scored",
+        "tries",
+        "up_at",
+    )  # fmt: skip
+
+    def __init__(self, at: float, prompt: int, output: int, ask: Ask, up_at: float, scored: bool) -> None:
+        """scored: whether it came in the scored window."""
+        self.at = at
+        self.prompt = prompt
+        self.output = output
+        self.ask = ask
+        self.up_at = up_at
+        self.scored = scored
+        self.tries = 0
+        self.given_at = at
+        self.row = 0
+        self.lease: Lease | None = None
+        self.place = Place.ASKING
+        self.late = False
+        self._pause_s = 0.0
+
+    @property
+    def given(self) -> Lease:
+        """Its lease; it must have one."""
+        lease = self.lease
+        if lease is None:
+            raise NotConserved("a request has no lease, and was to have one")
+        return lease
+
+    def hold(self) -> None:
+        """Wait at the loadbalancer."""
+        self.place = Place.HELD
+
+    def send(self, lease: Lease, now: float, late: bool = False) -> None:
+        """Go to the instance of the lease; late: from the late lane."""
+        self.place = Place.SENT
+        self.lease = lease
+        self.given_at = now
+        self.tries += 1
+        self.late = self.late or late
+
+    def submitted(self, row: int) -> None:
+        """Be in a model server, as that row of its table."""
+        self.row = row
+
+    def set_back(self) -> float:
+        """Ask again, of another instance; return the pause before that."""
+        lease = self.given
+        must(self.place is Place.SENT, "a request failed that was not on its way")
+        self.place = Place.ASKING
+        self.lease = None
+        self.row = 0
+        self.ask = replace(self.ask, avoid=(*self.ask.avoid, lease.instance_id)[-MOST_AVOIDED:])
+        pause_s = self._pause_s
+        self._pause_s = min(max(2 * pause_s, RETRY_S[0]), RETRY_S[1])
+        return pause_s
+
+    def complete(self) -> None:
+        """End with its answer."""
+        must(self.place is Place.SENT, f"a request completed that was {self.place.value}")
+        self.place = Place.ENDED
+
+    def give_up(self) -> None:
+        """End without an answer."""
+        must(
+            self.place in (Place.ASKING, Place.HELD),
+            f"a request was given up while it was {self.place.value}",
+        )
+        self.place = Place.ENDED

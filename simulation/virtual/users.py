@@ -1,0 +1,240 @@
+"""The users of a run: requests as they arrive, the line they are held in, and what they try again.
+
+    arrive ──► ask for a lease ──► sent ──► answered
+                 ▲   │ held: granted later        │ broken off, not started
+                 │   └ refused: later             │
+                 └────────────────────────────────┘
+
+The next arrival is read from the trace when the one before has happened, and figures are kept as digests, so
+memory does not grow with the length of the trace.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+
+from dispatch.types import Ask, Lease, Waiter
+from loadbalancer import LoadBalancer
+from process.errors import ConfigError
+from simulation.traces.logs import Request
+from simulation.virtual.instances import SimulatedInstances
+from simulation.virtual.loop import ARRIVAL, EventLoop
+from simulation.virtual.outcome import RequestFigures
+from simulation.virtual.setting import Setting
+from simulation.virtual.user_request import Place, UserRequest
+
+GRANT_S = (0.02, 0.1)
+"""Seconds between two looks whether time alone has made room for a held request: the first, doubling up to
+the second while it has not. Whatever else makes room is looked at when it happens."""
+
+STALL_S = 30.0
+"""Seconds without a token after which the client breaks an answer off (simulation/live/users.py)."""
+
+LAST_TRY_S = 0.1
+"""With a shorter pause than this before the next try no lease is asked for again: the time is up."""
+
+
+class Users:
+    """All requests of a run.
+
+    arrived, ended: requests so far. tokens_delivered: output tokens of those that were answered.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        context: int,
+        loop: EventLoop,
+        balancer: LoadBalancer,
+        instances: SimulatedInstances,
+        rng: random.Random,
+    ) -> None:
+        """context: the longest request, prompt and answer, in tokens."""
+        self.figures = RequestFigures()
+        self.arrived = 0
+        self.ended = 0
+        self.tokens_delivered = 0
+        self._setting = setting
+        self._context = context
+        self._loop = loop
+        self._balancer = balancer
+        self._instances = instances
+        self._rng = rng
+        self._requests: Iterator[Request] = iter(())
+        self._begun = 0.0
+        self._coming = False
+        self._held: dict[Waiter, UserRequest] = {}
+        self._asking = 0
+        self._sent = 0
+        self._grant_due = False
+        self._grant_s = GRANT_S[0]
+        self._granting = False
+
+    @property
+    def holding(self) -> bool:
+        """Whether a request is held by the loadbalancer."""
+        return bool(self._held)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way or still to come."""
+        return not (self._coming or self._asking or self._sent or self._held)
+
+    # -- arrivals --
+
+    def play(self, requests: Iterable[Request]) -> None:
+        """Begin the trace now; raise ConfigError when there is no request in it."""
+        self._requests = iter(requests)
+        self._begun = self._loop.now
+        self._next_arrival()
+        if not self._coming:
+            raise ConfigError("the trace has no request")
+
+    def _next_arrival(self) -> None:
+        request = next(self._requests, None)
+        self._coming = request is not None
+        if request is not None:
+            self._loop.at(self._begun + request.at_s, self._arrive, request, ARRIVAL)
+
+    def _arrive(self, request: Request) -> None:
+        offset, prompt, output, _ = request
+        if prompt + output > self._context:
+            self.figures.add_cut()
+            output = min(output, self._context // 2)
+            prompt = min(prompt, self._context - output)
+        s, balancer, now = self._setting, self._balancer, self._loop.now
+        told = output if s.tells_length else None
+        ask = Ask(balancer.work_of(prompt, told), told, (), prompt)
+        scored = s.score_from_s <= offset < s.score_to_s
+        self.arrived += 1
+        self._asking += 1
+        balancer.arrived(ask)
+        self._ask(UserRequest(now, prompt, output, ask, now + s.timeout_s, scored))
+        self._next_arrival()
+
+    # -- leases --
+
+    def _ask(self, request: UserRequest) -> None:
+        """Ask for a lease: it is given, or the request is held, or comes again later."""
+        balancer, now = self._balancer, self._loop.now
+        self.grant()
+        lease = balancer.route(request.ask, now)
+        if lease is not None:
+            self._asking -= 1
+            self._send(request, lease)
+            return
+        waiter = balancer.hold(request.ask, request.up_at, now)
+        if waiter is None:
+            self._refused(request, *balancer.refuse(request.ask, now))
+            return
+        self._asking -= 1
+        request.hold()
+        self._held[waiter] = request
+        self._plan_grant()
+
+    def _refused(self, request: UserRequest, why: str, after_s: float) -> None:
+        now = self._loop.now
+        if request.scored:
+            self.figures.add_refusal(why)
+        after_s = min(after_s * self._rng.uniform(1.0, 1.25), (request.up_at - now) / 2)
+        if after_s < LAST_TRY_S:
+            self._asking -= 1
+            self._give_up(request, "no_capacity")
+        else:
+            self._loop.at(now + after_s, self._ask, request)
+
+    def _plan_grant(self) -> None:
+        if not self._grant_due:
+            self._grant_due = True
+            self._loop.at(self._loop.now + self._grant_s, self._grant_again)
+
+    def _grant_again(self) -> None:
+        self._grant_due = False
+        self._grant_s = min(GRANT_S[1], 2.0 * self._grant_s)
+        self.grant()
+        if self._held:
+            self._plan_grant()
+
+    def grant(self) -> None:
+        """Send those that are held and that there is room for now."""
+        if not self._held or self._granting:
+            return
+        self._granting = True  # what is sent may free room at once: no other round may begin in this one
+        for waiter, lease in self._balancer.grant(self._loop.now):
+            self._grant_s = GRANT_S[0]
+            self._send(self._held.pop(waiter), lease, waiter.late)
+        self._granting = False
+        if len(self._held) > self._balancer.line.held:
+            for waiter in [w for w in self._held if w.over]:
+                self._give_up(self._held.pop(waiter), "no_capacity")
+
+    # -- on instances --
+
+    def _send(self, request: UserRequest, lease: Lease, late: bool = False) -> None:
+        request.send(lease, self._loop.now, late)
+        self._sent += 1
+        instance = self._instances.find(lease.instance_id)
+        if instance is not None and instance.frozen:
+            self.stall(request)
+        elif instance is None or not instance.ready:
+            self._set_back(request, "not_started")
+        else:
+            self._instances.submit(instance, request)
+
+    def answered(self, request: UserRequest, first_at: float, at: float) -> None:
+        """Take in an answer; the loadbalancer is told at once, the instance's report tells its length."""
+        request.complete()
+        self._sent -= 1
+        self.ended += 1
+        self.tokens_delivered += request.output
+        came = request.at
+        if request.scored:
+            figures = self.figures
+            figures.add_completed(
+                request.prompt,
+                request.output,
+                request.given_at - came,
+                first_at - came,
+                at - came,
+                self._setting.slo,
+            )
+            if request.tries > 1:
+                figures.add_retried()
+            if request.late:
+                figures.add_late()
+        self._balancer.done(request.given.request_id, "finished", self._loop.now)
+
+    def broken_off(self, request: UserRequest) -> None:
+        """Take in that the instance of a request is gone: another is asked."""
+        self._set_back(request, "broken_off")
+
+    def stall(self, request: UserRequest) -> None:
+        """Break a request off in STALL_S if its instance is still silent."""
+        self._loop.at(self._loop.now + STALL_S, self._stalled, request)
+
+    def _stalled(self, request: UserRequest) -> None:
+        if request.place is Place.SENT and self._instances.silent(request):
+            self._instances.cancel(request)
+            self._set_back(request, "broken_off")
+
+    def _set_back(self, request: UserRequest, why: str) -> None:
+        """Tell the loadbalancer that the instance failed the request, and ask again while there is time."""
+        now = self._loop.now
+        lease = request.given
+        again = now + request.set_back()
+        self._sent -= 1
+        self._balancer.done(lease.request_id, "failed", now)
+        if request.scored:
+            self.figures.add_setback(why)
+        if again >= request.up_at:
+            self._give_up(request, why)
+            return
+        self._asking += 1
+        self._loop.at(again, self._ask, request)
+
+    def _give_up(self, request: UserRequest, why: str) -> None:
+        request.give_up()
+        self.ended += 1
+        if request.scored:
+            self.figures.add_failed(why)
+            if request.tries > 1:
+                self.figures.add_retried()
