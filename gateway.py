@@ -1,7 +1,6 @@
-"""Run the gateway: python gateway.py is python -m fleet_client.gateway."""
+"""Run the gateway: `python gateway.py` is `python -m fleet_client.gateway`."""
 
-from fleet_client.flags import run_main
-from fleet_client.gateway import main
+from fleet_client.gateway import run
 
 if __name__ == "__main__":
-    run_main(main)
+    run()

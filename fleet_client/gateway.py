@@ -431,5 +431,10 @@ def main(argv: list[str] | None = None) -> None:
     serve(Config(**vars(args)))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the command `fleet-gateway`; wrong flags are one line and exit 2."""
     flags.run_main(main)
+
+
+if __name__ == "__main__":
+    run()
