@@ -47,7 +47,7 @@ FLAGS = {
     "localcloud": flags_of(localcloud_main._parser()),
     "gateway.py": flags_of(gateway._parser()),
 }
-OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http"}
+OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps"}
 
 
 @pytest.mark.parametrize("program", list(FLAGS))
