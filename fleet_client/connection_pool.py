@@ -161,7 +161,7 @@ class Connection:
 
 
 class BadHttp(OSError):
-    """What came is no answer."""
+    """Bytes that are no HTTP answer."""
 
 
 Key = tuple[str, str | None]

@@ -1,5 +1,5 @@
-"""The failure that the operator must mend."""
+"""The error that an operator must act on."""
 
 
 class ConfigError(Exception):
-    """The operator must act: a wrong flag, a missing key, a port in use. One line, exit 2, no traceback."""
+    """A wrong flag, a missing key, a port in use. One line, exit 2, no traceback."""

@@ -1,17 +1,93 @@
-"""What the commands have in common: wrong flags are one line, wrong values name flag and range, exit 2."""
+"""Command lines: flags as fields of a settings dataclass, and errors of one line.
+
+    @dataclass(frozen=True)
+    class GatewayConfig:
+        port: int = flag(8300, "port to listen on", least=1, most=65535)      --port N
+
+A flag is declared once: name, type, default, meaning and range. `add_flags` gives it to a parser and
+`check_flags` looks at the values; a wrong flag or value is a ConfigError that names it.
+"""
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from fleet_client.errors import ConfigError
 
+METAVARS: dict[type | str, str] = {int: "N", float: "X", Path: "FILE", "s": "S"}
+"""Stand-ins for a flag's value in --help, by type; "s": of a field in seconds, whose name ends in _s."""
+
+
+def flag(
+    default: Any,
+    meaning: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """Declare a field that is a flag, too. meaning: with the unit; least, most: the allowed range."""
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "meaning": meaning,
+            "range": None if least is None or most is None else (least, most),
+            "choices": choices,
+            "metavar": metavar,
+        },
+    )
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
+    """Add a flag for each field of a settings class that is declared with `flag`.
+
+    A field of type bool is a switch: --name where the default is False, else --name and --no-name.
+    """
+    types = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if "meaning" not in field.metadata:
+            continue
+        meaning, choices = field.metadata["meaning"], field.metadata["choices"]
+        kind = next((one for one in get_args(types[field.name]) if one is not type(None)), types[field.name])
+        if kind is bool:
+            action: Any = argparse.BooleanOptionalAction if field.default else "store_true"
+            parser.add_argument(flag_of(field.name), action=action, default=field.default, help=meaning)
+            continue
+        shown = "" if field.default is None else f" (default {field.default:{'g' if kind is float else ''}})"
+        metavar = field.metadata["metavar"] or METAVARS.get("s" if field.name.endswith("_s") else kind)
+        parser.add_argument(
+            flag_of(field.name),
+            type=kind,
+            default=field.default,
+            choices=choices,
+            metavar=None if choices else metavar,
+            help=meaning + shown,
+        )
+
+
+def check_flags(settings: Any) -> None:
+    """Raise ConfigError for the first field outside its range, or that is none of its choices."""
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), flag_of(field.name)
+        choices = field.metadata.get("choices")
+        if field.metadata.get("range"):
+            within(name, value, *field.metadata["range"])
+        if choices and value not in choices:
+            raise ConfigError(f"{name} {value}: wanted {', '.join(choices[:-1])} or {choices[-1]}")
+
 
 class Parser(argparse.ArgumentParser):
-    """One line about a wrong flag, as about everything else that an operator gets wrong."""
+    """Raises ConfigError for a wrong flag, so that it is one line like every other operator's error."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
@@ -25,7 +101,7 @@ def within(flag: str, value: float, least: float, most: float) -> None:
 
 
 def server_url(flag: str, text: str) -> str:
-    """The URL without a slash at its end; raises ConfigError unless it is http://HOST:PORT or https."""
+    """Return the URL without a slash at its end; raise ConfigError unless it is http(s)://HOST:PORT."""
     try:
         url = urlsplit(text)
         good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0

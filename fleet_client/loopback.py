@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 
 def is_loopback_host(host: str) -> bool:
-    """Whether that name or address can be reached from this machine only."""
+    """Return whether that name or address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -14,13 +14,13 @@ def is_loopback_host(host: str) -> bool:
 
 
 def is_loopback_url(url: str) -> bool:
-    """Whether the host of that URL is this machine, by name or by number."""
+    """Return whether the host of that URL is this machine, by name or by number."""
     return is_loopback_host(urlsplit(url).hostname or "")
 
 
 @functools.lru_cache(maxsize=256)
 def names_loopback(host_header: bytes) -> bool:
-    """Whether a Host header, or what follows http:// in an Origin, is a name of this machine."""
+    """Return whether a Host header, or what follows http:// in an Origin, is a name of this machine."""
     host = host_header.decode("latin-1")
     if host.startswith("["):
         return is_loopback_host(host[1:].split("]")[0])

@@ -1,7 +1,7 @@
-"""Where the beginning of a prompt was read before, found without telling anybody what it is.
+"""Salted hashes of a prompt's prefixes: they find where it was read before, without showing it.
 
-A model server that has read a prefix need not read it again, so who places a request has to know which
-prompts begin alike. He is told salted hashes of their beginnings:
+A model server that has read a prefix need not read it again, so the loadbalancer has to know which prompts
+begin alike. It is told salted hashes of their beginnings:
 
     prompt, as canonical text   ├── 1024 bytes ──┼── 1024 bytes ──┼── 1024 bytes ──┼── the rest ─┤
                                 └───── h1 ───────┘                │                │
@@ -12,12 +12,12 @@ prompts begin alike. He is told salted hashes of their beginnings:
 
 Tools come first, then the system's words, then the messages in order, as chat templates have them: two
 turns of a conversation share what the first one had, and conversations share their system prompt. A block
-is 256 tokens by fleet_size's estimate; token ids take 4 bytes each, so 256 of them are one, too.
+is 256 tokens by token_estimate's measure; token ids take 4 bytes each, so 256 of them are one, too.
 
-Who has the hashes but not the salt learns: which prompts under one salt begin with the same whole blocks, and
-how many blocks they have, which prompt_tokens says anyway. He can check no guess of a text, however short the
-list of guesses is. Who has the salt, too, can. Two texts may in theory have the same canonical text: it is a
-hint, and the worst it does is send a request where its prefix is not.
+Whoever has the hashes but not the salt learns which prompts under one salt begin with the same whole blocks,
+and how many blocks they have, which prompt_tokens says anyway; they cannot check a guess of a text, however
+short the list of guesses is. Whoever has the salt, too, can. Two texts may in theory have the same canonical
+text: it is a hint, and the worst it does is send a request where its prefix is not.
 """
 
 import hashlib
@@ -36,16 +36,16 @@ from fleet_client.token_estimate import (
 )
 
 BLOCK_TOKENS, MOST_BLOCKS = 256, 256
-"""Tokens of a block, and blocks that are hashed at most: what POST /route takes."""
+"""Tokens of a block, and most blocks that are hashed: what POST /route takes."""
 
 BLOCK = BLOCK_TOKENS * BYTES_PER_TOKEN
-"""Bytes of canonical text a block."""
+"""Bytes of canonical text in a block."""
 
 LEAST_SALT = 16
-"""Bytes of a salt: one that can be guessed is none."""
+"""Fewest bytes of a salt: one that can be guessed is none."""
 
 REMEMBERED, HOLDERS = 20_000, 4
-"""Hashes kept, about 250 bytes each, and instances for each: the last that served it."""
+"""Most hashes kept, about 250 bytes each, and instances kept for each: the last that served it."""
 
 _FIRST = ("role", "content")
 _BEFORE, _MAIN = ("tools", "functions", "instructions", "system"), ("messages", "prompt", "input")
@@ -56,13 +56,13 @@ class Hasher:
     """Makes the hashes under one salt. The salt is never shown."""
 
     def __init__(self, salt: bytes) -> None:
-        """Raises ValueError for a salt that can be guessed."""
+        """Raise ValueError for a salt that can be guessed."""
         if len(salt) < LEAST_SALT:
             raise ValueError(f"affinity_salt: wanted at least {LEAST_SALT} bytes, got {len(salt)}")
         self._key = hashlib.blake2b(salt, digest_size=32, person=b"fleet affinity").digest()
 
     def hashes(self, target: str, said: Mapping[str, Any] | None, size: TokenEstimate) -> tuple[str, ...]:
-        """The hashes of a body's prompt, shortest prefix first: none when it has no whole block."""
+        """Return the hashes of a body's prompt, shortest prefix first: none when it has no whole block."""
         blocks = min(MOST_BLOCKS, size.prompt_tokens // BLOCK_TOKENS)
         if said is None or blocks == 0 or not makes_text(target):
             return ()
@@ -76,9 +76,9 @@ class Hasher:
 
 
 def canonical(said: Mapping[str, Any], limit: int, key: bytes) -> bytes:
-    """The first `limit` bytes of what a model reads, the same however it is written as JSON.
+    """Return the first `limit` bytes of what a model reads, the same however it is written as JSON.
 
-    Of several prompts it is the first. key: pictures and sounds stand there as their hashes under it.
+    Of several prompts the first counts. key: pictures and sounds stand there as their hashes under it.
     """
     found = _Text(limit, key)
     for name in _BEFORE:
@@ -104,7 +104,7 @@ class _Text:
         return b"".join(self._parts)[: self._limit]
 
     def add(self, value: object, depth: int = 0) -> None:
-        """What is empty or no text of the prompt adds nothing."""
+        """Add a value's text; one that is empty or no text of the prompt adds nothing."""
         if self._left <= 0 or not value or depth > DEEPEST:
             return
         if isinstance(value, str):
@@ -146,7 +146,7 @@ class _Text:
         return True
 
     def _add_media(self, value: Mapping[str, Any], depth: int) -> None:
-        """As long as fleet_size takes it to be, and different for a different one."""
+        """Add a digest as long as token_estimate takes it to be, and different for a different one."""
         whole = _Text(2**62, self._key)
         for name in sorted(value):
             whole.add(name)
@@ -163,16 +163,16 @@ class Served:
     """Which instances have answered which prefixes, as far as this client knows. Bounded."""
 
     def __init__(self, most: int = REMEMBERED) -> None:
-        """Nothing is known. most: hashes kept."""
+        """Know nothing yet. most: hashes kept."""
         self._most = most
         self._holders: OrderedDict[str, tuple[int, ...]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Hashes kept."""
+        """Count the hashes kept."""
         return len(self._holders)
 
     def note(self, hashes: Sequence[str], instance_id: int) -> None:
-        """The instance has answered a request with these prefixes."""
+        """Note that the instance has answered a request with these prefixes."""
         kept = self._holders
         for one in hashes:
             before = kept.get(one)
@@ -184,7 +184,7 @@ class Served:
             kept.popitem(last=False)
 
     def blocks(self, hashes: Sequence[str]) -> dict[int, int]:
-        """By instance, how many blocks of the prefix it has answered; only those that have any."""
+        """Return, by instance, how many blocks of the prefix it has answered; only those that have any."""
         found: dict[int, int] = {}
         for n in range(len(hashes), 0, -1):
             for instance_id in self._holders.get(hashes[n - 1], ()):

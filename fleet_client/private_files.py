@@ -9,7 +9,7 @@ from fleet_client.errors import ConfigError
 
 
 def default_state_dir(label: str) -> Path:
-    """Where the processes of one fleet keep keys and ledger; raises ConfigError for an impossible label."""
+    """Return where the processes of one fleet keep keys and ledger; ConfigError for an impossible label."""
     if not label or "/" in label or not label.isprintable() or label in (".", "..") or len(label) > 64:
         raise ConfigError(f"--label {label!r}: wanted 1 to 64 printable characters without '/'")
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
@@ -17,7 +17,7 @@ def default_state_dir(label: str) -> Path:
 
 
 def make_private_dir(path: Path) -> Path:
-    """The directory, 0700; raises ConfigError when it cannot be made or is open to others."""
+    """Return the directory, 0700; raise ConfigError when it cannot be made or is open to others."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_mode & 0o077:
@@ -28,7 +28,7 @@ def make_private_dir(path: Path) -> Path:
 
 
 def write_private(path: Path, text: str) -> None:
-    """The file, 0600, in one step: a reader sees all of it or none; an existing one is left alone.
+    """Write the file, 0600, in one step: a reader sees all of it or none; an existing one is left alone.
 
     Raises OSError when the directory cannot be written.
     """
@@ -47,7 +47,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def load_or_make_key(path: Path) -> str:
-    """The key in the file, made on first use (256 bits, 0600). Two processes at once get the same one.
+    """Return the key in the file, made on first use (256 bits, 0600). Two processes at once get the same one.
 
     Raises ConfigError when it cannot be made, is open to others, or holds anything but one key.
     """
@@ -56,6 +56,11 @@ def load_or_make_key(path: Path) -> str:
             write_private(path, secrets.token_hex(32) + "\n")
     except OSError as e:
         raise ConfigError(f"key file {path} cannot be made: {e.strerror}") from e
+    return load_one_key(path)
+
+
+def load_one_key(path: Path) -> str:
+    """Return the only key (or salt) of a 0600 file; raise ConfigError when there is not one."""
     keys = load_keys(path)
     if len(keys) != 1:
         raise ConfigError(f"key file {path}: wanted one key, got {len(keys)}")
@@ -63,7 +68,7 @@ def load_or_make_key(path: Path) -> str:
 
 
 def load_keys(path: Path | None) -> frozenset[str]:
-    """The keys of a 0600 file, one a line; none without a file. Raises ConfigError."""
+    """Return the keys of a 0600 file, one a line; none without a file. Raises ConfigError."""
     if path is None:
         return frozenset()
     try:

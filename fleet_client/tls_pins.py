@@ -1,9 +1,9 @@
 """TLS to a machine whose certificate is known beforehand: that certificate and no other.
 
-A rented machine has no name that a certificate authority could vouch for. What vouches for it is the
-autoscaler, which read its certificate over ssh (fleet/outside/ssh_log.py); whoever wants to talk to it is
-given that certificate, and the handshake fails with any other. Names and dates in it say nothing then, so
-they are not looked at, and a clock that is wrong by minutes changes nothing.
+A rented machine has no name that a certificate authority could vouch for. The autoscaler vouches for it: it
+reads its certificate over ssh (fleet/outside/ssh_log.py). Every program that talks to the machine is given
+that certificate, and the handshake fails with any other. Names and dates in it say nothing then, so they are
+not looked at, and a clock that is wrong by minutes changes nothing.
 """
 
 import base64
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fleet_client.loopback import is_loopback_url
 
 LONGEST = 16_384
-"""Characters of a certificate that is looked at; one with an RSA key of 4096 bits has 2,000."""
+"""Most characters of a certificate that is looked at; one with an RSA key of 4096 bits has 2,000."""
 
 _NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME of OpenSSL's x509_vfy.h; Python's ssl has no name for it."""
@@ -30,7 +30,7 @@ class BadAddress(ValueError):
 
 @functools.lru_cache(maxsize=4096)
 def pinned_context(certificate: str) -> ssl.SSLContext:
-    """A client's context that trusts the machine with that certificate (PEM) only; raises ValueError."""
+    """Return a client's context that trusts only that certificate (PEM); raises ValueError."""
     _parsed(certificate)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -49,7 +49,7 @@ def pinned_context(certificate: str) -> ssl.SSLContext:
 
 @functools.lru_cache(maxsize=4096)
 def public_key_sha256(certificate: str) -> str:
-    """SHA-256 of its public key, base64: what `curl --pinnedpubkey sha256//…` wants; raises ValueError."""
+    """Return SHA-256 of its public key in base64, for `curl --pinnedpubkey sha256//…`; raises ValueError."""
     key = _parsed(certificate).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return base64.b64encode(hashlib.sha256(key).digest()).decode()
 
@@ -63,7 +63,7 @@ def _parsed(certificate: str) -> x509.Certificate:
 
 
 def context_for(url: str, certificate: str | None) -> ssl.SSLContext | None:
-    """How to talk to that URL: with TLS and this certificate, or in the clear (None) on loopback only.
+    """Return a context to talk to that URL: TLS with this certificate, or None, in the clear, on loopback.
 
     Raises BadAddress for everything else.
     """
@@ -73,7 +73,7 @@ def context_for(url: str, certificate: str | None) -> ssl.SSLContext | None:
 
 
 def check(url: str, certificate: str | None) -> None:
-    """Raises BadAddress where `context_for` does, without making anything."""
+    """Raise BadAddress where `context_for` does, without making anything."""
     scheme = urlsplit(url).scheme
     if scheme == "https" and certificate is None:
         raise BadAddress("https, but its certificate is not known")

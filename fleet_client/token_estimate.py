@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 BYTES_PER_TOKEN = 4
-"""Of English text in the vocabularies of today's models; other languages have more tokens, up to twice."""
+"""Bytes of English text in a token of today's vocabularies; other languages need up to twice the tokens."""
 
 MEDIA_TOKENS = 1000
-"""What a picture, a sound or a body that is no JSON counts: their bytes say nothing."""
+"""Tokens that a picture, a sound or a body that is no JSON counts: their bytes say nothing."""
 
 MAX_TOKENS = 10_000_000
-"""The most the loadbalancer takes for prompt_tokens and max_tokens."""
+"""Most that the loadbalancer takes for prompt_tokens and max_tokens."""
 
 PROMPT_WEIGHT = 0.1
-"""Work of a prompt token for comparing requests; the loadbalancer knows the model's own."""
+"""Work of a prompt token in output tokens, to compare requests; the loadbalancer knows the model's own."""
 
 OUTPUT_GUESS = 200
-"""Output tokens of a request that sets no limit, for that comparison."""
+"""Output tokens assumed for a request that sets no limit, for that comparison."""
 
 DEEPEST = 20
-"""Levels of a body that are looked into."""
+"""Deepest level of a body that is looked into."""
 
 _NO_OUTPUT = (
     "/embeddings",
@@ -37,20 +37,20 @@ _NO_OUTPUT = (
 
 @dataclass(frozen=True, slots=True)
 class TokenEstimate:
-    """An estimate of a request; max_tokens is None when it sets no limit."""
+    """How long a request is, about; max_tokens is None when it sets no limit."""
 
     prompt_tokens: int
     max_tokens: int | None
 
     @property
     def work(self) -> float:
-        """In output tokens, for comparing requests with each other."""
+        """Work in output tokens, for comparing requests with each other."""
         output = OUTPUT_GUESS if self.max_tokens is None else self.max_tokens
         return self.prompt_tokens * PROMPT_WEIGHT + output
 
 
 def read_body(method: str, body: bytes) -> Mapping[str, Any] | None:
-    """What a request asks, as JSON; None for one that asks nothing that way."""
+    """Return a request's body as JSON; None where it has none."""
     if method not in ("POST", "PUT") or not body:
         return None
     try:
@@ -61,20 +61,20 @@ def read_body(method: str, body: bytes) -> Mapping[str, Any] | None:
 
 
 def makes_text(target: str) -> bool:
-    """Whether a model server answers with tokens there, one by one."""
+    """Return whether a model server answers with tokens at that path, one by one."""
     return not target.partition("?")[0].rstrip("/").endswith(_NO_OUTPUT)
 
 
 def estimate_request(method: str, target: str, body: bytes) -> TokenEstimate:
-    """The size of a request to a model server. Token ids are counted, text is taken by its length.
+    """Estimate a request to a model server: token ids are counted, text is taken by its length.
 
-    It is an estimate: whatever cannot be understood counts something, and nothing is refused here.
+    Whatever cannot be understood counts something, and nothing is refused here.
     """
     return estimate_body(method, target, body, read_body(method, body))
 
 
 def estimate_body(method: str, target: str, body: bytes, said: Mapping[str, Any] | None) -> TokenEstimate:
-    """The same, of a body that `read_body` has read."""
+    """Estimate a request whose body `read_body` has read."""
     if method not in ("POST", "PUT") or not body:
         return TokenEstimate(0, 1)
     if said is None:
@@ -95,7 +95,7 @@ def _whole(value: object) -> int | None:
 
 
 def _prompt_of(said: Mapping[str, Any]) -> tuple[int, int]:
-    """(tokens of all that goes in, number of prompts)."""
+    """Return (tokens of all that goes in, number of prompts)."""
     sequences = 1
     size = 0
     prompt = said.get("prompt")
@@ -110,7 +110,7 @@ def _prompt_of(said: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _weigh(value: object, depth: int) -> tuple[int, int]:
-    """(token ids and media, bytes of text) anywhere in the value."""
+    """Return (token ids and media, bytes of text) anywhere in the value."""
     if isinstance(value, str):
         return 0, len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
     if depth > DEEPEST:
@@ -132,6 +132,6 @@ def _weigh(value: object, depth: int) -> tuple[int, int]:
 
 
 def is_media(value: Mapping[str, Any]) -> bool:
-    """Whether that part of a message is a picture, a sound or the like."""
+    """Return whether that part of a message is a picture, a sound or the like."""
     kind = value.get("type")
     return isinstance(kind, str) and ("image" in kind or "audio" in kind or "video" in kind or kind == "file")

@@ -21,7 +21,8 @@ import pytest
 from fleet_client import AsyncFleetTransport, gateway
 from fleet_client.asgi_server import AsgiServer
 from fleet_client.connection_pool import Header
-from fleet_client.gateway import Config, Gateway, from_loopback, one_secret, preflight, refusal
+from fleet_client.gateway import Gateway, GatewayConfig
+from fleet_client.gateway_access import from_loopback, preflight, refusal
 from fleet_client.listening import bind_socket
 from process.errors import ConfigError
 from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet
@@ -132,32 +133,18 @@ def test_a_page_of_this_machine_is_told_that_it_may_ask() -> None:
 )
 def test_wrong_values_name_the_flag_and_the_range(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        Config(**wrong).checked()
+        GatewayConfig(**wrong).checked()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
 def test_it_does_not_listen_off_loopback_without_a_key(host: str) -> None:
     with pytest.raises(ConfigError, match="needs keys"):
-        gateway.serve(Config(host=host))
+        gateway.serve(GatewayConfig(host=host))
 
 
 def test_leases_in_the_clear_need_a_word_of_the_user() -> None:
     with pytest.raises(ConfigError, match=r"leases in the clear.*--trust-network"):
-        gateway.serve(Config(loadbalancer="http://192.0.2.1:8200"))
-
-
-def test_its_key_for_the_loadbalancer_is_one_and_private(tmp_path: Path) -> None:
-    path = tmp_path / "client.key"
-    path.write_text(KEY + "\n")
-    path.chmod(0o644)
-    with pytest.raises(ConfigError, match="can be read by others"):
-        one_secret(path)
-    path.chmod(0o600)
-    assert one_secret(path) == KEY
-    path.write_text(f"{KEY}\n{'m' * 32}\n")
-    with pytest.raises(ConfigError, match="wanted one key, got 2"):
-        one_secret(path)
-    assert one_secret(None) is None
+        gateway.serve(GatewayConfig(loadbalancer="http://192.0.2.1:8200"))
 
 
 # -- running -------------------------------------------------------------------------------------------

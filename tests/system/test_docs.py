@@ -45,7 +45,7 @@ FLAGS = {
     "sim.py": flags_of(sim._parser()),
     "sim.py --virtual": flags_of(command._parser()),
     "localcloud": flags_of(localcloud_main._parser()),
-    "gateway.py": flags_of(gateway._parser()),
+    "gateway.py": flags_of(gateway.parser()),
 }
 OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps"}
 

@@ -88,3 +88,16 @@ def test_the_state_directory_is_private(tmp_path: Path) -> None:
 def test_a_label_that_is_no_file_name_is_refused(label: str) -> None:
     with pytest.raises(ConfigError, match="--label"):
         private_files.default_state_dir(label)
+
+
+def test_a_file_of_one_key_holds_one_and_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "client.key"
+    path.write_text(KEY + "\n")
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        private_files.load_one_key(path)
+    path.chmod(0o600)
+    assert private_files.load_one_key(path) == KEY
+    path.write_text(f"{KEY}\n{'m' * 32}\n")
+    with pytest.raises(ConfigError, match="wanted one key, got 2"):
+        private_files.load_one_key(path)
