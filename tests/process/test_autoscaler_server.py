@@ -39,6 +39,7 @@ from policies import POLICIES, Busy, Fixed, Traffic, make_policy
 from policies.objective import Objective
 from process.errors import CloudError, ConfigError
 from remote.speaker import signed
+from tests.commands import run_command
 from tests.fleet_world import FakeVast, World, make_offer
 from tests.paths import ROOT
 from vast.rows import Offer, Row
@@ -724,28 +725,36 @@ def taken_port() -> Iterator[int]:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_an_operator_gets_wrong_is_one_line_and_exit_2(
-    tmp_path: Path, taken_port: int, argv: list[str], says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_port: int, argv: list[str], says: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         free = sock.getsockname()[1]
     argv = [a.replace("TAKEN", str(taken_port)).replace("FREE", str(free)) for a in argv]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "XDG_", "LOCALCLOUD_"))}
+    for name in [n for n in os.environ if n.startswith(("VAST_", "XDG_", "LOCALCLOUD_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
     if "--cloud-url" in argv:
-        environ["LOCALCLOUD_API_KEY"] = "x" * 32
+        monkeypatch.setenv("LOCALCLOUD_API_KEY", "x" * 32)
+    ended = run_command("autoscaler_server.py", autoscaler_server.main, *argv)
+    assert ended.status == 2, ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert says.replace("TAKEN", str(taken_port)) in ended.err
+    assert "x" * 32 not in ended.err
+    assert ended.out == ""
+
+
+def test_the_process_says_what_is_wrong_in_one_line_and_exits_2(tmp_path: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, str(ROOT / "autoscaler_server.py"), *argv],
+        [sys.executable, "autoscaler_server.py", "--no-such-flag"],
         cwd=ROOT,
-        env={**environ, "HOME": str(tmp_path)},
+        env={**os.environ, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    assert ran.returncode == 2, ran.stderr
-    assert ran.stderr.count("\n") == 1, ran.stderr
-    assert says.replace("TAKEN", str(taken_port)) in ran.stderr
-    assert "x" * 32 not in ran.stderr
-    assert ran.stdout == ""
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert ran.stderr.startswith("autoscaler_server.py: unrecognized arguments: --no-such-flag")
 
 
 # -- prepare and destroy-fleet ----------------------------------------------------------------------------

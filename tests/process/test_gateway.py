@@ -25,6 +25,7 @@ from fleet_client.gateway import Gateway, GatewayConfig
 from fleet_client.gateway_access import from_loopback, preflight, refusal
 from fleet_client.listening import bind_socket
 from process.errors import ConfigError
+from tests.commands import run_command
 from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet
 from tests.paths import ROOT
 from tests.waiting import wait_for
@@ -617,14 +618,14 @@ def test_a_salt_comes_from_a_private_file_and_is_shown_nowhere(fleet: FakeFleet,
     ],
 )
 def test_a_wrong_flag_is_one_line(flags: list[str], message: str) -> None:
-    with process(*flags) as (one, lines):
-        assert one.wait(20) == 2
-    assert len(lines) == 1
-    assert lines[0].startswith("gateway.py: ")
-    assert message in lines[0]
+    ended = run_command("gateway.py", gateway.main, *flags)
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert ended.err.startswith("gateway.py: ")
+    assert message in ended.err
 
 
 def test_a_port_in_use_is_one_line(fleet: FakeFleet) -> None:
     with process("--port", str(fleet.loadbalancer.port)) as (one, lines):
         assert one.wait(20) == 2
+    assert len(lines) == 1
     assert "cannot listen on" in lines[0]

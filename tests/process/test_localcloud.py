@@ -20,12 +20,13 @@ import pytest
 from engine.profiles import get_profile
 from fleet.outside.ssh_log import HostKeyChanged, SshLog
 from fleet.outside.start_script import render
-from localcloud.__main__ import THREADS
+from localcloud import __main__ as localcloud_main
 from localcloud.account import Cloud, IllegalMove
 from localcloud.market import MACHINES
 from localcloud.processes import command_line
 from localcloud.world import World
 from process.errors import InstanceError
+from tests.commands import run_command
 from tests.paths import ROOT
 from tests.waiting import wait_for
 from vast.cli import Cli
@@ -34,6 +35,7 @@ from vast.rows import Row
 from vast.settings import VastSettings
 
 KEY = "k-of-a-test-0123456789"
+ENV = {"-p 3000:3000": "1", "-p 8000:8000": "1"}
 LEAVES_OTHERS = """\
 setsid sleep 1000 &
 sleep 1000 &
@@ -96,7 +98,7 @@ class LocalCloud:
             return json.load(reply)
 
     def rent_by_hand(self, onstart: str, offer: int = 420_100) -> int:
-        order = {"image": "i", "disk": 10.0, "onstart": onstart, "env": {"-p 8000:8000": "1"}}
+        order = {"image": "i", "disk": 10.0, "onstart": onstart, "env": ENV}
         return int(self.ask("PUT", f"/api/v0/asks/{offer}/", order)["new_contract"])
 
     def in_state(self, instance_id: int, state: str) -> Any:
@@ -107,6 +109,11 @@ class LocalCloud:
             return next((r for r in rows if r["id"] == instance_id and r["state"] == state), None)
 
         return wait_for(f"{instance_id} is {state}", look)
+
+    def ssh_port(self, instance_id: int) -> int:
+        """Where it listens for ssh, once it runs."""
+        port: int = self.in_state(instance_id, "running")["ports"]["22/tcp"]
+        return port
 
     def pids(self, instance_id: int, count: int) -> list[int]:
         """Its processes, once it has so many and runs."""
@@ -125,6 +132,16 @@ class LocalCloud:
 
         wait_for(f"{instance_id} has {count} that sleep", look)
         return self.pids(instance_id, count)
+
+    def serving(self, instance_id: int) -> list[int]:
+        """Its processes, once they are supervisor, auth_server and model server, each of them once."""
+        modules = {b"remote.supervise", b"remote.auth_server", b"vllm.entrypoints.openai.api_server"}
+
+        def look() -> list[int] | None:
+            found = self.pids(instance_id, len(modules))
+            return found if modules <= {word for pid in found for word in command_line(pid)} else None
+
+        return wait_for(f"{instance_id} serves", look)
 
     def rent(self, onstart: str = ONSTART) -> int:
         offers = self.vast.search_offers("num_gpus=1 gpu_ram>=20", storage_gb=40.0)
@@ -179,7 +196,7 @@ def greeting(port: int) -> bytes | None:
 def logged_in(cloud: LocalCloud, instance_id: int) -> paramiko.SSHClient:
     """A session on the instance, with a key that was attached to it."""
     key = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "key")))
-    port = cloud.in_state(instance_id, "running")["ports"]["22/tcp"]
+    port = cloud.ssh_port(instance_id)
     cloud.post(f"/api/v0/instances/{instance_id}/ssh/", {"ssh_key": f"{key.get_name()} {key.get_base64()}"})
 
     def log_in() -> paramiko.SSHClient | None:
@@ -241,7 +258,7 @@ def test_a_machine_is_rented_used_stopped_started_and_destroyed(cloud: LocalClou
 
 
 def test_a_killed_script_is_a_crash_and_a_finished_one_is_not(cloud: LocalCloud) -> None:
-    quick, slow = cloud.rent("echo done"), cloud.rent()
+    quick, slow = cloud.rent_by_hand("echo done"), cloud.rent_by_hand(ONSTART, 420_101)
     cloud.in_state(quick, "running")
     pids = cloud.pids(slow, 2)
     os.kill(pids[0], signal.SIGKILL)
@@ -252,23 +269,22 @@ def test_a_killed_script_is_a_crash_and_a_finished_one_is_not(cloud: LocalCloud)
 
 def test_a_new_host_key_is_noticed_and_a_dropped_port_leads_nowhere(cloud: LocalCloud) -> None:
     key = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "key")))
-    cloud.vast.register_ssh_key(f"{key.get_name()} {key.get_base64()} test")
-    instance_id = cloud.rent()
-    cloud.in_state(instance_id, "running")
+    cloud.post("/api/v0/ssh/", {"ssh_key": f"{key.get_name()} {key.get_base64()} test"})
+    instance_id = cloud.rent_by_hand(ONSTART)
+    port = cloud.ssh_port(instance_id)
+    cloud.pids(instance_id, 2)
     ssh = reader(key)
-    assert ssh.read("a", "127.0.0.1", cloud.row(instance_id).ports[22], False, 10.0).ready
+    assert ssh.read("a", "127.0.0.1", port, False, 10.0).ready
     cloud.post("/localcloud/faults", {"name": "new-host-key", "count": 1})
-    cloud.vast.stop(instance_id)
+    cloud.ask("PUT", f"/api/v0/instances/{instance_id}/", {"state": "stopped"})
     cloud.in_state(instance_id, "stopped")
-    cloud.vast.start(instance_id)
-    cloud.in_state(instance_id, "running")
+    cloud.ask("PUT", f"/api/v0/instances/{instance_id}/", {"state": "running"})
+    port = cloud.ssh_port(instance_id)
     with pytest.raises(HostKeyChanged):
-        ssh.read("a", "127.0.0.1", cloud.row(instance_id).ports[22], False, 10.0)
+        ssh.read("a", "127.0.0.1", port, False, 10.0)
 
     cloud.post("/localcloud/faults", {"name": "port-drops", "count": 1})
-    other = cloud.rent()
-    cloud.in_state(other, "running")
-    port = cloud.row(other).ports[22]
+    port = cloud.ssh_port(cloud.rent_by_hand(ONSTART, 420_101))
     with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
         sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
@@ -331,7 +347,7 @@ def test_a_reboot_keeps_the_disk_and_a_recycle_does_not(cloud: LocalCloud) -> No
 def test_a_lost_host_stands_still_and_a_found_one_goes_on(cloud: LocalCloud) -> None:
     instance_id = cloud.rent_by_hand(LEAVES_OTHERS)
     pids = cloud.sleeping(instance_id, 2)
-    port = cloud.in_state(instance_id, "running")["ports"]["22/tcp"]
+    port = cloud.ssh_port(instance_id)
     wait_for("ssh answers", lambda: greeting(port))
     cloud.post("/localcloud/faults", {"name": "offline", "instance_id": instance_id})
     cloud.in_state(instance_id, "offline")
@@ -364,7 +380,7 @@ def test_calls_that_hang_do_not_stop_the_others(cloud: LocalCloud) -> None:
     cloud.post("/localcloud/faults", {"name": "list-hangs"})
     head = f"GET /api/v1/instances/ HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n\r\n"
     port = int(cloud.url.rpartition(":")[2])
-    for _ in range(3 * THREADS):
+    for _ in range(3 * localcloud_main.THREADS):
         with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
             sock.sendall(head.encode())
     wait_for("it answers", cloud.status)
@@ -400,19 +416,14 @@ def test_nothing_outlives_a_killed_cloud(cloud: LocalCloud, tmp_path: Path, scri
         again.end()
 
 
-def test_a_directory_belongs_to_one_cloud(cloud: LocalCloud) -> None:
+def test_a_directory_belongs_to_one_cloud(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localcloud_main, "LOCK_WAIT_S", 0.1)
     instance_id = cloud.rent_by_hand(ONSTART)
     cloud.pids(instance_id, 2)
-    ran = subprocess.run(
-        [sys.executable, "-m", "localcloud", "--root", str(cloud.root), "--port", str(free_port())],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
-    assert "another local cloud" in ran.stderr
+    flags = ("--root", str(cloud.root), "--port", str(free_port()))
+    ended = run_command("localcloud", localcloud_main.main, *flags)
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "another local cloud" in ended.err
     assert (cloud.root / "instances" / str(instance_id) / "home").exists()
     assert len(cloud.pids(instance_id, 2)) == 2
 
@@ -431,31 +442,16 @@ def test_a_directory_belongs_to_one_cloud(cloud: LocalCloud) -> None:
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path, flags: list[str], words: str) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "localcloud", "--root", str(tmp_path / "c"), *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert ran.returncode == 2
-    assert words in ran.stderr
-    assert len(ran.stderr.splitlines()) == 1
+    ended = run_command("localcloud", localcloud_main.main, "--root", str(tmp_path / "c"), *flags)
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert words in ended.err
 
 
 def test_a_port_in_use_is_one_line_and_exit_2(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
         ran = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "localcloud",
-                "--root",
-                str(tmp_path / "c"),
-                "--port",
-                str(taken.getsockname()[1]),
-            ],
+            [sys.executable, "-m", "localcloud", "--root", str(tmp_path / "c"), "--port", port],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -492,14 +488,11 @@ def rss_mb(pids: list[int]) -> float:
 def test_six_idle_instances_cost_little(cloud: LocalCloud) -> None:
     """Under 15 % of one core and 600 MB together (with the start script that is deployed)."""
     script = render(get_profile("vllm-13"), "m")
-    offers = cloud.vast.search_offers("num_gpus=1 gpu_ram>=20", storage_gb=40.0)
-    env = "-p 8000:8000 -p 3000:3000"
-    ids = [cloud.vast.create(o.id, "i", 40.0, f"fleet/{o.id}", env, script) for o in offers[:6]]
+    ids = [cloud.rent_by_hand(script, 420_200 + slot) for slot in range(6)]
     for instance_id in ids:
         log = cloud.root / "instances" / str(instance_id) / "home" / "fleet" / "model.log"
         wait_for("ready", functools.partial(is_ready, log))
-    pids = [pid for row in cloud.status()["instances"] for pid in row["pids"]]
-    assert len(pids) == 18
+    pids = [pid for instance_id in ids for pid in cloud.serving(instance_id)]
     everything = [*pids, cloud.process.pid]
     before, begun = cpu_s(everything), time.monotonic()
     time.sleep(3.0)  # what is measured is that nothing happens

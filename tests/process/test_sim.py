@@ -641,11 +641,19 @@ def command(*flags: str) -> "subprocess.Popen[str]":
     ],
 )
 def test_what_cannot_be_run_as_asked_is_one_line_and_exit_2(flags: list[str], words: str) -> None:
-    process = command("--quiet", *(closed_port() if flag == "CLOSED" else flag for flag in flags))
+    """`sim.main` is what the process runs: what it raises is said in one line, as the next test shows."""
+    with pytest.raises(ConfigError) as refused:
+        sim.main(["--quiet", *(closed_port() if flag == "CLOSED" else flag for flag in flags)])
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_process_says_what_is_wrong_in_one_line_and_exits_2() -> None:
+    process = command("--quiet", "--loadbalancer", closed_port())
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, len(err.splitlines())) == (2, "", 1), err
     assert err.startswith("sim.py: ")
-    assert words in err
+    assert "does not answer" in err
 
 
 def test_requests_that_failed_are_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
