@@ -24,8 +24,8 @@ from typing import Any
 from engine.profiles import get_profile
 from fleet.states import Limits
 from fleet_client.flags import Parser, run_main, within
-from localcloud.account import Times
-from localcloud.market import MACHINES
+from localcloud.machines import MACHINES
+from localcloud.rental import Times
 from policies import POLICIES, make_policy
 from simulation.live.local_stack import StackConfig
 from simulation.traces.logs import Request, read

@@ -30,7 +30,7 @@ from engine.slo import Slo
 from engine.timing import timing_for
 from fleet.states import Limits
 from fleet_client.flags import Parser, run_main
-from localcloud.market import Machine
+from localcloud.machines import Machine
 from policies import Fixed, FleetSnapshot, Objective, Policy, Targets
 from process.errors import ConfigError
 from simulation.traces import logs

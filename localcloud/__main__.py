@@ -25,10 +25,10 @@ from fleet_client.flags import Parser, within
 from fleet_client.listening import bind_socket
 from fleet_client.loopback import is_loopback_host
 from localcloud import faults, processes
-from localcloud.account import Cloud
 from localcloud.api import create_app
+from localcloud.cloud import Cloud
 from localcloud.engines import ENGINES
-from localcloud.market import MACHINES, Machine, machines_from
+from localcloud.machines import MACHINES, Machine, machines_from
 from localcloud.world import World
 from process.errors import ConfigError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from localcloud.account import Times
+from localcloud.rental import Times
 from process.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ VLLM_STOP_S = 4.0
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineImage:
     """What an image has.
 
     bin: its programs, first in PATH. variables: its environment; what the order says goes before it.
@@ -85,15 +85,15 @@ def _make_vllm_ready() -> None:
         raise ConfigError(f"--engine vllm: the tiny model cannot be made: {last or made.returncode}")
 
 
-ENGINES: Mapping[str, Engine] = MappingProxyType(
+ENGINES: Mapping[str, EngineImage] = MappingProxyType(
     {
-        "paced": Engine(
+        "paced": EngineImage(
             bin=Path(sys.executable).parent,
             variables=MappingProxyType(
                 {"PYTHONPATH": os.pathsep.join((str(PROJECT / "localcloud" / "image"), str(PROJECT)))}
             ),
         ),
-        "vllm": Engine(
+        "vllm": EngineImage(
             bin=VLLM_ENVIRONMENT / "bin",
             variables=MappingProxyType(
                 {

@@ -1,10 +1,10 @@
 """What can go wrong at the cloud, each by a name: switched on and off while it runs.
 
 A fault strikes either calls to the API or boots of instances. `count` bounds how often it strikes (calls,
-or boots of instances, each boot at most once), `seconds` how long it is on, `instance_id` whom it
-strikes. All times are seconds of the wall clock: they are not divided by the speedup. A fault that makes
-something *be* so (ssh hangs, offline, no credit) lets go when it is switched off or its time is over; one
-that made something happen at a boot (never-ready, fatal-line) holds until the next boot.
+or boots of instances, each boot at most once), `seconds` how long it is on, `instance_id` which instance it
+strikes. All times are seconds of the wall clock: they are not divided by the speedup. A lasting fault (ssh
+hangs, offline, no credit) lets go when it is switched off or its time is over; one that changed a boot
+(never-ready, fatal-line) holds until the next boot.
 """
 
 import math
@@ -17,12 +17,12 @@ from typing import Any
 
 
 class BadFault(ValueError):
-    """No such fault, or a parameter that it does not have or that is out of range; the text says which."""
+    """A fault is unknown, or a parameter is unknown or out of range; the text says which."""
 
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter. A number has a range; a text has choices, or is free up to 300 characters."""
+    """One parameter: a number with a range, a text with choices, or a free text up to 300 characters."""
 
     default: float | str
     says: str
@@ -31,7 +31,7 @@ class Param:
     choices: tuple[str, ...] = ()
 
     def read(self, fault: str, name: str, value: object) -> float | str:
-        """The value, from JSON or from a flag's text; raises BadFault."""
+        """Return the value, from JSON or from a flag's text; raise BadFault."""
         if isinstance(self.default, str):
             return self._text(fault, name, value)
         try:
@@ -55,7 +55,7 @@ class Param:
 
 
 class Scope(StrEnum):
-    """What a fault strikes."""
+    """What a kind of fault strikes."""
 
     CALL = "call"
     INSTANCE = "instance"
@@ -63,8 +63,8 @@ class Scope(StrEnum):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A fault there is: what it does in one line, what it strikes, and its own parameters."""
+class FaultKind:
+    """A kind of fault: what it does in one line, what it strikes, and its own parameters."""
 
     says: str
     scope: Scope
@@ -80,14 +80,14 @@ _STATUS = Param(500, "HTTP status of the answer", least=400, most=599)
 
 _CALL, _INSTANCE = Scope.CALL, Scope.INSTANCE
 
-FAULTS: Mapping[str, Kind] = MappingProxyType(
+FAULTS: Mapping[str, FaultKind] = MappingProxyType(
     {
         # -- the API ------------------------------------------------------------------------------
-        "list-hangs": Kind("the listing accepts the call and never answers", _CALL),
-        "list-429": Kind("the listing answers 429, plain text", _CALL),
-        "list-500": Kind("the listing answers 500", _CALL),
-        "list-empty": Kind("the listing answers {} with status 200", _CALL),
-        "list-missing": Kind(
+        "list-hangs": FaultKind("the listing accepts the call and never answers", _CALL),
+        "list-429": FaultKind("the listing answers 429, plain text", _CALL),
+        "list-500": FaultKind("the listing answers 500", _CALL),
+        "list-empty": FaultKind("the listing answers {} with status 200", _CALL),
+        "list-missing": FaultKind(
             "the listing leaves rows out",
             _CALL,
             {
@@ -95,8 +95,8 @@ FAULTS: Mapping[str, Kind] = MappingProxyType(
                 "total": Param("short", "whether the totals leave them out too", choices=("short", "full")),
             },
         ),
-        "rate-limits": Kind("calls faster than the service's thresholds get 429, plain text", _CALL),
-        "api-error": Kind(
+        "rate-limits": FaultKind("calls faster than the service's thresholds get 429, plain text", _CALL),
+        "api-error": FaultKind(
             "calls get an error, before or after they had their effect",
             _CALL,
             {
@@ -105,7 +105,7 @@ FAULTS: Mapping[str, Kind] = MappingProxyType(
                 "route": Param("any", "which calls", choices=ROUTES),
             },
         ),
-        "api-hangs": Kind(
+        "api-hangs": FaultKind(
             "calls are accepted and never answered",
             _CALL,
             {
@@ -113,34 +113,36 @@ FAULTS: Mapping[str, Kind] = MappingProxyType(
                 "route": Param("any", "which calls", choices=ROUTES),
             },
         ),
-        "create-lost": Kind("a create has its effect and the reply is lost: 504", _CALL),
-        "create-410": Kind("the offer has gone: 410 no_such_ask", _CALL),
-        "log-never": Kind("a log that was asked for is never uploaded", _CALL),
+        "create-lost": FaultKind("a create has its effect and the reply is lost: 504", _CALL),
+        "create-410": FaultKind("the offer has gone: 410 no_such_ask", _CALL),
+        "log-never": FaultKind("a log that was asked for is never uploaded", _CALL),
         # -- the account --------------------------------------------------------------------------
-        "credit-zero": Kind("the credit is used up: everything is stopped", Scope.ACCOUNT),
+        "credit-zero": FaultKind("the credit is used up: everything is stopped", Scope.ACCOUNT),
         # -- instances ----------------------------------------------------------------------------
-        "docker-error": Kind(
+        "docker-error": FaultKind(
             "stays in created, with a docker error in status_msg",
             _INSTANCE,
             {"msg": Param("Error response from daemon: OCI runtime create failed", "the status_msg")},
         ),
-        "stuck-loading": Kind("stays in loading", _INSTANCE),
-        "slow-pull": Kind(
+        "stuck-loading": FaultKind("stays in loading", _INSTANCE),
+        "slow-pull": FaultKind(
             "the image pull takes longer, with progress in status_msg",
             _INSTANCE,
             {"factor": Param(5.0, "times as long", least=1.0, most=1_000.0)},
         ),
-        "no-ports": Kind("runs, but the listing shows no ports", _INSTANCE),
-        "port-drops": Kind("the ports at the address shown are bound, and nobody answers there", _INSTANCE),
-        "ports-change": Kind("a restart brings other ports", _INSTANCE),
-        "start-waits": Kind("a start waits for its GPU", _INSTANCE),
-        "outbid": Kind("is stopped unasked, and comes back when the fault ends", _INSTANCE),
-        "offline": Kind("its host is lost: frozen, unreachable, and not billed", _INSTANCE),
-        "ssh-hangs": Kind("ssh accepts connections and says nothing", _INSTANCE),
-        "ssh-refuses": Kind("nobody listens at the ssh port", _INSTANCE),
-        "new-host-key": Kind("shows a new ssh host key at its next boot", _INSTANCE),
-        "never-ready": Kind("its model server loads for ever, from its next boot", _INSTANCE),
-        "fatal-line": Kind(
+        "no-ports": FaultKind("runs, but the listing shows no ports", _INSTANCE),
+        "port-drops": FaultKind(
+            "the ports at the address shown are bound, and nobody answers there", _INSTANCE
+        ),
+        "ports-change": FaultKind("a restart brings other ports", _INSTANCE),
+        "start-waits": FaultKind("a start waits for its GPU", _INSTANCE),
+        "outbid": FaultKind("is stopped unasked, and comes back when the fault ends", _INSTANCE),
+        "offline": FaultKind("its host is lost: frozen, unreachable, and not billed", _INSTANCE),
+        "ssh-hangs": FaultKind("ssh accepts connections and says nothing", _INSTANCE),
+        "ssh-refuses": FaultKind("nobody listens at the ssh port", _INSTANCE),
+        "new-host-key": FaultKind("shows a new ssh host key at its next boot", _INSTANCE),
+        "never-ready": FaultKind("its model server loads for ever, from its next boot", _INSTANCE),
+        "fatal-line": FaultKind(
             "its model server prints a fatal line instead of getting ready, from its next boot",
             _INSTANCE,
             {
@@ -149,7 +151,7 @@ FAULTS: Mapping[str, Kind] = MappingProxyType(
                 )
             },
         ),
-        "dies-hot": Kind(
+        "dies-hot": FaultKind(
             "its processes are killed when its model has been loaded for a while",
             _INSTANCE,
             {
@@ -161,8 +163,8 @@ FAULTS: Mapping[str, Kind] = MappingProxyType(
 )
 
 
-def limits_of(kind: Kind) -> dict[str, Param]:
-    """The parameters that bound a fault of that kind."""
+def limits_of(kind: FaultKind) -> dict[str, Param]:
+    """Return the parameters that bound a fault of that kind."""
     limits = {"seconds": SECONDS}
     if kind.scope is not Scope.ACCOUNT:
         limits["count"] = COUNT
@@ -172,7 +174,7 @@ def limits_of(kind: Kind) -> dict[str, Param]:
 
 
 def parse_flag(text: str) -> tuple[str, dict[str, str]]:
-    """NAME[:k=v,k=v…] as name and arguments, not checked yet. A comma within a value is part of it."""
+    """Split NAME[:k=v,k=v…] into name and arguments, unchecked. A comma within a value is part of it."""
     name, colon, rest = text.partition(":")
     args = {}
     for part in re.split(r",(?=[a-z_]+=)", rest) if colon else ():
@@ -186,7 +188,7 @@ def parse_flag(text: str) -> tuple[str, dict[str, str]]:
 
 
 def table() -> Iterator[str]:
-    """One line for each fault, with its parameters: for --help and the README."""
+    """Yield one line for each fault with its parameters, for --help and the README."""
     for name, kind in FAULTS.items():
         params = [*kind.params, *limits_of(kind)]
         yield f"{name} ({', '.join(params)}): {kind.says}"
@@ -194,7 +196,7 @@ def table() -> Iterator[str]:
 
 @dataclass
 class Fault:
-    """One that is switched on. ends_at: epoch seconds, None for never. struck: the boots it struck."""
+    """A fault that is on. ends_at: epoch seconds, None for never. struck: the boots it struck."""
 
     name: str
     args: Mapping[str, float | str]
@@ -205,24 +207,24 @@ class Fault:
     struck: set[tuple[int, int]] = field(default_factory=set)
 
     def on(self, now: float) -> bool:
-        """Whether its time is not over yet."""
+        """Return whether its time is not over yet."""
         return self.ends_at is None or now < self.ends_at
 
-    def strike(self, who: tuple[int, int] | None) -> bool:
-        """Whether it strikes that boot, or the next call; counted if it does."""
-        if self.instance_id is not None and (who is None or who[0] != self.instance_id):
+    def strike(self, boot: tuple[int, int] | None) -> bool:
+        """Return whether it strikes that boot, or without one the next call; count it if it does."""
+        if self.instance_id is not None and (boot is None or boot[0] != self.instance_id):
             return False
-        if who in self.struck:
+        if boot in self.struck:
             return True
         if self.count is not None and self.strikes >= self.count:
             return False
         self.strikes += 1
-        if who is not None:
-            self.struck.add(who)
+        if boot is not None:
+            self.struck.add(boot)
         return True
 
     def shown(self) -> dict[str, Any]:
-        """As the status page has it."""
+        """Return it as the status page shows it."""
         limits = {"count": self.count, "instance_id": self.instance_id, "ends_at": self.ends_at}
         return {
             "name": self.name,
@@ -236,11 +238,11 @@ class Faults:
     """The faults that are on. Pure: takes `now`, epoch seconds."""
 
     def __init__(self) -> None:
-        """None is on."""
+        """Switch none on."""
         self._on: list[Fault] = []
 
     def add(self, name: str, args: Mapping[str, object], now: float) -> Fault:
-        """It is on from now; raises BadFault and switches nothing on."""
+        """Switch it on from now. Raises BadFault, and then switches nothing on."""
         kind = FAULTS.get(name)
         if kind is None:
             raise BadFault(f"unknown fault {name!r:.60}; known: {', '.join(FAULTS)}")
@@ -265,7 +267,7 @@ class Faults:
         return fault
 
     def remove(self, name: str) -> int:
-        """All of that name are off; how many there were. Raises BadFault for a name there is not."""
+        """Switch off all of that name; return how many there were. Raises BadFault for an unknown name."""
         if name not in FAULTS:
             raise BadFault(f"unknown fault {name!r:.60}; known: {', '.join(FAULTS)}")
         before = len(self._on)
@@ -273,49 +275,46 @@ class Faults:
         return before - len(self._on)
 
     def expire(self, now: float) -> None:
-        """Those whose time is over are off."""
+        """Switch off those whose time is over."""
         self._on = [f for f in self._on if f.on(now)]
 
     def next_end(self) -> float | None:
-        """When the next one ends by itself."""
+        """Return when the next one ends by itself."""
         return min((f.ends_at for f in self._on if f.ends_at is not None), default=None)
 
     def shown(self, now: float) -> list[dict[str, Any]]:
-        """All that are on."""
+        """Return all that are on."""
         return [f.shown() for f in self._on if f.on(now)]
 
     def any_on(self, name: str) -> bool:
-        """Whether one of that name may be on: a quick look before asking for strikes."""
+        """Return whether one of that name may be on: a quick look before asking for strikes."""
         return any(f.name == name for f in self._on)
 
-    def strikes(self, name: str, now: float, who: tuple[int, int] | None = None) -> Mapping[str, Any] | None:
-        """The arguments of a fault that strikes now, or None; the strike is counted.
+    def strikes(self, name: str, now: float, boot: tuple[int, int] | None = None) -> Mapping[str, Any] | None:
+        """Return the arguments of a fault that strikes now, or None; count the strike.
 
-        who: (instance id, boot number) for faults of instances. A boot is struck but once, so asking again
-        gives the same answer; without who each call is a strike.
+        boot: (instance id, boot number) for faults of instances. A boot is struck but once, so asking again
+        gives the same answer; without a boot each call is a strike.
         """
         for fault in self._on:
-            if fault.name == name and fault.on(now) and fault.strike(who):
+            if fault.name == name and fault.on(now) and fault.strike(boot):
                 return fault.args
         return None
 
-    def strikes_host(self, instance_id: int, who: tuple[int, int] | None, now: float) -> bool:
-        """Whether the host of that rental is lost: it was named, or it is one that any such fault may strike.
+    def strikes_host(self, instance_id: int, boot: tuple[int, int] | None, now: float) -> bool:
+        """Return whether the fault offline strikes the host of that rental.
 
-        who: its boot, None when only a fault that names it may strike.
+        boot: of the rental; None when only a fault that names the rental may strike.
         """
-        for fault in self._on:
-            if fault.name != "offline" or not fault.on(now):
-                continue
-            named = fault.instance_id == instance_id
-            if (named or (fault.instance_id is None and who is not None)) and fault.strike(
-                who or (instance_id, 0)
-            ):
-                return True
-        return False
+        return any(
+            (fault.instance_id == instance_id or (fault.instance_id is None and boot is not None))
+            and fault.strike(boot or (instance_id, 0))
+            for fault in self._on
+            if fault.name == "offline" and fault.on(now)
+        )
 
     def strikes_route(self, name: str, route: str, when: str, now: float) -> Mapping[str, Any] | None:
-        """The same for faults of calls that have a route and a time: counted only when both fit."""
+        """Do the same for faults of calls that have a route and a time: counted only when both fit."""
         for fault in self._on:
             fits = fault.args.get("when") == when and fault.args.get("route") in ("any", route)
             if fault.name == name and fits and fault.on(now) and fault.strike(None):

@@ -3,9 +3,9 @@
     python processes.py DIR     the warden of the instances in DIR; ends when its input does
 
 A session or a process group does not hold an instance together: its start script may say `setsid` or end
-before what it started, and commands given over ssh are nobody's children. What they all have is HOME, which
+before what it started, and commands given over ssh are not its children. What they all have is HOME, which
 lies in the instance's directory. The warden is a process of its own, which waits for the local cloud to end,
-however that comes about, and then ends what it left; until then it holds the lock of the cloud's directory.
+in whatever way, and then ends what it left; until then it holds the lock of the cloud's directory.
 """
 
 import fcntl
@@ -14,16 +14,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 GONE_S = 5.0
-"""How long killed processes may take to be gone."""
+"""Seconds that killed processes may take to be gone."""
 
 
 def living() -> Iterator[tuple[int, int]]:
-    """(process, session) of every process that has not ended."""
+    """Yield (process, session) of every process that has not ended."""
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with suppress(OSError, ValueError, IndexError), open(f"/proc/{entry.name}/stat", "rb") as f:
@@ -33,12 +33,12 @@ def living() -> Iterator[tuple[int, int]]:
 
 
 def home_of(pid: int) -> str:
-    """HOME of that process as it was started; empty when it has none, or is another user's."""
+    """Return HOME of that process as it was started; empty when it has none, or is another user's."""
     return next((e[5:].decode(errors="replace") for e in _read(pid, "environ") if e[:5] == b"HOME="), "")
 
 
 def command_line(pid: int) -> list[bytes]:
-    """Its program and arguments; one empty string when it has ended."""
+    """Return its program and arguments; one empty string when it has ended."""
     return _read(pid, "cmdline") or [b""]
 
 
@@ -51,13 +51,13 @@ def _read(pid: int, name: str) -> list[bytes]:
 
 
 def living_in(directory: Path, session: int | None = None) -> list[int]:
-    """The processes whose home lies below that directory, and those of that session."""
+    """Return the processes whose home lies below that directory, and those of that session."""
     below = f"{directory}/"
     return [pid for pid, of in living() if of == session or home_of(pid).startswith(below)]
 
 
 def signal_all(directory: Path, number: int, session: int | None = None) -> int:
-    """That signal to all of `living_in`; how many there were."""
+    """Send that signal to all of `living_in`; return how many there were."""
     found = living_in(directory, session)
     for pid in found:
         with suppress(ProcessLookupError):
@@ -66,14 +66,36 @@ def signal_all(directory: Path, number: int, session: int | None = None) -> int:
 
 
 def end_all(directory: Path, session: int | None = None) -> None:
-    """None of `living_in` is left, or GONE_S are over."""
+    """Kill all of `living_in`; return when none is left, or after GONE_S."""
     limit = time.monotonic() + GONE_S
     while signal_all(directory, signal.SIGKILL, session) and time.monotonic() < limit:
         time.sleep(0.005)
 
 
+def shared_memory_of(pids: Iterable[int]) -> set[int]:
+    """Return the inodes that these have open in /dev/shm; a semaphore has another name there."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError), open(f"/proc/{pid}/maps") as f:
+            found |= {int(line.split(maxsplit=5)[4]) for line in f if "/dev/shm/" in line}  # noqa: S108
+    return found
+
+
+def remove_shared_memory(inodes: Collection[int]) -> None:
+    """Remove these files: docker's would vanish with the container, those of killed processes here stay."""
+    for entry in os.scandir("/dev/shm") if inodes else ():  # noqa: S108
+        if entry.inode() in inodes:
+            with suppress(FileNotFoundError):
+                os.unlink(entry.path)
+
+
+def least_used_processor(used: Sequence[int | None]) -> int:
+    """Return, of the processors that this process may use, the one that is least often in used."""
+    return min(sorted(os.sched_getaffinity(0)), key=used.count)
+
+
 def lock(path: Path, wait_s: float) -> int | None:
-    """The file, locked for this process and those it is given to; None when another has it for so long."""
+    """Lock the file for this process and those it is given to; return None if another keeps it for wait_s."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     limit = time.monotonic() + wait_s
     while True:
@@ -89,10 +111,10 @@ def lock(path: Path, wait_s: float) -> int | None:
 
 
 class Warden:
-    """Runs from now on; when this process has ended no process has its home below that directory."""
+    """A process that ends, after this one has ended, every process with its home below a directory."""
 
     def __init__(self, directory: Path, locked: int) -> None:
-        """locked: a lock, which is free again when all of them are gone."""
+        """Start it. locked: a lock, which is free again when all of them are gone."""
         self._process = subprocess.Popen(
             # -S: half the memory; nothing but the standard library is needed.
             (sys.executable, "-I", "-S", __file__, str(directory)),
@@ -104,7 +126,7 @@ class Warden:
         )
 
     def close(self) -> None:
-        """It has done its work; call it last."""
+        """End it; call this last."""
         self._process.communicate()
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import paramiko
 
+from localcloud.ports import listen_on
+
 log = logging.getLogger("localcloud")
 # paramiko logs a traceback for every scanner and every client that hangs up.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -240,16 +242,3 @@ class _Command:
     def close(self) -> None:
         """Take no more output of it."""
         self._process.stdout.close()  # type: ignore[union-attr]
-
-
-def listen_on(port: int) -> socket.socket:
-    """A listening socket on loopback; raises OSError."""
-    sock = socket.socket()
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", port))
-        sock.listen(32)
-    except OSError:
-        sock.close()
-        raise
-    return sock

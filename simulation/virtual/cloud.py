@@ -3,7 +3,7 @@
     Autoscaler ── list_instances ──► Row of each rental       what the vastai CLI would print, parsed
                ── perform(command) ─► create, start, stop …   what it would answer
 
-Prices, states, billing, slots and draws of times are those of `localcloud/account.py`; here is only the
+Prices, states, billing, slots and draws of times are those of `localcloud/cloud.py`; here is only the
 translation, and chance: what a market does to a fleet, as rates (`Hazards`), drawn from a seeded generator
 and played as the faults that localcloud knows.
 """
@@ -15,9 +15,14 @@ from dataclasses import dataclass
 
 from engine.profiles import Profile
 from fleet.commands import Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
-from localcloud.account import SHOWN, Boot, Cloud, Effect, Order, Phase, Refused, Rental, Times
+from localcloud.cloud import Cloud
+from localcloud.effects import Boot, Effect
 from localcloud.faults import Faults
-from localcloud.market import HOURS_PER_MONTH, MACHINES, Machine, Query, matches
+from localcloud.machines import HOURS_PER_MONTH, MACHINES, Machine
+from localcloud.orders import CloudRefusal, Order
+from localcloud.phases import SHOWN, Phase
+from localcloud.query import Query, matches
+from localcloud.rental import Rental, Times
 from process.errors import ConfigError
 from vast.rows import Offer, Row
 
@@ -176,7 +181,7 @@ class SimulatedCloud:
         """The listing, parsed."""
         rows = []
         for r in self.model.rentals.values():
-            key = (r.phase, r.wanted, r.offline, r.price, r.status_msg, r.boot)
+            key = (r.phase, r.wanted, r.offline, r.bill.bid, r.status_msg, r.boot)
             known = self._rows.get(r.id)
             if known is None or known[0] != key:
                 known = self._rows[r.id] = (key, _row(r))
@@ -196,12 +201,14 @@ class SimulatedCloud:
                 if self._rng.random() < self._hazards.no_gpu:
                     args = {"instance_id": command.id, "seconds": self._hazards.no_gpu_s, "count": 1}
                     self.faults.add("start-waits", args, now)
-                self.model.start(command.id, now)
+                with self.model.changing(command.id, now) as rental:
+                    rental.start(now)
             elif isinstance(command, Stop):
-                self.model.stop(command.id, now)
+                with self.model.changing(command.id, now) as rental:
+                    rental.stop(now)
             elif isinstance(command, Destroy):
                 self.model.destroy(command.id, now)
-        except Refused as e:
+        except CloudRefusal as e:
             done = isinstance(command, Destroy) and e.status == 404
             return Performed(Reply.DONE if done else Reply.REFUSED, e.msg, offer_gone=e.status == 410)
         return Performed(Reply.DONE)
@@ -250,7 +257,7 @@ class SimulatedCloud:
 
     def spent_usd(self) -> float:
         """All dollars so far, as the cloud charges them; exact as of the last `advance`."""
-        return self.model.spent_usd()["total"]
+        return self.model.account.spent_usd()["total"]
 
 
 def _filters(query: str) -> dict[str, dict[str, str]]:
@@ -286,8 +293,8 @@ def _row(r: Rental) -> Row:
         ssh_port=None,
         gpu_name=r.machine.gpu_name,
         num_gpus=r.machine.num_gpus,
-        dph_base=r.gpu_usd_h,
-        dph_total=r.gpu_usd_h + r.storage_usd_h,
+        dph_base=r.bill.gpu_usd_h,
+        dph_total=r.bill.gpu_usd_h + r.bill.storage_usd_h,
         storage_usd_h=r.machine.storage_usd_gb_month * r.order.disk_gb / HOURS_PER_MONTH,
         price_now_usd_h=gpu_usd_h + storage_usd_h,
         start_date=r.created_at,

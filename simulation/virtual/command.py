@@ -24,7 +24,7 @@ from engine.slo import Slo
 from engine.timing import read_timings
 from fleet.states import Limits
 from fleet_client.flags import Parser, within
-from localcloud.market import Machine, machines_from
+from localcloud.machines import Machine, machines_from
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
 from simulation import plots, report

@@ -9,7 +9,7 @@ from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
 from loadbalancer import LoadBalancer
-from localcloud.account import Boot, End, Freeze, Kill
+from localcloud.effects import Boot, End, Freeze, Kill
 from simulation.virtual.background import VirtualBackground
 from simulation.virtual.cloud import SimulatedCloud
 from simulation.virtual.instances import SimulatedInstance, SimulatedInstances

@@ -21,8 +21,9 @@ from engine.profiles import get_profile
 from fleet.outside.ssh_log import HostKeyChanged, SshLog
 from fleet.outside.start_script import render
 from localcloud import __main__ as localcloud_main
-from localcloud.account import Cloud, IllegalMove
-from localcloud.market import MACHINES
+from localcloud.cloud import Cloud
+from localcloud.machines import MACHINES
+from localcloud.phases import IllegalPhase
 from localcloud.processes import command_line
 from localcloud.world import World
 from process.errors import InstanceError
@@ -389,7 +390,7 @@ def test_calls_that_hang_do_not_stop_the_others(cloud: LocalCloud) -> None:
 def test_a_face_does_not_go_on_without_its_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Breaks(Cloud):
         def advance(self, now: float) -> None:
-            raise IllegalMove("no way")
+            raise IllegalPhase("no way")
 
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: asked.append((pid, number)))

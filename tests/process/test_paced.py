@@ -20,19 +20,10 @@ import requests
 from engine.reference import ModelServer
 from engine.timing import Timing
 from instance_client import Stream, parse_usage
-from localcloud.paced import (
-    MAX_BODY,
-    PIECES,
-    Machine,
-    Message,
-    Model,
-    PacedEngine,
-    count_tokens,
-    load_middleware,
-    natural_length,
-    parse_flags,
-    profile_of,
-)
+from localcloud.paced.asgi import MAX_BODY, Message
+from localcloud.paced.command import Machine, load_middleware, parse_flags, profile_of
+from localcloud.paced.completion_request import PIECES, Model, count_tokens, natural_length
+from localcloud.paced.engine import PacedEngine
 from process.errors import ConfigError
 from tests.paths import ROOT
 

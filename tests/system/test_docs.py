@@ -16,9 +16,9 @@ from dispatch.outside import service
 from fleet_client import gateway
 from loadbalancer import LoadBalancer
 from localcloud import __main__ as localcloud_main
-from localcloud.account import Cloud
 from localcloud.api import create_app as cloud_app
-from localcloud.market import MACHINES
+from localcloud.cloud import Cloud
+from localcloud.machines import MACHINES
 from localcloud.world import World
 from simulation.virtual import command
 from tests.paths import ROOT

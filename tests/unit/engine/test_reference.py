@@ -14,7 +14,7 @@ import pytest
 from engine.profiles import PROFILES
 from engine.reference import Event, Kind, ModelServer
 from engine.timing import PROFILE_MODELS, TIMINGS, Timing, read_timings, timing_for
-from localcloud.market import GPUS
+from localcloud.machines import GPUS
 from process.errors import ConfigError
 
 # 10 ms a step, 1 ms a request in it, 1 ms for 1,000 tokens of context; 5 ms a prompt, 20 ms for 1,000

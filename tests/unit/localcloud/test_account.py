@@ -26,7 +26,8 @@ from localcloud.account import (
     Times,
 )
 from localcloud.faults import FAULTS, BadFault, Faults, Scope, limits_of, parse_flag, table
-from localcloud.market import MACHINES, Machine, min_bid
+from localcloud.machines import MACHINES, Machine
+from localcloud.offers import min_bid
 
 MACHINE = Machine(7, "RTX 4090", 0.50, slots=2, storage_usd_gb_month=0.72, disk_gb=200.0)
 """40 GB of its disk cost 0.04 $/h."""
@@ -593,7 +594,7 @@ def test_every_fault_has_a_line_for_people() -> None:
 
 
 def test_every_machine_of_the_market_is_offered_slot_by_slot() -> None:
-    from localcloud.market import Query
+    from localcloud.query import Query
 
     cloud = Cloud(MACHINES, Random(1))
     offers = cloud.search(Query.read({"limit": 1000}), 0.0)

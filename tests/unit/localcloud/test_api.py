@@ -13,9 +13,9 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from localcloud.account import Cloud
 from localcloud.api import create_app
-from localcloud.market import MACHINES
+from localcloud.cloud import Cloud
+from localcloud.machines import MACHINES
 from localcloud.world import World
 
 KEY = "k-of-a-test-0123456789"

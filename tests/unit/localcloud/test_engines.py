@@ -12,7 +12,7 @@ from localcloud import engines
 from localcloud.__main__ import main
 from localcloud.account import Boot, Cloud, Order, Times
 from localcloud.engines import ENGINES, VLLM_STOP_S, Engine
-from localcloud.market import MACHINES
+from localcloud.machines import MACHINES
 from localcloud.world import Host, World
 from process.errors import ConfigError
 from tests.process.test_localcloud import LocalCloud, cloud

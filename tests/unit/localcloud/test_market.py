@@ -5,19 +5,9 @@ from typing import Any
 import pytest
 
 from engine.profiles import PROFILES, get_profile
-from localcloud.market import (
-    MACHINES,
-    OFFER_LIMIT,
-    BadQuery,
-    Machine,
-    Query,
-    Slot,
-    in_order,
-    machines_from,
-    matches,
-    min_bid,
-    offer,
-)
+from localcloud.machines import MACHINES, Machine, machines_from
+from localcloud.offers import Slot, min_bid, offer
+from localcloud.query import OFFER_LIMIT, BadQuery, Query, in_order, matches
 from process.errors import ConfigError
 
 CARD = Machine(7, "RTX 4090", 0.50, slots=2, storage_usd_gb_month=0.72, geolocation="Norway, NO")

@@ -13,7 +13,7 @@ import pytest
 
 from engine.profiles import PROFILES, Profile
 from engine.timing import Timing
-from localcloud.market import Machine
+from localcloud.machines import Machine
 from policies import Busy, Fixed, FleetSnapshot, Targets
 from simulation.traces.logs import Request
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards

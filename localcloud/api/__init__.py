@@ -1,0 +1,27 @@
+"""The HTTP face of the local cloud: the service's API as `vastai` 1.9.1 uses it, and a few routes of our own.
+
+It holds no state but when each endpoint may be called again: a view reads the request, asks the cloud, and
+answers in the service's words (vast-contract 2).
+
+    account       the user, ssh keys               instances   what an owner asks of a rental
+    offers        search, create                   logs        logs and commands, fetched in a moment
+    listing       the rentals, page by page        control     status, faults, kill: ours, not the service's
+    calls         what is done before and after each view: key, faults of calls, limits, refusals
+"""
+
+from flask import Flask
+
+from localcloud.api import account, calls, control, instances, listing, logs, offers
+from localcloud.world import World
+from web.app import make_app
+
+
+def create_app(world: World, api_key: str) -> Flask:
+    """Build all routes. api_key: what an Authorization header must carry, except on the few open routes."""
+    app = make_app("localcloud")
+    # A page in somebody's browser can reach loopback under a name of its own (DNS rebinding).
+    app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost", "[::1]"]
+    calls.connect(app, world, api_key)
+    for area in (account, offers, listing, instances, logs, control):
+        app.register_blueprint(area.routes)
+    return app

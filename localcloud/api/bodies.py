@@ -1,0 +1,95 @@
+"""What the bodies of calls say, checked; each function raises CloudRefusal in the service's words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flask import request
+
+from localcloud.orders import CloudRefusal, Order
+
+MIN_DISK_GB = 8.0
+MAX_ONSTART = 16_384
+MAX_LABEL = 256
+
+
+def body() -> dict[str, Any]:
+    """Return the body, an object."""
+    try:
+        said = request.get_json(force=True, silent=True)
+    except RecursionError:
+        said = None
+    if not isinstance(said, dict):
+        raise bad("wanted a JSON object")
+    return said
+
+
+def bad(text: str, **also: Any) -> CloudRefusal:
+    """Return the refusal of arguments that make no sense."""
+    return CloudRefusal(400, "invalid_args", f"error 400/3467: Invalid args: {text}", **also)
+
+
+def ssh_key(said: Mapping[str, Any]) -> str:
+    """Return the public key in the field ssh_key."""
+    key = said.get("ssh_key")
+    if not isinstance(key, str) or len(key.split()) < 2 or len(key) > 4096 or "\n" in key.strip():
+        raise bad("ssh_key: wanted a public key on one line")
+    return key.strip()
+
+
+def ids(said: object, name: str) -> list[int]:
+    """Return the list of numbers in the field of that name."""
+    if not isinstance(said, list) or not all(type(i) is int for i in said):
+        raise bad(f"{name}: wanted a list of numbers")
+    return said
+
+
+def number(said: object, default: int) -> int:
+    """Return a number that travels as text; the default for what is none, as the service is lenient there."""
+    try:
+        return int(str(said))
+    except ValueError:
+        return default
+
+
+def price(said: object) -> float | None:
+    """Return a bid, $/h; None for none."""
+    if said is None:
+        return None
+    if isinstance(said, bool) or not isinstance(said, int | float) or not 0.001 <= said <= 128.0:
+        raise CloudRefusal(400, "invalid_price", f"price: wanted 0.001 to 128, got {said!r:.40}")
+    return float(said)
+
+
+def order(said: Mapping[str, Any], instance_key: str, offer_id: int) -> Order:
+    """Return the order in the body of a create (vast-contract 2.2)."""
+
+    def text(name: str, most: int) -> str | None:
+        value = said.get(name)
+        if value is not None and (not isinstance(value, str) or len(value) > most):
+            raise bad(f"{name}: wanted text of at most {most} characters", ask_id=offer_id)
+        return value
+
+    image = text("image", 1024)
+    if not image:
+        raise bad("image: is missing", ask_id=offer_id)
+    disk = said.get("disk", 10.0)
+    if isinstance(disk, bool) or not isinstance(disk, int | float) or not MIN_DISK_GB <= disk <= 1e6:
+        raise bad(f"disk: wanted {MIN_DISK_GB:g} or more", ask_id=offer_id)
+    env = said.get("env") or {}
+    if not isinstance(env, dict) or not all(isinstance(v, str) for v in env.values()):
+        raise bad("env: wanted an object of texts", ask_id=offer_id)
+    args = said.get("args") or []
+    if not isinstance(args, list) or not all(isinstance(a, str) for a in args):
+        raise bad("args: wanted a list of texts", ask_id=offer_id)
+    return Order(
+        image=image,
+        disk_gb=float(disk),
+        label=text("label", MAX_LABEL),
+        env=env,
+        onstart=text("onstart", MAX_ONSTART),
+        price=price(said.get("price")),
+        cancel_unavail=said.get("cancel_unavail") is True,
+        runtype=text("runtype", 100) or "ssh",
+        args=tuple(args),
+        instance_key=instance_key,
+    )

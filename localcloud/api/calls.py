@@ -1,0 +1,139 @@
+"""What is done before and after each view: the key, faults of calls, rate limits, the service's refusals."""
+
+import functools
+import hmac
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Concatenate
+
+from flask import Flask, Response, current_app, jsonify, request
+
+from localcloud.cloud import Cloud
+from localcloud.orders import CloudRefusal
+from localcloud.query import BadQuery
+from localcloud.world import World
+
+HANG_S = 300.0
+"""Seconds a call that is never answered is kept, unless its caller hangs up."""
+
+HUNG_UP_CHECK_S = 0.25
+"""Seconds between two looks whether the caller of a call that hangs is still there."""
+
+CREATE_PENALTY_S = 12.0
+"""Seconds to wait after a create that came too soon (vast-contract 1.3)."""
+
+_EXTENSION = "localcloud"
+
+
+@dataclass(frozen=True)
+class Later:
+    """An answer whose rest is made without the cloud's lock."""
+
+    rest: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the views of one app speak for. not_before: when each endpoint may be called again."""
+
+    world: World
+    api_key: str
+    not_before: dict[str, float] = field(default_factory=dict)
+
+    def knows_key(self) -> bool:
+        """Return whether the request carries the key."""
+        header = request.headers.get("Authorization", "")
+        return hmac.compare_digest(header.encode(), f"Bearer {self.api_key}".encode())
+
+    def too_soon(self, view: str, every_s: float, now: float) -> bool:
+        """Return whether the call comes before its endpoint may be called again; count it."""
+        early = now < self.not_before.get(view, 0.0)
+        wait_s = CREATE_PENALTY_S if early and view == "create" else every_s
+        self.not_before[view] = now + wait_s / self.world.cloud.speedup
+        return early
+
+    def limited(self, view: str, every_s: float) -> bool:
+        """Return whether the fault rate-limits refuses the call."""
+        with self.world.lock:
+            now, faults = self.world.clock(), self.world.cloud.faults
+            early = bool(every_s) and faults.any_on("rate-limits") and self.too_soon(view, every_s, now)
+            return early and faults.strikes("rate-limits", now) is not None
+
+    def broken(self, kind: str, when: str) -> Any | None:
+        """Return the answer of a fault that strikes this kind of call before or after its effect."""
+        now, faults = self.world.clock(), self.world.cloud.faults
+        with self.world.lock:
+            stuck = faults.strikes_route("api-hangs", kind, when, now) is not None
+            error = faults.strikes_route("api-error", kind, when, now)
+        if stuck:
+            return hang()
+        return error and refuse(int(error["status"]), "injected", "an error by the fault api-error")
+
+
+def connect(app: Flask, world: World, api_key: str) -> None:
+    """Let the views of the app speak for that world."""
+    app.extensions[_EXTENSION] = Service(world, api_key)
+
+
+def service() -> Service:
+    """Return what the view that is running speaks for."""
+    found: Service = current_app.extensions[_EXTENSION]
+    return found
+
+
+def api(
+    kind: str, every_s: float = 0.0
+) -> Callable[[Callable[Concatenate[Cloud, float, ...], Any]], Callable[..., Any]]:
+    """Make a view(cloud, now, **path) a route of the service; it runs under the cloud's lock.
+
+    kind: which faults of calls strike it. every_s: seconds between two calls that the service allows
+    (vast-contract 1.3), 0 for no limit.
+    """
+
+    def decorate(view: Callable[Concatenate[Cloud, float, ...], Any]) -> Callable[..., Any]:
+        @functools.wraps(view)
+        def guarded(**path: Any) -> Any:
+            ours = service()
+            if not ours.knows_key():
+                return refuse(401, "auth_error", "Invalid user key")
+            if ours.limited(view.__name__, every_s):
+                return too_many()
+            if (answer := ours.broken(kind, "before")) is not None:
+                return answer
+            try:
+                with ours.world.lock:
+                    answer = view(ours.world.cloud, ours.world.clock(), **path)
+            except CloudRefusal as e:
+                return refuse(e.status, e.error, e.msg, **e.also)
+            except BadQuery as e:
+                return refuse(400, "invalid_request", str(e))
+            finally:
+                ours.world.kick()
+            if isinstance(answer, Later):
+                answer = answer.rest()
+            struck = ours.broken(kind, "after")
+            return answer if struck is None else struck
+
+        return guarded
+
+    return decorate
+
+
+def refuse(status: int, error: str, msg: str, **also: Any) -> tuple[Response, int]:
+    """Return an error in the service's shape."""
+    return jsonify({"success": False, "error": error, "msg": msg, **also}), status
+
+
+def too_many() -> Response:
+    """Return the answer to calls that come too fast."""
+    return Response("API requests too frequent", 429, mimetype="text/plain")
+
+
+def hang() -> tuple[Response, int]:
+    """Answer only when the cloud ends, the caller hangs up or HANG_S are over."""
+    hung_up = request.environ.get("waitress.client_disconnected", lambda: False)
+    limit = time.monotonic() + HANG_S
+    while not (service().world.stopping.wait(HUNG_UP_CHECK_S) or hung_up() or time.monotonic() > limit):
+        pass
+    return refuse(504, "timeout", "the local cloud had this call hang")

@@ -1,0 +1,247 @@
+"""The cloud model: the rentals, the slots of machines that they hold, and what time brings.
+
+    Cloud ── who gets a slot, in which order things happen
+      ├── Rental (one each)   phases, boots, times; its Bill
+      ├── Account             credit, dollars spent, ssh keys
+      └── Faults              what goes wrong, by name
+
+Pure: nothing here does I/O. What must happen in the world comes out of `take_effects`, and what happened
+there is told by `booted`, `boot_failed` and `crashed`. A rental holds its slot of the machine from creation
+until it is stopped or outbid, and must wait for a slot to start again.
+
+Invariants
+- No slot has two holders.
+- All chance comes from the generator passed in, which seeds one for each rental.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from localcloud.account import Account
+from localcloud.effects import Effect, End, Moved
+from localcloud.faults import Faults
+from localcloud.machines import Machine
+from localcloud.offers import Slot, min_bid
+from localcloud.orders import CloudRefusal, Order
+from localcloud.phases import WAITING, Phase
+from localcloud.query import Query
+from localcloud.rental import RECHECK_S, Rental, Surroundings, Times
+
+
+class Cloud:
+    """All rentals. Methods that take `now` (epoch seconds) first do what was due by then."""
+
+    def __init__(
+        self,
+        machines: Iterable[Machine],
+        rng: random.Random,
+        *,
+        speedup: float = 1.0,
+        times: Times | None = None,
+        faults: Faults | None = None,
+        credit_usd: float = 100.0,
+        first_id: int = 1001,
+    ) -> None:
+        """Rent nothing yet. speedup divides the times, not prices; first_id: the first rental's number."""
+        self.machines = {m.machine_id: m for m in machines}
+        self.speedup = speedup
+        self.faults = faults or Faults()
+        self.account = Account(credit_usd, self.faults)
+        self.rentals: dict[int, Rental] = {}
+        self.destroyed = 0
+        self._rng = rng
+        self._next_id = first_id
+        self._effects: list[Effect] = []
+        self._surroundings = Surroundings(
+            times or Times(), speedup, self.faults, self.account, self._effects.append
+        )
+
+    # -- time, and what the outside world reports -----------------------------------------------------
+
+    def take_effects(self) -> list[Effect]:
+        """Return what must be done in the world since the last call, in order."""
+        effects = self._effects.copy()
+        self._effects.clear()
+        return effects
+
+    def next_event(self, now: float) -> float | None:
+        """Return when `advance` has something to do again, at the latest; None when nothing is under way."""
+        times = [event[0] for r in self.rentals.values() if (event := r.next_event())]
+        if any(r.phase in WAITING for r in self.rentals.values()):
+            times.append(now + RECHECK_S)
+        ends = (self.faults.next_end(), self.account.lasts_until(self.burn_usd_h(), now))
+        return min((*times, *(at for at in ends if at is not None)), default=None)
+
+    def advance(self, now: float) -> None:
+        """Let everything happen that was due until now, in the order of its times."""
+        while True:
+            due = [
+                (event, r.id)
+                for r in self.rentals.values()
+                if (event := r.next_event()) is not None and event[0] <= now
+            ]
+            if not due:
+                break
+            (at, what), rental_id = min(due)
+            self.rentals[rental_id].happen(what, at, now)
+        self.faults.expire(now)
+        for r in self.rentals.values():
+            r.settle(now)
+        if self.rentals and self.account.credit_usd(now) <= 0:
+            for r in self.rentals.values():
+                if r.phase not in (Phase.STOPPED, Phase.STOPPING) or r.wanted:
+                    r.stop(now, "stopped: the account has no credit")
+        for r in self.rentals.values():
+            r.follow_faults(now)
+        self._give_slots(now)
+
+    def booted(self, rental_id: int, boot: int, ports: Mapping[str, int], now: float) -> None:
+        """Note that the processes of that boot run, reachable by these ports; ignored if not awaited."""
+        self.advance(now)
+        if rental_id in self.rentals:
+            self.rentals[rental_id].booted(boot, ports, now)
+
+    def boot_failed(self, rental_id: int, boot: int, why: str, now: float) -> None:
+        """Note that the host could not start the processes of that boot; ignored if not awaited."""
+        self.advance(now)
+        if rental_id in self.rentals:
+            self.rentals[rental_id].boot_failed(boot, why, now)
+
+    def crashed(self, rental_id: int, boot: int, now: float) -> None:
+        """Note that all processes of that boot are gone without having been ended by the cloud."""
+        self.advance(now)
+        if rental_id in self.rentals:
+            self.rentals[rental_id].crashed(boot, now)
+
+    # -- what its owner may ask -----------------------------------------------------------------------
+
+    def search(self, query: Query, now: float) -> list[dict[str, Any]]:
+        """Return the offers that match."""
+        self.advance(now)
+        return query.answer((slot for m in self.machines.values() for slot in self.slots(m)), now)
+
+    def create(self, offer_id: int, order: Order, now: float) -> int:
+        """Rent the offer; return the new rental's id. Raises CloudRefusal."""
+        self.advance(now)
+        machine = self.machines.get(offer_id // 100)
+        index = offer_id % 100
+        if machine is None or index >= machine.slots:
+            raise CloudRefusal(
+                404,
+                "invalid_args",
+                f"error 404/3603: no_such_ask Instance type by id {offer_id} is not available.",
+                ask_id=offer_id,
+            )
+        if self.account.credit_usd(now) <= 0:
+            raise CloudRefusal(
+                400, "insufficient_credit", "error 400/3470: insufficient credit", ask_id=offer_id
+            )
+        slot = self.slots(machine)[index]
+        if order.disk_gb > slot.free_disk_gb:
+            raise CloudRefusal(
+                400,
+                "invalid_args",
+                f"error 400/3467: Invalid args: disk {order.disk_gb:g} GB, {slot.free_disk_gb:g} available",
+                ask_id=offer_id,
+            )
+        gets_it = not slot.rented and (order.price is None or order.price >= min_bid(slot))
+        if self.faults.strikes("create-410", now) is not None or (order.cancel_unavail and not gets_it):
+            raise CloudRefusal(
+                410,
+                "no_such_ask",
+                f"error 410/3907: no_such_ask Instance type {offer_id} is no longer available.",
+                ask_id=offer_id,
+            )
+        if gets_it:
+            self._clear(machine, index, now)
+        chance = random.Random(self._rng.getrandbits(64))
+        rental = Rental(
+            self._next_id, order, machine, index if gets_it else None, self._surroundings, chance, now
+        )
+        self._next_id += 1
+        self.rentals[rental.id] = rental
+        return rental.id
+
+    @contextmanager
+    def changing(self, rental_id: int, now: float) -> Iterator[Rental]:
+        """Give the rental, as of now, to its owner's call; then hand out the slots that are free.
+
+        Raises CloudRefusal when there is no such rental.
+        """
+        self.advance(now)
+        if rental_id not in self.rentals:
+            raise CloudRefusal(404, "no_such_instance", f"Instance {rental_id} not found.")
+        yield self.rentals[rental_id]
+        self._give_slots(now)
+
+    def change_bid(self, rental_id: int, price: float | None, now: float) -> None:
+        """Bid that, $/h; None bids what wins. Raises CloudRefusal, also for a rental on demand."""
+        with self.changing(rental_id, now) as rental:
+            # With all slots rented on demand no bid wins now; its own stands until one is free.
+            bids = [
+                min_bid(slot)
+                for slot in self.slots(rental.machine)
+                if not slot.rented or slot.index == rental.slot
+            ]
+            rental.change_bid(price, min(bids, default=0.0), now)
+
+    def destroy(self, rental_id: int, now: float) -> None:
+        """Remove the rental with its disk; its dollars stay spent. Raises CloudRefusal."""
+        self.advance(now)
+        rental = self.rentals.pop(rental_id, None)
+        if rental is None:
+            raise CloudRefusal(404, "not_found", f"Instance {rental_id} not found.")
+        self.destroyed += 1
+        self._effects += [
+            End(rental_id, wipe=True),
+            Moved(rental_id, rental.phase, "gone", "destroyed", now - rental.since),
+        ]
+        self._give_slots(now)
+
+    def burn_usd_h(self) -> float:
+        """Return what everything costs now, $/h."""
+        return sum(sum(r.usd_h_now()) for r in self.rentals.values())
+
+    # -- slots ----------------------------------------------------------------------------------------
+
+    def slots(self, machine: Machine) -> list[Slot]:
+        """Return the machine's slots as they are now, by index."""
+        here = [r for r in self.rentals.values() if r.machine is machine]
+        free_disk_gb = machine.disk_gb - sum(r.order.disk_gb for r in here)
+        bids = {r.slot: r.bill.bid for r in here if r.slot is not None}
+        return [
+            Slot(
+                machine,
+                index,
+                free_disk_gb,
+                rented=index in bids and bids[index] is None,
+                holder_bid=bids.get(index),
+            )
+            for index in range(machine.slots)
+        ]
+
+    def _give_slots(self, now: float) -> None:
+        """Give free slots to the rentals that wait: on demand first, then by bid, then by time."""
+        waiting = [r for r in self.rentals.values() if r.phase in WAITING]
+        for r in sorted(waiting, key=lambda r: (r.bill.bid is not None, -(r.bill.bid or 0.0), r.since, r.id)):
+            if self.faults.strikes("outbid", now, r.on_boot) is not None:
+                continue
+            if self.faults.strikes("start-waits", now, (r.id, r.boot + 1)) is not None:
+                continue
+            fitting = [
+                slot
+                for slot in self.slots(r.machine)
+                if not slot.rented and (r.bill.bid is None or r.bill.bid >= min_bid(slot))
+            ]
+            if fitting:
+                slot = min(fitting, key=lambda slot: (slot.holder_bid or 0.0, slot.index))
+                self._clear(r.machine, slot.index, now)
+                r.take_slot(slot.index, now)
+
+    def _clear(self, machine: Machine, index: int, now: float) -> None:
+        """Take the slot from the rental that holds it, if one does."""
+        for r in self.rentals.values():
+            if r.slot == index and r.machine is machine:
+                r.lose_slot(now)

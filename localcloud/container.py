@@ -1,0 +1,222 @@
+"""One instance in the world: its disk, its session of processes, its ports and its ssh server.
+
+    PATH/home/         its disk, $HOME of its start script; stays until it is destroyed
+    PATH/tmp/          its /tmp, $TMPDIR
+    PATH/host_key      of its ssh server
+    PATH/console.log   what its start script prints
+    PATH/machine.json  what the stand-in for vLLM must know of the machine
+
+The kernel kills a start script with the thread that started it; what the script started is ended by the
+warden (processes.py).
+"""
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fleet_client.private_files import make_private_dir
+from localcloud import ports, processes
+from localcloud.effects import Boot
+from localcloud.engines import EngineImage
+from localcloud.ssh_server import HANG, SshServer
+from process.children import dying_with_parent
+from process.ssh_keys import load_or_make_ssh_key
+
+MODEL_SERVER = b"vllm.entrypoints.openai.api_server"
+"""Part of the command line of a model server."""
+
+
+class Container:
+    """What there is of one instance. All methods belong to the world's thread."""
+
+    def __init__(
+        self, instance_id: int, path: Path, image: EngineImage, selector: selectors.BaseSelector
+    ) -> None:
+        """Make its directory; nothing runs yet. selector: is woken when the start script ends, with self."""
+        self.id = instance_id
+        self.path = make_private_dir(path)
+        self.boot = 0
+        self.ports: Mapping[str, int] = {}
+        self.processor: int | None = None
+        self._image = image
+        self._selector = selector
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
+        self._ssh: SshServer | None = None
+        self._ssh_mode = "ok"
+        self._frozen = False
+        self._authorized_keys: tuple[str, ...] = ()
+        self._decoys: list[socket.socket] = []
+        self._shared_memory: set[int] = set()  # of processes that were told to end
+
+    @property
+    def session(self) -> int | None:
+        """The session of its start script while that runs."""
+        return None if self._process is None else self._process.pid
+
+    # -- what the cloud wants of it -------------------------------------------------------------------
+
+    def start(self, b: Boot, taken_ports: Collection[int], used_processors: Sequence[int | None]) -> None:
+        """Start its ssh server and its start script on ports that are not taken; raise when it cannot.
+
+        used_processors: of the other instances that run.
+        """
+        self.boot, self._authorized_keys, self._ssh_mode = b.boot, b.authorized_keys, b.ssh
+        for name in ("home", "tmp"):
+            (self.path / name).mkdir(mode=0o700, exist_ok=True)
+        if b.new_host_key:
+            (self.path / "host_key").unlink(missing_ok=True)
+        ssh_sock, given = ports.choose(b.order.ports, b.keep_ports, taken_ports)
+        shown = given
+        if b.drop_ports:
+            self._decoys = ports.listen_on_some(len(given))
+            shown = {inside: sock.getsockname()[1] for inside, sock in zip(given, self._decoys, strict=True)}
+        self._start_ssh(ssh_sock)
+        self._start_script(b, given, used_processors)
+        self.ports = shown
+
+    def _start_ssh(self, sock: socket.socket) -> None:
+        try:
+            key = load_or_make_ssh_key(self.path / "host_key")
+        except BaseException:
+            sock.close()
+            raise
+        environ = {"PATH": self._image.path, "USER": "root", "SHELL": "/bin/bash"}
+        self._ssh = SshServer(sock, key, lambda: self._authorized_keys, self.path / "home", environ)
+        self._set_ssh()
+
+    def _start_script(self, b: Boot, given: Mapping[str, int], used_processors: Sequence[int | None]) -> None:
+        script = self.path / "onstart.sh"
+        script.write_text(b.order.onstart or "exec sleep infinity\n")
+        script.chmod(0o600)
+        machine = {
+            "gpu_name": b.machine.gpu_name,
+            "num_gpus": b.machine.num_gpus,
+            "load_s": b.load_s,
+            "start_s": b.start_s,
+            "fatal_line": b.fatal_line,
+            "loaded": str(self.path / "loaded"),
+        }
+        (self.path / "machine.json").write_text(json.dumps(machine))
+        with (self.path / "console.log").open("wb") as console:
+            self._process = subprocess.Popen(
+                dying_with_parent(("/bin/bash", str(script))),
+                cwd=self.path / "home",
+                env=environment(self.path, b, given, self._image),
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        if self._image.own_processor:
+            self.processor = processes.least_used_processor(used_processors)
+            os.sched_setaffinity(self._process.pid, {self.processor})  # and what it starts
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._selector.register(self._pidfd, selectors.EVENT_READ, self)
+
+    def terminate(self) -> None:
+        """Ask the start script to end."""
+        if self._process is not None:
+            self._note_shared_memory()
+            self._process.terminate()
+
+    def kill(self, part: str) -> bool:
+        """Kill all processes, or those of the "model" server; return whether the selector will not notice."""
+        self._note_shared_memory()
+        if part == "model":
+            for pid in processes.living_in(self.path, self.session):
+                if MODEL_SERVER in processes.command_line(pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            return False
+        unnoticed = self._process is None  # its start script ended by itself
+        processes.signal_all(self.path, signal.SIGKILL, self.session)
+        return unnoticed
+
+    def freeze(self, frozen: bool) -> None:
+        """Stop its processes and let ssh hang, or let them go on."""
+        self._frozen = frozen
+        processes.signal_all(self.path, signal.SIGSTOP if frozen else signal.SIGCONT, self.session)
+        self._set_ssh()
+
+    def set_ssh(self, mode: str) -> None:
+        """Let ssh behave as "ok", "hang" or "refuse"."""
+        self._ssh_mode = mode
+        self._set_ssh()
+
+    def _set_ssh(self) -> None:
+        if self._ssh is not None:
+            self._ssh.behave(HANG if self._frozen else self._ssh_mode)
+
+    def authorize(self, keys: tuple[str, ...]) -> None:
+        """Let these ssh keys open it from now on."""
+        self._authorized_keys = keys
+
+    def mark_loaded(self) -> None:
+        """Note that its disk holds the model."""
+        (self.path / "loaded").touch()
+
+    def end(self) -> None:
+        """Leave no process of it, no socket and no shared memory."""
+        if self._ssh is not None:
+            self._ssh.close()
+            self._ssh = None
+        for sock in self._decoys:
+            sock.close()
+        self._decoys = []
+        self._note_shared_memory()
+        processes.end_all(self.path, self.session)
+        if self._process is not None:
+            self.reap()
+        processes.remove_shared_memory(self._shared_memory)
+        self._shared_memory.clear()
+        self._frozen = False
+
+    def wipe(self) -> None:
+        """Remove its disk and all else in its directory."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    # -- its start script -----------------------------------------------------------------------------
+
+    def reap(self) -> int:
+        """Forget the start script, which has ended; return its status."""
+        assert self._process is not None  # noqa: S101 the selector said that it has ended
+        self._selector.unregister(self._pidfd)
+        os.close(self._pidfd)
+        status = self._process.wait()
+        self._process = None
+        return status
+
+    def _note_shared_memory(self) -> None:
+        """Remember what its processes have of it while they live: afterwards nothing says whose it was."""
+        self._shared_memory |= processes.shared_memory_of(processes.living_in(self.path, self.session))
+
+
+def environment(path: Path, b: Boot, given: Mapping[str, int], image: EngineImage) -> dict[str, str]:
+    """Return what a container sees (vast-contract 2.14), and where to listen: here is only one network."""
+    tcp = {name.partition("/")[0]: port for name, port in given.items() if name.endswith("/tcp")}
+    return {
+        "PATH": image.path,
+        "LANG": "C.UTF-8",
+        **image.variables,
+        **b.order.variables,
+        "HOME": str(path / "home"),
+        "TMPDIR": str(path / "tmp"),
+        "CONTAINER_ID": str(b.id),
+        "CONTAINER_API_KEY": b.order.instance_key,
+        "VAST_CONTAINERLABEL": f"C.{b.id}",
+        "PUBLIC_IPADDR": "127.0.0.1",
+        "GPU_COUNT": str(b.machine.num_gpus),
+        "DATA_DIRECTORY": str(path / "home"),
+        **{f"VAST_TCP_PORT_{name}": str(port) for name, port in tcp.items()},
+        **{f"FLEET_PORT_{name}": str(port) for name, port in tcp.items()},
+        "FLEET_BIND": "127.0.0.1",
+        "LOCALCLOUD_MACHINE": str(path / "machine.json"),
+    }

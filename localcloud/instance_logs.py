@@ -1,0 +1,72 @@
+"""What can be seen of an instance without ssh: its console and three commands, as texts to fetch later."""
+
+import shlex
+import subprocess
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+LOG_LIMIT = 256 * 1024
+"""Bytes at the end of a log that may be asked for."""
+
+UPLOADS = 64
+"""Texts that are kept for fetching; the oldest is forgotten first."""
+
+
+class InstanceLogs:
+    """Consoles and command outputs of the instances below one directory. Any thread."""
+
+    def __init__(self, instances: Path, search_path: str, clock: Callable[[], float]) -> None:
+        """search_path: PATH of the commands."""
+        self._instances = instances
+        self._search_path = search_path
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._uploads: OrderedDict[str, tuple[float, str]] = OrderedDict()
+
+    def console(self, instance_id: int) -> str:
+        """Return the end of what its start script printed; empty when there is nothing."""
+        path = self._instances / str(instance_id) / "console.log"
+        try:
+            with path.open("rb") as f:
+                f.seek(max(0, path.stat().st_size - LOG_LIMIT))
+                return f.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+    def command(self, instance_id: int, command: str) -> str:
+        """Return what `ls`, `rm` or `du` say inside its disk (vast-contract 2.8), and nowhere else."""
+        home = (self._instances / str(instance_id) / "home").resolve()
+        try:
+            words = shlex.split(command)
+            for word in words[1:]:
+                if not word.startswith("-") and not (home / word).resolve().is_relative_to(home):
+                    return f"{words[0]}: {word}: not on this instance's disk"
+            ran = subprocess.run(
+                words,
+                cwd=home,
+                env={"PATH": self._search_path, "HOME": str(home)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=5.0,
+                check=False,
+            )
+            return ran.stdout[:LOG_LIMIT].decode(errors="replace")
+        # RuntimeError: links that lead in a circle.
+        except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as e:
+            return f"{type(e).__name__}: {e}"
+
+    def upload(self, name: str, text: str, ready_at: float) -> None:
+        """Let the text be fetched under that name from ready_at on."""
+        with self._lock:
+            self._uploads[name] = (ready_at, text)
+            while len(self._uploads) > UPLOADS:
+                self._uploads.popitem(last=False)
+
+    def uploaded(self, name: str) -> str | None:
+        """Return the text, or None while it is not there."""
+        with self._lock:
+            ready_at, text = self._uploads.get(name, (float("inf"), ""))
+        return text if self._clock() >= ready_at else None

@@ -1,0 +1,58 @@
+"""Ports of instances: real ones on loopback, one outside for each inside."""
+
+import random
+import socket
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+
+PORTS = (20_000, 30_000)
+"""The range of outside ports: below Linux's for outgoing connections, so that none of those occupies one."""
+
+_chance = random.SystemRandom()
+
+
+def listen_on(port: int) -> socket.socket:
+    """Return a listening socket on loopback; raise OSError."""
+    sock = socket.socket()
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        sock.listen(32)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_on_some(count: int) -> list[socket.socket]:
+    """Return that many listening sockets on free ports."""
+    found: list[socket.socket] = []
+    while len(found) < count:
+        with suppress(OSError):
+            found.append(listen_on(_chance.randrange(*PORTS)))
+    return found
+
+
+def choose(
+    inside: Iterable[str], wanted: Mapping[str, int], taken: Collection[int]
+) -> tuple[socket.socket, dict[str, int]]:
+    """Return a listening socket for ssh and a free outside port for each inside; wanted ones are tried first.
+
+    inside: as "8000/tcp"; "22/tcp" must be among them. taken: ports that are not to be given.
+    """
+    given: dict[str, int] = {}
+    ssh_sock: socket.socket | None = None
+    for name in inside:
+        port = wanted.get(name) or _chance.randrange(*PORTS)
+        while name not in given:
+            if port not in taken and port not in given.values():
+                with suppress(OSError):
+                    sock = listen_on(port)
+                    given[name] = port
+                    if name == "22/tcp":
+                        ssh_sock = sock
+                    else:
+                        sock.close()
+            port = _chance.randrange(*PORTS)
+    assert ssh_sock is not None  # noqa: S101 port 22 is in every order
+    return ssh_sock, given
