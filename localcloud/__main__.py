@@ -3,7 +3,7 @@
     python -m localcloud [--speedup 30] [--engine vllm] [--fault NAME[:k=v,…]] …
     VAST_URL=http://127.0.0.1:8500 VAST_API_KEY=… vastai show instances
 
-It runs what it is asked to run, as the user who started it: whoever has its key can do what that user can.
+It runs what it is asked to run, as the user who started it: anyone with its key can do what that user can.
 The key is in ROOT/api.key, or LOCALCLOUD_API_KEY.
 """
 
@@ -15,6 +15,8 @@ import random
 import signal
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -35,10 +37,10 @@ from process.errors import ConfigError
 log = logging.getLogger("localcloud")
 
 THREADS = 16
-"""Calls at once: each that a fault has hang takes one, until its caller gives up."""
+"""Calls at once: each that a fault lets hang takes one, until its caller gives up."""
 
 LOCK_WAIT_S = 2.0
-"""For what a cloud that was killed has left in the same directory to be ended."""
+"""Seconds for the warden of a killed cloud to end what it left in the same directory."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,10 +119,8 @@ def _cloud(args: argparse.Namespace, clock_now: float) -> Cloud:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C; then every process of every instance is gone."""
-    import time
-
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; then end every process of every instance."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     if not is_loopback_host(args.host):
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--root {root}: another local cloud has its instances there")
     warden = processes.Warden(root.resolve() / "instances", locked)
     world = World(cloud, root.resolve(), args.engine)
-    # Waitress, not our own event loop: a call that a fault has hang keeps a thread, and the others go on.
+    # Waitress, not our own event loop: a call that a fault lets hang keeps a thread, and the others go on.
     logging.getLogger("waitress").setLevel(logging.ERROR)
     server = create_server(
         create_app(world, key),

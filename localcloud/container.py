@@ -10,7 +10,6 @@ The kernel kills a start script with the thread that started it; what the script
 warden (processes.py).
 """
 
-import json
 import os
 import selectors
 import shutil
@@ -25,6 +24,7 @@ from fleet_client.private_files import make_private_dir
 from localcloud import ports, processes
 from localcloud.effects import Boot
 from localcloud.engines import EngineImage
+from localcloud.paced.machine import SimulatedMachine
 from localcloud.ssh_server import HANG, SshServer
 from process.children import dying_with_parent
 from process.ssh_keys import load_or_make_ssh_key
@@ -96,15 +96,9 @@ class Container:
         script = self.path / "onstart.sh"
         script.write_text(b.order.onstart or "exec sleep infinity\n")
         script.chmod(0o600)
-        machine = {
-            "gpu_name": b.machine.gpu_name,
-            "num_gpus": b.machine.num_gpus,
-            "load_s": b.load_s,
-            "start_s": b.start_s,
-            "fatal_line": b.fatal_line,
-            "loaded": str(self.path / "loaded"),
-        }
-        (self.path / "machine.json").write_text(json.dumps(machine))
+        gpu, loaded = b.machine, str(self.path / "loaded")
+        machine = SimulatedMachine(gpu.gpu_name, gpu.num_gpus, b.load_s, b.start_s, b.fatal_line, loaded)
+        machine.write(self.path / "machine.json")
         with (self.path / "console.log").open("wb") as console:
             self._process = subprocess.Popen(
                 dying_with_parent(("/bin/bash", str(script))),

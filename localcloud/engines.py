@@ -1,6 +1,6 @@
 """The engines: what answers requests on an instance, and what its image has for that.
 
-    paced   our own Python, and a package `vllm` that is a stand-in (paced.py); loads as long as it is told
+    paced   our own Python, and a package `vllm` that is a stand-in (paced/); loads as long as it is told
     vllm    the environment .venv-vllm with real vLLM, and a tiny model (tiny_model.py); takes its own time
 
 The start script is the same, and finds in PATH, PYTHONPATH and its environment what the image gives it.
@@ -23,18 +23,18 @@ VLLM_ENVIRONMENT = PROJECT / ".venv-vllm"
 TINY_MODEL = PROJECT / "build" / "tiny-llama"
 
 MAKE_MODEL_TIMEOUT_S = 180.0
-"""It takes 4 s, and the first import of torch from a cold disk half a minute."""
+"""Seconds that making the tiny model may take: it takes 4, and importing torch from a cold disk 30."""
 
 VLLM_STOP_S = 4.0
-"""From SIGTERM to SIGKILL, not sped up: vLLM ends within 2 s when nobody else wants the processor."""
+"""Seconds from SIGTERM to SIGKILL, not sped up: vLLM ends within 2 s when the processor is free."""
 
 
 @dataclass(frozen=True)
 class EngineImage:
-    """What an image has.
+    """What the image of an engine has.
 
     bin: its programs, first in PATH. variables: its environment; what the order says goes before it.
-    own_processor: each instance has one, which it shares only when there are more instances than processors.
+    own_processor: each instance gets a processor, shared only when instances outnumber processors.
     times: how long things take, given the speedup. deaf_to: faults that it cannot play.
     make_ready: called once before anything boots; raises ConfigError when something must be installed.
     """
@@ -48,18 +48,18 @@ class EngineImage:
 
     @property
     def path(self) -> str:
-        """PATH of what runs in it."""
+        """PATH of the processes that run in it."""
         return f"{self.bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def _own_times(speedup: float) -> Times:
-    """The model server loads and ends in its own time, whatever the speedup; only the cloud is sped up."""
+    """Return times at which the cloud is sped up and the model server loads and ends in its own time."""
     real_stop_s = VLLM_STOP_S * speedup
     return Times(load_s=0.0, start_s=0.0, stop_s=real_stop_s, reboot_s=real_stop_s)
 
 
 def _make_vllm_ready() -> None:
-    """The tiny model is there. Raises ConfigError when the environment of vLLM is not."""
+    """Make the tiny model unless it is there. Raises ConfigError when the environment of vLLM is missing."""
     if not (VLLM_ENVIRONMENT / ".ready").exists():
         raise ConfigError(
             f"--engine vllm: there is no vLLM in {VLLM_ENVIRONMENT}; "
@@ -69,7 +69,7 @@ def _make_vllm_ready() -> None:
         return
     try:
         made = subprocess.run(
-            # -I: the files beside tiny_model.py have names that others import.
+            # -I: files beside tiny_model.py have names that installed packages import.
             (VLLM_ENVIRONMENT / "bin" / "python", "-I", PROJECT / "localcloud" / "tiny_model.py", TINY_MODEL),
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
             stdin=subprocess.DEVNULL,
@@ -97,25 +97,24 @@ ENGINES: Mapping[str, EngineImage] = MappingProxyType(
             bin=VLLM_ENVIRONMENT / "bin",
             variables=MappingProxyType(
                 {
-                    "VLLM_MODEL": str(
-                        TINY_MODEL
-                    ),  # goes before the profile's (fleet/outside/start_script.py)
+                    # Goes before the profile's (fleet/outside/start_script.py).
+                    "VLLM_MODEL": str(TINY_MODEL),
                     "VLLM_TARGET_DEVICE": "cpu",
                     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for a million tokens
                     "VLLM_NO_USAGE_STATS": "1",
                     "HF_HUB_OFFLINE": "1",
-                    # Else it binds itself to a processor of its choice, and all choose the same.
+                    # Otherwise each binds itself to a processor, and all choose the same.
                     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                     "OMP_NUM_THREADS": "1",
                     # Its sockets stay behind when it ends: where it runs they go with the instance's disk.
                     # Relative, because the path of a socket has at most 107 characters.
                     "VLLM_RPC_BASE_PATH": ".",
-                    # Else it writes its title over what /proc shows of its environment, by which processes.py
-                    # knows the processes of an instance.
+                    # Otherwise it overwrites the environment that /proc shows, by which processes.py
+                    # finds the processes of an instance.
                     "SPT_NOENV": "1",
                 }
             ),
-            # Between tokens its processes wait without sleeping, and would take all there is from the others.
+            # Between tokens its processes wait without sleeping, and would take all time from the others'.
             own_processor=True,
             times=_own_times,
             deaf_to=frozenset({"never-ready", "fatal-line"}),

@@ -18,43 +18,46 @@ when nothing is under way there is no timer, and nothing wakes up.
 """
 
 import asyncio
-import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any
 
 from engine.reference import ModelServer
-from localcloud.paced.answers import Answer, compact
-from localcloud.paced.asgi import Message, Receive, Send, _read_body, _respond, _watch
+from localcloud.paced.answers import CompletionAnswer, compact
 from localcloud.paced.completion_request import (
-    Ask,
-    Model,
-    Refused,
-    _chat_prompt,
-    _typed,
-    answer_length,
+    CompletionRequest,
+    RequestError,
+    ServedModel,
+    answer_lengths,
+    chat_prompt,
     count_tokens,
-    read_ask,
     read_json,
     read_model,
+    read_request,
+    typed,
 )
 from localcloud.paced.metrics import metrics
-from localcloud.paced.pacer import Clock, Pacer, _News
-
-log = logging.getLogger("paced")
+from localcloud.paced.pacer import Clock, Pacer, TokenInbox
 
 VERSION = "0.11.0+paced"
-"""The vLLM whose manners are imitated, and that it is not it."""
+"""The version of vLLM that is imitated, and the mark that it is not vLLM."""
 
+MAX_BODY = 32 * 2**20
+"""Bytes of a request body; the longest context of our profiles is some 64 kB of text."""
 
-# -- the app ---------------------------------------------------------------------------------------------
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class PacedEngine:
-    """The ASGI app. Serves on one event loop, from its first request on."""
+    """The ASGI app. It belongs to the event loop of its first request."""
 
-    def __init__(self, model: Model, server: ModelServer, clock: Clock | None = None) -> None:
-        """clock: the running loop if None. ValueError if a request of full length can never be held."""
+    def __init__(self, model: ServedModel, server: ModelServer, clock: Clock | None = None) -> None:
+        """Raise ValueError if a request of full length can never be held. clock: the running loop if None."""
         if model.max_model_len > server.timing.kv_tokens:
             raise ValueError(
                 f"a context of {model.max_model_len} tokens does not fit into KV memory for "
@@ -86,17 +89,17 @@ class PacedEngine:
         else:
             try:
                 await self._http(scope, receive, send)
-            except Refused as e:
+            except RequestError as e:
                 allow = [(b"allow", self._routes[scope["path"]][0].encode())] if e.status == 405 else []
                 await _respond(send, e.status, b"application/json", compact(e.said), allow)
 
     async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if path not in self._routes:
-            raise Refused("Not Found", status=404, kind="NotFoundError")
+            raise RequestError("Not Found", status=404, kind="NotFoundError")
         method, view = self._routes[path]
         if scope["method"] != method:
-            raise Refused("Method Not Allowed", status=405, kind="MethodNotAllowedError")
+            raise RequestError("Method Not Allowed", status=405, kind="MethodNotAllowedError")
         raw = b""
         if method == "POST":
             body = await _read_body(receive)
@@ -105,13 +108,13 @@ class PacedEngine:
             raw = body
             media = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
             if media != b"application/json":
-                raise Refused("Unsupported media type: only application/json is taken")
+                raise RequestError("Unsupported media type: only application/json is taken")
         if view is not None:
             kind, answer = view(raw)
             await _respond(send, 200, kind, answer)
             return
-        ask = read_ask(read_json(raw), self.model, chat=path == "/v1/chat/completions")
-        await self._complete(ask, receive, send)
+        request = read_request(read_json(raw), self.model, chat=path == "/v1/chat/completions")
+        await self._complete(request, receive, send)
 
     # -- small routes --
 
@@ -145,66 +148,72 @@ class PacedEngine:
         said = read_json(raw)
         read_model(said, self.model)
         if "messages" in said:
-            count = _chat_prompt(said).tokens
+            count = chat_prompt(said).tokens
         else:
-            count = count_tokens(_typed(said, "prompt", str, ""))
+            count = count_tokens(typed(said, "prompt", str, ""))
         answer = {"count": count, "max_model_len": self.model.max_model_len, "tokens": list(range(count))}
         return b"application/json", compact(answer | {"token_strs": None})
 
     # -- completions --
 
-    async def _complete(self, ask: Ask, receive: Receive, send: Send) -> None:
-        """Submit all that is asked for and answer as it comes; when the client goes, so does the work."""
+    async def _complete(self, request: CompletionRequest, receive: Receive, send: Send) -> None:
+        """Submit all that is asked for and answer as it comes; drop the work when the client goes."""
         if self._pacer is None:
             self._pacer = Pacer(self.server, asyncio.get_running_loop())
-        answer = Answer(ask, self.model, int(time.time()))
-        lengths = [answer_length(p, ask, self.model, which) for p in ask.prompts for which in range(ask.n)]
-        news = _News(lengths, patient=not ask.stream)
+        lengths = answer_lengths(request, self.model)
+        answer = CompletionAnswer(request, self.model, lengths, int(time.time()))
+        inbox = TokenInbox(sum(tokens for tokens, _ in lengths), patient=not request.stream)
         ids = [f"{answer.id}-{index}" for index in range(len(lengths))]
-        watcher = asyncio.ensure_future(_watch(receive, news))
+        watcher = asyncio.ensure_future(_watch(receive, inbox))
         try:
             for index, id in enumerate(ids):
-                prompt = ask.prompts[index // ask.n]
-                tell = _teller(news, index)
-                self._pacer.submit(id, prompt.tokens, lengths[index][0], tell)
-            if ask.stream:
-                await self._stream(ask, answer, news, send)
-            elif await news.take():
-                await _respond(send, 200, b"application/json", answer.whole(lengths))
+                prompt = request.prompts[index // request.n]
+                callback = partial(inbox.put, index)
+                self._pacer.submit(id, prompt.tokens, lengths[index][0], callback)
+            if request.stream:
+                await self._stream(answer, inbox, send)
+            elif await inbox.take():
+                await _respond(send, 200, b"application/json", answer.whole())
         finally:
             watcher.cancel()
             for id, (_, reason) in zip(ids, lengths, strict=True):
                 self.ended["abort" if self._pacer.cancel(id) else reason] += 1
 
-    async def _stream(self, ask: Ask, answer: Answer, news: _News, send: Send) -> None:
+    async def _stream(self, answer: CompletionAnswer, inbox: TokenInbox, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         begun = False
-        sent = [0] * len(news.lengths)
-        made = 0
-        while True:
-            came = await news.take()
-            if not came:
-                return
-            events = []
-            for index, tokens in came:
-                if ask.chat and not sent[index]:
-                    events.append(answer.role(index))
-                whole, reason = news.lengths[index]
-                for _ in range(tokens):
-                    made += 1
-                    last = sent[index] + 1 == whole
-                    events.append(answer.token(index, sent[index], reason if last else None, made))
-                    sent[index] += 1
-            done = made == sum(whole for whole, _ in news.lengths)
-            if done:
-                events.append(answer.last(made))
+        while not answer.done and (came := await inbox.take()):
+            events = answer.events(came)
             if not begun:
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 begun = True
-            await send({"type": "http.response.body", "body": b"".join(events), "more_body": not done})
-            if done:
-                return
+            await send({"type": "http.response.body", "body": events, "more_body": not answer.done})
 
 
-def _teller(news: _News, index: int) -> Callable[[int], None]:
-    return lambda tokens: news.tell(index, tokens)
+async def _watch(receive: Receive, inbox: TokenInbox) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    inbox.leave()
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the body, None when the client left before its end; raise RequestError if it is too long."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY:
+            raise RequestError(f"the body: at most {MAX_BODY} bytes are taken", status=413)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _respond(
+    send: Send, status: int, kind: bytes, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    most = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": most})
+    await send({"type": "http.response.body", "body": body})

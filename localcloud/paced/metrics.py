@@ -1,4 +1,7 @@
-"""TODO: say what this is."""
+"""The page /metrics in the Prometheus text format, with vLLM's names.
+
+Written by hand: seven figures are no reason to load a library in a process that must stay small.
+"""
 
 from collections.abc import Mapping
 
@@ -6,7 +9,7 @@ from engine.reference import ModelServer
 
 
 def metrics(name: str, server: ModelServer, ended: Mapping[str, int]) -> bytes:
-    """The figures of /metrics under vLLM's names. ended: requests by finish reason."""
+    """Return the page. name: of the model; ended: requests by finish reason."""
     label = f'engine="0",model_name="{_label(name)}"'
     lines = []
 

@@ -1,54 +1,57 @@
-"""TODO: say what this is."""
+"""A model server in real time: one timer for all requests, and an inbox of tokens for each."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from engine.reference import Event, Kind, ModelServer
 
-# -- in time ---------------------------------------------------------------------------------------------
-
 
 class Timer(Protocol):
-    """What call_at gives."""
+    """What call_at returns."""
 
     def cancel(self) -> None:
-        """It will not be called."""
+        """Do not call the callback any more."""
 
 
 class Clock(Protocol):
-    """What is needed of an event loop to keep time."""
+    """The part of an event loop that keeps time."""
 
     def time(self) -> float:
-        """Seconds."""
+        """Return the time in seconds."""
 
     def call_at(self, when: float, callback: Callable[[], None], /) -> Timer:
-        """Call it then."""
+        """Call the callback at that time."""
 
 
 class Pacer:
-    """A ModelServer in real time: whoever submits is told of its tokens when they are due.
+    """A ModelServer in real time: each request's callback is called when its tokens are due.
 
     One timer, at the end of the step under way; none when idle. Belongs to the loop's thread.
     """
 
     def __init__(self, server: ModelServer, clock: Clock) -> None:
-        """Idle."""
+        """Begin idle."""
         self.server = server
         self._clock = clock
-        self._told: dict[str, Callable[[int], None]] = {}
+        self._callbacks: dict[str, Callable[[int], None]] = {}
         self._timer: Timer | None = None
         self._due: float | None = None
 
-    def submit(self, id: str, prompt_tokens: int, output_tokens: int, told: Callable[[int], None]) -> None:
-        """told(tokens) is called for all its tokens, in steps. Raises ValueError as ModelServer does."""
+    def submit(
+        self, id: str, prompt_tokens: int, output_tokens: int, callback: Callable[[int], None]
+    ) -> None:
+        """Submit a request; callback(tokens) is called for its tokens, step by step.
+
+        Raises ValueError as ModelServer does.
+        """
         events = self.server.submit(id, prompt_tokens, output_tokens, self._clock.time())
-        self._told[id] = told
+        self._callbacks[id] = callback
         self._deliver(events)
 
     def cancel(self, id: str) -> bool:
-        """It is told nothing more, and its work is freed now. Whether there was any left."""
-        there = self._told.pop(id, None) is not None
+        """Free its work now and call it back no more; return whether there was any left."""
+        there = self._callbacks.pop(id, None) is not None
         if there:
             self._deliver(self.server.cancel(id, self._clock.time()))
         return there
@@ -67,47 +70,48 @@ class Pacer:
             self._due = due
         for event in events:
             if event.kind is Kind.FINISHED:
-                told = self._told.pop(event.id, None)
+                callback = self._callbacks.pop(event.id, None)
             elif event.kind is Kind.TOKENS:
-                told = self._told.get(event.id)
+                callback = self._callbacks.get(event.id)
             else:
                 continue
-            if told is not None:
-                told(event.tokens)
+            if callback is not None:
+                callback(event.tokens)
 
 
-class _News:
-    """Tokens of one request's answers that have come and were not sent yet; one reader.
+class TokenInbox:
+    """Tokens of one request's answers that are due and not sent yet; it has one reader.
 
-    patient: the reader wants to be woken by the last token only.
+    patient: wake the reader with the last token only.
     """
 
-    def __init__(self, lengths: Sequence[tuple[int, str]], *, patient: bool) -> None:
-        self.lengths = lengths
-        self.left = sum(tokens for tokens, _ in lengths)
-        self.gone = False
+    def __init__(self, tokens: int, *, patient: bool) -> None:
+        """tokens: of all choices together."""
+        self._left = tokens
+        self._gone = False
         self._patient = patient
         self._came: list[tuple[int, int]] = []
         self._waiter: asyncio.Future[None] | None = None
 
-    def tell(self, index: int, tokens: int) -> None:
+    def put(self, index: int, tokens: int) -> None:
+        """Add tokens of a choice."""
         self._came.append((index, tokens))
-        self.left -= tokens
-        if not self._patient or not self.left:
+        self._left -= tokens
+        if not self._patient or not self._left:
             self._wake()
 
     def leave(self) -> None:
-        """The client has gone."""
-        self.gone = True
+        """Note that the client has gone."""
+        self._gone = True
         self._wake()
 
     async def take(self) -> list[tuple[int, int]]:
-        """(choice, tokens) that came since the last time; empty when the client has gone."""
-        while not self.gone and ((self._patient and self.left) or not self._came):
+        """Return what came since the last time as (choice, tokens); empty when the client has gone."""
+        while not self._gone and ((self._patient and self._left) or not self._came):
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         came, self._came = self._came, []
-        return [] if self.gone else came
+        return [] if self._gone else came
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

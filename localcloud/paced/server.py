@@ -1,4 +1,4 @@
-"""TODO: say what this is."""
+"""Serving ASGI as vLLM does: its log lines, TLS, and answers that break off when the process ends."""
 
 import asyncio
 import contextlib
@@ -11,12 +11,16 @@ import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from localcloud.paced.asgi import App
+from localcloud.paced.engine import App
 from process.errors import ConfigError
 
 
-class _Server(uvicorn.Server):
-    """uvicorn that sleeps until it is told to end, and then waits for nobody."""
+class PacedServer(uvicorn.Server):
+    """uvicorn that sleeps until it is told to end, and then waits for no answer.
+
+    fleet_client/asgi_server.py does not fit: it has no lifespan, no TLS and none of uvicorn's log lines, of
+    which vLLM's ready line is one, and it lets answers end.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -36,7 +40,7 @@ class _Server(uvicorn.Server):
         await self._told.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Break the answers off, as a container's end does; their work ends by itself then."""
+        """Break the answers off, as a container's end does; that ends their work."""
         for connection in self.server_state.connections:
             if connection.transport is not None:
                 connection.transport.abort()
@@ -56,9 +60,9 @@ class _Server(uvicorn.Server):
 
 
 def serve(app: App, sock: socket.socket, certfile: str | None = None, keyfile: str | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C. Logs as uvicorn does, so the ready line is the real one.
+    """Serve until SIGTERM or Ctrl-C. Logs as uvicorn does, so that the ready line is the real one.
 
-    certfile, keyfile: with TLS.
+    certfile, keyfile: of TLS; without them plain HTTP.
     """
     config = uvicorn.Config(
         app,
@@ -77,13 +81,14 @@ def serve(app: App, sock: socket.socket, certfile: str | None = None, keyfile: s
     )
 
     async def run() -> None:
-        await _Server(config).serve(sockets=[sock])
+        await PacedServer(config).serve(sockets=[sock])
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that has the address and does not listen yet; raise ConfigError."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

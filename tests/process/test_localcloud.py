@@ -11,7 +11,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import paramiko
@@ -21,11 +20,7 @@ from engine.profiles import get_profile
 from fleet.outside.ssh_log import HostKeyChanged, SshLog
 from fleet.outside.start_script import render
 from localcloud import __main__ as localcloud_main
-from localcloud.cloud import Cloud
-from localcloud.machines import MACHINES
-from localcloud.phases import IllegalPhase
 from localcloud.processes import command_line
-from localcloud.world import World
 from process.errors import InstanceError
 from tests.commands import run_command
 from tests.paths import ROOT
@@ -387,20 +382,6 @@ def test_calls_that_hang_do_not_stop_the_others(cloud: LocalCloud) -> None:
     wait_for("it answers", cloud.status)
 
 
-def test_a_face_does_not_go_on_without_its_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Breaks(Cloud):
-        def advance(self, now: float) -> None:
-            raise IllegalPhase("no way")
-
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: asked.append((pid, number)))
-    world = World(Breaks(MACHINES, Random(1)), tmp_path / "cloud", "paced")
-    world.start()
-    wait_for("it asks its process to end", lambda: asked == [(os.getpid(), signal.SIGTERM)])
-    world.stop()
-    assert world.failed
-
-
 @pytest.mark.parametrize("script", ["deployed", "leaves others"])
 def test_nothing_outlives_a_killed_cloud(cloud: LocalCloud, tmp_path: Path, script: str) -> None:
     if script == "deployed":
@@ -427,25 +408,6 @@ def test_a_directory_belongs_to_one_cloud(cloud: LocalCloud, monkeypatch: pytest
     assert "another local cloud" in ended.err
     assert (cloud.root / "instances" / str(instance_id) / "home").exists()
     assert len(cloud.pids(instance_id, 2)) == 2
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--fault", "no-such"], "unknown fault"),
-        (["--fault", "list-500:odd=1"], "no parameter"),
-        (["--speedup", "0"], "--speedup 0"),
-        (["--offers", "/nowhere"], "--offers /nowhere"),
-        (["--host", "0.0.0.0"], "loopback only"),
-        (["--engine", "gpt"], "--engine"),
-        (["--port", "99999"], "--port 99999"),
-        (["--no-such-flag"], "--no-such-flag"),
-    ],
-)
-def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path, flags: list[str], words: str) -> None:
-    ended = run_command("localcloud", localcloud_main.main, "--root", str(tmp_path / "c"), *flags)
-    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert words in ended.err
 
 
 def test_a_port_in_use_is_one_line_and_exit_2(tmp_path: Path) -> None:
@@ -501,3 +463,34 @@ def test_six_idle_instances_cost_little(cloud: LocalCloud) -> None:
     assert share < 0.15
     assert rss_mb(pids) < 600
     print(f"6 idle instances: {rss_mb(pids):.0f} MB, cloud {rss_mb([cloud.process.pid]):.0f} MB, {share:.1%}")
+
+
+SHARES_MEMORY = """\
+exec python3 -c '
+import multiprocessing, os, time
+from multiprocessing.shared_memory import SharedMemory
+block, lock = SharedMemory(create=True, size=1000), multiprocessing.get_context("spawn").Lock()
+print(block.name, lock._semlock.name, flush=True)
+time.sleep(1000)'
+"""
+
+
+@pytest.mark.parametrize("how", ["destroy", "kill", "stop"])
+def test_the_shared_memory_of_an_instance_ends_with_it(cloud: LocalCloud, how: str) -> None:
+    """A container's vanishes with the container; here SIGKILL leaves it, and nobody else would remove it."""
+    number = cloud.rent_by_hand(SHARES_MEMORY)
+
+    def names() -> Any:
+        console = cloud.root / "instances" / str(number) / "console.log"
+        return console.exists() and console.read_text().split()
+
+    block, lock = wait_for("it has shared memory", names)
+    files = [Path("/dev/shm") / block, Path("/dev/shm") / f"sem.{lock.lstrip('/')}"]
+    assert all(path.exists() for path in files), files
+    if how == "destroy":
+        cloud.ask("DELETE", f"/api/v0/instances/{number}/")
+    elif how == "kill":
+        cloud.ask("POST", f"/localcloud/instances/{number}/kill", {"part": "all"})
+    else:
+        cloud.ask("PUT", f"/api/v0/instances/{number}/", {"state": "stopped"})
+    wait_for("all is gone", lambda: not any(path.exists() for path in files))

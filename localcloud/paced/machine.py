@@ -1,0 +1,41 @@
+"""The machine that a stand-in runs on, as the local cloud tells it in a file."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from process.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SimulatedMachine:
+    """Its GPUs and times. load_s: from start to ready; start_s instead if the file `loaded` exists.
+
+    fatal_line: what is said instead of getting ready.
+    """
+
+    gpu_name: str
+    num_gpus: int
+    load_s: float
+    start_s: float
+    fatal_line: str | None
+    loaded: str | None
+
+    @classmethod
+    def read(cls, path: str | None) -> "SimulatedMachine":
+        """Return the machine of the file; without a file one RTX 4090, ready at once. Raises ConfigError."""
+        if not path:
+            return cls("RTX 4090", 1, 0.0, 0.0, None, None)
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            raise ConfigError(f"LOCALCLOUD_MACHINE={path} cannot be used: {type(e).__name__}: {e}") from e
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @property
+    def ready_s(self) -> float:
+        """Seconds until it is ready, this time."""
+        return self.start_s if self.loaded and Path(self.loaded).exists() else self.load_s
