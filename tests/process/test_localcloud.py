@@ -242,6 +242,7 @@ def test_a_machine_is_rented_used_stopped_started_and_destroyed(cloud: LocalClou
     assert ssh.read("a", "127.0.0.1", again.ports[22], False, 10.0).ready, "the host key is the same"
 
     cloud.post("/localcloud/faults", {"name": "ssh-hangs", "instance_id": instance_id})
+    wait_for("ssh says nothing", lambda: greeting(again.ports[22]) == b"")
     with pytest.raises(InstanceError):
         ssh.read("a", "127.0.0.1", again.ports[22], False, 0.5)
 
