@@ -3,8 +3,8 @@
 A foreign write is an assignment, `+=` or `del` of `x.attr` where some class of the project declares attr, and
 x is neither self or cls, nor a module, nor a local that the same function just made. Just made means that all
 bindings of the local in that function are calls of a class, or of a method of a class (`Lease.parse(...)`).
-Types are not looked at: an attribute of a library's object counts when a class of the project has one of that
-name.
+What numba compiles is left out: there x is a row of an array. Types are not looked at, so an attribute of a
+library's object counts when a class of the project has one of that name, unless it is in OF_LIBRARIES.
 """
 
 import ast
@@ -13,6 +13,9 @@ from collections.abc import Collection, Iterator
 
 MADE = re.compile(r"(cls|[\w.]*\b_*[A-Z]\w*)[\w.]*\(")
 """A value that was just made: a call of a class, or of a method of a class."""
+
+OF_LIBRARIES = {"node.names"}
+"""Attributes of objects that are not ours: the names of an ast.ImportFrom."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -43,6 +46,8 @@ def writes_of_others(tree: ast.Module, modules: Collection[str]) -> Iterator[ast
         if isinstance(n, ast.Import) or f"{n.module}.{alias.name}" in modules
     } | {"self", "cls"}
     for scope in (n for n in ast.walk(tree) if isinstance(n, ast.Module | Function)):
+        if any(ast.unparse(d) == "njit" for d in getattr(scope, "decorator_list", [])):
+            continue
         nodes = list(_own_nodes(scope))
         made = {
             id(t)
@@ -56,7 +61,8 @@ def writes_of_others(tree: ast.Module, modules: Collection[str]) -> Iterator[ast
         written = (
             n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store | ast.Del)
         )
-        yield from (n for n in written if ast.unparse(n.value) not in allowed)
+        foreign = (n for n in written if ast.unparse(n.value) not in allowed)
+        yield from (n for n in foreign if ast.unparse(n) not in OF_LIBRARIES)
 
 
 def _own_nodes(scope: ast.AST) -> Iterator[ast.AST]:

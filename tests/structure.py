@@ -8,8 +8,7 @@ name alone does not say them:
     code lines     neither blank nor comment nor docstring; docstrings are counted beside them
     foreign write  an attribute written from outside the class that owns it: see tests/attribute_writes.py
     dangling       a link or path in Markdown, docstrings or comments, or a page cited by name and section
-                   (as "peers section 2"), that is no file of the checkout; bench may cite Python files of
-                   other projects
+                   (as "peers section 2"), that is no file of the checkout
     by hand        a string outside tests and docstrings with `{"` (JSON), or a sample or TYPE (Prometheus)
 """
 
@@ -33,8 +32,11 @@ LIMITS = {"file": 500, "class": 300, "function": 60}
 EXCEPTIONS = re.compile(r"^#+ Exceptions to the size limits\n(.*?)(?=^#|\Z)", re.MULTILINE | re.DOTALL)
 """The section of docs/architecture.md with items such as "- `FILE:Class.method`: reason"."""
 
+CITE_OTHERS = {"bench/", "docs/reference/"}
+"""What cites files of other projects: of those only paths into a directory of ours are looked at."""
+
 OF_OTHERS = {"serving_chat.py", "serving_completion.py", "cli/main.py"}
-"""Files of vLLM and vastai that are cited; bench cites many more."""
+"""Files of vLLM and vastai that are cited elsewhere."""
 
 PAGES = "vast-contract|dispatch-study|policy-study|vllm-on-cpu|lineage|peers|servers|timing|design"
 CITED = re.compile(rf"\b({PAGES})(?: section)? \d")
@@ -168,8 +170,9 @@ class Checkout:
         found = Counter[str]()
         for name, text in sorted(texts.items()):
             dangling = [ref for ref in PATH.findall(text) if ref not in ends]
-            if name.startswith("bench/"):
-                dangling = [ref for ref in dangling if ref.endswith(".md")]
+            if name.startswith(tuple(CITE_OTHERS)):
+                ours = (f"{top}/" for top in (*self.packages(), "docs"))
+                dangling = [ref for ref in dangling if ref.startswith(tuple(ours))]
             dangling += [page for page in CITED.findall(text) if f"{page}.md" not in ends]
             links = LINK.findall(text) if name in self.pages else []
             there = (self.root / name).parent
