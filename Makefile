@@ -12,7 +12,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 
-.PHONY: sim sim-vllm test test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -22,8 +22,21 @@ sim: $(READY) $(COMPILED)
 sim-vllm: $(READY) $(COMPILED) $(VLLM_READY)
 	$(BIN)/python sim.py --local --engine vllm
 
+# In several processes, file by file and the slowest first; then what must run alone (pyproject.toml).
+WORKERS ?= 3
+TESTS := $(BIN)/python -m pytest
+TOGETHER := $(TESTS) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone"
 test: $(READY) $(COMPILED)
-	$(BIN)/python -m pytest
+	$(TOGETHER) tests/system tests/process tests/unit
+	$(TESTS) -m alone
+
+# The tests without processes of ours.
+test-fast: $(READY) $(COMPILED)
+	$(TOGETHER) tests/unit
+
+# Those of the benchmarks and of what they compare with.
+test-bench: $(READY) $(COMPILED)
+	$(TOGETHER) bench/tests
 
 test-vllm: $(READY) $(COMPILED) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/vllm

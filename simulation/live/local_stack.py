@@ -233,7 +233,8 @@ class LocalStack:
             *("--poll-interval-s", f"{config.poll_interval_s:g}"),
             *("--check-boot-every-s", f"{config.check_boot_every_s:g}"),
         )
-        self._environment = _child_environment(secrets.token_hex(16), self.state_dir)
+        self.cloud_key = secrets.token_hex(16)
+        self._environment = _child_environment(self.cloud_key, self.state_dir)
         self._children: dict[str, _Child] = {}
         self._lock = threading.Lock()  # held for looking at and starting children, never while waiting
         self._watching: set[str] = set()

@@ -973,6 +973,7 @@ def test_a_ledger_that_cannot_be_used_is_said_in_one_line(tmp_path: Path, cloud:
         process.AutoscalerProcess(quick(tmp_path))
 
 
+@pytest.mark.alone
 def test_a_loadbalancer_that_hangs_does_not_keep_another_from_being_told(
     tmp_path: Path, cloud: QuickCloud, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

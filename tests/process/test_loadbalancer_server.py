@@ -258,10 +258,12 @@ def looks_in(seconds: float, stir: Callable[[Desk], None], monkeypatch: pytest.M
     return len(looks)
 
 
+@pytest.mark.alone
 def test_the_clockwork_looks_seldom_while_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2 <= looks_in(1.0, lambda _: None, monkeypatch) <= 1.0 / QUIET_S + 2
 
 
+@pytest.mark.alone
 def test_the_clockwork_looks_often_while_somebody_asks_and_not_once_for_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -269,6 +271,7 @@ def test_the_clockwork_looks_often_while_somebody_asks_and_not_once_for_each(
     assert 2.0 / QUIET_S < looks <= 1.0 / CLOCKWORK_S + 2
 
 
+@pytest.mark.alone
 def test_the_clockwork_looks_often_while_somebody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     def hold(desk: Desk) -> None:
         if not desk.balancer.line.held:
@@ -907,6 +910,7 @@ def test_those_who_wait_are_served_when_an_instance_becomes_hot_and_told_at_the_
         assert (answers[-1][0], answers[-1][1]["error"]) == (503, "shutting_down")
 
 
+@pytest.mark.alone
 def test_an_instance_that_does_not_answer_delays_nobody(tmp_path: Path) -> None:
     """Its port takes connections and never says a word; the other instance serves meanwhile."""
     with (
@@ -1070,6 +1074,7 @@ def test_sizes_of_other_requests_than_those_that_started_are_refused() -> None:
             push.parse_push({**said, "started_bytes": wrong})
 
 
+@pytest.mark.alone
 def test_a_report_that_an_instance_pushes_wakes_who_waits(tmp_path: Path) -> None:
     """A request has ended there: the next one is given its place before any poll is due."""
     with (

@@ -449,6 +449,7 @@ def rss_mb(pids: list[int]) -> float:
     return sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids) * 4096 / 1e6
 
 
+@pytest.mark.alone
 def test_six_idle_instances_cost_little(cloud: LocalCloud) -> None:
     """Under 15 % of one core and 600 MB together (with the start script that is deployed)."""
     script = render(get_profile("vllm-13"), "m")

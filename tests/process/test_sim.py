@@ -426,6 +426,7 @@ def test_an_answer_that_takes_too_long_is_a_timeout() -> None:
         assert found["requests"]["failed_by_kind"] == {"timeout": 1}
 
 
+@pytest.mark.alone
 def test_a_slow_answer_never_delays_the_next_arrival() -> None:
     """Open loop: all are under way together although each answer takes longer than the whole plan."""
 
@@ -445,6 +446,7 @@ def test_a_slow_answer_never_delays_the_next_arrival() -> None:
         assert found["requests"]["completed"] == 20
 
 
+@pytest.mark.alone
 def test_500_streams_at_once_do_not_make_the_driver_late(tmp_path: Path) -> None:
     """One driver process; what is measured is the driver, since the fakes have a process of their own."""
 

@@ -159,6 +159,7 @@ def test_nothing_outlives_a_killed_supervisor(machine: Machine) -> None:
         wait_for("the kernel has ended them", lambda: not machine.processes())
 
 
+@pytest.mark.alone
 def test_who_does_not_hear_sigterm_is_ended_in_the_ten_seconds_of_docker_stop(tmp_path: Path) -> None:
     machine = Machine(tmp_path, engine=STUBBORN)
     with machine.running() as running:

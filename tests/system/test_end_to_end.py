@@ -65,7 +65,7 @@ def test_with_everything_killed_in_turn_no_request_and_no_machine_is_lost(tmp_pa
         users = subprocess.Popen(
             [
                 *(sys.executable, "sim.py", "--quiet", "--seed", "3", "--json", str(report_file)),
-                *("--num-iterations", "40", "--base-num-users", "40", "--request-timeout-s", "150"),
+                *("--num-iterations", "24", "--base-num-users", "66", "--request-timeout-s", "150"),
                 *("--loadbalancer", stack.loadbalancer_url, "--autoscaler", stack.autoscaler_url),
                 *("--state-dir", str(stack.state_dir)),
             ],

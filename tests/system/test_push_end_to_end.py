@@ -22,6 +22,8 @@ from remote.log_lines import ENDED, READY
 from simulation.live.local_stack import AUTOSCALER, LOADBALANCER, LocalStack, StackConfig
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.alone
+
 GET_HOT_S = 90.0
 
 
@@ -121,15 +123,17 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @contextmanager
-def streaming(lease: dict[str, Any]) -> Iterator[tuple[http.client.HTTPConnection, Any]]:
-    """A stream whose first bytes have come."""
+def streaming(
+    lease: dict[str, Any], max_tokens: int = 400
+) -> Iterator[tuple[http.client.HTTPConnection, Any]]:
+    """A stream whose first bytes have come. 400 tokens take some seconds."""
     parts = urlsplit(lease["address"])
     context = context_for(lease["address"], lease.get("certificate"))
     assert isinstance(context, ssl.SSLContext)
     connection = http.client.HTTPSConnection(
         parts.hostname or "", parts.port or 0, timeout=30.0, context=context
     )
-    body = {"model": lease["model"], "prompt": "Tell me.", "max_tokens": 400, "stream": True}
+    body = {"model": lease["model"], "prompt": "Tell me.", "max_tokens": max_tokens, "stream": True}
     headers = {"Authorization": f"Bearer {lease['token']}", "Content-Type": "application/json"}
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
@@ -160,7 +164,7 @@ def test_what_ends_is_no_longer_counted_at_once(fleet: Fleet) -> None:
         assert lease is not None
         before = fleet.status()
         assert fleet.row()["unfinished"] == 1
-        with streaming(lease) as (_, reply):
+        with streaming(lease, 60 if way == "end" else 400) as (_, reply):
             if way == "end":
                 assert b"data: [DONE]" in reply.read()
             else:
@@ -181,11 +185,10 @@ def test_what_ends_is_no_longer_counted_at_once(fleet: Fleet) -> None:
 def test_a_dead_model_server_gets_nothing_until_it_is_ready_again(fleet: Fleet) -> None:
     lease = fleet.route(wait_s=10.0)
     assert lease is not None
-    key = fleet.stack._environment["LOCALCLOUD_API_KEY"]
     with streaming(lease) as (_, reply):
         killed_at, epoch = time.monotonic(), time.time()
         url = f"{fleet.stack.cloud_url}/localcloud/instances/{lease['instance_id']}/kill"
-        assert ask(url, "POST", {"part": "model"}, key) == {"killed": "model"}
+        assert ask(url, "POST", {"part": "model"}, fleet.stack.cloud_key) == {"killed": "model"}
         read = b""
         with suppress(OSError, http.client.HTTPException):
             while line := reply.readline():

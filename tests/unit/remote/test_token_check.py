@@ -383,6 +383,7 @@ def test_a_client_that_goes_away_frees_its_request_at_once(boot: str) -> None:
     assert noted(boot)[-1] == Event(request_id(token), "aborted", 1)
 
 
+@pytest.mark.alone
 def test_a_check_takes_far_less_than_a_millisecond(boot: str) -> None:
     """At the cap of outstanding tokens; the limit leaves a slow machine thirty times what was measured."""
     issuer = Issuer(boot, 0.0)
