@@ -37,7 +37,6 @@ from process.errors import ConfigError
 from web.answers import error
 from web.app import make_app, requires
 from web.bodies import (
-    BadField,
     Boolean,
     Choice,
     Mapping,
@@ -51,6 +50,7 @@ from web.bodies import (
     query_number,
 )
 from web.bridge import serve_flask
+from web.messages.decoding import BadField
 from web.signatures import name_and_key, signer
 
 log = logging.getLogger("autoscaler")

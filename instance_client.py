@@ -17,15 +17,19 @@ import hashlib
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import aiohttp
+import msgspec
+from msgspec import Meta, Struct
 
 from fleet_client.tls_pins import BadAddress, context_for
 from process.errors import InstanceError
+from web.messages.decoding import BadField, decode
+from web.messages.reports import LoadReport, TokenBatch, TokenOrder
 
 T = TypeVar("T")
 
@@ -63,47 +67,6 @@ def request_id(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
-class Ended(NamedTuple):
-    """The end of one request. status: finished, aborted or failed."""
-
-    id: str
-    status: str
-    output_tokens: int
-
-
-@dataclass(frozen=True)
-class Load:
-    """One load report: events numbered up to seq, and how things stand. Totals count from the engine's start.
-
-    started_bytes: how long each request was that started, 0 where it did not say; none from old instances.
-    missed: events between the asked number and the first one here are lost. kv_use: share of the KV memory
-    in use, None where the engine does not say.
-    """
-
-    boot_id: str
-    seq: int
-    missed: bool
-    started: tuple[str, ...]
-    ended: tuple[Ended, ...]
-    running: int
-    waiting: int
-    kv_use: float | None
-    model_up: bool
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    started_bytes: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Fresh single-use tokens of one boot, good for expires_in_s from now, and the load at that moment."""
-
-    tokens: tuple[str, ...]
-    boot_id: str
-    expires_in_s: float
-    load: Load
-
-
 @dataclass(frozen=True)
 class Completion:
     """An answer of the model server. Times are time.perf_counter(); tokens as counted by the server.
@@ -123,78 +86,17 @@ class Completion:
 # -- what answers say --------------------------------------------------------------------------------------
 
 
-class _Shape(ValueError):
-    """An answer is not as it must be; the text says which field."""
+class TokenUsage(Struct, frozen=True):
+    """Tokens of one completion, as the model server counted them."""
+
+    prompt_tokens: Annotated[int, Meta(ge=0)]
+    completion_tokens: Annotated[int, Meta(ge=0)]
 
 
-def _field(said: object, name: str, *kinds: type) -> Any:
-    value = said.get(name) if isinstance(said, Mapping) else None
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise _Shape(f"{name}: wanted {kinds[0].__name__}, got {type(value).__name__}")
-    return value
+class WithUsage(Struct, frozen=True):
+    """A whole completion, or the event of a stream that says its usage."""
 
-
-def _count(said: object, name: str) -> int:
-    value: int = _field(said, name, int)
-    if value < 0:
-        raise _Shape(f"{name}: wanted 0 or more, got {value}")
-    return value
-
-
-def _texts(said: object, name: str) -> tuple[str, ...]:
-    values = _field(said, name, list)
-    if not all(isinstance(v, str) and v for v in values):
-        raise _Shape(f"{name}: wanted texts")
-    return tuple(values)
-
-
-def _bytes_of(started: Sequence[str], said: object) -> tuple[int, ...]:
-    if not isinstance(said, Mapping) or "started_bytes" not in said:
-        return ()
-    sizes = _field(said, "started_bytes", list)
-    if len(sizes) != len(started) or not all(type(size) is int and size >= 0 for size in sizes):
-        raise _Shape(f"started_bytes: wanted {len(started)} numbers")
-    return tuple(sizes)
-
-
-def parse_load(said: object) -> Load:
-    """The load report in a decoded answer; raises ValueError that names the field."""
-    started = _texts(said, "started")
-    kv_use = _field(said, "kv_use", float, int, type(None))
-    return Load(
-        boot_id=_field(said, "boot_id", str),
-        seq=_count(said, "seq"),
-        missed=_field(said, "missed", bool),
-        started=started,
-        ended=tuple(
-            Ended(_field(e, "id", str), _field(e, "status", str), _count(e, "output_tokens"))
-            for e in _field(said, "ended", list)
-        ),
-        running=_count(said, "running"),
-        waiting=_count(said, "waiting"),
-        kv_use=None if kv_use is None else float(kv_use),
-        model_up=_field(said, "model_up", bool),
-        prompt_tokens_total=_count(said, "prompt_tokens_total"),
-        generation_tokens_total=_count(said, "generation_tokens_total"),
-        started_bytes=_bytes_of(started, said),
-    )
-
-
-def parse_tokens(said: object) -> TokenBatch:
-    """The token batch in a decoded answer; raises ValueError that names the field and shows no token."""
-    tokens = _texts(said, "tokens")
-    if not tokens:
-        raise _Shape("tokens: wanted at least one")
-    expires_in_s = float(_field(said, "expires_in_s", float, int))
-    return TokenBatch(
-        tokens, _field(said, "boot_id", str), expires_in_s, parse_load(_field(said, "load", dict))
-    )
-
-
-def parse_usage(said: object) -> tuple[int, int]:
-    """(prompt tokens, completion tokens) of a decoded completion or of a stream's usage event."""
-    usage = _field(said, "usage", dict)
-    return _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    usage: TokenUsage
 
 
 def error_message(raw: bytes) -> str:
@@ -241,25 +143,25 @@ class Stream:
             if isinstance(said, dict) and "error" in said:
                 self.error = error_message(line[5:].strip())
 
-    def end(self) -> tuple[int, int]:
-        """(prompt tokens, completion tokens) of the whole; raises ValueError when it has no proper end."""
+    def end(self) -> TokenUsage:
+        """Return the tokens of the whole; raise BadField when the stream has no proper end."""
         lines = [line.strip() for line in self._tail.split(b"\n") if line.startswith(b"data:")]
         if not lines or lines[-1] != b"data: [DONE]":
-            raise _Shape("the stream has no [DONE]")
+            raise BadField("stream", "it has no [DONE]")
         for line in reversed(lines[:-1]):
             said = _event(line)
             if isinstance(said, dict) and said.get("usage"):
-                return parse_usage(said)
-        raise _Shape("the stream has no usage")
+                return decode(line[5:], WithUsage).usage
+        raise BadField("stream", "it has no usage")
 
 
 def _event(line: bytes) -> object:
-    """The JSON of a data line; None for anything else."""
+    """Return the JSON of a data line; None for anything else."""
     if not line.startswith(b"data:"):
         return None
     try:
-        return json.loads(line[5:])
-    except ValueError:
+        return msgspec.json.decode(line[5:])
+    except (ValueError, RecursionError):
         return None
 
 
@@ -308,20 +210,18 @@ class InstanceClient:
         certificate: str | None = None,
         report_to: str | None = None,
     ) -> TokenBatch:
-        """Fetch count single-use tokens; raises InstanceError. report_to: where it is to push its reports."""
-        body = {"count": count} | ({} if report_to is None else {"report_to": report_to})
-        url = f"{auth_url}/tokens"
-        return _read(
-            url, parse_tokens, await self._ask("POST", url, master_token, body, timeout_s, certificate)
+        """Fetch count single-use tokens; raise InstanceError. report_to: where it is to push its reports."""
+        order = TokenOrder(count, report_to)
+        return await self._ask(
+            "POST", f"{auth_url}/tokens", master_token, order, timeout_s, certificate, TokenBatch
         )
 
     async def fetch_load(
         self, auth_url: str, master_token: str, after: int, timeout_s: float, certificate: str | None = None
-    ) -> Load:
-        """The load report with the events numbered above `after`; raises InstanceError."""
+    ) -> LoadReport:
+        """Return the load report with the events numbered above `after`; raise InstanceError."""
         url = f"{auth_url}/load?after={after}"
-        said = await self._ask("GET", url, master_token, None, timeout_s, certificate)
-        return _read(f"{auth_url}/load", parse_load, said)
+        return await self._ask("GET", url, master_token, None, timeout_s, certificate, LoadReport)
 
     async def test_prompt(
         self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
@@ -379,18 +279,20 @@ class InstanceClient:
         method: str,
         url: str,
         master_token: str,
-        body: Mapping[str, Any] | None,
+        body: Struct | None,
         timeout_s: float,
         certificate: str | None,
-    ) -> object:
+        kind: type[T],
+    ) -> T:
+        """Return the answer of an auth_server, which is of that kind; raise InstanceError."""
         assert self._auth is not None, "used outside its context"  # noqa: S101 a mistake of ours
         shown = url.partition("?")[0]
         try:
             async with self._auth.request(
                 method,
                 url,
-                json=body,
-                headers={"Authorization": f"Bearer {master_token}"},
+                data=None if body is None else msgspec.json.encode(body),
+                headers={"Authorization": f"Bearer {master_token}", "Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
                 ssl=_context(shown, certificate),
                 allow_redirects=False,
@@ -404,9 +306,9 @@ class InstanceClient:
         if status != 200:
             raise InstanceError(f"{shown}: wanted 200, got {status}: {error_message(raw)}")
         try:
-            return json.loads(raw)
-        except ValueError:
-            raise InstanceError(f"{shown}: wanted JSON, got {raw[:60]!r}") from None
+            return decode(raw, kind)
+        except BadField as e:
+            raise InstanceError(f"{shown}: {e}") from None
 
 
 def _session(keep_alive_s: float) -> aiohttp.ClientSession:
@@ -431,13 +333,6 @@ def _wrong(url: str, error: Exception) -> WrongCertificate:
     return WrongCertificate(f"{url}: it does not have the certificate that is known of it: {_named(error)}")
 
 
-def _read(url: str, parse: Callable[[object], T], said: object) -> T:
-    try:
-        return parse(said)
-    except ValueError as e:
-        raise InstanceError(f"{url}: {e}") from None
-
-
 def _named(error: BaseException) -> str:
     """A timeout's own text is empty."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -454,10 +349,10 @@ def read_answer(address: str, raw: bytes) -> Completion:
     """An answer that was not streamed; raises InstanceError. address: for messages."""
     now = time.perf_counter()
     try:
-        prompt, output = parse_usage(json.loads(raw))
-    except ValueError as e:
+        usage = decode(raw, WithUsage).usage
+    except BadField as e:
         raise InstanceError(f"{address}: a completion without usage: {e}") from None
-    return Completion(200, None, prompt, output, 0.0, now)
+    return Completion(200, None, usage.prompt_tokens, usage.completion_tokens, 0.0, now)
 
 
 async def read_stream(address: str, chunks: AsyncIterator[bytes]) -> Completion:
@@ -472,10 +367,10 @@ async def read_stream(address: str, chunks: AsyncIterator[bytes]) -> Completion:
     if stream.error is not None:
         return Completion(200, stream.error, 0, 0, first_token_s, end_s)
     try:
-        prompt, output = stream.end()
-    except ValueError as e:
+        usage = stream.end()
+    except BadField as e:
         raise BrokenOff(f"{address}: {e}") from None
-    return Completion(200, None, prompt, output, first_token_s, end_s)
+    return Completion(200, None, usage.prompt_tokens, usage.completion_tokens, first_token_s, end_s)
 
 
 async def _read_whole(reply: aiohttp.ClientResponse) -> bytes:

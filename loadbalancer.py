@@ -60,19 +60,17 @@ from dispatch.step_times import SPAN_S, Pace, Span
 from dispatch.token_stock import Batch
 from dispatch.types import (
     Ask,
-    Ended,
-    HotSet,
     InstanceUse,
     Lease,
-    Load,
     Poll,
-    Push,
     Refill,
     Usage,
     Waiter,
 )
 from engine.forward import KIND, LEFT, PROMPT, UNREAD, E, Floats
 from engine.slo import Slo
+from web.messages.hot_set import HotSet
+from web.messages.reports import LoadReport, PushedReport, RequestEnd
 
 RATE_WEIGHT = 0.3
 """Weight of one observed rate in the measured throughput: settles in about five reports."""
@@ -319,7 +317,7 @@ class LoadBalancer:
             else:
                 known.capacity *= new.capacity_work / known.told.capacity_work
                 if new.timing is not None and new.timing != known.told.timing:
-                    known.pace = Pace(new.timing)
+                    known.pace = Pace(new.timing.timing())
                     known.belief.follow(known.pace.constants)
                 known.told = new
                 if not known.measured:
@@ -941,7 +939,7 @@ class LoadBalancer:
         share = (1.0 if half_full else 2.0) * self._working / MAX_POLLS_S
         return max(self.poll_interval_s, share)
 
-    def report(self, poll: Poll, load: Load, now: float) -> None:
+    def report(self, poll: Poll, load: LoadReport, now: float) -> None:
         """A load report came: what ended is released, and the estimate starts again from what is left."""
         inst = self._same(poll)
         if inst is None:
@@ -985,7 +983,7 @@ class LoadBalancer:
                 self._lose(inst, now, started_only=False)
             self._requeue(inst, now)
 
-    def pushed(self, instance_id: int, push: Push, now: float) -> float | None:
+    def pushed(self, instance_id: int, push: PushedReport, now: float) -> float | None:
         """An instance said by itself what happened: seconds until it may speak again.
 
         None when it is not believed: of a boot that we do not know, or heard before. What it cannot say, how
@@ -1010,7 +1008,7 @@ class LoadBalancer:
             return max(PUSH_SOON_S, self._working / MAX_PUSHES_SOON_S)
         return max(PUSH_INTERVAL_S, self._working / MAX_PUSHES_S)
 
-    def _take_events(self, inst: Instance, said: Load | Push, report: int, now: float) -> None:
+    def _take_events(self, inst: Instance, said: LoadReport | PushedReport, report: int, now: float) -> None:
         for request_id, size in zip(said.started, said.started_bytes or repeat(0), strict=False):
             lease = inst.leases.get(request_id)
             if lease is None:
@@ -1049,7 +1047,7 @@ class LoadBalancer:
         inst.foreign = left if left > 1e-6 else 0.0  # exactly 0 where nothing is left: then it is idle
         inst.loses(now)
 
-    def _count_strangers(self, inst: Instance, load: Load, now: float) -> None:
+    def _count_strangers(self, inst: Instance, load: LoadReport, now: float) -> None:
         """No more of other loadbalancers' requests are believed to be there than the instance has."""
         if not inst.strangers:
             return
@@ -1058,7 +1056,7 @@ class LoadBalancer:
         while len(inst.strangers) > foreign:
             self._stranger_left(inst, next(iter(inst.strangers)), now)
 
-    def _learn_pace(self, inst: Instance, load: Load, now: float) -> None:
+    def _learn_pace(self, inst: Instance, load: LoadReport, now: float) -> None:
         """Compare how long its steps took with what was expected of them (dispatch/step_times.py)."""
         made, read = load.generation_tokens_total, load.prompt_tokens_total
         if not load.model_up or not load.running:
@@ -1075,7 +1073,7 @@ class LoadBalancer:
             inst.belief.follow(inst.pace.constants)
             inst.span = Span(now, at_work, context, made, read)
 
-    def _ended(self, inst: Instance, end: Ended, now: float) -> None:
+    def _ended(self, inst: Instance, end: RequestEnd, now: float) -> None:
         lease = inst.leases.get(end.id)
         if lease is not None:
             if end.status == "finished":
@@ -1091,7 +1089,7 @@ class LoadBalancer:
         if end.status == "finished":
             self._lengths.ended(end.output_tokens, kind)
 
-    def _release_lost(self, inst: Instance, load: Load, now: float) -> None:
+    def _release_lost(self, inst: Instance, load: LoadReport, now: float) -> None:
         """Leases known to have started are over when two reports in a row say that nothing is under way.
 
         Their ends were lost: the instance keeps a bounded number of events, and its report can lag by a step.
@@ -1102,7 +1100,7 @@ class LoadBalancer:
                 self._release(inst, lease, "lost", now)
         inst.quiet = quiet
 
-    def _learn_throughput(self, inst: Instance, load: Load, now: float) -> None:
+    def _learn_throughput(self, inst: Instance, load: LoadReport, now: float) -> None:
         """Follow the observed rate: up at any time, down only when it had all the work it can hold.
 
         What is not full shows a higher rate now and then by chance, so it is watched for RATE_UP_S first.
@@ -1131,7 +1129,7 @@ class LoadBalancer:
         inst.base, inst.was_saturated = (now, total, load.generation_tokens_total), saturated
 
     def _learn_capacity(
-        self, inst: Instance, load: Load, saturated: bool, tokens_s: float, now: float
+        self, inst: Instance, load: LoadReport, saturated: bool, tokens_s: float, now: float
     ) -> None:
         """Less while requests wait inside it or get their tokens too slowly, more while it is full and well.
 

@@ -25,8 +25,6 @@ from flask import Flask, Response, jsonify
 
 from dispatch.allowance import MOST_UNUSED
 from dispatch.outside.background import Errands
-from dispatch.outside.hot_set import MAX_HOT_BODY, read_hot
-from dispatch.outside.push import MAX_REPORT_BODY
 from dispatch.outside.service import Desk
 from dispatch.request_queue import LATE_BOUND_S
 from dispatch.types import Ask
@@ -39,9 +37,12 @@ from loadbalancer import FIRST_TOKEN_WEIGHT, LoadBalancer
 from process.clock import steady_clock
 from web.answers import JsonAnswer
 from web.app import make_app, requires
-from web.bodies import BadField, Choice, Field, ListOf, Number, Text, Whole
+from web.bodies import Choice, Field, ListOf, Number, Text, Whole
 from web.bridge import serve_flask
 from web.direct import Held, awaited, direct, signed
+from web.messages.decoding import BadField
+from web.messages.hot_set import MAX_HOT_BODY
+from web.messages.reports import MAX_REPORT_BODY
 
 log = logging.getLogger("loadbalancer")
 
@@ -176,7 +177,7 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
 
     @awaited(app, "PUT", "/hot", lambda: frozenset({keys.control}))
     async def hot(raw: bytes) -> JsonAnswer:
-        news = desk.hot_set(await read_hot(desk.reader, raw))
+        news = desk.hot_set(await desk.reader.read(raw))
         return JsonAnswer({"taken": news, "epoch": desk.balancer.epoch, "version": desk.balancer.version})
 
     @app.get("/status")

@@ -7,8 +7,9 @@ from dispatch.circuit_breaker import Circuit
 from dispatch.predicted_load import Belief, Beliefs
 from dispatch.step_times import Pace, Span
 from dispatch.token_stock import Stock
-from dispatch.types import HotInstance, Lease
+from dispatch.types import Lease
 from engine.timing import like
+from web.messages.hot_set import HotInstance
 
 if TYPE_CHECKING:
     from dispatch.candidate_index import Entry, Queue
@@ -47,7 +48,7 @@ class Instance:
         self.entry: Entry | None = None  # its place in the queue; None when it cannot serve
         self.queue: Queue | None = None
         self.stock = Stock()
-        self.pace = Pace(told.timing or like(told.throughput_work_s))
+        self.pace = Pace(told.timing.timing() if told.timing else like(told.throughput_work_s))
         self.belief = Belief(beliefs, self.pace.constants, self.throughput, now)
         self.memory = -1  # the number of its KV memory, another after a reboot
         self.strangers: dict[str, float] = {}  # requests in its belief that we gave no lease for -> work

@@ -5,112 +5,14 @@ Times are epoch seconds, work is in output-token equivalents.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from dispatch.token_stock import Batch
 from engine.forward import Floats
-from engine.timing import Timing
+from web.messages.hot_set import HotInstance
 
 AFFINITY_BLOCK_TOKENS = 256
 """Prompt tokens behind one hash of a prefix: the cost of reading fewer is not worth a hash."""
-
-# -- what is told ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HotInstance:
-    """One instance of the hot set; capacity_work / throughput_work_s are the seconds of work it may hold.
-
-    certificate: the only one that TLS to it may find (PEM), public_key_sha256: of its key; None without TLS.
-    timing: how long its steps are believed to take, before it was watched; None: by its throughput only.
-    """
-
-    id: int
-    draining: bool
-    address: str
-    auth_url: str
-    master_token: str = field(repr=False)
-    throughput_work_s: float
-    capacity_work: float
-    certificate: str | None = None
-    public_key_sha256: str | None = None
-    timing: Timing | None = None
-
-
-@dataclass(frozen=True)
-class HotSet:
-    """What the autoscaler says may be used. Versions grow within an epoch: one autoscaler process."""
-
-    epoch: str
-    version: int
-    model: str
-    prefill_weight: float
-    expected_output_tokens: float
-    expected_hot_s: float | None
-    instances: tuple[HotInstance, ...]
-
-
-class Ended(Protocol):
-    """The end of one request, as an instance reports it."""
-
-    @property
-    def id(self) -> str:
-        """Request id."""
-
-    @property
-    def status(self) -> str:
-        """finished, aborted or failed."""
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens it was answered with."""
-
-
-class Load(Protocol):
-    """One load report: events since the one before, and how things stand."""
-
-    @property
-    def boot_id(self) -> str:
-        """Changes when the instance reboots."""
-
-    @property
-    def seq(self) -> int:
-        """Number of the last event in it."""
-
-    @property
-    def started(self) -> Sequence[str]:
-        """Request ids whose token was taken."""
-
-    @property
-    def started_bytes(self) -> Sequence[int]:
-        """How long each of them was, 0 where it did not say; none from an instance that cannot tell."""
-
-    @property
-    def ended(self) -> Sequence[Ended]:
-        """Requests that ended."""
-
-    @property
-    def running(self) -> int:
-        """Requests being served."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests waiting inside the model server."""
-
-    @property
-    def model_up(self) -> bool:
-        """Whether the model server answers; the other figures are 0 when not."""
-
-    @property
-    def prompt_tokens_total(self) -> int:
-        """Counter since the model server started."""
-
-    @property
-    def generation_tokens_total(self) -> int:
-        """Counter since the model server started."""
-
-
-# -- what is said ----------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -198,23 +100,6 @@ class Poll:
     def instance_id(self) -> int:
         """Whose."""
         return self.told.id
-
-
-class Push(NamedTuple):
-    """What an instance says by itself: its events after..seq. number grows within a boot.
-
-    started_bytes: as in Load.
-    """
-
-    boot_id: str
-    number: int
-    after: int
-    seq: int
-    missed: bool
-    started: Sequence[str]
-    ended: Sequence[Ended]
-    model_up: bool
-    started_bytes: Sequence[int] = ()
 
 
 class InstanceUse(NamedTuple):

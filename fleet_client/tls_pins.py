@@ -47,7 +47,7 @@ def pinned_context(certificate: str) -> ssl.SSLContext:
     return context
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16_384)
 def public_key_sha256(certificate: str) -> str:
     """Return SHA-256 of its public key in base64, for `curl --pinnedpubkey sha256//…`; raises ValueError."""
     key = _parsed(certificate).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

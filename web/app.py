@@ -10,8 +10,8 @@ from werkzeug.exceptions import HTTPException
 
 from fleet_client.bearer import bearer_is
 from web.answers import OUR_FAULT, UNAUTHORIZED, error, response
-from web.bodies import BadField
 from web.direct import EXTENSION, DirectRoutes
+from web.messages.decoding import BadField
 
 log = logging.getLogger("http")
 

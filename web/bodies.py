@@ -9,15 +9,9 @@ from typing import Any, NoReturn
 
 from flask import request
 
+from web.messages.decoding import BadField
+
 # -- bodies ----------------------------------------------------------------------------------------------
-
-
-class BadField(Exception):
-    """A request said something that cannot be: 400, with the field named."""
-
-    def __init__(self, name: str, message: str) -> None:
-        """name: of the field; message: what was wanted and what came."""
-        super().__init__(f"{name}: {message}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from flask import Flask, Response, request
 
 from fleet_client.bearer import bearer_is
 from web.answers import UNAUTHORIZED, JsonAnswer, error_answer, response
-from web.bodies import BadField, Field, check_fields, parse_json
+from web.bodies import Field, check_fields, parse_json
+from web.messages.decoding import BadField
 
 EXTENSION = "direct_routes"
 

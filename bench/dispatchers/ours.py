@@ -13,14 +13,16 @@ from typing import Any
 
 from bench.dispatchers.rule import BLOCK_TOKENS, Fleet, Request
 from bench.dispatchers.world import Later, Send
-from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, HotInstance, HotSet, Poll, Push, Waiter
+from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, Poll, Waiter
 from engine.reference import ModelServer
 from engine.timing import Timing
 from loadbalancer import LoadBalancer
 from simulation.virtual.background import TOKEN_LIFE_S
-from simulation.virtual.instances import PUSH_S, RequestEnd, SimulatedLoad
+from simulation.virtual.instances import PUSH_S
 from simulation.virtual.setting import BEAT_S
 from simulation.virtual.users import GRANT_S
+from web.messages.hot_set import HotInstance, HotSet, HotTiming
+from web.messages.reports import LoadReport, PushedReport, RequestEnd
 
 AMPLE = 50.0
 """Without holding an instance is told to hold so many times what fits its memory."""
@@ -96,13 +98,13 @@ class Ours:
             hot.append(
                 HotInstance(
                     id=n + 1,
-                    draining=False,
+                    state="hot",
                     address=f"10.0.0.{n + 1}:80",
                     auth_url=f"http://10.0.0.{n + 1}:81",
                     master_token="",
                     throughput_work_s=rate * mean_work * off,
                     capacity_work=fits * (1.0 if holds else AMPLE),
-                    timing=timing,
+                    timing=HotTiming.of(timing),
                 )
             )
         self._instances = [_Instance(told) for told in hot]
@@ -210,7 +212,7 @@ class Ours:
         if not (instance.started or instance.ended):
             return
         instance.number += 1
-        push = Push(
+        push = PushedReport(
             instance.boot_id,
             instance.number,
             instance.after,
@@ -230,7 +232,7 @@ class Ours:
     def report(self, server: int, live: ModelServer, now: float) -> None:
         """A poll and its answer."""
         instance = self._instances[server]
-        load = SimulatedLoad(
+        load = LoadReport(
             instance.boot_id,
             instance.seq,
             instance.started,

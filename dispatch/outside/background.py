@@ -10,12 +10,12 @@ from typing import Any
 
 import aiohttp
 
-from dispatch.outside.hot_set import read_hot
 from dispatch.outside.service import Desk
 from dispatch.types import Poll, Refill, Usage
 from instance_client import InstanceClient
 from process.errors import InstanceError
-from web.bodies import BadField, Number, Text, Whole, check_fields
+from web.bodies import Number, Text, Whole, check_fields
+from web.messages.decoding import BadField
 
 log = logging.getLogger("loadbalancer")
 
@@ -222,7 +222,7 @@ class Errands:
             if reply.status == 503:
                 return  # it does not know its fleet yet: what we know stays as it is
             raw = await _read(reply)
-        self._desk.hot_set(await read_hot(self._desk.reader, raw))
+        self._desk.hot_set(await self._desk.reader.read(raw))
 
     async def _report_busy(self, session: aiohttp.ClientSession) -> bool:
         """Report; whether the autoscaler's hot set is the one we have."""

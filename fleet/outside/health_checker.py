@@ -16,8 +16,9 @@ from typing import TypeVar
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.ssh_log import HostKeyChanged, LogView, SshLog
 from fleet.states import State
-from instance_client import InstanceClient, Load
+from instance_client import InstanceClient
 from process.errors import InstanceError
+from web.messages.reports import LoadReport
 
 log = logging.getLogger("autoscaler")
 
@@ -123,7 +124,7 @@ def _secure(url: str, certificate: str | None) -> str:
     return url if certificate is None else url.replace("http://", "https://", 1)
 
 
-def _in_flight(load: Load) -> int | None:
+def _in_flight(load: LoadReport) -> int | None:
     """Requests on it; None when the engine did not say, for then 0 would be a guess."""
     return load.running + load.waiting if load.model_up else None
 

@@ -11,7 +11,8 @@ from localcloud.faults import FAULTS, BadFault, limits_of
 from localcloud.orders import CloudRefusal
 from web.answers import error
 from web.app import requires
-from web.bodies import BadField, Choice, body, json_body
+from web.bodies import Choice, body, json_body
+from web.messages.decoding import BadField
 
 log = logging.getLogger("localcloud")
 

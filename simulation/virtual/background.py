@@ -3,7 +3,6 @@
 It asks instances for tokens and load reports, takes the autoscaler's hot set and tells it the usage.
 """
 
-from dispatch.types import HotInstance, HotSet
 from fleet.demand import Report
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
@@ -12,6 +11,7 @@ from simulation.virtual.instances import SimulatedInstances
 from simulation.virtual.loop import EventLoop
 from simulation.virtual.setting import Setting
 from simulation.virtual.users import Users
+from web.messages.hot_set import HotInstance, HotSet, HotTiming
 
 TOKEN_LIFE_S = 600.0
 """Seconds that a token is good for."""
@@ -79,13 +79,13 @@ class VirtualBackground:
             instances=tuple(
                 HotInstance(
                     id=i.id or 0,
-                    draining=i.state is State.DRAINING,
+                    state="draining" if i.state is State.DRAINING else "hot",
                     address=i.address or "",
                     auth_url=i.auth_url or "",
                     master_token="",
                     throughput_work_s=i.throughput_work_s,
                     capacity_work=profile.throughput_on(i.gpu_name, i.num_gpus) * profile.hold_s,
-                    timing=self._setting.timing(i.gpu_name, i.num_gpus),
+                    timing=HotTiming.of(self._setting.timing(i.gpu_name, i.num_gpus)),
                 )
                 for i in fleet.serving()
             ),

@@ -8,42 +8,19 @@
 An instance reports ends as soon as remote/speaker.py does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from dispatch.types import Push
 from engine.model_servers import Engines
 from engine.timing import Timing
 from loadbalancer import LoadBalancer
 from simulation.virtual.loop import EventLoop
 from simulation.virtual.user_request import UserRequest
+from web.messages.reports import LoadReport, PushedReport, RequestEnd
 
 PUSH_S = 0.02
 """Seconds from an end to its report: the tick of remote/speaker.py."""
-
-
-class RequestEnd(NamedTuple):
-    """The end of one request, as an instance reports it."""
-
-    id: str
-    status: str
-    output_tokens: int
-
-
-class SimulatedLoad(NamedTuple):
-    """What an instance answers a loadbalancer that polls it (dispatch.types.Load)."""
-
-    boot_id: str
-    seq: int
-    started: Sequence[str]
-    ended: Sequence[RequestEnd]
-    running: int
-    waiting: int
-    model_up: bool
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    started_bytes: Sequence[int] = ()
 
 
 class Sender(Protocol):
@@ -131,13 +108,15 @@ class SimulatedInstance:
         self._push_due = True
         return max(now + PUSH_S, self._next_push_at)
 
-    def push(self) -> Push | None:
+    def push(self) -> PushedReport | None:
         """Return what it pushes now; None when there is nothing, or it cannot speak."""
         self._push_due = False
         if not self.up or self.frozen or not (self._ended or self._started):
             return None
         self.number += 1
-        return Push(self.boot_id, self.number, self._after, self.seq, False, self._started, self._ended, True)
+        return PushedReport(
+            self.boot_id, self.number, self._after, self.seq, False, self._started, self._ended, True
+        )
 
     def pushed(self, next_at: float) -> None:
         """Forget what was pushed; the next push is not before next_at."""
@@ -312,11 +291,11 @@ class SimulatedInstances:
             instance.pushed(self._loop.now + wait_s)
             self._users.grant()
 
-    def load(self, instance: SimulatedInstance) -> SimulatedLoad:
+    def load(self, instance: SimulatedInstance) -> LoadReport:
         """Return its answer to a poll."""
         running, waiting, read, made = self._look(instance)
         started, ended = instance.take_events()
-        return SimulatedLoad(
+        return LoadReport(
             instance.boot_id, instance.seq, started, ended, running, waiting, instance.ready, read, made
         )
 

@@ -21,7 +21,6 @@ from werkzeug.test import TestResponse
 
 import autoscaler_server
 from autoscaler_server import MAX_BUSY_BODY, REPLAY, Keys, create_app
-from dispatch.outside.hot_set import parse_hot
 from engine.profiles import get_profile
 from engine.slo import Slo
 from engine.timing import timing_for, told_timing
@@ -41,6 +40,7 @@ from process.errors import CloudError, ConfigError
 from remote.speaker import signed
 from tests.commands import run_command
 from tests.fleet_world import FakeVast, World, make_offer
+from tests.messages import hot_set
 from tests.paths import ROOT
 from vast.rows import Offer, Row
 from web.app import MAX_BODY
@@ -254,8 +254,9 @@ def test_the_hot_set_is_what_a_loadbalancer_must_know(face: Face) -> None:
         "certificate": None,
         "timing": told_timing("vllm-13", first.gpu_name, first.num_gpus),
     }
-    parsed = parse_hot(said).instances[0].timing
-    assert parsed == replace(timing_for("vllm-13", first.gpu_name, first.num_gpus), name="told")
+    parsed = hot_set(said).instances[0].timing
+    assert parsed is not None
+    assert parsed.timing() == replace(timing_for("vllm-13", first.gpu_name, first.num_gpus), name="told")
 
 
 def test_the_hot_set_is_not_told_before_the_fleet_is_known(ledger: Ledger) -> None:

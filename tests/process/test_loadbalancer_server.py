@@ -17,25 +17,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 import autoscaler_server
 import loadbalancer_server
 from autoscaler_server import parse_report
 from bench.route import StubHttp, StubInstance, certificate, free_port
-from dispatch.outside import background, push
+from dispatch.outside import background
 from dispatch.outside.background import CLOCKWORK_S, QUIET_S, Errands
-from dispatch.outside.hot_set import HotReader, parse_hot, read_hot
+from dispatch.outside.hot_set import HotSetReader
 from dispatch.outside.service import Desk
-from dispatch.types import Ask, HotSet, Refill
+from dispatch.types import Ask, Refill
 from engine.slo import Slo
 from fleet_client import tls_pins
 from fleet_client.listening import allow_many_files, bind_socket
 from loadbalancer import LoadBalancer
 from loadbalancer_server import Config, Keys, create_app
 from process.errors import ConfigError
+from tests.messages import hot_set
 from tests.paths import ROOT
-from web.bodies import BadField, check_fields
+from web.bodies import check_fields
+from web.messages.decoding import BadField, decode
+from web.messages.hot_set import HotSet
+from web.messages.leases import LeaseAnswer, LeaseBatch
+from web.messages.reports import PushedReport
 from web.signatures import name_and_key
 
 CONTROL, CLIENT, OPERATOR = "control-" + "c" * 32, "client-" + "u" * 32, "operator-" + "o" * 32
@@ -78,7 +84,7 @@ class Counter:
 
     def stock(self) -> None:
         """Make the instance hot and give it tokens."""
-        self.desk.hot_set(parse_hot(HOT))
+        self.desk.hot_set(hot_set(HOT))
         for refill in self.balancer.refills(self.desk.clock()):
             tokens = [f"token-{n:016d}" for n in range(refill.count)]
             self.balancer.add_tokens(refill, "boot1", tokens, 600.0, 0, self.desk.clock())
@@ -105,7 +111,7 @@ def test_a_lease_holds_what_a_client_needs() -> None:
 
 def test_with_nothing_hot_the_answer_says_when_to_come_again() -> None:
     counter = Counter()
-    counter.desk.hot_set(parse_hot({**HOT, "instances": [], "expected_hot_s": 42.3}))
+    counter.desk.hot_set(hot_set({**HOT, "instances": [], "expected_hot_s": 42.3}))
     answer = counter.client.post("/route", json={"prompt_tokens": 100})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "43")
     said = answer.get_json()
@@ -285,7 +291,7 @@ def test_the_clockwork_looks_often_while_somebody_waits(monkeypatch: pytest.Monk
     [
         lambda counter: counter.client.post("/route", json={"work": 10}),
         lambda counter: counter.client.post("/done", json={"request_id": "x", "outcome": "failed"}),
-        lambda counter: counter.desk.hot_set(parse_hot(HOT)),
+        lambda counter: counter.desk.hot_set(hot_set(HOT)),
     ],
     ids=["route", "done", "hot"],
 )
@@ -307,7 +313,7 @@ class Fleet(Counter):
     def stock(self, **more: Any) -> None:
         """Make them hot and give them tokens."""
         self.desk.hot_set(
-            parse_hot({**HOT, "instances": [INSTANCE, {**CERTIFIED, "certificate": certificate()}]})
+            hot_set({**HOT, "instances": [INSTANCE, {**CERTIFIED, "certificate": certificate()}]})
         )
         for refill in self.balancer.refills(self.desk.clock()):
             tokens = [f"token-{1000 * refill.instance_id + n:016d}" for n in range(refill.count)]
@@ -324,9 +330,9 @@ def test_a_lease_is_answered_as_an_encoder_would_put_it() -> None:
     fleet.stock()
     for _ in range(4):
         answer = fleet.client.post("/route", json={"work": 10.0})
-        assert answer.data.decode() == json.dumps(answer.get_json())
+        assert answer.data == msgspec.json.encode(decode(answer.data, LeaseAnswer))
     answer = fleet.client.post("/route", json={"work": 10.0, "count": 30})
-    assert answer.data.decode() == json.dumps(answer.get_json())
+    assert answer.data == msgspec.json.encode(decode(answer.data, LeaseBatch))
 
 
 def test_a_batch_is_so_many_leases_and_each_certificate_once() -> None:
@@ -532,7 +538,6 @@ def test_a_wrong_end_is_refused_with_the_field_named(body: str, field: str) -> N
         ({"instances": [{**INSTANCE, "capacity_work": 0}]}, "instances[0].capacity_work"),
         ({"instances": [INSTANCE, {**INSTANCE, "throughput_work_s": -1}]}, "instances[1].throughput_work_s"),
         ({"instances": [INSTANCE, INSTANCE]}, "instances[1].id"),
-        ({"colour": "blue"}, "colour"),
     ],
 )
 def test_a_wrong_hot_set_is_refused_whole_with_the_field_named(change: dict[str, Any], field: str) -> None:
@@ -547,10 +552,10 @@ def test_a_wrong_hot_set_is_refused_whole_with_the_field_named(change: dict[str,
 
 def test_a_complaint_about_a_hot_set_shows_no_master_token() -> None:
     with pytest.raises(BadField) as refused:
-        parse_hot({**HOT, "instances": [{**INSTANCE, "id": "master-secret-is-elsewhere", "address": 5}]})
+        hot_set({**HOT, "instances": [{**INSTANCE, "id": "master-secret-is-elsewhere", "address": 5}]})
     assert "m" * 20 not in str(refused.value)
     with pytest.raises(BadField) as refused:
-        parse_hot({**HOT, "instances": [INSTANCE, INSTANCE]})
+        hot_set({**HOT, "instances": [INSTANCE, INSTANCE]})
     assert "master-secret" not in str(refused.value)
 
 
@@ -572,16 +577,16 @@ def test_an_old_hot_set_is_answered_with_what_is_known() -> None:
     assert counter.balancer.hot == 1
 
 
-def read(reader: HotReader, said: dict[str, Any]) -> HotSet:
+def read(reader: HotSetReader, said: dict[str, Any]) -> HotSet:
     """The hot set in that body."""
-    return asyncio.run(read_hot(reader, json.dumps(said).encode()))
+    return asyncio.run(reader.read(json.dumps(said).encode()))
 
 
 def test_of_a_hot_set_only_what_has_changed_is_read_anew() -> None:
-    reader = HotReader()
+    reader = HotSetReader()
     many = [{**INSTANCE, "id": i} for i in range(100)]
     first = read(reader, {**HOT, "instances": many})
-    assert first == parse_hot({**HOT, "instances": many})
+    assert first == hot_set({**HOT, "instances": many})
     changed = [*many[:50], {**many[50], "capacity_work": 7.0}, *many[60:]]
     second = read(reader, {**HOT, "version": 2, "instances": changed})
     same = [one for one in second.instances if one is first.instances[one.id]]
@@ -590,21 +595,20 @@ def test_of_a_hot_set_only_what_has_changed_is_read_anew() -> None:
 
 
 def test_a_hot_set_that_is_wrong_leaves_what_was_read_before() -> None:
-    reader = HotReader()
+    reader = HotSetReader()
     first = read(reader, HOT)
     for change, field in (
         ({"instances": [{**INSTANCE, "id": 9}, {**INSTANCE, "state": "warm"}]}, r"instances\[1\].state"),
         ({"instances": [[{}]]}, r"instances\[0\]"),
         ({"instances": [[]]}, r"instances\[0\]"),
         ({"instances": None}, "instances"),
-        ({"colour": "blue"}, "colour"),
         ({"instances": [{**INSTANCE, "certificate": "none"}]}, r"instances\[0\].certificate"),
     ):
         with pytest.raises(BadField, match=f"^{field}: "):
             read(reader, {**HOT, **change})
     with pytest.raises(BadField, match=r"^instances: is missing"):
         read(reader, {name: value for name, value in HOT.items() if name != "instances"})
-    assert read(reader, HOT).instances[0] is first.instances[0]
+    assert read(reader, {**HOT, "colour": "blue"}).instances[0] is first.instances[0]
 
 
 def test_while_a_hot_set_of_thousands_is_read_others_are_answered() -> None:
@@ -614,7 +618,7 @@ def test_while_a_hot_set_of_thousands_is_read_others_are_answered() -> None:
     async def turns() -> int:
         """Turns of the loop while it is read."""
         found = 0
-        reading = asyncio.ensure_future(read_hot(HotReader(), raw))
+        reading = asyncio.ensure_future(HotSetReader().read(raw))
         while not reading.done():
             found += 1
             await asyncio.sleep(0)
@@ -1056,6 +1060,11 @@ def test_five_thousand_wait_in_one_process_and_a_replaced_hot_set_loses_none_and
         print(f"took {time.monotonic() - begun:.1f} s, {memory_mb(it.process.pid):.0f} MB")
 
 
+def pushed(said: dict[str, Any]) -> PushedReport:
+    """The report in that body."""
+    return decode(json.dumps(said).encode(), PushedReport)
+
+
 def test_sizes_of_other_requests_than_those_that_started_are_refused() -> None:
     said = {
         "boot_id": "b",
@@ -1067,11 +1076,11 @@ def test_sizes_of_other_requests_than_those_that_started_are_refused() -> None:
         "ended": [],
         "model_up": True,
     }
-    assert push.parse_push(said).started_bytes == (), "of an older instance"
-    assert push.parse_push({**said, "started_bytes": [4102]}).started_bytes == [4102]
+    assert pushed(said).started_bytes == (), "of an older instance"
+    assert pushed({**said, "started_bytes": [4102]}).started_bytes == [4102]
     for wrong in ([], [1, 2], [-1], [2**33], [True], ["7"]):
         with pytest.raises(BadField, match=r"^started_bytes"):
-            push.parse_push({**said, "started_bytes": wrong})
+            pushed({**said, "started_bytes": wrong})
 
 
 @pytest.mark.alone

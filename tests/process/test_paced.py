@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from instance_client import Stream
+from instance_client import Stream, TokenUsage
 from tests.paths import ROOT
 from tests.unit.localcloud.paced.hand_clock import HELLO
 from tests.unit.localcloud.paced.test_command import write_machine
@@ -106,7 +106,7 @@ def test_the_stand_in_loads_serves_through_its_middleware_and_ends_when_told(tmp
             stream = Stream()
             for chunk in reply.iter_content(None):
                 stream.feed(chunk)
-        assert stream.end() == (3, 60)
+        assert stream.end() == TokenUsage(3, 60)
         assert time.monotonic() - began > 0.45
         resident_kb = int(Path(f"/proc/{process.pid}/status").read_text().split("VmRSS:")[1].split()[0])
         assert resident_kb < 34_000

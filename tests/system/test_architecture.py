@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         "web.messages",
         "web.signatures",
     },
-    "localcloud": {"engine", "fleet_client", "process", "remote", "web"},
+    "localcloud": {"engine", "fleet_client", "process", "remote", "web", "web.messages"},
     # In virtual time the real autoscaler and loadbalancer run against localcloud's model of the cloud.
     "simulation": {
         "autoscaler",

@@ -8,6 +8,9 @@ from msgspec import Meta, Struct
 
 from engine.slo import Slo
 
+MAX_BUSY_BODY = 4 * 2**20
+"""Bytes of a report: 10,000 instances at up to 0.2 kB."""
+
 Requests = Annotated[int, Meta(ge=0, le=10**9)]
 Counter = Annotated[int, Meta(ge=0, le=2**53)]
 Work = Annotated[float, Meta(ge=0.0, le=1e15)]

@@ -20,8 +20,7 @@ class BadField(Exception):
 def decode(raw: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
     """Return the message of that kind; raise BadField.
 
-    NaN and Infinity are refused: they are not JSON. inside: what to put before the names of fields, as in
-    "instances[3].".
+    NaN and Infinity are refused: they are not JSON. inside: where it stands in a whole, as "instances[3]".
     """
     decoder = _DECODERS.get(kind)
     if decoder is None:
@@ -31,7 +30,7 @@ def decode(raw: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
     except msgspec.ValidationError as e:
         raise _bad_field(str(e), kind, inside) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
-        raise BadField(inside.rstrip(".") or "body", f"not JSON: {e}") from None
+        raise BadField(inside or "body", f"not JSON: {e}") from None
     return found
 
 
@@ -39,28 +38,24 @@ _DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {}
 
 _WHERE = re.compile(r"(?P<what>.*) - at (?P<key>`key` in )?`\$\.?(?P<path>[^`]*)`", re.DOTALL)
 _FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.DOTALL)
-_NAMED = re.compile(r"[a-z_0-9]+: ")
+_NAMED = re.compile(r"[a-z_0-9\[\]]+: ")
 
 
 def _bad_field(text: str, kind: type[Any], inside: str) -> BadField:
     """Turn msgspec's "Expected `int` >= 0 - at `$.ended[3].tokens`" into the form of our errors."""
     found = _WHERE.fullmatch(text)
     what, path = (found["what"], found["path"]) if found else (text, "")
+    name = ""
     if about := _FIELD.fullmatch(what):
-        name = f"{path}.{about[2][:60]}" if path else about[2][:60]
-        return BadField(inside + name, "is missing" if about[1] == "missing required" else "unknown field")
-    if what.startswith("Invalid enum value"):
+        name, what = about[2][:60], "is missing" if about[1] == "missing required" else "unknown field"
+    elif _NAMED.match(what):  # from a __post_init__
+        name, _, what = what.partition(": ")
+    elif what.startswith("Invalid enum value"):
         what = f"wanted one of {', '.join(_choices(kind, path))}"
     elif what.endswith("out of range"):
         what = "wanted a number of usual size"
-    elif not path and _NAMED.match(what):  # of a __post_init__, which names the field itself
-        name, _, what = what.partition(": ")
-        return BadField(inside + name, what)
-    else:
-        what = what.replace("Expected", "wanted", 1)
-    if found and found["key"]:
-        what += " as a key"
-    return BadField(inside + path or inside.rstrip(".") or "body", what)
+    what = what.replace("Expected", "wanted", 1) + (" as a key" if found and found["key"] else "")
+    return BadField(".".join(part for part in (inside, path, name) if part) or "body", what)
 
 
 def _choices(kind: type[Any], path: str) -> list[str]:

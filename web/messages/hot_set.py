@@ -10,6 +10,9 @@ from engine.timing import Timing
 MAX_INSTANCES = 20_000
 """Instances of one hot set."""
 
+MAX_HOT_BODY = 32 * 2**20
+"""Bytes of a hot set: 10,000 instances at about 2 kB, most of which is the certificate."""
+
 Url = Annotated[str, Meta(min_length=8, max_length=300)]
 StepConstant = Annotated[float, Meta(ge=0.0, le=1e6)]
 Count = Annotated[int, Meta(ge=1, le=10**9)]

@@ -1,5 +1,6 @@
 """What a client asks of the loadbalancer and is given: POST /route and POST /done."""
 
+import re
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -22,7 +23,8 @@ MAX_AFFINITY = 256
 MAX_COUNT = 64
 """Leases of one answer, 20 kB of them."""
 
-PrefixHash = Annotated[str, Meta(pattern=r"\A[0-9a-f]{8,32}\Z")]
+PrefixHash = Annotated[str, Meta(min_length=8, max_length=32)]
+_HEX = re.compile("[0-9a-f]*")
 Priority = Literal["high", "normal", "low"]
 Outcome = Literal["finished", "failed", "unused"]
 
@@ -40,7 +42,11 @@ class RouteBody(Struct, frozen=True, forbid_unknown_fields=True):
     count: Annotated[int, Meta(ge=1, le=MAX_COUNT)] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a body that says neither or both, with ValueError."""
+        """Refuse a body that says neither or both, or hashes that are none, with ValueError."""
+        # One look at all of them: msgspec's own look at each takes 1.6 µs (2026-11).
+        if self.affinity and not _HEX.fullmatch("".join(self.affinity)):
+            wrong = next(n for n, one in enumerate(self.affinity) if not _HEX.fullmatch(one))
+            raise ValueError(f"affinity[{wrong}]: wanted hex digits 0-9 and a-f")
         if self.work is None:
             if self.prompt_tokens is None:
                 raise ValueError("prompt_tokens: is missing (or give work)")

@@ -8,6 +8,9 @@ from msgspec import Meta, Struct
 MAX_EVENTS = 2_000
 """Events of a report that is pushed; an instance that has more to say is polled."""
 
+MAX_REPORT_BODY = 2**18
+"""Bytes of a report that is pushed."""
+
 Total = Annotated[int, Meta(ge=0, le=2**62)]
 EventNumber = Annotated[int, Meta(ge=0, le=2**53)]
 RequestId = Annotated[str, Meta(min_length=16, max_length=16)]
@@ -44,9 +47,9 @@ class LoadReport(Struct, frozen=True):
     model_up: bool
     prompt_tokens_total: Total
     generation_tokens_total: Total
+    started_bytes: Sequence[RequestBytes] = ()
     missed: bool = False
     kv_use: float | None = None
-    started_bytes: Sequence[RequestBytes] = ()
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit, with ValueError."""
@@ -110,5 +113,5 @@ class ReadyBody(Struct, frozen=True):
 
 
 def _check_sizes(started: Sequence[str], sizes: Sequence[int]) -> None:
-    if sizes and len(sizes) != len(started):
+    if sizes != () and len(sizes) != len(started):
         raise ValueError(f"started_bytes: wanted {len(started)} numbers, one for each that started")

@@ -6,7 +6,8 @@ import pytest
 
 from dispatch.allowance import KNOWN_S, OTHERS_S, Allowance
 from dispatch.types import Ask, Lease
-from tests.unit.dispatch.test_loadbalancer import T0, Bench, End, bench, instance
+from tests.messages import request_end
+from tests.unit.dispatch.test_loadbalancer import T0, Bench, bench, instance
 
 LEASE_S = 60.0
 
@@ -83,7 +84,7 @@ def test_a_lease_counts_until_it_is_used_or_over_in_any_way(end: str) -> None:
         b.report(1, started=(lease.request_id,), running=1)
         assert b.row(1)["unfinished"] == 1
     elif end == "ended":
-        b.report(1, ended=(End(lease.request_id),))
+        b.report(1, ended=(request_end(lease.request_id),))
     elif end in ("unused", "failed"):
         b.balancer.done(lease.request_id, end, b.now)
     elif end == "expired":
@@ -95,7 +96,7 @@ def test_a_lease_counts_until_it_is_used_or_over_in_any_way(end: str) -> None:
     assert b.balancer.allowance.unused("c") == (0, 0.0)
     assert len(b.balancer.allowance) == 0, "nothing is kept of a client that has none"
     if end == "started":
-        b.report(1, ended=(End(lease.request_id),))
+        b.report(1, ended=(request_end(lease.request_id),))
         assert len(b.balancer.allowance) == 0
 
 

@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 
 from dispatch.circuit_breaker import ALONE, CALM_S, DOUBT_S, PROBE_S, WHOLE, WORD_S, Circuit, State
-from dispatch.types import Ask, Lease, Push
-from tests.unit.dispatch.test_loadbalancer import T0, Bench, End, Report, bench, instance
+from dispatch.types import Ask, Lease
+from tests.messages import load_report, request_end
+from tests.unit.dispatch.test_loadbalancer import T0, Bench, bench, instance
+from web.messages.reports import PushedReport
 
 # -- the circuit by itself -------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ def answer_polls(b: Bench, *silent: int, down: tuple[int, ...] = ()) -> list[int
         if poll.instance_id in silent:
             b.balancer.poll_failed(poll, b.now)
         else:
-            b.balancer.report(poll, Report(model_up=poll.instance_id not in down), b.now)
+            b.balancer.report(poll, load_report(model_up=poll.instance_id not in down), b.now)
     return asked
 
 
@@ -213,7 +215,7 @@ def test_a_report_that_does_not_come_takes_the_instance_out_at_once() -> None:
 def test_an_engine_that_is_down_takes_the_instance_out_at_once(*, pushed: bool) -> None:
     b = bench(*(instance(i) for i in (1, 2, 3)))
     if pushed:
-        b.balancer.pushed(1, Push("boot1", 1, 0, 0, False, (), (), False), b.now)
+        b.balancer.pushed(1, PushedReport("boot1", 1, 0, 0, False, (), (), False), b.now)
     else:
         b.report(1, model_up=False)
     assert {b.lease(1.0).instance_id for _ in range(20)} == {2, 3}
@@ -252,7 +254,7 @@ def test_a_report_asked_for_before_the_word_does_not_answer_it() -> None:
     b.now += 0.1
     failed(b, 1)
     assert 1 not in [p.instance_id for p in b.balancer.polls(b.now)], "one is under way"
-    b.balancer.report(poll, Report(), b.now)
+    b.balancer.report(poll, load_report(), b.now)
     assert state(b, 1) == "doubted"
     assert 1 in answer_polls(b)
     assert state(b, 1) == "closed"
@@ -282,7 +284,7 @@ def test_answers_of_500_are_as_words_of_their_clients() -> None:
     b = bench(*(instance(i) for i in (1, 2, 3)))
     for client in ("a", "b"):
         lease = b.lease(1.0, avoid=only(1), client=client)
-        b.report(1, started=(lease.request_id,), ended=(End(lease.request_id, "failed"),))
+        b.report(1, started=(lease.request_id,), ended=(request_end(lease.request_id, "failed"),))
     assert state(b, 1) == "open"
 
 
@@ -339,7 +341,7 @@ def grow(b: Bench, seconds: float) -> list[int]:
         here = [x for x in done if x.instance_id == 1]
         if here:
             ids = tuple(x.request_id for x in here)
-            b.report(1, started=ids, ended=tuple(End(i) for i in ids), running=len(running))
+            b.report(1, started=ids, ended=tuple(request_end(i) for i in ids), running=len(running))
         while (lease := b.ask(10.0, avoid=(2,))) is not None:
             running.append((b.now + 0.5, lease))
         if n % 50 == 0:

@@ -2,59 +2,44 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 import loadbalancer as lb
 from dispatch.instance import FLOOR, STOCK_LEAST, Instance
-from dispatch.types import Ask, HotInstance, HotSet, Lease, Poll, Push, Refill, Waiter
+from dispatch.types import Ask, Lease, Poll, Refill, Waiter
 from engine.forward import PROMPT
 from engine.slo import Slo
-from engine.timing import TIMINGS
+from engine.timing import TIMINGS, Timing
 from loadbalancer import LoadBalancer
+from tests.messages import load_report, request_end
+from web.messages.hot_set import HotInstance, HotSet, HotTiming
+from web.messages.reports import PushedReport
 
 T0 = 1_700_000_000.0
 
 
-@dataclass(frozen=True)
-class End:
-    """The end of one request in a load report."""
-
-    id: str
-    status: str = "finished"
-    output_tokens: int = 100
-
-
-@dataclass(frozen=True)
-class Report:
-    """A load report, of an instance in good order unless said otherwise."""
-
-    boot_id: str = "boot1"
-    seq: int = 0
-    started: tuple[str, ...] = ()
-    ended: tuple[End, ...] = ()
-    running: int = 0
-    waiting: int = 0
-    model_up: bool = True
-    prompt_tokens_total: int = 0
-    generation_tokens_total: int = 0
-    started_bytes: tuple[int, ...] = ()
-
-
 def instance(
-    id: int, throughput: float = 100.0, hold_s: float = 10.0, *, draining: bool = False
+    id: int,
+    throughput: float = 100.0,
+    hold_s: float = 10.0,
+    *,
+    draining: bool = False,
+    timing: Timing | None = None,
 ) -> HotInstance:
     """One that may hold ten seconds of a hundred work/s."""
     return HotInstance(
         id=id,
-        draining=draining,
+        state="draining" if draining else "hot",
         address=f"http://10.0.0.{id}:8000",
         auth_url=f"http://10.0.0.{id}:3000",
         master_token="m" * 64,
         throughput_work_s=throughput,
         capacity_work=throughput * hold_s,
+        timing=None if timing is None else HotTiming.of(timing),
     )
 
 
@@ -115,7 +100,7 @@ class Bench:
 
     def report(self, id: int, **what: object) -> None:
         """That instance reports."""
-        self.balancer.report(self.poll(id), Report(**what), self.now)  # type: ignore[arg-type]
+        self.balancer.report(self.poll(id), load_report(**what), self.now)
 
     def work(self, id: int) -> float:
         """The work that instance is taken to have."""
@@ -265,7 +250,7 @@ def test_a_report_sets_the_work_to_that_of_the_unfinished_leases() -> None:
     b = bench(instance(1))
     one, two = b.lease(400.0), b.lease(100.0)
     b.now += 4.0
-    b.report(1, started=(one.request_id, two.request_id), ended=(End(two.request_id),), running=1)
+    b.report(1, started=(one.request_id, two.request_id), ended=(request_end(two.request_id),), running=1)
     assert b.work(1) == pytest.approx(400.0)
     assert b.row(1)["unfinished"] == 1
 
@@ -310,11 +295,11 @@ def test_what_others_do_counts_from_push_to_push() -> None:
     b = bench(instance(1), instance(2))
     for id in (1, 2):
         b.report(id)
-    told = Push("boot1", 1, 0, 1, False, ("stranger",), (), True)
+    told = PushedReport("boot1", 1, 0, 1, False, ("stranger",), (), True)
     assert b.balancer.pushed(1, told, b.now) == pytest.approx(0.02)
     assert b.work(1) > 0.0
     assert b.lease(10.0).instance_id == 2
-    ended = Push("boot1", 2, 1, 2, False, (), (End("stranger"),), True)
+    ended = PushedReport("boot1", 2, 1, 2, False, (), (request_end("stranger"),), True)
     assert b.balancer.pushed(1, ended, b.now) == pytest.approx(0.1)
     assert b.work(1) == 0.0
     check_books(b)
@@ -330,8 +315,8 @@ def test_when_all_of_the_others_have_gone_an_instance_is_idle() -> None:
     names = [f"other{n}" for n in range(9)]
     for number, (names_in, names_out) in enumerate([(names, []), ([], names[3:] + names[:3])], start=1):
         sizes = tuple(1000 + 37 * n for n in range(len(names_in)))
-        ended = tuple(End(name) for name in names_out)
-        told = Push("boot1", number, number - 1, number, False, tuple(names_in), ended, True, sizes)
+        ended = tuple(request_end(name) for name in names_out)
+        told = PushedReport("boot1", number, number - 1, number, False, tuple(names_in), ended, True, sizes)
         b.balancer.pushed(1, told, b.now)
         assert b.balancer._instances[1].idle is (number == 2)
     assert b.lease(50_000.0)
@@ -343,7 +328,7 @@ def test_a_start_that_comes_after_its_end_is_no_strangers() -> None:
     b = bench(instance(1))
     lease = b.lease(10.0)
     b.balancer.done(lease.request_id, "finished", b.now)
-    told = Push("boot1", 1, 0, 1, False, (lease.request_id,), (), True)
+    told = PushedReport("boot1", 1, 0, 1, False, (lease.request_id,), (), True)
     assert b.balancer.pushed(1, told, b.now) == pytest.approx(0.1)
     assert b.work(1) == 0.0
     check_books(b)
@@ -609,7 +594,7 @@ def test_the_expected_answer_is_learned_from_completions_with_about_the_same_lim
     for _ in range(400):
         lease = b.lease(b.balancer.work_of(0, 1000), max_tokens=1000)
         b.refill()
-        b.report(1, started=(lease.request_id,), ended=(End(lease.request_id, output_tokens=40),))
+        b.report(1, started=(lease.request_id,), ended=(request_end(lease.request_id, output_tokens=40),))
     assert b.balancer.expected_output(1000) == pytest.approx(42, abs=3)
     assert b.balancer.expected_output(100) <= 100.0
 
@@ -619,7 +604,7 @@ def test_requests_that_broke_off_teach_nothing_about_length() -> None:
     for _ in range(60):
         lease = b.lease(1.0, max_tokens=1000)
         b.refill()
-        b.report(1, started=(lease.request_id,), ended=(End(lease.request_id, "aborted", 1),))
+        b.report(1, started=(lease.request_id,), ended=(request_end(lease.request_id, "aborted", 1),))
     assert b.balancer.expected_output(1000) == 200.0
 
 
@@ -627,14 +612,14 @@ def test_a_length_is_learned_also_when_the_client_said_first_that_it_was_done() 
     b = bench(instance(1))
     lease = b.lease(1.0, max_tokens=1000)
     b.balancer.done(lease.request_id, "finished", b.now)
-    b.report(1, ended=(End(lease.request_id, output_tokens=900),))
+    b.report(1, ended=(request_end(lease.request_id, output_tokens=900),))
     assert b.balancer.expected_output(1000) > 200.0
 
 
 def test_an_expected_answer_never_exceeds_the_limit() -> None:
     b = bench(instance(1))
     lease = b.lease(1.0, max_tokens=15)
-    b.report(1, started=(lease.request_id,), ended=(End(lease.request_id, output_tokens=10_000),))
+    b.report(1, started=(lease.request_id,), ended=(request_end(lease.request_id, output_tokens=10_000),))
     assert b.balancer.expected_output(9) <= 9.0
 
 
@@ -1161,7 +1146,7 @@ def test_prompts_are_paced_so_that_answers_flow_but_not_for_who_is_late_in_one_l
     def given(first_token_s: float) -> int:
         slo = Slo(first_token_s, 0.0, 0.1)
         b = bench(slo=slo, late_bound_s=late_bound_s)
-        b.hot(replace(instance(1, 1000.0, 1e3), timing=TIMINGS["13B", "awq4", "L40S", 1]))
+        b.hot(instance(1, 1000.0, 1e3, timing=TIMINGS["13B", "awq4", "L40S", 1]))
         for _ in range(40):
             assert b.lease(500.0, prompt_tokens=10)
             b.now += 0.1
@@ -1215,7 +1200,7 @@ def test_a_draining_instance_keeps_its_leases_and_gets_none() -> None:
     assert b.ask(1.0) is None
     assert b.balancer.hot == 0
     assert b.balancer.usage(b.now).instances[1].unfinished == 1
-    b.report(1, started=(lease.request_id,), ended=(End(lease.request_id),))
+    b.report(1, started=(lease.request_id,), ended=(request_end(lease.request_id),))
     assert b.balancer.usage(b.now).instances[1].unfinished == 0
 
 
@@ -1238,7 +1223,9 @@ def test_an_instance_that_left_takes_its_leases_and_its_work_with_it() -> None:
 def test_an_instance_at_another_address_is_another_one() -> None:
     b = bench(instance(1))
     b.lease()
-    moved = replace(instance(1), address="http://10.0.0.9:8000", auth_url="http://10.0.0.9:3000")
+    moved = msgspec.structs.replace(
+        instance(1), address="http://10.0.0.9:8000", auth_url="http://10.0.0.9:3000"
+    )
     b.version += 1
     b.balancer.replace_hot(HotSet("epoch1", b.version, "m", 0.1, 200.0, None, (moved,)), b.now)
     assert (b.row(1)["tokens_in_stock"], b.row(1)["unfinished"]) == (0, 0)
@@ -1315,7 +1302,7 @@ def polled(b: Bench, seconds: float) -> Counter[int]:
         for poll in b.balancer.polls(b.now):
             asked[poll.instance_id] += 1
             running = len(b.balancer._instances[poll.instance_id].leases)
-            b.balancer.report(poll, Report(running=running), b.now)
+            b.balancer.report(poll, load_report(running=running), b.now)
     return asked
 
 
@@ -1539,10 +1526,12 @@ def test_the_books_balance_whatever_happens(seed: int, late_bound_s: float | Non
                 if rng.random() < 0.02:
                     boots[poll.instance_id] += 1
                     b.boots[poll.instance_id] = f"boot{1 + boots[poll.instance_id]}"
-                report = Report(
+                report = load_report(
                     boot_id=b.boots.get(poll.instance_id, "boot1"),
                     started=tuple(x.request_id for x in mine if rng.random() < 0.7),
-                    ended=tuple(End(x.request_id, rng.choice(["finished", "aborted"])) for x in ended),
+                    ended=tuple(
+                        request_end(x.request_id, rng.choice(["finished", "aborted"])) for x in ended
+                    ),
                     running=rng.choice([0, max(0, len(mine) - len(ended)), len(mine) + 2]),
                     waiting=rng.choice([0, 0, 3]),
                     model_up=rng.random() < 0.95,

@@ -1,11 +1,10 @@
 """Who has read a prefix lately, and how much of a prompt he need not read."""
 
-from dataclasses import replace
-
 from dispatch.prefix_cache import HOLDERS, TRUST, Prefixes
 from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask
 from engine.timing import TIMINGS
-from tests.unit.dispatch.test_loadbalancer import End, bench, instance
+from tests.messages import request_end
+from tests.unit.dispatch.test_loadbalancer import bench, instance
 
 
 def chain(*names: str) -> tuple[str, ...]:
@@ -45,14 +44,16 @@ def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
 
 def test_a_request_goes_where_its_prefix_was_read_unless_it_would_wait_for_longer_there() -> None:
     told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
-    b = bench(*(replace(instance(n), timing=told) for n in (1, 2, 3)))
+    b = bench(*(instance(n, timing=told) for n in (1, 2, 3)))
     prefix = chain("a", "b", "c", "d", "e", "f", "g", "h")
     first = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
-    b.report(first.instance_id, started=(first.request_id,), ended=(End(first.request_id),), seq=2)
+    b.report(first.instance_id, started=(first.request_id,), ended=(request_end(first.request_id),), seq=2)
     for n in range(5):
         again = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
         assert again.instance_id == first.instance_id
-        b.report(again.instance_id, started=(again.request_id,), ended=(End(again.request_id),), seq=3 + n)
+        b.report(
+            again.instance_id, started=(again.request_id,), ended=(request_end(again.request_id),), seq=3 + n
+        )
     b.lease(1000.0, prompt_tokens=8000, avoid=tuple({1, 2, 3} - {first.instance_id}))
     crowded = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
     assert crowded.instance_id != first.instance_id, "8,000 tokens are to be read there before it"
@@ -60,11 +61,13 @@ def test_a_request_goes_where_its_prefix_was_read_unless_it_would_wait_for_longe
 
 def test_an_instance_that_rebooted_has_served_nothing() -> None:
     told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
-    b = bench(*(replace(instance(n), timing=told) for n in range(1, 9)))
+    b = bench(*(instance(n, timing=told) for n in range(1, 9)))
     prefix = chain("a", "b", "c", "d")
     for n in range(3):
         lease = b.lease(500.0, prompt_tokens=1100, affinity=prefix)
-        b.report(lease.instance_id, started=(lease.request_id,), ended=(End(lease.request_id),), seq=2 + n)
+        b.report(
+            lease.instance_id, started=(lease.request_id,), ended=(request_end(lease.request_id),), seq=2 + n
+        )
     held = b.balancer._instances[lease.instance_id].memory
     assert b.balancer._prefixes.holders(prefix)[0] == held
     b.report(lease.instance_id, boot_id="another", seq=0)
@@ -75,7 +78,7 @@ def test_an_instance_that_rebooted_has_served_nothing() -> None:
 def test_a_batch_is_remembered_by_the_memory_that_reads_it() -> None:
     """Not by the instance's own number, which another memory may have."""
     told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
-    b = bench(*(replace(instance(n), timing=told) for n in (1, 2, 3)))
+    b = bench(*(instance(n, timing=told) for n in (1, 2, 3)))
     prefix = chain("a", "b", "c", "d")
     leases = b.balancer.lease_many(Ask(500.0, None, (), 1100, prefix), 4, b.now)
     served = {b.balancer._instances[lease.instance_id].memory for lease in leases}

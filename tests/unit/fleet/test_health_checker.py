@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import paramiko
 import pytest
 
@@ -24,10 +25,10 @@ from fleet.outside.ssh_log import (
     parse,
 )
 from fleet.states import State
-from instance_client import Load, TokenBatch
 from process.errors import InstanceError
+from web.messages.reports import LoadReport, TokenBatch
 
-LOAD = Load(
+LOAD = LoadReport(
     boot_id="b",
     seq=0,
     missed=False,
@@ -58,7 +59,7 @@ class Client:
 
     async def fetch_load(
         self, auth_url: str, master: str, after: int, timeout_s: float, certificate: str | None = None
-    ) -> Load:
+    ) -> LoadReport:
         return LOAD
 
     async def test_prompt(
@@ -153,8 +154,8 @@ def test_an_engine_that_does_not_say_how_much_it_has_is_not_taken_for_idle() -> 
     class Silent(Client):
         async def fetch_load(
             self, auth_url: str, master: str, after: int, timeout_s: float, certificate: str | None = None
-        ) -> Load:
-            return replace(LOAD, running=0, waiting=0, model_up=False)
+        ) -> LoadReport:
+            return msgspec.structs.replace(LOAD, running=0, waiting=0, model_up=False)
 
     assert check(order(state=State.DRAINING), Log(READY), Silent()).in_flight is None
 

@@ -22,7 +22,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from autoscaler import InstanceSet
-from dispatch.outside.hot_set import parse_hot
 from dispatch.outside.service import Desk
 from engine.profiles import get_profile
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
@@ -42,6 +41,7 @@ from remote.model_load import ModelLoad
 from remote.tokens import Gate, Issuer
 from tests.fake_fleet import FakeInstance, make_certificate
 from tests.fleet_world import Contract
+from tests.messages import hot_set
 from tests.process.test_loadbalancer_server import CONTROL, HOT
 from tests.unit.dispatch.test_loadbalancer import bench, instance
 from tests.waiting import wait_for
@@ -472,7 +472,7 @@ def test_a_client_that_met_another_certificate_takes_the_instance_out_at_once() 
     desk = Desk(balancer, lambda: 1_700_000_000.0)
     client = create_app(desk, Keys(CONTROL)).test_client()
     https = {"address": "https://10.0.0.1:8000", "auth_url": "https://10.0.0.1:3000", "certificate": MINE[0]}
-    desk.hot_set(parse_hot(hot(**https)))
+    desk.hot_set(hot_set(hot(**https)))
     for refill in balancer.refills(desk.clock()):
         balancer.add_tokens(refill, "b", [f"token-{n:016d}" for n in range(400)], 600.0, 0, desk.clock())
     lease = client.post("/route", json={"work": 10}).get_json()
@@ -539,7 +539,7 @@ def test_a_clock_that_is_five_minutes_wrong_changes_nothing(
 
     made = LoadBalancer(random.Random(1), lambda token: token)
     desk = Desk(made, lambda: right)
-    desk.hot_set(parse_hot(HOT))
+    desk.hot_set(hot_set(HOT))
     (refill,) = made.refills(right)
     made.add_tokens(refill, batch["boot_id"], batch["tokens"], batch["expires_in_s"], 0, right)
     lease = create_app(desk, Keys(CONTROL)).test_client().post("/route", json={"work": 10}).get_json()

@@ -17,7 +17,6 @@ import pytest
 from flask.testing import FlaskClient
 
 from fleet_client.tls_pins import pinned_context
-from instance_client import parse_load, parse_tokens
 from remote import boot as boots
 from remote import events, tokens
 from remote.auth_server import MAX_BODY, MOST_TOKENS, create_app
@@ -27,6 +26,8 @@ from remote.tokens import CAP, Gate, Issuer
 from tests.instance_home import two_ports
 from tests.paths import ROOT
 from tests.waiting import wait_for
+from web.messages.decoding import decode
+from web.messages.reports import LoadReport, TokenBatch
 
 MASTER = "m" * 64
 KEY = {"Authorization": f"Bearer {MASTER}"}
@@ -60,10 +61,9 @@ def client(boot: str) -> FlaskClient:
 
 
 def test_a_batch_of_tokens_comes_with_the_load(client: FlaskClient, boot: str) -> None:
-    said = client.post("/tokens", json={"count": 3}, headers=KEY).get_json()
-    batch = parse_tokens(said)
+    batch = decode(client.post("/tokens", json={"count": 3}, headers=KEY).data, TokenBatch)
     assert (len(batch.tokens), batch.boot_id, batch.expires_in_s) == (3, "boot-1", 600.0)
-    assert (batch.load.running, batch.load.waiting, batch.load.started, batch.load.ended) == (2, 1, (), ())
+    assert (batch.load.running, batch.load.waiting, batch.load.started, batch.load.ended) == (2, 1, [], [])
     gate = Gate(boot)
     assert all(gate.take(token, 1.0) for token in batch.tokens)
 
@@ -72,10 +72,10 @@ def test_a_load_report_has_the_events_after_a_number(client: FlaskClient, boot: 
     ring = Events(boot)
     ring.write("0123456789abcdef", events.STARTED)
     ring.write("0123456789abcdef", events.FINISHED, 12)
-    load = parse_load(client.get("/load?after=0", headers=KEY).get_json())
-    assert (load.seq, load.missed, load.started) == (2, False, ("0123456789abcdef",))
+    load = decode(client.get("/load?after=0", headers=KEY).data, LoadReport)
+    assert (load.seq, load.missed, load.started) == (2, False, ["0123456789abcdef"])
     assert [(e.id, e.status, e.output_tokens) for e in load.ended] == [("0123456789abcdef", "finished", 12)]
-    assert parse_load(client.get("/load?after=2", headers=KEY).get_json()).started == ()
+    assert decode(client.get("/load?after=2", headers=KEY).data, LoadReport).started == []
 
 
 def test_health_is_open_and_says_nothing_else(client: FlaskClient) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from dispatch.types import Push
 from loadbalancer import LoadBalancer
 from remote import events
 from remote.events import Events
 from remote.speaker import MOST_EVENTS, MOST_LISTENERS, TRIES, ModelState, Speaker, Watch, _Line, signed
-from tests.unit.dispatch.test_loadbalancer import Bench, End, bench, instance
+from tests.messages import request_end
+from tests.unit.dispatch.test_loadbalancer import Bench, bench, instance
 from tests.waiting import wait_for
+from web.messages.reports import PushedReport
 from web.signatures import OLD_BOOTS, ReplayGuard, instance_key, name_and_key, signer
 
 MASTER = "master-of-a-test"
@@ -459,7 +460,7 @@ def test_a_listener_that_hangs_delays_neither_another_nor_the_autoscaler(one: In
 # -- what the loadbalancer makes of it ---------------------------------------------------------------------
 
 
-def push(number: int, after: int = 0, seq: int = 0, **what: Any) -> Push:
+def push(number: int, after: int = 0, seq: int = 0, **what: Any) -> PushedReport:
     """A report that is pushed, of an instance in good order unless said otherwise."""
     said: dict[str, Any] = {
         "boot_id": "boot1",
@@ -468,7 +469,7 @@ def push(number: int, after: int = 0, seq: int = 0, **what: Any) -> Push:
         "ended": (),
         "model_up": True,
     }
-    return Push(number=number, after=after, seq=seq, **(said | what))
+    return PushedReport(number=number, after=after, seq=seq, **(said | what))
 
 
 def due(b: Bench) -> list[tuple[int, int]]:
@@ -480,7 +481,7 @@ def test_a_pushed_end_frees_its_work_at_once() -> None:
     b = bench(instance(1))
     lease = b.lease(1000.0)
     assert b.ask(100.0) is None
-    told = push(1, 0, 2, started=(lease.request_id,), ended=(End(lease.request_id),))
+    told = push(1, 0, 2, started=(lease.request_id,), ended=(request_end(lease.request_id),))
     assert b.balancer.pushed(1, told, b.now) is not None
     assert b.balancer.usage(b.now).instances[1].unfinished == 0
     assert b.balancer.ends == {"finished": 1}
@@ -490,7 +491,7 @@ def test_a_pushed_end_frees_its_work_at_once() -> None:
 def test_a_report_that_is_not_new_or_of_another_boot_changes_nothing() -> None:
     b = bench(instance(1))
     lease = b.lease()
-    ended = (End(lease.request_id),)
+    ended = (request_end(lease.request_id),)
     assert b.balancer.pushed(1, push(5), b.now) is not None
     for told in (
         push(5, 0, 1, ended=ended),
@@ -513,7 +514,7 @@ def test_after_another_boot_its_numbers_begin_anew() -> None:
 
 
 @pytest.mark.parametrize("told", [push(1, 3, 5), push(1, 0, 5, missed=True)])
-def test_what_a_report_leaves_out_is_polled_at_once(told: Push) -> None:
+def test_what_a_report_leaves_out_is_polled_at_once(told: PushedReport) -> None:
     b = bench(instance(1), instance(2))
     b.lease()
     assert due(b) == []
@@ -549,7 +550,7 @@ def test_an_end_that_is_told_in_several_ways_counts_once(first: str) -> None:
     def learned(*ways: str) -> tuple[dict[str, int], float, float]:
         b = bench(instance(1))
         lease = b.lease(100.0, max_tokens=50)
-        told = {"started": (lease.request_id,), "ended": (End(lease.request_id, "finished", 40),)}
+        told = {"started": (lease.request_id,), "ended": (request_end(lease.request_id, "finished", 40),)}
         for n, way in enumerate(ways):
             if way == "push":
                 b.balancer.pushed(1, push(n + 1, 0, 2, **told), b.now)
@@ -569,11 +570,13 @@ def test_an_end_that_is_told_in_several_ways_counts_once(first: str) -> None:
 def test_a_poll_that_was_overtaken_by_a_report_costs_nothing() -> None:
     b = bench(instance(1))
     lease = b.lease()
-    b.balancer.pushed(1, push(1, 0, 2, started=(lease.request_id,), ended=(End(lease.request_id),)), b.now)
+    b.balancer.pushed(
+        1, push(1, 0, 2, started=(lease.request_id,), ended=(request_end(lease.request_id),)), b.now
+    )
     b.report(1, seq=1, started=(lease.request_id,))
     b.balancer.pushed(1, push(2, 2, 3), b.now)
     assert b.row(1)["unfinished"] == 0
-    b.report(1, seq=3, ended=(End(lease.request_id),))
+    b.report(1, seq=3, ended=(request_end(lease.request_id),))
     assert b.balancer.ends == {"finished": 1}
 
 

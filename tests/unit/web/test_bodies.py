@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from web.bodies import (
-    BadField,
     Boolean,
     Choice,
     Field,
@@ -20,6 +19,7 @@ from web.bodies import (
     json_parts,
     parse_json,
 )
+from web.messages.decoding import BadField
 
 
 def nested(deep: int) -> list[Any]:

@@ -15,14 +15,9 @@ from flask import Flask, jsonify
 from tests.web_server import BEARER, KEY, call, client_of, raw, served, wait_until
 from web.answers import JsonAnswer
 from web.app import make_app, requires
-from web.bodies import (
-    BadField,
-    Whole,
-    body,
-    json_body,
-    query_number,
-)
+from web.bodies import Whole, body, json_body, query_number
 from web.direct import Held, awaited, direct, signed
+from web.messages.decoding import BadField
 
 
 def make() -> Flask:

@@ -106,7 +106,7 @@ def test_an_error_says_where_it_is(raw: bytes, text: str) -> None:
         decode(raw, Outer)
     assert str(e.value) == text
     with pytest.raises(BadField) as e:
-        decode(raw, Outer, "instances[3].")
+        decode(raw, Outer, "instances[3]")
     assert str(e.value) == f"instances[3].{text}"
 
 
@@ -139,7 +139,7 @@ def test_what_is_not_json_is_refused(raw: bytes) -> None:
     with pytest.raises(BadField, match=r"^body: not JSON"):
         decode(raw, Needs)
     with pytest.raises(BadField, match=r"^instances\[3\]: not JSON"):
-        decode(raw, Needs, "instances[3].")
+        decode(raw, Needs, "instances[3]")
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"1", b'"x"', b"null", b"true"])

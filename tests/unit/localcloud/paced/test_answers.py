@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from instance_client import Stream, parse_usage
+from instance_client import Stream, TokenUsage, read_answer
 from localcloud.paced.completion_request import PIECES
 from tests.unit.localcloud.paced.hand_clock import (
     CHAT,
@@ -101,8 +101,9 @@ def test_our_own_client_understands_a_stream_however_it_is_cut() -> None:
     stream = Stream()
     for at in range(0, len(call.body), 7):
         stream.feed(call.body[at : at + 7])
-    assert (stream.begun, stream.error, stream.end()) == (True, None, (10, 3))
-    assert parse_usage(asked(COMPLETION, HELLO).said) == (3, 3)
+    assert (stream.begun, stream.error, stream.end()) == (True, None, TokenUsage(10, 3))
+    answer = read_answer("instance", asked(COMPLETION, HELLO).body)
+    assert (answer.prompt_tokens, answer.completion_tokens) == (3, 3)
 
 
 def test_several_answers_to_several_prompts_stream_side_by_side() -> None:
