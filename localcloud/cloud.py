@@ -1,6 +1,6 @@
 """The cloud model: the rentals, the slots of machines that they hold, and what time brings.
 
-    Cloud ── who gets a slot, in which order things happen
+    Cloud ── which rental gets a slot, in which order things happen
       ├── Rental (one each)   phases, boots, times; its Bill
       ├── Account             credit, dollars spent, ssh keys
       └── Faults              what goes wrong, by name

@@ -20,7 +20,7 @@ class CloudRefusal(Exception):
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be rented. price: a bid per machine in $/h, None on demand.
+    """What a customer wants to rent. price: a bid per machine in $/h, None on demand.
 
     env: what -e, -p and so on said, ports as {"-p 8000:8000": "1"} (vast-contract 2.2).
     """

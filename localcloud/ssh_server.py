@@ -1,8 +1,8 @@
 """The ssh server of one instance: its own port and host key, public keys only, commands only.
 
-All of them live in the process of the local cloud: one of their own would cost each instance 40 MB. What
-they run is a process of the instance: its home, its user, nothing of the environment of its start script
-(vast-contract 2.14).
+All ssh servers live in the process of the local cloud: a process for each would cost 40 MB. The commands
+are processes of the instance: its home, its user, nothing of its start script's environment (vast-contract
+2.14).
 """
 
 import contextlib
@@ -26,25 +26,25 @@ log = logging.getLogger("localcloud")
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 COMMAND_TIMEOUT_S = 60.0
-"""A command that runs longer is killed."""
+"""Seconds after which a command is killed."""
 
 OUTPUT_LIMIT = 2**20
 """Bytes of output that are sent back."""
 
 SESSION_S = 120.0
-"""A connection is closed after so long, whatever it does."""
+"""Seconds after which a connection is closed, whatever it does."""
 
 HELD = 64
-"""Connections that are accepted and told nothing; the oldest gives way, or files would run out."""
+"""Connections kept open while ssh hangs; the oldest is closed first, so that files do not run out."""
 
 ACCEPT_PAUSE_S = 0.1
-"""Before accepting again when the process has no file left."""
+"""Seconds before the next accept when the process has no file left."""
 
 OK, HANG, REFUSE = "ok", "hang", "refuse"
 
 
 class SshServer:
-    """Listens while the instance runs. Its methods may be called from any thread."""
+    """The server of one instance; it listens while the instance runs. Any thread."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class SshServer:
         home: Path,
         environ: Mapping[str, str],
     ) -> None:
-        """sock is listening. authorized_keys: the lines that open it now."""
+        """Serve on sock, which is listening. authorized_keys: returns the lines that open it now."""
         self._host_key = host_key
         self._authorized_keys = authorized_keys
         self._home = home
@@ -69,7 +69,7 @@ class SshServer:
         self._listen(sock)
 
     def behave(self, mode: str) -> None:
-        """From now on "ok", "hang" (accept and say nothing) or "refuse" (nobody listens)."""
+        """Behave as "ok", "hang" (accept and say nothing) or "refuse" (do not listen) from now on."""
         with self._lock:
             was, self._mode = self._mode, mode
             if self._closed or was == mode:
@@ -86,7 +86,7 @@ class SshServer:
                 log.warning("ssh port %d cannot be opened again: %s", self._port, e)
 
     def close(self) -> None:
-        """Nobody listens any more, and who is connected is thrown out."""
+        """Stop listening and close all connections."""
         with self._lock:
             self._closed = True
             transports, held = list(self._transports), self._held
@@ -134,7 +134,7 @@ class SshServer:
             self._transports.add(transport)
         try:
             transport.add_server_key(self._host_key)
-            transport.start_server(server=_Session(self._authorized_keys(), self._run))
+            transport.start_server(server=SshSession(self._authorized_keys(), self._run))
             transport.join(SESSION_S)
         except (paramiko.SSHException, EOFError, OSError) as e:
             log.debug("ssh session: %s", e)
@@ -144,9 +144,9 @@ class SshServer:
                 self._transports.discard(transport)
 
     def _run(self, channel: paramiko.Channel, line: bytes) -> None:
-        """Run the command; what it says and its status go through the channel."""
+        """Run the command; send its output and its status through the channel."""
         try:
-            command = _Command(line, self._home, self._environ)
+            command = SshCommand(line, self._home, self._environ)
         except (OSError, ValueError) as e:
             log.debug("ssh command: %s", e)
             channel.close()
@@ -155,7 +155,7 @@ class SshServer:
         timer.daemon = True
         timer.start()
         try:
-            if self._closed:  # if not yet, the end of the instance finds it by its home
+            if self._closed:  # otherwise the end of the instance finds it by its home
                 command.kill()
             left = OUTPUT_LIMIT
             while left > 0 and (chunk := command.output(min(left, 65_536))):
@@ -168,15 +168,15 @@ class SshServer:
             channel.shutdown_write()
         except (OSError, EOFError, paramiko.SSHException) as e:
             log.debug("ssh command: %s", e)
-            command.kill()  # nobody listens any more
+            command.kill()  # the client has gone
         finally:
             command.wait()
             timer.cancel()
             command.close()
 
 
-class _Session(paramiko.ServerInterface):
-    """One connection."""
+class SshSession(paramiko.ServerInterface):
+    """What one connection may do."""
 
     def __init__(
         self, authorized_keys: tuple[str, ...], run: Callable[[paramiko.Channel, bytes], None]
@@ -201,11 +201,11 @@ class _Session(paramiko.ServerInterface):
         return True
 
 
-class _Command:
-    """A command that runs in a session of its own, and can be ended with all that it started there."""
+class SshCommand:
+    """A command in a session of its own, which can be ended with all that it started there."""
 
     def __init__(self, command: bytes, home: Path, environ: Mapping[str, str]) -> None:
-        """Raises OSError when there is no home any more."""
+        """Start it. Raises OSError when there is no home any more."""
         self._process = subprocess.Popen(
             ["/bin/bash", "-c", command],
             cwd=home,
@@ -219,19 +219,19 @@ class _Command:
         self._reaped = False
 
     def kill(self) -> None:
-        """End it, and what it started. Any thread."""
+        """Kill it and what it started. Any thread."""
         with self._lock:
             if not self._reaped:  # until then the number of its group cannot be another's
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
 
     def output(self, most: int) -> bytes:
-        """What it says next; empty when it and what it started in the background say no more."""
+        """Return its next output; empty when it and what it started in the background have ended theirs."""
         assert self._process.stdout is not None  # noqa: S101 it was asked for above
         return self._process.stdout.read1(most)  # type: ignore[attr-defined, no-any-return]
 
     def wait(self) -> int:
-        """Its status as a shell gives it, once it has ended."""
+        """Wait for its end; return its status as a shell does."""
         if not self._reaped:
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         with self._lock:

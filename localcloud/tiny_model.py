@@ -2,8 +2,9 @@
 
     .venv-vllm/bin/python localcloud/tiny_model.py DIR     DIR holds the model, as Hugging Face lays one out
 
-Two layers, 427 k parameters, 0.9 MB in bfloat16. What it says is noise; its tokens are counted, streamed and
-batched as those of any other. Run by the Python of the engine, which has torch, transformers and tokenizers.
+Two layers, 427 k parameters, 0.9 MB in bfloat16. Its answers are noise; their tokens are counted, streamed
+and batched as those of any model. Run by the Python of the engine, which has torch, transformers and
+tokenizers.
 """
 
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 VOCABULARY = 512
 SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>")
-"""Tokens 0, 1 and 2; then the 256 bytes, so every text can be said, then what is frequent in TEXT."""
+"""Tokens 0, 1 and 2; the 256 bytes follow, so that any text has tokens, then what is frequent in TEXT."""
 
 SEED = 0
 
@@ -37,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def make(directory: Path) -> None:
-    """The directory holds the model; one that is there already is left as it is."""
+    """Make the model in that directory, unless it is there already."""
     if directory.exists():
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def make(directory: Path) -> None:
         try:
             made.rename(directory)
         except OSError:
-            if not directory.exists():  # else somebody else was quicker, and theirs is the same
+            if not directory.exists():  # otherwise another process was quicker, and made the same
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -46,19 +46,16 @@ class Service:
         header = request.headers.get("Authorization", "")
         return hmac.compare_digest(header.encode(), f"Bearer {self.api_key}".encode())
 
-    def too_soon(self, view: str, every_s: float, now: float) -> bool:
-        """Return whether the call comes before its endpoint may be called again; count it."""
-        early = now < self.not_before.get(view, 0.0)
-        wait_s = CREATE_PENALTY_S if early and view == "create" else every_s
-        self.not_before[view] = now + wait_s / self.world.cloud.speedup
-        return early
-
     def limited(self, view: str, every_s: float) -> bool:
         """Return whether the fault rate-limits refuses the call."""
         with self.world.lock:
-            now, faults = self.world.clock(), self.world.cloud.faults
-            early = bool(every_s) and faults.any_on("rate-limits") and self.too_soon(view, every_s, now)
-            return early and faults.strikes("rate-limits", now) is not None
+            now, cloud = self.world.clock(), self.world.cloud
+            if not every_s or not cloud.faults.any_on("rate-limits"):
+                return False
+            early = now < self.not_before.get(view, 0.0)
+            wait_s = CREATE_PENALTY_S if early and view == "create" else every_s
+            self.not_before[view] = now + wait_s / cloud.speedup
+            return early and cloud.faults.strikes("rate-limits", now) is not None
 
     def broken(self, kind: str, when: str) -> Any | None:
         """Return the answer of a fault that strikes this kind of call before or after its effect."""

@@ -77,7 +77,7 @@ def _rows(cloud: Cloud, now: float) -> list[dict[str, Any]]:
 
 
 def _page(rows: list[dict[str, Any]], total: int, args: Mapping[str, str]) -> dict[str, Any]:
-    """One page of the listing (vast-contract 2.3)."""
+    """Return one page of the listing (vast-contract 2.3)."""
 
     def parsed(name: str, default: Any) -> Any:
         try:
@@ -120,7 +120,7 @@ def _page(rows: list[dict[str, Any]], total: int, args: Mapping[str, str]) -> di
 
 
 def _after(rows: list[dict[str, Any]], order: list[tuple[str, bool]], token: str | None) -> int:
-    """Where the page begins: after the row in the token, or its place if it has gone meanwhile."""
+    """Return where the page begins: behind the row in the token, or behind its place if it has gone."""
     if not token:
         return 0
     try:
