@@ -248,9 +248,7 @@ class Rental:
         """Return its next event as (time, name). On a lost host nothing goes on."""
         if self.offline:
             return None
-        events = []
-        if self.due is not None:
-            events.append((self.due, "phase"))
+        events = [] if self.due is None else [(self.due, "phase")]
         if self.phase is P.RUNNING:
             if not self.loaded:
                 events.append((self.booted_at + self.load_s, "loaded"))

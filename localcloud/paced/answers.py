@@ -19,7 +19,10 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 class CompletionAnswer:
-    """Makes the bytes of one answer, whole or as stream events; what all its events share is made once."""
+    """Makes the bytes of one answer, whole or as stream events.
+
+    What all its events share is made once and put together by hand: 0.4 µs an event, 9 with json (2026-11).
+    """
 
     def __init__(
         self,
