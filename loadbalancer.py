@@ -67,7 +67,7 @@ from dispatch.types import (
     Usage,
     Waiter,
 )
-from engine.forward import KIND, LEFT, PROMPT, UNREAD, E, Floats
+from engine.forward import COL_PROMPT_S, KIND, LEFT, PROMPT, UNREAD, Floats
 from engine.slo import Slo
 from web.messages.hot_set import HotSet
 from web.messages.reports import LoadReport, PushedReport, RequestEnd
@@ -656,7 +656,9 @@ class LoadBalancer:
         if inst.told.timing is None:
             read_s = prompt_tokens * self.prefill_weight / inst.throughput
         else:
-            read_s = float(request[UNREAD] * inst.pace.constants[E]) / max(inst.read_share, READ_LEAST)
+            read_s = float(request[UNREAD] * inst.pace.constants[COL_PROMPT_S]) / max(
+                inst.read_share, READ_LEAST
+            )
         inst.read_at = max(now, inst.read_at) + read_s
 
     def _learn_mix(self) -> None:

@@ -36,7 +36,7 @@ from bench.dispatchers import RULES, Fleet, Request, World
 from bench.dispatchers.ours import Ours
 from bench.dispatchers.rule import BLOCK_TOKENS
 from bench.dispatchers.world import Router, RuleRouter
-from engine.reference import Kind, ModelServer
+from engine.reference import EventKind, SteppedModelServer
 from engine.timing import TIMINGS, Timing
 from fleet_client.flags import Parser, run_main, within
 from process.errors import ConfigError
@@ -133,7 +133,7 @@ def saturated(path: Path, most: int, timing: Timing, longest: int) -> tuple[floa
     log = lengths(path, most)
     step = max(1, len(log) // SATURATED)
     sample = [cut(r.prompt_tokens, r.output_tokens, longest) for r in log[::step]]
-    server = ModelServer(timing, every_token=False)
+    server = SteppedModelServer(timing, every_token=False)
     given = ended = 0
     now = begun = 0.0
     made = counted = 0
@@ -144,7 +144,7 @@ def saturated(path: Path, most: int, timing: Timing, longest: int) -> tuple[floa
             given += 1
         now = server.next_change() or now
         for event in server.advance(now):
-            if event.kind is Kind.FINISHED:
+            if event.kind is EventKind.FINISHED:
                 ended += 1
                 if ended == want // 3:
                     begun, made = now, server.generation_tokens_total

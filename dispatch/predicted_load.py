@@ -22,20 +22,20 @@ from numpy.typing import NDArray
 
 from dispatch.output_lengths import Lengths, expect
 from engine.forward import (
+    COL_BASE_S,
+    COL_CONTEXT_S,
+    COL_KV_TOKENS,
+    COL_MAX_SEQS,
+    COL_PROMPT_S,
+    COL_REQUEST_S,
     COLUMNS,
-    CONSTANTS,
+    CONSTANT_COLUMNS,
     HELD,
     KIND,
-    KV,
     LEFT,
     MOST,
     PROMPT,
-    SEQS,
     UNREAD,
-    A,
-    B,
-    C,
-    E,
     Floats,
     behind,
     price_below,
@@ -49,7 +49,7 @@ Ints = NDArray[np.int64]
 ROWS = 16
 """Rows that a block begins with."""
 
-AT, HEARD_AT, START, COUNT, RATE, WIDTH = (CONSTANTS + i for i in range(6))
+AT, HEARD_AT, START, COUNT, RATE, WIDTH = (CONSTANT_COLUMNS + i for i in range(6))
 """A row of `servers`, behind its constants: as of when its table is and until when its ends are known, epoch
 seconds; its block and the rows in use there; work a second, by which it has its share of what comes."""
 
@@ -170,7 +170,7 @@ class Belief:
 
     def follow(self, constants: Floats) -> None:
         """How long its steps take is known better."""
-        self._beliefs.servers[self.place, :CONSTANTS] = constants
+        self._beliefs.servers[self.place, :CONSTANT_COLUMNS] = constants
 
     def does(self, rate: float) -> None:
         """How much work a second it does is known better."""
@@ -295,7 +295,7 @@ def _room(
     for i in range(count):
         context += there[i, HELD]
         unread += there[i, UNREAD]
-    step_s = s[A] + s[B] * count + s[C] * context
+    step_s = s[COL_BASE_S] + s[COL_REQUEST_S] * count + s[COL_CONTEXT_S] * context
     unheard_s = now - s[HEARD_AT]
     # What they need together is most when one of them ends: the others have grown until then.
     most = alive = held = 0.0
@@ -307,8 +307,8 @@ def _room(
         alive += share
         held += share * has
         most = max(most, held + steps * (alive + 1.0))
-    free = of_memory * s[KV] - most if count < s[SEQS] else -1.0
-    return free, s[E] * unread, step_s
+    free = of_memory * s[COL_KV_TOKENS] - most if count < s[COL_MAX_SEQS] else -1.0
+    return free, s[COL_PROMPT_S] * unread, step_s
 
 
 @njit
@@ -351,7 +351,7 @@ def warm_up() -> None:
     learned = Lengths(2.0)
     learned.ended(2, 0)
     beliefs, usual, lengths = Beliefs(), row(2.0, learned.mean(0), 4.0, 0), learned.table
-    belief = Belief(beliefs, np.ones(CONSTANTS), 1.0, 0.0)
+    belief = Belief(beliefs, np.ones(CONSTANT_COLUMNS), 1.0, 0.0)
     belief.add("", usual, 0.0)
     belief.age(1.0)
     belief.at_work(1.0)

@@ -13,7 +13,18 @@ set of constants for all machines half of the whole latency (dispatch-study.md).
 
 import numpy as np
 
-from engine.forward import STEP, A, B, C, D, E, F, Floats, constants
+from engine.forward import (
+    COL_BASE_S,
+    COL_CONTEXT_S,
+    COL_PREFILL_S,
+    COL_PROMPT_S,
+    COL_REQUEST_S,
+    COL_SQUARE_S,
+    COL_STEP_TOKENS,
+    STEP_TIMES,
+    Floats,
+    constants,
+)
 from engine.timing import Timing
 
 SPREAD = 0.3
@@ -62,12 +73,14 @@ class Pace:
         running, context = span.means()
         steps = tokens / running
         x = np.empty(6)
-        x[0] = base[A] * steps
-        x[1] = base[B] * tokens
-        x[2] = base[C] * context * steps
-        x[3] = max(0.0, base[D] - base[A]) * max(reads / max(prompt, 1.0), reads / base[STEP])
-        x[4] = base[E] * reads
-        x[5] = base[F] * squares * reads / max(prompt, 1.0)
+        x[0] = base[COL_BASE_S] * steps
+        x[1] = base[COL_REQUEST_S] * tokens
+        x[2] = base[COL_CONTEXT_S] * context * steps
+        x[3] = max(0.0, base[COL_PREFILL_S] - base[COL_BASE_S]) * max(
+            reads / max(prompt, 1.0), reads / base[COL_STEP_TOKENS]
+        )
+        x[4] = base[COL_PROMPT_S] * reads
+        x[5] = base[COL_SQUARE_S] * squares * reads / max(prompt, 1.0)
         self._cov += np.eye(6) * DRIFT**2
         off = seconds - x @ self._factors
         gain = self._cov @ x
@@ -75,7 +88,7 @@ class Pace:
         self._factors = np.clip(self._factors + gain * off, 1.0 / RANGE, RANGE)
         self._cov -= np.outer(gain, x @ self._cov)
         self.spans += 1
-        self.constants[[A, B, C, D, E, F]] = base[[A, B, C, D, E, F]] * self._factors
+        self.constants[STEP_TIMES] = base[STEP_TIMES] * self._factors
 
 
 class Span:

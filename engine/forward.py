@@ -1,21 +1,21 @@
 """A model server run forward: when each of its requests would have its first token and its end.
 
-It is the engine's own rule (engine/reference.py) on a table with a row a request, in the order in which
-they were given to it. A step makes one token for all who are past their prompt and reads prompts with what
-is left of its budget of tokens; who comes first is admitted first, while there is KV memory; who came last
-is put back when there is none. Steps in which nobody comes, ends or is put back are one stretch in closed
-form,
+It is the rule of engine/reference.py on a table with a row a request, in the order in which the server got
+them. A step makes one token for every request that is past its prompt and reads prompts with what is left
+of its budget of tokens; the request that came first is admitted first, while there is KV memory; the one
+that came last is put back when there is none. Steps in which no request comes, ends or is put back are one
+stretch in closed form,
 
-    k = min(tokens until somebody ends, KV memory left / n, steps until somebody comes)
+    k = min(tokens until a request ends, KV memory left / n, steps until a request comes)
     dt = k * (a + b*n + c*context) + c*n * k*(k-1)/2
 
-so a run costs O(n) stretches and a choice among eight servers some twenty microseconds, compiled. What is
-compiled is what stands here: `njit` keeps the plain function, and a test runs both.
+so a run costs O(n) stretches and a choice among eight servers some twenty microseconds, compiled. `njit`
+keeps the plain function, and a test runs both.
 
-The price of giving a request to a server is what it does to everybody (dispatch-study.md):
+The price of giving a request to a server is what it does to all requests (dispatch-study.md):
 
     own end + w * own first token
-      + the same, as it grows for all who are there, and for those who will come in the next seconds
+      + the same, as it grows for all that are there, and for those that will come in the next seconds
 
 Times are seconds from now; rows, constants and asks are float64 tables with the columns below.
 """
@@ -31,23 +31,28 @@ from process.compiled import njit
 Floats = NDArray[np.float64]
 
 PROMPT, UNREAD, LEFT, HELD, MADE, MOST, KIND, COLUMNS = 0, 1, 2, 3, 4, 5, 6, 7
-"""A row: tokens of the prompt (after being put back its own, too), those of them still to read, tokens still
-to make, KV tokens held (0: it waits), tokens made, tokens it may make, its kind
+"""Columns of a request: tokens of the prompt (once it was put back its own, too), those of them still to
+read, tokens still to make, KV tokens held (0: it waits), tokens made, tokens it may make, its kind
 (dispatch/output_lengths.py)."""
 
-A, B, C, D, E, F, KV, SEQS, STEP, CONSTANTS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9
-"""A server: the constants of engine/timing.py in seconds a request, a token, a token²; its limits."""
+COL_BASE_S, COL_REQUEST_S, COL_CONTEXT_S, COL_PREFILL_S, COL_PROMPT_S, COL_SQUARE_S = 0, 1, 2, 3, 4, 5
+COL_KV_TOKENS, COL_MAX_SEQS, COL_STEP_TOKENS, CONSTANT_COLUMNS = 6, 7, 8, 9
+"""Columns of a server: the constants a to f of engine/timing.py, in seconds a step, a request, a token or a
+token²; its limits."""
+
+STEP_TIMES = slice(COL_BASE_S, COL_SQUARE_S + 1)
+"""The columns of a to f."""
 
 NEVER_S = 1e9
-"""When a request that is larger than the KV memory has its first token."""
+"""First token and end of a request that is larger than the KV memory, seconds."""
 
 BEHIND_S, MOST_BEHIND = 3.0, 8.0
-"""So long, and so many, that are expected to come behind a request count among those it delays: with 64
-nothing is better (4 seeds of conv, bench/dispatch.py), and a choice takes half as long again."""
+"""Seconds and number of later requests whose delay counts in the price: with 64 nothing is better (4 seeds of
+conv, bench/dispatch.py), and a choice takes half as long again."""
 
 
 def constants(t: Timing) -> Floats:
-    """The server's table."""
+    """Return the row of a server, in the columns above."""
     return np.array(
         [
             t.a / 1e3,
@@ -65,11 +70,17 @@ def constants(t: Timing) -> Floats:
 
 @njit
 def _step_s(s: Floats, batch: int, context: float, prompt: float, squares: float) -> float:
-    floor = s[A] if batch else 0.0
-    if prompt > 0.0 and s[D] > floor:
-        floor = s[D]
-    linear = floor + s[B] * batch + s[C] * context + s[E] * prompt + s[F] * squares
-    bound = s[E] * (batch + prompt)
+    floor = s[COL_BASE_S] if batch else 0.0
+    if prompt > 0.0 and s[COL_PREFILL_S] > floor:
+        floor = s[COL_PREFILL_S]
+    linear = (
+        floor
+        + s[COL_REQUEST_S] * batch
+        + s[COL_CONTEXT_S] * context
+        + s[COL_PROMPT_S] * prompt
+        + s[COL_SQUARE_S] * squares
+    )
+    bound = s[COL_PROMPT_S] * (batch + prompt)
     return linear if linear > bound else bound  # type: ignore[no-any-return]
 
 
@@ -88,7 +99,7 @@ class Scratch(NamedTuple):
 
 @njit
 def scratch_for(total: int) -> Scratch:
-    """Enough for runs of so many rows."""
+    """Return the memory for runs of so many rows."""
     return Scratch(
         np.empty(total, np.int64),
         np.empty(total),
@@ -103,7 +114,7 @@ def scratch_for(total: int) -> Scratch:
 
 @njit
 def behind(gap_s: float) -> int:
-    """So many are expected to come in the next seconds."""
+    """Return how many requests are expected to come in BEHIND_S, at one each gap_s."""
     return int(min(BEHIND_S / gap_s, MOST_BEHIND))
 
 
@@ -118,18 +129,19 @@ def run(
     end: Floats,
     scratch: Scratch,
 ) -> float:
-    """Run it from start_s until all have ended, or to the first step that ends at until_s or later.
+    """Run a server from start_s until all requests have ended; return the time it has come to.
 
     rows are changed. come: when each comes (0: it is there); those that come later stand last, in their
-    order. first, end: filled with their times. until_s: inf, to run to the end; else nobody ever ends, for
-    it is not known who has, and all must be there from start_s on. Returns the time it has come to.
+    order. first, end: filled with their times. With an until_s that is not inf it stops at the first step
+    that ends then or later, no request ends, because it is not known which have, and all must be there from
+    start_s on.
     """
     total = len(rows)
     endless = until_s < np.inf
     t, count = start_s, 0.0
     used = context = 0.0
     running = alive = 0
-    # Who makes tokens, since which step and until which, who ends next stands last; who reads.
+    # Those that make tokens, since which step and until which, the next to end last; those that read.
     order, since, ends, batch = scratch.order, scratch.since, scratch.ends, 0
     reads, reading = scratch.reads, 0
     for i in range(total):
@@ -146,10 +158,10 @@ def run(
                 context += rows[i, HELD]
                 since[i] = 0.0
                 batch = _insert(order, ends, batch, i, np.inf if endless else np.ceil(rows[i, LEFT]))
-    waits = 0  # nobody who waits stands before this
+    waits = 0  # none that waits stands before this row
     while alive > 0 and t < until_s:
         put_back = False
-        while used + batch > s[KV] and running > 1:
+        while used + batch > s[COL_KV_TOKENS] and running > 1:
             i = total - 1
             while rows[i, HELD] <= 0.0:
                 i -= 1
@@ -165,9 +177,9 @@ def run(
             rows[i, UNREAD], rows[i, HELD] = rows[i, PROMPT], 0.0
             waits = i
             put_back = True
-        budget = s[STEP] - batch
+        budget = s[COL_STEP_TOKENS] - batch
         tokens = squares = 0.0
-        parts = 0  # of those who read, so many get a part of this step
+        parts = 0  # of those that read, so many get a part of this step
         while parts < reading and budget > 0.0:
             i = reads[parts]
             part = min(rows[i, UNREAD], budget)
@@ -186,14 +198,14 @@ def run(
                 next_s = come[waits]
                 break
             need = rows[waits, PROMPT] + 1.0
-            if need > s[KV] and running == 0:
+            if need > s[COL_KV_TOKENS] and running == 0:
                 first[waits] = end[waits] = NEVER_S  # it never fits
                 rows[waits, LEFT] = 0.0
                 alive -= 1
                 if endless:
                     waits += 1
                 continue
-            if budget <= 0.0 or running >= s[SEQS] or used + batch + need > s[KV]:
+            if budget <= 0.0 or running >= s[COL_MAX_SEQS] or used + batch + need > s[COL_KV_TOKENS]:
                 break
             rows[waits, HELD] = need
             used += need
@@ -209,12 +221,12 @@ def run(
         if parts > 0:
             k, dt = 1.0, _step_s(s, batch, context, tokens, squares)
         elif batch > 0:
-            one_s = s[A] + s[B] * batch + s[C] * context
-            grows_s = s[C] * batch
-            if one_s < s[E] * batch:
-                one_s, grows_s = s[E] * batch, 0.0
+            one_s = s[COL_BASE_S] + s[COL_REQUEST_S] * batch + s[COL_CONTEXT_S] * context
+            grows_s = s[COL_CONTEXT_S] * batch
+            if one_s < s[COL_PROMPT_S] * batch:
+                one_s, grows_s = s[COL_PROMPT_S] * batch, 0.0
             k = ends[batch - 1] - count
-            room = np.floor((s[KV] - used) / batch)
+            room = np.floor((s[COL_KV_TOKENS] - used) / batch)
             if running > 1 and room < k:
                 k = room if room > 1.0 else 1.0
             stop = until_s if until_s < next_s else next_s
@@ -273,7 +285,7 @@ def run(
 
 @njit
 def _steps_until(dt: float, one_s: float, grows_s: float) -> float:
-    """So many steps, at least one, end at dt or just after it."""
+    """Return how many steps, at least one, end at dt or just after it."""
     if grows_s <= 0.0:
         return max(1.0, np.ceil(dt / one_s))  # type: ignore[no-any-return]
     half = one_s - grows_s / 2.0
@@ -283,7 +295,7 @@ def _steps_until(dt: float, one_s: float, grows_s: float) -> float:
 
 @njit
 def _settle(rows: Floats, i: int, steps: float) -> None:
-    """It has made a token in each of these steps."""
+    """Count a token made in each of these steps."""
     rows[i, HELD] += steps
     rows[i, MADE] += steps
     rows[i, LEFT] -= steps
@@ -322,7 +334,7 @@ def price_below(
     most_s: float,
     scratch: Scratch,
 ) -> tuple[float, float, float]:
-    """The price (see `price`); inf where it is above most_s by what the request itself waits for.
+    """Return the price (see `price`); inf where the request's own part of it is most_s or more.
 
     That is found at half the cost. scratch: for the rows, the request and those behind it.
     """
@@ -361,7 +373,7 @@ def price(
     usual: Floats,
     weight: float,
 ) -> tuple[float, float, float]:
-    """(price, own first token, own end) of giving it a request, seconds.
+    """Return (price, own first token, own end) of giving a server a request, seconds.
 
     rows: its table, as it will be at start_s. ask: the row of the request. usual: the row of one that comes
     each gap_s, and BEHIND_S long; gap_s inf: none. weight: of a first token.

@@ -1,21 +1,19 @@
-"""Many model servers in time, compiled: engine/reference.py's rule on tables of servers and of requests.
+"""Many model servers in time, compiled: the rule of engine/reference.py on tables of servers and of requests.
 
     server row ──► waits: head ──► … ──► tail             request rows, chained by `next` and `previous`
               └──► runs:  first ──► … ──► reads ──► … ──► last
                           make tokens      read their prompts
 
-Who came first is read first, so those that still read are the last of those that run. Somebody ends at a
-count of steps that is known when he makes his first token, so a stretch costs the same with one there as with
-hundreds: those that run are gone through only when somebody ends or is put back.
+Requests are read in the order they came, so those that still read are the last of those that run. A request
+ends at a count of steps that is known when it makes its first token, so a stretch costs the same with one
+request as with hundreds: those that run are gone through only when one ends or is put back.
 
-It is for a simulator, that wants of a request its first token and its end, and of a fleet whatever happens
-next: `play` goes through the changes of all servers in the order of time and comes back when somebody has
-ended. There are no cached prefixes and no events of single tokens; those are engine/reference.py's, which
-is the rule as it is to be read. A test gives both the same requests and compares every time to the last
-digit.
+It is for a simulator, which wants of a request its first token and its end: `play` goes through the changes
+of all servers in the order of time and returns when a request has ended. Cached prefixes and events of single
+tokens are in engine/reference.py only. A test gives both the same requests and compares every time to the
+last digit. A request takes 6 µs, with engine/reference.py's objects 24 (50 servers, 2026-11).
 
-A request takes 6 µs, with engine/reference.py's objects 24 (50 servers, 2026-11).
-Times are seconds on the caller's clock. Row 0 of either table is nobody: 0 ends a chain.
+Times are seconds on the caller's clock. Row 0 of either table is empty: 0 ends a chain.
 """
 
 from typing import Any
@@ -25,23 +23,18 @@ import numpy as np
 from engine.timing import Timing
 from process.compiled import njit
 
+LIMITS = ("kv_tokens", "max_seqs", "step_tokens")
+
 SERVER = np.dtype(
     [
-        ("a", "f8"),  # a to f, milliseconds, and the limits: engine/timing.py
-        ("b", "f8"),
-        ("c", "f8"),
-        ("d", "f8"),
-        ("e", "f8"),
-        ("f", "f8"),
-        ("kv_tokens", "i8"),
-        ("max_seqs", "i8"),
-        ("step_tokens", "i8"),
-        ("first", "i8"),  # who runs, as admitted
+        *((name, "f8") for name in "abcdef"),  # milliseconds, as in engine/timing.py
+        *((name, "i8") for name in LIMITS),
+        ("first", "i8"),  # those that run, as admitted
         ("reads", "i8"),
         ("last", "i8"),
-        ("head", "i8"),  # who waits
+        ("head", "i8"),  # those that wait
         ("tail", "i8"),
-        ("ended", "i8"),  # who has ended in the call under way, in that order
+        ("ended", "i8"),  # those that have ended in the call under way, in that order
         ("ended_last", "i8"),
         ("running", "i8"),
         ("waiting", "i8"),
@@ -60,17 +53,14 @@ SERVER = np.dtype(
         ("done", "i8"),
         ("frozen", "i8"),
         ("due", "f8"),  # when the stretch ends; inf when it is idle or frozen
-        ("turn", "i8"),  # of those due at once the one goes first that was known first; row 0: the last
+        ("turn", "i8"),  # of servers due at once the one scheduled first goes first; row 0: the last turn
     ]
 )
 
 REQUEST = np.dtype(
     [
         ("server", "i8"),  # 0 when it has ended
-        ("next", "i8"),
-        ("previous", "i8"),
-        ("prompt", "i8"),
-        ("wanted", "i8"),
+        *((name, "i8") for name in ("next", "previous", "prompt", "wanted")),
         ("made", "i8"),  # as it was when it began to make tokens
         ("held", "i8"),  # KV tokens then; 0: it waits
         ("unread", "i8"),
@@ -90,29 +80,24 @@ Table = Any
 """A numpy array of SERVER or REQUEST rows, whose fields numba knows and mypy does not."""
 
 
-class Engines:
-    """The servers and requests of a fleet. Numbers of rows are given out again when they are free."""
+class ModelServers:
+    """The model servers and requests of a fleet, by number of row; free numbers are given out again."""
 
     def __init__(self) -> None:
-        """No server."""
         self._servers: Table = np.zeros(ROWS, SERVER)
         self._requests: Table = np.zeros(ROWS, REQUEST)
         self._servers["due"] = np.inf
         self._next_due = np.inf  # nothing changes before; -inf: look at the table
-        self._free_servers = list(range(ROWS - 1, 0, -1))
-        self._free = list(range(ROWS - 1, 0, -1))
+        self._free_servers, self._free = (list(range(ROWS - 1, 0, -1)) for _ in range(2))
         self._look_at_fields()
 
     def _look_at_fields(self) -> None:
-        requests = self._requests
         self._next, self._first_at, self._ended_at = (
-            requests["next"],
-            requests["first_at"],
-            requests["ended_at"],
+            self._requests[name] for name in ("next", "first_at", "ended_at")
         )
 
     def add(self, timing: Timing) -> int:
-        """A server more, idle; gives its number."""
+        """Add an idle server; return its number."""
         if not self._free_servers:
             old = len(self._servers)
             self._servers = np.concatenate([self._servers, np.zeros(old, SERVER)])
@@ -121,20 +106,20 @@ class Engines:
         server = self._free_servers.pop()
         self._servers[server] = np.zeros((), SERVER)
         row = self._servers[server]
-        for name in ("a", "b", "c", "d", "e", "f", "kv_tokens", "max_seqs", "step_tokens"):
+        for name in (*"abcdef", *LIMITS):
             row[name] = getattr(timing, name)
         row["due"], row["next_end"] = np.inf, NEVER
         return server
 
     def remove(self, server: int) -> None:
-        """It is gone; whose requests were there releases each of them."""
+        """Take a server away; the caller releases each request that was there."""
         self._servers[server]["due"] = np.inf
         self._free_servers.append(server)
 
     def submit(self, server: int, prompt_tokens: int, output_tokens: int, now: float) -> tuple[int, int]:
-        """Put a request at the end of the queue there: (its number, the first of who has ended until now).
+        """Put a request at the end of the queue; return its number, and the first that has ended by now.
 
-        ValueError for counts below 1, and a request that is larger than the KV memory.
+        Raises ValueError for counts below 1, and a request that is larger than the KV memory.
         """
         if not self._free:
             old = len(self._requests)
@@ -155,24 +140,24 @@ class Engines:
         return request, ended
 
     def cancel(self, request: int, server: int, now: float) -> None:
-        """It is no more, and its number is free; who has ended there until now is not told of."""
+        """Take a request out and free its number; those that have ended there by now are not returned."""
         _cancel(self._servers, self._requests, server, request, now)
         self._next_due = -np.inf
         self._free.append(request)
 
     def release(self, request: int) -> None:
-        """It has ended, or was on a server that is gone: its number is free."""
+        """Free the number of a request that has ended, or whose server is gone."""
         self._free.append(request)
 
     def after(self, ended: int) -> tuple[float, float, int]:
-        """Of one that has ended: first token, end, and who ended next in the same call (0: nobody)."""
+        """Return first token and end of a request that has ended, and which ended next in the same call."""
         return self._first_at.item(ended), self._ended_at.item(ended), self._next.item(ended)
 
     def play(self, until_s: float, every_change: bool) -> tuple[int, float, int]:
-        """Let all servers go on until somebody has ended: (where, when, the first of who has ended).
+        """Let all servers go on until a request has ended; return (server, time, the first that has ended).
 
-        every_change: come back also when somebody got his first token or was admitted (nobody ended: 0). It
-        comes back before until_s with (0, until_s, 0).
+        every_change: return also when a request got its first token or was admitted; the third is 0 where
+        none has ended. When nothing happens before until_s return (0, until_s, 0).
         """
         if self._next_due >= until_s:  # a third of all calls, that need not ask the table
             return 0, until_s, 0
@@ -180,21 +165,21 @@ class Engines:
         return server, at, ended
 
     def look(self, server: int, now: float) -> tuple[int, int, int, int, int]:
-        """(the first of who has ended until now, running, waiting, prompt tokens read, tokens made) there."""
+        """Return (the first that has ended by now, running, waiting, prompt tokens read, tokens made)."""
         return _look(self._servers, self._requests, server, now)
 
     def freeze(self, server: int, frozen: bool) -> None:
-        """Nothing comes from it while it is frozen; after that what it would have said, at those times."""
+        """Silence a server, or have it tell what it would have told meanwhile, with the times of that."""
         self._servers[server]["frozen"] = frozen
         _schedule(self._servers, server)
         self._next_due = -np.inf
 
     def kv_tokens_used(self, server: int) -> int:
-        """KV memory in use there when it was last looked at."""
+        """Return the KV tokens in use there when it was last looked at."""
         return int(self._servers[server]["used"])
 
     def made_tokens(self, server: int) -> int:
-        """Tokens made there when it was last looked at."""
+        """Return the tokens made there when it was last looked at."""
         return int(self._servers[server]["made_total"])
 
 
@@ -205,7 +190,7 @@ class Engines:
 def _play(
     servers: Table, requests: Table, until_s: float, every_change: bool
 ) -> tuple[int, float, int, float]:
-    """As `Engines.play`, and a time before which nothing changes."""
+    """As `ModelServers.play`, and a time before which nothing changes."""
     while True:
         first, at = 0, np.inf
         for i in range(1, len(servers)):
@@ -227,7 +212,7 @@ def _play(
 def _submit(
     servers: Table, requests: Table, server: int, request: int, prompt: int, wanted: int, now: float
 ) -> tuple[int, float]:
-    """(the first of who has ended or -1 when it does not fit, when the server changes)."""
+    """Return (the first that has ended, -1 when the request does not fit; when the server changes)."""
     s, r = servers[server], requests[request]
     if prompt < 1 or wanted < 1 or prompt + wanted > s.kv_tokens:
         return -1, s.due
@@ -274,7 +259,7 @@ def _look(servers: Table, requests: Table, server: int, now: float) -> tuple[int
 
 @njit
 def _schedule(servers: Table, server: int) -> None:
-    """Say when it changes again."""
+    """Note when a server changes again."""
     s = servers[server]
     due = _end(s, s.steps) if s.steps and not s.frozen else np.inf
     if due != s.due:
@@ -288,7 +273,7 @@ def _schedule(servers: Table, server: int) -> None:
 
 @njit
 def _end(s: Table, steps: int) -> float:
-    """When that step of the stretch ends: always from its begin, so that looking changes no digit."""
+    """Return when that step of the stretch ends: from its begin, so that looking changes no digit."""
     return s.begun + steps * s.first_s + s.longer_s * (steps * (steps - 1) // 2)  # type: ignore[no-any-return]
 
 
@@ -313,7 +298,7 @@ def _catch_up(s: Table, requests: Table, now: float) -> None:
 
 @njit
 def _replan(s: Table, requests: Table, now: float) -> None:
-    """Somebody came or went: the step under way is the last that was planned without knowing."""
+    """Plan anew: a request came or went. The step under way was planned without it and stays the last."""
     if s.running and s.steps:
         s.steps = s.done + 1
     else:
@@ -363,7 +348,7 @@ def _complete(s: Table, requests: Table, steps: int, at: float) -> None:
 
 @njit
 def _first_end(s: Table, requests: Table) -> int:
-    """The count at which the first of those that make tokens ends."""
+    """Return the count at which the first of those that make tokens ends."""
     ends = NEVER
     i = s.first
     while i != s.reads:
@@ -387,7 +372,7 @@ def _finish(s: Table, requests: Table, request: int, at: float) -> None:
 
 @njit
 def _leaves(s: Table, requests: Table, request: int) -> None:
-    """It runs no more: its memory is free, and it makes no tokens. The caller sees to next_end."""
+    """Take a request out of those that run and free its memory; the caller sees to next_end."""
     r = requests[request]
     if not r.unread and r.made < r.wanted:  # it makes tokens: its last one is not read
         more = s.count - r.since
@@ -411,7 +396,7 @@ def _leaves(s: Table, requests: Table, request: int) -> None:
 
 @njit
 def _unqueue(s: Table, requests: Table, request: int) -> None:
-    """It waits no more."""
+    """Take a request out of the queue."""
     r = requests[request]
     if r.previous:
         requests[r.previous].next = r.next
@@ -491,7 +476,7 @@ def _admit(s: Table, requests: Table, request: int, need: int) -> None:
 
 @njit
 def _measure(s: Table, at: float, tokens: int, squares: int) -> None:
-    """How many steps this stretch has, and how long they take, of which the next reads so many tokens."""
+    """Note how many steps this stretch has, and how long they take; the next reads so many tokens."""
     s.begun, s.done, s.longer_s = at, 0, 0.0
     if not s.batch and not tokens:
         s.steps = 0

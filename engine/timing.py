@@ -1,4 +1,4 @@
-"""How long a step of a model server takes: constants of each model on each GPU, with their sources.
+"""Step-time constants: how long a step of a model server takes, for each model on each GPU, with sources.
 
 decode     step_ms    = a + b*batch + c*context/1000
 prefill    prefill_ms = d + e*P/1000 + f*(P/1000)²       a part from s to t: f*(t² - s²)/1000²
@@ -6,21 +6,17 @@ both       max(a, d) + the other terms: the weights are read once for all of the
 at least   e*tokens/1000, because every token of a step passes through the same multiplications
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-from process.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One model in one quantization on `tp` GPUs; a to f as in the formulas above, KV capacity in tokens.
+    """The constants of one model in one quantization on so many GPUs of a kind.
 
-    max_seqs, step_tokens: vLLM's limits on requests at once and on tokens in a step.
+    a to f: as in the formulas above. kv_tokens: KV memory. max_seqs, step_tokens: vLLM's limits on requests
+    at once and on tokens in a step.
     """
 
     name: str
@@ -35,7 +31,7 @@ class Timing:
     step_tokens: int = 2048
 
     def step_ms(self, batch: int, context_tokens: int, prompt_tokens: int = 0, squares: int = 0) -> float:
-        """Milliseconds of a step that makes `batch` tokens over so much context, and reads prompt_tokens.
+        """Return the milliseconds of a step that makes `batch` tokens over a context and reads prompt_tokens.
 
         squares: sum of t² - s² over the parts of prompts read, in tokens².
         """
@@ -50,21 +46,21 @@ class Timing:
         return max(linear, self.bound_ms(batch + prompt_tokens))
 
     def prefill_ms(self, prompt_tokens: int) -> float:
-        """Milliseconds to read a prompt in one step, alone."""
+        """Return the milliseconds to read a prompt in one step, alone."""
         return self.step_ms(0, 0, prompt_tokens, prompt_tokens * prompt_tokens)
 
     def bound_ms(self, tokens: int) -> float:
-        """No step with so many tokens is faster: what they take to compute."""
+        """Return the least milliseconds of a step with so many tokens: what they take to compute."""
         return self.e * tokens / 1e3
 
 
 PREFILL_OPTIMISM: Mapping[str, float] = MappingProxyType({"A100 SXM4": 1.2, "L40S": 1.2, "H100 SXM": 1.35})
-"""e is multiplied by this: kernels measured alone run faster than in a server (timing.md 3a: judged, not
-fitted). The other cards' e are arithmetic that needs no such factor."""
+"""Factors of e: kernels measured alone run faster than in a server (timing.md 3a: judged, not fitted). The
+other cards' e are arithmetic that needs no such factor."""
 
 LARGE_STEPS = frozenset({"H100 SXM"})
-"""vLLM 0.11 takes 1,024 requests and 8,192 tokens a step where the GPU has 70 GiB and is no A100; else 256
-and 2,048 (EngineArgs defaults for its API server, looked up 2026-11)."""
+"""GPUs for which vLLM 0.11 takes 1,024 requests and 8,192 tokens a step: of 70 GiB, without the A100; for the
+others 256 and 2,048 (EngineArgs defaults for its API server, looked up 2026-11)."""
 
 # (model, quantization, GPU as Vast names it, number of GPUs): a, b, c, d, e, f, KV tokens.
 # A100, H100, L40S: timing.md 3a, composed from measured vLLM kernels, 2 to 7 % mean error of the linear form.
@@ -104,7 +100,7 @@ PROFILE_MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def told_timing(profile: str, gpu_name: str, num_gpus: int) -> dict[str, float] | None:
-    """`timing_for` as it goes into a hot set; None for a profile whose constants are not known."""
+    """Return `timing_for` as it goes into a hot set; None for a profile whose constants are not known."""
     if profile not in PROFILE_MODELS:
         return None
     told = asdict(timing_for(profile, gpu_name, num_gpus))
@@ -113,86 +109,24 @@ def told_timing(profile: str, gpu_name: str, num_gpus: int) -> dict[str, float] 
 
 
 LIKE_BATCH, LIKE_CONTEXT = 32, 1000
-"""How busy a server is taken to be whose throughput was told."""
+"""Requests and tokens of each, of a server whose throughput alone is known."""
 
 
 Key = tuple[str, str, str, int]
 """Model, quantization, GPU as Vast names it, number of GPUs."""
 
-_TEXTS = ("model", "quantization", "gpu")
-_NUMBERS = ("a", "b", "c", "d", "e", "f")
-_COUNTS = {"num_gpus": None, "kv_tokens": None, "max_seqs": 256, "step_tokens": 2048}
-
-
-def read_timings(path: Path) -> Mapping[Key, Timing]:
-    """Constants of your own, from a JSON file; raises ConfigError naming file, entry and field.
-
-    A list of objects; max_seqs (256) and step_tokens (2048) may be left out:
-
-        [{"model": "13B", "quantization": "awq4", "gpu": "RTX 5090", "num_gpus": 1,
-          "a": 6.0, "b": 0.05, "c": 0.6, "d": 6.0, "e": 110.0, "f": 3.5, "kv_tokens": 25000}]
-    """
-    try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError) as wrong:
-        raise ConfigError(f"{path}: {wrong}") from None
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path}: wanted a list of at least one object")
-    found: dict[Key, Timing] = {}
-    for n, entry in enumerate(entries):
-        where = f"{path}: entry {n}"
-        if not isinstance(entry, dict):
-            raise ConfigError(f"{where}: wanted an object, got {entry!r:.60}")
-        for name in entry:
-            if name not in (*_TEXTS, *_NUMBERS, *_COUNTS):
-                raise ConfigError(f"{where}: unknown field {name!r:.60}")
-        model, quantization, gpu = (_text(where, entry, name) for name in _TEXTS)
-        numbers = [_number(where, entry, name) for name in _NUMBERS]
-        num_gpus, kv_tokens, max_seqs, step_tokens = (
-            _count(where, entry, name, default) for name, default in _COUNTS.items()
-        )
-        if max_seqs > step_tokens:
-            raise ConfigError(f"{where}: max_seqs: wanted at most step_tokens, {step_tokens}, got {max_seqs}")
-        label = f"{model} {quantization} on {num_gpus}x {gpu}, {path.name}"
-        a, b, c, d, e, f = numbers
-        timing = Timing(label, a, b, c, d, e, f, kv_tokens, max_seqs, step_tokens)
-        if found.setdefault((model, quantization, gpu, num_gpus), timing) is not timing:
-            raise ConfigError(f"{where}: {model} {quantization} on {num_gpus}x {gpu} is there already")
-    return MappingProxyType(found)
-
-
-def _text(where: str, entry: Mapping[str, Any], name: str) -> str:
-    value = entry.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= 100:
-        raise ConfigError(f"{where}: {name}: wanted text, got {value!r:.60}")
-    return value
-
-
-def _number(where: str, entry: Mapping[str, Any], name: str) -> float:
-    value = entry.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1e6:
-        raise ConfigError(f"{where}: {name}: wanted 0 to 1e6 ms, got {value!r:.60}")
-    return float(value)
-
-
-def _count(where: str, entry: Mapping[str, Any], name: str, default: int | None) -> int:
-    value = entry.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**9:
-        raise ConfigError(f"{where}: {name}: wanted a whole number of 1 or more, got {value!r:.60}")
-    return value
-
 
 def timing_for(
     profile: str, gpu_name: str, num_gpus: int = 1, own: Mapping[Key, Timing] = MappingProxyType({})
 ) -> Timing:
-    """The constants of a profile on so many of these GPUs; `name` says which were taken.
+    """Return the constants of a profile on so many of these GPUs; `name` says which were taken.
 
-    own: constants that go before the table's, and add to it (`read_timings`).
+    own: constants that go before the table's, and add to it.
 
-    Where the table has no such row, what is taken promises too little rather than too much:
-    - more GPUs than it knows of that kind: the row with the most that is not more, the others idle;
+    Where the table has no such row, the one taken promises too little rather than too much:
+    - more GPUs of that kind than any row: the row with the most of them, the others idle;
     - fewer, or another kind: the slowest row of the model;
-    - a profile it does not know: as if it were vllm-13.
+    - an unknown profile: as if it were vllm-13.
     """
     model, quant = PROFILE_MODELS.get(profile, PROFILE_MODELS["vllm-13"])
     rows = {key: timing for key, timing in {**TIMINGS, **own}.items() if key[:2] == (model, quant)}
@@ -203,9 +137,9 @@ def timing_for(
 
 
 def like(work_s: float) -> Timing:
-    """Constants for a server of which only the throughput is known, in work/s: an A100's, faster or slower.
+    """Return constants for a server of which only the throughput is known, in work/s: an A100's, scaled.
 
-    With LIKE_BATCH requests of LIKE_CONTEXT tokens each an A100 makes as many tokens as its steps allow.
+    With LIKE_BATCH requests of LIKE_CONTEXT tokens each such a server makes that many tokens a second.
     """
     usual = TIMINGS[("13B", "awq4", "A100 SXM4", 1)]
     ratio = LIKE_BATCH * 1e3 / usual.step_ms(LIKE_BATCH, LIKE_BATCH * LIKE_CONTEXT) / work_s

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.dispatchers.rule import Fleet, Request, Rule
 from engine.forward import COLUMNS, HELD, LEFT, MADE, PROMPT, UNREAD, Floats, constants, price
-from engine.reference import ModelServer
+from engine.reference import SteppedModelServer
 
 WEIGHT = 10.0
 
@@ -26,10 +26,10 @@ WEIGHT = 10.0
 class Snapshot:
     """A server's table as it will be at the end of the step under way, when the next can join."""
 
-    def __init__(self, server: ModelServer) -> None:
+    def __init__(self, server: SteppedModelServer) -> None:
         """Of that server, always as it is when asked."""
         self._server = server
-        self._key: tuple[float, int, int] | None = None
+        self._key: tuple[object, int, int] | None = None
         self._count = 0
         self._rows: Floats = np.zeros((0, COLUMNS))
         self._makes = np.zeros(0, bool)
@@ -37,8 +37,9 @@ class Snapshot:
     def take(self, now: float) -> tuple[Floats, float]:
         """(rows, when that is)."""
         server = self._server
-        at = server._end(server._done + 1) if server._steps else now
-        key = (server._begun, len(server._waiting), len(server._running))
+        due = server.next_event()
+        at = now if due is None else due
+        key = (server._stretch, server.waiting, server.running)
         if key != self._key or server._reading or server._cache:
             self._key = key
             self._build()
@@ -58,7 +59,7 @@ class Snapshot:
     def _build(self) -> None:
         server = self._server
         self._count = server._count
-        under_way = 1 if server._steps else 0
+        under_way = 0 if server.next_event() is None else 1
         reading = {id(job): part for job, part in server._reading} if under_way else {}
         rows: list[tuple[float, ...]] = []
         makes: list[bool] = []

@@ -14,7 +14,7 @@ from typing import Any
 from bench.dispatchers.rule import BLOCK_TOKENS, Fleet, Request
 from bench.dispatchers.world import Later, Send
 from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, Poll, Waiter
-from engine.reference import ModelServer
+from engine.reference import SteppedModelServer
 from engine.timing import Timing
 from loadbalancer import LoadBalancer
 from simulation.virtual.background import TOKEN_LIFE_S
@@ -229,7 +229,7 @@ class Ours:
         instance.next_push_at = now + (wait_s or 0.0)
         self.again(now)
 
-    def report(self, server: int, live: ModelServer, now: float) -> None:
+    def report(self, server: int, live: SteppedModelServer, now: float) -> None:
         """A poll and its answer."""
         instance = self._instances[server]
         load = LoadReport(
@@ -242,7 +242,7 @@ class Ours:
             True,
             live.prompt_tokens_total,
             live.generation_tokens_total,
-            instance.started_bytes,
+            started_bytes=instance.started_bytes,
         )
         instance.after = instance.seq
         instance.started, instance.started_bytes, instance.ended = [], [], []

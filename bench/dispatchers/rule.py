@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.reference import ModelServer
+from engine.reference import SteppedModelServer
 from engine.timing import Timing
 
 BLOCK_TOKENS = 512
@@ -82,7 +82,7 @@ class Fleet:
     mean_prompt: float = 1000.0
     mean_output: float = 200.0
     arrivals_s: float = 0.0
-    live: list[ModelServer] = field(default_factory=list)
+    live: list[SteppedModelServer] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.timings)

@@ -21,7 +21,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from bench.dispatchers.rule import BLOCK_TOKENS, Fleet, Report, Request, Rule
-from engine.reference import Event, Kind, ModelServer
+from engine.reference import EventKind, ServerEvent, SteppedModelServer
 
 Later = Callable[[float, Callable[[], None]], None]
 """Do that then."""
@@ -56,7 +56,7 @@ class Router(Protocol):
     def happened(self, request: Request, now: float, *, end: bool) -> None:
         """Anybody's request has begun or ended on its server: what an instance writes down."""
 
-    def report(self, server: int, live: ModelServer, now: float) -> None:
+    def report(self, server: int, live: SteppedModelServer, now: float) -> None:
         """A report comes."""
 
 
@@ -114,7 +114,7 @@ class RuleRouter:
     def happened(self, request: Request, now: float, *, end: bool) -> None:
         """A proxy sees its own only."""
 
-    def report(self, server: int, live: ModelServer, now: float) -> None:
+    def report(self, server: int, live: SteppedModelServer, now: float) -> None:
         """What servers export as metrics."""
         self.rule.report(
             server,
@@ -130,7 +130,7 @@ class RuleRouter:
         )
 
 
-def has_room(live: ModelServer, prompt: int) -> bool:
+def has_room(live: SteppedModelServer, prompt: int) -> bool:
     """Whether it would be admitted with the next step, by memory and by who waits."""
     return not live.waiting and (
         not live.running or live.kv_tokens_used + live.running + prompt + 1 <= live.timing.kv_tokens
@@ -187,7 +187,7 @@ class World:
         self._heap: list[tuple[float, int, Callable[[], None] | int, int]] = []
         self._counter = count()
         if not fleet.live:
-            fleet.live.extend(ModelServer(timing, every_token=False) for timing in fleet.timings)
+            fleet.live.extend(SteppedModelServer(timing, every_token=False) for timing in fleet.timings)
         self._wake_no = [0] * len(fleet)
         self._wake_at = [float("inf")] * len(fleet)
         self._there: dict[str, Request] = {}
@@ -280,14 +280,14 @@ class World:
             self._wake_no[server] += 1
             heapq.heappush(self._heap, (at, next(self._counter), server, self._wake_no[server]))
 
-    def _happened(self, events: list[Event]) -> None:
+    def _happened(self, events: list[ServerEvent]) -> None:
         for at, name, kind, _ in events:
-            if kind is Kind.TOKENS:
+            if kind is EventKind.TOKENS:
                 request = self._there[name]
                 if request.first_at < 0.0:
                     request.first_at = at
                     self.routers[request.router].first_token(request, at)
-            elif kind is Kind.FINISHED:
+            elif kind is EventKind.FINISHED:
                 request = self._there.pop(name)
                 request.ended_at = at
                 if request.first_at < 0.0:

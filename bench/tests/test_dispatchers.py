@@ -17,7 +17,7 @@ from bench.dispatchers.rule import BLOCK_TOKENS, Index
 from bench.dispatchers.smg import CacheAwareNew, CacheAwareOld, LeastLoad, LMetric
 from bench.dispatchers.vast import VastQueueTime
 from bench.dispatchers.world import Router, RuleRouter, has_room, quantile
-from engine.reference import Kind, ModelServer
+from engine.reference import EventKind, SteppedModelServer
 from engine.timing import Timing
 
 SLOW = Timing("slow", 20.0, 0.1, 0.5, 10.0, 100.0, 2.0, 20_000)
@@ -223,7 +223,7 @@ def test_dynamo_adds_blocks_to_read_and_blocks_that_are_held() -> None:
 
 def test_dynamo_knows_what_a_server_has_cached() -> None:
     rule = a_rule(DynamoKv)
-    rule.fleet.live.extend(ModelServer(SLOW) for _ in range(3))
+    rule.fleet.live.extend(SteppedModelServer(SLOW) for _ in range(3))
     rule.fleet.live[1].submit("x", 1024, 1, 0.0, (0, 1), BLOCK_TOKENS)
     rule.fleet.live[1].advance(10.0)
     # 2048 tokens are 128 blocks, 64 of them cached.
@@ -274,7 +274,7 @@ def test_the_clairvoyant_knows_to_the_microsecond_when_a_request_would_be_served
 ) -> None:
     """If nobody came after it: in queues, steps under way, prompts half read, and with too little memory."""
     rng = random.Random(seed)
-    live = ModelServer(timing, every_token=False)
+    live = SteppedModelServer(timing, every_token=False)
     rule = ClairvoyantHere(Fleet([timing], [1.0], [100.0], live=[live]), rng)
     now, asked = 0.0, request(prompt=1500, output=200)
     for n in range(rng.randint(1, 60)):
@@ -290,13 +290,13 @@ def test_the_clairvoyant_knows_to_the_microsecond_when_a_request_would_be_served
     first = end = 0.0
     while (at := live.next_change()) is not None:
         for event in live.advance(at):
-            if event.id == "asked" and event.kind in (Kind.TOKENS, Kind.FINISHED):
-                first, end = (first, event.at) if event.kind is Kind.FINISHED else (event.at, end)
+            if event.id == "asked" and event.kind in (EventKind.TOKENS, EventKind.FINISHED):
+                first, end = (first, event.at) if event.kind is EventKind.FINISHED else (event.at, end)
     assert own == pytest.approx(end - now + 10.0 * (first - now), abs=1e-6)
 
 
 def test_the_clairvoyant_goes_where_the_prompt_is_cached_and_counts_what_the_others_lose() -> None:
-    live = [ModelServer(SLOW, every_token=False) for _ in range(2)]
+    live = [SteppedModelServer(SLOW, every_token=False) for _ in range(2)]
     rule = Clairvoyant(Fleet([SLOW] * 2, [1.0] * 2, [100.0] * 2, live=live), random.Random(0))
     live[1].submit("x", 2048, 1, 0.0, BLOCKS, BLOCK_TOKENS)
     live[1].advance(10.0)
@@ -311,7 +311,7 @@ def test_the_clairvoyant_goes_where_the_prompt_is_cached_and_counts_what_the_oth
 
 
 def test_those_who_usually_come_count_too() -> None:
-    live = [ModelServer(SLOW)]
+    live = [SteppedModelServer(SLOW)]
     many = Fleet([SLOW], [1.0], [100.0], 1000.0, 100.0, arrivals_s=1.0, live=live)
     prices = [
         kind(many, random.Random(0)).price(request(), 0, 0.0)
@@ -378,7 +378,7 @@ def test_who_is_held_waits_in_the_order_of_coming_and_never_inside_a_server() ->
 
 
 def test_a_server_has_room_while_nobody_waits_there_and_the_prompt_fits() -> None:
-    live = ModelServer(SLOW)
+    live = SteppedModelServer(SLOW)
     assert has_room(live, 50_000)  # an empty one takes anybody
     live.submit("a", 12_000, 5, 0.0)
     assert has_room(live, 7_000)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, cast
 
 from engine.profiles import PROFILES
-from engine.reference import ModelServer
+from engine.reference import SteppedModelServer
 from engine.timing import PROFILE_MODELS, timing_for
 from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import VERSION, App, PacedEngine
@@ -137,7 +137,7 @@ def _make_app(flags: argparse.Namespace, names: tuple[str, ...], machine: Simula
     max_model_len = flags.max_model_len or profile.max_model_len
     model = ServedModel(names, flags.model, max_model_len, profile.expected_output_tokens)
     try:
-        server = ModelServer(timing, flags.max_num_seqs, flags.max_num_batched_tokens)
+        server = SteppedModelServer(timing, flags.max_num_seqs, flags.max_num_batched_tokens)
         engine = PacedEngine(model, server)
     except ValueError as e:
         raise ConfigError(f"{e}: Engine core initialization failed") from e

@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from functools import partial
 from typing import Any
 
-from engine.reference import ModelServer
+from engine.reference import SteppedModelServer
 from localcloud.paced.answers import CompletionAnswer, compact
 from localcloud.paced.completion_request import (
     CompletionRequest,
@@ -56,7 +56,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 class PacedEngine:
     """The ASGI app. It belongs to the event loop of its first request."""
 
-    def __init__(self, model: ServedModel, server: ModelServer, clock: Clock | None = None) -> None:
+    def __init__(self, model: ServedModel, server: SteppedModelServer, clock: Clock | None = None) -> None:
         """Raise ValueError if a request of full length can never be held. clock: the running loop if None."""
         if model.max_model_len > server.timing.kv_tokens:
             raise ValueError(

@@ -5,10 +5,10 @@ Written by hand: seven figures are no reason to load a library in a process that
 
 from collections.abc import Mapping
 
-from engine.reference import ModelServer
+from engine.reference import SteppedModelServer
 
 
-def metrics(name: str, server: ModelServer, ended: Mapping[str, int]) -> bytes:
+def metrics(name: str, server: SteppedModelServer, ended: Mapping[str, int]) -> bytes:
     """Return the page. name: of the model; ended: requests by finish reason."""
     label = f'engine="0",model_name="{_label(name)}"'
     lines = []

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from engine.reference import Event, Kind, ModelServer
+from engine.reference import EventKind, ServerEvent, SteppedModelServer
 
 
 class Timer(Protocol):
@@ -30,7 +30,7 @@ class Pacer:
     One timer, at the end of the step under way; none when idle. Belongs to the loop's thread.
     """
 
-    def __init__(self, server: ModelServer, clock: Clock) -> None:
+    def __init__(self, server: SteppedModelServer, clock: Clock) -> None:
         """Begin idle."""
         self.server = server
         self._clock = clock
@@ -61,7 +61,7 @@ class Pacer:
         # uvloop rounds to milliseconds, so a timer can come a little before its time.
         self._deliver(self.server.advance(max(self._clock.time(), due or 0.0)))
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _deliver(self, events: list[ServerEvent]) -> None:
         due = self.server.next_event()
         if due != self._due:
             if self._timer is not None:
@@ -69,9 +69,9 @@ class Pacer:
             self._timer = None if due is None else self._clock.call_at(due, self._wake)
             self._due = due
         for event in events:
-            if event.kind is Kind.FINISHED:
+            if event.kind is EventKind.FINISHED:
                 callback = self._callbacks.pop(event.id, None)
-            elif event.kind is Kind.TOKENS:
+            elif event.kind is EventKind.TOKENS:
                 callback = self._callbacks.get(event.id)
             else:
                 continue

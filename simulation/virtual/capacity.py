@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import cycle, islice
 
 from engine.profiles import Profile
-from engine.reference import Kind, ModelServer
+from engine.reference import EventKind, SteppedModelServer
 from engine.slo import Slo
 from engine.timing import Timing
 from loadbalancer import SLOW_SHARE
@@ -25,7 +25,7 @@ def capacity_of(profile: Profile, timing: Timing, requests: Iterable[Request], s
     if not sample:
         raise ValueError("no request to measure with")
     lengths = [_cut(r, timing.kv_tokens) for r in sample]
-    server = ModelServer(timing, every_token=False)
+    server = SteppedModelServer(timing, every_token=False)
     work: dict[str, float] = {}
     done = at_once = last = now = begun = 0.0
     ended = counted = 0
@@ -36,7 +36,7 @@ def capacity_of(profile: Profile, timing: Timing, requests: Iterable[Request], s
                 at_once += (now - last) * (given - ended)
             last = now
             for event in server.advance(now):
-                if event.kind is Kind.FINISHED:
+                if event.kind is EventKind.FINISHED:
                     ended += 1
                     finished = work.pop(event.id)
                     if ended > REQUESTS // 3:
@@ -57,7 +57,7 @@ def _cut(request: Request, longest: int) -> tuple[int, int]:
     return min(request.prompt_tokens, longest - output), output
 
 
-def _too_slow(server: ModelServer, timing: Timing, slo: Slo) -> bool:
+def _too_slow(server: SteppedModelServer, timing: Timing, slo: Slo) -> bool:
     """Whether its tokens would come too far apart with one more."""
     step_s = timing.step_ms(server.running + 1, server.kv_tokens_used) / 1e3
     return server.running > 0 and step_s > SLOW_SHARE * slo.output_token_s

@@ -21,7 +21,6 @@ from typing import Any
 
 from engine.profiles import PROFILES, get_profile
 from engine.slo import Slo
-from engine.timing import read_timings
 from fleet.states import Limits
 from fleet_client.flags import Parser, within
 from localcloud.machines import Machine, machines_from
@@ -33,6 +32,7 @@ from simulation.traces.logs import Request
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
 from simulation.virtual.outcome import Outcome
 from simulation.virtual.setting import Setting
+from simulation.virtual.timings_file import read_timings
 from simulation.virtual.virtual_fleet import simulate
 
 SHOW_S = 5.0

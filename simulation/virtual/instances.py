@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Protocol
 
-from engine.model_servers import Engines
+from engine.model_servers import ModelServers
 from engine.timing import Timing
 from loadbalancer import LoadBalancer
 from simulation.virtual.loop import EventLoop
@@ -145,7 +145,7 @@ class SimulatedInstances:
         self._loop = loop
         self._balancer = balancer
         self._users: Sender
-        self._engines = Engines()
+        self._engines = ModelServers()
         self._by_id: dict[int, SimulatedInstance] = {}
         self._by_server: dict[int, SimulatedInstance] = {}
         self._made_by_gone = 0

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from dispatch.step_times import RANGE, SPAN_S, Pace, Span
-from engine.forward import STEP, A, B, C, D, E, F, constants
+from engine.forward import (
+    COL_BASE_S,
+    COL_CONTEXT_S,
+    COL_PREFILL_S,
+    COL_PROMPT_S,
+    COL_REQUEST_S,
+    COL_SQUARE_S,
+    COL_STEP_TOKENS,
+    constants,
+)
 from engine.timing import TIMINGS, Timing
 
 TOLD = TIMINGS["13B", "awq4", "A100 SXM4", 1]
@@ -58,8 +67,14 @@ def test_a_step_is_predicted_within_three_percent_after_ten_minutes(factors: tup
     for running, context, tokens in ((10, 10_000, 0), (40, 40_000, 0), (20, 20_000, 1500)):
 
         def seconds(s: np.ndarray, n: int = running, c: int = context, t: int = tokens) -> float:
-            floor = max(s[A], s[D]) if t else s[A]
-            return float(floor + s[B] * n + s[C] * c + s[E] * t + s[F] * t * t)
+            floor = max(s[COL_BASE_S], s[COL_PREFILL_S]) if t else s[COL_BASE_S]
+            return float(
+                floor
+                + s[COL_REQUEST_S] * n
+                + s[COL_CONTEXT_S] * c
+                + s[COL_PROMPT_S] * t
+                + s[COL_SQUARE_S] * t * t
+            )
 
         assert seconds(learned) == pytest.approx(seconds(wanted), rel=0.03)
 
@@ -92,4 +107,4 @@ def test_absurd_counters_cannot_take_a_constant_out_of_its_range() -> None:
     assert np.all(pace.factors >= 1.0 / RANGE)
     assert np.all(pace.factors <= RANGE)
     assert np.all(np.isfinite(pace.constants))
-    assert pace.constants[STEP] == TOLD.step_tokens
+    assert pace.constants[COL_STEP_TOKENS] == TOLD.step_tokens

@@ -8,8 +8,8 @@ import pytest
 from dispatch.output_lengths import BINS, expect
 from dispatch.predicted_load import Belief, Beliefs, row
 from engine import forward
-from engine.forward import HELD, MADE, PROMPT, SEQS, UNREAD, constants, price, run, scratch_for
-from engine.reference import Kind, ModelServer
+from engine.forward import COL_MAX_SEQS, HELD, MADE, PROMPT, UNREAD, constants, price, run, scratch_for
+from engine.reference import EventKind, SteppedModelServer
 from engine.timing import TIMINGS, Timing
 
 A100 = TIMINGS["13B", "awq4", "A100 SXM4", 1]
@@ -24,7 +24,7 @@ def served(
     timing: Timing, asked: list[tuple[float, int, int]]
 ) -> tuple[dict[str, float], dict[str, float], int]:
     """(first tokens, ends, how often one was put back) of requests (when, prompt, answer) on the server."""
-    server = ModelServer(timing, every_token=False)
+    server = SteppedModelServer(timing, every_token=False)
     events = []
     for n, (at, prompt, output) in enumerate(asked):
         events += server.submit(str(n), prompt, output, at)
@@ -32,9 +32,9 @@ def served(
         events += server.advance(change)
     first: dict[str, float] = {}
     for e in events:
-        if e.kind in (Kind.TOKENS, Kind.FINISHED):
+        if e.kind in (EventKind.TOKENS, EventKind.FINISHED):
             first.setdefault(e.id, e.at)
-    return first, {e.id: e.at for e in events if e.kind is Kind.FINISHED}, server.preemptions
+    return first, {e.id: e.at for e in events if e.kind is EventKind.FINISHED}, server.preemptions
 
 
 def some(seed: int) -> list[tuple[float, int, int]]:
@@ -125,7 +125,7 @@ def test_a_belief_that_is_told_everything_is_the_server(seed: int) -> None:
     """Requests and ends are told at once: after each, tokens made and memory held are the server's."""
     rng, timing = random.Random(seed), A100
     server, belief, now = (
-        ModelServer(timing, every_token=False),
+        SteppedModelServer(timing, every_token=False),
         Belief(Beliefs(), constants(A100), 1.0, 0.0),
         0.0,
     )
@@ -134,12 +134,12 @@ def test_a_belief_that_is_told_everything_is_the_server(seed: int) -> None:
         while (change := server.next_change()) is not None and change <= until:
             now = change
             for e in server.advance(now):
-                if e.kind is Kind.FINISHED:
+                if e.kind is EventKind.FINISHED:
                     belief.remove(e.id, now)
         now = until
         prompt, output = rng.randint(10, 2000), rng.randint(2, 300)
         for e in server.submit(str(n), prompt, output, now):
-            if e.kind is Kind.FINISHED:
+            if e.kind is EventKind.FINISHED:
                 belief.remove(e.id, now)
         belief.add(str(n), row(prompt, 1e9, 1e9, 0), now)
         belief.age(now)
@@ -239,7 +239,7 @@ def test_where_as_many_run_as_may_no_memory_is_free() -> None:
     table = np.full((1, BINS), 100.0)
     for seqs, free in ((3.0, True), (2.0, False)):
         some = constants(A100)
-        some[SEQS] = seqs
+        some[COL_MAX_SEQS] = seqs
         belief = Belief(Beliefs(), some, 1.0, 0.0)
         for n in range(2):
             belief.add(str(n), row(10.0, 100.0, 1e9, 0), 0.0)

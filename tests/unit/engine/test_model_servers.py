@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from engine.model_servers import ROWS, Engines
-from engine.reference import Event, Kind, ModelServer
+from engine.model_servers import ROWS, ModelServers
+from engine.reference import EventKind, ServerEvent, SteppedModelServer
 from engine.timing import Timing
 
 SMALL = Timing("small", 10.0, 0.5, 1.0, 5.0, 20.0, 2.0, 900, max_seqs=12, step_tokens=256)
@@ -20,8 +20,8 @@ class Both:
     """A fleet of servers twice, given the same."""
 
     def __init__(self, timings: list[Timing]) -> None:
-        self.plain = [ModelServer(t, every_token=False) for t in timings]
-        self.engines = Engines()
+        self.plain = [SteppedModelServer(t, every_token=False) for t in timings]
+        self.engines = ModelServers()
         self.numbers = [self.engines.add(t) for t in timings]
         self.names: dict[int, str] = {}  # who is where in the compiled one
         self.place: dict[str, tuple[int, int]] = {}
@@ -29,11 +29,11 @@ class Both:
         self.plain_told: list[Told] = [[] for _ in timings]
         self.told: list[Told] = [[] for _ in timings]
 
-    def hear_plain(self, server: int, events: list[Event]) -> None:
+    def hear_plain(self, server: int, events: list[ServerEvent]) -> None:
         for e in events:
-            if e.kind is Kind.TOKENS:
+            if e.kind is EventKind.TOKENS:
                 self.firsts[e.id] = e.at
-            elif e.kind is Kind.FINISHED:
+            elif e.kind is EventKind.FINISHED:
                 self.plain_told[server].append((e.id, self.firsts.get(e.id, e.at), e.at))
 
     def hear(self, server: int, ended: int) -> None:
@@ -118,7 +118,7 @@ def test_first_tokens_and_ends_are_those_of_the_plain_server(seed: int) -> None:
 
 
 def test_of_changes_at_once_the_one_known_first_goes_first() -> None:
-    engines = Engines()
+    engines = ModelServers()
     one, other = engines.add(SMALL), engines.add(SMALL)
     engines.submit(other, 10, 1, 0.0)
     engines.submit(one, 10, 1, 0.0)
@@ -126,7 +126,7 @@ def test_of_changes_at_once_the_one_known_first_goes_first() -> None:
 
 
 def test_what_would_not_fit_is_refused_and_changes_nothing() -> None:
-    engines = Engines()
+    engines = ModelServers()
     server = engines.add(BOUND)
     for prompt, output in ((0, 1), (1, 0), (300, 1)):
         with pytest.raises(ValueError, match="fit the KV memory"):
@@ -135,7 +135,7 @@ def test_what_would_not_fit_is_refused_and_changes_nothing() -> None:
 
 
 def test_nothing_comes_from_a_frozen_server_until_it_thaws() -> None:
-    engines = Engines()
+    engines = ModelServers()
     server = engines.add(SMALL)
     request, _ = engines.submit(server, 10, 1, 0.0)
     engines.freeze(server, frozen=True)
@@ -147,7 +147,7 @@ def test_nothing_comes_from_a_frozen_server_until_it_thaws() -> None:
 
 
 def test_tables_grow_and_rows_are_used_again() -> None:
-    engines = Engines()
+    engines = ModelServers()
     servers = [engines.add(SMALL) for _ in range(2 * ROWS)]
     for server in servers:
         engines.submit(server, 10, 2, 0.0)

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.profiles import PROFILES, Profile, get_profile
-from engine.reference import Kind, ModelServer
+from engine.reference import EventKind, SteppedModelServer
 from engine.timing import timing_for
 from process.errors import ConfigError
 
@@ -12,15 +12,15 @@ REQUESTS, PROMPT, OUTPUT = 1500, 300, 180
 
 def saturated_work_s(profile: Profile, gpu_name: str, num_gpus: int) -> float:
     """Work per second of a server with a full queue, over the middle third of what it finishes."""
-    server = ModelServer(timing_for(profile.name, gpu_name, num_gpus))
+    server = SteppedModelServer(timing_for(profile.name, gpu_name, num_gpus))
     ended = [
         e.at
         for n in range(REQUESTS)
         for e in server.submit(str(n), PROMPT, OUTPUT, 0.0)
-        if e.kind is Kind.FINISHED
+        if e.kind is EventKind.FINISHED
     ]
     while (at := server.next_change()) is not None:
-        ended += [e.at for e in server.advance(at) if e.kind is Kind.FINISHED]
+        ended += [e.at for e in server.advance(at) if e.kind is EventKind.FINISHED]
     third = REQUESTS // 3
     work = third * (OUTPUT + PROMPT * profile.prefill_weight)
     return work / (ended[2 * third - 1] - ended[third - 1])

@@ -1,21 +1,18 @@
 """The model server in time: hand-computed steps, and what holds for any traffic."""
 
-import json
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
-from pathlib import Path
 
 import pytest
 
 from engine.profiles import PROFILES
-from engine.reference import Event, Kind, ModelServer
-from engine.timing import PROFILE_MODELS, TIMINGS, Timing, read_timings, timing_for
+from engine.reference import EventKind, ServerEvent, SteppedModelServer
+from engine.timing import PROFILE_MODELS, TIMINGS, Timing, timing_for
 from localcloud.machines import GPUS
-from process.errors import ConfigError
 
 # 10 ms a step, 1 ms a request in it, 1 ms for 1,000 tokens of context; 5 ms a prompt, 20 ms for 1,000
 # tokens of it, and 2 ms for their square.
@@ -23,7 +20,9 @@ EASY = Timing("easy", a=10.0, b=1.0, c=1.0, d=5.0, e=20.0, f=2.0, kv_tokens=10_0
 SMALL = Timing("small", a=10.0, b=0.0, c=0.0, d=10.0, e=0.0, f=0.0, kv_tokens=100)
 
 
-def run_dry(server: ModelServer, look: Callable[[ModelServer], float | None]) -> list[Event]:
+def run_dry(
+    server: SteppedModelServer, look: Callable[[SteppedModelServer], float | None]
+) -> list[ServerEvent]:
     """All events until it is idle, looking when `look` says."""
     events = []
     while (at := look(server)) is not None:
@@ -32,13 +31,13 @@ def run_dry(server: ModelServer, look: Callable[[ModelServer], float | None]) ->
     return events
 
 
-def by_request(events: list[Event]) -> dict[str, tuple[int, float]]:
+def by_request(events: list[ServerEvent]) -> dict[str, tuple[int, float]]:
     """id: (tokens it got, when it ended)."""
     tokens: Counter[str] = Counter()
     ended = {}
     for e in events:
         tokens[e.id] += e.tokens
-        if e.kind is Kind.FINISHED:
+        if e.kind is EventKind.FINISHED:
             ended[e.id] = e.at
     return {id: (tokens[id], ended[id]) for id in ended}
 
@@ -47,17 +46,17 @@ def by_request(events: list[Event]) -> dict[str, tuple[int, float]]:
 
 
 def test_one_request_takes_its_prefill_and_then_a_step_a_token() -> None:
-    server = ModelServer(EASY)
-    assert server.submit("r", 1000, 3, 100.0) == [Event(100.0, "r", Kind.ADMITTED)]
+    server = SteppedModelServer(EASY)
+    assert server.submit("r", 1000, 3, 100.0) == [ServerEvent(100.0, "r", EventKind.ADMITTED)]
     first = 100.0 + 0.005 + 0.020 + 0.002
     assert server.next_event() == pytest.approx(first)
     second = first + 0.010 + 0.001 + 0.001001  # 1,001 tokens of context
     third = second + 0.010 + 0.001 + 0.001002
-    events = run_dry(server, ModelServer.next_event)
+    events = run_dry(server, SteppedModelServer.next_event)
     assert [(e.id, e.kind, e.tokens) for e in events] == [
-        ("r", Kind.TOKENS, 1),
-        ("r", Kind.TOKENS, 1),
-        ("r", Kind.FINISHED, 1),
+        ("r", EventKind.TOKENS, 1),
+        ("r", EventKind.TOKENS, 1),
+        ("r", EventKind.FINISHED, 1),
     ]
     assert [e.at for e in events] == pytest.approx([first, second, third])
     assert (server.running, server.waiting, server.kv_tokens_used) == (0, 0, 0)
@@ -65,22 +64,22 @@ def test_one_request_takes_its_prefill_and_then_a_step_a_token() -> None:
 
 
 def test_who_comes_during_a_step_is_read_in_the_next_one_together_with_the_tokens_of_the_others() -> None:
-    server = ModelServer(EASY)
+    server = SteppedModelServer(EASY)
     server.submit("a", 1000, 10, 0.0)
     server.submit("b", 500, 10, 0.001)
     assert (server.running, server.waiting) == (1, 1)
     (token, admitted) = server.advance(0.027)
     assert (token.id, token.tokens) == ("a", 1)
-    assert admitted == Event(token.at, "b", Kind.ADMITTED)
+    assert admitted == ServerEvent(token.at, "b", EventKind.ADMITTED)
     # max(a, d) + b + c*1.001 + e*0.5 + f*0.25
     assert server.next_event() == pytest.approx(0.027 + 0.010 + 0.001 + 0.001001 + 0.010 + 0.0005)
 
 
 def test_a_prompt_longer_than_a_step_is_read_in_parts_and_costs_the_same_square() -> None:
-    server = ModelServer(EASY, max_seqs=4, step_tokens=600)
+    server = SteppedModelServer(EASY, max_seqs=4, step_tokens=600)
     server.submit("r", 1000, 1, 0.0)
     assert server.next_event() == pytest.approx(0.005 + 0.012 + 0.00072)
-    (end,) = run_dry(server, ModelServer.next_event)
+    (end,) = run_dry(server, SteppedModelServer.next_event)
     assert end.at == pytest.approx(0.005 + 0.012 + 0.00072 + 0.005 + 0.008 + 0.00128)
 
 
@@ -88,10 +87,10 @@ def test_a_step_is_never_faster_than_its_tokens_can_be_computed() -> None:
     slow = Timing("slow", a=1.0, b=0.0, c=1.0, d=1.0, e=100.0, f=0.0, kv_tokens=10_000)
     assert slow.step_ms(50, 0) == 5.0
     assert slow.step_ms(50, 4500) == 5.5
-    server = ModelServer(slow)
+    server = SteppedModelServer(slow)
     for i in range(2):
         server.submit(str(i), 1, 200, 0.0)
-    seldom = by_request(run_dry(server, ModelServer.next_change))
+    seldom = by_request(run_dry(server, SteppedModelServer.next_change))
     # The second is read alone with one token of the first; then two tokens a step: 2 ms are bound to 0.2 ms
     # of computation, so it is the context that grows.
     now, made, context = 0.0, [0, 0], [0, 0]
@@ -107,12 +106,12 @@ def test_a_step_is_never_faster_than_its_tokens_can_be_computed() -> None:
 
 def test_a_bound_step_grows_again_once_the_context_takes_longer() -> None:
     bound = Timing("bound", a=1.0, b=0.0, c=10.0, d=1.0, e=3000.0, f=0.0, kv_tokens=10_000)
-    server = ModelServer(bound)
+    server = SteppedModelServer(bound)
     server.submit("r", 1, 400, 0.0)
     now = bound.prefill_ms(1) / 1e3
     for made in range(1, 400):
         now += bound.step_ms(1, 1 + made) / 1e3
-    tokens, ended = by_request(run_dry(server, ModelServer.next_change))["r"]
+    tokens, ended = by_request(run_dry(server, SteppedModelServer.next_change))["r"]
     assert tokens == 400
     assert ended == pytest.approx(now)
 
@@ -121,22 +120,22 @@ def test_a_bound_step_grows_again_once_the_context_takes_longer() -> None:
 
 
 def test_without_memory_for_it_the_next_waits_and_nobody_overtakes_it() -> None:
-    server = ModelServer(SMALL)
+    server = SteppedModelServer(SMALL)
     server.submit("large", 60, 5, 0.0)
     server.submit("larger", 70, 5, 0.0)
     server.submit("tiny", 1, 1, 0.0)
-    events = run_dry(server, ModelServer.next_event)
-    admitted = [(e.id, round(e.at, 6)) for e in events if e.kind is Kind.ADMITTED]
+    events = run_dry(server, SteppedModelServer.next_event)
+    admitted = [(e.id, round(e.at, 6)) for e in events if e.kind is EventKind.ADMITTED]
     assert admitted == [("larger", 0.050), ("tiny", 0.050)]
 
 
 def test_out_of_memory_the_last_to_come_is_put_back_and_still_gets_exactly_what_it_asked_for() -> None:
-    server = ModelServer(SMALL)
+    server = SteppedModelServer(SMALL)
     server.submit("old", 40, 50, 0.0)
     server.submit("new", 40, 50, 0.0)
-    events = run_dry(server, ModelServer.next_event)
-    assert [e.id for e in events if e.kind is Kind.PREEMPTED] == ["new"]
-    assert [e.id for e in events if e.kind is Kind.ADMITTED] == ["new", "new"]
+    events = run_dry(server, SteppedModelServer.next_event)
+    assert [e.id for e in events if e.kind is EventKind.PREEMPTED] == ["new"]
+    assert [e.id for e in events if e.kind is EventKind.ADMITTED] == ["new", "new"]
     ends = by_request(events)
     assert {id: tokens for id, (tokens, _) in ends.items()} == {"old": 50, "new": 50}
     assert ends["old"][1] < ends["new"][1]
@@ -146,18 +145,18 @@ def test_out_of_memory_the_last_to_come_is_put_back_and_still_gets_exactly_what_
 
 
 def test_what_was_put_back_is_admitted_before_all_who_wait() -> None:
-    server = ModelServer(SMALL)
+    server = SteppedModelServer(SMALL)
     server.submit("old", 40, 50, 0.0)
     server.submit("new", 40, 50, 0.0)
     server.submit("later", 40, 50, 0.0)
-    events = run_dry(server, ModelServer.next_event)
+    events = run_dry(server, SteppedModelServer.next_event)
     # "new" is put back for "old", later on "later" for "new".
-    assert [e.id for e in events if e.kind is Kind.ADMITTED] == ["new", "new", "later", "later"]
-    assert [e.id for e in events if e.kind is Kind.FINISHED] == ["old", "new", "later"]
+    assert [e.id for e in events if e.kind is EventKind.ADMITTED] == ["new", "new", "later", "later"]
+    assert [e.id for e in events if e.kind is EventKind.FINISHED] == ["old", "new", "later"]
 
 
 def test_what_can_never_fit_or_is_under_way_already_is_refused_and_changes_nothing() -> None:
-    server = ModelServer(SMALL)
+    server = SteppedModelServer(SMALL)
     server.submit("r", 10, 10, 0.0)
     before = server.next_event()
     for id, prompt, output in (("big", 60, 41), ("r", 1, 1), ("none", 0, 1), ("mute", 1, 0)):
@@ -165,11 +164,11 @@ def test_what_can_never_fit_or_is_under_way_already_is_refused_and_changes_nothi
             server.submit(id, prompt, output, 5.0)
     assert (server.running, server.waiting, server.next_event()) == (1, 0, before)
     with pytest.raises(ValueError, match="max_seqs"):
-        ModelServer(SMALL, max_seqs=3000)
+        SteppedModelServer(SMALL, max_seqs=3000)
 
 
 def test_no_more_requests_than_allowed_run_at_once() -> None:
-    server = ModelServer(EASY, max_seqs=2)
+    server = SteppedModelServer(EASY, max_seqs=2)
     for i in range(5):
         server.submit(str(i), 10, 3, 0.0)
     most = 0
@@ -183,22 +182,22 @@ def test_no_more_requests_than_allowed_run_at_once() -> None:
 
 
 def test_a_cancelled_request_frees_its_memory_at_once_and_says_nothing_more() -> None:
-    server = ModelServer(SMALL)
+    server = SteppedModelServer(SMALL)
     server.submit("goes", 80, 10, 0.0)
     server.submit("waits", 80, 2, 0.0)
     server.submit("goes too", 10, 1, 0.0)
     server.cancel("goes too", 0.004)
     events = server.cancel("goes", 0.005)
-    assert events == [Event(0.005, "waits", Kind.ADMITTED)]
+    assert events == [ServerEvent(0.005, "waits", EventKind.ADMITTED)]
     assert (server.running, server.waiting, server.kv_tokens_used) == (1, 0, 81)
-    events = run_dry(server, ModelServer.next_event)
+    events = run_dry(server, SteppedModelServer.next_event)
     assert {e.id for e in events} == {"waits"}
     assert server.cancel("waits", 1.0) == []
     assert server.kv_tokens_used == 0
 
 
 def test_the_others_get_their_tokens_when_the_step_ends_that_was_under_way() -> None:
-    server = ModelServer(EASY)
+    server = SteppedModelServer(EASY)
     server.submit("a", 100, 50, 0.0)
     server.submit("b", 100, 50, 0.0)
     server.advance(server.next_event() or 0.0)
@@ -223,9 +222,11 @@ def traffic(seed: int) -> Iterator[tuple[float, str, int, int, float | None]]:
         yield now, f"r{i}", rng.randint(1, 900), rng.randint(1, 200), cancelled
 
 
-def played(seed: int, look_every_s: float | None, timing: Timing) -> tuple[list[Event], ModelServer]:
+def played(
+    seed: int, look_every_s: float | None, timing: Timing
+) -> tuple[list[ServerEvent], SteppedModelServer]:
     """Everything that happened; looked at every so often beside what had to be done, or not at all."""
-    server = ModelServer(timing, max_seqs=16, step_tokens=512)
+    server = SteppedModelServer(timing, max_seqs=16, step_tokens=512)
     acts: list[tuple[float, int, str, int, int]] = []
     for at, id, prompt, output, cancelled in traffic(seed):
         acts.append((at, 0, id, prompt, output))
@@ -269,8 +270,8 @@ def test_looking_often_or_seldom_gives_the_same_answer_to_the_last_digit(seed: i
     seldom, a = played(seed, None, TIGHT)
     often, b = played(seed, 0.0031, TIGHT)
     assert by_request(seldom) == by_request(often)
-    assert [e for e in seldom if e.kind is not Kind.TOKENS and e.kind is not Kind.FINISHED] == [
-        e for e in often if e.kind is not Kind.TOKENS and e.kind is not Kind.FINISHED
+    assert [e for e in seldom if e.kind is not EventKind.TOKENS and e.kind is not EventKind.FINISHED] == [
+        e for e in often if e.kind is not EventKind.TOKENS and e.kind is not EventKind.FINISHED
     ]
     assert len(seldom) < len(often)
     assert (a.preemptions, a.generation_tokens_total, a.prompt_tokens_total) == (
@@ -283,7 +284,7 @@ def test_looking_often_or_seldom_gives_the_same_answer_to_the_last_digit(seed: i
 @pytest.mark.parametrize("seed", range(4))
 def test_new_requests_are_admitted_in_the_order_they_came(seed: int) -> None:
     events, _ = played(seed, None, TIGHT)
-    first = list(dict.fromkeys(e.id for e in events if e.kind is Kind.ADMITTED))
+    first = list(dict.fromkeys(e.id for e in events if e.kind is EventKind.ADMITTED))
     assert first == sorted(first, key=lambda id: int(id[1:]))
 
 
@@ -292,7 +293,7 @@ def test_the_same_traffic_gives_the_same_events() -> None:
 
 
 def test_a_long_answer_alone_is_one_event_and_not_one_a_token() -> None:
-    server = ModelServer(timing_for("vllm-13", "A100 SXM4"))
+    server = SteppedModelServer(timing_for("vllm-13", "A100 SXM4"))
     server.submit("r", 1000, 50_000, 0.0)
     assert [e.tokens for e in server.advance(1e6)] == [1, 49_999]
 
@@ -339,14 +340,14 @@ def test_each_profile_has_rows_and_each_row_holds_its_longest_request() -> None:
 # -- what a simulator is told ----------------------------------------------------------------------------
 
 
-def play(every_token: bool, seed: int) -> tuple[list[Event], ModelServer]:
+def play(every_token: bool, seed: int) -> tuple[list[ServerEvent], SteppedModelServer]:
     """A random life with little memory, cancels and odd looks."""
     rng = random.Random(seed)
     kv_tokens = rng.choice([1000, 2000, 5000, 50_000])
     timing = Timing("t", 10.0, 0.5, 1.0, 5.0, 20.0, 2.0, kv_tokens, max_seqs=40, step_tokens=512)
-    server = ModelServer(timing, every_token=every_token)
+    server = SteppedModelServer(timing, every_token=every_token)
     now = 0.0
-    events: list[Event] = []
+    events: list[ServerEvent] = []
     ids: list[str] = []
     for n in range(300):
         now += rng.expovariate(8.0)
@@ -360,28 +361,28 @@ def play(every_token: bool, seed: int) -> tuple[list[Event], ModelServer]:
             if prompt + output <= kv_tokens:
                 events += server.submit(str(n), prompt, output, now)
                 ids.append(str(n))
-    return events + run_dry(server, ModelServer.next_change), server
+    return events + run_dry(server, SteppedModelServer.next_change), server
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_who_is_not_told_of_every_token_still_hears_of_the_first_and_of_the_end_at_the_same_time(
     seed: int,
 ) -> None:
-    def firsts(events: list[Event]) -> dict[str, float]:
+    def firsts(events: list[ServerEvent]) -> dict[str, float]:
         found: dict[str, float] = {}
         for e in events:
             if e.tokens:
                 found.setdefault(e.id, e.at)
         return found
 
-    def without_tokens(events: list[Event]) -> list[tuple[float, str, Kind]]:
-        return [(e.at, e.id, e.kind) for e in events if e.kind is not Kind.TOKENS]
+    def without_tokens(events: list[ServerEvent]) -> list[tuple[float, str, EventKind]]:
+        return [(e.at, e.id, e.kind) for e in events if e.kind is not EventKind.TOKENS]
 
     told, plain = play(every_token=True, seed=seed)
     brief, server = play(every_token=False, seed=seed)
     assert firsts(told) == firsts(brief)
     assert without_tokens(told) == without_tokens(brief)
-    ended = {e.id for e in brief if e.kind is Kind.FINISHED}
+    ended = {e.id for e in brief if e.kind is EventKind.FINISHED}
     tokens = {id: sum(e.tokens for e in told if e.id == id) for id in ended}
     assert tokens == {id: sum(e.tokens for e in brief if e.id == id) for id in ended}
     for name in ("prompt_tokens_total", "generation_tokens_total", "preemptions", "kv_tokens_used"):
@@ -419,7 +420,7 @@ class SlowServer:
         self.step: list[tuple[Walked, int]] = []  # (request, prompt tokens it reads or 0 for a decode)
         self.ends_at: float | None = None
         self.now = 0.0
-        self.events: list[Event] = []
+        self.events: list[ServerEvent] = []
         self.read = self.made = self.preempted = 0
 
     def used(self) -> int:
@@ -462,9 +463,9 @@ class SlowServer:
         request.made += 1
         self.made += 1
         if request.made < request.wanted:
-            self.events.append(Event(self.now, request.id, Kind.TOKENS, 1))
+            self.events.append(ServerEvent(self.now, request.id, EventKind.TOKENS, 1))
         else:
-            self.events.append(Event(self.now, request.id, Kind.FINISHED, 1))
+            self.events.append(ServerEvent(self.now, request.id, EventKind.FINISHED, 1))
             self.running.remove(request)
 
     def plan(self) -> None:
@@ -474,7 +475,7 @@ class SlowServer:
             decoding = [r for r in self.running if not r.reading]
             self.queue.insert(0, last)
             self.preempted += 1
-            self.events.append(Event(self.now, last.id, Kind.PREEMPTED))
+            self.events.append(ServerEvent(self.now, last.id, EventKind.PREEMPTED))
         budget = self.timing.step_tokens - len(decoding)
         self.step = [(r, 0) for r in decoding]
         for request in self.running:
@@ -489,7 +490,7 @@ class SlowServer:
                 break
             self.running.append(self.queue.pop(0))
             request.read, request.reading = 0, True
-            self.events.append(Event(self.now, request.id, Kind.ADMITTED))
+            self.events.append(ServerEvent(self.now, request.id, EventKind.ADMITTED))
             self.step.append((request, min(budget, size)))
             budget -= min(budget, size)
         self.ends_at = self.now + self.takes_s() if self.step else None
@@ -505,23 +506,29 @@ class SlowServer:
         return max(ms, t.e * (len(decoding) + tokens) / 1e3) / 1e3
 
 
-def looked_at_each_step(server: ModelServer, at: float) -> list[Event]:
+def looked_at_each_step(server: SteppedModelServer, at: float) -> list[ServerEvent]:
     """All that happens until then, with one TOKENS event a token."""
-    events: list[Event] = []
+    events: list[ServerEvent] = []
     while (due := server.next_event()) is not None and due <= at:
         events += server.advance(due)
     return events + server.advance(at)
 
 
-def lives(seed: int, timing: Timing, exact: bool) -> tuple[list[Event], list[Event], list[Event]]:
+def lives(
+    seed: int, timing: Timing, exact: bool
+) -> tuple[list[ServerEvent], list[ServerEvent], list[ServerEvent]]:
     """What the slow server says, what ours says when looked at in each step, and what it says in brief.
 
     exact: everybody comes and goes at multiples of 1/64 s or at the very end of a step.
     """
     rng = random.Random(seed)
-    slow, ours, brief = SlowServer(timing), ModelServer(timing), ModelServer(timing, every_token=False)
-    told: list[Event] = []
-    in_brief: list[Event] = []
+    slow, ours, brief = (
+        SlowServer(timing),
+        SteppedModelServer(timing),
+        SteppedModelServer(timing, every_token=False),
+    )
+    told: list[ServerEvent] = []
+    in_brief: list[ServerEvent] = []
     longest = min(900, timing.kv_tokens - 70)
     ids: list[str] = []
     now = 0.0
@@ -557,15 +564,15 @@ def lives(seed: int, timing: Timing, exact: bool) -> tuple[list[Event], list[Eve
     return slow.events, told + looked_at_each_step(ours, 1e6), in_brief + brief.advance(1e6)
 
 
-def shortened(events: list[Event]) -> list[Event]:
+def shortened(events: list[ServerEvent]) -> list[ServerEvent]:
     """Those of a request's first token, and the rest of them with its end: what every_token=False tells."""
-    kept: list[Event] = []
+    kept: list[ServerEvent] = []
     tokens: Counter[str] = Counter()
     for e in events:
         tokens[e.id] += e.tokens
-        if e.kind is Kind.FINISHED:
+        if e.kind is EventKind.FINISHED:
             kept.append(e._replace(tokens=max(1, tokens[e.id] - 1)))
-        elif e.kind is not Kind.TOKENS or tokens[e.id] == 1:
+        elif e.kind is not EventKind.TOKENS or tokens[e.id] == 1:
             kept.append(e)
     return kept
 
@@ -602,8 +609,8 @@ def test_the_lives_that_are_compared_have_ends_cancels_and_too_little_memory() -
     for timing in (EXACT, BOUND):
         events = [e for seed in range(12) for e in lives(seed, timing, exact=True)[0]]
         kinds = Counter(e.kind for e in events)
-        assert set(kinds) == set(Kind)
-        assert kinds[Kind.PREEMPTED] > 100
+        assert set(kinds) == set(EventKind)
+        assert kinds[EventKind.PREEMPTED] > 100
         assert all((e.at * 2**17).is_integer() for e in events)
 
 
@@ -611,47 +618,47 @@ def test_the_lives_that_are_compared_have_ends_cancels_and_too_little_memory() -
 
 
 def test_of_a_prompt_whose_begin_is_cached_only_the_rest_is_read() -> None:
-    server = ModelServer(EASY)
+    server = SteppedModelServer(EASY)
     server.submit("a", 1000, 1, 0.0, [1, 2, 3], 256)
-    run_dry(server, ModelServer.next_change)
+    run_dry(server, SteppedModelServer.next_change)
     assert (server.cached_tokens([1, 2, 9]), server.cached_tokens([9, 2, 3])) == (512, 0)
     server.submit("b", 1000, 1, 10.0, [1, 2, 9], 256)
     # 488 tokens are left, from 512 to 1,000.
     took_s = (5.0 + 20.0 * 0.488 + 2.0 * (1.0**2 - 0.512**2)) / 1e3
-    (end,) = run_dry(server, ModelServer.next_change)
-    assert (end.id, end.kind) == ("b", Kind.FINISHED)
+    (end,) = run_dry(server, SteppedModelServer.next_change)
+    assert (end.id, end.kind) == ("b", EventKind.FINISHED)
     assert end.at == pytest.approx(10.0 + took_s)
     assert (server.cached_tokens_total, server.prompt_tokens_total) == (512, 2000)
 
 
 def test_of_a_prompt_that_is_cached_whole_the_last_token_is_read() -> None:
-    server = ModelServer(EASY)
+    server = SteppedModelServer(EASY)
     for n in range(2):
         server.submit(str(n), 512, 1, 10.0 * n, [1, 2], 256)
-        events = run_dry(server, ModelServer.next_change)
+        events = run_dry(server, SteppedModelServer.next_change)
     assert events[-1].at == pytest.approx(10.0 + (5.0 + 20.0 * 0.001 + 2.0 * (0.512**2 - 0.511**2)) / 1e3)
     assert server.cached_tokens_total == 511
 
 
 def test_a_prompt_is_cached_when_it_has_been_read_and_its_answer_when_it_ends() -> None:
-    server = ModelServer(EASY)
+    server = SteppedModelServer(EASY)
     blocks = list(range(8))
     server.submit("a", 512, 300, 0.0, blocks, 256)
     assert server.cached_tokens(blocks) == 0
     server.advance(server.next_change() or 0.0)
     assert server.cached_tokens(blocks) == 512
-    run_dry(server, ModelServer.next_change)
+    run_dry(server, SteppedModelServer.next_change)
     # 812 tokens, of which the last never went through the model.
     assert server.cached_tokens(blocks) == 768
 
 
 def test_what_was_used_longest_ago_goes_when_running_requests_need_the_memory() -> None:
-    server = ModelServer(SMALL)  # 100 tokens
+    server = SteppedModelServer(SMALL)  # 100 tokens
     for n, id in enumerate("ab"):
         server.submit(id, 30, 1, 10.0 * n, [f"{id}{i}" for i in range(3)], 10)
-        run_dry(server, ModelServer.next_change)
+        run_dry(server, SteppedModelServer.next_change)
     server.submit("a again", 31, 1, 20.0, ["a0", "a1", "a2"], 10)
-    run_dry(server, ModelServer.next_change)
+    run_dry(server, SteppedModelServer.next_change)
     assert server.cached_tokens_total == 30
     server.submit("c", 59, 1, 30.0)
     # 60 of 100 tokens are c's: one block of b goes, its last; and of a none, which was used since.
@@ -660,10 +667,10 @@ def test_what_was_used_longest_ago_goes_when_running_requests_need_the_memory() 
 
 
 def test_what_a_running_request_has_stays_however_little_memory_there_is() -> None:
-    server = ModelServer(SMALL)
+    server = SteppedModelServer(SMALL)
     server.submit("a", 50, 40, 0.0, list(range(5)), 10)
     server.advance(server.next_change() or 0.0)
-    server.submit("b", 30, 5, server._now)
+    server.submit("b", 30, 5, -math.inf)
     server.advance(server.next_change() or 0.0)
     assert server.running == 2
     assert server.cached_tokens(range(5)) == 50
@@ -673,10 +680,10 @@ def test_what_a_running_request_has_stays_however_little_memory_there_is() -> No
 def test_requests_whose_blocks_nobody_shares_are_served_as_if_they_had_none(seed: int) -> None:
     """But for those that were put back: they find what they had read. So there is memory for all here."""
 
-    def life(*, blocks: bool) -> list[Event]:
+    def life(*, blocks: bool) -> list[ServerEvent]:
         rng = random.Random(seed)
         timing = Timing("any", 7.9, 0.114, 0.506, 12.6, 116.3, 2.27, 10**6, max_seqs=24, step_tokens=300)
-        server, now, events = ModelServer(timing), 0.0, []
+        server, now, events = SteppedModelServer(timing), 0.0, []
         for n in range(200):
             now += rng.expovariate(2.0)
             prompt, output = rng.randint(1, 900), rng.randint(1, 200)
@@ -684,7 +691,7 @@ def test_requests_whose_blocks_nobody_shares_are_served_as_if_they_had_none(seed
             events += server.submit(str(n), prompt, output, now, own)
             if rng.random() < 0.1:
                 events += server.cancel(str(rng.randint(0, n)), now)
-        events += run_dry(server, ModelServer.next_change)
+        events += run_dry(server, SteppedModelServer.next_change)
         assert server.cached_tokens_total == 0
         return events
 
@@ -696,7 +703,7 @@ def test_what_is_cached_depends_on_what_came_when_and_not_on_how_often_one_looke
     def life(*, looks: bool) -> tuple[list[tuple[str, float]], int]:
         rng, eye = random.Random(seed), random.Random(1)
         timing = Timing("any", 7.9, 0.114, 0.506, 12.6, 116.3, 2.27, 3_000, max_seqs=24, step_tokens=300)
-        server, now, events = ModelServer(timing, every_token=False), 0.0, []
+        server, now, events = SteppedModelServer(timing, every_token=False), 0.0, []
         for n in range(150):
             until = now + rng.expovariate(1.5)
             while looks and (now := now + eye.expovariate(20.0)) < until:
@@ -707,8 +714,8 @@ def test_what_is_cached_depends_on_what_came_when_and_not_on_how_often_one_looke
             session, prompt = rng.randint(0, 9), rng.randint(100, 900)
             blocks = [(session, i) for i in range(60)]
             events += server.submit(str(n), prompt, rng.randint(1, 100), now, blocks, 16)
-        events += run_dry(server, ModelServer.next_change)
-        return [(e.id, e.at) for e in events if e.kind is Kind.FINISHED], server.cached_tokens_total
+        events += run_dry(server, SteppedModelServer.next_change)
+        return [(e.id, e.at) for e in events if e.kind is EventKind.FINISHED], server.cached_tokens_total
 
     ended, cached = life(looks=False)
     assert cached > 5_000
@@ -719,7 +726,7 @@ def test_what_is_cached_depends_on_what_came_when_and_not_on_how_often_one_looke
 
 
 def test_blocks_have_one_size() -> None:
-    server = ModelServer(EASY)
+    server = SteppedModelServer(EASY)
     server.submit("a", 100, 1, 0.0, [1], 16)
     for size in (0, 32):
         with pytest.raises(ValueError, match="blocks of"):
@@ -745,14 +752,14 @@ def one_line(servers: int) -> Timing:
 def waits_s(servers: int, load: float, *, fixed: bool, requests: int, seed: int) -> tuple[float, float]:
     """Mean wait for admission: by the ModelServer, and by the rule who comes takes the first server free."""
     rng = random.Random(seed)
-    server = ModelServer(one_line(servers), every_token=False)
+    server = SteppedModelServer(one_line(servers), every_token=False)
     free = [0.0] * servers
     heapify(free)
     came: dict[str, float] = {}
     now = waited = expected = 0.0
 
-    def admitted(events: list[Event]) -> float:
-        return sum(e.at - came.pop(e.id) for e in events if e.kind is Kind.ADMITTED)
+    def admitted(events: list[ServerEvent]) -> float:
+        return sum(e.at - came.pop(e.id) for e in events if e.kind is EventKind.ADMITTED)
 
     for n in range(requests):
         now += rng.expovariate(servers * load / MEAN_S)
@@ -792,64 +799,13 @@ def test_set_to_serve_one_line_its_waits_are_those_of_queueing_theory(servers: i
 
 def test_a_prompt_may_take_no_time_and_a_server_none_at_all() -> None:
     free = Timing("free", 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1_000)
-    server = ModelServer(free)
+    server = SteppedModelServer(free)
     server.submit("r", 100, 3, 5.0)
     assert server.next_change() == 5.0
     assert [(e.at, e.tokens) for e in server.advance(6.0)] == [(5.0, 1), (5.002, 2)]
-    nothing = ModelServer(Timing("nothing", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1_000))
+    nothing = SteppedModelServer(Timing("nothing", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1_000))
     nothing.submit("r", 100, 3, 5.0)
-    assert [(e.at, e.tokens) for e in run_dry(nothing, ModelServer.next_change)] == [(5.0, 1), (5.0, 2)]
-
-
-# -- constants of one's own ------------------------------------------------------------------------------
-
-OWN: dict[str, object] = {
-    "model": "13B", "quantization": "awq4", "gpu": "RTX 5090", "num_gpus": 1,
-    "a": 6.0, "b": 0.05, "c": 0.6, "d": 6.0, "e": 110.0, "f": 3.5, "kv_tokens": 25_000,
-}  # fmt: skip
-
-
-def test_own_constants_go_before_those_of_the_table(tmp_path: Path) -> None:
-    path = tmp_path / "own.json"
-    path.write_text(json.dumps([OWN, OWN | {"gpu": "L40S", "max_seqs": 64}]))
-    own = read_timings(path)
-    assert timing_for("vllm-13", "RTX 5090", 1, own).a == 6.0
-    assert timing_for("vllm-13", "L40S", 1, own).max_seqs == 64
-    assert timing_for("vllm-13", "L40S", 1).a == TIMINGS["13B", "awq4", "L40S", 1].a
-
-
-@pytest.mark.parametrize(
-    ("entry", "wrong"),
-    [
-        (OWN | {"a": "fast"}, "entry 0: a: wanted 0 to 1e6 ms, got 'fast'"),
-        (OWN | {"kv_tokens": 0}, "entry 0: kv_tokens: wanted a whole number of 1 or more, got 0"),
-        (OWN | {"max_seqs": 4096}, "entry 0: max_seqs: wanted at most step_tokens, 2048, got 4096"),
-        (OWN | {"speed": 1}, "entry 0: unknown field 'speed'"),
-        ({k: v for k, v in OWN.items() if k != "gpu"}, "entry 0: gpu: wanted text, got None"),
-        (OWN | {"a": float("nan")}, "entry 0: a: wanted 0 to 1e6 ms, got nan"),
-        (7, "entry 0: wanted an object, got 7"),
-    ],
-)
-def test_wrong_constants_are_refused_with_file_entry_and_field(
-    tmp_path: Path, entry: object, wrong: str
-) -> None:
-    path = tmp_path / "own.json"
-    path.write_text(json.dumps([entry]))
-    with pytest.raises(ConfigError) as refused:
-        read_timings(path)
-    assert str(refused.value) == f"{path}: {wrong}"
-
-
-def test_constants_that_are_given_twice_and_files_that_are_none_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "own.json"
-    for text, wrong in (
-        (json.dumps([OWN, OWN | {"a": 7.0}]), "entry 1: 13B awq4 on 1x RTX 5090 is there already"),
-        ("[]", "wanted a list of at least one object"),
-        ("[{", "Expecting property name enclosed in double quotes"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ConfigError) as refused:
-            read_timings(path)
-        assert str(refused.value).startswith(f"{path}: {wrong}")
-    with pytest.raises(ConfigError, match="No such file"):
-        read_timings(tmp_path / "none.json")
+    assert [(e.at, e.tokens) for e in run_dry(nothing, SteppedModelServer.next_change)] == [
+        (5.0, 1),
+        (5.0, 2),
+    ]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from engine.reference import ModelServer
+from engine.reference import SteppedModelServer
 from engine.timing import Timing
 from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import Message, PacedEngine
@@ -102,7 +102,7 @@ class PacedWorld:
 
     def __init__(self, timing: Timing = EVEN, model: ServedModel = MODEL) -> None:
         self.clock = HandClock()
-        self.server = ModelServer(timing)
+        self.server = SteppedModelServer(timing)
         self.app = PacedEngine(model, self.server, self.clock)
 
     def call(self, path: str, body: object = None, method: str = "POST") -> Call:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from engine.reference import ModelServer
+from engine.reference import SteppedModelServer
 from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import MAX_BODY, Message, PacedEngine
 from tests.unit.localcloud.paced.hand_clock import (
@@ -157,4 +157,4 @@ def test_a_body_must_be_json_by_name_and_not_over_long() -> None:
 
 def test_a_context_that_the_memory_cannot_hold_is_refused_at_the_start() -> None:
     with pytest.raises(ValueError, match="does not fit"):
-        PacedEngine(ServedModel(("m",), "m", 3_000), ModelServer(EVEN))
+        PacedEngine(ServedModel(("m",), "m", 3_000), SteppedModelServer(EVEN))

@@ -1,0 +1,79 @@
+"""One request in the model server of engine/reference.py: what it holds, has read and has made."""
+
+from collections.abc import Hashable, Sequence
+
+
+class ServerJob:
+    """A request in a server.
+
+    held: KV tokens it has. unread: tokens to read, of its prompt and after a preemption of its own, too.
+    While it makes tokens, since is the count of steps at which it began, and made and held are what they were
+    then. place: the number of its admission; an entry of the heap with another place is void. blocks: their
+    ids. pinned: how many of them are in the cache because it runs.
+    """
+
+    __slots__ = ("blocks", "held", "id", "made", "pinned", "place", "prompt", "since", "unread", "wanted")
+
+    def __init__(self, id: str, prompt: int, wanted: int, blocks: Sequence[Hashable] = ()) -> None:
+        self.id = id
+        self.prompt = prompt
+        self.wanted = wanted
+        self.made = 0
+        self.unread = 0
+        self.held = 0
+        self.since = -1
+        self.place = -1
+        self.blocks = blocks
+        self.pinned = 0
+
+    @property
+    def to_read(self) -> int:
+        """Tokens that it has to read when it is admitted: prompt and own."""
+        return self.prompt + self.made
+
+    def admit(self, place: int, cached: int) -> None:
+        """Hold what it has and room for the token that reading it gives; cached tokens need not be read."""
+        self.place = place
+        self.held = self.to_read + 1
+        self.unread = self.to_read - cached
+
+    def squares(self, tokens: int) -> int:
+        """Return t² - s² of a part of the prompt that is to be read, from s to t."""
+        read = self.held - 1 - self.unread
+        return (read + tokens) ** 2 - read**2
+
+    def read(self, tokens: int) -> bool:
+        """Read a part; return whether all is read, which gives a token."""
+        self.unread -= tokens
+        self.made += not self.unread
+        return not self.unread
+
+    def begin_tokens(self, count: int) -> int:
+        """Make tokens from that count of steps on; return the count at which the last is made."""
+        self.since = count
+        return count + self.wanted - self.made
+
+    def leave(self, count: int) -> bool:
+        """Stop at that count of steps; return whether it made tokens."""
+        self.place = -1
+        if self.since < 0:
+            return False
+        self.made += count - self.since
+        self.held += count - self.since
+        self.since = -1
+        return True
+
+    def put_back(self) -> None:
+        """Give the memory back, to be read anew."""
+        self.held = self.unread = 0
+
+    def pin(self, upto: int) -> Sequence[Hashable]:
+        """Have its first `upto` blocks in the cache; return those that it had not."""
+        new = self.blocks[self.pinned : upto]
+        self.pinned = max(self.pinned, upto)
+        return new
+
+    def unpin(self) -> Sequence[Hashable]:
+        """Have none of its blocks in the cache; return those that it had."""
+        had, self.pinned = self.blocks[: self.pinned], 0
+        return had
