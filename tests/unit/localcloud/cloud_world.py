@@ -39,9 +39,12 @@ class CloudWorld:
         times: Times = TIMES,
         credit: float = 100.0,
         seed: int = 1,
+        speedup: float = 1.0,
     ) -> None:
         self.faults = Faults()
-        self.cloud = Cloud(machines, Random(seed), times=times, faults=self.faults, credit_usd=credit)
+        self.cloud = Cloud(
+            machines, Random(seed), speedup=speedup, times=times, faults=self.faults, credit_usd=credit
+        )
         self.now = 0.0
         self.boots_work = True
         self.effects: list[Effect] = []

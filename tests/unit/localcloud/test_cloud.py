@@ -126,10 +126,10 @@ def test_in_any_order_of_events_no_slot_has_two_holders_and_each_dollar_has_a_bi
     for seed in range(5):
         rng = Random(seed)
         machines = [Machine(n, "RTX 3090", 0.2 + n / 100, slots=2) for n in (1, 2, 3)]
-        world = CloudWorld(machines, Times(), 1000.0, seed)
+        world = CloudWorld(machines, Times(), 1000.0, seed, speedup=10.0)
         rentals: dict[int, Rental] = {}
         for _ in range(200):
-            world.after(rng.expovariate(1 / 60.0))
+            world.after(rng.expovariate(1 / 6.0))
             ids = list(world.cloud.rentals) or [0]
             ask = rng.choice(("rent", "bid", "start", "stop", "reboot", "destroy", "kill", "rebid", "fault"))
             try:
@@ -143,7 +143,7 @@ def test_in_any_order_of_events_no_slot_has_two_holders_and_each_dollar_has_a_bi
                     )
                 elif ask == "fault":
                     name = rng.choice(("offline", "outbid", "start-waits", "stuck-loading", "docker-error"))
-                    world.faults.add(name, {"count": 1, "seconds": rng.uniform(1.0, 60.0)}, world.now)
+                    world.faults.add(name, {"count": 1, "seconds": rng.uniform(0.1, 6.0)}, world.now)
                 elif ask == "destroy":
                     world.cloud.destroy(rng.choice(ids), world.now)
                 else:
