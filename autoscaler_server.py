@@ -337,7 +337,7 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
     took = scaler.ledger.durations(from_s, to_s)
     with scaler.lock:
         burn = sum(i.price_usd_h for i in scaler.instances)
-        committed = scaler.instances.committed_usd_h()
+        committed = scaler.instances.committed().usd_h
         limit = scaler.instances.limits.max_usd_h
 
     def count(kind: str) -> int:
@@ -385,7 +385,7 @@ def metrics_text(scaler: Autoscaler) -> str:
     """Prometheus text: instances by state, demand, busy, burn rate, dollars so far, age of the last turn."""
     now = scaler.clock()
     scaler.write_counts()
-    costs = scaler.ledger.costs(0.0, now, with_intervals=False)
+    costs = scaler.ledger.costs(0.0, now)
     with scaler.lock:
         states = dict.fromkeys(State, 0)
         for i in scaler.instances:

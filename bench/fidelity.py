@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.profiles import get_profile
-from fleet.states import Limits
+from fleet.limits import Limits
 from fleet_client.flags import Parser, run_main, within
 from localcloud.machines import MACHINES
 from localcloud.rental import Times

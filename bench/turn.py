@@ -24,13 +24,15 @@ from typing import Any
 
 from autoscaler import InstanceSet
 from engine.profiles import get_profile
+from fleet.deadlines import Deadlines
 from fleet.demand import Demand, Report
 from fleet.health_check import HealthCheck, Verdict
+from fleet.limits import Limits
 from fleet.outside.ledger import Ledger
 from fleet.outside.performer import Performer
 from fleet.outside.start_script import render
 from fleet.outside.turns import Autoscaler
-from fleet.states import Deadlines, Limits, State
+from fleet.states import State
 from policies import Busy
 from vast.cli import Cli, Endpoint
 from vast.client import Vast

@@ -28,7 +28,7 @@ from bench.policies import GPUS, START_SHARE, TRACES, read_log
 from engine.profiles import get_profile
 from engine.slo import Slo
 from engine.timing import timing_for
-from fleet.states import Limits
+from fleet.limits import Limits
 from fleet_client.flags import Parser, run_main
 from localcloud.machines import Machine
 from policies import Fixed, FleetSnapshot, Objective, Policy, Targets

@@ -1,10 +1,106 @@
-"""One rented machine as the autoscaler knows it."""
+"""One rented machine as the autoscaler knows it.
+
+`Instance` is the only one that writes its attributes; its methods say what happened. Its state is changed by
+`enter` alone, which only fleet/reconcile.py calls.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fleet.states import BILLS_GPU, State
+from engine.profiles import Profile
+from fleet.deadlines import Deadlines
+from fleet.health_check import HealthCheck, HealthCheckOrder
+from fleet.journal import BillingInterval, SavedInstance
+from fleet.states import BILLS_GPU, SERVING, State, check_transition
+from vast.rows import Offer, Row
 from web.signatures import ReplayGuard
+
+# Words of `actual_status` (vast-contract 2.12).
+UP = frozenset({"running"})
+DOWN = frozenset({"stopped", "exited"})
+LOST = frozenset({"offline", "unknown", "frozen"})
+
+HOST_ERRORS = (
+    "error response from daemon",
+    "oci runtime create failed",
+    "failed to inject cdi",
+    "no space left on device",
+    "failed to resolve reference",
+)
+"""Docker and host failures seen in status_msg (vast-contract 6.2), in lower case."""
+
+READ_LOG_EVERY = 4
+"""Health checks of a hot instance to one that also reads its log: that costs an ssh handshake, and the test
+prompt finds more."""
+
+THROUGHPUT_NOISE = 0.02
+"""Share by which a measured throughput must differ from the known one to count."""
+
+
+@dataclass
+class Orders:
+    """The orders to the cloud about one instance."""
+
+    out: int = 0  # begun and not answered
+    asked_at: float = 0.0  # when its creation, its stop or its end was asked for
+    answered_at: float = float("-inf")
+    destroyed: bool = False  # the cloud has confirmed its end
+
+    def ask(self, now: float) -> None:
+        """Begin to wait for the effect of a stop or destroy."""
+        self.asked_at = now
+
+    def begin(self) -> None:
+        """Count an order as begun."""
+        self.out += 1
+
+    def answer(self, now: float, *, destroyed: bool = False) -> None:
+        """Count an order as answered; destroyed: the cloud confirms the end of the instance."""
+        self.out, self.answered_at = max(0, self.out - 1), now
+        self.destroyed = self.destroyed or destroyed
+
+    def unheeded(self, repeat_s: float, now: float) -> bool:
+        """Return whether the last was answered a while ago; one that waits to be sent is not sent twice."""
+        return not self.out and now - self.answered_at >= repeat_s
+
+
+@dataclass
+class Boot:
+    """The present boot of one instance, and the starts since it was last hot."""
+
+    ordered_at: float | None = None  # None: it boots for the first time
+    up_at: float = 0.0  # container up
+    was_hot: bool = False
+    maybe_busy: bool = False  # was given requests, or may have been before this process knew it
+    failed_starts: int = 0  # found no GPU
+    refused_starts: int = 0
+    no_start_before: float = 0.0
+
+    def order(self, now: float) -> None:
+        """Count the time to hot from now on."""
+        self.ordered_at = now
+        self.was_hot = self.maybe_busy = False
+
+    def come_up(self, now: float) -> None:
+        """Note that the container is up; nothing is known of what runs in it."""
+        self.up_at = now
+        self.was_hot = self.maybe_busy = False
+
+    def become_hot(self) -> None:
+        """Note that it is hot; from now on it may have requests."""
+        self.failed_starts = self.refused_starts = 0
+        self.was_hot = self.maybe_busy = True
+
+    def miss_gpu(self, rest_s: float, now: float) -> None:
+        """Count a start that found no GPU; there is none for rest_s."""
+        self.failed_starts += 1
+        self.no_start_before = now + rest_s
+
+    def be_refused(self, deadlines: Deadlines, now: float) -> None:
+        """Count a start that the cloud refused; the rest before the next doubles."""
+        self.refused_starts += 1
+        rest_s = deadlines.repeat_s * 2 ** min(self.refused_starts, 10)
+        self.no_start_before = now + min(rest_s, deadlines.no_gpu_rest_s)
 
 
 @dataclass
@@ -13,48 +109,221 @@ class Instance:
 
     label: str
     state: State
-    since: float
-    why: str
+    since: float  # in this state
+    why: str  # in this state
     ordered_at: float
-    id: int | None = None
+    id: int | None = None  # None until the cloud has answered or listed the order
+    # as it was offered and listed
     machine_id: int | None = None
     gpu_name: str = ""
     num_gpus: int = 1
+    price_usd_h: float = 0.0  # in its present state
     running_usd_h: float = 0.0
     stopped_usd_h: float = 0.0
-    price_usd_h: float = 0.0
-    throughput_work_s: float = 1.0
-    loaded: bool = False
-    condemned: bool = False
-    was_hot: bool = False  # in this boot
-    maybe_busy: bool = False  # it was given requests in this boot, or may have been before we knew it
-    adopted: bool = False  # found in the listing: when it was ordered is not known
-    booted_at: float = 0.0
-    boot_ordered_at: float | None = None
     host: str | None = None
     ports: Mapping[int, int] = field(default_factory=dict)
-    replay_guard: ReplayGuard = field(default_factory=ReplayGuard)  # of what it says by itself
-    certificate: str | None = None  # as ssh showed it in this boot, or in the one before
     ssh: tuple[str, int] | None = None
-    listed: bool = False
-    intended: str | None = None
+    listed: bool = False  # to this process
+    intended: str | None = None  # intended_status
+    absent_since: float | None = None  # in the listings
+    absent_turns: int = 0
+    lost_since: float | None = None  # host offline
+    broken_since: float | None = None  # error in status_msg
+    patience_until: float = float("-inf")  # no deadline passes before
+    # what is known of it
+    loaded: bool = False  # the model is on its disk
+    condemned: bool = False  # given up for good: destroyed again if its label reappears
+    adopted: bool = False  # found in the listing: when it was ordered is not known
+    unverified: bool = False  # perhaps hot before a restart, and not checked since
+    throughput_work_s: float = 1.0
+    certificate: str | None = None  # as ssh showed it in this boot, or in the one before
     last_check_at: float = float("-inf")
     checks: int = 0
+    in_flight: int | None = None  # requests, as it said itself in this boot
     in_flight_at: float = 0.0
-    in_flight: int | None = None
-    drain_version: int = 0
-    orders_out: int = 0
-    asked_at: float = 0.0
-    answered_at: float = float("-inf")
-    destroyed: bool = False
-    patience_until: float = float("-inf")
-    absent_since: float | None = None
-    absent_turns: int = 0
-    lost_since: float | None = None
-    broken_since: float | None = None
-    no_start_before: float = 0.0
-    failed_starts: int = 0
-    refused_starts: int = 0
+    drain_version: int = 0  # of the first hot set in which it is draining
+    boot: Boot = field(default_factory=Boot)
+    orders: Orders = field(default_factory=Orders)
+    replay_guard: ReplayGuard = field(default_factory=ReplayGuard)
+
+    # -- how it comes to be known ----------------------------------------------------------------------
+
+    @classmethod
+    def ordered(cls, label: str, offer: Offer, why: str, profile: Profile, now: float) -> "Instance":
+        """Return the instance that is about to be created from that offer."""
+        return cls(
+            label=label,
+            state=State.ORDERED,
+            since=now,
+            why=why,
+            ordered_at=now,
+            machine_id=offer.machine_id,
+            gpu_name=offer.gpu_name,
+            num_gpus=offer.num_gpus,
+            running_usd_h=offer.dph_total,
+            throughput_work_s=profile.throughput_on(offer.gpu_name, offer.num_gpus),
+            orders=Orders(out=1, asked_at=now),
+        )
+
+    @classmethod
+    def found(cls, label: str, row: Row, now: float, *, first: bool) -> "Instance":
+        """Return an instance that is listed and not known: its order was lost, or the ledger is.
+
+        A stopped one is taken to hold the model: a start will show. A running one may have requests, and may
+        be hot if no listing was read before (first): its first check will tell.
+        """
+        down, up = row.actual_status in DOWN, row.actual_status in UP
+        return cls(
+            label=label,
+            state=State.COLD if down else State.RUNNING if up else State.LOADING,
+            since=now,
+            why="found in the listing by its label",
+            ordered_at=now,
+            id=row.id,
+            adopted=True,
+            unverified=up and first,
+            loaded=down,
+            boot=Boot(up_at=now, maybe_busy=up),
+        )
+
+    @classmethod
+    def restored(
+        cls, saved: SavedInstance, state: State, since: float, profile: Profile, now: float
+    ) -> "Instance":
+        """Return an instance that the last process knew in that state; what was hot is to be verified."""
+        was_hot = state in SERVING
+        # The machine's clock may have been set back since; what was hot gets its time to be checked.
+        since = now if was_hot else min(since, now)
+        return cls(
+            label=saved.label,
+            state=State.RUNNING if was_hot else state,
+            since=since,
+            why="found again after a restart",
+            ordered_at=saved.ordered_s,
+            id=saved.instance,
+            machine_id=saved.machine,
+            price_usd_h=saved.usd_h,
+            running_usd_h=saved.running_usd_h,
+            loaded=saved.loaded,
+            condemned=saved.condemned,
+            unverified=was_hot,
+            throughput_work_s=saved.throughput or profile.throughput_work_s,
+            boot=Boot(
+                ordered_at=since if state is State.STARTING else None,
+                was_hot=was_hot,
+                maybe_busy=was_hot or state is State.RUNNING,
+            ),
+            orders=Orders(asked_at=since),
+        )
+
+    # -- what happens to it ----------------------------------------------------------------------------
+
+    def enter(self, state: State, why: str, now: float) -> None:
+        """Change the state; raise IllegalTransition, and change nothing, where the table has no such edge."""
+        check_transition(self.state, state)
+        self.state, self.since, self.why = state, now, why
+        self.unverified = False
+
+    def explain(self, why: str) -> None:
+        """Say better why it is in its state."""
+        self.why = why
+
+    def read_row(self, row: Row, profile: Profile, now: float) -> bool:
+        """Copy what the listing shows; return whether its address is another one."""
+        self.absent_since, self.absent_turns = None, 0
+        self.listed, self.intended = True, row.intended_status
+        self.id, self.machine_id = row.id, row.machine_id
+        self.gpu_name, self.num_gpus = row.gpu_name, row.num_gpus
+        if self.throughput_work_s <= 1.0:
+            self.throughput_work_s = profile.throughput_on(row.gpu_name, row.num_gpus)
+        self.price_usd_h = row.price_now_usd_h
+        self.running_usd_h, self.stopped_usd_h = row.dph_total, row.storage_usd_h
+        self.ssh = _ssh_address(row)
+        self.lost_since = _since(self.lost_since, now, row.actual_status in LOST)
+        self.broken_since = _since(self.broken_since, now, _has_host_error(row.status_msg))
+        moved = (self.host, self.ports) != (row.public_ip, row.ports)
+        if moved:
+            self.host, self.ports = row.public_ip, row.ports
+        return moved
+
+    def miss(self, now: float) -> float:
+        """Count a listing that lacks it; return for how many seconds they have."""
+        self.absent_since = now if self.absent_since is None else self.absent_since
+        self.absent_turns += 1
+        return now - self.absent_since
+
+    def spare_until(self, until: float) -> None:
+        """Let no deadline of it pass before then."""
+        self.patience_until = until
+
+    def condemn(self) -> None:
+        """Give it up for good: if its label reappears it is destroyed."""
+        self.condemned = True
+
+    def come_up(self, now: float) -> None:
+        """Begin a boot: its container is up."""
+        self.boot.come_up(now)
+        self.in_flight = None
+
+    def warm_up(self) -> None:
+        """Become hot: the model is on its disk."""
+        self.boot.become_hot()
+        self.loaded = True
+
+    def drain_from(self, version: int) -> None:
+        """Note the version of the hot set that says for the first time that it is draining."""
+        self.drain_version = version
+
+    def accept_id(self, new_id: int | None) -> None:
+        """Take the id that the cloud has given it, unless the listing was quicker."""
+        self.id = self.id or new_id
+
+    # -- health checks and messages --------------------------------------------------------------------
+
+    def order_check(self, now: float) -> HealthCheckOrder | None:
+        """Return the health check to be made now, and count it as made; None while its place is not known."""
+        if self.id is None or not self.listed:
+            return None
+        self.last_check_at = now
+        self.checks += 1
+        read_log = self.state is State.RUNNING or (
+            self.state is State.HOT and self.checks % READ_LOG_EVERY == 0
+        )
+        return HealthCheckOrder(
+            self.label, self.id, self.state, self.ssh, self.auth_url, self.address, read_log, self.certificate
+        )
+
+    def check_at_once(self) -> None:
+        """Make its next health check due."""
+        self.last_check_at = float("-inf")
+
+    def read_check(self, check: HealthCheck) -> bool:
+        """Take over what a check of this boot found; return whether the certificate is another one."""
+        self.unverified = False
+        if check.in_flight is not None:
+            self.in_flight, self.in_flight_at = check.in_flight, check.started_at
+        renewed = check.certificate is not None and check.certificate != self.certificate
+        if renewed:
+            self.certificate = check.certificate
+        return renewed
+
+    def hear(self, boot_id: str, number: int, why: str) -> bool:
+        """Take in a message of the instance itself; False when it was heard before."""
+        if not self.replay_guard.accept(boot_id, number):
+            return False
+        self.check_at_once()
+        if self.state is State.RUNNING:
+            self.why = f"it says: {why}"
+        return True
+
+    def measure(self, throughput_work_s: float) -> bool:
+        """Take over a measured throughput; return whether it differs by more than noise."""
+        differs = abs(throughput_work_s - self.throughput_work_s) > THROUGHPUT_NOISE * self.throughput_work_s
+        if differs:
+            self.throughput_work_s = throughput_work_s
+        return differs
+
+    # -- what can be asked -----------------------------------------------------------------------------
 
     @property
     def address(self) -> str | None:
@@ -73,7 +342,7 @@ class Instance:
 
     @property
     def usd_per_work(self) -> float:
-        """Price of throughput: what victims and starts are ranked by."""
+        """Price of throughput: what instances are ranked by."""
         return self.running_usd_h / max(self.throughput_work_s, 1e-9)
 
     @property
@@ -83,6 +352,62 @@ class Instance:
             return max(self.price_usd_h, self.running_usd_h)
         return max(self.price_usd_h, self.stopped_usd_h) or self.running_usd_h  # no price: never listed
 
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is on its way to hot with the model on its disk, as far as is known."""
+        return self.state is State.STARTING or (
+            self.state is State.RUNNING and (self.loaded or self.unverified)
+        )
+
+    def saved(self) -> SavedInstance:
+        """Return what a restarted autoscaler must know of it."""
+        return SavedInstance(
+            self.label,
+            self.id,
+            self.machine_id,
+            self.loaded,
+            self.condemned,
+            self.ordered_at,
+            self.throughput_work_s,
+            self.state,
+            self.since,
+            self.price_usd_h,
+            self.running_usd_h,
+        )
+
+    def interval(self, now: float) -> BillingInterval:
+        """Return the interval that begins now, in its present state and at its present price."""
+        return BillingInterval(
+            self.label,
+            self.id,
+            self.machine_id,
+            str(self.state),
+            now,
+            None,
+            self.price_usd_h,
+            self.running_usd_h,
+            self.why,
+        )
+
     def __repr__(self) -> str:
-        """<1001 fleet/3f2a… hot 12:ok>; designed to be read in test failures."""
+        """Return <1001 fleet/3f2a… hot 'ok'>, to be read in test failures."""
         return f"<{self.id} {self.label} {self.state} {self.why!r}>"
+
+
+def _since(before: float | None, now: float, lasts: bool) -> float | None:
+    """Return since when something lasts, given since when it did before."""
+    return (now if before is None else before) if lasts else None
+
+
+def _has_host_error(status_msg: str | None) -> bool:
+    if not status_msg:
+        return False
+    message = status_msg.lower()
+    return any(words in message for words in HOST_ERRORS)
+
+
+def _ssh_address(row: Row) -> tuple[str, int] | None:
+    """Return the direct one where the listing maps port 22, else the cloud's proxy (vast-contract 2.7)."""
+    if row.public_ip and 22 in row.ports:
+        return row.public_ip, row.ports[22]
+    return (row.ssh_host, row.ssh_port) if row.ssh_host and row.ssh_port else None

@@ -1,22 +1,18 @@
 """What the fleet decided and what happened to it, as plain data for the ledger, the log and the operator."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fleet.commands import (
-    Command,
-)
+from fleet.commands import Command
 from policies import FleetSnapshot, Targets
-
-BUCKET_S = 15.0
-"""Width of a `worked` bucket: fine enough to clip to a run of a minute, 5,760 rows an instance and day."""
-
-HOT_STATES = frozenset({"hot", "draining"})
-BOOT_STATES = frozenset({"ordered", "loading", "running", "starting"})
 
 
 @dataclass(frozen=True)
 class BillingInterval:
-    """One instance in one state at one price. usd_h is what it pays, running_usd_h what it would pay hot."""
+    """One instance in one state at one price. usd_h is what it pays, running_usd_h what it would pay hot.
+
+    to_s is None while the interval lasts.
+    """
 
     label: str
     instance: int | None
@@ -29,14 +25,17 @@ class BillingInterval:
     why: str
 
     def seconds_within(self, from_s: float, to_s: float) -> float:
-        """How long it lasted inside the window, seconds."""
+        """Return how long it lasted inside the window, seconds."""
         end = to_s if self.to_s is None else min(self.to_s, to_s)
         return max(0.0, end - max(self.from_s, from_s))
 
 
 @dataclass(frozen=True)
 class SavedInstance:
-    """What a restarted autoscaler must know of an instance; from `state` on it is its open stretch."""
+    """What a restarted autoscaler must know of an instance; from `state` on it is its open interval.
+
+    An instance that is gone has no state; it is kept when it is condemned, in case the cloud shows it again.
+    """
 
     label: str
     instance: int | None
@@ -52,58 +51,99 @@ class SavedInstance:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Dollars of a window, by what they were spent on; `lost` is failed machines that still billed."""
+class SavedFleet:
+    """What a restarted autoscaler must know.
 
-    hot_working: float
-    hot_idle: float
-    loading: float
-    stopped: float
-    lost: float
-    usd_if_all_hot: float
-    utilisation: float | None
-    intervals: tuple[BillingInterval, ...]
+    bad_machines: until when they are not rented, by machine_id. vanished: until when they count against the
+    limits, and $/h, by label. start_times_s, load_times_s: the last ones to hot, oldest first.
+    """
 
-    @property
-    def total(self) -> float:
-        """All dollars of the window."""
-        return self.hot_working + self.hot_idle + self.loading + self.stopped + self.lost
+    instances: Sequence[SavedInstance] = ()
+    bad_machines: Mapping[int, float] = field(default_factory=dict)
+    vanished: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    start_times_s: Sequence[float] = ()
+    load_times_s: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was seen, what was wanted and what is ordered; the record `GET /decisions` shows."""
+    """What was seen, what was wanted and what is ordered; the record `GET /decisions` shows.
+
+    clamped: "hot", "total", where the policy wanted more than the hard limits allow, or less than none.
+    """
 
     at: float
     seen: FleetSnapshot | None
     targets: Targets | None
     commands: tuple[Command, ...]
     notes: tuple[str, ...]
-    clamped: tuple[str, ...] = ()  # "hot", "total": what the policy wanted was beyond the hard limits
+    clamped: tuple[str, ...] = ()
 
 
 @dataclass
-class Journal:
-    """What the ledger must learn since the last `take_journal`."""
+class Entries:
+    """What happened in a while: rows for the ledger, and lines for the log.
+
+    instances: by label, as they are now. durations: (kind, at, seconds). bad_machines: (until, why) by
+    machine_id. vanished: (until, $/h) by label.
+    """
 
     intervals: list[BillingInterval] = field(default_factory=list)
-    fleet: dict[str, SavedInstance] = field(default_factory=dict)
+    instances: dict[str, SavedInstance] = field(default_factory=dict)
     durations: list[tuple[str, float, float]] = field(default_factory=list)
     bad_machines: dict[int, tuple[float, str]] = field(default_factory=dict)
     vanished: dict[str, tuple[float, float]] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        """Whether there is anything to write down; the log lines are not."""
-        return bool(self.intervals or self.fleet or self.durations or self.bad_machines or self.vanished)
+        """Return whether there is anything for the ledger."""
+        return bool(self.intervals or self.instances or self.durations or self.bad_machines or self.vanished)
 
-    def before(self, later: "Journal") -> "Journal":
-        """This one and a later one as one; its log lines are taken for written."""
-        return Journal(
-            self.intervals + later.intervals,
-            self.fleet | later.fleet,
-            self.durations + later.durations,
-            self.bad_machines | later.bad_machines,
-            self.vanished | later.vanished,
-            later.log,
+
+class Journal:
+    """Collects what happens until the ledger has it."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._entries = Entries()
+
+    def log(self, line: str) -> None:
+        """Add a line for the log."""
+        self._entries.lines.append(line)
+
+    def open_interval(self, interval: BillingInterval) -> None:
+        """Add the interval that begins now; it ends the one before of the same instance."""
+        self._entries.intervals.append(interval)
+
+    def save(self, instance: SavedInstance) -> None:
+        """Add what is to be known of the instance after a restart."""
+        self._entries.instances[instance.label] = instance
+
+    def add_duration(self, kind: str, since: float, now: float) -> None:
+        """Add how long something took that ends now; the kinds are those of `Ledger.write`."""
+        self._entries.durations.append((kind, now, now - since))
+
+    def add_bad_machine(self, machine_id: int, until: float, why: str) -> None:
+        """Add a machine that is not to be rented until then."""
+        self._entries.bad_machines[machine_id] = (until, why)
+
+    def add_vanished(self, label: str, until: float, usd_h: float) -> None:
+        """Add an instance that the cloud does not list any more; until then it counts against the limits."""
+        self._entries.vanished[label] = (until, usd_h)
+
+    def take(self) -> Entries:
+        """Return what was added since the last call."""
+        taken, self._entries = self._entries, Entries()
+        return taken
+
+    def put_back(self, taken: Entries) -> None:
+        """Put back what the ledger could not take, before the present entries; its lines are logged."""
+        later = self._entries
+        self._entries = Entries(
+            taken.intervals + later.intervals,
+            taken.instances | later.instances,
+            taken.durations + later.durations,
+            taken.bad_machines | later.bad_machines,
+            taken.vanished | later.vanished,
+            later.lines,
         )

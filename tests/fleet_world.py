@@ -6,7 +6,7 @@ asked about.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from autoscaler import InstanceSet
 from engine.profiles import get_profile
@@ -23,9 +23,12 @@ from fleet.commands import (
     Undrain,
     with_label,
 )
+from fleet.deadlines import Deadlines
 from fleet.demand import Demand, Report
 from fleet.health_check import HealthCheck, Verdict
-from fleet.states import Deadlines, Limits, State
+from fleet.journal import SavedFleet
+from fleet.limits import Limits
+from fleet.states import State
 from policies import Fixed, Policy
 from vast.rows import Offer, Row
 
@@ -159,6 +162,21 @@ class World:
         """A set as a process just started has it."""
         return InstanceSet("fleet", get_profile("vllm-13"), self.limits, self.deadlines)
 
+    def saved(self) -> SavedFleet:
+        """What the ledger has learnt since the last call."""
+        return SavedFleet([*self.fleet.journal.take().instances.values()])
+
+    def restart(self, saved: SavedFleet | None = None) -> "World":
+        """Put a process just started in the place of this one; it knows what the ledger holds."""
+        held = self.saved() if saved is None else saved
+        self.fleet = self.new_set()
+        self.fleet.restore(held, self.now)
+        return self
+
+    def listing(self) -> list[Row]:
+        """What the cloud shows at this moment."""
+        return [c.row() for c in self.contracts.values() if not c.hidden]
+
     # -- time ---------------------------------------------------------------------------------------
 
     def tick(self, seconds: float = TURN_S) -> "World":
@@ -172,7 +190,7 @@ class World:
     def turn(self) -> None:
         """One turn at the present time."""
         self._advance()
-        rows = self.listing_hook([c.row() for c in self.contracts.values() if not c.hidden])
+        rows = self.listing_hook(self.listing())
         self.fleet.observe(rows if self.listing_works else None, (), self.now)
         for check in self._checks():
             self.fleet.judge(check, self.now)
@@ -188,7 +206,7 @@ class World:
                 self.labels += 1
                 labelled = with_label(command, f"fleet/{self.labels:04d}")
             self.fleet.begin(labelled, self.now)
-            self._perform(labelled)
+            self.perform(labelled)
         self.check_limits()
 
     def report(self, demand: float | None = None) -> None:
@@ -212,21 +230,22 @@ class World:
 
     # -- the fake cloud -----------------------------------------------------------------------------
 
-    def _perform(self, command: Command) -> None:
+    def perform(self, command: Command) -> None:
         reply = self.reply_hook(command)
         self.ordered.append(command)
         if isinstance(command, LookForOffers):
-            self.fleet.offers_found(self.offers, self.now)
+            self.fleet.finish(command, Performed(Reply.DONE, offers=tuple(self.offers)), self.now)
             return
         if isinstance(command, Drain | Undrain):
             return
         new_id = None
         if reply in (None, Reply.UNKNOWN, Reply.DONE):
-            new_id = self._apply(command)
+            new_id = self.apply(command)
         reply = reply or Reply.DONE
-        self.fleet.finish(command, reply, self.now, new_id if reply is Reply.DONE else None, "said the test")
+        new_id = new_id if reply is Reply.DONE else None
+        self.fleet.finish(command, Performed(reply, "said the test", new_id), self.now)
 
-    def _apply(self, command: Command) -> int | None:
+    def apply(self, command: Command) -> int | None:
         if isinstance(command, Create):
             c = Contract(self.next_id, command.label, command.offer.machine_id, command.offer.dph_total)
             c.gpu = command.offer.gpu_name
@@ -272,6 +291,17 @@ class World:
             )
         return found
 
+    def check(
+        self, label: str, verdict: Verdict = Verdict.PASSED, why: str = "ok", in_flight: int | None = None
+    ) -> None:
+        """A health check of this moment found that."""
+        self.fleet.judge(HealthCheck(label, self.now, verdict, why, in_flight), self.now)
+
+    def measure(self, *work_s: float, state: State | None = None) -> None:
+        """A loadbalancer has measured these throughputs, of all instances or of those in that state."""
+        ids = [i.id for i in self.fleet if i.id is not None and state in (None, i.state)]
+        self.fleet.record_report(dict(zip(ids, work_s, strict=True)), ())
+
     # -- what a test asks ---------------------------------------------------------------------------
 
     def states(self) -> dict[str, int]:
@@ -304,6 +334,8 @@ class World:
                 return self.forget()
         raise AssertionError(f"pool not reached: {self.states()}")
 
-    def reprice(self, id: int, usd_h: float) -> None:
-        """Change one offer's price."""
-        self.offers = [replace(o, dph_total=usd_h) if o.id == id else o for o in self.offers]
+    def reprice(self, *usd_h: float) -> None:
+        """Change the prices of the rented machines, in the order in which they were rented."""
+        for c, price in zip(self.contracts.values(), usd_h, strict=True):
+            c.usd_h = price
+        self.fleet.observe(self.listing(), (), self.now)

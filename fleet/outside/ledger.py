@@ -19,11 +19,17 @@ Times are epoch seconds. Any thread may call.
 import sqlite3
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 
+from fleet.costs import CostBreakdown, break_down
 from fleet.demand import Arrived
-from fleet.journal import BOOT_STATES, BUCKET_S, HOT_STATES, BillingInterval, Costs, SavedInstance
+from fleet.durations import KEPT
+from fleet.journal import BillingInterval, Entries, SavedFleet, SavedInstance
 from process.errors import ConfigError
+
+BUCKET_S = 15.0
+"""Width of a `worked` bucket: fine enough to clip to a run of a minute, 5,760 rows an instance and day."""
 
 DAY_S = 86_400.0
 
@@ -92,52 +98,36 @@ class Ledger:
 
     # -- writing ------------------------------------------------------------------------------------
 
-    def write(
-        self,
-        *,
-        intervals: Iterable[BillingInterval] = (),
-        fleet: Iterable[SavedInstance] = (),
-        durations: Iterable[tuple[str, float, float]] = (),
-        bad_machines: Mapping[int, tuple[float, str]] | None = None,
-        vanished: Mapping[str, tuple[float, float]] | None = None,
-    ) -> None:
+    def write(self, entries: Entries) -> None:
         """Record what changed, in one transaction.
 
-        A stretch with to_s None closes the label's open one at its from_s and opens itself; one with state
-        "gone" closes only. durations holds (kind, at, seconds): "create", "start", "stop",
-        "destroy" from order to effect, "load" from create to hot, "boot" from start to hot. vanished holds
-        (until when, $/h) by label.
+        An interval ends the open one of its label at its from_s, and opens itself unless its state is "gone".
+        Kinds of durations: "create", "start", "stop", "destroy" from order to effect, "destroyed" until the
+        listing lacks it, "load" from create to hot, "boot" from start to hot.
         """
         with self._lock, self._transaction():
-            for s in intervals:
+            for i in entries.intervals:
                 self._db.execute(
-                    "UPDATE stretch SET to_s = ? WHERE label = ? AND to_s IS NULL", (s.from_s, s.label)
+                    "UPDATE stretch SET to_s = ? WHERE label = ? AND to_s IS NULL", (i.from_s, i.label)
                 )
-                if s.state != "gone":
-                    self._db.execute(
-                        "INSERT INTO stretch VALUES (?,?,?,?,?,?,?,?,?)",
-                        (
-                            s.label,
-                            s.instance,
-                            s.machine,
-                            s.state,
-                            s.from_s,
-                            s.to_s,
-                            s.usd_h,
-                            s.running_usd_h,
-                            s.why,
-                        ),
-                    )
-            for r in fleet:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO fleet VALUES (?,?,?,?,?,?,?)",
-                    (r.label, r.instance, r.machine, r.loaded, r.condemned, r.ordered_s, r.throughput),
-                )
-            self._db.executemany("INSERT INTO took VALUES (?,?,?)", durations)
-            for machine, (until_s, why) in (bad_machines or {}).items():
-                self._db.execute("INSERT OR REPLACE INTO bad_machine VALUES (?,?,?)", (machine, until_s, why))
-            for label, (until_s, usd_h) in (vanished or {}).items():
-                self._db.execute("INSERT OR REPLACE INTO mourned VALUES (?,?,?)", (label, until_s, usd_h))
+                if i.state != "gone":
+                    self._db.execute("INSERT INTO stretch VALUES (?,?,?,?,?,?,?,?,?)", astuple(i))
+            self._db.executemany(
+                "INSERT OR REPLACE INTO fleet VALUES (?,?,?,?,?,?,?)",
+                [
+                    (s.label, s.instance, s.machine, s.loaded, s.condemned, s.ordered_s, s.throughput)
+                    for s in entries.instances.values()
+                ],
+            )
+            self._db.executemany("INSERT INTO took VALUES (?,?,?)", entries.durations)
+            self._db.executemany(
+                "INSERT OR REPLACE INTO bad_machine VALUES (?,?,?)",
+                [(machine, until_s, why) for machine, (until_s, why) in entries.bad_machines.items()],
+            )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO mourned VALUES (?,?,?)",
+                [(label, until_s, usd_h) for label, (until_s, usd_h) in entries.vanished.items()],
+            )
 
     def add_counts(
         self, worked: Mapping[tuple[str, int], float], arrived: Iterable[Arrived], now: float
@@ -184,33 +174,34 @@ class Ledger:
 
     # -- reading ------------------------------------------------------------------------------------
 
-    def saved_instances(self) -> list[SavedInstance]:
-        """The instances that were not gone when the last process ended, and those once condemned."""
+    def saved_fleet(self, now: float) -> SavedFleet:
+        """Return what the last process knew.
+
+        Of the instances those that were not gone when it ended, and the condemned ones.
+        """
         with self._lock:
-            rows = self._db.execute(
+            instances = self._db.execute(
                 "SELECT f.label, f.instance, f.machine, f.loaded, f.doomed, f.ordered_s, f.throughput,"
                 " s.state, s.from_s, COALESCE(s.usd_h, 0.0), COALESCE(s.running_usd_h, 0.0)"
                 " FROM fleet f LEFT JOIN stretch s ON s.label = f.label AND s.to_s IS NULL"
                 " WHERE s.state IS NOT NULL OR f.doomed"
             ).fetchall()
-        return [SavedInstance(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:]) for r in rows]
-
-    def bad_machines(self, now: float) -> dict[int, float]:
-        """Machines not to be rented, each with the time until when."""
-        with self._lock:
-            return dict(
-                self._db.execute(
-                    "SELECT machine, until_s FROM bad_machine WHERE until_s > ?", (now,)
-                ).fetchall()
+            bad = self._db.execute("SELECT machine, until_s FROM bad_machine WHERE until_s > ?", (now,))
+            vanished = self._db.execute("SELECT label, until_s, usd_h FROM mourned WHERE until_s > ?", (now,))
+            return SavedFleet(
+                [SavedInstance(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:]) for r in instances],
+                dict(bad.fetchall()),
+                {label: (until_s, usd_h) for label, until_s, usd_h in vanished},
+                self._last_durations("boot"),
+                self._last_durations("load"),
             )
 
-    def vanished(self, now: float) -> dict[str, tuple[float, float]]:
-        """What vanished lately, by label: until when it counts against the limits, and its $/h."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT label, until_s, usd_h FROM mourned WHERE until_s > ?", (now,)
-            ).fetchall()
-        return {label: (until_s, usd_h) for label, until_s, usd_h in rows}
+    def _last_durations(self, kind: str) -> list[float]:
+        """Return the seconds of the last ones of a kind, oldest first; the caller holds the lock."""
+        rows = self._db.execute(
+            "SELECT seconds FROM took WHERE kind = ? ORDER BY at_s DESC LIMIT ?", (kind, KEPT)
+        ).fetchall()
+        return [float(seconds) for (seconds,) in reversed(rows)]
 
     def durations(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
         """(kind, at, seconds) of what finished inside the window."""
@@ -219,14 +210,6 @@ class Ledger:
                 "SELECT kind, at_s, seconds FROM took WHERE at_s >= ? AND at_s < ? ORDER BY at_s",
                 (from_s, to_s),
             ).fetchall()
-
-    def last_durations(self, kind: str, count: int) -> list[float]:
-        """The seconds of the last so many of a kind, newest first."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT seconds FROM took WHERE kind = ? ORDER BY at_s DESC LIMIT ?", (kind, count)
-            ).fetchall()
-        return [float(r[0]) for r in rows]
 
     def arrived(self, from_s: float, to_s: float) -> list[Arrived]:
         """What arrived in the seconds that begin in the window, oldest first; an empty second has none."""
@@ -238,12 +221,8 @@ class Ledger:
             ).fetchall()
         return [Arrived(*row) for row in rows]
 
-    def costs(self, from_s: float, to_s: float, *, with_intervals: bool = True) -> Costs:
-        """What was spent inside the window, to_s being at most now.
-
-        Hot dollars are split by the seconds with at least one request in flight. usd_if_all_hot prices every
-        instance at its running price for as long as it existed inside the window.
-        """
+    def costs(self, from_s: float, to_s: float) -> CostBreakdown:
+        """Return what was spent inside the window, to_s being at most now."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT label, instance, machine, state, from_s, to_s, usd_h, running_usd_h, why FROM stretch"
@@ -262,39 +241,7 @@ class Ledger:
                     (from_s, to_s, BUCKET_S, DAY_S),
                 ).fetchall()
             )
-        intervals = [BillingInterval(*row) for row in rows]
-        hot_s: dict[str, float] = {}
-        hot_usd: dict[str, float] = {}
-        loading = stopped = lost = all_hot = 0.0
-        for s in intervals:
-            seconds = s.seconds_within(from_s, to_s)
-            usd = s.usd_h * seconds / 3600.0
-            all_hot += s.running_usd_h * seconds / 3600.0
-            if s.state in HOT_STATES:
-                hot_s[s.label] = hot_s.get(s.label, 0.0) + seconds
-                hot_usd[s.label] = hot_usd.get(s.label, 0.0) + usd
-            elif s.state in BOOT_STATES:
-                loading += usd
-            elif s.state in {"failed", "destroying"}:
-                lost += usd
-            else:
-                stopped += usd
-        share = {
-            label: min(1.0, worked.get(label, 0.0) / seconds) if seconds > 0 else 0.0
-            for label, seconds in hot_s.items()
-        }
-        working = sum(usd * share[label] for label, usd in hot_usd.items())
-        hot = sum(hot_usd.values())
-        return Costs(
-            hot_working=working,
-            hot_idle=hot - working,
-            loading=loading,
-            stopped=stopped,
-            lost=lost,
-            usd_if_all_hot=all_hot,
-            utilisation=working / hot if hot > 0 else None,
-            intervals=tuple(intervals) if with_intervals else (),
-        )
+        return break_down([BillingInterval(*row) for row in rows], worked, from_s, to_s)
 
     # -- inside -------------------------------------------------------------------------------------
 

@@ -20,8 +20,10 @@ import aiohttp
 from autoscaler import InstanceSet
 from engine.profiles import Profile, get_profile
 from engine.timing import told_timing
+from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.health_check import HealthCheckOrder
+from fleet.limits import Limits
 from fleet.outside.health_checker import HealthChecker
 from fleet.outside.keys import FleetKeys
 from fleet.outside.ledger import Ledger
@@ -29,7 +31,6 @@ from fleet.outside.performer import Performer
 from fleet.outside.ssh_log import SshLog
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
-from fleet.states import Deadlines, Limits
 from fleet_client import private_files
 from fleet_client.flags import within
 from instance_client import InstanceClient
@@ -252,8 +253,8 @@ class AutoscalerProcess:
             config.speedup,
             config.check_hot_every_s,
             config.check_boot_every_s,
+            manage=config.manage,
         )
-        fleet.set_manage(config.manage)
         self.scaler = Autoscaler(
             fleet,
             policy or config.make_policy(),

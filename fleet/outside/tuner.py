@@ -391,7 +391,7 @@ class Tuner:
         with scaler.lock:
             fleet = scaler.instances
             seen = fleet.snapshot(scaler.demand, now, 0.0)
-            start_s, load_s = fleet.start_range_s, fleet.load_time_s
+            start_s, load_s = fleet.durations.start_range_s, fleet.durations.load_s
             slo, late_lane = scaler.demand.slo, scaler.demand.late_bound_s is not None
             late = scaler.demand.turned_late
             loaded = sum(i.loaded for i in fleet)

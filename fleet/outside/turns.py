@@ -1,8 +1,6 @@
 """The autoscaler's turns: list, observe and decide under the lock, then send the commands."""
 
-import itertools
 import logging
-import queue
 import secrets
 import sqlite3
 import threading
@@ -10,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autoscaler import CHECKED, InstanceSet
+from autoscaler import InstanceSet
 from fleet.commands import (
     Command,
     Create,
@@ -19,15 +17,15 @@ from fleet.commands import (
     Performed,
     Reply,
     Start,
-    Stop,
     with_label,
 )
 from fleet.demand import ARRIVING_S, MIX_S, Demand, Report
 from fleet.health_check import HealthCheck, HealthCheckOrder
-from fleet.journal import BUCKET_S, Decision
-from fleet.outside.ledger import Ledger
+from fleet.journal import Decision
+from fleet.outside.ledger import BUCKET_S, Ledger
+from fleet.outside.order_queue import OrderQueue
 from fleet.outside.performer import Performer
-from fleet.states import IllegalTransition, State
+from fleet.states import CHECKED, IllegalTransition, State
 from policies import Policy
 from process.clock import steady_clock
 from process.errors import CloudError
@@ -49,11 +47,6 @@ class Failure:
     reply: Reply
     why: str
 
-
-_URGENCY: Mapping[type, int] = {Start: 0, Stop: 0, Destroy: 1, LookForOffers: 2, Create: 2}
-"""What is sent first: a create must wait 4.5 s for the one before, and may wait 12 (vast-contract 1.3)."""
-
-_LAST = 9
 
 REMEMBERED_S = max(ARRIVING_S, MIX_S)
 """So much of the arrivals in the ledger a new process takes over."""
@@ -102,19 +95,11 @@ class Autoscaler:
         self.ledger = ledger
         self.clock = clock or steady_clock()
         self._writing = threading.Lock()
-        self._orders: queue.PriorityQueue[tuple[int, int, Command | None]] = queue.PriorityQueue()
-        self._numbers = itertools.count()
+        self.orders = OrderQueue()
         self._ending = False
         self.turn_due = threading.Event()  # the next turn should not wait for its time
         now = self.clock()
-        instances.restore(
-            ledger.saved_instances(),
-            ledger.bad_machines(now),
-            ledger.last_durations("boot", 20)[::-1],
-            ledger.last_durations("load", 20)[::-1],
-            vanished=ledger.vanished(now),
-            now=now,
-        )
+        instances.restore(ledger.saved_fleet(now), now)
         demand.remember(ledger.arrived(now - REMEMBERED_S, now), instances.profile.prefill_weight)
 
     def set_policy(self, policy: Policy) -> None:
@@ -143,7 +128,7 @@ class Autoscaler:
         self._send(begun)
         if now >= self._counts_at:
             self.write_counts()
-        if rows is not None and self.instances.plausible:
+        if rows is not None and self.instances.listing_believed:
             self.last_good_turn = now
         elif rows is not None:
             self.last_error = "the listing lacks most of the fleet"
@@ -177,15 +162,11 @@ class Autoscaler:
         except sqlite3.Error as e:
             with self.lock:
                 for command in begun:
-                    why = f"not sent, the ledger cannot be written: {e}"
-                    self.instances.finish(command, Reply.REFUSED, self.clock(), why=why)
+                    refused = Performed(Reply.REFUSED, f"not sent, the ledger cannot be written: {e}")
+                    self.instances.finish(command, refused, self.clock())
             raise
         for command in begun:
-            if type(command) in _URGENCY:
-                self._queue(_URGENCY[type(command)], command)
-
-    def _queue(self, urgency: int, command: Command | None) -> None:
-        self._orders.put((urgency, next(self._numbers), command))
+            self.orders.put(command)
 
     def _begin(self, decision: Decision, now: float) -> list[Command]:
         begun: list[Command] = []
@@ -202,7 +183,7 @@ class Autoscaler:
 
     def perform_next(self) -> bool:
         """Send the next order and note its reply; False when `stop_performing` was called."""
-        _, _, command = self._orders.get()
+        command = self.orders.take()
         if command is None:
             return False
         if self._ending and isinstance(command, Create | Start | LookForOffers):
@@ -222,7 +203,7 @@ class Autoscaler:
         Nothing is rented or started any more.
         """
         self._ending = True
-        self._queue(_LAST, None)
+        self.orders.end()
 
     def _noted(self, command: Command, done: Performed) -> None:
         now = self.clock()
@@ -231,9 +212,7 @@ class Autoscaler:
         with self.lock:
             if done.reply is not Reply.DONE:
                 self.failures.append(Failure(now, command, done.reply, done.why))
-            if done.offers is not None:
-                self.instances.offers_found(done.offers, now)
-            self.instances.finish(command, done.reply, now, done.new_id, done.why, offer_gone=done.offer_gone)
+            self.instances.finish(command, done, now)
         self._flush()
 
     def checks_due(self, under_way: Collection[str] = ()) -> list[HealthCheckOrder]:
@@ -303,22 +282,16 @@ class Autoscaler:
         """Log and write down what has happened. When that fails it is kept for the next time."""
         with self._writing:
             with self.lock:
-                journal = self.instances.take_journal()
-            for line in journal.log:
+                entries = self.instances.journal.take()
+            for line in entries.lines:
                 log.info("%s", line)
-            if not journal:
+            if not entries:
                 return
             try:
-                self.ledger.write(
-                    intervals=journal.intervals,
-                    fleet=journal.fleet.values(),
-                    durations=journal.durations,
-                    bad_machines=journal.bad_machines,
-                    vanished=journal.vanished,
-                )
+                self.ledger.write(entries)
             except sqlite3.Error:
                 with self.lock:
-                    self.instances.put_back(journal)
+                    self.instances.journal.put_back(entries)
                 raise
 
 

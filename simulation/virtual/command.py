@@ -21,7 +21,7 @@ from typing import Any
 
 from engine.profiles import PROFILES, get_profile
 from engine.slo import Slo
-from fleet.states import Limits
+from fleet.limits import Limits
 from fleet_client.flags import Parser, within
 from localcloud.machines import Machine, machines_from
 from policies import POLICIES, Policy, make_policy, parse_params

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.slo import Slo
+from fleet.costs import CostBreakdown
 from fleet.instance import Instance
-from fleet.journal import Costs
 from policies import Policy
 from simulation.figures import Digest
 from simulation.report import FAILED, LATE, SLOW, Sample
@@ -101,7 +101,7 @@ class Outcome(RequestFigures):
     """What a run gave. Figures are of the scored window, counters of clamps and audit of the whole run."""
 
     duration_s: float
-    costs: Costs
+    costs: CostBreakdown
     took: list[tuple[str, float, float]]
     samples: list[Sample]
     clamped: Counter[str]

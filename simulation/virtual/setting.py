@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from engine.profiles import Profile
 from engine.slo import Slo
 from engine.timing import Key, Timing, timing_for
-from fleet.states import Limits
+from fleet.limits import Limits
 from localcloud.machines import Machine
 from localcloud.rental import Times
 from simulation.virtual.cloud import Hazards

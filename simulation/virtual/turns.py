@@ -115,13 +115,13 @@ class VirtualTurns:
     # -- commands --
 
     def _plan_command(self) -> None:
-        if not self._command_due and not self._scaler._orders.empty():
+        if not self._command_due and self._scaler.orders.first() is not None:
             self._command_due = True
             self._loop.at(self._loop.now + CALL_S, self._perform)
 
     def _perform(self) -> None:
         now = self._loop.now
-        if isinstance(self._scaler._orders.queue[0][2], Create):
+        if isinstance(self._scaler.orders.first(), Create):
             if now - self._last_create < CREATE_GAP_S:
                 self._loop.at(self._last_create + CREATE_GAP_S, self._perform)
                 return

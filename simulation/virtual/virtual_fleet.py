@@ -22,11 +22,12 @@ from pathlib import Path
 
 from autoscaler import InstanceSet
 from fleet.commands import Command, Performed
+from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.outside.ledger import Ledger
 from fleet.outside.tuner import LEAST_S, NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
-from fleet.states import Deadlines, State
+from fleet.states import State
 from loadbalancer import LoadBalancer
 from policies import Fixed, Policy
 from process.errors import ConfigError
@@ -218,7 +219,7 @@ class VirtualFleet:
         outcome = Outcome(
             **vars(self._users.figures),
             duration_s=min(now - begun, s.score_to_s) - s.score_from_s,
-            costs=ledger.costs(from_s, to_s, with_intervals=False),
+            costs=ledger.costs(from_s, to_s),
             took=ledger.durations(from_s, to_s),
             samples=self._turns.samples.samples,
             clamped=Counter({str(what): n for what, n in sorted(scaler.clamps.items())}),

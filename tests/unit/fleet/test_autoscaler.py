@@ -1,9 +1,11 @@
 """What the fleet does, sentence by sentence. `World` (fleet_world.py) is the cloud and the clock."""
 
+import contextlib
+import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,24 +13,31 @@ from typing import Any
 import pytest
 
 from autoscaler import InstanceSet
-from fleet.commands import Command, Create, Destroy, Drain, LookForOffers, Reply, Start, Stop, with_label
+from fleet.commands import (
+    Command,
+    Create,
+    Destroy,
+    Drain,
+    LookForOffers,
+    Performed,
+    Reply,
+    Start,
+    Stop,
+    with_label,
+)
+from fleet.deadlines import Deadlines
 from fleet.demand import Arrived, Demand, Report
 from fleet.health_check import HealthCheck, Verdict
-from fleet.journal import SavedInstance
+from fleet.journal import Entries, SavedFleet, SavedInstance
+from fleet.limits import Commitment, Limits
 from fleet.outside.ledger import Ledger
+from fleet.outside.order_queue import OrderQueue
 from fleet.outside.turns import COUNTS_EVERY_S, Autoscaler
-from fleet.states import FROM_ANYWHERE, TRANSITIONS, Deadlines, IllegalTransition, Limits, State, check_move
+from fleet.states import FROM_ANYWHERE, TRANSITIONS, IllegalTransition, State, check_transition
 from policies import Busy, Capacity, Fixed, FleetSnapshot, Targets
 from process.clock import steady_clock
 from process.errors import CloudError
 from tests.fleet_world import TURN_S, Contract, FakeVast, World, make_offer
-from vast.rows import Row
-
-
-def remembered(world: World) -> list[SavedInstance]:
-    """What the ledger would hold of the world's set."""
-    return list(world.fleet.take_journal().fleet.values())
-
 
 # -- growing and shrinking -----------------------------------------------------------------------------
 
@@ -121,22 +130,17 @@ def test_a_lease_that_is_out_keeps_an_idle_instance_from_being_stopped() -> None
     label = w.only()
     w.policy = Fixed(0, 1)
     w.busy.add(label)
-    w.check_hook = lambda _: None
-    original = w.fleet.checks_due
     w.tick(10)
     assert w.states() == {"draining": 1}
-    i = w.fleet[label]
-    i.in_flight, i.in_flight_at = 0, w.now  # it says: nothing here
-    decision = w.fleet.decide(w.demand, w.policy, w.now)
-    assert decision.commands == ()
-    assert original is not None
+    w.check(label, in_flight=0)
+    assert w.fleet.decide(w.demand, w.policy, w.now).commands == ()
 
 
 def test_draining_ends_at_its_deadline_even_when_busy() -> None:
     w = World().with_pool(hot=1, total=1)
     w.busy.add(w.only())
     w.policy = Fixed(0, 1)
-    w.tick(w.deadlines.draining + 30)
+    w.tick(w.deadlines.draining_s + 30)
     assert w.states() == {"cold": 1}
     assert any(isinstance(c, Stop) and "still busy" in c.why for c in w.ordered)
 
@@ -158,7 +162,7 @@ def test_with_no_loadbalancer_a_drain_waits_until_leases_have_expired() -> None:
     w = World().with_pool(hot=1, total=1)
     w.loadbalancer = False
     w.policy = Fixed(0, 1)
-    w.tick(w.deadlines.lease - 5)
+    w.tick(w.deadlines.lease_s - 5)
     assert w.states() == {"draining": 1}
     w.tick(60)
     assert w.states() == {"cold": 1}
@@ -226,7 +230,7 @@ def test_the_dollar_limit_holds_and_its_refusal_can_be_read() -> None:
 def test_a_start_that_would_break_the_dollar_limit_is_refused() -> None:
     w = World(limits=Limits(max_instances=9, max_usd_h=10)).with_pool(hot=1, total=3)
     w.limits = Limits(max_instances=9, max_usd_h=0.9)
-    w.fleet.limits = w.limits
+    w.restart()
     w.policy = Fixed(3, 3)
     w.tick(120)
     assert w.states() == {"hot": 2, "cold": 1}
@@ -237,7 +241,7 @@ def test_an_instance_that_vanished_still_counts_against_the_limits_for_a_while()
     w = World(limits=Limits(max_instances=3, max_usd_h=10)).with_pool(hot=3, total=3)
     hidden = next(iter(w.contracts.values()))
     hidden.hidden = True
-    w.tick(w.deadlines.vanished - 10)
+    w.tick(w.deadlines.vanished_s - 10)
     assert "Create" not in w.kinds()
     hidden.hidden = False
     w.tick(60)
@@ -307,11 +311,11 @@ def test_an_order_that_never_shows_up_is_given_up_after_its_deadline_and_repeate
         return None
 
     w.reply_hook = swallow
-    apply = w._apply
-    w._apply = lambda c: None if getattr(c, "label", "") in swallowed else apply(c)  # type: ignore[method-assign, assignment]
-    w.tick(w.deadlines.ordered - 10)
+    apply = w.apply
+    w.apply = lambda c: None if getattr(c, "label", "") in swallowed else apply(c)  # type: ignore[method-assign, assignment]
+    w.tick(w.deadlines.ordered_s - 10)
     assert w.kinds() == ["Create"]
-    w.tick(60 + w.deadlines.create_rest)
+    w.tick(60 + w.deadlines.create_rest_s)
     assert w.kinds() == ["Create", "Create"]
 
 
@@ -323,7 +327,7 @@ def test_an_order_that_appears_after_it_was_given_up_is_destroyed() -> None:
     (contract,) = w.contracts.values()
     contract.hidden = True
     late.append(contract)
-    w.tick(w.deadlines.ordered + 60)
+    w.tick(w.deadlines.ordered_s + 60)
     contract.hidden = False
     w.tick(60)
     assert contract.label not in w.contracts
@@ -334,7 +338,7 @@ def test_a_second_row_with_one_label_is_destroyed_and_the_first_kept() -> None:
     w = World().with_pool(hot=1, total=1)
     label = w.only()
     w.contracts["twin"] = replace(w.contracts[label], id=4711)
-    apply = w._apply
+    apply = w.apply
 
     def destroy_twin(c: object) -> int | None:
         if isinstance(c, Destroy) and c.id == 4711:
@@ -342,7 +346,7 @@ def test_a_second_row_with_one_label_is_destroyed_and_the_first_kept() -> None:
             return None
         return apply(c)  # type: ignore[arg-type]
 
-    w._apply = destroy_twin  # type: ignore[method-assign, assignment]
+    w.apply = destroy_twin  # type: ignore[method-assign, assignment]
     w.tick(60)
     assert w.states() == {"hot": 1}
     assert [c.id for c in w.ordered if isinstance(c, Destroy)] == [4711]
@@ -353,14 +357,14 @@ def test_a_second_row_with_one_label_is_destroyed_and_the_first_kept() -> None:
 
 def test_a_machine_that_never_becomes_ready_is_given_back_after_its_deadline() -> None:
     w = World(policy=Fixed(1, 1), load_s=1e9)
-    w.tick(w.boot_s + w.deadlines.first_load + 30)
+    w.tick(w.boot_s + w.deadlines.first_load_s + 30)
     assert "Destroy" in w.kinds()
-    assert w.fleet.bad_machines != {}
+    assert w.fleet.market.bad_machines != {}
 
 
 def test_a_machine_stuck_in_loading_is_given_back_after_its_deadline() -> None:
     w = World(policy=Fixed(1, 1), boot_s=1e9)
-    w.tick(w.deadlines.loading + 30)
+    w.tick(w.deadlines.loading_s + 30)
     assert "Destroy" in w.kinds()
 
 
@@ -368,14 +372,14 @@ def test_a_docker_error_that_stays_gives_the_machine_back() -> None:
     w = World(policy=Fixed(1, 1), boot_s=1e9).tick(10)
     (c,) = w.contracts.values()
     c.status_msg = "Error response from daemon: OCI runtime create failed"
-    w.tick(w.deadlines.broken_host + 10)
+    w.tick(w.deadlines.broken_host_s + 10)
     assert "Destroy" in w.kinds()
 
 
 def test_a_machine_that_failed_is_not_rented_again() -> None:
     w = World(policy=Fixed(1, 1), load_s=1e9)
     w.offers = [make_offer(n, machine=7) for n in range(1, 5)]
-    w.tick(w.boot_s + w.deadlines.first_load + 600)
+    w.tick(w.boot_s + w.deadlines.first_load_s + 600)
     assert [c.offer.machine_id for c in w.ordered if isinstance(c, Create)] == [7]
 
 
@@ -412,7 +416,7 @@ def test_an_instance_that_does_not_recover_is_destroyed_and_replaced_from_the_po
     w = World().with_pool(hot=1, total=2)
     sick = w.only()
     w.check_hook = lambda label: Verdict.FAILED if label == sick else None
-    w.tick(w.deadlines.recover + 120)
+    w.tick(w.deadlines.recover_s + 120)
     assert sick not in w.contracts
     assert w.states()["hot"] == 1
 
@@ -454,7 +458,7 @@ def test_a_start_whose_gpu_is_taken_is_stopped_and_another_is_started() -> None:
     w.tick(5)
     (first,) = [c.label for c in w.ordered if isinstance(c, Start)]
     w.start_s = 20
-    w.tick(w.deadlines.starting + 60)
+    w.tick(w.deadlines.starting_s + 60)
     starts = [c.label for c in w.ordered if isinstance(c, Start)]
     assert len(starts) == 2
     assert starts[1] != first
@@ -479,7 +483,7 @@ def test_an_offline_host_leaves_the_hot_set_at_once_and_is_replaced_after_its_gr
     w.check_hook = lambda at: Verdict.FAILED if at == label else None
     w.tick(5)
     assert w.fleet[label].state is State.RUNNING
-    w.tick(w.deadlines.lost + 10)
+    w.tick(w.deadlines.lost_s + 10)
     assert label not in w.contracts
     w.tick(120)
     assert w.states()["hot"] == 1
@@ -525,10 +529,8 @@ def test_a_stop_without_effect_is_repeated() -> None:
 
 def test_a_restarted_autoscaler_finds_its_fleet_in_one_turn_and_rents_nothing_twice() -> None:
     w = World().with_pool(hot=2, total=4)
-    ledger: dict[str, SavedInstance] = {r.label: r for r in remembered(w)}
     since = {i.label: i.since for i in w.fleet}
-    w.fleet = w.new_set()
-    w.fleet.restore(ledger.values(), {})
+    w.restart()
     assert not w.fleet.knows_hot_set()
     w.tick(5)
     assert w.fleet.knows_hot_set()
@@ -551,9 +553,7 @@ def test_without_its_ledger_it_still_finds_every_instance_by_label() -> None:
 def test_an_order_begun_before_a_kill_is_found_again_and_not_repeated() -> None:
     w = World(policy=Fixed(1, 1)).tick(15)
     assert w.kinds() == ["Create"]
-    ledger = {r.label: r for r in remembered(w)}
-    w.fleet = w.new_set()
-    w.fleet.restore(ledger.values(), {})
+    w.restart()
     w.tick(600)
     assert w.kinds() == ["Create"]
     assert w.states() == {"hot": 1}
@@ -562,10 +562,8 @@ def test_an_order_begun_before_a_kill_is_found_again_and_not_repeated() -> None:
 def test_what_was_hot_before_a_restart_is_not_told_before_it_was_checked() -> None:
     """Else the loadbalancer would be handed an empty set while everything works."""
     w = World().with_pool(hot=2, total=2)
-    ledger = remembered(w)
-    w.fleet = w.new_set()
-    w.fleet.restore(ledger, {})
-    w.fleet.observe([c.row() for c in w.contracts.values()], (), w.now)
+    w.restart()
+    w.fleet.observe(w.listing(), (), w.now)
     assert not w.fleet.knows_hot_set()
     for c in w.contracts.values():
         w.fleet.judge(HealthCheck(c.label, w.now, Verdict.PASSED, "ok"), w.now)
@@ -581,10 +579,10 @@ def test_what_was_hot_before_a_restart_is_not_told_before_it_was_checked() -> No
 def test_only_the_moves_of_the_table_are_possible(frm: State, to: State) -> None:
     legal = to is not frm and (to in TRANSITIONS[frm] or to in FROM_ANYWHERE)
     if legal:
-        check_move(frm, to)
+        check_transition(frm, to)
     else:
         with pytest.raises(IllegalTransition):
-            check_move(frm, to)
+            check_transition(frm, to)
 
 
 def test_an_illegal_order_raises_and_changes_nothing() -> None:
@@ -600,7 +598,7 @@ def test_an_illegal_order_raises_and_changes_nothing() -> None:
 
 def test_deadlines_of_a_sped_up_cloud_leave_room_for_the_command_line() -> None:
     d = Deadlines.for_profile(World().fleet.profile, 1000.0)
-    assert min(d.ordered, d.loading, d.starting, d.stopping) >= 20
+    assert min(d.ordered_s, d.loading_s, d.starting_s, d.stopping_s) >= 20
 
 
 def test_every_state_is_reached_from_somewhere_and_can_be_left() -> None:
@@ -654,24 +652,11 @@ def test_busy_policy_grows_and_shrinks_the_fleet() -> None:
 # -- restart, once more: what must not be concluded from knowing little ---------------------------------
 
 
-def restarted(world: World, ledger: list[SavedInstance] | None = None) -> World:
-    """The same world with a process just started, which knows what the ledger holds."""
-    held = remembered(world) if ledger is None else ledger
-    world.fleet = world.new_set()
-    world.fleet.restore(held, {}, now=world.now)
-    return world
-
-
-def listing(world: World) -> list[Row]:
-    """What the cloud shows at this moment."""
-    return [c.row() for c in world.contracts.values() if not c.hidden]
-
-
 def test_what_was_hot_for_hours_is_not_given_up_by_a_restart_before_it_was_checked() -> None:
     """The first turn comes before the first check: it must not find that nothing was hot for hours."""
     w = World().with_pool(hot=2, total=3).tick(4 * 3600)
-    restarted(w)
-    w.fleet.observe(listing(w), (), w.now + 2)
+    w.restart()
+    w.fleet.observe(w.listing(), (), w.now + 2)
     assert w.states() == {"running": 2, "cold": 1}
     assert w.fleet.decide(w.demand, w.policy, w.now + 2).commands == ()
     w.tick(10)
@@ -681,14 +666,14 @@ def test_what_was_hot_for_hours_is_not_given_up_by_a_restart_before_it_was_check
 
 def test_nothing_is_checked_before_a_listing_said_where_it_is() -> None:
     """Else the check finds no address, and an empty hot set is told a second after every restart."""
-    w = restarted(World().with_pool(hot=1, total=1))
+    w = World().with_pool(hot=1, total=1).restart()
     assert w.fleet.checks_due(w.now) == []
-    w.fleet.observe(listing(w), (), w.now)
+    w.fleet.observe(w.listing(), (), w.now)
     assert [order.label for order in w.fleet.checks_due(w.now)] == list(w.contracts)
 
 
 def test_a_hot_set_is_not_told_while_the_first_listings_lack_what_was_hot() -> None:
-    w = restarted(World().with_pool(hot=2, total=2))
+    w = World().with_pool(hot=2, total=2).restart()
     w.listing_hook = lambda rows: []
     w.tick(60)
     assert not w.fleet.knows_hot_set()
@@ -704,25 +689,25 @@ def test_a_slow_start_of_ours_gives_an_instance_time_to_be_looked_at() -> None:
     w.policy = Fixed(1, 1)
     w.tick(w.start_s + 10)
     assert w.states() == {"running": 1}
-    held = remembered(w)
+    held = w.saved()
     w.now += 3600
-    restarted(w, held)
-    w.fleet.observe(listing(w), (), w.now)
+    w.restart(held)
+    w.fleet.observe(w.listing(), (), w.now)
     assert w.states() == {"running": 1}
 
 
 def test_a_clock_set_back_between_two_processes_makes_no_instance_come_from_the_future() -> None:
     w = World().with_pool(hot=1, total=2)
-    held = remembered(w)
+    held = w.saved()
     w.now -= 500
-    restarted(w, held)
+    w.restart(held)
     assert all(i.since <= w.now for i in w.fleet)
 
 
 def test_instances_of_another_fleet_in_the_same_ledger_are_left_alone() -> None:
     w = World(policy=Fixed(0, 0))
     theirs = SavedInstance("other/1", 7, 1, True, True, 0.0, 1.0, "destroying", 5.0)
-    restarted(w, [theirs])
+    w.restart(SavedFleet([theirs]))
     w.contracts["other/1"] = Contract(7, "other/1", 1, 0.4, status="running")
     w.tick(300)
     assert w.ordered == []
@@ -733,19 +718,19 @@ def test_after_a_restart_an_order_not_yet_listed_still_costs_what_was_agreed() -
     w = World(policy=Fixed(1, 1), limits=Limits(max_instances=9, max_usd_h=1.0)).tick(10)
     for c in w.contracts.values():
         c.hidden = True
-    held = remembered(w)
+    held = w.saved().instances
     assert [r.state for r in held] == ["ordered"] or [r.state for r in held] == ["loading"]
-    restarted(w, [replace(held[0], state="ordered")])
-    assert w.fleet.committed_usd_h() == pytest.approx(0.4)
+    w.restart(SavedFleet([replace(held[0], state="ordered")]))
+    assert w.fleet.committed().usd_h == pytest.approx(0.4)
 
 
 def test_what_vanished_counts_against_the_limits_after_a_restart_too() -> None:
     w = World()
-    w.fleet.restore([], {}, vanished={"fleet/x": (w.now + 100, 0.7)}, now=w.now)
-    assert (w.fleet.committed_instances(), w.fleet.committed_usd_h()) == (1, 0.7)
+    w.fleet.restore(SavedFleet(vanished={"fleet/x": (w.now + 100, 0.7)}), w.now)
+    assert w.fleet.committed() == Commitment(1, 0.7)
     w.policy = Fixed(0, 0)
     w.tick(110)
-    assert w.fleet.committed_instances() == 0
+    assert w.fleet.committed().instances == 0
 
 
 # -- views that lie, once more --------------------------------------------------------------------------
@@ -778,7 +763,7 @@ def test_what_is_neither_listed_nor_answers_counts_for_a_while_and_is_then_repla
     assert w.states() == {"hot": 2}
     assert w.kinds() == [], "it may still exist, so the limit is reached"
     del w.contracts[hidden.label]
-    w.tick(w.deadlines.vanished)
+    w.tick(w.deadlines.vanished_s)
     assert w.kinds() == ["Create"]
 
 
@@ -786,7 +771,7 @@ def test_a_whole_fleet_destroyed_by_hand_is_replaced() -> None:
     w = World().with_pool(hot=1, total=2)
     w.contracts.clear()
     w.check_hook = lambda label: Verdict.FAILED if label not in w.contracts else None
-    w.tick(w.deadlines.disbelief - 10)
+    w.tick(w.deadlines.disbelief_s - 10)
     assert w.ordered == []
     w.tick(60)
     assert "Create" in w.kinds()
@@ -807,7 +792,7 @@ def test_a_stop_that_met_an_outage_costs_no_loaded_disk() -> None:
     w.tick(20)
     assert w.states() == {"stopping": 1}
     w.listing_works = False
-    w.tick(4 * w.deadlines.stopping)
+    w.tick(4 * w.deadlines.stopping_s)
     w.listing_works, w.reply_hook = True, lambda c: None
     w.tick(60)
     assert w.states() == {"cold": 1}
@@ -843,7 +828,7 @@ def test_an_order_that_waits_to_be_sent_is_not_ordered_again() -> None:
     w.fleet.begin(destroy, w.now)
     for later in (20.0, 200.0):
         assert w.fleet.decide(w.demand, Fixed(0, 0), w.now + later).commands == ()
-    w.fleet.finish(destroy, Reply.UNKNOWN, w.now + 200.0)
+    w.fleet.finish(destroy, Performed(Reply.UNKNOWN), w.now + 200.0)
     assert w.fleet.decide(w.demand, Fixed(0, 0), w.now + 205.0).commands == ()
     assert [type(c) for c in w.fleet.decide(w.demand, Fixed(0, 0), w.now + 220.0).commands] == [Destroy]
 
@@ -855,13 +840,13 @@ def test_the_market_is_searched_once_at_a_time() -> None:
     assert isinstance(look, LookForOffers)
     w.fleet.begin(look, w.now)
     assert w.fleet.decide(w.demand, w.policy, w.now + 5).commands == ()
-    w.fleet.finish(look, Reply.UNKNOWN, w.now + 20)
+    w.fleet.finish(look, Performed(Reply.UNKNOWN), w.now + 20)
     assert w.fleet.decide(w.demand, w.policy, w.now + 25).commands == (look,)
 
 
 def test_a_start_that_was_lost_is_sent_again() -> None:
     w = World().with_pool(hot=0, total=1)
-    apply, lost = w._apply, list[object]()
+    apply, lost = w.apply, list[object]()
 
     def lose_one(c: Command) -> int | None:
         if isinstance(c, Start) and not lost:
@@ -869,7 +854,7 @@ def test_a_start_that_was_lost_is_sent_again() -> None:
             return None
         return apply(c)
 
-    w._apply = lose_one  # type: ignore[method-assign, assignment]
+    w.apply = lose_one  # type: ignore[method-assign, assignment]
     w.policy = Fixed(1, 1)
     w.tick(120)
     assert w.kinds() == ["Start", "Start"]
@@ -882,17 +867,23 @@ def test_starts_that_are_refused_for_an_hour_are_tried_again_within_minutes() ->
     w.policy = Fixed(1, 1)
     w.tick(4 * 3600)
     w.reply_hook = lambda c: None
-    w.tick(w.deadlines.no_gpu_rest + 60)
+    w.tick(w.deadlines.no_gpu_rest_s + 60)
     assert w.states() == {"hot": 1}
 
 
 def test_a_start_while_an_earlier_stop_waits_to_be_sent_waits_too() -> None:
     """Sent in that order the stop would follow the start."""
-    w = World().with_pool(hot=0, total=1)
-    (i,) = w.fleet
-    i.orders_out = 1
+    w = World().with_pool(hot=1, total=1)
+    w.policy = Fixed(0, 1)
+    w.tick(5)
+    (contract,) = w.contracts.values()
+    stop = Stop(contract.label, contract.id, "its drain has ended")
+    w.fleet.begin(stop, w.now)
+    contract.status, contract.intended = "exited", "stopped"  # by other means
+    w.fleet.observe(w.listing(), (), w.now)
+    assert w.states() == {"cold": 1}
     assert w.fleet.decide(w.demand, Fixed(1, 1), w.now).commands == ()
-    i.orders_out = 0
+    w.fleet.finish(stop, Performed(Reply.UNKNOWN), w.now)
     assert [type(c) for c in w.fleet.decide(w.demand, Fixed(1, 1), w.now).commands] == [Start]
 
 
@@ -902,19 +893,19 @@ def test_creates_that_fail_together_count_as_one_failure() -> None:
     w.tick(10)
     assert w.kinds() == ["Create"] * 4
     w.reply_hook = lambda c: None
-    w.tick(w.deadlines.create_rest + 10)
+    w.tick(w.deadlines.create_rest_s + 10)
     assert w.kinds() == ["Create"] * 8
 
 
 def test_an_offer_that_somebody_else_took_costs_no_rest() -> None:
     w = World(policy=Fixed(1, 1))
     w.fleet.observe([], (), w.now)
-    w.fleet.offers_found(w.offers, w.now)
+    w.fleet.finish(LookForOffers(""), Performed(Reply.DONE, offers=tuple(w.offers)), w.now)
     (create,) = w.fleet.decide(w.demand, w.policy, w.now).commands
     assert isinstance(create, Create)
     create = with_label(create, "fleet/a")
     w.fleet.begin(create, w.now)
-    w.fleet.finish(create, Reply.REFUSED, w.now, why="no_such_ask", offer_gone=True)
+    w.fleet.finish(create, Performed(Reply.REFUSED, "no_such_ask", offer_gone=True), w.now)
     assert [type(c) for c in w.fleet.decide(w.demand, w.policy, w.now).commands] == [LookForOffers]
 
 
@@ -927,10 +918,9 @@ def test_a_drain_waits_for_a_lease_that_a_loadbalancer_counts_however_long_it_wa
     w.busy.add(label)
     w.policy = Fixed(0, 1)
     w.tick(10)
-    w.now += w.deadlines.lease + 20
+    w.now += w.deadlines.lease_s + 20
     w.report()
-    i = w.fleet[label]
-    i.in_flight, i.in_flight_at = 0, w.now
+    w.check(label, in_flight=0)
     assert w.fleet.decide(w.demand, w.policy, w.now).commands == ()
 
 
@@ -944,16 +934,20 @@ def test_with_no_loadbalancer_idle_must_be_said_after_the_last_lease_has_expired
     w.tick(10)
     i = w.fleet[label]
     assert i.state is State.DRAINING
-    w.now = i.since + w.deadlines.lease + 20
+    w.now = i.since + w.deadlines.lease_s + 20
     assert w.fleet.decide(w.demand, w.policy, w.now).commands == ()
-    i.in_flight_at = w.now
+    w.check(label, in_flight=0)
     assert [type(c) for c in w.fleet.decide(w.demand, w.policy, w.now).commands] == [Stop]
 
 
 def test_requests_are_given_their_time_to_end_on_a_sped_up_cloud_too() -> None:
     profile = World().fleet.profile
     fast, real = Deadlines.for_profile(profile, 1000.0), Deadlines.for_profile(profile)
-    assert (fast.draining, fast.lease, fast.disbelief) == (real.draining, real.lease, real.disbelief)
+    assert (fast.draining_s, fast.lease_s, fast.disbelief_s) == (
+        real.draining_s,
+        real.lease_s,
+        real.disbelief_s,
+    )
 
 
 # -- limits, checks and reasons -------------------------------------------------------------------------
@@ -961,7 +955,8 @@ def test_requests_are_given_their_time_to_end_on_a_sped_up_cloud_too() -> None:
 
 def test_a_start_is_no_new_instance_for_the_limit() -> None:
     w = World().with_pool(hot=0, total=3)
-    w.fleet.limits = Limits(max_instances=2, max_usd_h=10)
+    w.limits = Limits(max_instances=2, max_usd_h=10)
+    w.restart().fleet.observe(w.listing(), (), w.now)
     commands = w.fleet.decide(w.demand, Fixed(1, 3), w.now).commands
     assert [type(c) for c in commands if isinstance(c, Start)] == [Start]
 
@@ -969,9 +964,11 @@ def test_a_start_is_no_new_instance_for_the_limit() -> None:
 def test_a_failed_order_that_was_never_listed_counts_with_its_price() -> None:
     w = World(policy=Fixed(1, 1)).tick(10)
     (c,) = w.contracts.values()
-    (i,) = w.fleet
-    i.state, i.price_usd_h, i.stopped_usd_h = State.FAILED, 0.0, 0.0
-    assert w.fleet.committed_usd_h() == pytest.approx(c.usd_h)
+    c.hidden = True
+    w.fleet.set_manage(False)
+    w.tick(w.deadlines.ordered_s + 10)
+    assert w.states() == {"failed": 1}
+    assert w.fleet.committed().usd_h == pytest.approx(c.usd_h)
 
 
 def test_one_instance_has_one_check_at_a_time() -> None:
@@ -1006,11 +1003,11 @@ def test_a_measured_rate_that_hardly_changed_is_not_written_down_again() -> None
     w = World().with_pool(hot=1, total=1)
     (i,) = w.fleet
     assert i.id is not None
-    w.fleet.take_journal()
+    w.fleet.journal.take()
     w.fleet.record_report({i.id: i.throughput_work_s * 1.01, 99: 5.0}, ())
-    assert w.fleet.take_journal().fleet == {}
+    assert w.fleet.journal.take().instances == {}
     w.fleet.record_report({i.id: 500.0}, ())
-    assert [r.throughput for r in w.fleet.take_journal().fleet.values()] == [500.0]
+    assert [r.throughput for r in w.fleet.journal.take().instances.values()] == [500.0]
 
 
 # -- the loop -------------------------------------------------------------------------------------------
@@ -1026,9 +1023,15 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 class Loop:
     """An Autoscaler on a fake cloud whose listing is the world's, with a clock that stands still."""
 
-    def __init__(self, ledger: Ledger, world: World | None = None, policy: Fixed | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        world: World | None = None,
+        policy: Fixed | None = None,
+        new_label: Callable[[], str] = lambda: secrets.token_hex(6),
+    ) -> None:
         self.world = world or World()
-        self.cloud = FakeVast(lambda: listing(self.world))
+        self.cloud = FakeVast(lambda: self.world.listing())
         self.scaler = Autoscaler(
             self.world.new_set(),
             policy or Fixed(0, 0),
@@ -1037,11 +1040,12 @@ class Loop:
             self.cloud,  # type: ignore[arg-type]
             ledger,
             lambda: self.world.now,
+            new_label,
         )
 
     def send_all(self) -> None:
         """Perform what is queued."""
-        while not self.scaler._orders.empty():
+        while self.scaler.orders.first() is not None:
             self.scaler.perform_next()
 
 
@@ -1076,7 +1080,7 @@ def test_what_cannot_be_written_down_is_not_sent_and_is_written_later(ledger: Le
     assert [s.state for s in ledger.costs(0.0, 1e12).intervals] == ["ordered"]
 
 
-def full_disk(**what: object) -> None:
+def full_disk(entries: Entries) -> None:
     raise sqlite3.OperationalError("database or disk is full")
 
 
@@ -1089,11 +1093,11 @@ def test_the_ledger_learns_in_the_order_things_happened(ledger: Ledger) -> None:
     label = next(iter(w.contracts))
     write, entered, go_on = ledger.write, threading.Event(), threading.Event()
 
-    def slow_once(**what: Any) -> None:
+    def slow_once(entries: Entries) -> None:
         ledger.write = write  # type: ignore[method-assign]
         entered.set()
         assert go_on.wait(10)
-        write(**what)
+        write(entries)
 
     ledger.write = slow_once  # type: ignore[method-assign]
     w.now += 1
@@ -1111,7 +1115,7 @@ def test_the_ledger_learns_in_the_order_things_happened(ledger: Ledger) -> None:
     go_on.set()
     first.join(10)
     second.join(10)
-    assert [r.state for r in ledger.saved_instances()] == ["running"]
+    assert [r.state for r in ledger.saved_fleet(w.now).instances] == ["running"]
 
 
 def test_a_fault_of_ours_in_sending_answers_the_order_and_the_loop_goes_on(ledger: Ledger) -> None:
@@ -1121,30 +1125,40 @@ def test_a_fault_of_ours_in_sending_answers_the_order_and_the_loop_goes_on(ledge
     loop.cloud.error = KeyError("a bug")
     loop.scaler.destroy_all("a person asked")
     loop.send_all()
-    assert i.orders_out == 0
+    assert i.orders.out == 0
     assert [(f.reply, "KeyError" in f.why) for f in loop.scaler.failures] == [(Reply.UNKNOWN, True)]
 
 
-def test_stops_are_sent_before_creates(ledger: Ledger) -> None:
+def test_stops_are_sent_before_creates() -> None:
     """A create waits for the one before; what costs money or serves must not wait behind it."""
-    loop = Loop(ledger)
-    loop.scaler.instances.begin(create := Create(make_offer(1), "more", "fleet/a"), 0.0)
+    orders = OrderQueue()
+    create = Create(make_offer(1), "more", "fleet/a")
     for command in (create, LookForOffers("more"), Destroy("fleet/b", 2, ""), Stop("fleet/c", 3, "")):
-        loop.scaler._send([command])
-    loop.send_all()
-    assert [type(c) for c in loop.cloud.sent] == [Stop, Destroy, Create, LookForOffers]
+        orders.put(command)
+    orders.put(Drain("fleet/d", 4, "nothing is asked of the cloud"))
+    orders.end()
+    sent = [type(taken) for taken in iter(orders.take, None)]
+    assert sent == [Stop, Destroy, Create, LookForOffers]
 
 
 def test_an_autoscaler_that_ends_rents_nothing_more_but_stops_what_it_meant_to_stop(ledger: Ledger) -> None:
-    loop = Loop(ledger)
-    create = Create(make_offer(1), "more", "fleet/a")
-    loop.scaler.instances.begin(create, 0.0)
-    loop.scaler._send([create, Stop("fleet/c", 3, "")])
+    w = World().with_pool(hot=1, total=1)
+    (label,) = w.contracts
+    loop = Loop(ledger, w, Fixed(1, 1))
+    loop.scaler.turn()
+    loop.scaler.judge(HealthCheck(label, w.now, Verdict.PASSED, "ok"))
+    loop.scaler.set_policy(Fixed(0, 1))
+    loop.scaler.turn()  # begins the drain
+    w.now += w.deadlines.lease_s + 20
+    loop.scaler.judge(HealthCheck(label, w.now, Verdict.PASSED, "idle", in_flight=0))
+    loop.scaler.instances.finish(LookForOffers(""), Performed(Reply.DONE, offers=(make_offer(1),)), w.now)
+    loop.scaler.set_policy(Fixed(0, 2))
+    assert [type(c) for c in loop.scaler.turn().commands] == [Stop, Create]
     loop.scaler.stop_performing()
     while loop.scaler.perform_next():
         pass
     assert [type(c) for c in loop.cloud.sent] == [Stop]
-    assert list(loop.scaler.instances) == [], "what was not sent was not ordered"
+    assert [i.label for i in loop.scaler.instances] == [label], "what was not sent was not ordered"
 
 
 def test_why_a_listing_failed_stands_in_the_decisions(ledger: Ledger) -> None:
@@ -1191,8 +1205,8 @@ def test_an_instance_that_may_have_requests_from_before_a_restart_is_drained_not
     label = w.only()
     w.fleet.judge(HealthCheck(label, w.now, Verdict.FAILED, "once"), w.now)
     assert w.states() == {"running": 1}
-    restarted(w)
-    w.fleet.observe(listing(w), (), w.now)
+    w.restart()
+    w.fleet.observe(w.listing(), (), w.now)
     assert w.fleet.decide(w.demand, Fixed(0, 1), w.now).commands == ()
 
 
@@ -1213,9 +1227,7 @@ def said(world: World, at: float, requests: int) -> None:
 
 def test_the_capacity_is_that_of_the_median_hot_instance_with_the_requests_there_are() -> None:
     w = World(loadbalancer=False).with_pool(hot=3, total=5)
-    hot = [i for i in w.fleet if i.state is State.HOT]
-    for i, work_s in zip(hot, (900.0, 1000.0, 5000.0), strict=True):
-        i.throughput_work_s = work_s
+    w.measure(900.0, 1000.0, 5000.0, state=State.HOT)
     said(w, w.now - 1.0, 0)
     said(w, w.now, 10)
     seen = w.fleet.snapshot(w.demand, w.now)
@@ -1228,8 +1240,7 @@ def test_the_capacity_is_that_of_the_median_hot_instance_with_the_requests_there
 
 def test_with_nothing_hot_the_capacity_is_that_of_what_is_loaded_and_then_the_profiles() -> None:
     w = World().with_pool(hot=0, total=2)
-    for i in w.fleet:
-        i.throughput_work_s = 700.0
+    w.measure(700.0, 700.0)
     capacity = w.fleet.snapshot(w.demand, w.now).capacity
     assert capacity is not None
     assert capacity.work_s == 700.0
@@ -1240,8 +1251,7 @@ def test_with_nothing_hot_the_capacity_is_that_of_what_is_loaded_and_then_the_pr
 
 def test_prices_are_those_of_the_median_instance() -> None:
     w = World().with_pool(hot=1, total=3)
-    for i, usd_h in zip(w.fleet, (0.3, 0.5, 9.0), strict=True):
-        i.running_usd_h = usd_h
+    w.reprice(0.3, 0.5, 9.0)
     seen = w.fleet.snapshot(w.demand, w.now)
     assert (seen.running_usd_h, seen.stopped_usd_h) == (0.5, 0.01)
     empty = World().fleet.snapshot(Demand("e"), 0.0)
@@ -1310,7 +1320,7 @@ def test_while_new_ones_load_the_loaded_ones_are_started_and_neither_is_ordered_
 def test_a_market_with_no_offers_leaves_what_there_is_managed() -> None:
     w = World().with_pool(hot=1, total=3)
     w.offers = []
-    w.fleet.offers_found((), w.now)
+    w.fleet.finish(LookForOffers(""), Performed(Reply.DONE, offers=()), w.now)
     w.policy = Fixed(3, 8)
     w.tick(300.0)
     assert w.states() == {"hot": 3}
@@ -1369,12 +1379,9 @@ def test_when_starts_find_no_gpu_one_after_another_each_cold_one_is_tried() -> N
 
 def test_the_dearest_for_its_work_is_drained_and_not_the_dearest() -> None:
     w = World().with_pool(hot=3, total=3)
-    first, second, third = w.fleet
-    first.running_usd_h, first.throughput_work_s = 0.5, 500.0
-    second.running_usd_h, second.throughput_work_s = 2.0, 4000.0
-    third.running_usd_h, third.throughput_work_s = 0.4, 950.0
-    prices = {i.label: i.running_usd_h for i in (first, second, third)}
-    w.listing_hook = lambda rows: [replace(r, dph_total=prices[r.label or ""]) for r in rows]
+    first, *_ = w.fleet
+    w.reprice(0.5, 2.0, 0.4)
+    w.measure(500.0, 4000.0, 950.0)
     w.policy = Fixed(2, 3)
     w.tick(TURN_S)
     assert [c.label for c in w.ordered if isinstance(c, Drain)] == [first.label]
@@ -1397,9 +1404,8 @@ def test_turns_in_which_the_policy_was_clamped_are_counted(ledger: Ledger) -> No
 
 
 def test_what_new_instances_are_called_can_be_given(ledger: Ledger) -> None:
-    loop = Loop(ledger, policy=Fixed(0, 2))
     names = iter(["one", "two"])
-    loop.scaler._new_label = lambda: next(names)
+    loop = Loop(ledger, policy=Fixed(0, 2), new_label=lambda: next(names))
     loop.scaler.turn()
     loop.send_all()
     loop.world.now += TURN_S
@@ -1438,7 +1444,7 @@ def test_arrivals_survive_a_restart(ledger: Ledger) -> None:
 
 
 def test_counts_are_written_every_half_minute_and_what_fails_is_written_later(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = Loop(ledger, World().with_pool(hot=1, total=1), policy=Fixed(1, 1))
     loop.scaler.turn()
@@ -1461,12 +1467,15 @@ def test_counts_are_written_every_half_minute_and_what_fails_is_written_later(
     broken = False
     loop.scaler.write_counts()
     assert ledger.arrived(0.0, 1e9) == [Arrived(int(start + 1.0), 3.0, 600.0, 1500.0)]
-    assert ledger._db.execute("SELECT SUM(seconds) FROM worked").fetchone() == (1.0,)
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
+        assert db.execute("SELECT SUM(seconds) FROM worked").fetchone() == (1.0,)
 
 
 def test_the_range_of_start_times_is_that_of_the_measured_ones() -> None:
     fleet = World().new_set()
-    assert fleet.start_range_s == pytest.approx((60.0, 120.0)), "90 s by the profile, a third less and more"
-    fleet.restore([], {}, [80.0, 130.0, 70.0], [500.0])
-    assert fleet.start_range_s == (70.0, 130.0)
-    assert (fleet.start_time_s, fleet.load_time_s) == (80.0, 500.0)
+    assert fleet.durations.start_range_s == pytest.approx((60.0, 120.0)), (
+        "90 s by the profile, a third less and more"
+    )
+    fleet.restore(SavedFleet(start_times_s=[80.0, 130.0, 70.0], load_times_s=[500.0]), 0.0)
+    assert fleet.durations.start_range_s == (70.0, 130.0)
+    assert (fleet.durations.start_s, fleet.durations.load_s) == (80.0, 500.0)

@@ -13,8 +13,9 @@ import pytest
 from fleet.commands import Command, Create, Destroy, Drain, LookForOffers, Reply, Start, Stop, Undrain
 from fleet.demand import Demand
 from fleet.health_check import Verdict
-from fleet.journal import SavedInstance
-from fleet.states import Limits, State
+from fleet.journal import SavedFleet, SavedInstance
+from fleet.limits import Limits
+from fleet.states import State
 from policies import Fixed
 from tests.fleet_world import World, make_offer
 from vast.rows import Row
@@ -76,10 +77,10 @@ class BadDay(World):
         try:
             super().turn()
         except Killed:
-            self.restart()
+            self.kill()
         else:
             if self.happens(0.01):
-                self.restart()
+                self.kill()
         self.write_down()
 
     def go_wrong(self) -> None:
@@ -123,15 +124,14 @@ class BadDay(World):
 
     def write_down(self) -> None:
         """As the ledger would."""
-        journal = self.fleet.take_journal()
-        self.held |= journal.fleet
-        self.vanished |= journal.vanished
-        self.bad |= {machine: until for machine, (until, _) in journal.bad_machines.items()}
+        entries = self.fleet.journal.take()
+        self.held |= entries.instances
+        self.vanished |= entries.vanished
+        self.bad |= {machine: until for machine, (until, _) in entries.bad_machines.items()}
 
-    def restart(self) -> None:
+    def kill(self) -> None:
         """kill -9, and a new process with what was written down."""
         self.write_down()
-        self.fleet = self.new_set()
         gone = {label: r for label, r in self.held.items() if r.state == "gone"}
         self.held = {label: r for label, r in self.held.items() if r.state != "gone" or r.condemned}
         known = [
@@ -143,23 +143,23 @@ class BadDay(World):
             for label, r in self.held.items()
         ]
         vanished = {label: m for label, m in self.vanished.items() if m[0] > self.now}
-        self.fleet.restore(known, self.bad, vanished=vanished, now=self.now)
+        self.restart(SavedFleet(known, self.bad, vanished))
         self.demand = Demand("e1")
 
-    def _perform(self, command: Command) -> None:
+    def perform(self, command: Command) -> None:
         self.write_down()  # before anything is sent
         if self.happens(0.002):
             raise Killed
-        super()._perform(command)
+        super().perform(command)
         if self.happens(0.002):
             raise Killed
 
-    def _apply(self, command: Command) -> int | None:
+    def apply(self, command: Command) -> int | None:
         self.judge_order(command)
         there = isinstance(command, Create) or getattr(command, "label", "") in self.contracts
         if self.swallowed or not there:
             return None
-        return super()._apply(command)
+        return super().apply(command)
 
     # -- what must never be ------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ def test_whatever_goes_wrong_the_limits_hold_nothing_busy_is_stopped_and_all_can
     w.tick(3 * 3600)
     assert w.contracts == {}
     assert list(w.fleet) == []
-    assert w.fleet.committed_instances() == 0
+    assert w.fleet.committed().instances == 0
 
 
 def test_after_bad_luck_the_fleet_is_what_the_policy_wants() -> None:

@@ -1,21 +1,24 @@
 """Every dollar is in the ledger, and a restart loses none."""
 
+import contextlib
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fleet.demand import Arrived
-from fleet.journal import BUCKET_S, BillingInterval, SavedInstance
-from fleet.outside.ledger import DAY_S, KEPT_S, MIGRATIONS, PRUNE_EVERY_S, Ledger
+from fleet.journal import BillingInterval, Entries, SavedInstance
+from fleet.outside.ledger import BUCKET_S, DAY_S, KEPT_S, MIGRATIONS, PRUNE_EVERY_S, Ledger
 from process.errors import ConfigError
 
 
-def stretch(label: str, state: str, at: float, usd_h: float, running: float = 3600.0) -> BillingInterval:
+def interval(label: str, state: str, at: float, usd_h: float, running: float = 3600.0) -> BillingInterval:
     return BillingInterval(label, 1, 7, state, at, None, usd_h, running, "test")
 
 
@@ -29,16 +32,18 @@ def ledger(tmp_path: Path):  # type: ignore[no-untyped-def]
 def test_dollars_are_seconds_times_price_by_state(ledger: Ledger) -> None:
     """Prices of 3600 $/h make a dollar a second."""
     ledger.write(
-        intervals=[
-            stretch("f/a", "ordered", 0.0, 36.0),
-            stretch("f/a", "running", 10.0, 3600.0),
-            stretch("f/a", "hot", 30.0, 3600.0),
-            stretch("f/a", "draining", 90.0, 3600.0),
-            stretch("f/a", "stopping", 100.0, 3600.0),
-            stretch("f/a", "cold", 110.0, 36.0),
-            stretch("f/a", "failed", 210.0, 36.0),
-            stretch("f/a", "gone", 220.0, 0.0),
-        ]
+        Entries(
+            [
+                interval("f/a", "ordered", 0.0, 36.0),
+                interval("f/a", "running", 10.0, 3600.0),
+                interval("f/a", "hot", 30.0, 3600.0),
+                interval("f/a", "draining", 90.0, 3600.0),
+                interval("f/a", "stopping", 100.0, 3600.0),
+                interval("f/a", "cold", 110.0, 36.0),
+                interval("f/a", "failed", 210.0, 36.0),
+                interval("f/a", "gone", 220.0, 0.0),
+            ]
+        )
     )
     costs = ledger.costs(0.0, 1000.0)
     assert costs.loading == pytest.approx(0.1 + 20)
@@ -51,14 +56,14 @@ def test_dollars_are_seconds_times_price_by_state(ledger: Ledger) -> None:
 
 
 def test_a_window_counts_what_lies_inside_it(ledger: Ledger) -> None:
-    ledger.write(intervals=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/a", "cold", 100.0, 36.0)])
+    ledger.write(Entries([interval("f/a", "hot", 0.0, 3600.0), interval("f/a", "cold", 100.0, 36.0)]))
     assert ledger.costs(40.0, 60.0).total == pytest.approx(20)
     assert ledger.costs(90.0, 110.0).total == pytest.approx(10.1)
     assert ledger.costs(200.0, 200.0).total == 0.0
 
 
 def test_hot_dollars_are_split_by_the_seconds_that_had_a_request(ledger: Ledger) -> None:
-    ledger.write(intervals=[stretch("f/a", "hot", 0.0, 3600.0), stretch("f/b", "hot", 0.0, 3600.0)])
+    ledger.write(Entries([interval("f/a", "hot", 0.0, 3600.0), interval("f/b", "hot", 0.0, 3600.0)]))
     for n in range(10):
         ledger.add_counts({("f/a", n): BUCKET_S / 3, ("f/b", n): 0.0}, (), n * BUCKET_S + 1)
     costs = ledger.costs(0.0, 10 * BUCKET_S)
@@ -73,11 +78,11 @@ def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
     path = tmp_path / "ledger.sqlite"
     script = (
         "import sys, time; sys.path.insert(0, '.'); from pathlib import Path\n"
-        "from fleet.journal import SavedInstance, BillingInterval\n"
+        "from fleet.journal import BillingInterval, Entries, SavedInstance\n"
         "from fleet.outside.ledger import Ledger\n"
         f"l = Ledger(Path({str(path)!r}))\n"
-        "l.write(intervals=[BillingInterval('f/a', 1, 7, 'hot', 100.0, None, 3600.0, 3600.0, 'x')],"
-        " fleet=[SavedInstance('f/a', 1, 7, True, False, 50.0, 900.0, 'hot', 100.0)])\n"
+        "l.write(Entries([BillingInterval('f/a', 1, 7, 'hot', 100.0, None, 3600.0, 3600.0, 'x')],"
+        " {'f/a': SavedInstance('f/a', 1, 7, True, False, 50.0, 900.0, 'hot', 100.0)}))\n"
         "print('written', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
@@ -86,10 +91,10 @@ def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
         os.kill(child.pid, signal.SIGKILL)
     again = Ledger(path)
     try:
-        assert again.saved_instances() == [
+        assert again.saved_fleet(200.0).instances == [
             SavedInstance("f/a", 1, 7, True, False, 50.0, 900.0, "hot", 100.0, 3600.0, 3600.0)
         ]
-        again.write(intervals=[stretch("f/a", "running", 160.0, 3600.0)])
+        again.write(Entries([interval("f/a", "running", 160.0, 3600.0)]))
         costs = again.costs(0.0, 200.0)
         assert [costs.hot_idle, costs.loading] == pytest.approx([60.0, 40.0])
     finally:
@@ -99,15 +104,19 @@ def test_a_second_process_goes_on_where_the_first_was_killed(tmp_path: Path) -> 
 def test_what_is_gone_is_not_saved_but_what_is_condemned_is(ledger: Ledger) -> None:
     for label, condemned in (("f/a", False), ("f/b", True)):
         ledger.write(
-            intervals=[stretch(label, "hot", 0.0, 1.0), stretch(label, "gone", 5.0, 0.0)],
-            fleet=[SavedInstance(label, 1, 7, True, condemned, 0.0, None, "gone", 5.0)],
+            Entries(
+                [interval(label, "hot", 0.0, 1.0), interval(label, "gone", 5.0, 0.0)],
+                {label: SavedInstance(label, 1, 7, True, condemned, 0.0, None, "gone", 5.0)},
+            )
         )
-    assert [(r.label, r.condemned, r.state) for r in ledger.saved_instances()] == [("f/b", True, None)]
+    assert [(r.label, r.condemned, r.state) for r in ledger.saved_fleet(9.0).instances] == [
+        ("f/b", True, None)
+    ]
 
 
 def test_bad_machines_are_forgotten_when_their_time_is_up(ledger: Ledger) -> None:
-    ledger.write(bad_machines={7: (100.0, "never ready"), 8: (50.0, "died")})
-    assert ledger.bad_machines(60.0) == {7: 100.0}
+    ledger.write(Entries(bad_machines={7: (100.0, "never ready"), 8: (50.0, "died")}))
+    assert ledger.saved_fleet(60.0).bad_machines == {7: 100.0}
 
 
 def test_a_host_key_is_the_one_seen_first(ledger: Ledger) -> None:
@@ -116,9 +125,10 @@ def test_a_host_key_is_the_one_seen_first(ledger: Ledger) -> None:
 
 
 def test_a_write_that_fails_changes_nothing(ledger: Ledger) -> None:
-    ledger.write(intervals=[stretch("f/a", "hot", 0.0, 3600.0)])
+    ledger.write(Entries([interval("f/a", "hot", 0.0, 3600.0)]))
+    none: Any = None
     with pytest.raises(sqlite3.Error):
-        ledger.write(intervals=[stretch("f/a", "cold", 10.0, 36.0), stretch(None, "hot", 1.0, 1.0)])  # type: ignore[arg-type]
+        ledger.write(Entries([interval("f/a", "cold", 10.0, 36.0), interval(none, "hot", 1.0, 1.0)]))
     assert ledger.costs(0.0, 20.0).hot_idle == pytest.approx(20)
 
 
@@ -128,22 +138,30 @@ def test_the_file_is_private(tmp_path: Path) -> None:
 
 
 def test_what_vanished_is_remembered_until_its_time_is_up(ledger: Ledger) -> None:
-    ledger.write(vanished={"f/a": (100.0, 0.4), "f/b": (50.0, 0.3)})
-    assert ledger.vanished(60.0) == {"f/a": (100.0, 0.4)}
+    ledger.write(Entries(vanished={"f/a": (100.0, 0.4), "f/b": (50.0, 0.3)}))
+    assert ledger.saved_fleet(60.0).vanished == {"f/a": (100.0, 0.4)}
 
 
-def test_a_commit_that_failed_does_not_keep_the_next_from_beginning(tmp_path: Path) -> None:
+class FailsToCommit(sqlite3.Connection):
+    """Refuses the first COMMIT and leaves the transaction open, as SQLite does while others read."""
+
+    refuses = True
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        if sql == "COMMIT" and self.refuses:
+            self.refuses = False
+            raise sqlite3.OperationalError("database is locked")
+        return super().execute(sql, *parameters)
+
+
+def test_a_commit_that_failed_does_not_keep_the_next_from_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=FailsToCommit))
     made = Ledger(tmp_path / "l.sqlite")
-    reader = sqlite3.connect(tmp_path / "l.sqlite", isolation_level=None)
-    made._db.execute("PRAGMA journal_mode=DELETE")
-    made._db.execute("PRAGMA busy_timeout=0")
-    reader.execute("BEGIN")
-    reader.execute("SELECT * FROM stretch").fetchall()  # a reader keeps a commit from happening
     with pytest.raises(sqlite3.OperationalError):
-        made.write(intervals=[stretch("f/a", "hot", 0.0, 1.0)])
-    reader.execute("COMMIT")
-    reader.close()
-    made.write(intervals=[stretch("f/a", "hot", 0.0, 1.0)])
+        made.write(Entries([interval("f/a", "hot", 0.0, 1.0)]))
+    made.write(Entries([interval("f/a", "hot", 0.0, 1.0)]))
     assert [s.label for s in made.costs(0.0, 10.0).intervals] == ["f/a"]
     made.close()
 
@@ -160,8 +178,14 @@ def test_arrivals_are_kept_by_second_and_a_second_may_come_again(tmp_path: Path)
     again.close()
 
 
-def test_of_what_arrived_only_times_and_counts_are_kept(ledger: Ledger) -> None:
-    columns = [name for _, name, *_ in ledger._db.execute("PRAGMA table_info(arrived)")]
+def rows(path: Path, sql: str) -> list[Any]:
+    """What another process reads in the file."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(sql).fetchall()
+
+
+def test_of_what_arrived_only_times_and_counts_are_kept(tmp_path: Path, ledger: Ledger) -> None:
+    columns = [name for _, name, *_ in rows(tmp_path / "ledger.sqlite", "PRAGMA table_info(arrived)")]
     assert columns == ["second", "requests", "work", "prompt_tokens"]
 
 
@@ -175,19 +199,21 @@ def test_arrivals_are_forgotten_after_eight_days(ledger: Ledger) -> None:
     assert [a.second for a in ledger.arrived(0.0, 1e9)] == [a.second for a in day[11:]]
 
 
-def test_what_is_forgotten_of_the_work_changes_no_dollar(ledger: Ledger) -> None:
+def test_what_is_forgotten_of_the_work_changes_no_dollar(tmp_path: Path, ledger: Ledger) -> None:
     """Buckets of 15 s become days; hot dollars that were for work stay so."""
     start = 100 * DAY_S
-    ledger.write(intervals=[stretch("f/a", "hot", start, 3600.0), stretch("f/b", "hot", start, 3600.0)])
+    ledger.write(Entries([interval("f/a", "hot", start, 3600.0), interval("f/b", "hot", start, 3600.0)]))
     for n in range(0, 12 * 24):  # 9 s of each 15, for 12 days, in a bucket an hour
         at = start + n * 3600.0 + 1.0
         bucket = int(at // BUCKET_S)
         ledger.add_counts({("f/a", bucket): 9.0, ("f/b", bucket): 3.0}, (), at)
     before = ledger.costs(0.0, start + 2 * DAY_S), ledger.costs(0.0, start + 12 * DAY_S)
-    ledger._prune(start + 12 * DAY_S - KEPT_S)
-    ledger._prune(start + 12 * DAY_S - KEPT_S)
-    assert ledger._db.execute("SELECT COUNT(*) FROM worked_day").fetchone() == (8,)
-    assert ledger._db.execute("SELECT COUNT(*) FROM worked").fetchone() == (2 * 8 * 24,)
+    for _ in range(2):  # the second time there is nothing to forget
+        again = Ledger(tmp_path / "ledger.sqlite")
+        again.add_counts({}, [Arrived(1, 1.0, 1.0, 1.0)], start + 12 * DAY_S)
+        again.close()
+    assert rows(tmp_path / "ledger.sqlite", "SELECT COUNT(*) FROM worked_day") == [(8,)]
+    assert rows(tmp_path / "ledger.sqlite", "SELECT COUNT(*) FROM worked") == [(2 * KEPT_S / 3600.0,)]
     after = ledger.costs(0.0, start + 2 * DAY_S), ledger.costs(0.0, start + 12 * DAY_S)
     for one, other in zip(before, after, strict=True):
         assert other.hot_working == pytest.approx(one.hot_working)
@@ -248,7 +274,7 @@ def test_a_ledger_of_an_older_version_gets_what_is_new_and_keeps_what_it_has(
 ) -> None:
     path = tmp_path / "ledger.sqlite"
     made = Ledger(path)
-    made.write(intervals=[stretch("f/a", "hot", 0.0, 3600.0)])
+    made.write(Entries([interval("f/a", "hot", 0.0, 3600.0)]))
     made.close()
     newest = MIGRATIONS[-1][0]
     added = (newest + 1, "ALTER TABLE took ADD COLUMN note TEXT; CREATE TABLE extra(a); ")
@@ -271,5 +297,5 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
             Ledger(path)
     assert version_of(path) == newest
     again = Ledger(path)
-    assert again.last_durations("boot", 1) == []
+    assert again.durations(0.0, 1e9) == []
     again.close()

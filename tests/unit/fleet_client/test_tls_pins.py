@@ -24,10 +24,12 @@ from cryptography.x509.oid import NameOID
 from autoscaler import InstanceSet
 from dispatch.outside.service import Desk
 from engine.profiles import get_profile
+from fleet.deadlines import Deadlines
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
+from fleet.limits import Limits
 from fleet.outside.health_checker import HealthChecker
 from fleet.outside.ssh_log import LogView
-from fleet.states import Deadlines, Limits, State
+from fleet.states import State
 from fleet_client.tls_pins import LONGEST, BadAddress, context_for, pinned_context, public_key_sha256
 from instance_client import InstanceClient, NotStarted, WrongCertificate
 from loadbalancer import LoadBalancer

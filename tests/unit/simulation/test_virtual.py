@@ -222,7 +222,7 @@ class Absurd:
 
 
 def test_a_policy_that_asks_for_minus_one_or_a_billion_is_clamped_and_it_is_said() -> None:
-    from fleet.states import Limits
+    from fleet.limits import Limits
 
     limits = Limits(max_instances=5, max_usd_h=100.0)
     out = simulate(setting(limits=limits, pool=2, timeout_s=60.0), Absurd(), poisson(0.5, 300, 1))

@@ -1,0 +1,100 @@
+"""What can be rented: offers, machines that failed, and the pause after creates that failed."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from engine.profiles import Profile
+from fleet.deadlines import Deadlines
+from vast.rows import Offer
+
+LONGEST_REST_S = 900.0
+"""Longest pause after failed creates, seconds; it doubles with each failure until then."""
+
+
+@dataclass(frozen=True)
+class MarketSnapshot:
+    """The market at one moment.
+
+    offers: of machines that did not fail lately, the cheapest for its work first; fresh: not too old to be
+    taken. searching: a search is under way. failed_creates: in a row; resting: none is to be made now.
+    """
+
+    offers: tuple[Offer, ...]
+    fresh: bool
+    searching: bool
+    failed_creates: int
+    resting: bool
+
+
+class Market:
+    """Remembers offers, bad machines and failed creates."""
+
+    def __init__(self, profile: Profile, deadlines: Deadlines) -> None:
+        """Begin with no offers, which are to be searched for."""
+        self.bad_machines: dict[int, float] = {}  # machine_id: until when it is not rented
+        self._profile = profile
+        self._deadlines = deadlines
+        self._offers: tuple[Offer, ...] = ()  # the cheapest for its work first
+        self._offers_at = float("-inf")
+        self._searching_since = float("-inf")
+        self._failed_creates = 0
+        self._no_create_before = float("-inf")
+
+    def snapshot(self, now: float) -> MarketSnapshot:
+        """Return the market as it is now."""
+        bad, old_s = self.bad_machines, self._deadlines.offers_s
+        return MarketSnapshot(
+            offers=tuple(o for o in self._offers if bad.get(o.machine_id, now) <= now),
+            fresh=now - self._offers_at <= old_s,
+            searching=now - self._searching_since <= old_s,
+            failed_creates=self._failed_creates,
+            resting=now < self._no_create_before,
+        )
+
+    # -- searches --------------------------------------------------------------------------------------
+
+    def begin_search(self, now: float) -> None:
+        """Note that a search was ordered."""
+        self._searching_since = now
+
+    def end_search(self, offers: Iterable[Offer] | None, now: float) -> None:
+        """Take over what the search found; None: it failed."""
+        self._searching_since = float("-inf")
+        if offers is not None:
+            self._offers, self._offers_at = tuple(sorted(offers, key=self._rank)), now
+
+    def _rank(self, offer: Offer) -> tuple[float, int]:
+        """Return dollars per work: the price over the throughput expected of that GPU."""
+        return offer.dph_total / self._profile.throughput_on(offer.gpu_name, offer.num_gpus), offer.id
+
+    def take(self, offer: Offer) -> None:
+        """Take an offer out of the market."""
+        self._offers = tuple(other for other in self._offers if other.id != offer.id)
+
+    def note_offer_gone(self, now: float) -> None:
+        """Let the market be searched again before the next create: another customer took an offer."""
+        self._offers_at = min(self._offers_at, now - self._deadlines.offers_s - 1.0)
+
+    # -- what became of creates ------------------------------------------------------------------------
+
+    def note_create_failed(self, now: float) -> None:
+        """Count a create that failed; those ordered together count once: it is the same trouble."""
+        if now < self._no_create_before:
+            return
+        self._failed_creates += 1
+        rest_s = self._deadlines.create_rest_s * 2 ** min(self._failed_creates - 1, 10)
+        self._no_create_before = now + min(LONGEST_REST_S, rest_s)
+        self.note_offer_gone(now)
+
+    def note_create_worked(self) -> None:
+        """Note that a rented machine became hot."""
+        self._failed_creates = 0
+
+    def avoid(self, machine_id: int, now: float) -> float:
+        """Rent that machine no more for a while; return until when."""
+        until = self.bad_machines[machine_id] = now + self._deadlines.bad_machine_s
+        return until
+
+    def restore(self, bad_machines: Mapping[int, float]) -> None:
+        """Take over the machines that failed before a restart."""
+        self.bad_machines.update(bad_machines)

@@ -1,0 +1,219 @@
+"""The decision: which commands bring the fleet to what the policy wants.
+
+    Situation ─► policy.targets(snapshot) ─► clamped to the hard limits ─► commands
+                                                │
+                  1. what follows from earlier orders: repeated, drains that ended, failed ones destroyed
+                  2. hot:   take drains back, start cold ones  |  stop what is coming, drain the dearest
+                  3. total: rent the cheapest for its work     |  destroy stopped ones, the dearest first
+
+`decide` is a pure function of a Situation, which is plain data: a pickled one replays the decision.
+
+- Every order that costs more passes `LimitGuard` (fleet/limits.py).
+- Nothing with requests is stopped here before its drain has ended (fleet/drain.py).
+- On a listing that is not believed nothing is decided.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from fleet.commands import Command, Create, Destroy, Drain, LookForOffers, Start, Stop, Undrain
+from fleet.deadlines import Deadlines
+from fleet.drain import drain_order, end_of_drain
+from fleet.instance import Instance
+from fleet.journal import Decision
+from fleet.limits import Commitment, LimitGuard, Limits
+from fleet.market import MarketSnapshot
+from fleet.states import GIVEN_UP, State
+from policies import FleetSnapshot, Policy
+
+NOT_BELIEVED = "the listing failed or is not believed: nothing decided"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that a decision depends on. The instances are the live ones: they are read, never written.
+
+    believed: the listing is. drained: labels of those whose drain has ended. manage: whether anything new may
+    be ordered.
+    """
+
+    now: float
+    believed: bool
+    snapshot: FleetSnapshot
+    instances: Collection[Instance]
+    drained: frozenset[str]
+    market: MarketSnapshot
+    committed: Commitment
+    limits: Limits
+    deadlines: Deadlines
+    manage: bool
+
+
+def decide(situation: Situation, policy: Policy) -> Decision:
+    """Return what to ask of the cloud so that capacity meets demand; change nothing."""
+    if not situation.believed:
+        return Decision(situation.now, None, None, (), (NOT_BELIEVED,))
+    return Planner(situation).decide(policy)
+
+
+class Planner:
+    """Puts one decision together."""
+
+    def __init__(self, situation: Situation) -> None:
+        """Begin with nothing ordered."""
+        self._situation = situation
+        self._now, self._deadlines = situation.now, situation.deadlines
+        self._by_state: dict[State, list[Instance]] = {state: [] for state in State}
+        for i in situation.instances:
+            self._by_state[i.state].append(i)
+        self._notes: list[str] = []
+        self._clamped: list[str] = []
+        self._commands: list[Command] = []
+        self._guard = LimitGuard(situation.limits, situation.committed, self._notes)
+
+    def decide(self, policy: Policy) -> Decision:
+        """Return the decision that leads to what the policy wants."""
+        snapshot = self._situation.snapshot
+        targets = policy.targets(snapshot)
+        hot = self._clamp("hot", targets.hot)
+        total = max(hot, self._clamp("total", targets.total))
+        self._commands += self._follow_up()
+        if self._situation.manage:
+            self._reach_hot(hot)
+            self._reach_total(total)
+        return Decision(
+            self._now, snapshot, targets, tuple(self._commands), tuple(self._notes), tuple(self._clamped)
+        )
+
+    def _clamp(self, what: str, wanted: int) -> int:
+        """Return the wanted number inside 0 … max_instances, and note when it was not."""
+        kept = max(0, min(wanted, self._situation.limits.max_instances))
+        if kept != wanted:
+            self._clamped.append(what)
+            self._notes.append(f"the policy wanted {wanted} {what}: clamped to {kept}")
+        return kept
+
+    # -- 1. what follows from earlier orders -----------------------------------------------------------
+
+    def _follow_up(self) -> Iterator[Command]:
+        """Give the orders that follow from earlier ones, whatever the policy says."""
+        repeat_s = self._deadlines.repeat_s
+        for i in self._situation.instances:
+            if i.id is None:
+                continue
+            if i.state is State.FAILED and self._situation.manage:
+                yield Destroy(i.label, i.id, i.why)
+            elif i.state is State.DESTROYING and i.orders.unheeded(repeat_s, self._now):
+                yield Destroy(i.label, i.id, "still listed")
+            elif i.state is State.STOPPING and i.orders.unheeded(repeat_s, self._now):
+                yield Stop(i.label, i.id, "not stopped yet")
+            elif i.state is State.DRAINING:
+                drained = i.label in self._situation.drained
+                if stop := end_of_drain(i, i.id, drained, self._deadlines, self._now):
+                    yield stop
+
+    # -- 2. hot ----------------------------------------------------------------------------------------
+
+    def _reach_hot(self, wanted: int) -> None:
+        running = self._by_state[State.RUNNING]
+        coming = [*self._by_state[State.STARTING], *(i for i in running if i.is_coming)]
+        missing = wanted - len(self._by_state[State.HOT]) - len(coming)
+        if missing > 0:
+            self._start(self._undrain(missing))
+        else:
+            self._drain(self._cancel(-missing, coming))
+        stopped = self._labels(Stop)
+        for i in self._by_state[State.STARTING]:
+            lost = i.intended == "stopped" and i.orders.unheeded(self._deadlines.repeat_s, self._now)
+            if lost and i.id is not None and i.label not in stopped:
+                why = "the cloud does not mean it to run: asked again"
+                self._commands.append(Start(i.label, i.id, why))
+
+    def _undrain(self, missing: int) -> int:
+        """Take drains back, the cheapest first; return how many are still missing."""
+        stopped = self._labels(Stop)
+        for i in sorted(self._by_state[State.DRAINING], key=_cheapest_first):
+            if missing > 0 and i.id is not None and i.label not in stopped:
+                self._commands.append(Undrain(i.label, i.id, "needed again"))
+                missing -= 1
+        return missing
+
+    def _start(self, missing: int) -> None:
+        """Start cold ones: those whose start failed last behind the others, then the cheapest first."""
+        for i in sorted(self._by_state[State.COLD], key=_likeliest_first):
+            if missing <= 0:
+                break
+            # An earlier order that is still to be sent would follow the start.
+            if i.id is None or i.orders.out or self._now < i.boot.no_start_before or i.lost_since is not None:
+                continue
+            if self._guard.admit_start(i.running_usd_h - i.stopped_usd_h):
+                self._commands.append(Start(i.label, i.id, f"{missing} more wanted hot"))
+                missing -= 1
+
+    def _cancel(self, surplus: int, coming: list[Instance]) -> int:
+        """Stop what is still coming, the newest first; return how many are still too many."""
+        for i in sorted(coming, key=lambda i: -i.since):
+            if surplus > 0 and i.id is not None and not i.boot.maybe_busy:
+                self._commands.append(Stop(i.label, i.id, "no longer needed"))
+                surplus -= 1
+        return surplus
+
+    def _drain(self, surplus: int) -> None:
+        for i in drain_order(self._by_state[State.HOT]):
+            if surplus > 0 and i.id is not None:
+                why = "not needed; the worst price for its throughput"
+                self._commands.append(Drain(i.label, i.id, why))
+                surplus -= 1
+
+    # -- 3. total --------------------------------------------------------------------------------------
+
+    def _reach_total(self, wanted: int) -> None:
+        missing = wanted - sum(len(found) for s, found in self._by_state.items() if s not in GIVEN_UP)
+        if missing > 0:
+            self._create(missing)
+        elif missing < 0:
+            started = self._labels(Start)
+            spare = [i for i in self._by_state[State.COLD] if i.label not in started]
+            spare.sort(key=lambda i: (i.loaded, -i.usd_per_work, i.label))
+            for i in spare[:-missing]:
+                if i.id is not None:
+                    self._commands.append(Destroy(i.label, i.id, "more stopped instances than wanted"))
+
+    def _create(self, missing: int) -> None:
+        """Rent the cheapest for their work; search the market first where the offers are too old."""
+        market, why = self._situation.market, f"{missing} more wanted in all"
+        if market.resting:
+            self._notes.append(f"{market.failed_creates} creates in a row failed: none for a while")
+        elif market.fresh:
+            self._take_offers(min(missing, self._situation.limits.max_creates_per_turn), why)
+        elif market.searching:
+            self._notes.append("looking at the market")
+        else:
+            self._commands.append(LookForOffers(why))
+
+    def _take_offers(self, most: int, why: str) -> None:
+        failed = {i.machine_id for i in self._by_state[State.FAILED]}
+        taken: set[int] = set()
+        for offer in self._situation.market.offers:
+            if len(taken) >= most:
+                break
+            if offer.machine_id in failed or offer.id in taken:
+                continue
+            if self._guard.admit_create(offer.dph_total):
+                self._commands.append(Create(offer, why))
+                taken.add(offer.id)
+        if not taken and not self._notes:
+            self._notes.append("no suitable offer on the market")
+
+    def _labels(self, kind: type[Start] | type[Stop]) -> set[str]:
+        """Return the labels of the instances that are started, or stopped, by the commands so far."""
+        return {c.label for c in self._commands if isinstance(c, kind)}
+
+
+def _cheapest_first(i: Instance) -> tuple[float, str]:
+    return i.usd_per_work, i.label
+
+
+def _likeliest_first(i: Instance) -> tuple[int, float, str]:
+    """Sort by how often it could not be started since it was last hot, then by price per throughput."""
+    return i.boot.failed_starts + i.boot.refused_starts, i.usd_per_work, i.label
