@@ -109,7 +109,7 @@ KV_SHARE = 0.96
 """Of its memory an instance is given requests until those there will need so much together, by what is
 expected of their lengths: one that runs full puts requests back and reads their prompts again. By what they
 hold now first tokens came 1.6 times later at 95 % load on unequal machines; 0.90 and 1.0 are worse, too
-(bench/dispatch.py)."""
+(bench/dispatch)."""
 
 BEST_FEW = 8
 """So many, the best by the work they have, are predicted in full: of 32 servers 8 are enough (+2 %)."""
@@ -172,7 +172,7 @@ PUSH_INTERVAL_S = 0.1
 
 PUSH_SOON_S = 0.02
 """The same where other loadbalancers give requests, too: what they gave is known only from there. With 0.1 s
-first tokens came 7 % later (equal machines at 80 %, four loadbalancers; bench/dispatch.py)."""
+first tokens came 7 % later (equal machines at 80 %, four loadbalancers; bench/dispatch)."""
 
 SWEEP, POLL_FEW = 10, 4
 """Calls of polls in which every instance is looked at, 0.2 s, and reports asked for in one call."""

@@ -6,38 +6,37 @@ Real sockets on loopback: a second process has the machines, each with an auth_s
 its own, and an ssh server (paramiko) that answers as the log of a loaded model does. Those that hang accept
 connections and never answer: some at ssh, some at the auth_server, some at the model server. They are
 checked by the autoscaler's own `HealthChecker`, log included, all at once: first the healthy ones alone, then
-all together. Those that hang take a whole timeout; nobody else may be delayed by them.
+all together. Those that hang take a whole timeout; no other may be delayed by them.
 """
 
 import argparse
 import asyncio
 import json
-import os
-import platform
 import signal
 import socket
 import statistics
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import paramiko
 
+from bench.children import child, said
+from bench.command import add_counts, bench_parser, machine, write_json
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.health_checker import HealthChecker
 from fleet.outside.ssh_log import SshLog
 from fleet.states import State
+from fleet_client.flags import run_main
 from instance_client import InstanceClient
 
-ROOT = Path(__file__).parent.parent
 SLACK_S = 0.5
-"""What a loaded machine may need to notice that a timeout has passed."""
+"""Seconds a loaded machine may need to notice that a timeout has passed."""
 
 HANGS_AT = ("ssh", "auth", "model")
 
@@ -46,18 +45,18 @@ HANGS_AT = ("ssh", "auth", "model")
 
 
 class Session(paramiko.ServerInterface):
-    """Lets everybody in and answers every command as a loaded model's log would."""
+    """Lets every client in and answers every command as a loaded model's log would."""
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:  # noqa: ARG002
-        """Yes."""
+        """Accept."""
         return paramiko.common.AUTH_SUCCESSFUL
 
     def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
-        """Keys."""
+        """Say: by key."""
         return "publickey"
 
     def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
-        """Yes."""
+        """Accept."""
         return paramiko.common.OPEN_SUCCEEDED
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:  # noqa: ARG002
@@ -115,7 +114,7 @@ async def run_machines(count: int, hanging: int) -> None:
     """Serve until killed; the ports of each go to stdout as JSON."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     threading.Thread(target=serve_ssh, args=(listener, paramiko.ECDSAKey.generate()), daemon=True).start()
-    silent = socket.create_server(("127.0.0.1", 0), backlog=1024)  # the kernel accepts, nobody answers
+    silent = socket.create_server(("127.0.0.1", 0), backlog=1024)  # the kernel accepts, nothing answers
     never = silent.getsockname()[1]
     machines: list[dict[str, int]] = []
     servers = []
@@ -133,33 +132,29 @@ async def run_machines(count: int, hanging: int) -> None:
 
 @contextmanager
 def machines(count: int, hanging: int) -> Iterator[list[HealthCheckOrder]]:
-    """So many machines, the first of which hang, as orders to check them."""
-    argv = [sys.executable, "-m", "bench.checks", "--machines", str(count), str(hanging)]
-    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            told: list[dict[str, int]] = json.loads(process.stdout.readline())
-            yield [
-                HealthCheckOrder(
-                    label=f"fleet/{n}",
-                    id=n,
-                    state=State.RUNNING,
-                    ssh=("127.0.0.1", ports["ssh"]),
-                    auth_url=f"http://127.0.0.1:{ports['auth']}",
-                    address=f"http://127.0.0.1:{ports['model']}",
-                    read_log=True,
-                )
-                for n, ports in enumerate(told)
-            ]
-        finally:
-            process.kill()
+    """Run so many machines, the first of which hang; gives the orders to check them."""
+    command = [sys.executable, "-m", "bench.checks", "--machines", str(count), str(hanging)]
+    with tempfile.TemporaryDirectory() as directory, child(command, Path(directory, "log")) as process:
+        told: list[dict[str, int]] = json.loads(said("the machines", process, r"^(\[.*\])\n"))
+        yield [
+            HealthCheckOrder(
+                label=f"fleet/{n}",
+                id=n,
+                state=State.RUNNING,
+                ssh=("127.0.0.1", ports["ssh"]),
+                auth_url=f"http://127.0.0.1:{ports['auth']}",
+                address=f"http://127.0.0.1:{ports['model']}",
+                read_log=True,
+            )
+            for n, ports in enumerate(told)
+        ]
 
 
 # -- the checks -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Round:
+class CheckRound:
     """Seconds: of all checks together, and of those that passed."""
 
     machines: int
@@ -170,7 +165,7 @@ class Round:
     passed_worst_s: float
 
 
-async def check_all(orders: list[HealthCheckOrder], hanging: int, timeout_s: float) -> Round:
+async def check_all(orders: list[HealthCheckOrder], hanging: int, timeout_s: float) -> CheckRound:
     """Check all of them at once, as the autoscaler does."""
     known: dict[str, str] = {}
     took: dict[str, float] = {}
@@ -193,7 +188,7 @@ async def check_all(orders: list[HealthCheckOrder], hanging: int, timeout_s: flo
         found = await asyncio.gather(*(one(order) for order in orders))
     all_s = time.perf_counter() - begun
     passed = [took[c.label] for c in found if c.verdict is Verdict.PASSED]
-    return Round(
+    return CheckRound(
         len(orders),
         hanging,
         len(passed),
@@ -203,8 +198,8 @@ async def check_all(orders: list[HealthCheckOrder], hanging: int, timeout_s: flo
     )
 
 
-def measure(count: int, hanging: int, timeout_s: float) -> tuple[Round, Round]:
-    """The healthy ones alone, then all."""
+def measure(count: int, hanging: int, timeout_s: float) -> tuple[CheckRound, CheckRound]:
+    """Check the healthy ones alone, then all."""
     with machines(count, hanging) as orders:
         alone = asyncio.run(check_all(orders[hanging:], 0, timeout_s))
         together = asyncio.run(check_all(orders, hanging, timeout_s))
@@ -213,10 +208,8 @@ def measure(count: int, hanging: int, timeout_s: float) -> tuple[Round, Round]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write JSON."""
-    parser = argparse.ArgumentParser(prog="bench.checks", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--instances", type=int, default=50, metavar="N", help="in all (default 50)")
-    parser.add_argument("--hanging", type=int, default=10, metavar="N", help="that hang (default 10)")
+    parser = bench_parser("checks", __doc__)
+    add_counts(parser, ("--instances", 50, "in all"), ("--hanging", 10, "that hang"))
     parser.add_argument(
         "--timeout-s", type=float, default=5.0, metavar="S", help="seconds of one check (default 5)"
     )
@@ -237,21 +230,17 @@ def main(argv: list[str] | None = None) -> None:
         )
     within = rounds[1].all_s <= args.timeout_s + SLACK_S
     print(f"one check timeout: {args.timeout_s:g} s; all done within it: {'yes' if within else 'no'}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result: dict[str, Any] = {
-            "machine": {
-                "platform": platform.platform(),
-                "python": platform.python_version(),
-                "cores": os.cpu_count(),
-            },
+    write_json(
+        args.json,
+        {
+            "machine": machine(),
             "timeout_s": args.timeout_s,
             "within_one_timeout": within,
             "alone": asdict(rounds[0]),
             "together": asdict(rounds[1]),
-        }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        },
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.children import ROOT
+from bench.command import add_counts, bench_parser, write_json
 from engine.profiles import get_profile
 from fleet.limits import Limits
-from fleet_client.flags import Parser, run_main, within
+from fleet_client.flags import run_main, within
 from localcloud.machines import MACHINES
 from localcloud.rental import Times
 from policies import POLICIES, make_policy
@@ -31,8 +33,6 @@ from simulation.live.local_stack import StackConfig
 from simulation.traces.logs import Request, read
 from simulation.virtual.setting import Setting
 from simulation.virtual.virtual_fleet import simulate
-
-ROOT = Path(__file__).parent.parent
 
 SPEEDUP = 20.0
 POOL = 4
@@ -59,7 +59,7 @@ class Figures:
 
 
 def trace(seed: int) -> list[Request]:
-    """The requests, in order of time."""
+    """Return the requests, in order of time."""
     rng = random.Random(seed)
     found, at = [], 0.0
     for n, rate in enumerate(RATES):
@@ -76,7 +76,7 @@ def trace(seed: int) -> list[Request]:
 
 
 def live(path: Path, seed: int, speedup: float) -> Figures:
-    """`sim.py --local` with that trace."""
+    """Run `sim.py --local` with that trace."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "live.json"
         command = [sys.executable, "sim.py", "--local", "--quiet", "--trace", str(path), "--json", str(out)]
@@ -94,7 +94,7 @@ def live(path: Path, seed: int, speedup: float) -> Figures:
 
 
 def virtual(path: Path, seed: int, speedup: float) -> Figures:
-    """The same in virtual time: the same market, times, policy, limits and clock of the autoscaler."""
+    """Run the same in virtual time, with the same market, times, policy, limits and autoscaler's clock."""
     stack = StackConfig()
     setting = Setting(
         profile=get_profile("vllm-13"),
@@ -121,7 +121,7 @@ def virtual(path: Path, seed: int, speedup: float) -> Figures:
 
 
 def median(figures: Sequence[Figures]) -> Figures:
-    """Each figure's median."""
+    """Return each figure's median."""
     return Figures(
         *(statistics.median(getattr(f, name) for f in figures) for name in Figures.__dataclass_fields__)
     )
@@ -129,12 +129,11 @@ def median(figures: Sequence[Figures]) -> Figures:
 
 def main() -> None:
     """Run both and print the table."""
-    parser = Parser(prog="bench.fidelity", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of each (default %(default)d)")
+    parser = bench_parser("fidelity", __doc__)
+    add_counts(parser, ("--runs", 3, "of each"))
     parser.add_argument(
         "--speedup", type=float, default=SPEEDUP, metavar="X", help="of the cloud (default %(default)g)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there (default: none)")
     args = parser.parse_args()
     logging.getLogger("autoscaler").setLevel(logging.ERROR)
     within("--runs", args.runs, 1, 100)
@@ -159,10 +158,7 @@ def main() -> None:
         allowed = f"{TARGETS[name]:.0%}" if name in TARGETS else "none"
         difference = f"{y / x - 1:+.1%}" if name in TARGETS else f"{y - x:+g}"
         print(f"{name:12}{x:>10.4g}{y:>10.4g}{difference:>12}{allowed:>10}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        shown = {kind: [vars(f) for f in figures] for kind, figures in found.items()}
-        args.json.write_text(json.dumps(shown, indent=1) + "\n")
+    write_json(args.json, {kind: [vars(f) for f in figures] for kind, figures in found.items()})
 
 
 if __name__ == "__main__":

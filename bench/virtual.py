@@ -8,11 +8,9 @@ policies   on the logs of an hour at about 3 instances: ours, tuned by replay on
            peers with their knob chosen in hindsight, all with the real loadbalancer and autoscaler
 """
 
-import json
 import logging
 import random
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers import PEERS, runs
-from bench.policies import GPUS, START_SHARE, TRACES, read_log
+from bench.command import add_traces, bench_parser, names_in, write_json
+from bench.policies.cases import GPUS, START_SHARE, TRACES, read_log
+from bench.policies.peers.registry import PEERS, runs
 from engine.profiles import get_profile
 from engine.slo import Slo
 from engine.timing import timing_for
 from fleet.limits import Limits
-from fleet_client.flags import Parser, run_main
+from fleet_client.flags import run_main
 from localcloud.machines import Machine
 from policies import Fixed, FleetSnapshot, Objective, Policy, Targets
-from process.errors import ConfigError
 from simulation.traces import logs
 from simulation.traces.logs import Request
 from simulation.virtual.capacity import capacity_of
@@ -45,10 +43,10 @@ GOAL = 0.99
 NEED = 3.0
 PEER_NAMES = ("fixed / own", "vast / own", "dynamo-kalman / with pool")
 KNOBS = 5
-"""Of a sweep that are tried, evenly over it."""
+"""Knobs of a sweep that are tried, evenly over it."""
 
 
-class Ticked:
+class PeerAtInterval:
     """A peer that is asked at its own interval; between, its last answer stands."""
 
     def __init__(self, peer: Any) -> None:
@@ -59,19 +57,19 @@ class Ticked:
         self.memory_s = peer.memory_s
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """The peer's."""
+        """Return the peer's targets."""
         if seen.now >= self._next:
             self._next = seen.now + self._peer.tick_s
             self._said = self._peer.targets(seen)
         return self._said
 
-    def scaled(self, speedup: float) -> "Ticked":
-        """The same with its times divided."""
-        return Ticked(self._peer.scaled(speedup))
+    def scaled(self, speedup: float) -> "PeerAtInterval":
+        """Return the same with its times divided."""
+        return PeerAtInterval(self._peer.scaled(speedup))
 
 
 def setting(profile_name: str, **changes: Any) -> Setting:
-    """A market of one kind of machine, as the comparison in the fluid model has it."""
+    """Return a market of one kind of machine, as the comparison in the fluid model has it."""
     gpu, count, usd_h = GPUS[profile_name]
     profile = get_profile(profile_name)
     machines = [
@@ -91,7 +89,7 @@ def setting(profile_name: str, **changes: Any) -> Setting:
 
 
 def poisson(rate: float, count: int) -> Iterator[Request]:
-    """Arrivals of the usual lengths. Drawn by the thousand: one by one it would take 3 µs a request."""
+    """Yield arrivals of the usual lengths. Drawn by the thousand: one by one it would take 3 µs a request."""
     rng = np.random.default_rng(1)
     at = 0.0
     for drawn in range(0, count, 1000):
@@ -105,12 +103,12 @@ def poisson(rate: float, count: int) -> Iterator[Request]:
 
 
 def memory_mb() -> float:
-    """The most that this process has had."""
+    """Return the most memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0
 
 
 def speed(directory: Path) -> dict[str, Any]:
-    """Both runs; prints a line each."""
+    """Measure both runs; print a line each."""
     found: dict[str, Any] = {}
     instances, rate = 50, 300.0
     half_mb = 0.0
@@ -147,7 +145,7 @@ def speed(directory: Path) -> dict[str, Any]:
 
 
 def scored(out: Outcome) -> dict[str, float]:
-    """What is compared."""
+    """Return what is compared."""
     waits = out.late_wait.spread()
     return {
         "usd": out.costs.total,
@@ -158,7 +156,7 @@ def scored(out: Outcome) -> dict[str, float]:
 
 
 def compare(directory: Path, name: str, lane: bool) -> dict[str, Any]:
-    """All policies on one log, in one discipline."""
+    """Run all policies on one log, in one discipline."""
     log = read_log(directory / TRACES[name], 3.0 if name == "mooncake" else 0.0)
     profile = get_profile("vllm-13")
     gpu, count, _ = GPUS["vllm-13"]
@@ -186,14 +184,14 @@ def compare(directory: Path, name: str, lane: bool) -> dict[str, Any]:
         points = []
         for knob in knobs[:: max(1, len(knobs) // KNOBS)]:
             make: Callable[[], Any] = dict(runs(peer, partial(peer.at, knob)))[actuator]
-            points.append({"knob": knob, **play(Ticked(make()))})
+            points.append({"knob": knob, **play(PeerAtInterval(make()))})
         kept = [p for p in points if p["misses"] <= 1.0 - GOAL]
         found["peers"][line] = {"points": points, "best": min(kept, key=lambda p: p["usd"], default=None)}
     return found
 
 
 def policies(directory: Path) -> dict[str, Any]:
-    """Every log and discipline; prints a table."""
+    """Run every log and discipline; print a table."""
     found: dict[str, Any] = {}
     for name in ("code", "conv", "mooncake"):
         for lane in (False, True):
@@ -216,26 +214,15 @@ def policies(directory: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Both parts."""
-    parser = Parser(prog="bench.virtual", description=(__doc__ or "").split("\n")[0])
-    usual = Path(__file__).parent.parent.parent / "shared" / "traces"
-    parser.add_argument(
-        "--traces", type=Path, default=usual, metavar="DIR", help="the logs (default %(default)s)"
-    )
+    """Run both parts."""
+    parser = bench_parser("virtual", __doc__)
+    add_traces(parser)
     parser.add_argument("--part", default="speed,policies", metavar="NAME,…", help="(default %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there (default: none)")
     args = parser.parse_args()
     logging.getLogger("autoscaler").setLevel(logging.ERROR)
     parts = {"speed": speed, "policies": policies}
-    found = {}
-    for part in args.part.split(","):
-        if part not in parts:
-            raise ConfigError(f"--part {part!r}: known are {', '.join(parts)}")
-        found[part] = parts[part](args.traces)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(args.json, {part: parts[part](args.traces) for part in names_in("--part", args.part, parts)})
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

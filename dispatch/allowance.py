@@ -19,7 +19,7 @@ from dispatch.types import Lease
 
 MOST_UNUSED = 100_000
 """Half of the unfinished leases there may be in all. An honest client has fewer: it is given 50,000 a second
-at most (bench/route.py), and their starts are known after a second; or 10,000 a second by a fleet so large
+at most (bench/route), and their starts are known after a second; or 10,000 a second by a fleet so large
 that each instance is asked for its report only every 10 s."""
 
 SHARE = 0.5

@@ -26,7 +26,7 @@ READING_S = 1.0
 STOCK_LEAST, STOCK_MOST = 400, 2000
 """Tokens kept for an instance, and a bound. An idle one has enough for a burst and for a while of use: with
 64 a thousand that begin to be used together were refilled twice in their first seconds, which took a sixth
-of the rate (bench/route.py, 2026-11). 400 are 40 kB."""
+of the rate (bench/route, 2026-11). 400 are 40 kB."""
 
 
 class Instance:

@@ -48,7 +48,7 @@ NEVER_S = 1e9
 
 BEHIND_S, MOST_BEHIND = 3.0, 8.0
 """Seconds and number of later requests whose delay counts in the price: with 64 nothing is better (4 seeds of
-conv, bench/dispatch.py), and a choice takes half as long again."""
+conv, bench/dispatch), and a choice takes half as long again."""
 
 
 def constants(t: Timing) -> Floats:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 SOURCES = (
     "process/compiled.py",
-    "bench/floor.py",
+    "bench/policies/floor.py",
     "dispatch/*.py",
     "engine/*.py",
     "policies/*.py",

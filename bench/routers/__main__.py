@@ -24,9 +24,6 @@ Ways alternate within each round. A level's figures are medians of the rounds.
 
 import asyncio
 import contextlib
-import json
-import os
-import platform
 import random
 import signal
 import ssl
@@ -40,23 +37,25 @@ from pathlib import Path
 
 import uvloop
 
+from bench import children
+from bench.command import add_counts, bench_parser, machine, write_json
 from bench.routers import figures, processes
 from bench.routers.backend import EVENT, LAST_EVENT
-from bench.routers.figures import AHEAD, AHEAD_TLS, ASKED, DIRECT, Cell
+from bench.routers.figures import AHEAD, AHEAD_TLS, ASKED, DIRECT, WayRound
 from bench.routers.load import (
     TOKENS,
-    Client,
     Failed,
-    Heard,
     Kept,
     Leased,
+    LoadClient,
+    LoadResult,
     completion,
     flat_out,
     gives_batches,
     paced,
 )
-from bench.routers.processes import ROUTERS, Engine
-from fleet_client.flags import Parser, run_main, within
+from bench.routers.processes import ROUTERS, StandInEngine
+from fleet_client.flags import run_main, within
 from fleet_client.listening import allow_many_files
 from fleet_client.tls_pins import pinned_context
 from process.errors import ConfigError
@@ -99,7 +98,7 @@ class Way:
     """One way to the engines. pids: on the router's core; beside: what counts as router elsewhere."""
 
     name: str
-    client: Callable[[], Client]
+    client: Callable[[], LoadClient]
     pids: tuple[int, ...] = ()
     beside: tuple[int, ...] = ()
 
@@ -107,22 +106,22 @@ class Way:
 class Meter:
     """Processor seconds since its making: of router, of what is beside it, of engines, of this process."""
 
-    def __init__(self, way: Way, engines: Sequence[Engine]) -> None:
+    def __init__(self, way: Way, engines: Sequence[StandInEngine]) -> None:
         """Begin now."""
         self._groups = (way.pids, way.beside, tuple(e.pids[0] for e in engines))
         self._begun = self._read()
 
     def _read(self) -> list[float]:
-        groups = [processes.cpu_s(pids) if pids else 0.0 for pids in self._groups]
+        groups = [children.tree_cpu_s(pids) if pids else 0.0 for pids in self._groups]
         return [time.perf_counter(), *groups, time.process_time()]
 
-    def cell(self, heard: Heard, requests: float, first_s: Sequence[float] = ()) -> Cell:
+    def cell(self, heard: LoadResult, requests: float, first_s: Sequence[float] = ()) -> WayRound:
         """What was heard since then. requests: that the work was worth."""
         seconds, router, beside, engines, client = (
             now - before for now, before in zip(self._read(), self._begun, strict=True)
         )
         each = 1e3 / requests if requests else 0.0  # none ended: the rate says so
-        return Cell(
+        return WayRound(
             ended=heard.ended,
             cut=heard.cut,
             failed=heard.failed,
@@ -138,7 +137,7 @@ class Meter:
         )
 
 
-async def at_level(way: Way, level: Level, engines: Sequence[Engine]) -> Cell:
+async def at_level(way: Way, level: Level, engines: Sequence[StandInEngine]) -> WayRound:
     """One round of streams."""
     client = way.client()
     meter = Meter(way, engines)
@@ -149,9 +148,9 @@ async def at_level(way: Way, level: Level, engines: Sequence[Engine]) -> Cell:
     return cell
 
 
-async def at_full_rate(way: Way, seconds: float, engines: Sequence[Engine]) -> Cell:
+async def at_full_rate(way: Way, seconds: float, engines: Sequence[StandInEngine]) -> WayRound:
     """One round of requests of one token, as fast as they go."""
-    client, heard, over = way.client(), Heard(), asyncio.Event()
+    client, heard, over = way.client(), LoadResult(), asyncio.Event()
     with contextlib.suppress(Failed, TimeoutError):  # one that was saturated may still be at what was cut off
         async with asyncio.timeout(LIMIT_S):
             await client.send(0, completion(0, 1, 0.0, stream=False))
@@ -172,7 +171,7 @@ async def idle_shares(ways: Sequence[Way], seconds: float) -> dict[str, float]:
     """Shares of a core that each way's own processes take while nothing is asked of anybody."""
 
     def used() -> list[float]:
-        return [processes.cpu_s(way.pids + way.beside) if way.pids else 0.0 for way in ways]
+        return [children.tree_cpu_s(way.pids + way.beside) if way.pids else 0.0 for way in ways]
 
     begun, before = time.perf_counter(), used()
     await asyncio.sleep(seconds)
@@ -229,7 +228,7 @@ def check_alone_ms(requests: int = 40, rounds: int = 5) -> float:
 
 
 @dataclass(frozen=True)
-class Config:
+class RoutersConfig:
     """What is measured. venv: the routers'; ways: None for all."""
 
     venv: Path
@@ -243,7 +242,7 @@ class Config:
         return self.ways is None or name in self.ways or name == DIRECT
 
 
-def ours(engines: Sequence[Engine], loadbalancer_pid: int, port: int, *, batches: bool) -> list[Way]:
+def ours(engines: Sequence[StandInEngine], loadbalancer_pid: int, port: int, *, batches: bool) -> list[Way]:
     """Ours, in its three forms. port: the loadbalancer's; batches: whether it gives them."""
 
     def way(name: str, ahead: int, kind: str, context: ssl.SSLContext | None) -> Way:
@@ -271,13 +270,13 @@ class Found:
     idle: shares of a core with nothing to do. batches: whether leases ahead came in batches.
     """
 
-    by_level: list[dict[str, list[Cell]]]
-    rates: dict[str, list[Cell]]
+    by_level: list[dict[str, list[WayRound]]]
+    rates: dict[str, list[WayRound]]
     idle: dict[str, float]
     batches: bool
 
 
-async def measure(config: Config, directory: Path) -> Found:
+async def measure(config: RoutersConfig, directory: Path) -> Found:
     """Everything runs, is measured, and has ended; SIGTERM cancels it, and then all has ended, too."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     if task is not None:
@@ -288,18 +287,18 @@ async def measure(config: Config, directory: Path) -> Found:
         ways = [Way(DIRECT, partial(Kept, plain))]
         wanted = [router for router in ROUTERS if config.wants(router.name)]
         started = [stack.enter_context(processes.running(r, config.venv, plain, directory)) for r in wanted]
-        autoscaler = await loop.create_server(lambda: processes.HotSet(engines), "127.0.0.1", 0)
+        autoscaler = await loop.create_server(lambda: processes.HotSetStub(engines), "127.0.0.1", 0)
         hot_port = autoscaler.sockets[0].getsockname()[1]
         balancer, port = stack.enter_context(processes.our_loadbalancer(directory, hot_port))
-        await processes.until("our loadbalancer", balancer, partial(processes.stocked, port, len(engines)))
+        await children.until("our loadbalancer", balancer, partial(processes.stocked, port, len(engines)))
         for router, (it, router_port) in zip(wanted, started, strict=True):
-            await processes.until(router.name, it, partial(processes.answers, router_port))
+            await children.until(router.name, it, partial(processes.answers, router_port))
             ways.append(Way(router.name, partial(Kept, [router_port]), (it.pid,)))
             if router.name == "sglang-router" and config.wants(USUAL_ACKS):
                 ways.append(Way(USUAL_ACKS, partial(Kept, [router_port], quick_ack=False), (it.pid,)))
         batches = await gives_batches(port)
         ways += [way for way in ours(engines, balancer.pid, port, batches=batches) if config.wants(way.name)]
-        with processes.on_core(-1):
+        with children.on_core(-1):
             idle = await idle_shares(ways, IDLE_S)
             by_level, rates = await _rounds(config, ways, engines)
         autoscaler.close()
@@ -307,10 +306,10 @@ async def measure(config: Config, directory: Path) -> Found:
 
 
 async def _rounds(
-    config: Config, ways: Sequence[Way], engines: Sequence[Engine]
-) -> tuple[list[dict[str, list[Cell]]], dict[str, list[Cell]]]:
-    by_level: list[dict[str, list[Cell]]] = [{way.name: [] for way in ways} for _ in config.levels]
-    rates: dict[str, list[Cell]] = {way.name: [] for way in ways}
+    config: RoutersConfig, ways: Sequence[Way], engines: Sequence[StandInEngine]
+) -> tuple[list[dict[str, list[WayRound]]], dict[str, list[WayRound]]]:
+    by_level: list[dict[str, list[WayRound]]] = [{way.name: [] for way in ways} for _ in config.levels]
+    rates: dict[str, list[WayRound]] = {way.name: [] for way in ways}
     for n in range(config.rounds):
         order = list(ways)
         random.Random(n).shuffle(order)
@@ -326,7 +325,7 @@ async def _rounds(
     return by_level, rates
 
 
-def _say(what: str, way: Way, cell: Cell) -> None:
+def _say(what: str, way: Way, cell: WayRound) -> None:
     failed = f"  {cell.failed} failed: {cell.why[:100]}" if cell.failed else ""
     print(
         f"{what}  {way.name}: {cell.seconds:.1f} s, p50 {cell.p50_ms:.2f} ms, p99 {cell.p99_ms:.2f} ms, "
@@ -336,11 +335,10 @@ def _say(what: str, way: Way, cell: Cell) -> None:
     )
 
 
-def _parsed(argv: Sequence[str] | None) -> tuple[Config, Path | None, Path | None]:
-    parser = Parser(prog="bench.routers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of everything (default 3)")
+def _parsed(argv: Sequence[str] | None) -> tuple[RoutersConfig, Path | None, Path | None]:
+    parser = bench_parser("routers", __doc__)
+    add_counts(parser, ("--rounds", 3, "of everything"))
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there (default: none)")
     parser.add_argument("--quick", action="store_true", help="few requests: a look, and no measurement")
     parser.add_argument("--ways", metavar="NAME;…", help="only these, and direct")
     parser.add_argument("--venv", type=Path, default=processes.VENV, metavar="DIR", help="the routers' own")
@@ -353,10 +351,10 @@ def _parsed(argv: Sequence[str] | None) -> tuple[Config, Path | None, Path | Non
     levels, rate_s = LEVELS, RATE_S
     if args.quick:
         levels, rate_s = (Level(1, 500.0, 4), Level(32, 500.0, 3), Level(256, 62.5, 2)), 1.5
-    return Config(args.venv, args.rounds, levels, rate_s, ways), args.json, args.plot
+    return RoutersConfig(args.venv, args.rounds, levels, rate_s, ways), args.json, args.plot
 
 
-def show(config: Config, versions: Mapping[str, str], found: Found, alone_ms: float) -> None:
+def show(config: RoutersConfig, versions: Mapping[str, str], found: Found, alone_ms: float) -> None:
     """Print the tables."""
     print(", ".join(f"{package} {version}" for package, version in versions.items()))
     for level, cells in zip(config.levels, found.by_level, strict=True):
@@ -377,10 +375,12 @@ def show(config: Config, versions: Mapping[str, str], found: Found, alone_ms: fl
     )
 
 
-def as_json(config: Config, versions: Mapping[str, str], found: Found, alone_ms: float) -> dict[str, object]:
+def as_json(
+    config: RoutersConfig, versions: Mapping[str, str], found: Found, alone_ms: float
+) -> dict[str, object]:
     """All figures, and all that they were made of."""
 
-    def told(cells: Mapping[str, Sequence[Cell]]) -> dict[str, object]:
+    def told(cells: Mapping[str, Sequence[WayRound]]) -> dict[str, object]:
         rows = figures.summaries(cells)
         return {
             "rows": [asdict(row) for row in rows],
@@ -389,12 +389,7 @@ def as_json(config: Config, versions: Mapping[str, str], found: Found, alone_ms:
         }
 
     return {
-        "machine": {
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "load_1_min": os.getloadavg()[0],  # ours is about 2; what is above it was in the way
-        },
+        "machine": machine(),  # of the load ours is about 2; what is above it was in the way
         "versions": versions,
         "rounds": config.rounds,
         "leases_ahead": LEASES_AHEAD,
@@ -426,9 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for level, cells in zip(config.levels, found.by_level, strict=True)
         }
         figures.plot(levels, figures.summaries(found.rates), plot_file)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(as_json(config, versions, found, alone_ms), indent=1) + "\n")
+    write_json(json_file, as_json(config, versions, found, alone_ms))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ _HEAD = b"HTTP/1.1 %d -\r\n%s\r\n"
 # -- a server for one ASGI app -------------------------------------------------------------------------
 
 
-class Connection(asyncio.Protocol):
+class EngineConnection(asyncio.Protocol):
     """One client's connection: HTTP/1.1 with keep-alive, one request at a time."""
 
     def __init__(self, app: App) -> None:
@@ -216,7 +216,7 @@ async def serve(home: Path) -> None:
     for name, (app, context) in apps.items():
         sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
         ports[name] = sock.getsockname()[1]
-        await loop.create_server(lambda app=app: Connection(app), sock=sock, ssl=context)
+        await loop.create_server(lambda app=app: EngineConnection(app), sock=sock, ssl=context)
     print(json.dumps(ports), flush=True)
     over = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, over.set)

@@ -25,7 +25,7 @@ SLOWER_MS = 1.5
 
 
 @dataclass(frozen=True)
-class Cell:
+class WayRound:
     """One way, one number of streams, one round. Processor milliseconds are per request.
 
     router_ms: the router's processes, of ours the loadbalancer. beside_ms: of ours the auth_servers. The
@@ -53,7 +53,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class WayRow:
     """A way at a number of streams: medians of its rounds, and how far apart they were."""
 
     way: str
@@ -88,7 +88,7 @@ def is_ours(way: str) -> bool:
     return way.startswith("ours")
 
 
-def cpu_ms(way: str, cell: Cell, direct: Cell) -> float:
+def cpu_ms(way: str, cell: WayRound, direct: WayRound) -> float:
     """Processor time of what stands between client and engine, per request.
 
     Ours has a part inside the engine: what the engine needs more than for "direct" in the same round, so the
@@ -97,15 +97,15 @@ def cpu_ms(way: str, cell: Cell, direct: Cell) -> float:
     return cell.router_ms + cell.beside_ms + (cell.engine_ms - direct.engine_ms if is_ours(way) else 0.0)
 
 
-def summary(way: str, cells: Sequence[Cell], direct: Sequence[Cell]) -> Row:
+def summary(way: str, cells: Sequence[WayRound], direct: Sequence[WayRound]) -> WayRow:
     """The row of a way. cells and direct: by round, in the same order."""
 
-    def median(of: Callable[[Cell, Cell], float]) -> float:
+    def median(of: Callable[[WayRound, WayRound], float]) -> float:
         return statistics.median(of(c, d) for c, d in zip(cells, direct, strict=True))
 
     cpu = [cpu_ms(way, c, d) for c, d in zip(cells, direct, strict=True)]
     p50 = [c.p50_ms for c in cells]
-    return Row(
+    return WayRow(
         way=way,
         rounds=len(cells),
         ended=sum(c.ended for c in cells),
@@ -129,12 +129,12 @@ def summary(way: str, cells: Sequence[Cell], direct: Sequence[Cell]) -> Row:
     )
 
 
-def summaries(cells: Mapping[str, Sequence[Cell]]) -> list[Row]:
+def summaries(cells: Mapping[str, Sequence[WayRound]]) -> list[WayRow]:
     """A row for each way, in their order. cells: by way; "direct" is among them."""
     return [summary(way, found, cells[DIRECT]) for way, found in cells.items()]
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
+def verdicts(rows: Sequence[WayRow]) -> list[str]:
     """The targets at one number of streams, each with what was measured; none without a router and ours."""
     by_way = {row.way: row for row in rows}
     routers = [row for row in rows if row.way != DIRECT and not is_ours(row.way)]
@@ -167,7 +167,7 @@ def _yes(good: bool) -> str:
 # -- tables and picture ----------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[WayRow]) -> str:
     """Time to first token and processor time, a line a way."""
     lines = [
         f"{'':30} {'first token, ms':^31} {'added, ms':^15} {'processor ms a request':^40}",
@@ -190,7 +190,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def rate_table(rows: Sequence[Row]) -> str:
+def rate_table(rows: Sequence[WayRow]) -> str:
     """Requests a second, a line a way. a core: what the router would do with a whole one, by what it took."""
     lines = [
         f"{'':30} {'requests/s':>10} {'router core':>11} {'a core':>7} {'processor ms':>12} {'failed':>7}"
@@ -203,7 +203,7 @@ def rate_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _whole_core(row: Row) -> str:
+def _whole_core(row: WayRow) -> str:
     return f"{row.rate / row.core:.0f}" if row.core > 0.0 else "-"
 
 
@@ -211,7 +211,7 @@ def _span(low: float, high: float) -> str:
     return f"{low:.2f}–{high:.2f}"
 
 
-def plot(levels: Mapping[str, Sequence[Row]], rates: Sequence[Row], path: Path) -> None:
+def plot(levels: Mapping[str, Sequence[WayRow]], rates: Sequence[WayRow], path: Path) -> None:
     """Three panels: time added to the first token, processor time, requests a second. levels: by label."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

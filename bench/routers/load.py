@@ -53,7 +53,7 @@ class Failed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class RequestTimes:
     """One request. Seconds from its begin to the first token, and to the end of the answer."""
 
     first_s: float
@@ -61,7 +61,7 @@ class Sample:
     tokens: int
 
 
-class Line(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """One HTTP/1.1 connection of a client, one request at a time."""
 
     def __init__(self, *, quick_ack: bool = True) -> None:
@@ -129,13 +129,19 @@ class Line(asyncio.Protocol):
         self._transport.close()
 
 
-async def connect(port: int, context: ssl.SSLContext | None = None, *, quick_ack: bool = True) -> Line:
+async def connect(
+    port: int, context: ssl.SSLContext | None = None, *, quick_ack: bool = True
+) -> ClientConnection:
     """A new connection to that port of this machine."""
     loop = asyncio.get_running_loop()
     name = "127.0.0.1" if context is not None else None
     try:
         _, line = await loop.create_connection(
-            lambda: Line(quick_ack=quick_ack), "127.0.0.1", port, ssl=context, server_hostname=name
+            lambda: ClientConnection(quick_ack=quick_ack),
+            "127.0.0.1",
+            port,
+            ssl=context,
+            server_hostname=name,
         )
     except OSError as e:
         raise Failed(f"port {port}: {e}") from e
@@ -159,12 +165,12 @@ def post(path: str, body: bytes, token: str = "") -> bytes:
 # -- the ways --------------------------------------------------------------------------------------------
 
 
-class Client(Protocol):
+class LoadClient(Protocol):
     """Sends completion requests for one round. tokens: that have come, also of answers that were cut off."""
 
     tokens: int
 
-    async def send(self, stream: int, body: bytes) -> Sample:
+    async def send(self, stream: int, body: bytes) -> RequestTimes:
         """One request of that stream, to its end; raises Failed."""
 
     async def close(self) -> None:
@@ -179,10 +185,10 @@ class Kept:
         self.tokens = 0
         self._ports = ports
         self._quick_ack = quick_ack
-        self._lines: dict[int, Line] = {}
+        self._lines: dict[int, ClientConnection] = {}
 
-    async def send(self, stream: int, body: bytes) -> Sample:
-        """Part of Client."""
+    async def send(self, stream: int, body: bytes) -> RequestTimes:
+        """Part of LoadClient."""
         begun = time.perf_counter()
         line = self._lines.get(stream)
         if line is None or not line.usable:
@@ -195,10 +201,10 @@ class Kept:
             raise
         finally:
             self.tokens += line.tokens
-        return Sample(line.first_at - begun, time.perf_counter() - begun, line.tokens)
+        return RequestTimes(line.first_at - begun, time.perf_counter() - begun, line.tokens)
 
     async def close(self) -> None:
-        """Part of Client."""
+        """Part of LoadClient."""
         for line in self._lines.values():
             line.close()
 
@@ -225,11 +231,11 @@ class Leased:
         self._context = context
         self._ahead = LeasesAhead(ahead)
         self._batches = batches
-        self._free: deque[Line] = deque()  # kept-alive connections to the loadbalancer
+        self._free: deque[ClientConnection] = deque()  # kept-alive connections to the loadbalancer
         self._fetches: set[asyncio.Task[None]] = set()
 
-    async def send(self, stream: int, body: bytes) -> Sample:  # noqa: ARG002
-        """Part of Client."""
+    async def send(self, stream: int, body: bytes) -> RequestTimes:  # noqa: ARG002
+        """Part of LoadClient."""
         begun = time.perf_counter()
         size = estimate_request("POST", "/v1/completions", body)
         lease = self._ahead.take(size, time.monotonic())
@@ -248,7 +254,7 @@ class Leased:
         finally:
             self.tokens += line.tokens
             line.close()
-        return Sample(line.first_at - begun, time.perf_counter() - begun, line.tokens)
+        return RequestTimes(line.first_at - begun, time.perf_counter() - begun, line.tokens)
 
     async def close(self) -> None:
         """Part of Client: leases that were not used go back."""
@@ -311,7 +317,7 @@ async def gives_batches(loadbalancer: int) -> bool:
 
 
 @dataclass(slots=True)
-class Heard:
+class LoadResult:
     """What came of a round. first_s: of requests that began when all streams were under way.
 
     beginning_s: of each stream's first request. cut: requests that had not ended when the time was over.
@@ -331,13 +337,13 @@ class Heard:
         self.why = why
 
 
-async def paced(client: Client, streams: int, pace: float, requests: int, limit_s: float) -> Heard:
+async def paced(client: LoadClient, streams: int, pace: float, requests: int, limit_s: float) -> LoadResult:
     """So many streams, each of so many requests and at that pace, until all have ended or limit_s is over.
 
     Streams begin spread over the time of one request, and stay spread. The first request of each opens
     connections while the others are just beginning: it counts as work, and not for the time to first token.
     """
-    heard = Heard()
+    heard = LoadResult()
     apart_s = TOKENS / pace / streams
 
     async def one(stream: int) -> None:
@@ -367,7 +373,7 @@ async def paced(client: Client, streams: int, pace: float, requests: int, limit_
     return heard
 
 
-async def flat_out(client: Client, streams: int, heard: Heard, over: asyncio.Event) -> None:
+async def flat_out(client: LoadClient, streams: int, heard: LoadResult, over: asyncio.Event) -> None:
     """Requests of one token, not streamed, each stream's next as soon as its last has ended, until over."""
 
     async def one(stream: int) -> None:

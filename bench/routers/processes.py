@@ -4,171 +4,39 @@
     core 1   engines, auth_servers and the load (this process)
 
 With one core they share it. A process is started on its core, so that a router with threads makes as many as
-it has cores. Each ends with the bench, whatever ends that (process/children.py); what one of them started
-itself is ended by its number.
-
-Processor time is utime + stime of /proc/PID/stat, and what it has waited for, of a process and of all that it
-started. The kernel says it in steps of 10 ms.
+it has cores.
 """
 
-import asyncio
 import contextlib
 import hashlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from bench.route import ROOT, StubHttp, free_port
+from bench.children import ROOT, ChildProcess, child, free_port, wait_for
+from bench.route.stub_fleet import StubHttp
 from bench.routers.backend import MODEL
 from bench.routers.load import completion
-from process.children import dying_with_parent
 from process.errors import ConfigError
 from remote import boot as boots
 from remote.log_lines import READY
-
-UP_S = 120.0
-"""For a router to answer its first request; litellm imports for some 15 s."""
-
-END_S = 15.0
-"""From SIGTERM to SIGKILL."""
 
 VENV = ROOT / ".venv-routers"
 
 ROOM = {"throughput_work_s": 1e7, "capacity_work": 1e8}
 """Of an instance: never full, as the others do not look at capacity either."""
 
-_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
-
-
-# -- what /proc says -----------------------------------------------------------------------------------
-
-
-def parse_stat(text: str) -> tuple[int, float]:
-    """(parent, seconds of processor with those of children it has waited for) of a /proc/PID/stat."""
-    fields = text.rpartition(")")[2].split()  # the name before may have spaces and brackets
-    return int(fields[1]), sum(int(fields[n]) for n in (11, 12, 13, 14)) * _TICK_S
-
-
-def tree_of(parents: dict[int, int], root: int) -> list[int]:
-    """That process and all that descend from it. parents: of each process."""
-    children: dict[int, list[int]] = {}
-    for pid, parent in parents.items():
-        children.setdefault(parent, []).append(pid)
-    found = [root]
-    for pid in found:
-        found += children.get(pid, ())
-    return found
-
-
-def snapshot() -> dict[int, tuple[int, float]]:
-    """(parent, seconds of processor) of every process."""
-    found = {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            with contextlib.suppress(OSError):  # it has just ended
-                found[int(path.name)] = parse_stat((path / "stat").read_text())
-    return found
-
-
-def cpu_s(roots: Sequence[int]) -> float:
-    """Seconds of processor of those processes and all that they started."""
-    seen = snapshot()
-    parents = {pid: parent for pid, (parent, _) in seen.items()}
-    pids = {pid for root in roots for pid in tree_of(parents, root)}
-    return sum(seen[pid][1] for pid in pids if pid in seen)
-
-
-# -- children ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def on_core(core: int) -> Iterator[None]:
-    """What is started inside runs on that core alone; -1 is the last."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {sorted(before)[core if len(before) > 1 else 0]})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@dataclass
-class Child:
-    """A process of ours. log: all that it says."""
-
-    pid: int
-    log: Path
-    process: "subprocess.Popen[bytes]" = field(repr=False)
-
-
-@contextlib.contextmanager
-def child(
-    command: Sequence[str], log: Path, core: int, environ: dict[str, str] | None = None
-) -> Iterator[Child]:
-    """That process, on that core; it and what it started is gone afterwards."""
-    with log.open("wb") as out, on_core(core):
-        process = subprocess.Popen(
-            dying_with_parent(tuple(command)),
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the bench, which then ends them
-        )
-    try:
-        yield Child(process.pid, log, process)
-    finally:
-        parents = {pid: parent for pid, (parent, _) in snapshot().items()}
-        started = tree_of(parents, process.pid)[1:]
-        process.terminate()
-        try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for pid in started:
-            with contextlib.suppress(OSError):
-                if os.getsid(pid) == process.pid:  # else it has ended, and its number is somebody else's
-                    os.kill(pid, signal.SIGKILL)
-
-
-def wait_for(what: str, of: Child, ready: Callable[[], bool], limit_s: float = UP_S) -> None:
-    """Return when it is so; RuntimeError with the end of the log when it ends before, or takes too long."""
-    limit = time.monotonic() + limit_s
-    while not ready():
-        _still_hoped_for(what, of, limit, limit_s)
-        time.sleep(0.1)
-
-
-async def until(what: str, of: Child, ready: Callable[[], bool], limit_s: float = UP_S) -> None:
-    """The same in an event loop. ready: is asked in a thread."""
-    limit = time.monotonic() + limit_s
-    while not await asyncio.to_thread(ready):
-        _still_hoped_for(what, of, limit, limit_s)
-        await asyncio.sleep(0.1)
-
-
-def _still_hoped_for(what: str, of: Child, limit: float, limit_s: float) -> None:
-    if of.process.poll() is not None or time.monotonic() > limit:
-        said = of.log.read_text(errors="replace")[-1500:]
-        raise RuntimeError(f"{what} does not answer after at most {limit_s:g} s:\n{said}")
-
 
 # -- engines and ours ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Engine:
+class StandInEngine:
     """A stand-in for an engine, and the auth_server beside it. pids: (engine, auth_server)."""
 
     number: int
@@ -193,7 +61,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(number: int, home: Path) -> Iterator[Engine]:
+def engine(number: int, home: Path) -> Iterator[StandInEngine]:
     """One instance: stand-in, token check, real auth_server."""
     fleet = home / "fleet"
     fleet.mkdir(parents=True)
@@ -202,7 +70,7 @@ def engine(number: int, home: Path) -> Iterator[Engine]:
     (fleet / "master.sha256").write_text(hashlib.sha256(master_token.encode()).hexdigest())
     with contextlib.ExitStack() as stack:
         command = [sys.executable, "-m", "bench.routers.backend", str(home)]
-        model = stack.enter_context(child(command, home / "ports", -1))
+        model = stack.enter_context(child(command, home / "ports", core=-1))
         wait_for("an engine", model, lambda: model.log.read_text().endswith("}\n"))
         ports = json.loads(model.log.read_text())
         (fleet / "model.log").write_bytes(READY + b"\n")
@@ -212,15 +80,15 @@ def engine(number: int, home: Path) -> Iterator[Engine]:
             **{"FLEET_PORT_3000": str(auth_port), "FLEET_PORT_8000": str(ports["tls"])},
         }
         command = [sys.executable, "-m", "remote.auth_server"]
-        auth = stack.enter_context(child(command, home / "auth.log", -1, environ))
+        auth = stack.enter_context(child(command, home / "auth.log", core=-1, environ=environ))
         certificate = (fleet / "tls.crt").read_text()
-        yield Engine(number, ports, auth_port, certificate, master_token, (model.pid, auth.pid))
+        yield StandInEngine(number, ports, auth_port, certificate, master_token, (model.pid, auth.pid))
 
 
-class HotSet(StubHttp):
+class HotSetStub(StubHttp):
     """The autoscaler's two routes, for our loadbalancer."""
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, engines: Sequence[StandInEngine]) -> None:
         """engines: all are hot."""
         super().__init__([], None)
         self._engines = engines
@@ -232,12 +100,12 @@ class HotSet(StubHttp):
 
 
 @contextlib.contextmanager
-def our_loadbalancer(directory: Path, autoscaler_port: int) -> Iterator[tuple[Child, int]]:
+def our_loadbalancer(directory: Path, autoscaler_port: int) -> Iterator[tuple[ChildProcess, int]]:
     """The real one, and its port. Nothing is known to be hot yet."""
     port = free_port()
     flags = ["--port", str(port), "--autoscaler", f"http://127.0.0.1:{autoscaler_port}"]
     command = [sys.executable, "loadbalancer_server.py", *flags, "--state-dir", str(directory / "state")]
-    with child(command, directory / "loadbalancer.log", 0) as it:
+    with child(command, directory / "loadbalancer.log", core=0) as it:
         yield it, port
 
 
@@ -255,7 +123,7 @@ def stocked(port: int, engines: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Router:
+class PypiRouter:
     """A router from PyPI, with one policy. policy None: its default."""
 
     package: str
@@ -284,11 +152,11 @@ class Router:
 
 
 ROUTERS = (
-    Router("vllm-router", "vllm-router", None),
-    Router("vllm-router", "vllm-router", "round_robin"),
-    Router("sglang-router", "sglang-router", None),
-    Router("sglang-router", "sglang-router", "round_robin"),
-    Router("litellm", "litellm", None),  # it has no round_robin: its default takes one at random
+    PypiRouter("vllm-router", "vllm-router", None),
+    PypiRouter("vllm-router", "vllm-router", "round_robin"),
+    PypiRouter("sglang-router", "sglang-router", None),
+    PypiRouter("sglang-router", "sglang-router", "round_robin"),
+    PypiRouter("litellm", "litellm", None),  # it has no round_robin: its default takes one at random
 )
 
 LITELLM_ENVIRON = {
@@ -329,15 +197,15 @@ def versions(venv: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(
-    router: Router, venv: Path, engines: Sequence[int], directory: Path
-) -> Iterator[tuple[Child, int]]:
+    router: PypiRouter, venv: Path, engines: Sequence[int], directory: Path
+) -> Iterator[tuple[ChildProcess, int]]:
     """That router, and its port. It may not answer yet."""
     port = free_port()
     command = router.command(venv, port, engines, directory)
     log = directory / f"{router.name.replace(' ', '-')}.log"
     environ = LITELLM_ENVIRON if router.package == "litellm" else {}
     # Of its own environment, and of no other: our Python path has other versions of what it needs.
-    with child(command, log, 0, {**environ, "PYTHONPATH": ""}) as it:
+    with child(command, log, core=0, environ={**environ, "PYTHONPATH": ""}) as it:
         yield it, port
 
 

@@ -10,25 +10,24 @@ from typing import Any
 
 import pytest
 
-from bench import dispatch
-from bench.dispatch import (
+from bench.dispatch import __main__, cells
+from bench.dispatch.cells import (
     A100,
     COME,
     RTX_4090,
-    Cell,
-    Choice,
+    DispatchCell,
     carry_out,
     cut,
     fleet_of,
-    judged,
     lengths,
     requests_of,
-    runs_of,
     saturated,
-    tables,
     told_wrong,
 )
-from bench.dispatchers import RULES
+from bench.dispatch.report import tables
+from bench.dispatch.rules.registry import RULES
+from bench.dispatch.runs import Comparison, runs_of
+from bench.dispatch.targets import judged
 from process.errors import ConfigError
 from simulation.traces.logs import Request
 
@@ -38,7 +37,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Logs of 400 requests like the real ones, a second apart."""
     where = tmp_path_factory.mktemp("traces")
     rng = random.Random(4)
-    for name, file in dispatch.TRACES.items():
+    for name, file in cells.TRACES.items():
         rows = ["arrival_s,prompt_tokens,output_tokens" + (",session" if name == "mooncake" else "")]
         for n in range(400):
             row = f"{n + rng.random():.3f},{rng.randint(20, 2500)},{rng.randint(5, 300)}"
@@ -48,8 +47,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cell(directory: Path) -> Cell:
-    return Cell("main", "conv", "mixed", 0.8, servers=4, requests=400, directory=directory)
+def cell(directory: Path) -> DispatchCell:
+    return DispatchCell("main", "conv", "mixed", 0.8, servers=4, requests=400, directory=directory)
 
 
 # -- the world -------------------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ def test_a_request_that_the_smallest_memory_cannot_hold_is_cut_its_answer_last()
 
 
 def test_a_server_serves_what_it_does_with_somebody_always_waiting(directory: Path) -> None:
-    log = directory / dispatch.TRACES["conv"]
+    log = directory / cells.TRACES["conv"]
     requests_s, tokens_s = saturated(log, 400, A100, 53_700)
     slow_s, _ = saturated(log, 400, RTX_4090, 15_500)
     assert 0.5 * requests_s < slow_s < requests_s
@@ -70,7 +69,7 @@ def test_a_server_serves_what_it_does_with_somebody_always_waiting(directory: Pa
     assert tokens_s == pytest.approx(requests_s * mean, rel=0.15)
 
 
-def test_a_mixed_fleet_has_as_many_of_each_and_load_is_a_share_of_what_they_serve(cell: Cell) -> None:
+def test_a_mixed_fleet_has_as_many_of_each_and_load_is_a_share_of_what_they_serve(cell: DispatchCell) -> None:
     fleet = fleet_of(replace(cell, servers=8))
     assert len({t.name for t in fleet.timings}) == 4
     assert fleet.timings[:4] == fleet.timings[4:]
@@ -128,7 +127,7 @@ def test_wrong_constants_are_off_by_up_to_30_percent_each_and_limits_are_right()
 
 
 @pytest.mark.parametrize("rule", ["ours", "ours+hold", "ours+lane", "clairvoyant", "dynamo+hold"])
-def test_a_run_is_the_same_again(cell: Cell, rule: str) -> None:
+def test_a_run_is_the_same_again(cell: DispatchCell, rule: str) -> None:
     line, again = carry_out(cell, rule), carry_out(cell, rule)
     del line["seconds"], again["seconds"]
     assert again == line
@@ -136,21 +135,21 @@ def test_a_run_is_the_same_again(cell: Cell, rule: str) -> None:
     json.dumps(line)
 
 
-def test_repeats_are_the_mean_of_seeds(cell: Cell) -> None:
+def test_repeats_are_the_mean_of_seeds(cell: DispatchCell) -> None:
     each = [carry_out(replace(cell, seed=n), "random")["first_mean"] for n in (3, 4)]
     both = carry_out(replace(cell, seed=3, repeats=2), "random")
     assert both["first_mean"] == pytest.approx(sum(each) / 2)
     assert (both["load"], both["fresh"], both["balancers"]) == (0.8, False, 1)
 
 
-def test_who_knows_everything_is_better_than_chance(cell: Cell) -> None:
+def test_who_knows_everything_is_better_than_chance(cell: DispatchCell) -> None:
     assert carry_out(cell, "clairvoyant")["j"] < 0.9 * carry_out(cell, "random")["j"]
 
 
-def test_the_parts_of_the_comparison_are_the_cells_that_their_names_say(cell: Cell) -> None:
-    def runs(*sets: str) -> list[tuple[Cell, str]]:
+def test_the_parts_of_the_comparison_are_the_cells_that_their_names_say(cell: DispatchCell) -> None:
+    def runs(*sets: str) -> list[tuple[DispatchCell, str]]:
         rules = ("ours", "clairvoyant", "epp")
-        return runs_of(Choice(("conv", "mooncake"), ("equal",), (0.6, 0.9), sets, rules, cell))
+        return runs_of(Comparison(("conv", "mooncake"), ("equal",), (0.6, 0.9), sets, rules, cell))
 
     assert [(c.trace, c.load, rule) for c, rule in runs("main")][:4] == [
         ("conv", 0.6, "ours"),
@@ -241,7 +240,7 @@ def test_the_command_prints_tables_and_writes_figures_and_pictures(
     )
     where = f"--traces {directory} --json {tmp_path}/out/b.json --plots {tmp_path}/plots"
     monkeypatch.setattr(sys, "argv", ["bench.dispatch", *told.split(), *where.split()])
-    dispatch.main()
+    __main__.main()
     said = capsys.readouterr().out
     assert "conv, 8 servers equal, reports 1 s old, four loadbalancers" in said
     assert "ours + hold, late lane" in said
@@ -267,7 +266,7 @@ def test_the_command_prints_tables_and_writes_figures_and_pictures(
 def test_wrong_flags_are_refused(flags: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench.dispatch", "--workers", "1", *flags.split()])
     with pytest.raises(ConfigError, match=said):
-        dispatch.main()
+        __main__.main()
 
 
 def test_all_rules_of_the_issue_are_there() -> None:
@@ -280,7 +279,7 @@ def test_what_was_run_before_with_the_same_settings_need_not_be_run_again(
     def run(flags: str) -> list[tuple[str, float]]:
         told = f"--traces {directory} --only conv --fleets equal --loads 0.5 --sets main --workers 1"
         monkeypatch.setattr(sys, "argv", ["bench.dispatch", *told.split(), *flags.split()])
-        dispatch.main()
+        __main__.main()
         runs = json.loads((tmp_path / "b.json").read_text())["runs"]
         return [(one["rule"], one["first_mean"]) for one in runs]
 

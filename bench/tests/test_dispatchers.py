@@ -7,16 +7,23 @@ from typing import Any
 
 import pytest
 
-from bench.dispatchers import RULES, Fleet, Report, Request, Rule, World
-from bench.dispatchers.clairvoyant import Clairvoyant, ClairvoyantHere, ClairvoyantWhole
-from bench.dispatchers.dynamo import DynamoKv
-from bench.dispatchers.epp import Epp
-from bench.dispatchers.ours import Ours, hashes
-from bench.dispatchers.plain import InstanceAware, LeastInFlight, PowerOfTwo, Random, RoundRobin
-from bench.dispatchers.rule import BLOCK_TOKENS, Index
-from bench.dispatchers.smg import CacheAwareNew, CacheAwareOld, LeastLoad, LMetric
-from bench.dispatchers.vast import VastQueueTime
-from bench.dispatchers.world import Router, RuleRouter, has_room, quantile
+from bench.dispatch.rules.clairvoyant import Clairvoyant, ClairvoyantHere, ClairvoyantWhole
+from bench.dispatch.rules.dynamo import DynamoKv
+from bench.dispatch.rules.epp import Epp
+from bench.dispatch.rules.ours import Ours, hashes
+from bench.dispatch.rules.plain import InstanceAware, LeastInFlight, PowerOfTwo, Random, RoundRobin
+from bench.dispatch.rules.registry import RULES
+from bench.dispatch.rules.rule import (
+    BLOCK_TOKENS,
+    DispatchRequest,
+    DispatchRule,
+    Index,
+    ServerFleet,
+    ServerReport,
+)
+from bench.dispatch.rules.smg import CacheAwareNew, CacheAwareOld, LeastLoad, LMetric
+from bench.dispatch.rules.vast import VastQueueTime
+from bench.dispatch.rules.world import Dispatcher, DispatchWorld, RuleRouter, has_room, quantile
 from engine.reference import EventKind, SteppedModelServer
 from engine.timing import Timing
 
@@ -27,22 +34,24 @@ FAST = Timing("fast", 10.0, 0.05, 0.25, 5.0, 40.0, 1.0, 20_000, 512, 4096)
 NUMBERS = count(100)
 
 
-def fleet(n: int = 3, **told: Any) -> Fleet:
+def fleet(n: int = 3, **told: Any) -> ServerFleet:
     """So many equal servers that serve one request and make 100 tokens a second."""
-    return Fleet([SLOW] * n, told.pop("requests_s", [1.0] * n), told.pop("tokens_s", [100.0] * n), **told)
+    return ServerFleet(
+        [SLOW] * n, told.pop("requests_s", [1.0] * n), told.pop("tokens_s", [100.0] * n), **told
+    )
 
 
-def a_rule(kind: type[Rule], n: int = 3, **told: Any) -> Any:
+def a_rule(kind: type[DispatchRule], n: int = 3, **told: Any) -> Any:
     return kind(fleet(n, **told), random.Random(0))
 
 
 def request(
     number: int = 0, prompt: int = 1000, output: int = 100, blocks: Sequence[int] = (), at: float = 0.0
-) -> Request:
-    return Request(number, at, prompt, output, blocks)
+) -> DispatchRequest:
+    return DispatchRequest(number, at, prompt, output, blocks)
 
 
-def given(rule: Rule, *servers: int, **of: Any) -> list[Request]:
+def given(rule: DispatchRule, *servers: int, **of: Any) -> list[DispatchRequest]:
     """These servers are given a request each."""
     out = []
     for server in servers:
@@ -53,13 +62,15 @@ def given(rule: Rule, *servers: int, **of: Any) -> list[Request]:
     return out
 
 
-def told(rule: Rule, server: int, **said: Any) -> None:
+def told(rule: DispatchRule, server: int, **said: Any) -> None:
     """The server reports; what is not said is nothing."""
-    usual: dict[str, Any] = dict.fromkeys(Report._fields, 0)
-    rule.report(server, Report(**{**usual, **said}))
+    usual: dict[str, Any] = dict.fromkeys(ServerReport._fields, 0)
+    rule.report(server, ServerReport(**{**usual, **said}))
 
 
-def choices(rule: Rule, times: int = 60, among: Sequence[int] = (0, 1, 2), **of: Any) -> set[int | None]:
+def choices(
+    rule: DispatchRule, times: int = 60, among: Sequence[int] = (0, 1, 2), **of: Any
+) -> set[int | None]:
     """All that it may answer."""
     return {rule.choose(request(**of), among, 0.0) for _ in range(times)}
 
@@ -157,7 +168,9 @@ PREFIXED: dict[str, Any] = {"prompt": 4 * BLOCK_TOKENS, "blocks": BLOCKS}
 
 
 @pytest.mark.parametrize("kind", [CacheAwareOld, CacheAwareNew])
-def test_cache_aware_takes_who_has_over_a_third_of_the_prompt_else_the_emptiest(kind: type[Rule]) -> None:
+def test_cache_aware_takes_who_has_over_a_third_of_the_prompt_else_the_emptiest(
+    kind: type[DispatchRule],
+) -> None:
     rule = a_rule(kind)
     given(rule, 1, **PREFIXED)
     given(rule, 0, 0, 1, 1)
@@ -275,7 +288,7 @@ def test_the_clairvoyant_knows_to_the_microsecond_when_a_request_would_be_served
     """If nobody came after it: in queues, steps under way, prompts half read, and with too little memory."""
     rng = random.Random(seed)
     live = SteppedModelServer(timing, every_token=False)
-    rule = ClairvoyantHere(Fleet([timing], [1.0], [100.0], live=[live]), rng)
+    rule = ClairvoyantHere(ServerFleet([timing], [1.0], [100.0], live=[live]), rng)
     now, asked = 0.0, request(prompt=1500, output=200)
     for n in range(rng.randint(1, 60)):
         now += rng.expovariate(2.5)
@@ -297,7 +310,7 @@ def test_the_clairvoyant_knows_to_the_microsecond_when_a_request_would_be_served
 
 def test_the_clairvoyant_goes_where_the_prompt_is_cached_and_counts_what_the_others_lose() -> None:
     live = [SteppedModelServer(SLOW, every_token=False) for _ in range(2)]
-    rule = Clairvoyant(Fleet([SLOW] * 2, [1.0] * 2, [100.0] * 2, live=live), random.Random(0))
+    rule = Clairvoyant(ServerFleet([SLOW] * 2, [1.0] * 2, [100.0] * 2, live=live), random.Random(0))
     live[1].submit("x", 2048, 1, 0.0, BLOCKS, BLOCK_TOKENS)
     live[1].advance(10.0)
     assert rule.choose(request(**PREFIXED), (0, 1), 10.0) == 1
@@ -312,7 +325,7 @@ def test_the_clairvoyant_goes_where_the_prompt_is_cached_and_counts_what_the_oth
 
 def test_those_who_usually_come_count_too() -> None:
     live = [SteppedModelServer(SLOW)]
-    many = Fleet([SLOW], [1.0], [100.0], 1000.0, 100.0, arrivals_s=1.0, live=live)
+    many = ServerFleet([SLOW], [1.0], [100.0], 1000.0, 100.0, arrivals_s=1.0, live=live)
     prices = [
         kind(many, random.Random(0)).price(request(), 0, 0.0)
         for kind in (Clairvoyant, ClairvoyantHere, ClairvoyantWhole)
@@ -334,12 +347,12 @@ def a_run(
         at += rng.expovariate(load * sum(rates))
         prompt, output, session = rng.randint(1, 3000), rng.randint(1, 200), rng.randint(0, 9)
         blocks = [(session, i) for i in range((prompt + output) // BLOCK_TOKENS)]
-        come.append(Request(n, at, prompt, output, blocks))
-    servers = Fleet(timings, rates, [150.0, 400.0, 150.0], 1500.0, 100.0, load * sum(rates))
-    world = World(servers, come, random.Random(1), fresh=fresh)
+        come.append(DispatchRequest(n, at, prompt, output, blocks))
+    servers = ServerFleet(timings, rates, [150.0, 400.0, 150.0], 1500.0, 100.0, load * sum(rates))
+    world = DispatchWorld(servers, come, random.Random(1), fresh=fresh)
     for number in range(balancers):
         entry, chance = RULES[name], random.Random(number)
-        router: Router
+        router: Dispatcher
         if entry.make is None:
             router = Ours(servers, chance, world.send, world.later, number, holds=holds, **entry.options)
         else:
@@ -388,16 +401,16 @@ def test_a_server_has_room_while_nobody_waits_there_and_the_prompt_fits() -> Non
     assert not has_room(live, 10)
 
 
-class NeverSends(Rule):
+class NeverSends(DispatchRule):
     """Holds everybody for ever."""
 
-    def choose(self, request: Request, among: Sequence[int], now: float) -> None:
+    def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> None:
         """Nobody."""
 
 
 def test_a_rule_that_holds_for_ever_is_found_out() -> None:
     servers = fleet()
-    world = World(servers, [request()], random.Random(0))
+    world = DispatchWorld(servers, [request()], random.Random(0))
     world.routers.append(RuleRouter(NeverSends(servers, random.Random(0)), world.send, holds=False))
     with pytest.raises(RuntimeError, match="1 requests have no answer"):
         world.run()
@@ -409,7 +422,7 @@ def test_reports_come_once_a_second_and_spread_or_before_every_decision() -> Non
 
         heard: list[tuple[float, int]] = []  # noqa: RUF012 one test, one rule
 
-        def report(self, server: int, report: Report) -> None:
+        def report(self, server: int, report: ServerReport) -> None:
             self.heard.append((report.at, server))
 
     for fresh, wanted in (
@@ -418,7 +431,7 @@ def test_reports_come_once_a_second_and_spread_or_before_every_decision() -> Non
     ):
         servers = fleet(2)
         come = [request(0, at=0.25, output=2), request(1, at=2.1, output=2)]
-        world = World(servers, come, random.Random(0), fresh=fresh)
+        world = DispatchWorld(servers, come, random.Random(0), fresh=fresh)
         Listens.heard = []
         world.routers.append(RuleRouter(Listens(servers, random.Random(0)), world.send, holds=False))
         world.run()
@@ -430,18 +443,18 @@ class Watched(LeastInFlight):
 
     sends = ends = 0
 
-    def sent(self, request: Request, server: int, now: float) -> None:
+    def sent(self, request: DispatchRequest, server: int, now: float) -> None:
         super().sent(request, server, now)
         self.sends += 1
 
-    def ended(self, request: Request, server: int, now: float) -> None:
+    def ended(self, request: DispatchRequest, server: int, now: float) -> None:
         super().ended(request, server, now)
         self.ends += 1
 
 
 def test_several_loadbalancers_know_of_their_own_only() -> None:
     servers = fleet(2)
-    world = World(servers, [request(n, at=0.01 * n) for n in range(40)], random.Random(3))
+    world = DispatchWorld(servers, [request(n, at=0.01 * n) for n in range(40)], random.Random(3))
     rules = [Watched(servers, random.Random(n)) for n in range(2)]
     world.routers.extend(RuleRouter(rule, world.send, holds=False) for rule in rules)
     world.run()

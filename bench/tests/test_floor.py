@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from bench.floor import Floor, Played, floor
+from bench.policies.floor import Floor, Played, floor
 from policies import Capacity
 from simulation.virtual.fluid import Bins, Fleet, run_policy
 

@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.peers import PEERS, AsIs, Peer, WithPool, runs
-from bench.peers.delayed_off import DelayedOff
-from bench.peers.dynamo import DynamoPredictive, DynamoStatic
-from bench.peers.forecasts import Arima, Constant, Kalman, fit, kpss
-from bench.peers.hpa import HpaInFlight, HpaWaiting
-from bench.peers.knative import KnativeKpa
-from bench.peers.ray_serve import RayServe
-from bench.peers.rule import NO_CAP, PeerPolicy, Rule, whole_up
-from bench.peers.runpod import RunPodQueueDelay, RunPodRequestCount
-from bench.peers.sageserve import SageServe
-from bench.peers.skyserve import SkyServe
-from bench.peers.vast import API, CLI, GUIDE, VastServerless
-from bench.peers.windows import Gauge, Growth, Peak
-from bench.peers.wva import WvaTokens
+from bench.policies.peers.actuators import AsIs, WithPool
+from bench.policies.peers.delayed_off import DelayedOff
+from bench.policies.peers.dynamo import DynamoPredictive, DynamoStatic
+from bench.policies.peers.forecasts import Arima, Constant, Kalman, fit, kpss
+from bench.policies.peers.hpa import HpaInFlight, HpaWaiting
+from bench.policies.peers.knative import KnativeKpa
+from bench.policies.peers.ray_serve import RayServe
+from bench.policies.peers.registry import PEERS, Peer, runs
+from bench.policies.peers.rule import NO_CAP, PeerPolicy, PeerRule, whole_up
+from bench.policies.peers.runpod import RunPodQueueDelay, RunPodRequestCount
+from bench.policies.peers.sageserve import SageServe
+from bench.policies.peers.skyserve import SkyServe
+from bench.policies.peers.vast import API, CLI, GUIDE, VastServerless
+from bench.policies.peers.windows import Gauge, Growth, Peak
+from bench.policies.peers.wva import WvaTokens
 from policies import Capacity, FleetSnapshot, Targets, Traffic
 
 CAPACITY = Capacity(work_s=800.0, requests_s=4.0, concurrency=40.0, kv_tokens=80_000.0)
@@ -737,7 +738,7 @@ def test_delayed_off_waits_as_long_as_a_set_up_takes_by_either_actuator() -> Non
 # -- how they are carried out --
 
 
-class Says(Rule):
+class Says(PeerRule):
     """A rule that says what it is told to."""
 
     n = 0

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 
-from bench.route import ROOT
+from bench import children
+from bench.children import ROOT
 from bench.routers import __main__ as bench
 from bench.routers import figures, processes
-from bench.routers.backend import Connection, engine
-from bench.routers.figures import AHEAD, ASKED, DIRECT, Cell
+from bench.routers.backend import EngineConnection, engine
+from bench.routers.figures import AHEAD, ASKED, DIRECT, WayRound
 from bench.routers.load import (
     TOKENS,
+    ClientConnection,
     Failed,
-    Heard,
     Kept,
     Leased,
-    Line,
+    LoadResult,
     completion,
     connect,
     flat_out,
@@ -42,25 +43,25 @@ from remote.tokens import Issuer, request_id
 def test_a_stat_line_is_read_whatever_the_process_is_called() -> None:
     """utime 70, stime 30, and 5 and 5 of children it has waited for, in ticks."""
     rest = "S 41 1 1 0 -1 4194560 1 2 3 4 70 30 5 5 20 0 3 0 100 1 1"
-    parent, seconds = processes.parse_stat(f"42 (a (b) c d) {rest}")
+    parent, seconds = children.parse_stat(f"42 (a (b) c d) {rest}")
     assert parent == 41
     assert seconds == pytest.approx(110 / os.sysconf("SC_CLK_TCK"))
 
 
 def test_a_tree_is_a_process_and_all_that_descend_from_it_and_nobody_else() -> None:
     parents = {2: 1, 3: 2, 4: 3, 5: 1, 6: 5}
-    assert sorted(processes.tree_of(parents, 2)) == [2, 3, 4]
-    assert processes.tree_of(parents, 6) == [6]
+    assert sorted(children.tree_of(parents, 2)) == [2, 3, 4]
+    assert children.tree_of(parents, 6) == [6]
 
 
 def test_the_work_of_a_child_counts_and_nothing_of_it_is_left_afterwards(tmp_path: Path) -> None:
     """Also what the child started, which it does not end itself."""
     command = ["sh", "-c", "sleep 60 & echo pid $!; i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done; wait"]
-    with processes.child(command, tmp_path / "log", -1) as it:
-        processes.wait_for("it", it, lambda: it.log.read_text().startswith("pid "), 5.0)
+    with children.child(command, tmp_path / "log", core=-1) as it:
+        children.wait_for("it", it, lambda: it.log.read_text().startswith("pid "), 5.0)
         grandchild = int(it.log.read_text().split()[1])
-        processes.wait_for("its work", it, lambda: processes.cpu_s([it.pid]) > 0.02, 5.0)
-        assert processes.cpu_s([it.pid]) <= processes.cpu_s([it.pid, os.getpid()])
+        children.wait_for("its work", it, lambda: children.tree_cpu_s([it.pid]) > 0.02, 5.0)
+        assert children.tree_cpu_s([it.pid]) <= children.tree_cpu_s([it.pid, os.getpid()])
     assert not Path(f"/proc/{it.pid}").exists()
     limit = time.monotonic() + 5.0
     while Path(f"/proc/{grandchild}").exists() and _is_alive(grandchild) and time.monotonic() < limit:
@@ -76,21 +77,21 @@ def _is_alive(pid: int) -> bool:
 
 def test_a_process_that_ends_before_it_answers_is_said_with_the_end_of_its_log(tmp_path: Path) -> None:
     with (
-        processes.child(["sh", "-c", "echo no such model; exit 3"], tmp_path / "log", 0) as it,
+        children.child(["sh", "-c", "echo no such model; exit 3"], tmp_path / "log", core=0) as it,
         pytest.raises(RuntimeError, match=r"x-router does not answer(?s:.*)no such model"),
     ):
-        processes.wait_for("x-router", it, lambda: False, 5.0)
+        children.wait_for("x-router", it, lambda: False, 5.0)
 
 
 # -- figures -------------------------------------------------------------------------------------------
 
 
-def cell(p50_ms: float, router_ms: float, engine_ms: float = 5.0, **other: Any) -> Cell:
+def cell(p50_ms: float, router_ms: float, engine_ms: float = 5.0, **other: Any) -> WayRound:
     same: dict[str, Any] = {
         **{"ended": 100, "cut": 0, "failed": 0, "why": "", "seconds": 4.0, "p99_ms": p50_ms + 1.0},
         **{"beside_ms": 0.0, "client_ms": 1.0, "core": 0.5},
     }
-    return Cell(p50_ms=p50_ms, router_ms=router_ms, engine_ms=engine_ms, **same | other)
+    return WayRound(p50_ms=p50_ms, router_ms=router_ms, engine_ms=engine_ms, **same | other)
 
 
 def test_what_is_added_is_the_median_of_the_differences_within_rounds() -> None:
@@ -139,7 +140,7 @@ def test_tables_and_picture_have_every_way(tmp_path: Path) -> None:
 
 def test_everything_that_was_measured_is_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     cells = {DIRECT: [cell(1.0, 0.0)], "vllm-router": [cell(2.0, 3.0)], AHEAD: [cell(1.5, 0.2)]}
-    config = bench.Config(Path("/v"), 1, (bench.Level(32, 500.0, 2),), 1.0)
+    config = bench.RoutersConfig(Path("/v"), 1, (bench.Level(32, 500.0, 2),), 1.0)
     measured = bench.Found([cells], cells, {AHEAD: 0.016}, batches=True)
     bench.show(config, {"vllm-router": "0.1.17"}, measured, 0.5)
     out = capsys.readouterr().out
@@ -199,8 +200,8 @@ class Says(asyncio.Protocol):
 
 
 def test_streams_come_to_their_end_and_the_first_of_each_is_not_counted_for_the_first_token() -> None:
-    async def run() -> Heard:
-        async with served(lambda: Connection(engine)) as port:
+    async def run() -> LoadResult:
+        async with served(lambda: EngineConnection(engine)) as port:
             client = Kept([port])
             heard = await paced(client, streams=3, pace=5000.0, requests=3, limit_s=10.0)
             await client.close()
@@ -213,8 +214,8 @@ def test_streams_come_to_their_end_and_the_first_of_each_is_not_counted_for_the_
 
 
 def test_a_stream_that_does_not_end_in_time_is_cut_and_what_came_of_it_counts() -> None:
-    async def run() -> Heard:
-        async with served(lambda: Connection(engine)) as port:
+    async def run() -> LoadResult:
+        async with served(lambda: EngineConnection(engine)) as port:
             client = Kept([port])
             heard = await paced(client, streams=1, pace=100.0, requests=1, limit_s=0.2)
             await client.close()
@@ -227,7 +228,7 @@ def test_a_stream_that_does_not_end_in_time_is_cut_and_what_came_of_it_counts() 
 
 def test_the_pace_is_kept() -> None:
     async def run() -> tuple[float, float]:
-        async with served(lambda: Connection(engine)) as port:
+        async with served(lambda: EngineConnection(engine)) as port:
             client = Kept([port])
             sample = await client.send(0, completion(7, 21, 100.0, stream=True))
             await client.close()
@@ -239,9 +240,9 @@ def test_the_pace_is_kept() -> None:
 
 
 def test_requests_of_one_token_go_round_until_it_is_over() -> None:
-    async def run() -> Heard:
-        async with served(lambda: Connection(engine)) as port:
-            client, heard, over = Kept([port]), Heard(), asyncio.Event()
+    async def run() -> LoadResult:
+        async with served(lambda: EngineConnection(engine)) as port:
+            client, heard, over = Kept([port]), LoadResult(), asyncio.Event()
             load = asyncio.create_task(flat_out(client, 2, heard, over))
             await asyncio.sleep(0.1)
             over.set()
@@ -263,7 +264,7 @@ def test_requests_of_one_token_go_round_until_it_is_over() -> None:
     ],
 )
 def test_an_answer_that_is_none_is_a_failure(stub: Says, why: str) -> None:
-    async def run() -> Line:
+    async def run() -> ClientConnection:
         async with served(lambda: stub) as port:
             line = await connect(port)
             try:
@@ -295,7 +296,7 @@ def test_an_engine_answers_404_where_it_has_no_route() -> None:
     """One that streamed there would be waited for: vllm-router asks for more than completions."""
 
     async def run(path: str) -> bytes:
-        async with served(lambda: Connection(engine)) as port:
+        async with served(lambda: EngineConnection(engine)) as port:
             line = await connect(port)
             try:
                 await line.ask(post(path, completion(1, 256, 1.0, stream=True)))
@@ -350,15 +351,15 @@ def test_ours_takes_a_lease_for_each_request_and_gives_back_what_it_did_not_use(
     leases = Leases(issuer.issue(100, time.monotonic()), batches=batches)
     checked: App = TokenCheck(engine, boot)
 
-    async def run() -> Heard:
+    async def run() -> LoadResult:
         connections = []
 
-        def connection() -> Connection:
-            connections.append(Connection(checked))
+        def connection() -> EngineConnection:
+            connections.append(EngineConnection(checked))
             return connections[-1]
 
         async with (
-            served(lambda: Connection(leases)) as loadbalancer,
+            served(lambda: EngineConnection(leases)) as loadbalancer,
             served(connection) as port,
         ):
             client = Leased(loadbalancer, {4: port}, None, ahead, batches=batches)
@@ -381,7 +382,7 @@ def test_ours_takes_a_lease_for_each_request_and_gives_back_what_it_did_not_use(
 @pytest.mark.parametrize("batches", [True, False])
 def test_whether_a_loadbalancer_gives_batches_is_found_out_by_asking(batches: bool) -> None:
     async def run() -> bool:
-        async with served(lambda: Connection(Leases(["t"], batches=batches))) as port:
+        async with served(lambda: EngineConnection(Leases(["t"], batches=batches))) as port:
             return await gives_batches(port)
 
     assert asyncio.run(run()) == batches

@@ -23,7 +23,8 @@ import pytest
 import autoscaler_server
 import loadbalancer_server
 from autoscaler_server import parse_report
-from bench.route import StubHttp, StubInstance, certificate, free_port
+from bench.children import free_port
+from bench.route.stub_fleet import StubHttp, StubInstance, certificate
 from dispatch.outside import background
 from dispatch.outside.background import CLOCKWORK_S, QUIET_S, Errands
 from dispatch.outside.hot_set import HotSetReader

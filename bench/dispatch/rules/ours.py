@@ -1,0 +1,261 @@
+"""The real `LoadBalancer`, driven through its public interface as loadbalancer_server.py and instances do.
+
+An instance's report has what it has written down since the last one; with pushes it also says so by itself,
+when something began or ended, no more often than it is told to, and a client says at once when it
+has its answer. Polls only: nothing but the reports.
+"""
+
+import random
+from collections.abc import Sequence
+from itertools import count
+
+from bench.dispatch.rules.rule import BLOCK_TOKENS, DispatchRequest, ServerFleet
+from bench.dispatch.rules.world import Later, Send
+from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, Poll, Waiter
+from engine.reference import SteppedModelServer
+from engine.timing import Timing
+from loadbalancer import FIRST_TOKEN_WEIGHT, LoadBalancer
+from simulation.virtual.background import TOKEN_LIFE_S
+from simulation.virtual.instances import PUSH_S
+from simulation.virtual.setting import BEAT_S
+from simulation.virtual.users import GRANT_S
+from web.messages.hot_set import HotInstance, HotSet, HotTiming
+from web.messages.reports import LoadReport, PushedReport, RequestEnd
+
+AMPLE = 50.0
+"""Without holding an instance is told to hold so many times what fits its memory."""
+
+PREFILL_WEIGHT = 0.1
+
+BYTES_A_TOKEN, ENVELOPE_BYTES = (3.0, 6.0), 200
+"""Of a request: English takes 4 to 5 bytes a token, code and other languages less or more."""
+
+GOLDEN_RATIO = 0.6180339887498949
+
+
+class _UnreportedEvents:
+    """What one instance has not told this loadbalancer yet."""
+
+    def __init__(self, told: HotInstance) -> None:
+        self.told = told
+        self.boot_id = f"boot-{told.id}"
+        self.started: list[str] = []
+        self.started_bytes: list[int] = []
+        self.ended: list[RequestEnd] = []
+        self.seq = self.after = self.number = 0
+        self.push_due = False
+        self.next_push_at = 0.0
+
+
+class Ours:
+    """One loadbalancer of ours."""
+
+    def __init__(
+        self,
+        fleet: ServerFleet,
+        rng: random.Random,
+        send: Send,
+        later: Later,
+        number: int,
+        *,
+        pushes: bool = True,
+        holds: bool = False,
+        weight: float = FIRST_TOKEN_WEIGHT,
+        late_bound_s: float | None = None,
+        told: Sequence[Timing] | None = None,
+    ) -> None:
+        """number: which loadbalancer. told: the timings it is told, the true ones if None."""
+        self.balancer = LoadBalancer(
+            rng,
+            request_id=lambda token: token,
+            max_held=1_000_000,
+            late_bound_s=late_bound_s,
+            first_token_weight=weight,
+        )
+        self._fleet = fleet
+        self._send = send
+        self._later = later
+        self._number = number
+        self._pushes = pushes
+        self._tokens = count()
+        self._waiting: dict[Waiter, DispatchRequest] = {}
+        self._ids: dict[int, str] = {}
+        self._granting = False
+        self._grant_due = False
+        self._grant_s = GRANT_S[0]
+        hot = _hot_instances(fleet, told, holds=holds)
+        self._instances = [_UnreportedEvents(one) for one in hot]
+        self.balancer.replace_hot(
+            HotSet("bench", 1, "vllm-13", PREFILL_WEIGHT, fleet.mean_output, None, tuple(hot)), 0.0
+        )
+        self._refill(0.0)
+        self._later(BEAT_S, lambda: self._beat(BEAT_S))
+
+    @property
+    def held(self) -> int:
+        """Who waits here."""
+        return len(self._waiting)
+
+    def _refill(self, now: float) -> None:
+        while refills := self.balancer.refills(now):
+            for refill in refills:
+                instance = self._instances[refill.instance_id - 1]
+                first = next(self._tokens)
+                names = [f"{self._number}.{refill.instance_id}.{first}.{n}" for n in range(refill.count)]
+                self.balancer.add_tokens(refill, instance.boot_id, names, TOKEN_LIFE_S, instance.seq, now)
+
+    def _beat(self, now: float) -> None:
+        self.balancer.tick(now)
+        self._refill(now)
+        self.again(now)
+        self._later(now + BEAT_S, lambda: self._beat(now + BEAT_S))
+
+    def arrive(self, request: DispatchRequest, now: float) -> None:
+        """Routed, or held."""
+        balancer = self.balancer
+        ask = Ask(
+            balancer.work_of(request.prompt, None),
+            None,
+            (),
+            request.prompt,
+            hashes(request) if request.blocks else (),
+        )
+        balancer.arrived(ask)
+        if self._waiting:
+            self.again(now)
+        lease = balancer.route(ask, now)
+        if lease is not None:
+            self._ids[request.number] = lease.request_id
+            self._send(request, lease.instance_id - 1)
+            return
+        waiter = balancer.hold(ask, 1e12, now)
+        if waiter is None:
+            raise RuntimeError("the line is full")
+        self._waiting[waiter] = request
+        self._grant_soon(now)
+
+    def _grant_soon(self, now: float) -> None:
+        if not self._grant_due:
+            self._grant_due = True
+            at = now + self._grant_s
+            self._later(at, lambda: self._grant_again(at))
+
+    def _grant_again(self, now: float) -> None:
+        self._grant_due = False
+        self._grant_s = min(GRANT_S[1], 2.0 * self._grant_s)
+        self.again(now)
+        if self._waiting:
+            self._grant_soon(now)
+
+    def again(self, now: float) -> None:
+        """Who may be served now is."""
+        if not self._waiting or self._granting:
+            return
+        self._granting = True
+        for waiter, lease in self.balancer.grant(now):
+            self._grant_s = GRANT_S[0]
+            request = self._waiting.pop(waiter)
+            self._ids[request.number] = lease.request_id
+            self._send(request, lease.instance_id - 1)
+        self._granting = False
+
+    def first_token(self, request: DispatchRequest, now: float) -> None:
+        """We carry no answers."""
+
+    def ended(self, request: DispatchRequest, now: float) -> None:
+        """The client says so."""
+        if self._pushes:
+            self.balancer.done(self._ids[request.number], "finished", now)
+
+    def happened(self, request: DispatchRequest, now: float, *, end: bool) -> None:
+        """The instance writes it down, and says so soon."""
+        instance = self._instances[request.server]
+        # Another loadbalancer's requests have names of theirs.
+        name = self._ids.get(request.number) or f"{request.router}.{request.number}"
+        instance.seq += 1
+        if end:
+            instance.ended.append(RequestEnd(name, "finished", request.output))
+            self._ids.pop(request.number, None)
+        else:
+            instance.started.append(name)
+            instance.started_bytes.append(body_bytes(request))
+        if self._pushes and not instance.push_due:
+            instance.push_due = True
+            at = max(now + PUSH_S, instance.next_push_at)
+            self._later(at, lambda: self._push(instance, at))
+
+    def _push(self, instance: _UnreportedEvents, now: float) -> None:
+        instance.push_due = False
+        if not (instance.started or instance.ended):
+            return
+        instance.number += 1
+        push = PushedReport(
+            instance.boot_id,
+            instance.number,
+            instance.after,
+            instance.seq,
+            False,
+            instance.started,
+            instance.ended,
+            True,
+            instance.started_bytes,
+        )
+        wait_s = self.balancer.pushed(instance.told.id, push, now)
+        instance.after = instance.seq
+        instance.started, instance.started_bytes, instance.ended = [], [], []
+        instance.next_push_at = now + (wait_s or 0.0)
+        self.again(now)
+
+    def report(self, server: int, live: SteppedModelServer, now: float) -> None:
+        """A poll and its answer."""
+        instance = self._instances[server]
+        load = LoadReport(
+            instance.boot_id,
+            instance.seq,
+            instance.started,
+            instance.ended,
+            live.running,
+            live.waiting,
+            True,
+            live.prompt_tokens_total,
+            live.generation_tokens_total,
+            started_bytes=instance.started_bytes,
+        )
+        instance.after = instance.seq
+        instance.started, instance.started_bytes, instance.ended = [], [], []
+        self.balancer.report(Poll(instance.told, instance.after), load, now)
+
+
+def _hot_instances(fleet: ServerFleet, told: Sequence[Timing] | None, *, holds: bool) -> list[HotInstance]:
+    """Return the servers as the hot set has them. told: the timings it is told, the true ones if None."""
+    mean_work = PREFILL_WEIGHT * fleet.mean_prompt + fleet.mean_output
+    hot = []
+    for n, (timing, rate) in enumerate(zip(told or fleet.timings, fleet.requests_s, strict=True)):
+        fits = timing.kv_tokens / (fleet.mean_prompt + 0.5 * fleet.mean_output) * mean_work
+        off = 1.0 if told is None else fleet.timings[n].a / timing.a
+        hot.append(
+            HotInstance(
+                id=n + 1,
+                state="hot",
+                address=f"10.0.0.{n + 1}:80",
+                auth_url=f"http://10.0.0.{n + 1}:81",
+                master_token="",
+                throughput_work_s=rate * mean_work * off,
+                capacity_work=fits * (1.0 if holds else AMPLE),
+                timing=HotTiming.of(timing),
+            )
+        )
+    return hot
+
+
+def body_bytes(request: DispatchRequest) -> int:
+    """How long it would be in JSON. What a token takes differs from text to text, evenly."""
+    least, most = BYTES_A_TOKEN
+    chance = request.number * GOLDEN_RATIO % 1.0  # each its own, and the same for all loadbalancers
+    return round(ENVELOPE_BYTES + request.prompt * (least + chance * (most - least)))
+
+
+def hashes(request: DispatchRequest) -> list[str]:
+    """One for each AFFINITY_BLOCK_TOKENS of the prompt: a block's id as often as it has such parts."""
+    parts = BLOCK_TOKENS // AFFINITY_BLOCK_TOKENS
+    return [f"{block}.{part}" for block in request.prefix for part in range(parts)]

@@ -1,0 +1,85 @@
+"""How a rule that says one number N is carried out: as its own system would, or with our stopped pool.
+
+    AsIs      hot N, total N        a new instance loads for the whole load time, a surplus one is destroyed
+    WithPool  hot N, total peak N   a surplus one is stopped and starts again in the start time
+
+So the gain of a rule and the gain of the actuator can be told apart (peers.md section 19).
+"""
+
+from dataclasses import replace
+
+from bench.policies.peers.rule import PeerPolicy
+from bench.policies.peers.windows import Peak
+from policies import FleetSnapshot, Targets
+
+KEEP_S = 6 * 3600.0
+"""How long a stopped instance is kept after it was last wanted: the window of reference/policy-study.md."""
+
+
+class AsIs:
+    """A rule that knows no stopped pool: whatever is not hot is not there."""
+
+    def __init__(self, peer: PeerPolicy) -> None:
+        """peer: the rule, with its memory."""
+        self.peer = peer
+        self._reads_setup_time = bool(getattr(peer, "reads_setup_time", False))
+
+    @property
+    def tick_s(self) -> float:
+        """The rule's."""
+        return self.peer.tick_s
+
+    @property
+    def memory_s(self) -> float:
+        """The rule's."""
+        return self.peer.memory_s
+
+    def scaled(self, speedup: float) -> "AsIs":
+        """A fresh one, its times divided."""
+        return AsIs(self.peer.scaled(speedup))
+
+    def targets(self, seen: FleetSnapshot) -> Targets:
+        """N and N. A rule that reads the set-up time is told how long a load takes."""
+        if self._reads_setup_time:
+            seen = replace(seen, start_time_s=seen.load_time_s)
+        said = self.peer.targets(seen)
+        return Targets(said.hot, said.hot, said.why)
+
+
+class WithPool:
+    """The rule's N, and the stopped pool of ours around it.
+
+    The pool holds the most N there was in keep_s. Until that long was watched, nothing that is loaded is
+    destroyed either: what was wanted before is not known.
+    """
+
+    def __init__(self, peer: PeerPolicy, keep_s: float = KEEP_S) -> None:
+        """peer: the rule, with its memory; keep_s: seconds."""
+        self.peer = peer
+        self.keep_s = keep_s
+        self._peak = Peak(keep_s)
+        self._began: float | None = None
+
+    @property
+    def tick_s(self) -> float:
+        """The rule's."""
+        return self.peer.tick_s
+
+    @property
+    def memory_s(self) -> float:
+        """The rule's."""
+        return self.peer.memory_s
+
+    def scaled(self, speedup: float) -> "WithPool":
+        """A fresh one, its times divided."""
+        return WithPool(self.peer.scaled(speedup), self.keep_s / speedup)
+
+    def targets(self, seen: FleetSnapshot) -> Targets:
+        """N hot, and in all what was wanted lately."""
+        said = self.peer.targets(seen)
+        if self._began is None:
+            self._began = seen.now
+        total = int(self._peak.note(seen.now, said.hot))
+        if seen.now - self._began < self.keep_s:
+            total = max(total, seen.hot + seen.coming + seen.cold)
+        return Targets(said.hot, total, said.why)
