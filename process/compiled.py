@@ -49,7 +49,7 @@ def _cache() -> Path:
     return ROOT / "build" / "numba" / digest.hexdigest()[:16]
 
 
-def _keep_in(cache: Path) -> str:
+def keep_in(cache: Path) -> str:
     """Where numba keeps it: here, unless the user said where. What was kept long ago is deleted."""
     if "NUMBA_CACHE_DIR" in os.environ:
         return os.environ["NUMBA_CACHE_DIR"]
@@ -63,7 +63,7 @@ def _keep_in(cache: Path) -> str:
     return str(cache)
 
 
-CACHE = _keep_in(_cache())
+CACHE = keep_in(_cache())
 """The directory."""
 
 

@@ -128,7 +128,7 @@ class Fakes:
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
             await site.start()
-            self.ports[n] = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+            self.ports[n] = runner.addresses[0][1]
             self.runners.append(runner)
 
     async def _runner_cleanup(self) -> None:

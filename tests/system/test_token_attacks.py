@@ -7,6 +7,7 @@ will do, because every client library would tidy them up.
 """
 
 import asyncio
+import base64
 import contextlib
 import http.client
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from localcloud.paced.machine import SimulatedMachine
 from process.children import dying_with_parent
 from remote import events, tokens
 from remote.events import Events
@@ -106,9 +108,7 @@ def make_boot(directory: Path) -> Path:
 def model_server(home: Path, number: int) -> Iterator[int]:
     """The port of a model server that runs with that home."""
     machine = home / "machine.json"
-    machine.write_text(
-        json.dumps({"gpu_name": "H100 SXM", "num_gpus": 1, "load_s": 0.0, "start_s": 0.0, "loaded": None})
-    )
+    SimulatedMachine("H100 SXM", 1, load_s=0.0, start_s=0.0, fatal_line=None, loaded=None).write(machine)
     log = home / f"model-{number}.log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "org/name"]
     command += ["--served-model-name", "vllm-13", "--host", "127.0.0.1", "--port", "0"]
@@ -288,10 +288,15 @@ def others(server: Server) -> str:
     elsewhere = server.boot.parent / "another"
     if not elsewhere.exists():
         make_boot(elsewhere)
-    issuer = Issuer(str(elsewhere), time.monotonic())
-    issuer._next = server.issuer._next
-    server.token()
-    return issuer.issue(1, time.monotonic())[0]
+    here = number(server.token())
+    issuer, now = Issuer(str(elsewhere), time.monotonic()), time.monotonic()
+    (token,) = issuer.issue(1, now)
+    return token if number(token) == here else issuer.issue(here - number(token), now)[-1]
+
+
+def number(token: str) -> int:
+    """The number of a token, with which it begins."""
+    return int.from_bytes(base64.urlsafe_b64decode(token + "==")[:4], "big")
 
 
 NOT_TOKENS: dict[str, Callable[[Server], list[bytes]]] = {

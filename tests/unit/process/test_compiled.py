@@ -88,7 +88,7 @@ def test_what_was_kept_long_ago_is_deleted(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).mkdir()
         at = time.time() - age_s
         os.utime(tmp_path / name, (at, at))
-    compiled._keep_in(tmp_path / "new")
+    compiled.keep_in(tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lately"]
     assert getattr(numba.config, "CACHE_DIR") == str(tmp_path / "new")  # noqa: B009 (untyped)
 
@@ -100,7 +100,7 @@ def test_a_cache_that_others_delete_at_the_same_time_stops_nobody(tmp_path: Path
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from process import compiled
-print(compiled._keep_in(Path({str(tmp_path / "new")!r})))
+print(compiled.keep_in(Path({str(tmp_path / "new")!r})))
 """
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
     done = subprocess.run(

@@ -17,6 +17,13 @@ from tests.paths import ROOT
 
 
 @pytest.fixture
+def small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring that is soon gone round, as much larger than the cap as the real one."""
+    monkeypatch.setattr(tokens, "SLOTS", SLOTS // 64)
+    monkeypatch.setattr(tokens, "CAP", CAP // 64)
+
+
+@pytest.fixture
 def boot(tmp_path: Path) -> str:
     tokens.make_store(str(tmp_path))
     events.make_ring(str(tmp_path))
@@ -162,11 +169,11 @@ def test_no_more_than_the_cap_are_outstanding_until_some_are_spent_or_expire(boo
     assert len(issuer.issue(CAP - 10, LIFE_S)) == CAP - 10
 
 
-def test_round_the_ring_no_outstanding_token_loses_its_slot(boot: str, gate: Gate) -> None:
+def test_round_the_ring_no_outstanding_token_loses_its_slot(small_ring: None, boot: str, gate: Gate) -> None:
     issuer = Issuer(boot, 0.0)
     kept = issuer.issue(5, 0.0)
-    for _ in range(2 * SLOTS // 50_000 + 1):
-        assert all(gate.take(token, 1.0) for token in issuer.issue(50_000, 1.0))
+    for _ in range(2 * tokens.SLOTS // 800 + 1):
+        assert all(gate.take(token, 1.0) for token in issuer.issue(800, 1.0))
     assert all(gate.take(token, 2.0) for token in kept)
 
 
@@ -193,15 +200,17 @@ def test_after_a_restart_what_had_expired_does_not_count(boot: str) -> None:
     assert all(gate.take(token, now + 1.0) for token in last)
 
 
-def test_a_token_that_the_ring_has_been_round_still_counts_after_a_restart(boot: str, gate: Gate) -> None:
+def test_a_token_that_the_ring_has_been_round_still_counts_after_a_restart(
+    small_ring: None, boot: str, gate: Gate
+) -> None:
     issuer = Issuer(boot, 0.0)
     kept = issuer.issue(5, 0.0)
-    for _ in range(2 * SLOTS // 50_000 + 1):
-        assert all(gate.take(token, 1.0) for token in issuer.issue(50_000, 1.0))
+    for _ in range(2 * tokens.SLOTS // 800 + 1):
+        assert all(gate.take(token, 1.0) for token in issuer.issue(800, 1.0))
     issuer.close()
     again = Issuer(boot, 2.0)
     assert again.outstanding(2.0) == 5
-    again.issue(SLOTS // 2, 2.0)
+    again.issue(tokens.SLOTS // 2, 2.0)
     assert all(gate.take(token, 3.0) for token in kept)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pickle
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -166,7 +167,7 @@ def test_a_long_stream_keeps_only_its_tail() -> None:
     stream = Stream()
     for _ in range(2000):
         stream.feed(token_event())
-    assert len(stream._tail) <= 4 * TAIL + len(token_event())
+    assert len(pickle.dumps(stream)) <= 4 * TAIL + len(token_event()) + 1000
     stream.feed(USAGE + DONE)
     assert stream.end() == TokenUsage(3, 2)
 
@@ -203,7 +204,7 @@ def ask(handler: Handler, call: Callable[[InstanceClient, str], Awaitable[Any]])
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        port = runner.addresses[0][1]
         try:
             async with InstanceClient() as client:
                 return await call(client, f"http://127.0.0.1:{port}")
