@@ -14,8 +14,9 @@ class Account:
         self.ssh_keys: dict[int, tuple[str, float]] = {}
         self._credit_usd = credit_usd
         self._faults = faults
-        self._spent_usd = dict.fromkeys(BILLS, 0.0)
-        self._gpu_spent_usd = 0.0
+        self._open_bills: list[Bill] = []
+        self._ended_usd = dict.fromkeys(BILLS, 0.0)
+        self._ended_gpu_usd = 0.0
 
     def credit_usd(self, now: float) -> float:
         """Return the dollars left to spend; none while the fault credit-zero is on."""
@@ -27,15 +28,30 @@ class Account:
             return None
         return now + self._credit_usd / burn_usd_h * 3600.0
 
-    def charge(self, bill: str, gpu_usd: float, usd: float) -> None:
-        """Take usd from the credit under that bill; gpu_usd of it was for GPUs."""
-        self._spent_usd[bill] += usd
-        self._gpu_spent_usd += gpu_usd
+    def open_bill(self, machine: Machine, order: Order, now: float) -> "Bill":
+        """Return the bill of a rental that begins now."""
+        bill = Bill(self, machine, order, now)
+        self._open_bills.append(bill)
+        return bill
+
+    def close_bill(self, bill: "Bill") -> None:
+        """Keep the dollars of a rental that has ended."""
+        self._open_bills.remove(bill)
+        for state, usd in bill.usd.items():
+            self._ended_usd[state] += usd
+        self._ended_gpu_usd += bill.gpu_usd
+
+    def charge(self, usd: float) -> None:
+        """Take usd from the credit."""
         self._credit_usd -= usd
 
     def spent_usd(self) -> dict[str, float]:
         """Return all dollars so far by bill and in total, and those for GPUs."""
-        return self._spent_usd | {"total": sum(self._spent_usd.values()), "gpu": self._gpu_spent_usd}
+        spent = {
+            state: self._ended_usd[state] + sum(b.usd[state] for b in self._open_bills) for state in BILLS
+        }
+        gpu = self._ended_gpu_usd + sum(b.gpu_usd for b in self._open_bills)
+        return spent | {"total": sum(spent.values()), "gpu": gpu}
 
     def add_key(self, key: str, now: float) -> int:
         """Add an ssh key, which rentals get from now on; return its number, the old one for a known key."""
@@ -80,8 +96,8 @@ class Bill:
         hours = (now - self._settled_to) / 3600.0
         if hours <= 0:
             return
-        gpu_usd, usd = gpu_usd_h * hours, (gpu_usd_h + storage_usd_h) * hours
+        usd = (gpu_usd_h + storage_usd_h) * hours
         self.usd[state] += usd
-        self.gpu_usd += gpu_usd
-        self._account.charge(state, gpu_usd, usd)
+        self.gpu_usd += gpu_usd_h * hours
+        self._account.charge(usd)
         self._settled_to = now

@@ -193,6 +193,7 @@ class Cloud:
         rental = self.rentals.pop(rental_id, None)
         if rental is None:
             raise CloudRefusal(404, "not_found", f"Instance {rental_id} not found.")
+        self.account.close_bill(rental.bill)
         self.destroyed += 1
         self._effects += [
             End(rental_id, wipe=True),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from localcloud.account import Account, Bill
+from localcloud.account import Account
 from localcloud.effects import (
     Authorize,
     Boot,
@@ -122,7 +122,7 @@ class Rental:
         self.ports: Mapping[str, int] = {}
         self.status_msg: str | None = None
         self.history: deque[str] = deque(maxlen=HISTORY_LINES)
-        self.bill = Bill(self._account, machine, order, now)
+        self.bill = self._account.open_bill(machine, order, now)
         self._dies_at: float | None = None
         self._doomed_boot = 0  # the boot that the fault dies-hot has struck
         if slot is not None:
