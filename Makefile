@@ -104,7 +104,7 @@ $(READY): requirements.txt
 	touch $@
 
 # What numba compiles is kept (process/compiled.py); the first loadbalancer would take ten seconds to start.
-$(COMPILED): $(READY) process/compiled.py $(wildcard bench/policies/floor.py dispatch/*.py engine/*.py policies/*.py simulation/virtual/*.py)
+$(COMPILED): $(READY) process/compiled.py $(wildcard bench/policies/floor.py dispatch/*.py engine/*.py policies/*.py simulation/virtual/fluid/*.py)
 	$(BIN)/python -c 'from dispatch.predicted_load import warm_up; warm_up()'
 	mkdir -p $(@D)
 	touch $@

@@ -34,7 +34,7 @@ SOURCES = (
     "dispatch/*.py",
     "engine/*.py",
     "policies/*.py",
-    "simulation/virtual/*.py",
+    "simulation/virtual/fluid/*.py",
 )
 """What is compiled, and all that it takes constants or functions from (test_compiled.py)."""
 

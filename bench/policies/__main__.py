@@ -4,7 +4,7 @@
                              [--goals 0.99,0.999] [--json FILE] [--plots DIR] [--only conv,…] [--peers NAME,…]
 
 For each trace, size of fleet, profile and discipline of the queue (one line, or the late lane) in the fluid
-model (simulation/virtual/fluid.py), whose capacity is that of the step-level model server for the trace's
+model (simulation/virtual/fluid/run.py), whose capacity is that of the step-level model server for the trace's
 lengths:
 
     floor        the cheapest a clairvoyant could do (floor.py)

@@ -21,7 +21,9 @@ from policies import Capacity
 from policies.objective import KeptPool, Margin, Objective, worth_keeping_s
 from simulation.traces import logs
 from simulation.virtual.capacity import capacity_of
-from simulation.virtual.fluid import Bins, Fleet, FluidResult, Run, bins_of
+from simulation.virtual.fluid.bins import Bins, bins_of
+from simulation.virtual.fluid.fleet import FluidFleet, FluidResult
+from simulation.virtual.fluid.run import FluidRun
 from simulation.virtual.replay import LEAST_HISTORY_S, REPLAY_EVERY_S, tune
 
 TRACES: Mapping[str, str] = {
@@ -65,7 +67,7 @@ class PolicyWorld:
     """What a case is played in. history_s to end_s is scored; hot and cold are there at the begin."""
 
     bins: Bins
-    fleet: Fleet
+    fleet: FluidFleet
     history_s: int
     end_s: int
     hot: int
@@ -94,7 +96,7 @@ def world_of(case: PolicyCase) -> PolicyWorld:
     scale = case.need * capacity.work_s * seconds / work
     bins = scaled_bins(log, scale, timing, seconds, seed=7)
     share = START_SHARE[case.profile]
-    fleet = Fleet(
+    fleet = FluidFleet(
         capacity,
         start_lo_s=profile.start_time_s * (1 - share),
         start_hi_s=profile.start_time_s * (1 + share),
@@ -160,8 +162,10 @@ class PolicyScore:
         return cls(r.misses, r.usd, pool, r.late_p50_s, r.late_max_s, r.uncovered, r.most_hot)
 
 
-def _begun(world: PolicyWorld, from_s: int, to_s: int, *, series: bool = False, tracked: bool = True) -> Run:
-    return Run(
+def _begun(
+    world: PolicyWorld, from_s: int, to_s: int, *, series: bool = False, tracked: bool = True
+) -> FluidRun:
+    return FluidRun(
         world.bins,
         world.fleet,
         score_from_s=from_s,

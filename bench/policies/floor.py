@@ -2,7 +2,7 @@
 
     minimise  hot seconds + start_s a start + stop_s a stop + λ * missed requests
 
-in the fluid model of simulation/virtual/fluid.py, by exact dynamic programming over (hot instances, work
+in the fluid model of simulation/virtual/fluid/run.py, by exact dynamic programming over (hot instances, work
 that waits and is still in time). The clairvoyant orders a start just as early as it takes, so its count of
 hot instances is free, and it may drop any work to the late lane, which is served from what is left and
 costs it nothing. What waits longer than a bin's limit is dropped; so with h hot at most  c·h·limit  of work
@@ -31,7 +31,9 @@ from numpy.typing import NDArray
 
 from policies.types import FleetSnapshot, Targets
 from process.compiled import njit
-from simulation.virtual.fluid import Bins, Fleet, run_policy
+from simulation.virtual.fluid.bins import Bins
+from simulation.virtual.fluid.fleet import FluidFleet
+from simulation.virtual.fluid.run import run_fluid
 
 Floats = NDArray[np.float64]
 Schedule = NDArray[np.int16]
@@ -219,7 +221,7 @@ class _Point:
 class _Planner:
     """The scored seconds in steps, and the best plan for a price of a missed request."""
 
-    def __init__(self, part: Bins, fleet: Fleet, step_s: int) -> None:
+    def __init__(self, part: Bins, fleet: FluidFleet, step_s: int) -> None:
         """part: the scored seconds; step_s: grain of the dynamic programme, seconds."""
         self._fleet = fleet
         self._step_s = float(step_s)
@@ -285,7 +287,7 @@ class _Planner:
 def floor(
     bins: Bins,
     goal: float,
-    fleet: Fleet,
+    fleet: FluidFleet,
     *,
     score_from_s: int = 0,
     score_to_s: int | None = None,
@@ -366,17 +368,17 @@ def _cheapest_kept(
     return found
 
 
-def _achieved(part: Bins, fleet: Fleet, point: _Point, step_s: int) -> tuple[float, float]:
+def _achieved(part: Bins, fleet: FluidFleet, point: _Point, step_s: int) -> tuple[float, float]:
     """Return (share missed, dollars of GPUs) of the schedule in the fluid model; starts take the mean."""
     mean_s = (fleet.start_lo_s + fleet.start_hi_s) / 2.0
     peak = int(point.schedule.max())
-    exact = Fleet(
+    exact = FluidFleet(
         fleet.capacity, mean_s, mean_s, fleet.load_s, fleet.stop_s, fleet.running_usd_h, fleet.stopped_usd_h,
         True, fleet.late_bound_s, max(peak, 1),
     )  # fmt: skip
     policy = Played(point.schedule, step_s, mean_s, peak)
     first = int(policy.targets(_AT_ZERO).hot)
-    result = run_policy(part, policy, exact, tick_s=5, hot=first, cold=peak - first)
+    result = run_fluid(part, policy, exact, tick_s=5, hot=first, cold=peak - first)
     return result.misses, result.usd_serving
 
 

@@ -8,10 +8,12 @@ import pytest
 
 from bench.policies.floor import Floor, Played, floor
 from policies import Capacity
-from simulation.virtual.fluid import Bins, Fleet, run_policy
+from simulation.virtual.fluid.bins import Bins
+from simulation.virtual.fluid.fleet import FluidFleet
+from simulation.virtual.fluid.run import run_fluid
 
 C = 100.0
-FLEET = Fleet(Capacity(C, 1.0, 10.0, 1e6), 60.0, 120.0, running_usd_h=3.6, stopped_usd_h=0.036)
+FLEET = FluidFleet(Capacity(C, 1.0, 10.0, 1e6), 60.0, 120.0, running_usd_h=3.6, stopped_usd_h=0.036)
 """Starts cost 90 s, stops 15 s; a GPU second costs a tenth of a cent."""
 
 
@@ -76,7 +78,7 @@ def test_no_schedule_that_keeps_the_goal_costs_less_than_the_bound(seed: int) ->
         load += [C * level * rng.uniform(0.6, 1.4) for _ in range(15)]
     trace = bins(load, limit_s=3.0)
     found = floor(trace, 0.97, FLEET)
-    exact = Fleet(FLEET.capacity, 90.0, 90.0, running_usd_h=3.6, stopped_usd_h=0.036, max_instances=20)
+    exact = FluidFleet(FLEET.capacity, 90.0, 90.0, running_usd_h=3.6, stopped_usd_h=0.036, max_instances=20)
     schedule = found.schedule.copy()
     best = found.achieved_usd
     for _ in range(120):
@@ -86,7 +88,7 @@ def test_no_schedule_that_keeps_the_goal_costs_less_than_the_bound(seed: int) ->
         changed[part] = np.maximum(0, changed[part] + rng.choice([-1, -1, 1]))
         policy = Played(changed, found.step_s, 90.0, int(changed.max()))
         hot = int(changed[:96].max())
-        result = run_policy(trace, policy, exact, hot=hot, cold=max(0, int(changed.max()) - hot))
+        result = run_fluid(trace, policy, exact, hot=hot, cold=max(0, int(changed.max()) - hot))
         if result.misses <= 0.03 and result.usd_serving <= best:
             schedule, best = changed, result.usd_serving
     assert best >= found.bound_usd * 0.97  # the dynamic programme's own grain

@@ -1,7 +1,7 @@
 """What one instance gives with the lengths of a log: measured on the model server, kept full.
 
 A model server is given requests of the log while none waits inside it and its tokens come in time, which is
-where the loadbalancer's own measure of capacity settles (`LoadBalancer._learn_capacity`).
+where the loadbalancer's own measure of capacity settles.
 """
 
 from collections.abc import Iterable
@@ -16,11 +16,11 @@ from policies.types import Capacity
 from simulation.traces.logs import Request
 
 REQUESTS = 1500
-"""Of the log that are served; the first third fills the server and does not count."""
+"""Number of requests that are served; the first third fills the server and does not count."""
 
 
 def capacity_of(profile: Profile, timing: Timing, requests: Iterable[Request], slo: Slo) -> Capacity:
-    """The capacity of one such instance for requests like these; ValueError when there are none."""
+    """Return the capacity of one such instance for requests like these; ValueError when there are none."""
     sample = list(islice(requests, 20_000))
     if not sample:
         raise ValueError("no request to measure with")
@@ -58,6 +58,6 @@ def _cut(request: Request, longest: int) -> tuple[int, int]:
 
 
 def _too_slow(server: SteppedModelServer, timing: Timing, slo: Slo) -> bool:
-    """Whether its tokens would come too far apart with one more."""
+    """Return whether its tokens would come too far apart with one more."""
     step_s = timing.step_ms(server.running + 1, server.kv_tokens_used) / 1e3
     return server.running > 0 and step_s > SLOW_SHARE * slo.output_token_s

@@ -66,7 +66,7 @@ class Hazards:
 
 
 def parse_hazards(text: str) -> Hazards:
-    """`name=number,…` as Hazards; raises ConfigError."""
+    """Return `name=number,…` as Hazards; raise ConfigError."""
     given: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
@@ -81,7 +81,7 @@ def parse_hazards(text: str) -> Hazards:
 
 
 def times_for(profile: Profile, spread: float = 1 / 3) -> Times:
-    """Start and load times whose means are the profile's; each is drawn within ±spread of it.
+    """Return start and load times whose means are the profile's; each is drawn within ±spread of it.
 
     A third makes 60 to 120 s of a start of 90 s.
     """
@@ -94,7 +94,7 @@ def times_for(profile: Profile, spread: float = 1 / 3) -> Times:
 
 
 def deep_market(machines: Iterable[Machine] = MACHINES, depth: int = 8) -> tuple[Machine, ...]:
-    """The same machines with so many times the slots and disk, at most 64 slots: room for a large fleet."""
+    """Return the machines with `depth` times the slots and disk, at most 64 slots: room for a large fleet."""
     return tuple(
         Machine(
             **{
@@ -118,7 +118,7 @@ class SimulatedCloud:
         times: Times | None = None,
         speedup: float = 1.0,
     ) -> None:
-        """Nothing is rented; there is credit for anything."""
+        """Begin with nothing rented, and credit for anything."""
         self.dearest_usd_h = 0.0  # of a machine that has booted
         self._hazards = Hazards()
         self._profile = profile
@@ -137,24 +137,24 @@ class SimulatedCloud:
     # -- as time passes --
 
     def advance(self, now: float) -> list[Effect]:
-        """What must happen in the world by now."""
+        """Return what must happen to machines by now."""
         self.model.advance(now)
         return self.model.take_effects()
 
     def booted(self, boot: Boot, now: float) -> None:
-        """Its processes are up."""
+        """Take in that the processes of a rental are up."""
         self.dearest_usd_h = max(self.dearest_usd_h, boot.machine.usd_h)
         ports = {inside: 10_000 + 10 * (boot.id % 5000) + n for n, inside in enumerate(boot.order.ports)}
         self.model.booted(boot.id, boot.boot, ports, now)
 
     def crashed(self, id: int, now: float) -> None:
-        """Its processes have died by themselves."""
+        """Take in that the processes of a rental have died by themselves."""
         rental = self.model.rentals.get(id)
         if rental is not None:
             self.model.crashed(id, rental.boot, now)
 
     def next_event(self, now: float) -> float | None:
-        """When `advance` has something to do again."""
+        """Return when `advance` has something to do again."""
         return self.model.next_event(now)
 
     def begin_hazards(self, hazards: Hazards) -> None:
@@ -162,7 +162,7 @@ class SimulatedCloud:
         self._hazards = hazards
 
     def draw_hazards(self, now: float, for_s: float) -> None:
-        """What goes wrong in the next for_s seconds is on from now. Call it every so long."""
+        """Draw what goes wrong in the next for_s seconds; call it every so long."""
         h = self._hazards
         for rate, fault, args in (
             (h.dies_h, "dies-hot", {"count": 1}),
@@ -178,7 +178,7 @@ class SimulatedCloud:
     # -- what Vast does --
 
     def rows(self) -> list[Row]:
-        """The listing, parsed."""
+        """Return the listing, parsed."""
         rows = []
         for r in self.model.rentals.values():
             key = (r.phase, r.wanted, r.offline, r.bill.bid, r.status_msg, r.boot)
@@ -191,7 +191,7 @@ class SimulatedCloud:
         return rows
 
     def perform(self, command: Command, now: float) -> Performed:
-        """What the cloud answers to it."""
+        """Return what the cloud answers to a command."""
         try:
             if isinstance(command, Create):
                 return Performed(Reply.DONE, new_id=self._create(command, now))
@@ -256,12 +256,12 @@ class SimulatedCloud:
     # -- the bill --
 
     def spent_usd(self) -> float:
-        """All dollars so far, as the cloud charges them; exact as of the last `advance`."""
+        """Return all dollars that the cloud has charged, exact as of the last `advance`."""
         return self.model.account.spent_usd()["total"]
 
 
 def _filters(query: str) -> dict[str, dict[str, str]]:
-    """An offer query in the CLI's language (`gpu_ram>=22 num_gpus=1`) as the service's filters."""
+    """Return an offer query in the CLI's language (`gpu_ram>=22 num_gpus=1`) as the service's filters."""
     filters: dict[str, dict[str, str]] = {}
     for part in query.split():
         found = re.fullmatch(r"(\w+)(>=|<=|!=|>|<|=)(.+)", part)

@@ -9,13 +9,13 @@
                └──────────────── cost              the lower edge of all curves is what the operator sees:
                                                    what each goal would have cost
 
-The target is a little under what the goal allows, because tomorrow is not today. Between two settings that
-were simulated the curve is taken as straight in the logarithms, so that the choice does not jump from one
-setting to the next when a single request more is late.
+The target is a little under what the goal allows, because tomorrow differs from today. Between two settings
+that were simulated the curve is taken as straight in the logarithms, so that the choice does not jump from
+one setting to the next when a single request more is late.
 
 The loaded pool follows from the run of the chosen level. An instance that is not hot costs storage, and a
 new one costs its load; so one that was wanted within the last `keep_s`, the time in which storage costs as
-much as a load, is kept (the ski rental rule: never more than twice what a prophet would pay).
+much as a load, is kept (the ski rental rule: never more than twice the optimum in hindsight).
 
 It runs as a process of its own, at low priority, that may be killed at any time: `python -m
 simulation.virtual.replay` reads one request and prints one reply; fleet/outside/tuner.py asks it.
@@ -36,26 +36,21 @@ from fleet_client.flags import run_main
 from policies.objective import MARGIN, Objective, worth_keeping_s
 from policies.types import Capacity
 from process.errors import ConfigError
-from simulation.virtual.fluid import (
-    MOST_INSTANCES,
-    Bins,
-    Fleet,
-    Floats,
-    FluidResult,
-    level_series,
-    run_level,
-)
+from simulation.virtual.fluid.bins import Bins, Floats
+from simulation.virtual.fluid.fleet import MOST_INSTANCES, FluidFleet, FluidResult
+from simulation.virtual.fluid.run import level_series, run_fluid
 
 DAY_S = 86_400
 
 LEVEL = ("k", "fast_s", "slow_s", "slow_share", "hold_s", "drain_s", "pool", "pool_headroom")
-"""Of `Objective`, what a replay sets."""
+"""Fields of `Objective` that a replay sets."""
 
 REPLAY_EVERY_S = 1800
-"""How often the level is set anew."""
+"""Seconds between two replays."""
 
 LEAST_HISTORY_S = 1200
-"""With less the defaults are the better guess: twenty minutes hold a dozen bursts at best."""
+"""Seconds of history before the first replay: twenty minutes hold a dozen bursts at best, and with less the
+defaults are the better guess."""
 
 UNCOVERED = 0.003
 """Share of the hot instances that were wanted for which the pool may have been too small on the replayed day:
@@ -65,32 +60,33 @@ POOL_LOADS = 2.0
 """Load times of history before a pool is sized: what is ordered on less comes after what it was for."""
 
 HEADROOM = 1.1
-"""Beyond that pool, loads are ordered when this multiple of what is needed now is not loaded."""
+"""Multiple of the instances needed now that is to be loaded, beyond that pool."""
 
 CURVE = (0.95, 0.98, 0.99, 0.995, 0.999)
-"""The goals of which the operator is told the cost."""
+"""Goals whose cost the operator is shown."""
 
 LEAST_SLOW_S = 1800.0
-"""Means as long as this are tried with any history."""
+"""Seconds of the slow mean that is tried with any history."""
 
 K_STEP = 1.15
-"""From one k to the next. Costs follow k, and the curve between is straight to within a percent."""
+"""Ratio of one k to the next: costs follow k, and the curve between is straight to within a percent."""
 
 KNEE = 1.25
-"""Of the fewest misses of a shape: near enough to them, where no k keeps the goal."""
+"""Multiple of a shape's fewest misses that is taken where no k keeps the goal: more k buys little there."""
 
 WARM_STARTS = 2.0
-"""So many of the longest starts are played before a replay is scored."""
+"""Multiple of the longest start that is played before a replay is scored."""
 
 K_MOST = 6.0
-"""Times the longer mean where its share is over 1; the studies' largest was 4.1 (policy-study.md)."""
+"""Largest k, times the share of the slow mean where that is over 1; the largest in the studies was 4.1
+(policy-study.md)."""
 
 MISSES_MOST, MISSES_LEAST = 0.10, 2e-4
-"""A curve is followed between these: what no goal allows, and what a day of requests cannot measure."""
+"""Shares of misses between which a curve is followed: what no goal allows, and what a day cannot measure."""
 
 
 def ladder(goal: float, history_s: float) -> tuple[Objective, ...]:
-    """The shapes that are tried. A mean over more than half of the history was never seen to follow it."""
+    """Return the shapes to try. A mean over more than half of the history was never seen to follow it."""
     base = Objective(goal=goal)
     shapes = [
         {"fast_s": 300.0, "slow_s": 1800.0, "slow_share": 0.8, "hold_s": 60.0, "drain_s": 40.0},
@@ -106,18 +102,18 @@ def ladder(goal: float, history_s: float) -> tuple[Objective, ...]:
     return tuple(replace(base, **s) for s in shapes if s["slow_s"] <= most_s)  # type: ignore[arg-type]
 
 
-def warm_up_s(history_s: int, fleet: Fleet) -> int:
-    """Seconds of a history that are played and not scored: until the fleet is as its level would have it.
+def warm_up_s(history_s: int, fleet: FluidFleet) -> int:
+    """Return the seconds of a history that are played and not scored, until the fleet is as its level wants.
 
-    That takes a start, at least: with less, of twenty minutes of a model that starts in five no level kept
-    99 % in one line, and the highest was taken.
+    That takes a start, at least: with less no level kept 99 % in one line for twenty minutes of a model that
+    starts in five, and the highest was taken.
     """
     return max(min(600, history_s // 6), min(history_s // 2, math.ceil(WARM_STARTS * fleet.start_hi_s)))
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a goal would have cost: dollars a day of the hot instances and their starts.
+    """The cost of a goal: dollars a day of the hot instances and their starts.
 
     met: the goal. k: of the shape that was cheapest there. reached: whether any setting kept it.
     """
@@ -132,8 +128,8 @@ class CurvePoint:
 class Tuned:
     """What a replay found.
 
-    misses, usd_day: of the level on the replayed day, as its curve has them. reached: whether a setting kept
-    the target. simulated: settings. history_s: seconds replayed.
+    misses, usd_day: of the level on the replayed day, read from its curve. reached: whether a setting kept
+    the target. simulated: number of settings. history_s: seconds replayed.
     """
 
     level: Objective
@@ -147,7 +143,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Tried:
-    """One shape: the k that were simulated, rising, with the misses and dollars of each."""
+    """The curve of one shape: the k that were simulated, rising, with the misses and dollars of each."""
 
     shape: Objective
     k: Floats
@@ -155,11 +151,11 @@ class Tried:
     usd: Floats
 
     def at(self, misses: float) -> tuple[float, float, bool]:
-        """k and dollars where the curve has these misses; and whether it comes down to them.
+        """Return k and dollars where the curve has these misses, and whether it comes down to them.
 
         A curve that does not come down so far is taken where it has nearly its fewest: more k buys nothing.
         """
-        # More is never taken to be worse: what a larger k happened to miss, a smaller one can have.
+        # A larger k is never taken to be worse: it counts with the fewest misses of all up to it.
         low = np.minimum.accumulate(np.maximum(self.misses, MISSES_LEAST / 10))
         x = np.log(low[::-1])
         wanted = math.log(max(misses, KNEE * float(low[-1])))
@@ -168,14 +164,14 @@ class Tried:
         return k, usd, bool(low[-1] <= misses)
 
 
-def _try(bins: Bins, shape: Objective, fleet: Fleet, warm_s: int, seed: int) -> Tried:
+def _try(bins: Bins, shape: Objective, fleet: FluidFleet, warm_s: int, seed: int) -> Tried:
     """Follow the curve of one shape from the middle to both ends."""
     levels = level_series(bins.arriving, shape)
     begin = float(bins.work[:warm_s].mean()) / fleet.capacity.work_s * max(1.0, shape.slow_share)
 
     def run(k: float) -> FluidResult:
         hot = min(fleet.max_instances, max(shape.min_hot, math.ceil(k * begin)))
-        return run_level(
+        return run_fluid(
             bins,
             replace(shape, k=k),
             fleet,
@@ -208,14 +204,14 @@ def _try(bins: Bins, shape: Objective, fleet: Fleet, warm_s: int, seed: int) -> 
 def tune(
     history: Bins,
     goal: float,
-    fleet: Fleet,
+    fleet: FluidFleet,
     *,
     shapes: Sequence[Objective] | None = None,
     margin: float = MARGIN,
     min_hot: int = 1,
     seed: int = 1,
 ) -> Tuned:
-    """The cheapest level that would have kept the goal in this history, with a margin, and the curve.
+    """Return the cheapest level that would have kept the goal in this history, with a margin, and the curve.
 
     history: arrivals of the last day or less, one value a second; ValueError when it is under a minute.
     """
@@ -245,15 +241,15 @@ def tune(
 
 
 def _score(t: Tried, target: float) -> float:
-    """Dollars near the target and on both sides of it: a shape that is cheap by luck at one point is not."""
+    """Return the cost near the target and on both sides of it, so that luck at one point does not decide."""
     return sum(math.log(t.at(target * f)[1]) for f in (0.5, 1.0, 2.0))
 
 
-def _pool(history: Bins, level: Objective, fleet: Fleet, warm_s: int, seed: int) -> int:
-    """The least number of loaded instances that would have covered the hot demand of the last keep_s."""
+def _pool(history: Bins, level: Objective, fleet: FluidFleet, warm_s: int, seed: int) -> int:
+    """Return the least number of loaded instances that would have covered the last keep_s."""
     begin = math.ceil(level.factor * float(history.work[:warm_s].mean()) / fleet.capacity.work_s)
     hot = min(fleet.max_instances, max(level.min_hot, begin))
-    found = run_level(
+    found = run_fluid(
         history, level, fleet, seed=seed, hot=hot, cold=fleet.max_instances - hot, series=True
     ).series
     if found is None:
@@ -275,7 +271,7 @@ def _pool(history: Bins, level: Objective, fleet: Fleet, warm_s: int, seed: int)
 
 
 def answer(said: object) -> dict[str, Any]:
-    """The reply to a request (`tuner.request_of` makes it); raises ConfigError that names the field.
+    """Return the reply to a request (`tuner.request_of` makes it); raise ConfigError that names the field.
 
     {"bins": {"work", "requests", "limit_s": one number a second}, "goal", "capacity": {"work_s",
     "requests_s", "concurrency", "kv_tokens"}, "start_s": [least, most], "load_s", "running_usd_h",
@@ -293,7 +289,7 @@ def answer(said: object) -> dict[str, Any]:
         )
         capacity = Capacity(**{name: float(value) for name, value in said["capacity"].items()})
         least, most = (float(v) for v in said["start_s"])
-        fleet = Fleet(
+        fleet = FluidFleet(
             capacity,
             start_lo_s=least,
             start_hi_s=most,
@@ -326,7 +322,7 @@ def answer(said: object) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One request from the input, one reply on the output; a wrong request is one line and exit 2."""
+    """Read one request from the input, print one reply; a wrong request is one line and exit 2."""
     os.nice(10)
     try:
         said = json.load(sys.stdin)

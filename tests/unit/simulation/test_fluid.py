@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from policies import Capacity, Fixed, FleetSnapshot, Objective, Targets
-from simulation.virtual.fluid import Bins, Fleet, FluidResult, Run, bins_of, run_level, run_policy
+from simulation.virtual.fluid.bins import Bins, bins_of
+from simulation.virtual.fluid.fleet import FluidFleet, FluidResult
+from simulation.virtual.fluid.run import FluidRun, run_fluid
 
 C = 100.0
 CAPACITY = Capacity(C, 1.0, 10.0, 1e6)
 
 
-def fleet(**changes: Any) -> Fleet:
+def fleet(**changes: Any) -> FluidFleet:
     given = {"start_lo_s": 90.0, "start_hi_s": 90.0, "running_usd_h": 3.6, "stopped_usd_h": 0.036} | changes
-    return Fleet(CAPACITY, **given)
+    return FluidFleet(CAPACITY, **given)
 
 
 def bins(work: list[float], limit_s: float = 2.0) -> Bins:
@@ -24,7 +26,7 @@ def bins(work: list[float], limit_s: float = 2.0) -> Bins:
 
 
 def fixed(trace: Bins, hot: int, **changes: Any) -> FluidResult:
-    return run_policy(trace, Fixed(hot, hot), fleet(**changes), hot=hot, cold=0)
+    return run_fluid(trace, Fixed(hot, hot), fleet(**changes), hot=hot, cold=0)
 
 
 BURST = [0.0] * 10 + [1000.0] + [0.0] * 89
@@ -63,7 +65,7 @@ def test_all_work_that_arrives_is_served_or_waits(lane: bool, seed: int) -> None
     rng = np.random.default_rng(seed)
     work = rng.gamma(0.3, 400.0, 3000) * (rng.random(3000) < 0.4)
     trace = Bins(work, work / rng.uniform(50.0, 150.0), rng.uniform(1.0, 8.0, 3000))
-    out = run_level(
+    out = run_fluid(
         trace, Objective(k=1.3), fleet(late_lane=lane, start_hi_s=150.0), seed=seed, hot=1, cold=9
     )
     assert out.work_arrived == pytest.approx(float(work.sum()))
@@ -91,7 +93,7 @@ class Script:
 def test_a_start_and_a_stop_cost_what_they_take() -> None:
     """One more is started at 100, hot at 190, stopped at 500 and gone at 515, of 1,000 seconds."""
     quiet = bins([10.0] * 1000)
-    out = run_policy(quiet, Script((0, 1, 2), (100, 2, 2), (500, 1, 2)), fleet(), hot=1, cold=1)
+    out = run_fluid(quiet, Script((0, 1, 2), (100, 2, 2), (500, 1, 2)), fleet(), hot=1, cold=1)
     second = 3.6 / 3600.0
     assert out.usd_starting == pytest.approx(90 * second)
     assert out.usd_hot == pytest.approx((1000 + 310) * second)
@@ -102,14 +104,14 @@ def test_a_start_and_a_stop_cost_what_they_take() -> None:
 
 def test_a_new_one_loads_first_and_one_too_many_is_destroyed() -> None:
     quiet = bins([10.0] * 1000)
-    out = run_policy(quiet, Script((0, 1, 1), (50, 2, 2), (700, 1, 1)), fleet(load_s=600.0), hot=1, cold=0)
+    out = run_fluid(quiet, Script((0, 1, 1), (50, 2, 2), (700, 1, 1)), fleet(load_s=600.0), hot=1, cold=0)
     assert out.usd_loading == pytest.approx(600 * 3.6 / 3600.0)
     assert (out.creates, out.destroys) == (1, 1)
 
 
 def test_only_the_scored_window_is_charged_and_counted() -> None:
     steady = bins([50.0] * 1000)
-    out = run_policy(steady, Fixed(1, 1), fleet(), hot=1, cold=0, score_from_s=400, score_to_s=900)
+    out = run_fluid(steady, Fixed(1, 1), fleet(), hot=1, cold=0, score_from_s=400, score_to_s=900)
     assert out.gpu_h == pytest.approx(500 / 3600.0)
     assert out.requests == pytest.approx(250.0)
 
@@ -121,8 +123,8 @@ def test_the_compiled_rule_is_the_policy_that_people_read(lane: bool) -> None:
     trace = Bins(work, work / 100.0, np.full(20_000, 2.3))
     level = Objective(k=1.4, fast_s=60.0, slow_s=600.0, pool=6, settled_at=9000.0)
     world = fleet(late_lane=lane, start_lo_s=60.0, start_hi_s=120.0)
-    a = run_level(trace, level, world, hot=2, cold=8)
-    b = run_policy(trace, level, world, hot=2, cold=8)
+    a = run_fluid(trace, level, world, hot=2, cold=8)
+    b = run_fluid(trace, level, world, asked=True, hot=2, cold=8)
     assert a == b
 
 
@@ -133,7 +135,7 @@ def test_the_same_arguments_give_the_same_result_and_another_seed_another() -> N
     world = fleet(start_lo_s=30.0, start_hi_s=300.0)
 
     def run(seed: int) -> FluidResult:
-        return run_level(trace, Objective(k=1.1), world, seed=seed, hot=1, cold=19)
+        return run_fluid(trace, Objective(k=1.1), world, seed=seed, hot=1, cold=19)
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -147,7 +149,7 @@ def test_a_policy_sees_what_the_autoscaler_would_show_it() -> None:
             looks.append(seen)
             return Targets(1, 3, "")
 
-    run_policy(bins([200.0] * 100), Looks(), fleet(), hot=1, cold=2)
+    run_fluid(bins([200.0] * 100), Looks(), fleet(), hot=1, cold=2)
     last = looks[-1]
     assert (last.hot, last.cold, last.capacity) == (1, 2, CAPACITY)
     assert last.traffic.requests_total == pytest.approx(2.0 * 95)
@@ -172,9 +174,9 @@ def test_a_fleet_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
 
 def test_a_run_can_be_led_by_one_level_after_another() -> None:
     trace = bins([150.0] * 2000)
-    one = Run(trace, fleet(), hot=2, cold=2)
+    one = FluidRun(trace, fleet(), hot=2, cold=2)
     one.level(Objective(k=1.0))
-    two = Run(trace, fleet(), hot=2, cold=2)
+    two = FluidRun(trace, fleet(), hot=2, cold=2)
     two.level(Objective(k=1.0), 1000)
     two.level(Objective(k=1.0))
     assert one.result() == two.result()

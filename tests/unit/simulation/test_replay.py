@@ -11,11 +11,13 @@ import pytest
 
 from policies import Capacity, Objective
 from process.errors import ConfigError
-from simulation.virtual.fluid import Bins, Fleet, run_level
+from simulation.virtual.fluid.bins import Bins
+from simulation.virtual.fluid.fleet import FluidFleet
+from simulation.virtual.fluid.run import run_fluid
 from simulation.virtual.replay import K_MOST, LEAST_SLOW_S, answer, ladder, tune
 from tests.paths import ROOT
 
-FLEET = Fleet(Capacity(100.0, 1.0, 10.0, 1e6), 60.0, 120.0, max_instances=60)
+FLEET = FluidFleet(Capacity(100.0, 1.0, 10.0, 1e6), 60.0, 120.0, max_instances=60)
 
 
 def day(seed: int, hours: float = 8.0) -> Bins:
@@ -37,7 +39,7 @@ def test_a_level_keeps_its_goal_on_the_next_day_too(goal: float) -> None:
     for seed in range(3):
         tuned = tune(day(seed), goal, FLEET)
         assert tuned.reached
-        out = run_level(day(seed + 100), tuned.level, FLEET, hot=3, cold=57, seed=seed)
+        out = run_fluid(day(seed + 100), tuned.level, FLEET, hot=3, cold=57, seed=seed)
         missed.append(out.misses)
     assert sum(missed) / len(missed) <= 1.3 * (1.0 - goal)
     assert sum(missed) / len(missed) >= 0.2 * (1.0 - goal), "and it does not pay for much more"
@@ -55,7 +57,7 @@ def test_a_stricter_goal_costs_more_and_the_curve_says_how_much() -> None:
 
 def test_the_pool_covers_what_was_wanted() -> None:
     tuned = tune(day(2), 0.99, FLEET)
-    out = run_level(day(2), tuned.level, FLEET, hot=3, cold=tuned.level.pool - 3)
+    out = run_fluid(day(2), tuned.level, FLEET, hot=3, cold=tuned.level.pool - 3)
     assert out.uncovered <= 0.005
     assert out.creates <= 3
 

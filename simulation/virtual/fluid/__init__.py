@@ -1,0 +1,1 @@
+"""The fluid model: a fleet over days of traffic in milliseconds."""
