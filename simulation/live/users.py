@@ -129,7 +129,7 @@ def body_of(arrival: Arrival, model: str, streaming: bool, seed: int) -> dict[st
 
 
 @dataclass(frozen=True)
-class Tried:
+class TryResult:
     """How a try went. failure: its kind, None when it was served. instance_id: who failed it, None when
     nobody was asked; then retry_after_s says when to ask again. final: another try cannot help.
     """
@@ -141,17 +141,19 @@ class Tried:
     cut_short: bool = False  # the time was up before anything came
 
 
-def _setback(call: Call, failure: str) -> Tried:
-    return Tried(failure, call.setbacks[-1][0])
+def _setback(call: Call, failure: str) -> TryResult:
+    return TryResult(failure, call.setbacks[-1][0])
 
 
-def _no_lease(call: Call, answer: AsyncAnswer) -> Tried:
+def _no_lease(call: Call, answer: AsyncAnswer) -> TryResult:
     if answer.status < 500 and answer.status != 429:  # 429: so many leases unused, later there are more
-        return Tried("refused_by_loadbalancer", final=True)
+        return TryResult("refused_by_loadbalancer", final=True)
     code = call.refusals[-1] if call.refusals else ""
     silent = code.startswith("http_") or code in ("unreachable", "bad_answer")
     retry_after = next((v for name, v in answer.headers if name.lower() == b"retry-after"), b"0")
-    return Tried("loadbalancer_unreachable" if silent else "no_capacity", retry_after_s=float(retry_after))
+    return TryResult(
+        "loadbalancer_unreachable" if silent else "no_capacity", retry_after_s=float(retry_after)
+    )
 
 
 class Driver:
@@ -251,7 +253,7 @@ class Driver:
             avoid=avoid,
         )
 
-    async def _try(self, call: Call, record: Record, due: float, up_at: float) -> Tried:
+    async def _try(self, call: Call, record: Record, due: float, up_at: float) -> TryResult:
         """One lease and one instance, at most."""
         answer: AsyncAnswer | None = None
         try:
@@ -265,12 +267,14 @@ class Driver:
                 return await self._read(call, answer, answer.lease, record, due)
         except TimeoutError:
             if answer is None:
-                return Tried("timeout" if call.leases else "no_capacity", final=True, cut_short=True)
+                return TryResult("timeout" if call.leases else "no_capacity", final=True, cut_short=True)
             answer.fail("timeout")
-            return Tried("timeout", None if answer.lease is None else answer.lease.instance_id, final=True)
+            return TryResult(
+                "timeout", None if answer.lease is None else answer.lease.instance_id, final=True
+            )
         except httpx2.RequestError:
             if not call.setbacks:
-                return Tried("loadbalancer_unreachable")
+                return TryResult("loadbalancer_unreachable")
             unsent = call.setbacks[-1][1] in NOT_STARTED
             return _setback(call, "not_started" if unsent else "broken_off")
         finally:
@@ -279,10 +283,10 @@ class Driver:
 
     async def _read(
         self, call: Call, answer: AsyncAnswer, lease: ClientLease, record: Record, due: float
-    ) -> Tried:
+    ) -> TryResult:
         """The answer to its end, and into the record."""
         if 400 <= answer.status < 500:
-            return Tried("rejected", lease.instance_id, final=True)
+            return TryResult("rejected", lease.instance_id, final=True)
         failure = "broken_off"
         try:
             if answer.status == 200 and self._load.streaming:
@@ -306,7 +310,7 @@ class Driver:
         if self._load.streaming:
             record.first_token_s = done.first_token_s - due
             self.first_tokens.append(record.first_token_s)
-        return Tried(None, lease.instance_id)
+        return TryResult(None, lease.instance_id)
 
     def _longer(self, pause_s: float) -> float:
         return min(max(2 * pause_s, PAUSE_S[0]), PAUSE_S[1]) * self._jitter.uniform(0.75, 1.0)

@@ -125,7 +125,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class ReplayResult:
     """What a replay found.
 
     misses, usd_day: of the level on the replayed day, read from its curve. reached: whether a setting kept
@@ -142,7 +142,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Tried:
+class ShapeCurve:
     """The curve of one shape: the k that were simulated, rising, with the misses and dollars of each."""
 
     shape: Objective
@@ -164,7 +164,7 @@ class Tried:
         return k, usd, bool(low[-1] <= misses)
 
 
-def _try(bins: Bins, shape: Objective, fleet: FluidFleet, warm_s: int, seed: int) -> Tried:
+def _try(bins: Bins, shape: Objective, fleet: FluidFleet, warm_s: int, seed: int) -> ShapeCurve:
     """Follow the curve of one shape from the middle to both ends."""
     levels = level_series(bins.arriving, shape)
     begin = float(bins.work[:warm_s].mean()) / fleet.capacity.work_s * max(1.0, shape.slow_share)
@@ -193,7 +193,7 @@ def _try(bins: Bins, shape: Objective, fleet: FluidFleet, warm_s: int, seed: int
         k /= K_STEP
         done[k] = run(k)
     ks = sorted(done)
-    return Tried(
+    return ShapeCurve(
         shape,
         np.array(ks),
         np.array([done[k].misses for k in ks]),
@@ -210,7 +210,7 @@ def tune(
     margin: float = MARGIN,
     min_hot: int = 1,
     seed: int = 1,
-) -> Tuned:
+) -> ReplayResult:
     """Return the cheapest level that would have kept the goal in this history, with a margin, and the curve.
 
     history: arrivals of the last day or less, one value a second; ValueError when it is under a minute.
@@ -237,10 +237,12 @@ def tune(
         points = [t.at(1.0 - g) for t in tried]
         cheapest = min(points, key=lambda p: (not p[2], p[1]))
         curve.append(CurvePoint(g, per_day * cheapest[1], cheapest[0], any(p[2] for p in points)))
-    return Tuned(level, tuple(curve), target, usd * per_day, reached, sum(len(t.k) for t in tried), seconds)
+    return ReplayResult(
+        level, tuple(curve), target, usd * per_day, reached, sum(len(t.k) for t in tried), seconds
+    )
 
 
-def _score(t: Tried, target: float) -> float:
+def _score(t: ShapeCurve, target: float) -> float:
     """Return the cost near the target and on both sides of it, so that luck at one point does not decide."""
     return sum(math.log(t.at(target * f)[1]) for f in (0.5, 1.0, 2.0))
 

@@ -29,7 +29,7 @@ def test_own_constants_go_before_those_of_the_table(tmp_path: Path) -> None:
     [
         (OWN | {"a": "fast"}, "[0].a: wanted `float`, got `str`"),
         (OWN | {"kv_tokens": 0}, "[0].kv_tokens: wanted `int` >= 1"),
-        (OWN | {"max_seqs": 4096}, "[0]: max_seqs: wanted at most step_tokens, 2048, got 4096"),
+        (OWN | {"max_seqs": 4096}, "[0].max_seqs: wanted at most step_tokens, 2048, got 4096"),
         (OWN | {"speed": 1}, "[0].speed: unknown field"),
         ({k: v for k, v in OWN.items() if k != "gpu"}, "[0].gpu: is missing"),
         (OWN | {"a": -0.1}, "[0].a: wanted `float` >= 0.0"),
