@@ -1,5 +1,6 @@
 """Commands run in the process of the test: what they print and how they exit, without the time of a start."""
 
+import functools
 import gc
 import io
 import logging
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 from fleet_client.flags import run_main
@@ -22,7 +24,7 @@ class Exited:
     err: str
 
 
-def run_command(program: str, main: Callable[[list[str]], None], *argv: str) -> Exited:
+def run_command(program: str, main: Callable[[list[str]], Any], *argv: str) -> Exited:
     """Run the main function of the program with these arguments until it exits."""
     out, err = io.StringIO(), io.StringIO()
     root, log = logging.getLogger(), logging.StreamHandler(err)
@@ -34,7 +36,7 @@ def run_command(program: str, main: Callable[[list[str]], None], *argv: str) -> 
         status = None
         try:
             with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", [program, *argv]):
-                run_main(lambda: main(list(argv)))
+                run_main(functools.partial(main, list(argv)))
         except SystemExit as end:
             status = end.code
         finally:

@@ -1,11 +1,12 @@
 """README and docs/ are true: each flag, route, make target, link and file they name exists."""
 
-import argparse
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 
@@ -20,7 +21,7 @@ from localcloud.api import create_app as cloud_app
 from localcloud.cloud import Cloud
 from localcloud.machines import MACHINES
 from localcloud.world import World
-from simulation.virtual import command
+from tests.commands import run_command
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -28,25 +29,28 @@ PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT /
 DOCS = "\n".join(PAGES.values())
 
 
-def flags_of(parser: argparse.ArgumentParser) -> set[str]:
-    """All long flags of a parser and its commands, without --help."""
-    found: set[str] = set()
-    for action in parser._actions:
-        found |= {o for o in action.option_strings if o.startswith("--")}
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                found |= flags_of(command)
-    return found - {"--help"}
-
-
-FLAGS = {
-    "autoscaler_server.py": flags_of(autoscaler_server._parser()),
-    "loadbalancer_server.py": flags_of(loadbalancer_server._parser()),
-    "sim.py": flags_of(sim._parser()),
-    "sim.py --virtual": flags_of(command._parser()),
-    "localcloud": flags_of(localcloud_main._parser()),
-    "gateway.py": flags_of(gateway.parser()),
+COMMANDS: dict[str, tuple[Callable[[list[str]], object], tuple[str, ...]]] = {
+    "autoscaler_server.py": (autoscaler_server.main, ("serve", "prepare", "destroy-fleet")),
+    "loadbalancer_server.py": (loadbalancer_server.main, ("",)),
+    "sim.py": (sim.main, ("",)),
+    "sim.py --virtual": (sim.main, ("--virtual",)),
+    "localcloud": (localcloud_main.main, ("",)),
+    "gateway.py": (gateway.main, ("",)),
 }
+"""The main function of each program, and what its --help is asked of."""
+
+
+def flags_of(program: str) -> set[str]:
+    """All long flags that a program and its commands tell of, without --help."""
+    main, commands = COMMANDS[program]
+    with patch.dict(os.environ, COLUMNS="1000"):  # so that no flag is cut at the end of a line
+        told = [run_command(program, main, *command.split(), "--help") for command in commands]
+    return {flag for one in told for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", one.out)} - {
+        "--help"
+    }
+
+
+FLAGS = {program: flags_of(program) for program in COMMANDS}
 OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps"}
 
 
