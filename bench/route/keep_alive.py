@@ -22,7 +22,7 @@ def post_route(said: dict[str, Any]) -> bytes:
     return request_of("/route", json.dumps(said).encode())
 
 
-_LEASE = re.compile(rb'"request_id": "([0-9a-f]{16})", "instance_id": (\d+)')
+_LEASE = re.compile(rb'"request_id": ?"([0-9a-f]{16})", ?"instance_id": ?(\d+)')
 
 
 def leases_in(head: bytes, body: bytes) -> list[tuple[bytes, bytes]]:
