@@ -32,6 +32,7 @@ from fleet_client.transport import (
     named,
     not_answered,
     not_connected,
+    require_httpx2,
     response_of,
 )
 
@@ -155,7 +156,8 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         return self._core.leases.untold
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Serve one request: what httpx2 calls."""
+        """Serve one request: what httpx2 calls; TypeError under the client of another package."""
+        require_httpx2(request, "httpx2.AsyncClient")
         try:
             body: bytes | None = request.content
         except httpx2.RequestNotRead:

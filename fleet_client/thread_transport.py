@@ -30,6 +30,7 @@ from fleet_client.transport import (
     named,
     not_answered,
     not_connected,
+    require_httpx2,
     response_of,
 )
 
@@ -199,7 +200,8 @@ class FleetTransport(httpx2.BaseTransport):
         return self._core.leases.untold
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Serve one request: what httpx2 calls."""
+        """Serve one request: what httpx2 calls; TypeError under the client of another package."""
+        require_httpx2(request, "httpx2.Client")
         try:
             body: bytes | None = request.content
         except httpx2.RequestNotRead:

@@ -103,6 +103,19 @@ def _hasher(salt: bytes | str | None) -> Hasher:
 # -- httpx2's objects -----------------------------------------------------------------------------------
 
 
+def require_httpx2(request: object, client: str) -> None:
+    """Raise TypeError for a request that is not httpx2's, such as the older httpx package's.
+
+    client: the class that sends requests through this transport.
+    """
+    if not isinstance(request, httpx2.Request):
+        theirs = type(request)
+        raise TypeError(
+            f"this transport works under {client} only: "
+            f"wanted an httpx2.Request, got {theirs.__module__}.{theirs.__qualname__}"
+        )
+
+
 class BodyBuffer:
     """Keeps a request body that comes in parts."""
 

@@ -185,3 +185,35 @@ def test_the_client_key_goes_to_the_loadbalancer(
     assert user(fleet.url).stream() == ALL
     with pytest.raises(openai.AuthenticationError):
         user(fleet.url, api_key="another-key").chat()
+
+
+class OtherRequest:
+    """A request as the older httpx package's clients pass it to a transport."""
+
+    method = "POST"
+    url = "http://fleet/v1/chat/completions"
+    content = b"{}"
+    stream = (b"{}",)
+
+    def __init__(self) -> None:
+        self.headers: dict[str, str] = {}
+        self.extensions: dict[str, Any] = {}
+
+
+OtherRequest.__module__, OtherRequest.__qualname__ = "httpx", "Request"
+
+
+def test_the_client_of_another_package_is_told_which_one_it_takes(user: Make, fleet: FakeFleet) -> None:
+    """Before a lease is taken."""
+    one, request = user(fleet.url), OtherRequest()
+
+    def send() -> None:
+        if isinstance(one, Threads):
+            one.transport.handle_request(request)  # type: ignore[arg-type]
+        else:
+            one.do(one.transport.handle_async_request(request))  # type: ignore[arg-type]
+
+    wanted = "httpx2.Client" if isinstance(one, Threads) else "httpx2.AsyncClient"
+    with pytest.raises(TypeError, match=rf"{wanted} only: wanted an httpx2\.Request, got httpx\.Request"):
+        send()
+    assert fleet.loadbalancer.routes == []
