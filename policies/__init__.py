@@ -1,7 +1,7 @@
-"""Management policies: pure functions from what is seen to how many hot and how many in all.
+"""Management policies: pure functions from a snapshot of the fleet to how many hot and how many in all.
 
-A policy never says *which* instance: that is `InstanceSet.decide`, and so are the hard limits.
-Shapes are shared here; each policy has a file of its own and one line in `POLICIES`.
+A policy never says *which* instance, and knows no hard limits: that is fleet/planner.py. The types are in
+types.py; each policy has a file of its own and one line in `POLICIES`.
 """
 
 from policies.busy import Busy

@@ -1,4 +1,4 @@
-"""Add when the busy share is high, remove when it has been low for a while: the plain policy.
+"""Add instances when the busy share is high, remove one when it has been low for a while: the plain policy.
 
 Let d be the demand in instances' worth of capacity and n the hot instances.
 
@@ -19,13 +19,13 @@ from policies.types import FleetSnapshot, Targets
 
 @dataclass(frozen=True)
 class Busy:
-    """The parameters, each with its reason.
+    """Keep the busy share between two thresholds.
 
     add_above: busy share that adds; above it a Poisson stream waits noticeably for a free slot.
-    aim: busy share the fleet is given when it grows; the gap to add_above is what keeps it from flapping.
-    remove_below: share the *smaller* fleet would have; below add_above by a margin, or it would add again.
+    aim: busy share that the fleet is given when it grows; the gap to add_above keeps it from flapping.
+    remove_below: share of the *smaller* fleet; below add_above by a margin, or it would add again.
     remove_after_s: a start takes minutes, so an instance is kept through lulls of about that length.
-    min_hot: kept hot with no load at all. spare: loaded instances in all beyond the hot target.
+    min_hot: instances kept hot with no load at all. spare: loaded instances in all beyond the hot target.
     """
 
     add_above: float = 0.8
@@ -47,15 +47,15 @@ class Busy:
 
     @property
     def memory_s(self) -> float:
-        """It looks back as far as it waits before it removes."""
+        """How far it looks back: as long as it waits before it removes."""
         return self.remove_after_s
 
     def scaled(self, speedup: float) -> "Busy":
-        """The same with its waiting time divided, but not under 10 s: demand itself is not sped up."""
+        """Return the same with its waiting time divided, but at least 10 s: demand itself is not sped up."""
         return replace(self, remove_after_s=max(10.0, self.remove_after_s / speedup))
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """The hot and total targets for this moment."""
+        """Return the hot and total targets for this moment."""
         demand = seen.demand[-1][1] if seen.demand else 0.0
         ready = seen.hot + seen.coming
         hot, why = self._hot(seen, demand, ready)

@@ -1,4 +1,4 @@
-"""A policy from its name and parameters, as an operator gives them."""
+"""Make a policy from its name and parameters, as an operator gives them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +11,7 @@ from process.errors import ConfigError
 def make_policy(
     kinds: Mapping[str, type[Policy]], name: str, params: Mapping[str, float], speedup: float = 1.0
 ) -> Policy:
-    """The policy of that name with those parameters; raises ConfigError that lists what there is.
+    """Return the policy of that name with those parameters; raise ConfigError that lists what there is.
 
     speedup divides the waiting times that are not given.
     """
@@ -39,7 +39,7 @@ def make_policy(
 
 
 def parse_params(flag: str, pairs: tuple[str, ...]) -> dict[str, float]:
-    """`NAME=NUMBER` of a flag as a mapping; raises ConfigError."""
+    """Return the NAME=NUMBER pairs of a flag as a mapping; raise ConfigError."""
     params: dict[str, float] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

@@ -21,16 +21,14 @@ is a history of some twenty minutes the defaults hold; for them k follows from t
 The loaded pool (hot + cold) only grows between two replays. When a replay has just settled how many are
 worth their storage (`pool`, at `settled_at`) the rest is given up.
 
-Invariants: the same `seen` gives the same answer; hot is at least min_hot; total is never below what is hot
+Invariants: the same snapshot gives the same answer; hot is at least min_hot; total is never below what is hot
 or coming. docs/policies.md has the mathematics with its sources.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,42 +36,32 @@ from numpy.typing import NDArray
 from policies.types import BIN_S, FleetSnapshot, Targets
 
 MEANS_LOOK_BACK = 6.0
-"""An exponential mean over w seconds reads the last 6 w: what is older would weigh exp(-6), a quarter of a
-percent. A bound, so that a week of history costs no more than three hours."""
+"""Multiples of w that an exponential mean over w seconds looks back: what is older would weigh exp(-6), a
+quarter of a percent. It is a bound, so that a week of history costs no more than three hours."""
 
 SETTLE_S = 60.0
-"""For so long after a replay the pool may shrink: a few turns, since an order may fail and be repeated."""
+"""Seconds after a replay in which the pool may shrink: a few turns, for an order may fail and be repeated."""
 
 ROUND = 1e-9
-"""Taken off before rounding up: 3.0000000001 instances are 3 and an error of addition."""
-
-MARGIN = 0.8
-"""Share of the misses the goal allows that a replayed day may have (reference/policy-study.md)."""
-
-MARGIN_KEEP = 0.985
-"""What was missed fades by half in 46 replays, a day: misses come in bursts, and one says little."""
-
-MARGIN_LEAST, MARGIN_SURE = 5.0, 12
-"""Misses that must be allowed by now before they are judged: with fewer a single one decides. And replays,
-six hours of them, after which what was seen is fully believed."""
+"""Instances taken off before rounding up: 3.0000000001 are 3 and an error of addition."""
 
 DEFAULT_K = ((0.99, 2.0), (0.999, 3.2))
 """k for a fleet without history, by goal (reference/policy-study.md, "What mattered" 2): between these, and
 beyond, straight in the logarithm of the misses."""
 
-
-@lru_cache(maxsize=64)
-def _weights(values: int, mean_s: float) -> NDArray[np.float64]:
-    """The weights of an exponential mean, oldest first, the last one 1; shape (values,)."""
-    decay = math.exp(-BIN_S / mean_s)
-    return np.asarray(decay ** np.arange(values - 1, -1, -1, dtype=np.float64))
-
-
-def default_k(goal: float) -> float:
-    """The safety factor of a fleet that has no history yet."""
-    (g0, k0), (g1, k1) = DEFAULT_K
-    slope = (k1 - k0) / (math.log(1.0 - g0) - math.log(1.0 - g1))
-    return max(1.0, k0 + slope * (math.log(1.0 - g0) - math.log(1.0 - goal)))
+RANGES = {
+    "goal": (0.5, 0.99999),
+    "k": (0.0, 100.0),
+    "fast_s": (BIN_S, 86_400.0),
+    "slow_s": (BIN_S, 86_400.0),
+    "slow_share": (0.0, 2.0),
+    "hold_s": (0.0, 86_400.0),
+    "drain_s": (1.0, 1e6),
+    "pool_headroom": (1.0, 10.0),
+    "pool": (0, 100_000),
+    "min_hot": (0, 100_000),
+}
+"""Least and most of each parameter; pool and min_hot are whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +70,12 @@ class Objective:
 
     goal: share of requests to be served in time; the one knob.
     k: safety factor over the forecast level; 0 means the default for the goal.
-    fast_s, slow_s, slow_share: the means, seconds, and how much of the slow one is kept in a lull.
-    hold_s: how long a need is kept before an instance is taken down for lack of it.
-    drain_s: a backlog is given what would clear it in so many seconds.
+    fast_s, slow_s, slow_share: seconds of the two means, and how much of the slow one is kept in a lull.
+    hold_s: seconds for which a need is kept before an instance is taken down for lack of it.
+    drain_s: seconds in which what is hot should clear the backlog.
     pool: least number of loaded instances, hot and cold. pool_headroom: the same as a multiple of the hot.
     settled_at: when replay set the pool, on the clock of `FleetSnapshot.now`; -inf: never, so it only grows.
-    min_hot: kept hot with no load at all.
+    min_hot: instances kept hot with no load at all.
     """
 
     goal: float = 0.99
@@ -108,18 +96,12 @@ class Objective:
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
                 raise ValueError(f"{f.name} {value!r}: wanted a number")
-        _between("goal", self.goal, 0.5, 0.99999)
-        _between("k", self.k, 0.0, 100.0)
-        for name in ("fast_s", "slow_s"):
-            _between(name, getattr(self, name), BIN_S, 86_400.0)
-        _between("slow_share", self.slow_share, 0.0, 2.0)
-        _between("hold_s", self.hold_s, 0.0, 86_400.0)
-        _between("drain_s", self.drain_s, 1.0, 1e6)
-        _between("pool_headroom", self.pool_headroom, 1.0, 10.0)
-        for name in ("pool", "min_hot"):
-            _between(name, getattr(self, name), 0, 100_000)
-            if getattr(self, name) != int(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)!r}: wanted a whole number")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} {value:g}: wanted {least:g} to {most:g}")
+            if isinstance(least, int) and value != int(value):
+                raise ValueError(f"{name} {value!r}: wanted a whole number")
 
     @property
     def factor(self) -> float:
@@ -128,11 +110,11 @@ class Objective:
 
     @property
     def memory_s(self) -> float:
-        """It reads arrivals as far back as its slowest mean, at the start of the hold."""
+        """How far it looks back: its slowest mean, at the start of the hold."""
         return self.hold_s + MEANS_LOOK_BACK * max(self.fast_s, self.slow_s)
 
     def scaled(self, speedup: float) -> "Objective":
-        """The same with its times divided, but the means not under three bins: arrivals are not sped up."""
+        """Return the same with times divided, but means of at least three bins: arrivals are not sped up."""
         return replace(
             self,
             fast_s=max(3 * BIN_S, self.fast_s / speedup),
@@ -142,7 +124,7 @@ class Objective:
         )
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """The hot and total targets for this moment."""
+        """Return the hot and total targets for this moment."""
         if seen.capacity is None or not len(seen.arriving):
             what = "nothing has arrived yet" if seen.capacity else "no capacity is known yet"
             total = self._total(seen, self.min_hot, self.min_hot)
@@ -162,7 +144,7 @@ class Objective:
         return Targets(hot, self._total(seen, steady, hot), why)
 
     def _total(self, seen: FleetSnapshot, steady: int, hot: int) -> int:
-        """How many shall be loaded: only a replay's word, while it is fresh, makes the pool smaller.
+        """Return how many shall be loaded; only a replay that has just ended makes the pool smaller.
 
         The headroom is over what is needed without the backlog, which would be gone before a load ends.
         """
@@ -171,7 +153,7 @@ class Objective:
         return least if 0.0 <= seen.now - self.settled_at <= SETTLE_S else max(least, seen.total)
 
     def _level(self, arriving: Sequence[float]) -> float:
-        """The largest F of the last hold_s, work/s."""
+        """Return the largest F of the last hold_s, work/s."""
         a = np.asarray(arriving, dtype=np.float64)
         back = min(round(self.hold_s / BIN_S), len(a) - 1)
         fast = _means(a, self.fast_s, back)
@@ -179,8 +161,20 @@ class Objective:
         return max(max(f, self.slow_share * s) for f, s in zip(fast, slow, strict=True))
 
 
+def default_k(goal: float) -> float:
+    """Return the safety factor of a fleet that has no history yet."""
+    (g0, k0), (g1, k1) = DEFAULT_K
+    slope = (k1 - k0) / (math.log(1.0 - g0) - math.log(1.0 - g1))
+    return max(1.0, k0 + slope * (math.log(1.0 - g0) - math.log(1.0 - goal)))
+
+
+def window(mean_s: float) -> int:
+    """Return how many bins an exponential mean over mean_s reads."""
+    return max(1, round(MEANS_LOOK_BACK * mean_s / BIN_S))
+
+
 def _means(a: NDArray[np.float64], mean_s: float, back: int) -> list[float]:
-    """The exponential mean `back` bins ago, and at each bin since then; work/s, back + 1 values.
+    """Return the exponential mean `back` bins ago, and at each bin since then; work/s, back + 1 values.
 
     A short history is no reason for a low mean: the weights that are there are made to sum to 1.
     """
@@ -200,69 +194,8 @@ def _means(a: NDArray[np.float64], mean_s: float, back: int) -> list[float]:
     return out
 
 
-def window(mean_s: float) -> int:
-    """How many bins an exponential mean over mean_s reads."""
-    return max(1, round(MEANS_LOOK_BACK * mean_s / BIN_S))
-
-
-def _between(name: str, value: Any, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ValueError(f"{name} {value:g}: wanted {least:g} to {most:g}")
-
-
-def worth_keeping_s(load_s: float, running_usd_h: float, stopped_usd_h: float) -> float:
-    """For so long a stopped instance is worth its storage: until that has cost as much as loading it again.
-
-    The ski rental rule (Karlin et al., 1988): nobody who knows the future pays less than half of this.
-    """
-    return load_s * running_usd_h / max(stopped_usd_h, 1e-9)
-
-
-class Margin:
-    """Which share of the misses that the goal allows a replayed day may have.
-
-    A replay knows no batching, no single instances and no deaths, so the fleet can miss more than was
-    replayed. While it keeps the goal the share is MARGIN, because tomorrow is not today. When it has missed
-    more than the goal allows the share falls with the third power of how much: a replay that is wrong by a
-    factor m ends at about m^(1/4) times what is allowed.
-    """
-
-    def __init__(self, goal: float) -> None:
-        """Nothing has happened yet."""
-        self.goal = goal
-        self.share = MARGIN
-        self._requests = self._missed = 0.0
-        self._notes = 0
-
-    def note(self, requests: float, missed: float) -> float:
-        """So many came since the last replay, and so many of them missed; the share for the next one."""
-        self._notes += 1
-        self._requests = self._requests * MARGIN_KEEP + requests
-        self._missed = self._missed * MARGIN_KEEP + missed
-        allowed = (1.0 - self.goal) * self._requests
-        if allowed >= MARGIN_LEAST:
-            sure = min(1.0, self._notes / MARGIN_SURE)
-            over = 1.0 + sure * max(0.0, self._missed / allowed - 1.0)
-            self.share = max(0.02, MARGIN * over**-3)
-        return self.share
-
-
-class KeptPool:
-    """The largest pool that replays have found in the last keep_s: what was loaded is not given up sooner.
-
-    A replay more or less changes its answer by an instance, and each change would cost a load.
-    """
-
-    def __init__(self, keep_s: float) -> None:
-        """Nothing was found yet."""
-        self.keep_s = keep_s
-        self._found: deque[tuple[float, int]] = deque()
-
-    def note(self, now: float, pool: int) -> int:
-        """A replay found that pool now; the one to keep."""
-        while self._found and self._found[-1][1] <= pool:
-            self._found.pop()
-        self._found.append((now, pool))
-        while self._found[0][0] < now - self.keep_s:
-            self._found.popleft()
-        return self._found[0][1]
+@lru_cache(maxsize=64)
+def _weights(values: int, mean_s: float) -> NDArray[np.float64]:
+    """Return the weights of an exponential mean, oldest first, the last one 1; shape (values,)."""
+    decay = math.exp(-BIN_S / mean_s)
+    return np.asarray(decay ** np.arange(values - 1, -1, -1, dtype=np.float64))

@@ -1,21 +1,21 @@
-"""What every policy is given and what it gives back."""
+"""What every policy is given, and what it gives back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 BIN_S = 5.0
-"""Width of a bin of `FleetSnapshot.arriving`, seconds: about one turn of the autoscaler."""
+"""Seconds of one bin of `FleetSnapshot.arriving`: about one turn of the autoscaler."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """What the loadbalancers say of the load.
 
-    What ends in _total counts arrivals since some start (output tokens and work as expected when they
-    came); the rest is how things stand now. in_flight: requests on instances; held: those that wait at a
-    loadbalancer, held_work the work of these, late ones included, oldest_wait_s the longest of them has
-    waited. kv_tokens: context in the memory of all instances; 0 where nobody says, as in production.
+    Fields that end in _total count arrivals since some start (output tokens and work as expected when they
+    came); the others say how things stand now. in_flight: requests on instances. held: requests that wait at
+    a loadbalancer, held_work their work, late ones included, oldest_wait_s the longest wait among them.
+    kv_tokens: context in the memory of all instances; 0 where it is not reported, as in production.
     """
 
     requests_total: float = 0.0
@@ -32,7 +32,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What one typical hot instance gives when it is full, with the lengths of this load.
+    """What one typical hot instance gives when it is full, with requests as long as those of this load.
 
     work_s, requests_s: per second. concurrency: requests at once. kv_tokens: context it can hold.
     """
@@ -45,16 +45,16 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class FleetSnapshot:
-    """The fleet and its load at one moment, as a policy may see it.
+    """The fleet and its load at one moment, as a policy sees them.
 
     now: seconds on the caller's clock.
     demand: (time, demand) pairs, oldest first; demand in instances' worth of capacity, held requests counted.
     hot: instances that take requests. coming: started or booting with the model on disk.
-    loading: ordered or loading the model for the first time. cold: stopped with the model on disk.
-    draining: hot, but get no new requests.
-    start_time_s, load_time_s: stop-to-hot and order-to-hot as measured on this fleet, seconds.
+    loading: ordered, or loading the model for the first time. cold: stopped with the model on disk.
+    draining: hot, but given no new requests.
+    start_time_s, load_time_s: from start to hot and from order to hot as measured on this fleet, seconds.
     capacity: None until something is known. arriving: work per second that arrived, a value per BIN_S,
-    oldest first, the last ends now. running_usd_h, stopped_usd_h: of one typical instance, $/h.
+    oldest first; the last bin ends now. running_usd_h, stopped_usd_h: $/h of one typical instance.
     """
 
     now: float
@@ -74,7 +74,7 @@ class FleetSnapshot:
 
     @property
     def total(self) -> int:
-        """Instances of the fleet that are or will be able to serve."""
+        """Instances of the fleet that serve or will be able to."""
         return self.hot + self.coming + self.loading + self.cold + self.draining
 
 
@@ -88,17 +88,17 @@ class Targets:
 
 
 class Policy(Protocol):
-    """A frozen dataclass whose fields are its parameters; `targets` has no memory beside `seen`."""
+    """A frozen dataclass whose fields are its parameters; `targets` has no memory beside the snapshot."""
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """Say what the fleet should be; the same `seen` gives the same answer."""
+        """Return what the fleet should be; the same snapshot gives the same answer."""
         ...
 
     def scaled(self, speedup: float) -> "Policy":
-        """The same policy for a cloud whose boot and load times are divided by `speedup`."""
+        """Return the same policy for a cloud whose boot and load times are divided by `speedup`."""
         ...
 
     @property
     def memory_s(self) -> float:
-        """How much of the demand series it reads, seconds."""
+        """How far it looks back, seconds."""
         ...

@@ -18,7 +18,8 @@ from engine.profiles import get_profile
 from engine.slo import Slo
 from engine.timing import Timing, timing_for
 from policies import Capacity
-from policies.objective import KeptPool, Margin, Objective, worth_keeping_s
+from policies.objective import Objective
+from policies.tuning import KeptPool, Margin, worth_keeping_s
 from simulation.traces import logs
 from simulation.virtual.capacity import capacity_of
 from simulation.virtual.fluid.bins import Bins, bins_of
@@ -184,8 +185,8 @@ def ours(
     run = _begun(world, world.history_s, world.end_s, series=series, tracked=False)
     level = Objective(goal=goal)
     f = world.fleet
-    pool = KeptPool(worth_keeping_s(f.load_s, f.running_usd_h, f.stopped_usd_h))
-    pool.note(0, world.hot + world.cold)
+    pool, keep_s = KeptPool(), worth_keeping_s(f.load_s, f.running_usd_h, f.stopped_usd_h)
+    pool.note(0, world.hot + world.cold, keep_s)
     # What it has missed so far, scored or not: the same run once more, whose every second counts.
     watched, margin, counted = _begun(world, 0, world.end_s, tracked=False), Margin(goal), (0.0, 0.0)
     now = 0
@@ -197,7 +198,8 @@ def ours(
             counted = so_far
             history = world.bins.between(max(0, now - DAY_S), now)
             tuned = tune(history, goal, world.fleet, margin=margin.share)
-            level = replace(tuned.level, pool=pool.note(now, tuned.level.pool), settled_at=float(now))
+            kept = pool.note(now, tuned.level.pool, keep_s)
+            level = replace(tuned.level, pool=kept, settled_at=float(now))
         until = min(world.end_s, now + (REPLAY_EVERY_S if now >= REPLAY_EVERY_S else LEAST_HISTORY_S))
         if now < LEAST_HISTORY_S:
             until = min(until, LEAST_HISTORY_S)

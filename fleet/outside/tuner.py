@@ -32,7 +32,8 @@ from engine.slo import Slo
 from fleet.demand import Arrived
 from fleet.outside.turns import Autoscaler
 from policies import Capacity, Policy
-from policies.objective import KeptPool, Margin, Objective, worth_keeping_s
+from policies.objective import Objective
+from policies.tuning import KeptPool, Margin, worth_keeping_s
 from process.children import dying_with_parent
 
 log = logging.getLogger("autoscaler")
@@ -370,10 +371,11 @@ class Tuner:
         """
         keep_s = worth_keeping_s(day.load_s, day.running_usd_h, day.stopped_usd_h)
         if self._pool is None:
-            self._pool = KeptPool(keep_s)
-            self._pool.note(now, day.loaded)
-        self._pool.keep_s = keep_s
-        return level | {"pool": self._pool.note(now, int(level["pool"]))} if "pool" in level else level
+            self._pool = KeptPool()
+            self._pool.note(now, day.loaded, keep_s)
+        return (
+            level | {"pool": self._pool.note(now, int(level["pool"]), keep_s)} if "pool" in level else level
+        )
 
     def _day(self, policy: Objective) -> Day | None:
         """The last day as it is to be replayed; None while there is too little of it."""

@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from fleet_client.flags import run_main
-from policies.objective import MARGIN, Objective, worth_keeping_s
+from policies.objective import Objective
+from policies.tuning import MARGIN, worth_keeping_s
 from policies.types import Capacity
 from process.errors import ConfigError
 from simulation.virtual.fluid.bins import Bins, Floats

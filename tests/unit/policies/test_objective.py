@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from policies import BIN_S, Capacity, FleetSnapshot, Objective, Traffic
-from policies.objective import MARGIN, KeptPool, Margin, default_k, worth_keeping_s
+from policies.objective import default_k
 
 CAPACITY = Capacity(100.0, 1.0, 10.0, 1e6)
 
@@ -89,38 +89,3 @@ def test_the_first_level_follows_from_the_goal() -> None:
 def test_times_are_divided_on_a_fast_cloud_but_means_keep_some_bins() -> None:
     fast = Objective().scaled(60.0)
     assert (fast.fast_s, fast.slow_s, fast.hold_s) == (3 * BIN_S, 30.0, 1.0)
-
-
-# -- what is kept ----------------------------------------------------------------------------------------
-
-
-def test_a_pool_is_kept_until_its_storage_has_cost_a_load() -> None:
-    keep_s = worth_keeping_s(600.0, 0.78, 0.0083)
-    assert keep_s == pytest.approx(56_385.0, rel=1e-3)
-    pool = KeptPool(1000.0)
-    assert [pool.note(t, n) for t, n in ((0, 5), (500, 3), (999, 2), (1001, 2), (1501, 2))] == [5, 5, 5, 3, 2]
-
-
-# -- bad luck --------------------------------------------------------------------------------------------
-
-
-def test_a_fleet_that_keeps_its_goal_is_replayed_with_the_same_margin() -> None:
-    margin = Margin(0.99)
-    assert [margin.note(10_000, 90) for _ in range(20)] == [MARGIN] * 20
-
-
-def test_one_that_misses_more_is_replayed_more_strictly_the_more_it_misses_and_the_surer_that_is() -> None:
-    bad, worse = Margin(0.99), Margin(0.99)
-    first = bad.note(10_000, 200)
-    later = [bad.note(10_000, 200) for _ in range(20)][-1]
-    much = [worse.note(10_000, 400) for _ in range(21)][-1]
-    assert MARGIN > first > later > much >= 0.02
-    assert later == pytest.approx(MARGIN / 8.0, rel=0.01)
-    for _ in range(400):
-        bad.note(10_000, 50)
-    assert bad.share == MARGIN, "and it is forgiven"
-
-
-def test_few_requests_prove_nothing() -> None:
-    margin = Margin(0.99)
-    assert margin.note(100, 100) == MARGIN
