@@ -48,7 +48,8 @@ def test_a_class_name_is_used_once(project: Checkout) -> None:
 
 @NOT_YET
 def test_no_attribute_is_written_from_outside_the_class_that_owns_it(project: Checkout) -> None:
-    assert project.foreign_writes() == []
+    """Except in remote/, which is inside start scripts that are in use."""
+    assert [place for place in project.foreign_writes() if not place.startswith("remote/")] == []
 
 
 @NOT_YET
