@@ -11,8 +11,11 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
+WHEEL := build/wheel
+WHEEL_READY := $(WHEEL)/.ready
+WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -37,6 +40,10 @@ test-fast: $(READY) $(COMPILED)
 # Those of the benchmarks and of what they compare with.
 test-bench: $(READY) $(COMPILED)
 	$(TOGETHER) bench/tests
+
+# The client's wheel, installed apart from the checkout.
+test-wheel: $(READY) $(COMPILED) $(WHEEL_READY)
+	$(TESTS) tests/wheel
 
 test-vllm: $(READY) $(COMPILED) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/vllm
@@ -119,4 +126,15 @@ $(VLLM_READY): requirements-vllm.txt
 $(ROUTERS_READY): requirements-routers.txt
 	$(PYTHON) -m venv $(ROUTERS_VENV)
 	$(ROUTERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-routers.txt
+	touch $@
+
+# Built from a copy, since setuptools leaves its own build/ and *.egg-info beside the sources.
+CLIENT := pyproject.toml README.md LICENSE $(wildcard fleet_client/*.py) fleet_client/py.typed
+$(WHEEL_READY): $(CLIENT)
+	rm -rf $(WHEEL)
+	mkdir -p $(WHEEL)/source
+	cp --parents $(CLIENT) $(WHEEL)/source
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL_PIP) wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEEL) ./$(WHEEL)/source
+	$(WHEEL_PIP) install --quiet --disable-pip-version-check $(WHEEL)/*.whl openai
 	touch $@
