@@ -78,6 +78,27 @@ class Record:
     setbacks: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
 
+    def add_call(self, asked_s: float, leases: int, refusals: Iterable[str]) -> None:
+        """Count a call for a lease: what it took, and what it got."""
+        self.route_s += asked_s
+        self.leases += leases
+        self.refusals.update(refusals)
+
+    def add_pause(self, pause_s: float) -> None:
+        """Count a pause before the next call for a lease."""
+        self.route_s += pause_s
+
+    def add_setback(self, kind: str) -> None:
+        """Count what an instance did wrong."""
+        self.setbacks[kind] += 1
+
+    def complete(
+        self, prompt_tokens: int, output_tokens: int, first_token_s: float | None, end_s: float
+    ) -> None:
+        """Note the answer; seconds since the request was due."""
+        self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
+        self.first_token_s, self.end_s = first_token_s, end_s
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -90,7 +111,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunInfo:
     """What was run. duration_s: from the start to the end of the last answer; settings: for the reader."""
 
     engine: str
@@ -107,7 +128,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Costs:
+class RunCosts:
     """The part of the autoscaler's `GET /costs` that the report needs; dollars of the run's window."""
 
     usd: Mapping[str, float]
@@ -123,7 +144,7 @@ class Costs:
 _SPENT_ON = ("total", "hot_working", "hot_idle", "loading", "stopped")
 
 
-def parse_costs(said: object) -> Costs:
+def parse_costs(said: object) -> RunCosts:
     """The answer of `GET /costs` as Costs; raises ValueError that names what is missing or wrong."""
     answer = _mapping("the answer", said)
     usd = _mapping("usd", answer.get("usd"))
@@ -132,7 +153,7 @@ def parse_costs(said: object) -> Costs:
     if not isinstance(took, list):
         raise ValueError(f"order_to_hot_s: wanted a list, got {took!r:.60}")  # noqa: TRY004 as below
     spent = {name: _number(f"usd.{name}", usd.get(name)) for name in _SPENT_ON}
-    return Costs(
+    return RunCosts(
         usd=spent | {"lost": _number("usd.lost", usd.get("lost", 0.0))},
         usd_if_all_hot=_number("usd_if_all_hot", answer.get("usd_if_all_hot")),
         utilisation=None if utilisation is None else _number("utilisation", utilisation),
@@ -258,10 +279,10 @@ def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
 
 
 def build(
-    run: Run,
+    run: RunInfo,
     records: Sequence[Record],
     samples: Sequence[Sample],
-    costs: Costs | None,
+    costs: RunCosts | None,
     why_no_costs: str | None = None,
     slo: Slo | None = None,
 ) -> dict[str, Any]:
@@ -277,10 +298,10 @@ def build(
 
 
 def assemble(
-    run: Run,
+    run: RunInfo,
     requests: Counted,
     samples: Sequence[Sample],
-    costs: Costs | None,
+    costs: RunCosts | None,
     why_no_costs: str | None,
     slo: Slo,
     driver: Mapping[str, Any] | None,
@@ -334,7 +355,7 @@ def _objective(requests: Counted, slo: Slo) -> dict[str, Any]:
     }
 
 
-def _money(costs: Costs | None, why: str | None, completed: int, output_tokens: int) -> dict[str, Any]:
+def _money(costs: RunCosts | None, why: str | None, completed: int, output_tokens: int) -> dict[str, Any]:
     if costs is None:
         return {
             "cost_usd": dict.fromkeys((*_SPENT_ON, "lost", "if_all_hot")),
@@ -355,7 +376,7 @@ def _money(costs: Costs | None, why: str | None, completed: int, output_tokens: 
     }
 
 
-def _scaling(samples: Sequence[Sample], costs: Costs | None) -> dict[str, Any]:
+def _scaling(samples: Sequence[Sample], costs: RunCosts | None) -> dict[str, Any]:
     counts = ("starts", "stops", "creates", "destroys")
     return {
         **{name: getattr(costs, name) if costs else None for name in counts},

@@ -1,144 +1,63 @@
-"""Users' requests: drawn ahead, sent when they are due whatever happens, tried again elsewhere, recorded.
+"""Users' requests: sent when they are due whatever happens, tried again elsewhere, recorded.
 
     due ─► fleet_client: lease, instance, answer streamed back ─► completed
              ▲    │ no lease: pause        │ refused, broke off, no end
              └────┘                        └─► again from the start, elsewhere
 
-All of a run is drawn from the seed before the first request is sent, and nothing that happens later changes
-it (open loop): a slow answer never delays the next arrival, and latencies count from the moment a request
-was due. A request fails only when its time is up or somebody says that it can never succeed.
-Prompts are token ids, so that every engine counts the same number, and `ignore_eos` makes answers as long as
-was drawn.
+Latencies count from the moment a request was due, which nothing that happens in the run changes (open loop).
+A request fails only when its time is up or when an answer says that it can never succeed.
 """
 
 import asyncio
 import json
-import math
 import random
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import httpx2
 
-from engine.profiles import get_profile
 from fleet_client import AsyncAnswer, AsyncFleetTransport, Call, ClientLease, Timeouts, TokenEstimate
 from instance_client import BrokenOff, read_answer, read_stream
 from process.errors import InstanceError
+from simulation.live.workload import Arrival, Workload, body_of
 from simulation.report import COMPLETED, Record
-
-LENGTH_SIGMA = (0.81, 0.68)
-"""Of the log-normal lengths of prompts and answers: the spread (standard deviation over mean, 0.96 and 0.77)
-of the Azure conversation log of 2023-11."""
-
-TOKEN_IDS = (3, 256)
-"""First id and number of ids prompts are made of: all vocabularies have these; 0 to 2 are often special."""
 
 MOST_AVOIDED = 16
 """Instances that a request avoids at once, the last that failed it; the loadbalancer refuses more than 64."""
 
 PAUSE_S = (0.1, 2.0)
-"""After a refusal or a second setback: the first, doubling up to the second; or a longer Retry-After."""
+"""Seconds of pause after a refusal or a second setback: the first, doubling up to the second; or a longer
+Retry-After."""
 
 LAST_TRY_S = 0.5
-"""With less time left than this no lease is asked for again: nothing could be answered in it."""
+"""Seconds that must be left for another lease to be asked for: in less nothing could be answered."""
 
 CONNECT_S = 5.0
-"""For a connection: packets cross an ocean in 0.2 s, and a lost SYN is repeated after 1 and 3 s."""
+"""Seconds for a connection: packets cross an ocean in 0.2 s, and a lost SYN is repeated after 1 and 3 s."""
 
 STALL_S = 30.0
-"""A streamed answer silent for so long has died: instances are not given more than hold_s of work."""
+"""Seconds of silence after which a streamed answer is given up: instances get no more than hold_s of work."""
 
 NOT_STARTED = frozenset(("no_connection", "no_tls", "wrong_certificate", "bad_address"))
-"""Setbacks of the transport after which the engine has not seen the prompt."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What users send, and how long they wait for it. Times in seconds, lengths in tokens."""
-
-    num_iterations: int = 60  # rounds
-    round_s: float = 1.0
-    base_num_users: int = 20
-    request_probability: float = 0.1  # 20 users: 2 requests/s, half of what one RTX 4090 can do with vllm-13
-    load_schedule: tuple[float, ...] = (1.0,)
-    streaming: bool = True
-    model: str = "vllm-13"
-    prompt_tokens: float = 300.0  # mean
-    max_tokens: float = 180.0  # mean
-    seed: int = 0
-    wait_s: float = 30.0  # POST /route holds a request so long before it says 503
-    request_timeout_s: float = 120.0  # from due to the end of the answer, all tries together
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One request to come. at_s: when it is due, seconds since the start of the run."""
-
-    number: int
-    at_s: float
-    prompt_tokens: int
-    max_tokens: int
-
-
-def plan(load: Workload) -> list[Arrival]:
-    """All requests of the run in order of time; the same workload gives the same list.
-
-    Lengths are log-normal with the means asked for, cut so that prompt and answer fit the model's context.
-    """
-    rng = random.Random(load.seed)
-    longest = get_profile(load.model).max_model_len
-    due: list[float] = []
-    for n in range(load.num_iterations):
-        multiple = load.load_schedule[n * len(load.load_schedule) // load.num_iterations]
-        for _ in range(round(load.base_num_users * multiple)):
-            if rng.random() < load.request_probability:
-                due.append((n + rng.random()) * load.round_s)  # noqa: PERF401 two draws, in this order
-    arrivals = []
-    for number, at_s in enumerate(sorted(due)):
-        output = _length(rng, load.max_tokens, LENGTH_SIGMA[1], longest - 1)
-        prompt = _length(rng, load.prompt_tokens, LENGTH_SIGMA[0], longest - output)
-        arrivals.append(Arrival(number, at_s, prompt, output))
-    return arrivals
-
-
-def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
-    # exp(mu + sigma²/2) is the mean of a log-normal
-    return min(most, max(1, round(rng.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
-
-
-def body_of(arrival: Arrival, model: str, streaming: bool, seed: int) -> dict[str, Any]:
-    """The request to an instance. Its prompt is its own, so that no prefix cache can help."""
-    first, ids = TOKEN_IDS
-    raw = random.Random((seed << 32) + arrival.number).randbytes(arrival.prompt_tokens)
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": [first + b % ids for b in raw],
-        "max_tokens": arrival.max_tokens,
-        "ignore_eos": True,
-        "stream": streaming,
-    }
-    if streaming:
-        body["stream_options"] = {"include_usage": True}
-    return body
-
-
-# --- outside world ---------------------------------------------------------------------------------
+"""Setbacks of the transport after which the engine cannot have seen the prompt."""
 
 
 @dataclass(frozen=True)
 class TryResult:
-    """How a try went. failure: its kind, None when it was served. instance_id: who failed it, None when
-    nobody was asked; then retry_after_s says when to ask again. final: another try cannot help.
+    """How a try went.
+
+    failure: its kind, None when it was served. instance_id: the instance that failed it, None when none was
+    asked; then retry_after_s says when to ask again. final: another try cannot help. cut_short: the time was
+    up before anything came.
     """
 
     failure: str | None
     instance_id: int | None = None
     final: bool = False
     retry_after_s: float = 0.0
-    cut_short: bool = False  # the time was up before anything came
+    cut_short: bool = False
 
 
 def _setback(call: Call, failure: str) -> TryResult:
@@ -157,14 +76,17 @@ def _no_lease(call: Call, answer: AsyncAnswer) -> TryResult:
 
 
 class Driver:
-    """Sends the planned requests when they are due and keeps a record of each."""
+    """Sends the planned requests when they are due and keeps a record of each.
+
+    first_tokens: seconds of the last answers, for the live figures only.
+    """
 
     def __init__(self, load: Workload, transport: AsyncFleetTransport) -> None:
-        """Nothing is sent before run(). transport: with one try a call; the others are made here."""
+        """Send nothing before run(). transport: with one try a call; the others are made here."""
         self.records: list[Record] = []
         self.in_flight = 0
         self.outcomes: Counter[str] = Counter()
-        self.first_tokens: deque[float] = deque(maxlen=1000)  # for the live figures only
+        self.first_tokens: deque[float] = deque(maxlen=1000)
         self.seen_addresses: set[str] = set()
         self.begun = 0.0
         self._load = load
@@ -173,7 +95,7 @@ class Driver:
         self._clock = time.perf_counter
 
     async def run(self, arrivals: Sequence[Arrival]) -> None:
-        """Send all and wait for all. When cancelled, what is in flight ends as interrupted."""
+        """Send all and wait for all. When it is cancelled, what is in flight ends as interrupted."""
         self.begun = self._clock()
         async with asyncio.TaskGroup() as group:
             for arrival in arrivals:
@@ -201,26 +123,24 @@ class Driver:
             self.outcomes[record.outcome] += 1
 
     async def _until_served(self, arrival: Arrival, record: Record, due: float) -> str:
-        """Try until it is served or its time is up; "completed" or the kind of failure."""
+        """Try until it is served or its time is up; return "completed" or the kind of failure."""
         up_at = due + self._load.request_timeout_s
         body = body_of(arrival, self._load.model, self._load.streaming, self._load.seed)
         raw = json.dumps(body).encode()
         avoid: list[int] = []
         last: str | None = None  # how an instance failed it
-        pause_s, rest_s = 0.0, PAUSE_S[0]  # the first retry goes at once: another instance is likely well
+        pause_s, rest_s = 0.0, PAUSE_S[0]  # the first retry goes at once, elsewhere
         while True:
             call = self._call(arrival, raw, avoid, up_at)
             tried = await self._try(call, record, due, up_at)
-            record.route_s += call.asked_s
-            record.refusals.update(call.refusals)
-            record.leases += call.leases
+            record.add_call(call.asked_s, call.leases, call.refusals)
             if tried.failure is None:
                 return COMPLETED
             if tried.cut_short and last is not None:
                 return last  # the time was up in a try that had come to nothing yet
             if tried.instance_id is not None:
                 last = tried.failure
-                record.setbacks[tried.failure] += 1
+                record.add_setback(tried.failure)
                 if tried.final or self._clock() + pause_s >= up_at:
                     return tried.failure
                 avoid = [*avoid, tried.instance_id][-MOST_AVOIDED:]
@@ -234,7 +154,7 @@ class Driver:
             # When a Retry-After is longer than the time that is left, room may still come sooner.
             nap_s = min(max(tried.retry_after_s, rest_s) * self._jitter.uniform(1.0, 1.25), left_s / 2)
             await asyncio.sleep(nap_s)
-            record.route_s += nap_s
+            record.add_pause(nap_s)
             rest_s = self._longer(rest_s)
 
     def _call(self, arrival: Arrival, raw: bytes, avoid: list[int], up_at: float) -> Call:
@@ -254,7 +174,7 @@ class Driver:
         )
 
     async def _try(self, call: Call, record: Record, due: float, up_at: float) -> TryResult:
-        """One lease and one instance, at most."""
+        """Get one lease and ask one instance, at most."""
         answer: AsyncAnswer | None = None
         try:
             async with asyncio.timeout(max(0.0, up_at - self._clock())):
@@ -284,7 +204,7 @@ class Driver:
     async def _read(
         self, call: Call, answer: AsyncAnswer, lease: ClientLease, record: Record, due: float
     ) -> TryResult:
-        """The answer to its end, and into the record."""
+        """Read the answer to its end, and note it in the record."""
         if 400 <= answer.status < 500:
             return TryResult("rejected", lease.instance_id, final=True)
         failure = "broken_off"
@@ -305,11 +225,10 @@ class Driver:
             # The loadbalancer is told the kind only: an error's own words may quote prompt and answer.
             answer.fail(failure)
             return _setback(call, failure)
-        record.end_s = done.end_s - due
-        record.prompt_tokens, record.output_tokens = done.prompt_tokens, done.completion_tokens
-        if self._load.streaming:
-            record.first_token_s = done.first_token_s - due
-            self.first_tokens.append(record.first_token_s)
+        first_s = done.first_token_s - due if self._load.streaming else None
+        record.complete(done.prompt_tokens, done.completion_tokens, first_s, done.end_s - due)
+        if first_s is not None:
+            self.first_tokens.append(first_s)
         return TryResult(None, lease.instance_id)
 
     def _longer(self, pause_s: float) -> float:

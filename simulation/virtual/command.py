@@ -22,11 +22,12 @@ from typing import Any
 from engine.profiles import PROFILES, get_profile
 from engine.slo import Slo
 from fleet.limits import Limits
-from fleet_client.flags import Parser, within
+from fleet_client.flags import Parser, add_flags, check_flags, flag, within
 from localcloud.machines import Machine, machines_from
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
 from simulation import plots, report
+from simulation.report_file import check_output, write_report
 from simulation.traces import logs, synthetic
 from simulation.traces.logs import Request
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
@@ -36,7 +37,7 @@ from simulation.virtual.timings_file import read_timings
 from simulation.virtual.virtual_fleet import simulate
 
 SHOW_S = 5.0
-"""Between two lines of progress, in real seconds."""
+"""Real seconds between two lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -44,62 +45,58 @@ class VirtualConfig:
     """Everything a user may set. Times in seconds of virtual time."""
 
     trace: str = ""
-    rate_scale: float = 1.0
-    jitter_s: float = 5.0
-    tick_s: float = 0.0
-    days: float | None = None
-    policy: str = "objective"
+    rate_scale: float = flag(
+        1.0, "arrivals are repeated, or thinned, to K times as many", least=0.001, most=10_000.0, metavar="K"
+    )
+    jitter_s: float = flag(5.0, "each repeat is moved by up to so much", least=0.0, most=3600.0)
+    tick_s: float = flag(
+        0.0, "times of the log are rounded to so much: spread them; 0 for no", least=0.0, most=3600.0
+    )
+    days: float | None = flag(
+        None, "the log is tiled under a daily profile for so long (default as it is)", metavar="N"
+    )
+    policy: str = flag("objective", ", ".join(POLICIES), metavar="NAME")
     policy_params: tuple[str, ...] = ()
-    profile: str = "vllm-13"
-    gpu: str | None = None
-    offers: Path | None = None
-    timings: Path | None = None
+    profile: str = flag("vllm-13", ", ".join(PROFILES), metavar="NAME")
+    gpu: str | None = flag(None, "only machines of the market with that GPU (default all)", metavar="NAME")
+    offers: Path | None = flag(
+        None, "machines for rent, JSON as for localcloud (default localcloud's, deeper)"
+    )
+    timings: Path | None = flag(None, "step-time constants of your own (simulation/virtual/timings_file.py)")
     hazards: Hazards = field(default_factory=Hazards)
-    pool: int = 4
-    hot: int = 1
-    max_instances: int = 200
-    max_usd_h: float = 1000.0
-    late_lane: bool = True
-    late_bound_s: float = 300.0
-    request_timeout_s: float = 600.0
-    score_from_s: float = 0.0
-    score_to_s: float = float("inf")
-    replay_every_s: float = 1800.0
+    pool: int = flag(4, "loaded instances when the trace begins")
+    hot: int = flag(1, "of them hot")
+    max_instances: int = flag(200, "hard limit", least=1, most=100_000)
+    max_usd_h: float = flag(1000.0, "hard limit", least=0.01, most=1e6, metavar="USD")
+    late_lane: bool = flag(True, "requests that cannot be in time any more let the others pass")
+    late_bound_s: float = flag(300.0, "but wait no longer than so", least=0.0, most=86_400.0)
+    request_timeout_s: float = flag(600.0, "for a request, all tries together", least=0.1, most=86_400.0)
+    score_from_s: float = flag(0.0, "what arrives and is spent before does not count", least=0.0, most=1e9)
+    score_to_s: float = flag(float("inf"), "nor what comes after")
+    replay_every_s: float = flag(1800.0, "between two tunings by replay; 0 for none", least=0.0, most=1e9)
     seed: int = 0
-    json: Path | None = None
-    plot: Path | None = None
-    quiet: bool = False
+    json: Path | None = flag(None, "write the report there")
+    plot: Path | None = flag(None, "draw the fleet over time there, PNG")
+    quiet: bool = flag(False, "no progress, only the report")
 
     def checked(self) -> "VirtualConfig":
-        """Itself, or ConfigError naming the flag, the value and the range."""
+        """Return itself; raise ConfigError naming the flag, the value and the range."""
         if not self.trace:
             raise ConfigError("--virtual needs --trace FILE, or --trace synthetic for one that is made up")
-        within("--rate-scale", self.rate_scale, 0.001, 10_000.0)
-        within("--jitter-s", self.jitter_s, 0.0, 3600.0)
-        within("--tick-s", self.tick_s, 0.0, 3600.0)
+        check_flags(self)
         if self.days is not None:
             within("--days", self.days, 0.01, 366.0)
         within("--pool", self.pool, 0, self.max_instances)
         within("--hot", self.hot, 0, self.max_instances)
-        within("--max-instances", self.max_instances, 1, 100_000)
-        within("--max-usd-h", self.max_usd_h, 0.01, 1e6)
-        within("--late-bound-s", self.late_bound_s, 0.0, 86_400.0)
-        within("--request-timeout-s", self.request_timeout_s, 0.1, 86_400.0)
-        within("--score-from-s", self.score_from_s, 0.0, 1e9)
-        within("--replay-every-s", self.replay_every_s, 0.0, 1e9)
         within("--seed", self.seed, 0, 2**63 - 1)
         get_profile(self.profile)
-        for flag, path in (("--json", self.json), ("--plot", self.plot)):
-            if path is not None:
-                if not path.absolute().parent.is_dir():
-                    raise ConfigError(f"{flag} {path}: there is no directory {path.absolute().parent}")
-                if path.is_dir():
-                    raise ConfigError(f"{flag} {path}: wanted a file, that is a directory")
+        check_output("--json", self.json)
+        check_output("--plot", self.plot)
         return self
 
 
 def requests_of(config: VirtualConfig) -> Iterator[Request]:
-    """The arrivals: read or made up, tiled, repeated or thinned. Raises ConfigError, also while read."""
+    """Return the arrivals: read or made up, tiled, repeated or thinned; raise ConfigError, also later."""
     rng = random.Random(config.seed)
     seeds = [rng.getrandbits(64) for _ in range(4)]
     name, _, options = config.trace.partition(":")
@@ -124,7 +121,7 @@ def _log(config: VirtualConfig, seed: int) -> Iterator[Request]:
 
 
 def setting_of(config: VirtualConfig) -> Setting:
-    """What the run depends on beside trace and policy; raises ConfigError."""
+    """Return what the run depends on beside trace and policy; raise ConfigError."""
     return Setting(
         profile=get_profile(config.profile),
         machines=_market(config),
@@ -159,7 +156,7 @@ def _market(config: VirtualConfig) -> tuple[Machine, ...]:
 
 
 def report_of(config: VirtualConfig, outcome: Outcome, policy: Policy) -> dict[str, Any]:
-    """The report, with what only virtual time can tell: the policy, its clamps and curve, and the audit."""
+    """Return the report, with what only virtual time knows: the policy, its clamps and curve, the audit."""
     o = outcome
     requests = report.Counted(
         sent=o.requests,
@@ -191,7 +188,7 @@ def report_of(config: VirtualConfig, outcome: Outcome, policy: Policy) -> dict[s
         "hazards": None if config.hazards == Hazards() else asdict(config.hazards),
         "prompts_cut": o.cut or None,
     }
-    run = report.Run(
+    run = report.RunInfo(
         engine="virtual time, simulated machines",
         local=False,
         model=config.profile,
@@ -217,9 +214,9 @@ def _fields(policy: Policy) -> dict[str, Any]:
     return {name: getattr(policy, name) for name in fields}
 
 
-def _costs(o: Outcome) -> report.Costs:
+def _costs(o: Outcome) -> report.RunCosts:
     kinds = [kind for kind, _, _ in o.took]
-    return report.Costs(
+    return report.RunCosts(
         usd={
             "total": o.costs.total,
             "hot_working": o.costs.hot_working,
@@ -239,7 +236,7 @@ def _costs(o: Outcome) -> report.Costs:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The report as text."""
+    """Return the report as text."""
     lines = [report.table(found)]
     for what, turns in found["clamped"].items():
         lines.append(f"{'hard limits':14}in {turns:,} turns the policy wanted a number of {what} beyond them")
@@ -259,72 +256,54 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    d = VirtualConfig()
     parser = Parser(prog="sim.py --virtual", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--virtual", action="store_true", help="this: in virtual time, with simulated machines"
     )
-
-    def add(flag: str, kind: Any, metavar: str, default: object, text: str) -> None:
-        shown = f"{default:g}" if isinstance(default, int | float) else f"{default}"
-        parser.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default {shown})")
-
-    add("--trace", str, "FILE", "none", "a log of requests, or synthetic[:NAME=NUMBER,…]")
-    add("--rate-scale", float, "K", d.rate_scale, "arrivals are repeated, or thinned, to K times as many")
-    add("--jitter-s", float, "S", d.jitter_s, "each repeat is moved by up to so much")
-    add("--tick-s", float, "S", d.tick_s, "times of the log are rounded to so much: spread them; 0 for no")
-    add("--days", float, "N", "as it is", "the log is tiled under a daily profile for so long")
-    add("--policy", str, "NAME", d.policy, ", ".join(POLICIES))
     parser.add_argument(
-        "--policy-param", action="append", default=[], metavar="NAME=NUMBER",
-        help="a parameter of the policy; may be repeated (default: the policy's own)",
-    )  # fmt: skip
-    add("--goal", float, "SHARE", "0.99", "of requests in time: the parameter of policy objective")
-    add("--profile", str, "NAME", d.profile, ", ".join(PROFILES))
-    add("--gpu", str, "NAME", "all", "only machines of the market with that GPU")
-    add("--offers", Path, "FILE", "localcloud's, deeper", "machines for rent, JSON as for localcloud")
-    add("--timings", Path, "FILE", "none", "constants of model servers of your own (engine/reference.py)")
-    add(
-        "--hazards",
-        str,
-        "NAME=NUMBER,…",
-        "none",
-        "what goes wrong: " + ", ".join(Hazards.__dataclass_fields__),
+        "--trace", default="", metavar="FILE", help="a log of requests, or synthetic[:NAME=NUMBER,…]"
     )
-    add("--pool", int, "N", d.pool, "loaded instances when the trace begins")
-    add("--hot", int, "N", d.hot, "of them hot")
-    add("--max-instances", int, "N", d.max_instances, "hard limit")
-    add("--max-usd-h", float, "USD", d.max_usd_h, "hard limit")
+    add_flags(parser, VirtualConfig)
     parser.add_argument(
-        "--late-lane", action=argparse.BooleanOptionalAction, default=None,
-        help="who cannot be in time any more lets the others pass (default --late-lane)",
-    )  # fmt: skip
-    add("--late-bound-s", float, "S", d.late_bound_s, "but waits no longer than so")
-    add("--request-timeout-s", float, "S", d.request_timeout_s, "for a request, all tries together")
-    add("--score-from-s", float, "S", d.score_from_s, "what arrives and is spent before does not count")
-    add("--score-to-s", float, "S", "the end", "nor what comes after")
-    add("--replay-every-s", float, "S", d.replay_every_s, "between two tunings by replay; 0 for none")
-    add("--seed", int, "N", "random, and printed", "everything is drawn from")
-    add("--json", Path, "FILE", "none", "write the report there")
-    add("--plot", Path, "FILE", "none", "draw the fleet over time there, PNG")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the report")
+        "--policy-param",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="a parameter of the policy; may be repeated (default: the policy's own)",
+    )
+    parser.add_argument(
+        "--goal",
+        type=float,
+        metavar="SHARE",
+        help="of requests in time: the parameter of policy objective (default 0.99)",
+    )
+    parser.add_argument(
+        "--hazards",
+        type=parse_hazards,
+        default=Hazards(),
+        metavar="NAME=NUMBER,…",
+        help="what goes wrong (default none): " + ", ".join(Hazards.__dataclass_fields__),
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="everything is drawn from it (default random, and printed)"
+    )
     return parser
 
 
 def parse(argv: Sequence[str]) -> VirtualConfig:
-    """The flags as a VirtualConfig; raises ConfigError."""
-    given = {k: v for k, v in vars(_parser().parse_args(argv)).items() if v is not None and k != "virtual"}
-    params = [*given.pop("policy_param")]
-    if "goal" in given:
-        params.append(f"goal={given.pop('goal'):g}")
-    if "hazards" in given:
-        given["hazards"] = parse_hazards(given["hazards"])
-    given.setdefault("seed", secrets.randbelow(2**32))
+    """Return the flags as a VirtualConfig; raise ConfigError."""
+    given = vars(_parser().parse_args(argv))
+    params, goal = [*given.pop("policy_param")], given.pop("goal")
+    if goal is not None:
+        params.append(f"goal={goal:g}")
+    if given["seed"] is None:
+        given["seed"] = secrets.randbelow(2**32)
+    del given["virtual"]
     return VirtualConfig(**given, policy_params=tuple(params)).checked()
 
 
 def carry_out(config: VirtualConfig) -> dict[str, Any]:
-    """The report of the run."""
+    """Return the report of the run."""
     policy = make_policy(POLICIES, config.policy, parse_params("--policy-param", config.policy_params))
     requests = requests_of(config)
     if not config.quiet:
@@ -340,7 +319,7 @@ def carry_out(config: VirtualConfig) -> dict[str, Any]:
 
 
 def _shown(requests: Iterator[Request]) -> Iterator[Request]:
-    """The same, with a line on stderr now and then."""
+    """Give the same requests, and print a line on stderr now and then."""
     begun = shown = time.monotonic()
     for n, request in enumerate(requests):
         yield request
@@ -354,18 +333,12 @@ def _shown(requests: Iterator[Request]) -> Iterator[Request]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run as the flags say; exit status 0, or 1 when requests failed. Raises ConfigError."""
+    """Run as the flags say; return exit status 0, or 1 when requests failed. Raises ConfigError."""
     config = parse(argv)
-    logging.getLogger("autoscaler").setLevel(
-        logging.ERROR
-    )  # what is refused and tried again is in the report
+    logging.getLogger("autoscaler").setLevel(logging.ERROR)  # refusals and retries are in the report
     if not config.quiet:
         print(f"seed {config.seed}", file=sys.stderr)
     found = carry_out(config)
     print(table(found))
-    if config.json is not None:
-        try:
-            config.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
-        except OSError as e:
-            raise ConfigError(f"--json {config.json} cannot be written: {e.strerror}") from e
+    write_report(found, config.json)
     return 0 if not found["requests"]["failed"] else 1

@@ -20,10 +20,12 @@ from aiohttp import web
 import sim
 from engine.profiles import get_profile
 from process.errors import ConfigError
-from sim import Config, parse, parse_schedule
-from simulation.live import users
+from sim import parse
+from simulation.live import measure, users
+from simulation.live.config import SimConfig, parse_schedule
 from simulation.live.local_stack import LocalStack
-from simulation.live.users import body_of, plan
+from simulation.live.operator import NoAnswer, Operator
+from simulation.live.workload import body_of, plan
 from simulation.report import FAILURES
 from tests.paths import ROOT
 from tests.process.test_local_stack import running, stand_ins
@@ -31,7 +33,7 @@ from tests.waiting import wait_for
 
 # -- the plan ------------------------------------------------------------------------------------------
 
-BUSY = Config(num_iterations=50, base_num_users=20, request_probability=0.5, seed=1)
+BUSY = SimConfig(num_iterations=50, base_num_users=20, request_probability=0.5, seed=1)
 
 
 def test_the_plan_follows_from_the_seed() -> None:
@@ -243,7 +245,7 @@ async def first_is_dead(n: int, request: web.Request, body: dict[str, Any]) -> w
     return reply
 
 
-SMALL = Config(
+SMALL = SimConfig(
     num_iterations=4,
     round_s=0.1,
     base_num_users=5,
@@ -261,8 +263,8 @@ SMALL = Config(
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fakes have no figures that come a second late, and do not come back; signals are pytest's again."""
-    monkeypatch.setattr(sim, "SETTLE_S", 0.0)
-    monkeypatch.setattr(sim, "ANSWER_S", 0.0)
+    monkeypatch.setattr(measure, "SETTLE_S", 0.0)
+    monkeypatch.setattr(measure, "ANSWER_S", 0.0)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -270,7 +272,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def carried_out(fakes: Fakes, **other: Any) -> dict[str, Any]:
     config = replace(SMALL, loadbalancer=fakes.url, autoscaler=fakes.url, **other)
-    found = asyncio.run(sim.run(config, asyncio.Event(), "fake engine"))
+    found = asyncio.run(measure.run(config, asyncio.Event(), "fake engine"))
     assert set(found["requests"]["failed_by_kind"]) <= set(FAILURES), "a kind without an explanation"
     return found
 
@@ -475,7 +477,7 @@ def test_a_stop_ends_the_run_with_what_there_is() -> None:
     async def stopped(fakes: Fakes) -> dict[str, Any]:
         stop = asyncio.Event()
         config = replace(SMALL, loadbalancer=fakes.url, autoscaler=fakes.url)
-        running = asyncio.create_task(sim.run(config, stop, "fake engine"))
+        running = asyncio.create_task(measure.run(config, stop, "fake engine"))
         while len(fakes.served) < 5:
             await asyncio.sleep(0.01)
         stop.set()
@@ -506,14 +508,14 @@ def test_a_flag_that_is_as_wanted_is_left_alone_afterwards() -> None:
 def test_a_flag_that_cannot_be_set_back_is_told_and_the_report_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    once = sim.Operator.manage
+    once = Operator.manage
 
-    async def only_at_first(self: sim.Operator, wanted: bool) -> None:
+    async def only_at_first(self: Operator, wanted: bool) -> None:
         if wanted:
-            raise sim.NoAnswer("it is gone")
+            raise NoAnswer("it is gone")
         await once(self, wanted)
 
-    monkeypatch.setattr(sim.Operator, "manage", only_at_first)
+    monkeypatch.setattr(Operator, "manage", only_at_first)
     with Fakes(well).running() as fakes:
         assert carried_out(fakes, manage=False)["requests"]["completed"] == 20
     assert "could not be set again: it is gone" in capsys.readouterr().err
@@ -537,13 +539,15 @@ def test_an_autoscaler_that_was_named_must_be_there_another_need_not() -> None:
     with Fakes(well).running() as fakes:
         config = replace(SMALL, loadbalancer=fakes.url, autoscaler=closed_port(), **ONE)
         with pytest.raises(ConfigError, match="the autoscaler does not answer"):
-            asyncio.run(sim.run(config, asyncio.Event(), "fake engine"))
+            asyncio.run(measure.run(config, asyncio.Event(), "fake engine"))
         with pytest.raises(ConfigError, match="the autoscaler does not answer"):
             asyncio.run(
-                sim.run(replace(config, needs_autoscaler=False, manage=True), asyncio.Event(), "fake")
+                measure.run(replace(config, needs_autoscaler=False, manage=True), asyncio.Event(), "fake")
             )
         assert fakes.asked == [], "nothing was sent"
-        found = asyncio.run(sim.run(replace(config, needs_autoscaler=False), asyncio.Event(), "fake engine"))
+        found = asyncio.run(
+            measure.run(replace(config, needs_autoscaler=False), asyncio.Event(), "fake engine")
+        )
         assert (found["requests"]["completed"], found["cost_usd"]["total"]) == (1, None)
 
 
@@ -754,7 +758,7 @@ def test_a_local_run_that_ends_badly_names_what_it_leaves_even_when_quiet(
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
 ) -> None:
-    def raises(config: Config, engine: str) -> dict[str, Any]:
+    def raises(config: SimConfig, engine: str) -> dict[str, Any]:
         raise error
 
     monkeypatch.setenv("DESTROY_FAILS", "1")

@@ -699,7 +699,8 @@ def test_nor_does_the_instance_tell_it() -> None:
 def test_our_own_driver_tells_the_loadbalancer_nothing_that_a_model_server_said(how: str) -> None:
     """An error may quote what it is about, as pydantic's do (input_value='…'), a parser's the answer."""
     from fleet_client import AsyncAnswer, ClientLease, HttpReply
-    from simulation.live.users import Arrival, Driver, Workload
+    from simulation.live.users import Driver
+    from simulation.live.workload import Arrival, Workload
 
     canary = secrets.token_hex(12)
     told: list[Any] = []

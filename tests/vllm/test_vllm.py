@@ -20,7 +20,7 @@ from openai.types import Completion
 
 from localcloud.engines import TINY_MODEL, VLLM_ENVIRONMENT
 from simulation.live.local_stack import ENGINES, LocalStack, StackConfig
-from simulation.live.users import Workload, plan
+from simulation.live.workload import Workload, plan
 from tests.paths import ROOT
 from tests.vllm.fleet import Fleet, Lease
 from tests.waiting import wait_for

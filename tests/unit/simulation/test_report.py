@@ -14,7 +14,7 @@ from simulation.report import (
     FAILURES,
     WIDTH,
     Record,
-    Run,
+    RunInfo,
     Sample,
     build,
     chart,
@@ -58,7 +58,7 @@ SAMPLES = [
 ]
 
 
-def run(**other: Any) -> Run:
+def run(**other: Any) -> RunInfo:
     given: dict[str, Any] = {
         "engine": "local cloud, paced engine",
         "local": True,
@@ -72,7 +72,7 @@ def run(**other: Any) -> Run:
         "cpu_share": 0.02,
         "ends_untold": 0,
     }
-    return Run(**{**given, **other})
+    return RunInfo(**{**given, **other})
 
 
 def whole(**other: Any) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""What a user of sim.py may set for a live run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.profiles import get_profile
+from fleet_client.flags import check_flags, flag, within
+from process.errors import ConfigError
+from simulation.live.local_stack import ENGINES
+from simulation.live.workload import Workload
+from simulation.report_file import check_output
+
+MOST_DRAWS = 1e8
+"""Largest users × rounds × schedule: each user is drawn in each round, ahead of the run."""
+
+
+@dataclass(frozen=True)
+class SimConfig(Workload):
+    """What is sent, where to, and what is done with the report.
+
+    manage: None leaves the autoscaler's flag as it is. needs_autoscaler: it was named on the command line, so
+    that it is an error when it does not answer.
+    """
+
+    manage: bool | None = None
+    loadbalancer: str = flag("http://127.0.0.1:8200", "the server that gives leases", metavar="URL")
+    autoscaler: str = flag("http://127.0.0.1:8100", "the server that knows costs and states", metavar="URL")
+    needs_autoscaler: bool = False
+    state_dir: Path | None = flag(
+        None, "holds the control key (default ~/.local/state/autoscaler-py/fleet)", metavar="DIR"
+    )
+    client_key_file: Path | None = flag(None, "a key of the loadbalancer's clients, mode 0600")
+    trace: Path | None = flag(
+        None, "send the requests of a log instead, at its times (simulation/traces/logs.py)"
+    )
+    json: Path | None = flag(None, "write the report there")
+    local: bool = flag(False, "start everything on this machine, and end it")
+    engine: str = flag("paced", f"with --local: what answers, {' or '.join(ENGINES)}", metavar="NAME")
+    instances: int = flag(4, "with --local: stopped instances prepared first; 2 with vllm")
+    speedup: float = flag(60.0, "with --local: the cloud's times, not real vLLM's, are divided by it")
+    quiet: bool = flag(False, "no progress, only the report")
+
+    def checked(self) -> "SimConfig":
+        """Return itself; raise ConfigError naming the flag, the value and the range."""
+        longest = get_profile(self.model).max_model_len
+        check_flags(self)
+        within("--prompt-tokens", self.prompt_tokens, 1.0, longest)
+        within("--max-tokens", self.max_tokens, 1.0, longest)
+        within("--seed", self.seed, 0, 2**63 - 1)
+        if self.prompt_tokens + self.max_tokens > longest:
+            raise ConfigError(
+                f"--prompt-tokens {self.prompt_tokens:g} and --max-tokens {self.max_tokens:g}: "
+                f"wanted at most {longest} together, the context of {self.model}"
+            )
+        if self.base_num_users * self.num_iterations * max(self.load_schedule) > MOST_DRAWS:
+            raise ConfigError("--base-num-users × --num-iterations: wanted at most 100 million draws in all")
+        check_output("--json", self.json)
+        return self
+
+
+def parse_schedule(text: str) -> tuple[float, ...]:
+    """Return multiples of the base number of users over equal slices of the run; raise ConfigError."""
+    try:
+        multiples = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        multiples = ()
+    if not multiples or not all(0.0 <= m <= 1000.0 for m in multiples):
+        raise ConfigError(f"--load-schedule {text!r}: wanted numbers from 0 to 1000 with commas between")
+    return multiples

@@ -1,0 +1,262 @@
+"""One live run: check the servers, send the requests, look at the fleet, ask for the costs, report."""
+
+import asyncio
+import contextlib
+import gc
+import json
+import time
+from collections.abc import Collection, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import aiohttp
+
+from engine.profiles import get_profile
+from fleet_client import AsyncFleetTransport
+from fleet_client.loopback import is_loopback_url
+from fleet_client.private_files import default_state_dir, load_keys
+from process.errors import ConfigError
+from simulation import report
+from simulation.live.config import SimConfig
+from simulation.live.operator import NoAnswer, Operator, ask_again, bearer
+from simulation.live.progress import FleetSampler, ProgressView, say
+from simulation.live.users import Driver
+from simulation.live.workload import Arrival, plan
+from simulation.traces.logs import read
+
+SETTLE_S = 1.5
+"""Seconds from the end of the run to asking for costs: the loadbalancer reports each second which worked."""
+
+ANSWER_S = 15.0
+"""Seconds for which an autoscaler that does not answer is asked again: it may be starting anew."""
+
+MOST_TRACED = 100_000
+"""Requests of a log that are sent: each is planned ahead."""
+
+LOCALCLOUD_STATUS = "http://127.0.0.1:8500/localcloud/status"
+"""Where a local cloud says which engine it has, unless its port was set."""
+
+
+async def run(config: SimConfig, stop: asyncio.Event, engine: str | None) -> dict[str, Any]:
+    """Carry out the run and return its report; it ends early, with what there is, when stop is set.
+
+    engine: what answers, where it is known; None finds out. Raises ConfigError when it cannot be run.
+    """
+    arrivals = plan(config) if config.trace is None else _traced(config.trace, config)
+    control_key = _control_key(config)
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
+    ) as session:
+        client_key = None if config.client_key_file is None else _key(config.client_key_file)
+        operator = Operator(session, config.autoscaler, config.loadbalancer, control_key)
+        await _check_loadbalancer(session, client_key, operator, config)
+        managed = await _check_autoscaler(operator, config)
+        try:
+            return await _measure(config, arrivals, stop, engine, operator, client_key)
+        finally:
+            if config.manage is not None and managed is not None and managed != config.manage:
+                await _manage_as_before(operator, managed)
+
+
+def _traced(path: Path, config: SimConfig) -> list[Arrival]:
+    """Return the requests of a log, cut to the model's context; raise ConfigError."""
+    longest = get_profile(config.model).max_model_len
+    arrivals = []
+    for number, request in enumerate(read(path)):
+        if number == MOST_TRACED:
+            raise ConfigError(f"--trace {path}: over {MOST_TRACED:,} requests: --virtual plays such a log")
+        output = min(request.output_tokens, longest - 1)
+        prompt = min(request.prompt_tokens, longest - output)
+        arrivals.append(Arrival(number, request.at_s, prompt, output))
+    return arrivals
+
+
+async def _measure(
+    config: SimConfig,
+    arrivals: Sequence[Arrival],
+    stop: asyncio.Event,
+    engine: str | None,
+    operator: Operator,
+    client_key: str | None,
+) -> dict[str, Any]:
+    transport = AsyncFleetTransport(
+        config.loadbalancer,
+        api_key=client_key or "",
+        max_tries=1,  # the driver tries again itself, and keeps a record of it
+        wait_s=config.wait_s,
+        trust_network=True,  # an operator's own measurement
+    )
+    driver = Driver(config, transport)
+    sampler = FleetSampler(operator, lambda: time.perf_counter() - driver.begun)
+    length_s = config.num_iterations * config.round_s if config.trace is None else arrivals[-1].at_s
+    view = ProgressView(driver, sampler, len(arrivals), length_s, config.quiet)
+    gc.collect()
+    gc.freeze()  # the plan stays: collections need not look at it, which would delay what is due
+    try:
+        took = await _send(driver, arrivals, stop, transport, (sampler.run(), view.run()))
+    finally:
+        gc.unfreeze()
+    await asyncio.sleep(0.0 if took.interrupted else SETTLE_S)
+    costs, why = None, None
+    try:
+        costs = await ask_again(
+            lambda: operator.costs(took.started_at, took.started_at + took.duration_s), ANSWER_S
+        )
+    except NoAnswer as e:
+        why = str(e)
+    engine = engine or await _find_engine(driver.seen_addresses)
+    about = report.RunInfo(
+        engine=engine,
+        local=engine.startswith("local cloud"),
+        model=config.model,
+        seed=config.seed,
+        streaming=config.streaming,
+        started_at=took.started_at,
+        duration_s=took.duration_s,
+        interrupted=took.interrupted,
+        settings=_settings(config),
+        cpu_share=took.cpu_share,
+        ends_untold=transport.untold,
+    )
+    return report.build(about, driver.records, sampler.samples, costs, why)
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """When requests were sent, epoch seconds, for how long, and the share of a core that it took."""
+
+    started_at: float
+    duration_s: float
+    cpu_share: float
+    interrupted: bool
+
+
+async def _send(
+    driver: Driver,
+    arrivals: Sequence[Arrival],
+    stop: asyncio.Event,
+    transport: AsyncFleetTransport,
+    jobs: Sequence[Coroutine[Any, Any, NoReturn]],
+) -> _Sending:
+    """Send all requests, or until stop is set, with the jobs beside; then close the transport."""
+    started_at, used = time.time(), time.process_time()
+    begun = time.perf_counter()
+    sending = asyncio.create_task(driver.run(arrivals))
+    background: list[asyncio.Task[None]] = [asyncio.create_task(job) for job in jobs]
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((sending, stopped, *background), return_when=asyncio.FIRST_COMPLETED)
+        interrupted = stop.is_set() and not sending.done()
+        for task in background:
+            if task.done():
+                task.result()  # they only end by raising
+    finally:
+        sending.cancel()  # changes nothing when all has ended
+        stopped.cancel()
+        await asyncio.wait((sending, stopped))
+        duration_s = time.perf_counter() - begun
+        cpu_share = (time.process_time() - used) / max(duration_s, 1e-9)
+        await transport.aclose()
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+    if not interrupted:
+        sending.result()
+    return _Sending(started_at, duration_s, cpu_share, interrupted)
+
+
+async def _manage_as_before(operator: Operator, managed: bool) -> None:
+    """Set the flag back, or say that it could not be: the report is worth having all the same."""
+    try:
+        await ask_again(lambda: operator.manage(managed), ANSWER_S)
+    except NoAnswer as e:
+        say(f"--{'manage' if managed else 'no-manage'}, as it was before, could not be set again: {e}")
+
+
+async def _check_loadbalancer(
+    session: aiohttp.ClientSession, client_key: str | None, operator: Operator, config: SimConfig
+) -> None:
+    """Raise ConfigError unless it is there, takes our key, and serves the model we measure for."""
+    # An end of a lease that it never gave is answered 200 and changes nothing.
+    body = {"request_id": "sim-asks-who-is-there", "outcome": "unused"}
+    timeout = aiohttp.ClientTimeout(total=5.0)
+    try:
+        async with session.post(
+            f"{config.loadbalancer}/done",
+            json=body,
+            headers=bearer(client_key),
+            timeout=timeout,
+            allow_redirects=False,
+        ) as reply:
+            status = reply.status
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        raise ConfigError(f"the loadbalancer {config.loadbalancer} does not answer") from None
+    if status in (401, 403):
+        raise ConfigError(f"the loadbalancer {config.loadbalancer} wants a client key: --client-key-file")
+    if status != 200:
+        raise ConfigError(f"{config.loadbalancer} is no loadbalancer: POST /done answered {status}")
+    with contextlib.suppress(NoAnswer):  # its status is for operators, and we may be none
+        served = (await operator.status()).get("model")
+        if served and served != config.model:
+            raise ConfigError(f"--model {config.model}: the loadbalancer serves {served}")
+
+
+async def _check_autoscaler(operator: Operator, config: SimConfig) -> bool | None:
+    """Return its manage flag and set it as wanted; raise ConfigError if it is needed and not there."""
+    try:
+        _, managed = await operator.instances()
+        if config.manage is not None:
+            await operator.manage(config.manage)
+    except NoAnswer as e:
+        if config.needs_autoscaler or config.manage is not None:
+            raise ConfigError(f"the autoscaler does not answer: {e}") from None
+        return None
+    return managed
+
+
+async def _find_engine(addresses: Collection[str]) -> str:
+    """Return what answered, told by where it is: on loopback it can only be a local cloud."""
+    if not addresses:
+        return "unknown engine: no instance was asked"
+    if not all(is_loopback_url(address) for address in addresses):
+        return "vLLM on rented machines"
+    async with aiohttp.ClientSession(trust_env=False, timeout=aiohttp.ClientTimeout(total=2.0)) as session:
+        try:
+            async with session.get(LOCALCLOUD_STATUS) as reply:
+                said = json.loads(await reply.read())
+            return f"local cloud, {said['engine']} engine"
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
+            return "local cloud, unknown engine"
+
+
+def _settings(config: SimConfig) -> dict[str, Any]:
+    """Return what the report says of the settings."""
+    return {
+        "rounds": config.num_iterations,
+        "round_s": config.round_s,
+        "users": config.base_num_users,
+        "probability": config.request_probability,
+        "schedule": ",".join(f"{m:g}" for m in config.load_schedule),
+        "streaming": config.streaming,
+        "manage": config.manage,
+        "prompt_tokens": config.prompt_tokens,
+        "max_tokens": config.max_tokens,
+        "trace": None if config.trace is None else config.trace.name,
+        "wait_s": config.wait_s,
+        "request_timeout_s": config.request_timeout_s,
+    }
+
+
+def _control_key(config: SimConfig) -> str | None:
+    """Return the key that autoscaler and loadbalancer share, if it lies where they keep it."""
+    if config.state_dir is not None:
+        missing = config.local and not config.state_dir.exists()
+        return None if missing else _key(config.state_dir / "control.key")
+    usual = default_state_dir("fleet") / "control.key"
+    return _key(usual) if usual.exists() else None
+
+
+def _key(path: Path) -> str:
+    """Return a key in the file; raise ConfigError when it cannot be read, or others can read it."""
+    return min(load_keys(path))

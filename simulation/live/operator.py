@@ -1,0 +1,95 @@
+"""What an operator may ask of autoscaler and loadbalancer, over HTTP."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import aiohttp
+
+from simulation.report import RunCosts, parse_costs
+
+T = TypeVar("T")
+
+ASK_TIMEOUT_S = 3.0
+"""Seconds that an answer may take."""
+
+
+class NoAnswer(Exception):
+    """The autoscaler or the loadbalancer did not answer as it must; the text says which, and what came."""
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """Return the header that carries the key; none without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+class Operator:
+    """The autoscaler's routes, and the loadbalancer's `GET /status`. Every call raises NoAnswer."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, autoscaler: str, loadbalancer: str, key: str | None
+    ) -> None:
+        """autoscaler, loadbalancer: their URLs. key: the control key, where there is one."""
+        self._session = session
+        self._autoscaler = autoscaler
+        self._loadbalancer = loadbalancer
+        self._headers = bearer(key)
+
+    async def instances(self) -> tuple[list[Mapping[str, Any]], bool | None]:
+        """Return every instance, and whether the autoscaler manages them."""
+        said = await self._ask("GET", f"{self._autoscaler}/instances")
+        rows, manage = said.get("instances"), said.get("manage")
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and "state" in r for r in rows):
+            raise NoAnswer(f"{self._autoscaler}/instances: wanted instances with states")
+        return rows, manage if isinstance(manage, bool) else None
+
+    async def manage(self, wanted: bool) -> None:
+        """Have the autoscaler manage the fleet, or leave it as it is."""
+        await self._ask("PUT", f"{self._autoscaler}/manage", {"manage": wanted})
+
+    async def costs(self, from_s: float, to_s: float) -> RunCosts:
+        """Return what was spent between the two, epoch seconds."""
+        said = await self._ask("GET", f"{self._autoscaler}/costs?from={from_s:.3f}&to={to_s:.3f}")
+        try:
+            return parse_costs(said)
+        except ValueError as e:
+            raise NoAnswer(f"{self._autoscaler}/costs: {e}") from None
+
+    async def status(self) -> Mapping[str, Any]:
+        """Return the loadbalancer's figures."""
+        return await self._ask("GET", f"{self._loadbalancer}/status")
+
+    async def _ask(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        shown = url.partition("?")[0]
+        timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)
+        try:
+            async with self._session.request(
+                method, url, json=body, headers=self._headers, timeout=timeout, allow_redirects=False
+            ) as reply:
+                raw = await reply.read()
+                status = reply.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            raise NoAnswer(f"{shown}: {e or type(e).__name__}") from None
+        if status != 200:
+            raise NoAnswer(f"{shown}: wanted 200, got {status}")
+        try:
+            said = json.loads(raw)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise NoAnswer(f"{shown}: wanted a JSON object, got {raw[:40]!r}")
+        return said
+
+
+async def ask_again(ask: Callable[[], Awaitable[T]], for_s: float) -> T:
+    """Return what ask gives, asked again for so long while there is no answer; raise the last NoAnswer."""
+    until = time.monotonic() + for_s
+    while True:
+        try:
+            return await ask()
+        except NoAnswer:
+            if time.monotonic() >= until:
+                raise
+        await asyncio.sleep(0.5)

@@ -1,0 +1,95 @@
+"""What users send in a live run: drawn ahead, all of it, from the seed.
+
+Nothing that happens in the run changes it (open loop): a slow answer never delays the next arrival. Prompts
+are token ids, so that every engine counts the same number, and `ignore_eos` makes answers as long as drawn.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from engine.profiles import PROFILES, get_profile
+from fleet_client.flags import flag
+
+LENGTH_SIGMA = (0.81, 0.68)
+"""Sigma of the log-normal lengths of prompts and answers: the spread (standard deviation over mean, 0.96 and
+0.77) of the Azure conversation log of 2023-11."""
+
+TOKEN_IDS = (3, 256)
+"""First id and number of ids of prompts: all vocabularies have these; 0 to 2 are often special."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What users send, and how long they wait for it, as flags of sim.py. Lengths in tokens.
+
+    load_schedule: multiples of the users over equal slices of the run. wait_s: the loadbalancer has the same
+    bound. request_timeout_s: from the moment a request is due to the end of its answer.
+    """
+
+    num_iterations: int = flag(60, "rounds", least=1, most=1_000_000)
+    round_s: float = flag(1.0, "seconds of a round", least=0.01, most=3600.0)
+    base_num_users: int = flag(20, "users", least=0, most=1_000_000)
+    # 20 users: 2 requests/s, half of what one RTX 4090 can do with vllm-13
+    request_probability: float = flag(0.1, "that a user sends a request in a round", least=0.0, most=1.0)
+    load_schedule: tuple[float, ...] = (1.0,)
+    streaming: bool = flag(True, "have answers streamed")
+    model: str = flag("vllm-13", f"profile: {', '.join(PROFILES)}", metavar="NAME")
+    prompt_tokens: float = flag(300.0, "mean length of prompts, in tokens", metavar="N")
+    max_tokens: float = flag(180.0, "mean length of answers, in tokens", metavar="N")
+    seed: int = 0
+    wait_s: float = flag(30.0, "how long /route may hold a request", least=0.0, most=600.0)
+    request_timeout_s: float = flag(120.0, "for a request, all tries together", least=0.1, most=86_400.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request to come. at_s: when it is due, in seconds since the start of the run."""
+
+    number: int
+    at_s: float
+    prompt_tokens: int
+    max_tokens: int
+
+
+def plan(load: Workload) -> list[Arrival]:
+    """Return all requests of the run in order of time; the same workload gives the same list.
+
+    Lengths are log-normal with the means asked for, cut so that prompt and answer fit the model's context.
+    """
+    rng = random.Random(load.seed)
+    longest = get_profile(load.model).max_model_len
+    due: list[float] = []
+    for n in range(load.num_iterations):
+        multiple = load.load_schedule[n * len(load.load_schedule) // load.num_iterations]
+        for _ in range(round(load.base_num_users * multiple)):
+            if rng.random() < load.request_probability:
+                due.append((n + rng.random()) * load.round_s)  # noqa: PERF401 two draws, in this order
+    arrivals = []
+    for number, at_s in enumerate(sorted(due)):
+        output = _length(rng, load.max_tokens, LENGTH_SIGMA[1], longest - 1)
+        prompt = _length(rng, load.prompt_tokens, LENGTH_SIGMA[0], longest - output)
+        arrivals.append(Arrival(number, at_s, prompt, output))
+    return arrivals
+
+
+def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
+    # exp(mu + sigma²/2) is the mean of a log-normal
+    return min(most, max(1, round(rng.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
+
+
+def body_of(arrival: Arrival, model: str, streaming: bool, seed: int) -> dict[str, Any]:
+    """Return the body of a request. Its prompt is its own, so that no prefix cache can help."""
+    first, ids = TOKEN_IDS
+    raw = random.Random((seed << 32) + arrival.number).randbytes(arrival.prompt_tokens)
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": [first + b % ids for b in raw],
+        "max_tokens": arrival.max_tokens,
+        "ignore_eos": True,
+        "stream": streaming,
+    }
+    if streaming:
+        body["stream_options"] = {"include_usage": True}
+    return body
