@@ -8,7 +8,7 @@ Everything runs on one event loop and one thread: the views, and three backgroun
     autoscaler    every second: say how busy it is, and fetch the hot set when it has changed
     ticks         every second: release what has expired
 
-Nothing is locked because nothing is shared between threads; `Desk` refuses every other thread.
+Nothing is locked because nothing is shared between threads; `LoadBalancerService` refuses every other thread.
 """
 
 import argparse
@@ -24,16 +24,17 @@ from urllib.parse import urlsplit
 from flask import Flask, Response, jsonify
 
 from dispatch.allowance import MOST_UNUSED
+from dispatch.chooser import FIRST_TOKEN_WEIGHT
 from dispatch.outside.background import Errands
-from dispatch.outside.service import Desk
+from dispatch.outside.service import GRANT_AT_ONCE, LoadBalancerService
 from dispatch.request_queue import LATE_BOUND_S
-from dispatch.types import Ask
+from dispatch.route_request import RouteRequest
 from engine.slo import Slo
 from fleet_client import flags, private_files
 from fleet_client.flags import Parser, server_url, within
 from fleet_client.listening import bind_socket, check_bind
 from instance_client import request_id
-from loadbalancer import FIRST_TOKEN_WEIGHT, LoadBalancer
+from loadbalancer import LoadBalancer
 from process.clock import steady_clock
 from web.answers import JsonAnswer
 from web.app import make_app, requires
@@ -144,7 +145,7 @@ class Keys:
     operator: frozenset[str] = frozenset()
 
 
-def create_app(desk: Desk, keys: Keys) -> Flask:
+def create_app(desk: LoadBalancerService, keys: Keys) -> Flask:
     """The routes. Views check, act and answer; what is decided is decided in `loadbalancer.py`."""
     app = make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
     operator = requires(lambda: keys.operator and keys.operator | {keys.control})
@@ -158,7 +159,7 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
         why = said.get("why", "")
         if not re.fullmatch(r"[a-z0-9_]*", why):
             raise BadField("why", "wanted one word of a-z, 0-9 and _: a sentence could quote a prompt")
-        known = desk.balancer.done(
+        known = desk.balancer.end_lease(
             said["request_id"],
             said["outcome"],
             desk.clock(),
@@ -167,7 +168,7 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
         )
         if known and said["outcome"] == "failed":
             log.warning("a client's request %s failed: %s", said["request_id"], why or "no reason given")
-        desk.stirred.set()
+        desk.activity.set()
         desk.serve_waiting()
         return JsonAnswer({})
 
@@ -178,7 +179,8 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
     @awaited(app, "PUT", "/hot", lambda: frozenset({keys.control}))
     async def hot(raw: bytes) -> JsonAnswer:
         news = desk.hot_set(await desk.reader.read(raw))
-        return JsonAnswer({"taken": news, "epoch": desk.balancer.epoch, "version": desk.balancer.version})
+        now = desk.balancer.instances.hot_set
+        return JsonAnswer({"taken": news, "epoch": now and now.epoch, "version": now and now.version})
 
     @app.get("/status")
     @operator
@@ -187,7 +189,7 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
 
     @app.get("/health")
     def health() -> Response:
-        return jsonify(status="ok", hot=desk.balancer.hot)
+        return jsonify(status="ok", hot=desk.balancer.instances.hot)
 
     @app.get("/metrics")
     @operator
@@ -197,7 +199,7 @@ def create_app(desk: Desk, keys: Keys) -> Flask:
     return app
 
 
-def _ask(balancer: LoadBalancer, said: Mapping[str, Any], client: str) -> Ask:
+def _ask(balancer: LoadBalancer, said: Mapping[str, Any], client: str) -> RouteRequest:
     """What a checked `POST /route` body asks for."""
     work: float | None = said.get("work")
     prompt: int | None = said.get("prompt_tokens")
@@ -207,7 +209,7 @@ def _ask(balancer: LoadBalancer, said: Mapping[str, Any], client: str) -> Ask:
             raise BadField("work", "goes alone, without prompt_tokens and max_tokens")
     elif prompt is None:
         raise BadField("prompt_tokens", "is missing (or give work)")
-    return Ask(
+    return RouteRequest(
         balancer.work_of(prompt or 0, max_tokens) if work is None else work,
         max_tokens,
         frozenset(said.get("avoid", ())),
@@ -218,34 +220,17 @@ def _ask(balancer: LoadBalancer, said: Mapping[str, Any], client: str) -> Ask:
     )
 
 
-def status_of(desk: Desk) -> dict[str, Any]:
+def status_of(desk: LoadBalancerService) -> dict[str, Any]:
     """`GET /status`: everything but tokens and keys."""
-    balancer, now = desk.balancer, desk.clock()
-    usage = balancer.usage(now)
+    now = desk.clock()
     return {
         "loadbalancer": desk.name,
-        "hot_epoch": balancer.epoch,
-        "hot_version": balancer.version,
         "heard_of_autoscaler_s_ago": None if desk.heard_at is None else round(now - desk.heard_at, 1),
-        "model": balancer.model,
-        "busy": round(usage.busy, 4),
-        "demand": round(usage.demand, 4),
-        "held": usage.held,
-        "held_work": round(usage.held_work, 1),
-        "held_late": usage.late,
-        "turned_late": balancer.line.turned_late,
-        "oldest_wait_s": round(usage.oldest_wait_s, 3),
-        "arrivals": usage.arrivals,
-        "arrived_work": round(usage.arrived_work, 1),
-        "routed": balancer.routed,
-        "refused": balancer.refused,
-        "too_many_unused": balancer.allowance.refused,
-        "ends": dict(balancer.ends),
-        "instances": balancer.describe(now),
+        **desk.balancer.describe(now),
     }
 
 
-def metrics_text(desk: Desk) -> str:
+def metrics_text(desk: LoadBalancerService) -> str:
     """`GET /metrics` in Prometheus' text format."""
     status = status_of(desk)
     lines: list[str] = []
@@ -264,7 +249,7 @@ def metrics_text(desk: Desk) -> str:
         ("too_many_unused_total", "counter", "too_many_unused"),
     ):
         lines += [f"# TYPE loadbalancer_{name} {kind}", f"loadbalancer_{name} {status[key]:.9g}"]
-    lines += ["# TYPE loadbalancer_hot gauge", f"loadbalancer_hot {desk.balancer.hot}"]
+    lines += ["# TYPE loadbalancer_hot gauge", f"loadbalancer_hot {desk.balancer.instances.hot}"]
     lines.append("# TYPE loadbalancer_lease_ends_total counter")
     lines += [f'loadbalancer_lease_ends_total{{how="{how}"}} {n}' for how, n in status["ends"].items()]
     for name, kind, key in (
@@ -295,6 +280,7 @@ def make_balancer(config: Config) -> LoadBalancer:
         config.late_bound_s if config.late_lane else None,
         max_unused=config.max_unused,
         first_token_weight=config.first_token_weight,
+        grant_at_once=GRANT_AT_ONCE,
     )
 
 
@@ -309,7 +295,7 @@ def serve(config: Config) -> None:
     )
     keys = Keys(private_files.load_or_make_key(state_dir / "control.key"), clients, operator)
     sock = bind_socket(config.host, config.port)
-    desk = Desk(make_balancer(config), steady_clock())
+    desk = LoadBalancerService(make_balancer(config), steady_clock())
     errands = Errands(desk, config.autoscaler, keys.control, config.report_to)
     log.info("loadbalancer of fleet %s on http://%s:%d", config.label, config.host, config.port)
     serve_flask(

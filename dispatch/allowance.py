@@ -1,75 +1,93 @@
-"""How many leases a client may have that it has not used: who asks for a million starves nobody.
+"""How many leases a client may have that it has not used: a client that asks for a million starves no other.
 
 A lease is unused from when it is given until the instance says that its request has started, or it ends in
 any other way: given back, failed, expired. Bounded per client:
 
     leases   most_unused at once
-    work     SHARE of what all hot instances may hold, while others ask
+    work     SHARE of what all hot instances may hold, while other clients ask
 
 so a client that hoards is refused until its oldest lease expires, and one that is alone may have everything.
 An honest client's starts are known with the next report, within a second or so; what it may be given in that
 time is seconds of the whole fleet's work.
 
-A client is whoever has its key; where no keys are wanted, whoever has its address. Times are epoch seconds.
+A client is known by its key; where no keys are wanted, by its address. Times are epoch seconds.
 """
 
 from dataclasses import dataclass, field
 
-from dispatch.types import Lease
+from dispatch.lease import Lease
 
 MOST_UNUSED = 100_000
-"""Half of the unfinished leases there may be in all. An honest client has fewer: it is given 50,000 a second
-at most (bench/route), and their starts are known after a second; or 10,000 a second by a fleet so large
-that each instance is asked for its report only every 10 s."""
+"""Unused leases of one client: half of the unfinished leases there may be in all. An honest client has fewer:
+it is given 50,000 a second at most (bench/route), and their starts are known after a second; or 10,000 a
+second by a fleet so large that each instance is asked for its report only every 10 s."""
 
 SHARE = 0.5
-"""An instance may hold several seconds of its work, and starts are known after one: an honest client gets
-there only by asking for more in a second than the fleet can do in half of those."""
+"""Most unused work of one client, as a share of all capacity. An instance may hold several seconds of its
+work, and starts are known after one: an honest client gets there only by asking for more in a second than the
+fleet can do in half of those."""
 
 OTHERS_S = 10.0
-"""Others are asking if one has within so long: about how often a program of few requests asks."""
+"""Seconds for which another client counts as asking: about how often a program of few requests asks."""
 
 KNOWN_S = 2.0
-"""So long after a lease was given it may be that its request has started and no report has said so."""
+"""Seconds after a lease was given in which its request may have started without a report having said so."""
 
 
 @dataclass(slots=True)
-class _Unused:
-    """Of one client."""
+class UnusedLeases:
+    """The unused leases of one client."""
 
     leases: int = 0
     work: float = 0.0
     given: dict[int, int] = field(default_factory=dict)  # second -> leases given in it
+
+    def add(self, lease: Lease) -> None:
+        """Count a lease that it is given."""
+        second = int(lease.given_at)
+        self.leases += 1
+        self.work += lease.work
+        self.given[second] = self.given.get(second, 0) + 1
+
+    def remove(self, lease: Lease) -> None:
+        """Count a lease no more."""
+        second = int(lease.given_at)
+        self.leases -= 1
+        self.work -= lease.work
+        if self.given[second] == 1:
+            del self.given[second]
+        else:
+            self.given[second] -= 1
 
 
 class Allowance:
     """Unused leases by client."""
 
     def __init__(self, most_unused: int, lease_s: float) -> None:
-        """Nobody has any. lease_s: after so long an unused lease expires."""
+        """Start without clients. lease_s: an unused lease expires after so long."""
         self.most_unused = most_unused
         self.refused = 0
         self._lease_s = lease_s
-        self._clients: dict[str, _Unused] = {}
-        self._last: tuple[str, float] | None = None  # who asked last, and when
-        self._other_at: float | None = None  # when somebody else asked last
+        self._clients: dict[str, UnusedLeases] = {}
+        self._last: tuple[str, float] | None = None  # the client that asked last, and when
+        self._other_at: float | None = None  # when another client than that asked last
 
     def __len__(self) -> int:
-        """Clients with unused leases."""
+        """Return the number of clients with unused leases."""
         return len(self._clients)
 
     def unused(self, client: str) -> tuple[int, float]:
-        """(leases, their work) that it has not used."""
+        """Return (leases, their work) that the client has not used."""
         it = self._clients.get(client)
         return (it.leases, it.work) if it is not None else (0, 0.0)
 
     def left(self, client: str) -> int:
-        """Leases that it may be given by their number."""
+        """Return how many leases the client may be given by their number."""
         it = self._clients.get(client)
         return self.most_unused - (it.leases if it is not None else 0)
 
     def asks(self, client: str, capacity_work: float, now: float) -> float | None:
-        """It asks: None, or in how many seconds to ask again because it has too many unused leases.
+        """Note that a client asks; return the seconds until it may ask again if it has too many, or None.
 
         capacity_work: what all hot instances may hold.
         """
@@ -88,24 +106,15 @@ class Allowance:
         return 1.0 if now - oldest < KNOWN_S else max(1.0, oldest + 1.0 + self._lease_s - now)
 
     def given(self, lease: Lease) -> None:
-        """It is given that lease."""
+        """Count a lease as unused."""
         it = self._clients.get(lease.client)
         if it is None:
-            it = self._clients[lease.client] = _Unused()
-        second = int(lease.given_at)
-        it.leases += 1
-        it.work += lease.work
-        it.given[second] = it.given.get(second, 0) + 1
+            it = self._clients[lease.client] = UnusedLeases()
+        it.add(lease)
 
     def settled(self, lease: Lease) -> None:
-        """That lease is used, or over; call it once for each."""
+        """Count a lease no more that is used, or over; call it once for each."""
         it = self._clients[lease.client]
-        second = int(lease.given_at)
-        it.leases -= 1
-        it.work -= lease.work
+        it.remove(lease)
         if not it.leases:
             del self._clients[lease.client]
-        elif it.given[second] == 1:
-            del it.given[second]
-        else:
-            it.given[second] -= 1

@@ -1,53 +1,110 @@
-"""The instances of one class of speed that can serve, ordered by when they will have drained."""
+"""The instances that can serve, by class of speed, ordered by when they will have drained their work.
+
+There is one order per class of speed, because an idle fast instance and an idle slow one have the same
+`free_at` and are not equally good: the first few of each class are looked at. An order is two sorted lists
+whose keys do not age, so a choice costs O(log n) comparisons: the instances that drain, by `free_at`, and
+those at their floor or idle, by seconds of work. An instance crosses from the first to the second when it is
+met there, once per change. A place is found by bisection; to make room for it is one move of memory, 80 kB
+for 10,000 instances.
+"""
 
 import math
+import random
 from bisect import bisect_left, insort
+from itertools import count
 
 from dispatch.instance import FLOOR, Instance
 
 Entry = tuple[float, float, int, Instance, float]
-"""(key, random, counter, instance, when it is at its floor): ties are broken by chance, then by age."""
+"""(key, random, number, instance, when it is at its floor): ties are broken by chance, then by age."""
+
+Candidate = tuple[float, float, int, Instance]
+"""(seconds of work left, random, number, instance)."""
+
+AT_FLOOR = -math.inf
 
 
-class Queue:
-    """The instances of one class that can serve, in two sorted lists whose keys do not age.
+class SpeedClass:
+    """The instances of one class of speed that can serve."""
 
-    A place is found by bisection; to make room for it is one move of memory, 80 kB for 10,000 instances.
-    """
+    __slots__ = ("draining", "steady")
 
     def __init__(self) -> None:
+        """Start empty."""
         self.draining: list[Entry] = []  # by free_at
         self.steady: list[Entry] = []  # by seconds of work: at their floor, or idle
 
-    def add(self, inst: Instance, tie: tuple[float, int], now: float) -> None:
-        """It has its place; it must have none."""
-        floor_s = FLOOR * (inst.given + inst.foreign) / inst.throughput
+    def add(self, inst: Instance, chance: float, number: int, now: float) -> Entry:
+        """Insert inst; it must not be there yet."""
+        floor_s = FLOOR * (inst.leased_work + inst.other_work) / inst.throughput
         floor_at = inst.free_at - floor_s
         if floor_at <= now:
-            inst.entry = (floor_s, *tie, inst, -math.inf)
-            insort(self.steady, inst.entry)
+            entry = (floor_s, chance, number, inst, AT_FLOOR)
+            insort(self.steady, entry)
         else:
-            inst.entry = (inst.free_at, *tie, inst, floor_at)
-            insort(self.draining, inst.entry)
-        inst.queue = self
+            entry = (inst.free_at, chance, number, inst, floor_at)
+            insort(self.draining, entry)
+        return entry
 
-    def remove(self, inst: Instance) -> None:
-        """It has no place any more; it must have one here."""
-        entry = inst.entry
-        if entry is not None:
-            entries = self.steady if entry[4] == -math.inf else self.draining
-            del entries[bisect_left(entries, entry)]
-        inst.entry = inst.queue = None
+    def remove(self, entry: Entry) -> None:
+        """Remove an entry, which must be there."""
+        entries = self.steady if entry[4] == AT_FLOOR else self.draining
+        del entries[bisect_left(entries, entry)]
 
-    def first(self, few: int, now: float) -> list[tuple[float, float, int, Instance]]:
-        """(seconds of work, random, counter, instance) of the first so many of either list."""
-        while self.draining and self.draining[0][4] <= now:
-            inst = self.draining[0][3]
-            tie = self.draining.pop(0)[1:3]
-            self.add(inst, tie, now)
-        out = [entry[:4] for entry in self.steady[:few]]
-        for free_at, chance, age, inst, floor_at in self.draining[:few]:
-            # Of those behind the first some may be at their floor by now.
-            seconds = free_at - now if floor_at > now else free_at - floor_at
-            out.append((seconds, chance, age, inst))
+
+class CandidateIndex:
+    """The instances that can serve."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """Start empty. rng: breaks ties."""
+        self._rng = rng
+        self._numbers = count()
+        self._classes: dict[tuple[int, int], SpeedClass] = {}
+        self._places: dict[Instance, tuple[SpeedClass, Entry]] = {}
+
+    def __contains__(self, inst: Instance) -> bool:
+        """Return whether inst is indexed."""
+        return inst in self._places
+
+    @property
+    def classes(self) -> int:
+        """Classes of speed."""
+        return len(self._classes)
+
+    def update(self, inst: Instance, now: float) -> None:
+        """Put inst where it belongs after any change: in its class, or nowhere when it cannot serve."""
+        place = self._places.pop(inst, None)
+        if place is not None:
+            place[0].remove(place[1])
+        if not inst.can_serve:
+            return
+        speed_class = self._classes.get(inst.speed_class)
+        if speed_class is None:
+            speed_class = self._classes[inst.speed_class] = SpeedClass()
+        entry = speed_class.add(inst, self._rng.random(), next(self._numbers), now)
+        self._places[inst] = speed_class, entry
+
+    def discard(self, inst: Instance) -> None:
+        """Remove inst if it is indexed."""
+        place = self._places.pop(inst, None)
+        if place is not None:
+            place[0].remove(place[1])
+
+    def first(self, few: int, now: float) -> list[Candidate]:
+        """Return the first so many of each list of each class."""
+        out: list[Candidate] = []
+        for speed_class in self._classes.values():
+            draining, steady = speed_class.draining, speed_class.steady
+            while draining and draining[0][4] <= now:
+                _, chance, number, inst, _ = draining.pop(0)
+                self._places[inst] = speed_class, speed_class.add(inst, chance, number, now)
+            out += [entry[:4] for entry in steady[:few]]
+            for free_at, chance, number, inst, floor_at in draining[:few]:
+                # Those behind the first may be at their floor by now.
+                seconds = free_at - now if floor_at > now else free_at - floor_at
+                out.append((seconds, chance, number, inst))
         return out
+
+    def drop_empty_classes(self) -> None:
+        """Forget the classes without instances."""
+        self._classes = {key: c for key, c in self._classes.items() if c.draining or c.steady}

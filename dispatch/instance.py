@@ -1,137 +1,331 @@
-"""What is known of one instance, and the queue of those that can serve."""
+"""What is known of one instance: leases and other requests, tokens, reports, speed, failures.
+
+The work that an instance has left is an estimate, kept as the time when it will have drained, `free_at`:
+
+    a lease of work w:   free_at = now + (work left + w) / throughput
+    a load report:       free_at = now + work of all unfinished leases / throughput
+    in between:          free_at stays, and the work (free_at - now) * throughput drains by itself
+
+The estimate never leaves [FLOOR, 1] * the work of the unfinished leases: a lease counts until its end is
+reported, however long ago it was given.
+"""
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
-from dispatch.circuit_breaker import Circuit
-from dispatch.predicted_load import Belief, Beliefs
-from dispatch.step_times import Pace, Span
-from dispatch.token_stock import Stock
-from dispatch.types import Lease
+from dispatch.circuit_breaker import CircuitBreaker, CircuitState
+from dispatch.lease import Lease
+from dispatch.measured_capacity import CAPACITY_RANGE, RATE_RANGE, RATE_WEIGHT, SLOW_SHARE, CapacityMeter
+from dispatch.predicted_load import LoadTable, PredictedLoad
+from dispatch.report_history import ReportHistory
+from dispatch.step_times import StepTimes
+from dispatch.token_stock import TokenStock
+from engine.forward import COL_PROMPT_S, LEFT, PROMPT, UNREAD, Floats
 from engine.timing import like
 from web.messages.hot_set import HotInstance
-
-if TYPE_CHECKING:
-    from dispatch.candidate_index import Entry, Queue
+from web.messages.reports import LoadReport
 
 FLOOR = 0.5
-"""An unfinished lease counts for at least this share of its work: on average half of it is left."""
+"""Least share of its work that an unfinished lease counts for: on average half of it is left."""
 
 CLASS_RATIO = 1.25
-"""Instances whose throughputs (and whose seconds of capacity) are within this ratio share a queue."""
+"""Ratio of throughputs, and of seconds of capacity, within which instances are of one class of speed."""
 
 READING_S = 1.0
-"""Seconds of prompts an instance may have to read before it is given another: half of the objective."""
+"""Most seconds of prompts to read with which an instance is given another request: half of the objective."""
 
-STOCK_LEAST, STOCK_MOST = 400, 2000
-"""Tokens kept for an instance, and a bound. An idle one has enough for a burst and for a while of use: with
-64 a thousand that begin to be used together were refilled twice in their first seconds, which took a sixth
-of the rate (bench/route, 2026-11). 400 are 40 kB."""
+READ_LEAST = 0.1
+"""Least share of an instance's time that must be left for prompts, or it is given no more requests."""
+
+KV_SHARE = 0.96
+"""Admit until predicted peak KV use reaches this share of the memory: an instance that runs full puts
+requests back and reads their prompts again. By present use first tokens came 1.6 times later at 95 % load on
+unequal machines; 0.90 and 1.0 are worse, too (bench/dispatch)."""
+
+
+class KvMemory:
+    """The KV memory of one boot of an instance; None when that boot is over."""
+
+    __slots__ = ("instance",)
+
+    def __init__(self, instance: "Instance | None" = None) -> None:
+        """Belong to that instance."""
+        self.instance = instance
+
+    def lose(self) -> None:
+        """Note that its contents are lost."""
+        self.instance = None
 
 
 class Instance:
-    """What is known of one instance of the hot set, under one address."""
+    """One instance of the hot set, under one address. Times are epoch seconds."""
 
-    def __init__(self, told: HotInstance, beliefs: Beliefs, now: float) -> None:
-        self.told = told
-        self.throughput = told.throughput_work_s
-        self.capacity = told.capacity_work
-        self.crowded = False  # requests waited inside it at the last report
-        self.measured = False
-        self.cls = (0, 0)
+    def __init__(self, spec: HotInstance, table: LoadTable, now: float) -> None:
+        """Start without tokens and requests. table: where its requests are predicted."""
+        self.id = spec.id
+        self.spec = spec
+        self.draining = spec.draining
+        self.timed = spec.timing is not None  # how long its steps take was told
+        self.throughput = spec.throughput_work_s
+        self.capacity = spec.capacity_work
+        self.measured = False  # the throughput
+        self.speed_class = (0, 0)
+        self.boot_id: str | None = None
+        self.memory = KvMemory()
+        self.stock = TokenStock(now)
+        self.circuit = CircuitBreaker()
+        self.reports = ReportHistory(now)
+        self.step_times = StepTimes(spec.timing.timing() if spec.timing else like(spec.throughput_work_s))
+        self.load = PredictedLoad(table, self.step_times.constants, self.throughput, now)
         self.leases: dict[str, Lease] = {}
-        self.given = 0.0  # work of the unfinished leases
-        self.foreign = 0.0  # work that others gave it, by what it said
+        self.leased_work = 0.0
+        self.other_requests: dict[str, float] = {}  # of other loadbalancers, started there -> work
+        self.other_work = 0.0  # theirs, also of those that are known by number only
         self.free_at = now
         self.read_at = now  # when it will have read the prompts that it was given
-        self.read_share = 1.0  # of its time, that may go into that
-        self.entry: Entry | None = None  # its place in the queue; None when it cannot serve
-        self.queue: Queue | None = None
-        self.stock = Stock()
-        self.pace = Pace(told.timing.timing() if told.timing else like(told.throughput_work_s))
-        self.belief = Belief(beliefs, self.pace.constants, self.throughput, now)
-        self.memory = -1  # the number of its KV memory, another after a reboot
-        self.strangers: dict[str, float] = {}  # requests in its belief that we gave no lease for -> work
-        self.span: Span | None = None
-        self.boot_id: str | None = None
-        self.level = STOCK_LEAST
-        self.taken = 0
-        self.counted_from = now
-        self.refilling = False
-        self.refill_failures = 0
-        self.retry_at = now
-        self.seq = 0
-        self.push_number = -1
-        self.pushes = 0
-        self.polling = False
-        self.polled_at = now
-        self.look_at = now  # until then no report is due
-        self.reports = 0
-        # (time, work total, tokens made) that the next rate is taken from
-        self.base: tuple[float, float, int] | None = None
-        self.was_saturated = False
-        self.quiet = False
-        self.running = 0
-        self.waiting = 0
-        self.failures = 0
-        self.circuit = Circuit()
-        self.silent = 0  # reports in a row that did not come
-        self.asked_at = now
-        self.down = False  # by the last report its engine is
-        self.working_s = 0.0
-        self.working_since = now
-        self.classify()
+        self._read_share = 1.0  # of its time, that may go into reading
+        self._meter = CapacityMeter()
+        self._working_s = 0.0
+        self._working_since = now
+        self._classify()
 
-    @property
-    def id(self) -> int:
-        return self.told.id
+    def update(self, spec: HotInstance, now: float) -> None:
+        """Take over what the hot set says now; what was measured stays."""
+        told = self.spec
+        self.capacity *= spec.capacity_work / told.capacity_work
+        if spec.timing is not None and spec.timing != told.timing:
+            self.step_times.tell(spec.timing.timing())
+            self.load.set_step_times(self.step_times.constants)
+        self.spec, self.draining, self.timed = spec, spec.draining, spec.timing is not None
+        if not self.measured:
+            self._set_throughput(spec.throughput_work_s, now)
+        self._classify()
 
-    def classify(self) -> None:
-        step = math.log(CLASS_RATIO)
-        self.cls = (
-            round(math.log(self.throughput) / step),
-            round(math.log(self.capacity / self.throughput) / step),
-        )
+    def leave(self) -> None:
+        """Forget what others refer to: the instance has left the hot set. Call it once, without leases."""
+        self.load.close()
+        self.memory.lose()
+
+    def reboot(self, boot_id: str, seq: int, now: float) -> None:
+        """Begin another boot, without leases: tokens, requests and memory of the old one are lost."""
+        self.boot_id = boot_id
+        self.stock.clear()
+        self.reports.reboot(seq)
+        self._meter.reset()
+        self.step_times.pause()
+        self.load.clear(now)
+        self.memory.lose()
+        self.memory = KvMemory(self)
+        self.other_requests.clear()
+        self.other_work = 0.0
+        self.free_at = now
+
+    # -- work --
 
     def work(self, now: float) -> float:
-        """The work it has left, by the estimate."""
-        total = self.given + self.foreign
+        """Return the work it has left, by the estimate."""
+        total = self.leased_work + self.other_work
         left = (self.free_at - now) * self.throughput
         if left > total:
             return total
         return left if left > FLOOR * total else FLOOR * total
 
-    def gets(self, work: float, now: float) -> None:
-        """Work is coming, which is not counted yet: it will have drained so much later."""
-        self.free_at = now + self.work(now) / self.throughput + work / self.throughput
-
-    def loses(self, now: float) -> None:
-        """Work has gone, which is not counted any more: no more is left than what is."""
-        self.free_at = min(self.free_at, now + (self.given + self.foreign) / self.throughput)
-
     @property
     def idle(self) -> bool:
-        """Whether nothing goes on there: it may be given a request of any size."""
-        return not self.leases and self.foreign == 0.0
+        """Whether it has no request: then it may be given one of any size."""
+        return not self.leases and self.other_work == 0.0
+
+    def working_s(self, now: float) -> float:
+        """Return the seconds with a lease under way, so far."""
+        return self._working_s + (now - self._working_since if self.leases else 0.0)
+
+    def add_lease(self, lease: Lease, prompt_work: float, now: float) -> None:
+        """Take in a lease that is given now. prompt_work: the part of its work that is reading."""
+        self._add_work(lease.work, now)
+        if not self.leases:
+            self._working_since = now
+            self.reports.look_again(now)
+        self.leases[lease.request_id] = lease
+        self.load.add(lease.request_id, lease.row, now)
+        self.leased_work += lease.work
+        self._add_reading(prompt_work, lease.row, now)
+        self.circuit.given(lease.request_id, now)
+
+    def end_lease(self, lease: Lease, now: float) -> None:
+        """Remove a lease that is over in whatever way."""
+        request_id = lease.request_id
+        self.circuit.over(request_id)
+        del self.leases[request_id]
+        self.load.remove(request_id, now)
+        if self.leases:
+            self.leased_work -= lease.work
+        else:
+            self.leased_work = 0.0
+            self._working_s += now - self._working_since
+            self.read_at = min(self.read_at, now)  # nothing is left that it could be reading
+        self._cap_work(now)
+
+    def add_other(self, request_id: str, row: Floats, prefill_weight: float, now: float) -> None:
+        """Take in a request of another loadbalancer that has started there."""
+        self.load.add(request_id, row, now)
+        work = float(row[PROMPT] * prefill_weight + row[LEFT])
+        self._add_work(work, now)
+        self.other_requests[request_id] = work
+        self.other_work += work
+        self._add_reading(float(row[PROMPT]) * prefill_weight, row, now)
+
+    def end_other(self, request_id: str, now: float) -> None:
+        """Remove a request of another loadbalancer that has ended."""
+        self.load.remove(request_id, now)
+        left = self.other_work - self.other_requests.pop(request_id)
+        self.other_work = left if left > 1e-6 else 0.0  # exactly 0 where nothing is left: then it is idle
+        self._cap_work(now)
+
+    def count_requests(self, load: LoadReport, mean_work: float, now: float) -> None:
+        """Let the work be that of the requests that a report counts, each from its beginning.
+
+        mean_work: of a request that no lease and no start is known of.
+        """
+        present = load.running + load.waiting
+        unknown = max(0, present - len(self.leases) - len(self.other_requests))
+        self.other_work = sum(self.other_requests.values()) + unknown * mean_work
+        self.free_at = now + (self.leased_work + self.other_work) / self.throughput
+
+    def drop_missing_others(self, load: LoadReport, now: float) -> None:
+        """Remove the oldest requests of other loadbalancers beyond those that a report counts."""
+        if not self.other_requests:
+            return
+        own = sum(1 for lease in self.leases.values() if lease.started)
+        others = max(0, load.running + load.waiting - own)
+        while len(self.other_requests) > others:
+            self.end_other(next(iter(self.other_requests)), now)
+
+    def _add_work(self, work: float, now: float) -> None:
+        """Let it drain so much later; the work is not counted yet."""
+        self.free_at = now + self.work(now) / self.throughput + work / self.throughput
+
+    def _cap_work(self, now: float) -> None:
+        """Leave it no more work than is counted now."""
+        self.free_at = min(self.free_at, now + (self.leased_work + self.other_work) / self.throughput)
+
+    def _add_reading(self, prompt_work: float, row: Floats, now: float) -> None:
+        """Let it have read its prompts so much later."""
+        if self.timed:
+            read_s = float(row[UNREAD] * self.step_times.constants[COL_PROMPT_S]) / max(
+                self._read_share, READ_LEAST
+            )
+        else:
+            read_s = prompt_work / self.throughput
+        self.read_at = max(now, self.read_at) + read_s
+
+    # -- room --
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether it may be given a request at all: it has tokens, does not drain and does not fail."""
+        return not self.draining and self.stock.size > 0 and self.circuit.left > 0
 
     def has_room(self, work: float, left: float, now: float) -> bool:
-        """Whether work may be given to one that has left: within its capacity, or because it is idle."""
+        """Return whether it may be given the work: within its capacity, or because it is idle.
+
+        left: the work that it has.
+        """
         if left + work <= self.capacity and self.read_at - now <= READING_S:
             return True
-        return self.idle
+        return not self.leases and self.other_work == 0.0
 
-    def leave_queue(self) -> None:
-        """It gets no more requests."""
-        if self.queue is not None:
-            self.queue.remove(self)
+    def admits(
+        self, row: Floats, lengths: Floats, output_token_s: float, now: float, *, hurries: bool
+    ) -> bool:
+        """Return whether it would admit and read the request at once, and still make its tokens in time.
 
-    def is_low(self, now: float) -> bool:
-        """Whether tokens are to be fetched for it."""
-        if self.refilling or self.told.draining:
+        lengths: expected lengths (dispatch/output_lengths.py). output_token_s: the objective. A step of
+        step_s makes a token for each request; with a share r of the time spent on prompts tokens come each
+        step_s / (1 - r). So prompts may take no more than what leaves the requests within the objective. For
+        a request that hurries, because it is late and no other is to be served before it, that would be
+        waiting for nothing: all of the time may go into reading it.
+        """
+        if not self.timed or self.idle:
+            return True
+        free, unread_s, step_s = self.load.room(lengths, KV_SHARE, now)
+        self._read_share = 1.0 if hurries else 1.0 - step_s / (SLOW_SHARE * output_token_s)
+        if self._read_share < READ_LEAST or self.read_at - now > READING_S:
             return False
-        stock = self.stock  # what is to be renewed counts for nothing
-        return stock.size < max(STOCK_LEAST // 2, self.level // 4) or now >= stock.renew_at
+        return unread_s <= READING_S and float(row[PROMPT]) + 1.0 <= free
 
-    def working(self, now: float) -> float:
-        """Seconds with a request under way, so far."""
-        return self.working_s + (now - self.working_since if self.leases else 0.0)
+    # -- speed --
+
+    def learn_speed(self, load: LoadReport, prefill_weight: float, output_token_s: float, now: float) -> None:
+        """Learn throughput and capacity from a load report. output_token_s: the objective."""
+        leases = len(self.leases)
+        seen = self.leased_work * min(1.0, (load.running + load.waiting) / leases) if leases else 0.0
+        rate, factor = self._meter.observe(
+            load,
+            load.generation_tokens_total + prefill_weight * load.prompt_tokens_total,
+            seen,
+            self.throughput,
+            self.capacity,
+            output_token_s,
+            now,
+            reading=now < self.read_at,
+        )
+        if factor != 1.0:
+            told = self.spec.capacity_work
+            self.capacity = min(told * CAPACITY_RANGE, max(told / CAPACITY_RANGE, self.capacity * factor))
+            self._classify()
+        if rate is not None:
+            self.measured = True
+            self._set_throughput(self.throughput + RATE_WEIGHT * (rate - self.throughput), now)
+
+    def learn_step_times(self, load: LoadReport, prompt: float, squares: float, now: float) -> None:
+        """Compare how long its steps took with what was expected. prompt, squares: means of usual prompts."""
+        if not load.model_up or not load.running:
+            self.step_times.pause()
+            return
+        reading, context = self.load.in_memory(now)
+        made, read = load.generation_tokens_total, load.prompt_tokens_total
+        if self.step_times.report(
+            now, max(1.0, load.running - reading), context, made, read, prompt, squares
+        ):
+            self.load.set_step_times(self.step_times.constants)
+
+    def _set_throughput(self, throughput: float, now: float) -> None:
+        """Its work stays what it is; the time to drain it changes."""
+        told = self.spec.throughput_work_s
+        left = self.work(now)
+        self.throughput = min(told * RATE_RANGE, max(told / RATE_RANGE, throughput))
+        self.load.set_work_rate(self.throughput)
+        self.free_at = now + left / self.throughput
+        self._classify()
+
+    def _classify(self) -> None:
+        step = math.log(CLASS_RATIO)
+        self.speed_class = (
+            round(math.log(self.throughput) / step),
+            round(math.log(self.capacity / self.throughput) / step),
+        )
+
+    # -- what it looks like --
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """Return its row for an operator: no tokens."""
+        work = self.work(now)
+        return {
+            "id": self.id,
+            "state": self.spec.state,
+            "address": self.spec.address,
+            "unfinished": len(self.leases),
+            "work": round(work, 1),
+            "capacity_work": round(self.capacity, 1),
+            "seconds_to_drain": round(work / self.throughput, 3),
+            "throughput_work_s": round(self.throughput, 1),
+            "throughput_measured": self.measured,
+            "running": self.reports.running,
+            "waiting": self.reports.waiting,
+            "tokens_in_stock": self.stock.size,
+            "reports_pushed": self.reports.pushes,
+            "failures": self.circuit.failures,
+            "avoided": self.circuit.state is CircuitState.OPEN,
+            "circuit": self.circuit.state.value,
+            "working_s": round(self.working_s(now), 1),
+        }

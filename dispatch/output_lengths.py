@@ -1,18 +1,18 @@
 """How many tokens a request is still going to be answered with, learned from those that have ended.
 
-What counts is not the mean but the mean of those that have come this far,
+What counts is not the mean of all answers but the mean of those that have come this far,
 
     E[O - g | O > g] = sum over completions with O > g of (O - g) / how many they are
 
-because long answers are what is left of the running ones: with the plain mean the first token came 1.9 times
-later (dispatch-study.md). And it is the mean of requests *like this one*: the length of the prompt and how
-many tokens were allowed are known, and programs send prompts of about one length for answers of about one
+because the requests that run are mostly those with long answers: with the plain mean the first token came
+1.9 times later (dispatch-study.md). And it is the mean of requests *like this one*: the length of the prompt
+and the tokens allowed are known, and programs send prompts of about one length for answers of about one
 length. Quarter octaves of the prompt alone explain 73 % of the variance of Azure's conversation log and 64 %
 of ServeGen's m-small, 2 % of Mooncake's and nothing of Azure's code log (2026-11, this file's own bins).
 
-    kind (prompt, max_tokens) ◄─ PRIOR completions of ─ all with such max_tokens ◄─ PRIOR of ─ what was told
+    kind (prompt, max_tokens) ◄─ PRIOR completions of ─ all with such max_tokens ◄─ PRIOR of ─ the told mean
 
-Completions are counted in bins that are 15 % wide; what was told is taken to have no memory. Lengths are in
+Completions are counted in bins that are 15 % wide; the told mean is taken to have no memory. Lengths are in
 tokens.
 """
 
@@ -24,34 +24,33 @@ from engine.forward import KIND, LEFT, MADE, MOST, Floats
 from process.compiled import njit
 
 PRIOR = 10.0
-"""What is known of less particular requests counts like so many completions."""
+"""Completions that the mean of the parent kind counts for."""
 
 MEMORY = 1000.0
-"""Completions of about this number make up what is learned: minutes of traffic of a small fleet."""
+"""Completions that make up what is learned: minutes of traffic of a small fleet."""
 
 KINDS = 1024
-"""Kinds that are told apart; what comes after them counts as the first, of which nothing is known."""
+"""Kinds that are told apart; a new one beyond them counts as its parent."""
 
 OCTAVE = 4
-"""Kinds of prompts to a doubling."""
+"""Kinds of prompts to a doubling of their length."""
 
 BINS, STEPS = 96, 5.0
-"""So many bins, so many to a doubling: up to 2**19 tokens, each 15 % longer than the one before."""
+"""Bins, and bins to a doubling: up to 2**19 tokens, each 15 % longer than the one before."""
 
 NEWS_MOST = 16
 """Completions after which a kind's table is made anew: it costs 2 µs."""
 
-
 N, TOTAL, NEWS, SCALE, PARENT, FIGURES = 0, 1, 2, 3, 4, 5
-"""A kind's figures: completions and their tokens, both fading; completions since its table was made; what a
-completion of now counts in its bins; its parent's number."""
+"""Columns of a kind: completions and their tokens, both fading; completions since its table was made; what a
+completion counts now in its bins; the number of its parent."""
 
 
-class Lengths:
+class OutputLengths:
     """What has been learned. told: the mean that is expected before anything has ended."""
 
     def __init__(self, told: float) -> None:
-        """Nothing has ended yet."""
+        """Start with the told mean."""
         self.told = float(told)  # an int would be compiled for anew, while requests wait
         self.completions = 0
         self._kinds: dict[tuple[int, int], int] = {(-1, -1): 0}
@@ -66,14 +65,14 @@ class Lengths:
         self._make(0)
 
     def tell(self, told: float) -> None:
-        """Another mean is expected where nothing is known."""
+        """Expect another mean where nothing is known."""
         self.told = float(told)
         self._last = None
         for kind in range(len(self._kinds)):
             self._make(kind)
 
     def kind(self, prompt_tokens: float, max_tokens: int | None) -> int:
-        """The kind of such a request. prompt_tokens 0: not known."""
+        """Return the kind of such a request. prompt_tokens 0: not known."""
         bits = -1 if max_tokens is None else max_tokens.bit_length()
         size = -1 if prompt_tokens <= 0 else int(math.log2(prompt_tokens + 1.0) * OCTAVE)
         found = self._kinds.get((bits, size))
@@ -87,13 +86,13 @@ class Lengths:
         return found
 
     def ended(self, tokens: int, kind: int) -> None:
-        """A request of that kind was answered with so many."""
+        """Learn from a request of that kind that was answered with so many tokens."""
         self.completions += 1
         self._last = None
         _ended(self._figures, self._count, self._sum, self._alive, self.table, self.told, float(tokens), kind)
 
     def mean(self, kind: int, max_tokens: int | None = None) -> float:
-        """Tokens that one of that kind is expected to be answered with, that may have so many."""
+        """Return the tokens expected in the answer to a request of that kind, of at most max_tokens."""
         last = self._last
         if last is not None and last[0] == kind and last[1] == max_tokens:  # a request is asked about twice
             return last[2]
@@ -107,7 +106,7 @@ class Lengths:
 
 @njit
 def _mean(figures: Floats, told: float, kind: int, most: float) -> float:
-    """What is learned of a kind and of its parents, each with the one above it as its prior."""
+    """Return what is learned of a kind and its parents, each with the mean of the one above as its prior."""
     mean = min(most, told)
     for i, one in enumerate((0, int(figures[kind, PARENT]), kind)):
         if i == 0 or one > 0:
@@ -131,7 +130,7 @@ def _ended(
         own = figures[kind]
         own[N] = own[N] * keep + 1.0
         own[TOTAL] = own[TOTAL] * keep + tokens
-        # What is new counts more instead of all that is old less: that would be 2 * BINS multiplications.
+        # New completions count more instead of all old ones less: that would be 2 * BINS multiplications.
         own[SCALE] /= keep
         if own[SCALE] > 1e9:
             count[kind] /= own[SCALE]
@@ -159,7 +158,7 @@ def _make(
         edge = 2.0 ** (i / STEPS) - 1.0
         above = np.exp(-edge / told) if kind == 0 else alive[parent, i]
         left = told if kind == 0 else table[parent, i]
-        # Of those in longer bins all, of those in the same one the half that is longer.
+        # All that are in longer bins, and of those in the same bin the half that is longer.
         here, here_tokens = count[kind, i] / own[SCALE], total[kind, i] / own[SCALE]
         some, some_tokens = later + 0.5 * here, tokens + 0.5 * here_tokens
         more = max(some_tokens - edge * some, 0.0) + PRIOR * above * left
@@ -177,7 +176,7 @@ def _bin(tokens: float) -> int:
 
 @njit
 def expect(rows: Floats, table: Floats) -> None:
-    """They are expected to make as many more as others did that had come as far."""
+    """Set the tokens left of each row: as many as others made that had come as far."""
     for i in range(len(rows)):
         made = rows[i, MADE]
         left = table[int(rows[i, KIND]), _bin(made)]

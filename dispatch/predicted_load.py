@@ -1,16 +1,17 @@
-"""What the loadbalancer believes to go on inside the instances, and what a request would do there.
+"""What goes on inside the instances as far as it can be predicted, and what one more request would do there.
 
-A request that is given to an instance stands in a table (engine/forward.py) from then on and is moved along
-by the engine's own rule, with the instance's own constants, whenever somebody asks; a report takes out what
-has ended. So the belief is as new as the last request, however old the report, and what was given since
-counts: without that the first token came 2.6 times later in the study (dispatch-study.md).
+A request that is given to an instance has a row in its table (engine/forward.py) from then on. The rows are
+moved along by the engine's own rule, with the instance's own constants, whenever they are looked at; a report
+removes the requests that have ended. So the prediction is as new as the last request, however old the last
+report is, and it counts what was given since: without that the first token came 2.6 times later in the study
+(dispatch-study.md).
 
-A table is always as it will be at the end of the step under way, because nobody can join before.
+A table is always as it will be at the end of the step under way, because no request can join before.
 
-The tables of all instances are blocks of one, so that a choice among many is one compiled call:
+The tables of all instances are blocks of one array, so that a choice among many is one compiled call:
 
     rows     [ ..block of a.. | ..block of b.. | free | ..block of c.. ]      a block doubles when it is full
-    servers  a row an instance: its constants, as of when, where its block is
+    servers  one row an instance: its constants, the time that its rows are of, where its block is
 
 Times are epoch seconds, lengths tokens.
 """
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dispatch.output_lengths import Lengths, expect
+from dispatch.output_lengths import OutputLengths, expect
 from engine.forward import (
     COL_BASE_S,
     COL_CONTEXT_S,
@@ -47,61 +48,62 @@ from process.compiled import njit
 Ints = NDArray[np.int64]
 
 ROWS = 16
-"""Rows that a block begins with."""
+"""Rows of a new block."""
 
-AT, HEARD_AT, START, COUNT, RATE, WIDTH = (CONSTANT_COLUMNS + i for i in range(6))
-"""A row of `servers`, behind its constants: as of when its table is and until when its ends are known, epoch
-seconds; its block and the rows in use there; work a second, by which it has its share of what comes."""
+AT, REPORTED_AT, START, COUNT, RATE, WIDTH = (CONSTANT_COLUMNS + i for i in range(6))
+"""Columns of `servers` behind the constants: the time that its rows are of, and until when its ends are known
+(epoch seconds); where its block begins, and the rows in use there; work a second, by which it has its share
+of the requests to come."""
 
 
-def row(prompt_tokens: float, left: float, most: float, kind: int) -> Floats:
-    """A request that has not begun, all of whose prompt is to be read."""
+def request_row(prompt_tokens: float, left: float, most: float, kind: int) -> Floats:
+    """Return the row of a request that has not begun, all of whose prompt is to be read."""
     out = np.zeros(COLUMNS)
     out[PROMPT] = out[UNREAD] = max(1.0, prompt_tokens)
     out[LEFT], out[MOST], out[KIND] = left, most, kind
     return out
 
 
-class Beliefs:
-    """Of all instances, each of which has a place here."""
+class LoadTable:
+    """The requests of all instances; each instance has a place here."""
 
     def __init__(self) -> None:
-        """Of none."""
+        """Start without instances."""
         self.rows = np.zeros((64 * ROWS, COLUMNS))
         self.servers = np.zeros((64, WIDTH))
-        self._places = 0  # so many have been in use
-        self._end = 0  # rows behind this have never been in use
-        self._left: list[int] = []  # places that are free
+        self._places = 0  # places that have ever been in use
+        self._end = 0  # rows from here on have never been in use
+        self._free: list[int] = []  # places
         self._blocks: dict[int, list[int]] = {}  # length -> free blocks of it
 
     def open(self, now: float) -> int:
-        """A place for an instance where nothing goes on."""
-        if self._left:
-            place = self._left.pop()
+        """Return a place for an instance without requests."""
+        if self._free:
+            place = self._free.pop()
         else:
             place = self._places
             self._places += 1
             if place == len(self.servers):
                 self.servers = np.concatenate([self.servers, np.zeros_like(self.servers)])
         server = self.servers[place]
-        server[AT] = server[HEARD_AT] = now
+        server[AT] = server[REPORTED_AT] = now
         server[START], server[COUNT] = self.block(ROWS), 0.0
         return place
 
     def close(self, place: int, length: int) -> None:
-        """It is free again, with its block of so many rows."""
-        self._left.append(place)
+        """Free a place and its block of so many rows."""
+        self._free.append(place)
         self._blocks.setdefault(length, []).append(int(self.servers[place, START]))
 
     def widen(self, place: int, length: int) -> None:
-        """Its block was full with so many rows: now there is room for as many more."""
+        """Double the block of a place, which is full with so many rows."""
         old, new = int(self.servers[place, START]), self.block(2 * length)
         self.rows[new : new + length] = self.rows[old : old + length]
         self.servers[place, START] = new
         self._blocks.setdefault(length, []).append(old)
 
     def block(self, length: int) -> int:
-        """Where a free block of so many rows begins; it is taken."""
+        """Take a free block of so many rows; return where it begins."""
         if free := self._blocks.get(length):
             return free.pop()
         start, self._end = self._end, self._end + length
@@ -121,13 +123,13 @@ class Beliefs:
         most: int,
         now: float,
     ) -> int:
-        """Which of these instances, by its number among them, has the least price (engine/forward.py).
+        """Return the index in places of the instance with the least price (engine/forward.py).
 
-        cached: tokens of the prompt that each need not read; None: none. arrivals: requests that come for
-        each work a second that an instance does, each like usual, a second. table: expected lengths
-        (dispatch/output_lengths.py). weight: of a first token. most: requests that are run forward in all;
-        if there are more only the first instances are looked at, and two at least. An instance that stands
-        earlier is the better guess: those behind are often dismissed at half the cost.
+        cached: prompt tokens that each need not read; None: none. usual: the row of a request to come.
+        arrivals: requests a second to expect for each work a second that an instance does. table: expected
+        lengths (dispatch/output_lengths.py). weight: seconds of whole latency that a second of first token
+        is worth. most: requests to run forward in all; with more of them only the first places are looked
+        at, and two at least. Give likely places first: those behind are often dismissed at half the cost.
         """
         return _best(
             self.rows,
@@ -144,91 +146,91 @@ class Beliefs:
         )
 
 
-class Belief:
+class PredictedLoad:
     """The requests of one instance, in the order in which it was given them."""
 
-    def __init__(self, beliefs: Beliefs, constants: Floats, rate: float, now: float) -> None:
-        """Nothing goes on there. constants: of its steps (engine/forward.py). rate: work a second."""
+    def __init__(self, table: LoadTable, constants: Floats, rate: float, now: float) -> None:
+        """Start without requests. constants: of its steps (engine/forward.py). rate: work a second."""
         self.ids: list[str] = []
-        self._beliefs = beliefs
+        self._table = table
         self._length = ROWS
-        self.place = beliefs.open(now)
-        self.follow(constants)
-        self.does(rate)
+        self.place = table.open(now)
+        self.set_step_times(constants)
+        self.set_work_rate(rate)
 
     def close(self) -> None:
-        """The instance is gone. To be called once, and nothing after it."""
-        self._beliefs.close(self.place, self._length)
+        """Free its place: the instance is gone. Call it once, and nothing after it."""
+        self._table.close(self.place, self._length)
 
     def __len__(self) -> int:
-        """Requests there."""
+        """Return the number of requests."""
         return len(self.ids)
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether it is there."""
+        """Return whether the instance has that request."""
         return request_id in self.ids
 
-    def follow(self, constants: Floats) -> None:
-        """How long its steps take is known better."""
-        self._beliefs.servers[self.place, :CONSTANT_COLUMNS] = constants
+    def set_step_times(self, constants: Floats) -> None:
+        """Set the step-time constants."""
+        self._table.servers[self.place, :CONSTANT_COLUMNS] = constants
 
-    def does(self, rate: float) -> None:
-        """How much work a second it does is known better."""
-        self._beliefs.servers[self.place, RATE] = rate
+    def set_work_rate(self, rate: float) -> None:
+        """Set the work that it does in a second."""
+        self._table.servers[self.place, RATE] = rate
 
-    def heard(self, now: float) -> None:
-        """All that has ended until now is known."""
-        self._beliefs.servers[self.place, HEARD_AT] = now
+    def mark_reported(self, now: float) -> None:
+        """Note that all ends until now are known."""
+        self._table.servers[self.place, REPORTED_AT] = now
 
     def add(self, request_id: str, request: Floats, now: float) -> None:
-        """It was given this request (see `row`)."""
+        """Add a request (see `request_row`)."""
         if len(self.ids) == self._length:
-            self._beliefs.widen(self.place, self._length)
+            self._table.widen(self.place, self._length)
             self._length *= 2
-        _add(self._beliefs.rows, self._beliefs.servers, self.place, request, now)
+        _add(self._table.rows, self._table.servers, self.place, request, now)
         self.ids.append(request_id)
 
     def remove(self, request_id: str, now: float) -> None:
-        """That one has ended, or will not come."""
+        """Remove a request that has ended or will not come, if it is there."""
         try:
             i = self.ids.index(request_id)
         except ValueError:
             return
-        _remove(self._beliefs.rows, self._beliefs.servers, self.place, i, now)
+        _remove(self._table.rows, self._table.servers, self.place, i, now)
         del self.ids[i]
 
     def clear(self, now: float) -> None:
-        """It has rebooted: nothing goes on there."""
+        """Remove all requests: the instance has rebooted."""
         self.ids.clear()
-        server = self._beliefs.servers[self.place]
+        server = self._table.servers[self.place]
         server[COUNT], server[AT] = 0.0, now
 
     def age(self, now: float) -> None:
-        """Time has passed."""
-        _age(self._beliefs.rows, self._beliefs.servers, self.place, now)
+        """Move the requests along to now."""
+        _age(self._table.rows, self._table.servers, self.place, now)
 
     def room(self, table: Floats, share: float, now: float) -> tuple[float, float, float]:
-        """(KV tokens free, seconds of reading before it, of a step) for a request that came now.
+        """Return (KV tokens free, seconds of reading before it, of a step) for a request that came now.
 
-        Free is what those who are there never need together of this share of the memory; less than nothing
-        where as many run as may. table: expected lengths (dispatch/output_lengths.py).
+        Free is what the requests never need together of this share of the memory; negative when as many run
+        as may. table: expected lengths (dispatch/output_lengths.py).
         """
-        return _room(self._beliefs.rows, self._beliefs.servers, self.place, table, share, now)
+        return _room(self._table.rows, self._table.servers, self.place, table, share, now)
 
-    def at_work(self, now: float) -> tuple[float, float]:
-        """(requests whose prompt is being read, KV tokens in use)."""
-        return _at_work(self._beliefs.rows, self._beliefs.servers, self.place, now)
+    def in_memory(self, now: float) -> tuple[float, float]:
+        """Return (requests whose prompt is being read, KV tokens in use)."""
+        return _in_memory(self._table.rows, self._table.servers, self.place, now)
 
     @property
     def at(self) -> float:
-        """As of when it is, at the end of a step."""
-        return float(self._beliefs.servers[self.place, AT])
+        """The time that its rows are of, at the end of a step."""
+        return float(self._table.servers[self.place, AT])
 
     @property
     def rows(self) -> Floats:
-        """Its table."""
-        start = int(self._beliefs.servers[self.place, START])
-        return self._beliefs.rows[start : start + len(self.ids)]
+        """The rows of its requests."""
+        start = int(self._table.servers[self.place, START])
+        return self._table.rows[start : start + len(self.ids)]
 
 
 @njit
@@ -271,7 +273,7 @@ def _remove(rows: Floats, servers: Floats, place: int, i: int, now: float) -> No
 
 
 @njit
-def _at_work(rows: Floats, servers: Floats, place: int, now: float) -> tuple[float, float]:
+def _in_memory(rows: Floats, servers: Floats, place: int, now: float) -> tuple[float, float]:
     _age(rows, servers, place, now)
     there = _table(rows, servers[place])
     reading = context = 0.0
@@ -296,14 +298,14 @@ def _room(
         context += there[i, HELD]
         unread += there[i, UNREAD]
     step_s = s[COL_BASE_S] + s[COL_REQUEST_S] * count + s[COL_CONTEXT_S] * context
-    unheard_s = now - s[HEARD_AT]
-    # What they need together is most when one of them ends: the others have grown until then.
+    unreported_s = now - s[REPORTED_AT]
+    # They need most together when one of them ends: the others have grown until then.
     most = alive = held = 0.0
     for i in np.argsort(-there[:, LEFT]):
         steps, share, has = there[i, LEFT], 1.0, there[i, PROMPT] + 1.0
         if there[i, HELD] > 0.0:
-            # It may have ended since something was heard: where nothing is known it does at this rate.
-            share, has = np.exp(-unheard_s / (steps * step_s)), there[i, HELD]
+            # It may have ended since the last report: where nothing is known it does at this rate.
+            share, has = np.exp(-unreported_s / (steps * step_s)), there[i, HELD]
         alive += share
         held += share * has
         most = max(most, held + steps * (alive + 1.0))
@@ -347,14 +349,14 @@ def _best(
 
 
 def warm_up() -> None:
-    """What is compiled is loaded, or compiled where no cache has it: a second or so that no request waits."""
-    learned = Lengths(2.0)
+    """Load what is compiled, or compile it: about a second that no request has to wait for then."""
+    learned = OutputLengths(2.0)
     learned.ended(2, 0)
-    beliefs, usual, lengths = Beliefs(), row(2.0, learned.mean(0), 4.0, 0), learned.table
-    belief = Belief(beliefs, np.ones(CONSTANT_COLUMNS), 1.0, 0.0)
-    belief.add("", usual, 0.0)
-    belief.age(1.0)
-    belief.at_work(1.0)
-    belief.room(lengths, 1.0, 2.0)
-    beliefs.best([belief.place], usual, None, usual, 1.0, lengths, 1.0, 2, 2.0)
-    belief.remove("", 3.0)
+    table, usual, lengths = LoadTable(), request_row(2.0, learned.mean(0), 4.0, 0), learned.table
+    load = PredictedLoad(table, np.ones(CONSTANT_COLUMNS), 1.0, 0.0)
+    load.add("", usual, 0.0)
+    load.age(1.0)
+    load.in_memory(1.0)
+    load.room(lengths, 1.0, 2.0)
+    table.best([load.place], usual, None, usual, 1.0, lengths, 1.0, 2, 2.0)
+    load.remove("", 3.0)

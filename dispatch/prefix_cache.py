@@ -9,52 +9,57 @@ room, so of a prompt whose first k hashes it has served
 need not be read there. What is trusted is less than all, because what an instance has thrown away is not
 known here; a session key gets most of the gain (dispatch-study.md).
 
-An instance is known here by the number of its memory, which is another after a reboot: what it had served is
-lost then, and nothing need be looked for. Bounded: the MOST hashes served last, HOLDERS memories each.
+The holder of a prefix is the memory of an instance, which is another one after a reboot: the prefixes are
+lost then, and nothing need be searched. Bounded: the MOST hashes served last, HOLDERS memories each.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
-from dispatch.types import AFFINITY_BLOCK_TOKENS
+AFFINITY_BLOCK_TOKENS = 256
+"""Prompt tokens behind one hash of a prefix: the cost of reading fewer is not worth a hash."""
 
 MOST, HOLDERS = 200_000, 4
-"""Hashes kept, about 300 bytes each, and memories for each: the last that served it."""
+"""Hashes kept, about 300 bytes each, and memories kept for each hash: the last that served it."""
 
 TRUST = 0.8
-"""Of a prefix that an instance has served; a first study took 0.6 with one key for a whole session."""
+"""Share of a served prefix that is taken to be in memory still; a first study took 0.6 with one key for a
+whole session."""
+
+Memory = TypeVar("Memory")
 
 
-class Prefixes:
-    """Who has served what."""
+class PrefixCache(Generic[Memory]):
+    """The memories that have served each prefix."""
 
     def __init__(self, most: int = MOST) -> None:
-        """Nobody has served anything. most: hashes kept."""
+        """Start empty. most: hashes kept."""
         self._most = most
-        self._holders: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._holders: OrderedDict[str, tuple[Memory, ...]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Hashes kept."""
+        """Return the number of hashes kept."""
         return len(self._holders)
 
-    def served(self, hashes: Sequence[str], memory: int) -> None:
-        """The instance with that memory is given a request with these prefixes."""
+    def served(self, hashes: Sequence[str], memory: Memory) -> None:
+        """Note that a request with these prefixes goes to that memory."""
         for key in hashes:
             before = self._holders.pop(key, ())
             self._holders[key] = (memory, *[i for i in before if i != memory][: HOLDERS - 1])
         while len(self._holders) > self._most:
             self._holders.popitem(last=False)
 
-    def holders(self, hashes: Sequence[str]) -> tuple[int, ...]:
-        """The memories that have served the longest of these prefixes, the last first."""
+    def holders(self, hashes: Sequence[str]) -> tuple[Memory, ...]:
+        """Return the memories that have served the longest of these prefixes, the last first."""
         for key in reversed(hashes):
             found = self._holders.get(key)
             if found:
                 return found
         return ()
 
-    def cached_tokens(self, hashes: Sequence[str], memory: int) -> float:
-        """Tokens of the prompt that the instance need not read, as far as can be known."""
+    def cached_tokens(self, hashes: Sequence[str], memory: Memory) -> float:
+        """Return the tokens of the prompt that need not be read with that memory, as far as is known."""
         for n in range(len(hashes), 0, -1):
             if memory in self._holders.get(hashes[n - 1], ()):
                 return TRUST * n * AFFINITY_BLOCK_TOKENS

@@ -1,31 +1,31 @@
 """How many tokens the prompts of other loadbalancers' requests have, by the bytes that their instance saw.
 
-An instance says how long each request was that started there. Our own clients said how many tokens theirs
-had, so what a token takes here, of these languages and in these envelopes, is the bytes of our own over
-their tokens, of about the last MEMORY. No request is taken to be longer than the longest of our own: a
-picture is many bytes and few tokens.
+An instance says how many bytes each request had that started there. Our own clients said how many tokens
+their prompts have, so the bytes of a token here, of these languages and in these envelopes, are the bytes of
+our own requests over their tokens, of about the last MEMORY requests. No request is taken to be longer than
+the longest of our own: a picture is many bytes and few tokens.
 """
 
 MEMORY = 500.0
-"""Requests."""
+"""Requests that make up what is learned."""
 
 
-class Sizes:
-    """Learns what a token takes."""
+class PromptLengths:
+    """Learns how many bytes a token takes."""
 
     def __init__(self) -> None:
-        """Nothing is known."""
+        """Know nothing yet."""
         self._bytes = self._tokens = self._longest = 0.0
 
-    def own(self, body_bytes: int, prompt_tokens: float) -> None:
-        """One of our own was so long; 0 bytes: nobody knows."""
+    def learn(self, body_bytes: int, prompt_tokens: float) -> None:
+        """Learn from one of our own requests; 0 where a length is not known."""
         if body_bytes and prompt_tokens:
             self._bytes += body_bytes - self._bytes / MEMORY
             self._tokens += prompt_tokens - self._tokens / MEMORY
             self._longest = max(self._longest, prompt_tokens)
 
     def prompt_tokens(self, body_bytes: int) -> float | None:
-        """Of a request of that length, or None: not known."""
+        """Return the tokens of a request with so many bytes, or None where nothing is known."""
         if not body_bytes or not self._tokens:
             return None
         return min(self._longest, max(1.0, body_bytes * self._tokens / self._bytes))

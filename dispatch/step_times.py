@@ -1,14 +1,14 @@
-"""How long the steps of one instance take: what was told, corrected by what its reports show.
+"""How long the steps of one instance take: the told constants, corrected by what its reports show.
 
 Between two reports of an instance that was busy all the time,
 
     seconds = a * steps + b * tokens made + c * (context of each step) + (d - a)+ * steps that read
               + e * tokens read + f * (their squares)
 
-where steps = tokens made / requests running. Each constant is what was told times a factor; the factors are
-followed by a Kalman filter from (1, sd SPREAD) on: what a mix of requests cannot tell apart stays in the
-ratio that was told, and need not be told apart for that mix. An error of 30 % costs 14 % of first token, one
-set of constants for all machines half of the whole latency (dispatch-study.md).
+where steps = tokens made / requests running. Each constant is the told one times a factor; the factors are
+followed by a Kalman filter that starts at 1 with standard deviation SPREAD. What a mix of requests cannot
+tell apart stays in the ratio that was told, and need not be told apart for that mix. An error of 30 % costs
+14 % of first token, one set of constants for all machines half of the whole latency (dispatch-study.md).
 """
 
 import numpy as np
@@ -28,49 +28,106 @@ from engine.forward import (
 from engine.timing import Timing
 
 SPREAD = 0.3
-"""A told constant is believed to be within so much of the true one."""
+"""Relative error of a told constant that is expected at first."""
 
 NOISE_S, NOISE = 0.1, 0.06
-"""Of a span: its ends are not the ends of steps; the requests that run are counted at its ends only."""
+"""Measurement noise of a window: fixed (s) and relative. Its ends are not the ends of steps, and running
+requests are counted at its reports only."""
 
 DRIFT = 0.001
-"""A factor may change by so much from span to span: a neighbour on the machine, another version."""
+"""Change of a factor from window to window: a neighbour on the machine, another version."""
 
 RANGE = 3.0
-"""A factor stays within this ratio of what was told: a wrong counter must not spoil everything."""
+"""Most ratio between a constant and what was told, either way: a wrong counter must not spoil everything."""
 
-SPAN_S = 4.0
-"""A span is at least so long: steps that read long prompts take up to half a second."""
+WINDOW_S = 4.0
+"""Least seconds of a window: steps that read long prompts take up to half a second."""
 
 
-class Pace:
-    """The constants of one instance. `constants` is the server's table for engine/forward.py."""
+class BusyWindow:
+    """A time in which an instance was busy, from report to report."""
+
+    def __init__(self, now: float, running: float, context: float, made: int, read: int) -> None:
+        """Begin with a report of running requests that make tokens, their KV tokens, and both counters."""
+        self.from_s = self.at = now
+        self.made = made
+        self.read = read
+        self._running, self._context = running, context
+        self._running_s = self._context_s = 0.0
+
+    def goes_on(self, now: float, made: int, read: int) -> bool:
+        """Return whether the next report continues it: none is missing, the counters have not begun anew."""
+        return made >= self.made and read >= self.read and now - self.at <= WINDOW_S
+
+    def extend(self, now: float, running: float, context: float) -> None:
+        """Add the next report; figures are taken to change evenly between two reports."""
+        half = 0.5 * (now - self.at)
+        self._running_s += half * (running + self._running)
+        self._context_s += half * (context + self._context)
+        self.at, self._running, self._context = now, running, context
+
+    def means(self) -> tuple[float, float]:
+        """Return (requests that make tokens, their KV tokens), averaged over time."""
+        seconds = max(self.at - self.from_s, 1e-9)
+        return self._running_s / seconds, self._context_s / seconds
+
+
+class StepTimes:
+    """The step-time constants of one instance. `constants` is its row for engine/forward.py."""
 
     def __init__(self, told: Timing) -> None:
-        """As told."""
+        """Start with the told constants."""
+        self.windows = 0  # that were learned from
+        self._window: BusyWindow | None = None
+        self.tell(told)
+
+    def tell(self, told: Timing) -> None:
+        """Begin anew with these constants."""
         self.told = told
         self.constants = constants(told)
-        self.spans = 0
         self._base = self.constants.copy()
         self._factors = np.ones(6)
         self._cov = np.eye(6) * SPREAD**2
 
     @property
     def factors(self) -> Floats:
-        """Of a to f, to what was told."""
+        """The factors of a to f."""
         return self._factors.copy()
 
-    def observe(self, span: "Span", made: int, read: int, prompt: float, squares: float) -> None:
-        """A span has ended with these totals. prompt, squares: a usual prompt's tokens and mean square.
+    def pause(self) -> None:
+        """End the window: the instance is not busy, or has paused."""
+        self._window = None
 
-        Too short a span, or one in which no token was made, says nothing.
+    def report(
+        self, now: float, running: float, context: float, made: int, read: int, prompt: float, squares: float
+    ) -> bool:
+        """Add a report of a busy instance; return whether the constants may have changed.
+
+        running: requests that make tokens; context: KV tokens in use; made, read: counters of tokens.
+        prompt, squares: mean tokens of a prompt, and of their squares.
         """
-        tokens, reads = float(made - span.made), float(read - span.read)
-        seconds = span.at - span.from_s
-        if seconds < SPAN_S or tokens <= 0.0:
+        window = self._window
+        if window is None or not window.goes_on(now, made, read):
+            self._window = BusyWindow(now, running, context, made, read)
+            return False
+        window.extend(now, running, context)
+        if now - window.from_s < WINDOW_S:
+            return False
+        self.learn(window, made, read, prompt, squares)
+        self._window = BusyWindow(now, running, context, made, read)
+        return True
+
+    def learn(self, window: BusyWindow, made: int, read: int, prompt: float, squares: float) -> None:
+        """Learn from a window that has ended with these counters; prompt, squares: see `report`.
+
+        A window that is too short, or in which no token was made, says nothing.
+        """
+        tokens, reads = float(made - window.made), float(read - window.read)
+        seconds = window.at - window.from_s
+        if seconds < WINDOW_S or tokens <= 0.0:
             return
         base = self._base
-        running, context = span.means()
+        running, context = window.means()
         steps = tokens / running
         x = np.empty(6)
         x[0] = base[COL_BASE_S] * steps
@@ -87,35 +144,5 @@ class Pace:
         gain /= x @ gain + NOISE_S**2 + (NOISE * seconds) ** 2
         self._factors = np.clip(self._factors + gain * off, 1.0 / RANGE, RANGE)
         self._cov -= np.outer(gain, x @ self._cov)
-        self.spans += 1
+        self.windows += 1
         self.constants[STEP_TIMES] = base[STEP_TIMES] * self._factors
-
-
-class Span:
-    """A time in which an instance was busy, from report to report."""
-
-    def __init__(self, now: float, running: float, context: float, made: int, read: int) -> None:
-        """It begins with a report of so many requests that make tokens, their KV tokens, and these totals."""
-        self.from_s = self.at = now
-        self.made = made
-        self.read = read
-        self._running, self._context = running, context
-        self._sums = 0.0, 0.0
-
-    def goes_on(self, now: float, made: int, read: int) -> bool:
-        """Whether the next report is of the same time: none is missing, the engine has not begun anew."""
-        return made >= self.made and read >= self.read and now - self.at <= SPAN_S
-
-    def take(self, now: float, running: float, context: float) -> None:
-        """The next report; between two what it says is taken to have changed evenly."""
-        half = 0.5 * (now - self.at)
-        self._sums = (
-            self._sums[0] + half * (running + self._running),
-            self._sums[1] + half * (context + self._context),
-        )
-        self.at, self._running, self._context = now, running, context
-
-    def means(self) -> tuple[float, float]:
-        """(requests that make tokens, their KV tokens), on average over time."""
-        seconds = max(self.at - self.from_s, 1e-9)
-        return self._sums[0] / seconds, self._sums[1] / seconds

@@ -1,4 +1,8 @@
-"""The single-use tokens of one instance that wait to be leased; those of the oldest batch go first."""
+"""The single-use tokens of one instance that wait to be leased, and how many of them to keep.
+
+Tokens of the oldest lot are leased first. The level is what is used in STOCK_S; a stock is refilled when it
+is at a quarter of its level, or at half of the least level, or when its tokens become old.
+"""
 
 import math
 from collections import deque
@@ -6,84 +10,150 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TOKEN_SHARE = 0.8
-"""A token is leased in this first part of its life only, so that the client has the rest."""
+"""Part of a token's life in which it is leased; the client has the rest."""
 
 RENEW_SHARE = 0.7
-"""After this part of the newest tokens' life new ones are fetched: an idle instance never runs dry."""
+"""Part of the newest tokens' life after which new ones are fetched: an idle instance never runs dry."""
+
+STOCK_S = 40.0
+"""Seconds of use that a full stock lasts."""
+
+STOCK_LEAST, STOCK_MOST = 400, 2000
+"""Bounds of the level, in tokens. An idle instance has enough for a burst and for a while of use: with 64, a
+thousand instances that begin to be used together were refilled twice in their first seconds, which took a
+sixth of the rate (bench/route, 2026-11). 400 tokens are 40 kB."""
+
+USE_INTERVAL_S = 1.0
+"""Least seconds over which the use of an instance is measured."""
+
+REFILL_MOST = 1000
+"""Tokens fetched at a time: parsing 1000 takes about 3 ms, in which nothing is answered."""
+
+REFILL_RETRY_S = (0.25, 10.0)
+"""Seconds until a failed refill is repeated: the first pause, doubling up to the second."""
 
 
 @dataclass(slots=True, eq=False)
-class Batch:
-    """Tokens that were fetched together. until: they are leased no longer."""
+class TokenLot:
+    """Tokens that were fetched together. lease_until: they are leased no longer. Epoch seconds."""
 
     tokens: list[str]
-    until: float
+    lease_until: float
     expires_at: float
 
 
-class Stock:
-    """The tokens of one instance."""
+class TokenStock:
+    """The tokens of one instance, and the state of its refills."""
 
-    def __init__(self) -> None:
-        self._batches: deque[Batch] = deque()
+    def __init__(self, now: float) -> None:
+        """Start empty."""
         self.size = 0
-        self.renew_at = math.inf
-        self.old_at = math.inf  # from then on its oldest batch is not to be given
+        self.refilling = False  # a refill is under way
+        self.retry_at = now
+        self._lots: deque[TokenLot] = deque()
+        self._renew_at = math.inf
+        self._old_at = math.inf  # the oldest lot is not leased from then on
+        self._level = STOCK_LEAST
+        self._used = 0  # tokens taken since _counted_from
+        self._counted_from = now
+        self._failures = 0  # refills in a row that failed
 
-    def add(self, tokens: Sequence[str], expires_in_s: float, now: float) -> None:
-        if tokens:
-            until = now + TOKEN_SHARE * expires_in_s
-            self._batches.append(Batch(list(tokens), until, now + expires_in_s))
-            self.size += len(tokens)
-            self.renew_at = now + RENEW_SHARE * expires_in_s
-            self.old_at = self._batches[0].until
+    # -- leasing --
 
-    def take(self, now: float) -> tuple[str, Batch] | None:
-        self.drop_old(now)
-        if not self._batches:
+    def take(self, now: float) -> tuple[str, TokenLot] | None:
+        """Take one token; None when there is none."""
+        if self._old_at <= now:
+            self.drop_old(now)
+        if not self._lots:
             return None
-        batch = self._batches[0]
+        lot = self._lots[0]
         self.size -= 1
-        token = batch.tokens.pop()
-        if not batch.tokens:
+        self._used += 1
+        token = lot.tokens.pop()
+        if not lot.tokens:
             self._drop()
-        return token, batch
+        return token, lot
 
-    def take_some(self, count: int, now: float) -> list[tuple[str, Batch]]:
-        """So many, or as many as there are."""
+    def take_some(self, count: int, now: float) -> list[tuple[str, TokenLot]]:
+        """Take so many tokens, or as many as there are."""
         self.drop_old(now)
-        out: list[tuple[str, Batch]] = []
-        while self._batches and len(out) < count:
-            batch = self._batches[0]
+        out: list[tuple[str, TokenLot]] = []
+        while self._lots and len(out) < count:
+            lot = self._lots[0]
             few = count - len(out)
-            out += [(token, batch) for token in reversed(batch.tokens[-few:])]
-            del batch.tokens[-few:]
-            if not batch.tokens:
+            out += [(token, lot) for token in reversed(lot.tokens[-few:])]
+            del lot.tokens[-few:]
+            if not lot.tokens:
                 self._drop()
         self.size -= len(out)
+        self._used += len(out)
         return out
 
-    def give_back(self, token: str, batch: Batch) -> None:
-        if not batch.tokens:
-            self._batches.appendleft(batch)
-            self.old_at = batch.until
-        batch.tokens.append(token)
+    def give_back(self, token: str, lot: TokenLot) -> None:
+        """Put an unused token back."""
+        if not lot.tokens:
+            self._lots.appendleft(lot)
+            self._old_at = lot.lease_until
+        lot.tokens.append(token)
         self.size += 1
+        self._used -= 1
 
     def drop_old(self, now: float) -> None:
-        while self.old_at <= now:
+        """Drop the tokens that are not to be leased any more."""
+        while self._old_at <= now:
             self.size -= len(self._drop().tokens)
 
-    def _drop(self) -> Batch:
-        """The oldest batch goes."""
-        gone = self._batches.popleft()
-        self.old_at = self._batches[0].until if self._batches else math.inf
+    def _drop(self) -> TokenLot:
+        gone = self._lots.popleft()
+        self._old_at = self._lots[0].lease_until if self._lots else math.inf
         return gone
 
     def clear(self) -> None:
-        self._batches.clear()
-        self.size, self.old_at = 0, math.inf
+        """Drop all tokens: the instance has rebooted."""
+        self._lots.clear()
+        self.size, self._old_at = 0, math.inf
 
-    def fresh(self, now: float) -> int:
-        """How many there are; none when they are to be renewed, although they are still good."""
-        return self.size if now < self.renew_at else 0
+    # -- refilling --
+
+    def is_low(self, now: float) -> bool:
+        """Return whether tokens are to be fetched."""
+        if self.refilling:
+            return False
+        return self.size < max(STOCK_LEAST // 2, self._level // 4) or now >= self._renew_at
+
+    def begin_refill(self, now: float) -> int:
+        """Return how many tokens to fetch; a refill is under way from now on."""
+        self.refilling = True
+        # The level by use until now: an instance that has just begun to be used is not refilled in two steps.
+        self._level = max(self._level, self._wanted_level(now))
+        kept = self.size if now < self._renew_at else 0  # those to be renewed count for nothing
+        return min(REFILL_MOST, self._level - kept)
+
+    def end_refill(self) -> None:
+        """Note that no refill is under way any more."""
+        self.refilling = False
+
+    def refill(self, tokens: Sequence[str], expires_in_s: float, now: float) -> None:
+        """Add a lot of tokens that live so long from now, and measure the use anew."""
+        self._failures = 0
+        level = self._wanted_level(now)
+        if now - self._counted_from < USE_INTERVAL_S:
+            self._level = max(self._level, level)  # too short to say that it is used less
+        else:
+            self._level, self._counted_from, self._used = level, now, 0
+        self._lots.append(TokenLot(list(tokens), now + TOKEN_SHARE * expires_in_s, now + expires_in_s))
+        self.size += len(tokens)
+        self._renew_at = now + RENEW_SHARE * expires_in_s
+        self._old_at = self._lots[0].lease_until
+
+    def postpone_refill(self, now: float) -> None:
+        """Repeat a failed refill after a pause that doubles."""
+        self.retry_at = now + min(REFILL_RETRY_S[1], REFILL_RETRY_S[0] * 2.0 ** min(self._failures, 10))
+        self._failures += 1
+
+    def _wanted_level(self, now: float) -> int:
+        """Return the tokens that last STOCK_S by the use since _counted_from."""
+        level = STOCK_S * self._used / max(now - self._counted_from, 0.05)
+        if not self.size and self._used:
+            level = max(level, 2.0 * self._level)  # it ran dry, so how much was wanted is not known
+        return round(min(STOCK_MOST, max(STOCK_LEAST, level)))

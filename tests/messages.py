@@ -6,7 +6,7 @@ from typing import Any
 
 from dispatch.outside.hot_set import HotSetReader
 from web.messages.hot_set import HotSet
-from web.messages.reports import LoadReport, RequestEnd
+from web.messages.reports import LoadReport, RequestEnd, TokenBatch
 
 
 def hot_set(said: dict[str, Any]) -> HotSet:
@@ -33,3 +33,8 @@ def load_report(**what: Any) -> LoadReport:
         "generation_tokens_total": 0,
     }
     return LoadReport(**(said | what))
+
+
+def token_batch(tokens: list[str], expires_in_s: float = 600.0, boot_id: str = "boot1") -> TokenBatch:
+    """The answer to a refill."""
+    return TokenBatch(tokens, boot_id, expires_in_s, load_report(boot_id=boot_id))

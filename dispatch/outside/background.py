@@ -10,8 +10,9 @@ from typing import Any
 
 import aiohttp
 
-from dispatch.outside.service import Desk
-from dispatch.types import Poll, Refill, Usage
+from dispatch.load_reports import Poll
+from dispatch.outside.service import LoadBalancerService
+from dispatch.token_refills import Refill
 from instance_client import InstanceClient
 from process.errors import InstanceError
 from web.bodies import Number, Text, Whole, check_fields
@@ -34,18 +35,18 @@ AUTOSCALER_TIMEOUT_S = 3.0
 """For the hot set and the busy report."""
 
 
-def busy_body(desk: Desk) -> str:
+def busy_body(desk: LoadBalancerService) -> str:
     """The body of `POST /busy`, as JSON.
 
     Put together by hand: for 1000 instances dicts and an encoder take 12 ms, in which nothing is answered.
     """
     balancer = desk.balancer
-    usage: Usage = balancer.usage(desk.clock())
+    usage, hot_set = balancer.usage(desk.clock()), balancer.instances.hot_set
     head = json.dumps(
         {
             "loadbalancer": desk.name,
-            "hot_epoch": balancer.epoch,
-            "hot_version": balancer.version,
+            "hot_epoch": hot_set and hot_set.epoch,
+            "hot_version": hot_set and hot_set.version,
             "busy": round(usage.busy, 6),
             "demand": round(usage.demand, 6),
             "held": usage.held,
@@ -62,7 +63,7 @@ def busy_body(desk: Desk) -> str:
                 "turned_late": usage.turned_late,
                 "first_token_s": balancer.slo.first_token_s,
                 "prompt_token_s": balancer.slo.prompt_token_s,
-                "late_bound_s": balancer.line.late_bound_s,
+                "late_bound_s": balancer.queue.late_bound_s,
             },
         }
     )
@@ -82,7 +83,7 @@ class Errands:
 
     def __init__(
         self,
-        desk: Desk,
+        desk: LoadBalancerService,
         autoscaler: str,
         control_key: str,
         report_to: Callable[[str], str | None] = lambda _: None,
@@ -106,15 +107,15 @@ class Errands:
 
         def ended(task: asyncio.Task[None]) -> None:
             errands.discard(task)
-            desk.stirred.set()
+            desk.activity.set()
 
         desk, looks = self._desk, 1
         async with InstanceClient() as client:
             try:
                 while True:
                     now = desk.clock()
-                    quiet = not desk.stirred.is_set()
-                    desk.stirred.clear()
+                    quiet = not desk.activity.is_set()
+                    desk.activity.clear()
                     for refill in desk.balancer.refills(now):
                         start(self._refill(client, refill))
                         quiet = False
@@ -125,12 +126,12 @@ class Errands:
                                 start(self._poll(client, poll))
                             break  # the others in a moment, so that they do not come in bursts
                     desk.serve_waiting()
-                    quiet = quiet and not desk.balancer.line.held
+                    quiet = quiet and not desk.balancer.queue.held
                     looks = round(QUIET_S / CLOCKWORK_S) if quiet else 1
                     if quiet:
                         with contextlib.suppress(TimeoutError):
                             async with asyncio.timeout(QUIET_S):
-                                await desk.stirred.wait()
+                                await desk.activity.wait()
                     else:
                         await asyncio.sleep(CLOCKWORK_S)
             finally:
@@ -142,43 +143,37 @@ class Errands:
         desk = self._desk
         batch = None
         try:
-            told = refill.told
+            spec = refill.spec
             batch = await client.fetch_tokens(
-                told.auth_url,
-                told.master_token,
+                spec.auth_url,
+                spec.master_token,
                 refill.count,
                 INSTANCE_TIMEOUT_S,
-                told.certificate,
-                self._report_to(told.auth_url),
+                spec.certificate,
+                self._report_to(spec.auth_url),
             )
         except InstanceError as e:
             self._silent(refill.instance_id, e)
-        finally:  # also when we are cancelled: nobody else will say that it did not work
-            if batch is None:
-                desk.balancer.refill_failed(refill, desk.clock())
+        finally:  # also when we are cancelled: nothing else completes it
+            desk.balancer.complete_refill(refill, batch, desk.clock())
         if batch is not None:
             self._silent(refill.instance_id, None)
-            desk.balancer.add_tokens(
-                refill, batch.boot_id, batch.tokens, batch.expires_in_s, batch.load.seq, desk.clock()
-            )
             desk.serve_waiting()
 
     async def _poll(self, client: InstanceClient, poll: Poll) -> None:
         desk = self._desk
         load = None
         try:
-            told = poll.told
+            spec = poll.spec
             load = await client.fetch_load(
-                told.auth_url, told.master_token, poll.after, INSTANCE_TIMEOUT_S, told.certificate
+                spec.auth_url, spec.master_token, poll.after, INSTANCE_TIMEOUT_S, spec.certificate
             )
         except InstanceError as e:
             self._silent(poll.instance_id, e)
         finally:
-            if load is None:
-                desk.balancer.poll_failed(poll, desk.clock())
+            desk.balancer.complete_poll(poll, load, desk.clock())
         if load is not None:
             self._silent(poll.instance_id, None)
-            desk.balancer.report(poll, load, desk.clock())
             desk.serve_waiting()
 
     def _silent(self, instance_id: int, why: InstanceError | None) -> None:
@@ -233,7 +228,7 @@ class Errands:
             allow_redirects=False,
         ) as reply:
             said = await _answer(reply)
-        balancer, now = self._desk.balancer, self._desk.clock()
+        balancer = self._desk.balancer
         told = check_fields(
             said,
             {
@@ -242,10 +237,11 @@ class Errands:
                 "expected_hot_s": Number(0.0, 1e6, optional=True),
             },
         )
-        balancer.expect_hot(told.get("expected_hot_s"), now)
-        if (balancer.epoch, balancer.version) != (told["hot_epoch"], told["hot_version"]):
+        balancer.expect_hot(told.get("expected_hot_s"), self._desk.clock())
+        hot_set = balancer.instances.hot_set
+        if hot_set is None or (hot_set.epoch, hot_set.version) != (told["hot_epoch"], told["hot_version"]):
             return False
-        self._desk.heard_at = now
+        self._desk.confirm_hot_set()
         return True
 
     def _complain(self, why: str | None) -> None:

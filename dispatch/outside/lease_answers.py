@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dispatch.types import Lease
+from dispatch.lease import Lease
 from fleet_client.tls_pins import public_key_sha256
 from web.messages.hot_set import HotInstance
 from web.messages.leases import InstanceCertificate, LeaseAnswer, LeaseBatch
@@ -14,14 +14,14 @@ _encode = msgspec.json.Encoder().encode
 
 def encode_lease(lease: Lease, model: str, now: float) -> bytes:
     """Return one lease with the certificate of its instance."""
-    certificate = lease.told.certificate
+    certificate = lease.spec.certificate
     key = None if certificate is None else public_key_sha256(certificate)
     return _encode(_answer(lease, model, now, certificate, key))
 
 
 def encode_leases(leases: Sequence[Lease], model: str, now: float) -> bytes:
     """Return the leases of a batch, with each instance's certificate once."""
-    instances: dict[int, HotInstance] = {lease.instance_id: lease.told for lease in leases}
+    instances: dict[int, HotInstance] = {lease.instance_id: lease.spec for lease in leases}
     certificates = {
         i: InstanceCertificate(told.certificate, public_key_sha256(told.certificate))
         for i, told in instances.items()
@@ -34,7 +34,7 @@ def _answer(
     lease: Lease, model: str, now: float, certificate: str | None = None, key: str | None = None
 ) -> LeaseAnswer:
     return LeaseAnswer(
-        lease.told.address,
+        lease.spec.address,
         lease.token,
         lease.request_id,
         lease.instance_id,

@@ -1,4 +1,4 @@
-"""The loadbalancer's state with its clock and the requests that are parked, on one thread."""
+"""The LoadBalancer with its clock and the requests that are parked, on one thread."""
 
 import asyncio
 import logging
@@ -8,9 +8,10 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from dispatch.lease import Lease
 from dispatch.outside.hot_set import HotSetReader
 from dispatch.outside.lease_answers import encode_lease, encode_leases
-from dispatch.types import Ask, Lease, Waiter
+from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from loadbalancer import LoadBalancer
 from web.answers import JsonAnswer, error_answer
 from web.direct import Held
@@ -21,30 +22,37 @@ from web.signatures import name_and_key, signer
 
 log = logging.getLogger("loadbalancer")
 
-
 GRANT_AT_ONCE = 64
-"""So many of those who wait are given leases in one turn of the loop, some 5 ms: then answers are sent and
-other requests have their turn. Of a burst the first are answered before the last are given theirs."""
+"""Waiting requests that are given leases in one turn of the loop, some 5 ms: then answers are sent and other
+requests have their turn. Of a burst the first are answered before the last are given theirs."""
+
+REFUSALS = {
+    "nothing_hot": "no instance is hot; the fleet has been told",
+    "all_busy": "every hot instance is at its capacity or not to be used; wait_s holds a request",
+    "too_many_unused": "{} leases of {:.0f} work are yours and unused, and others ask, too, or it is as many "
+    "as may be: use them, or give them back with POST /done",
+}
+"""What a refused client is told, by RouteRefused.why."""
 
 
-# -- the state of the process ----------------------------------------------------------------------------
+class LoadBalancerService:
+    """The LoadBalancer, its clock, and the parked requests. Belongs to the thread that first uses it.
 
-
-class Desk:
-    """The LoadBalancer, the clock, and those who are parked. Belongs to the thread that first uses it."""
+    activity: set when something has happened after which there may be something to ask of the instances.
+    heard_at: when the autoscaler last said what is hot, or that it is still so.
+    """
 
     def __init__(self, balancer: LoadBalancer, clock: Callable[[], float]) -> None:
         """clock gives epoch seconds and never goes back."""
         self.clock = clock
         self.name = secrets.token_hex(8)  # of this process, for the autoscaler
-        self.heard_at: float | None = (
-            None  # when the autoscaler last said what is hot, or that it is still so
-        )
-        self._balancer = balancer
-        self.stirred = asyncio.Event()  # something has happened after which there may be errands to do
-        self._parked: dict[Waiter, tuple[Held, int | None]] = {}
-        self._granting = False
+        self.heard_at: float | None = None
+        self.activity = asyncio.Event()
         self.reader = HotSetReader()
+        self._balancer = balancer
+        self._model = ""  # of the hot set
+        self._parked: dict[QueuedRequest, Held] = {}
+        self._serving = False  # the next turn of the loop goes on serving
         self._signers: dict[str, int] = {}  # what an instance calls itself -> its id
         self._signing_keys: dict[str, str] = {}
         self._thread: int | None = None
@@ -59,83 +67,81 @@ class Desk:
             raise RuntimeError("the loadbalancer's state belongs to the thread of the event loop")
         return self._balancer
 
-    def route(self, ask: Ask, wait_s: float, count: int | None = None) -> JsonAnswer | Held:
-        """A lease, a place in the line, or why not; with count up to so many leases, and at least one."""
-        balancer, now = self.balancer, self.clock()
-        self.stirred.set()
-        after_s = balancer.over_allowance(ask, now)
-        if after_s is not None:
-            return self._too_many(ask, after_s)
-        if balancer.line.held:
-            self.serve_waiting()
-        if count is None:
-            lease = balancer.route(ask, now)
-            given = [] if lease is None else [lease]
-        else:
-            given = balancer.lease_many(ask, count, now)
-        # A batch is as many requests as it is given leases, and at least one.
-        for _ in range(max(1, len(given))):
-            balancer.arrived(ask)
-        if given:
-            return self._granted(given, count, now)
-        waiter = balancer.hold(ask, now + wait_s, now) if wait_s > 0.0 else None
-        return self._refused(ask) if waiter is None else self._park(waiter, wait_s, count)
+    # -- clients --
+
+    def route(self, ask: RouteRequest, wait_s: float, count: int | None = None) -> JsonAnswer | Held:
+        """Answer with a lease or a refusal, or park; with count up to so many leases, and at least one."""
+        self.activity.set()
+        self.serve_waiting()
+        now = self.clock()
+        outcome = self.balancer.request(ask, wait_s, count, now)
+        if isinstance(outcome, Granted):
+            return self._granted(outcome.leases, count, now)
+        if isinstance(outcome, RouteRefused):
+            return _refused(outcome)
+        return self._park(outcome, wait_s)
 
     def serve_waiting(self) -> None:
-        """Give leases to those who wait, as far as there is capacity.
-
-        A few now, and on a loop the others in its next turns.
-        """
-        if self._granting or not self.balancer.line.held:
+        """Give leases to the waiting requests that there is room for: a few now, others in the next turns."""
+        if self._serving or not self.balancer.queue.held:
             return
-        if not self._grant():
+        self._serve_some()
+        while self.balancer.queue.cut:
             try:
                 loop = asyncio.get_running_loop()
             except RuntimeError:  # under another server, or in a test
-                while not self._grant():
-                    pass
+                self._serve_some()
             else:
-                self._granting = True
-                loop.call_soon(self._grant_on)
+                self._serving = True
+                loop.call_soon(self._serve_on)
+                return
 
-    def _grant_on(self) -> None:
-        self._granting = False
+    def _serve_on(self) -> None:
+        self._serving = False
         self.serve_waiting()
 
-    def _grant(self) -> bool:
-        """Give leases to a few of those who wait; False when there may be more for others."""
-        balancer, now = self.balancer, self.clock()
-        batches: list[tuple[Waiter, Lease, Held, int]] = []
-        for waiter, lease in balancer.grant(now, GRANT_AT_ONCE):
-            held, count = self._parked.pop(waiter)
-            if count is not None and count > 1:
-                batches.append((waiter, lease, held, count))
-            else:
-                self._deliver(held, [lease], count, now)
-        done = not balancer.line.cut
-        for waiter, lease, held, count in batches:
-            # Of a batch the first lease is as any; the others are for what those who wait leave.
-            more = balancer.lease_many(waiter.ask, count - 1, now) if done else []
-            for _ in more:
-                balancer.arrived(waiter.ask)
-            self._deliver(held, [lease, *more], count, now)
-        return done
+    def _serve_some(self) -> None:
+        now = self.clock()
+        for queued, leases in self.balancer.grant(now):
+            answer = self._granted(leases, queued.count, now)
+            self._parked.pop(queued).answer(answer, partial(self._take_back, leases))
 
-    def _deliver(self, held: Held, given: list[Lease], count: int | None, now: float) -> None:
-        held.answer(self._granted(given, count, now), partial(self._take_back, given))
+    def _park(self, queued: QueuedRequest, wait_s: float) -> Held:
+        def leave() -> None:
+            self._parked.pop(queued, None)
+            self.balancer.cancel(queued)
+
+        def time_out() -> JsonAnswer:
+            self._parked.pop(queued, None)
+            return _refused(self.balancer.time_out(queued, self.clock()))
+
+        held = self._parked[queued] = Held(wait_s, time_out, leave)
+        return held
+
+    def _take_back(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            self.balancer.end_lease(lease.request_id, "unused", self.clock())
+
+    def _granted(self, leases: list[Lease], count: int | None, now: float) -> JsonAnswer:
+        """Answer with one lease, or with a batch where a count was given."""
+        if count is None:
+            return JsonAnswer(encode_lease(leases[0], self._model, now))
+        return JsonAnswer(encode_leases(leases, self._model, now))
+
+    # -- autoscaler and instances --
 
     def hot_set(self, hot: HotSet) -> bool:
         """Take over a hot set; False when it is older than what is known."""
-        now = self.clock()
-        before = self.balancer.epoch, self.balancer.version
-        if not self.balancer.replace_hot(hot, now):
+        before = self.balancer.instances.hot_set
+        if not self.balancer.update_hot_set(hot, self.clock()):
             return False
-        self.heard_at = now
-        self.stirred.set()
+        self._model = hot.model
+        self.confirm_hot_set()
+        self.activity.set()
         named = {i.id: name_and_key(i.master_token) for i in hot.instances}
         self._signers = {name: i for i, (name, _) in named.items()}
         self._signing_keys = dict(named.values())
-        if before != (hot.epoch, hot.version):
+        if before is None or (before.epoch, before.version) != (hot.epoch, hot.version):
             draining = sum(i.draining for i in hot.instances)
             log.info(
                 "hot set %s/%d: %d hot, %d draining",
@@ -147,64 +153,33 @@ class Desk:
         self.serve_waiting()
         return True
 
+    def confirm_hot_set(self) -> None:
+        """Note that the autoscaler says that the hot set is the present one."""
+        self.heard_at = self.clock()
+
     def report(self, raw: bytes, authorization: str | None) -> JsonAnswer:
-        """An instance says by itself what has happened there."""
+        """Take in the body of a report that an instance pushes, if its signature is right."""
         name = signer(authorization, "/report", raw, self._signing_keys)
         if name is None:
             return error_answer(401, "unauthorized", "wanted the signature of an instance that is hot")
-        push = decode(raw, PushedReport)
+        report = decode(raw, PushedReport)
         instance_id = self._signers[name]
-        next_in_s = self.balancer.pushed(instance_id, push, self.clock())
+        next_in_s = self.balancer.pushed(instance_id, report, self.clock())
         if next_in_s is None:
             return error_answer(409, "not_now", "of a boot that is not known here, or heard before")
-        if any(end.status == "failed" for end in push.ended):
-            self.stirred.set()  # the instance may be in doubt
-        if not push.model_up:
+        if any(end.status == "failed" for end in report.ended):
+            self.activity.set()  # the instance may be in doubt
+        if not report.model_up:
             log.warning("instance %d says that its model server is down: it gets no requests", instance_id)
         self.serve_waiting()
         return JsonAnswer({"next_in_s": round(next_in_s, 3)})
 
-    def _park(self, waiter: Waiter, wait_s: float, count: int | None) -> Held:
-        def leave() -> None:
-            self._parked.pop(waiter, None)
-            self.balancer.cancel(waiter)
 
-        def late() -> JsonAnswer:
-            leave()
-            return self._refused(waiter.ask)
-
-        held = Held(wait_s, late, leave)
-        self._parked[waiter] = held, count
-        return held
-
-    def _take_back(self, given: list[Lease]) -> None:
-        for lease in given:
-            self.balancer.done(lease.request_id, "unused", self.clock())
-
-    def _granted(self, given: list[Lease], count: int | None, now: float) -> JsonAnswer:
-        """One lease, or with count several."""
-        model = self._balancer.model
-        if count is None:
-            return JsonAnswer(encode_lease(given[0], model, now))
-        return JsonAnswer(encode_leases(given, model, now))
-
-    def _too_many(self, ask: Ask, after_s: float) -> JsonAnswer:
-        leases, work = self.balancer.allowance.unused(ask.client)
-        message = (
-            f"{leases} leases of {work:.0f} work are yours and unused, and others ask, too, or it is as many "
-            "as may be: use them, or give them back with POST /done"
-        )
-        return _again_later("too_many_unused", message, after_s, 429)
-
-    def _refused(self, ask: Ask) -> JsonAnswer:
-        why, after_s = self.balancer.refuse(ask, self.clock())
-        message = {
-            "nothing_hot": "no instance is hot; the fleet has been told",
-            "all_busy": "every hot instance is at its capacity or not to be used; wait_s holds a request",
-        }[why]
-        return _again_later(why, message, after_s, 503)
-
-
-def _again_later(error: str, message: str, after_s: float, status: int) -> JsonAnswer:
-    said = {"error": error, "message": message, "retry_after_s": round(after_s, 1)}
-    return JsonAnswer(said, status, (("Retry-After", str(math.ceil(after_s))),))
+def _refused(refused: RouteRefused) -> JsonAnswer:
+    said = {
+        "error": refused.why,
+        "message": REFUSALS[refused.why].format(*refused.unused),
+        "retry_after_s": round(refused.retry_after_s, 1),
+    }
+    status = 429 if refused.why == "too_many_unused" else 503
+    return JsonAnswer(said, status, (("Retry-After", str(math.ceil(refused.retry_after_s))),))

@@ -3,18 +3,16 @@
 It asks instances for tokens and load reports, takes the autoscaler's hot set and tells it the usage.
 """
 
+from dispatch.load_reports import SWEEP
 from fleet.demand import Report
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
-from loadbalancer import SWEEP, LoadBalancer
+from loadbalancer import LoadBalancer
 from simulation.virtual.instances import SimulatedInstances
 from simulation.virtual.loop import EventLoop
 from simulation.virtual.setting import Setting
 from simulation.virtual.users import Users
 from web.messages.hot_set import HotInstance, HotSet, HotTiming
-
-TOKEN_LIFE_S = 600.0
-"""Seconds that a token is good for."""
 
 
 class VirtualBackground:
@@ -45,10 +43,8 @@ class VirtualBackground:
         for _ in range(min(SWEEP, len(self._instances))):  # each looks at a tenth, at least at one
             for poll in balancer.polls(now):
                 instance = self._instances.answering(poll.instance_id)
-                if instance is None:
-                    balancer.poll_failed(poll, now)
-                else:
-                    balancer.report(poll, self._instances.load(instance), now)
+                load = None if instance is None else self._instances.load(instance)
+                balancer.complete_poll(poll, load, now)
         self._users.grant()
         self._loop.at(now + self._setting.beat_s, self.beat)
 
@@ -56,11 +52,8 @@ class VirtualBackground:
         balancer, now = self._balancer, self._loop.now
         for refill in balancer.refills(now):
             instance = self._instances.answering(refill.instance_id)
-            if instance is None:
-                balancer.refill_failed(refill, now)
-                continue
-            tokens = self._instances.new_tokens(instance, refill.count)
-            balancer.add_tokens(refill, instance.boot_id, tokens, TOKEN_LIFE_S, instance.seq, now)
+            batch = None if instance is None else self._instances.new_tokens(instance, refill.count)
+            balancer.complete_refill(refill, batch, now)
 
     def take_hot_set(self) -> None:
         """Take the autoscaler's hot set when it has changed."""
@@ -90,18 +83,17 @@ class VirtualBackground:
                 for i in fleet.serving()
             ),
         )
-        self._balancer.replace_hot(hot, now)
+        self._balancer.update_hot_set(hot, now)
         self._refill()
         self._users.grant()
 
     def report_usage(self) -> None:
         """Tell the autoscaler what loadbalancer_server tells it each second; it is read once a turn."""
-        balancer = self._balancer
-        usage = balancer.usage(self._loop.now)
+        usage = self._balancer.usage(self._loop.now)
         report = Report(
             loadbalancer="sim",
             hot_epoch="sim",
-            hot_version=balancer.version,
+            hot_version=self._told_version if self._told_version >= 0 else None,
             busy=usage.busy,
             demand=usage.demand,
             held=usage.held,

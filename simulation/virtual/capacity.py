@@ -1,17 +1,17 @@
 """What one instance gives with the lengths of a log: measured on the model server, kept full.
 
 A model server is given requests of the log while none waits inside it and its tokens come in time, which is
-where the loadbalancer's own measure of capacity settles.
+where the loadbalancer's own measure of capacity settles (dispatch/measured_capacity.py).
 """
 
 from collections.abc import Iterable
 from itertools import cycle, islice
 
+from dispatch.measured_capacity import SLOW_SHARE
 from engine.profiles import Profile
 from engine.reference import EventKind, SteppedModelServer
 from engine.slo import Slo
 from engine.timing import Timing
-from loadbalancer import SLOW_SHARE
 from policies.types import Capacity
 from simulation.traces.logs import Request
 

@@ -17,7 +17,10 @@ from engine.timing import Timing
 from loadbalancer import LoadBalancer
 from simulation.virtual.loop import EventLoop
 from simulation.virtual.user_request import UserRequest
-from web.messages.reports import LoadReport, PushedReport, RequestEnd
+from web.messages.reports import LoadReport, PushedReport, RequestEnd, TokenBatch
+
+TOKEN_LIFE_S = 600.0
+"""Seconds that a token is good for."""
 
 PUSH_S = 0.02
 """Seconds from an end to its report: the tick of remote/speaker.py."""
@@ -299,7 +302,9 @@ class SimulatedInstances:
             instance.boot_id, instance.seq, started, ended, running, waiting, instance.ready, read, made
         )
 
-    def new_tokens(self, instance: SimulatedInstance, count: int) -> list[str]:
+    def new_tokens(self, instance: SimulatedInstance, count: int) -> TokenBatch:
         """Return so many single-use tokens of an instance."""
         batch = next(self._token_batches)
-        return [f"{instance.id}.{batch}.{n}" for n in range(count)]
+        tokens = [f"{instance.id}.{batch}.{n}" for n in range(count)]
+        load = LoadReport(instance.boot_id, instance.seq, (), (), 0, 0, instance.ready, 0, 0)
+        return TokenBatch(tokens, instance.boot_id, TOKEN_LIFE_S, load)

@@ -11,7 +11,8 @@ An illegal move raises NotConserved and changes nothing.
 from dataclasses import replace
 from enum import Enum
 
-from dispatch.types import Ask, Lease
+from dispatch.lease import Lease
+from dispatch.route_request import RouteRequest
 
 RETRY_S = (0.5, 5.0)
 """Seconds of a client's pause before its second and later tries: the first doubles up to the second."""
@@ -62,7 +63,9 @@ class UserRequest:
         "up_at",
     )  # fmt: skip
 
-    def __init__(self, at: float, prompt: int, output: int, ask: Ask, up_at: float, scored: bool) -> None:
+    def __init__(
+        self, at: float, prompt: int, output: int, ask: RouteRequest, up_at: float, scored: bool
+    ) -> None:
         """scored: whether it came in the scored window."""
         self.at = at
         self.prompt = prompt

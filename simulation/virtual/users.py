@@ -1,4 +1,4 @@
-"""The users of a run: requests as they arrive, the line they are held in, and what they try again.
+"""The users of a run: requests as they arrive, the queue they are held in, and what they try again.
 
     arrive ──► ask for a lease ──► sent ──► answered
                  ▲   │ held: granted later        │ broken off, not started
@@ -12,7 +12,8 @@ memory does not grow with the length of the trace.
 import random
 from collections.abc import Iterable, Iterator
 
-from dispatch.types import Ask, Lease, Waiter
+from dispatch.lease import Lease
+from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from loadbalancer import LoadBalancer
 from process.errors import ConfigError
 from simulation.traces.logs import Request
@@ -62,7 +63,7 @@ class Users:
         self._requests: Iterator[Request] = iter(())
         self._begun = 0.0
         self._coming = False
-        self._held: dict[Waiter, UserRequest] = {}
+        self._held: dict[QueuedRequest, UserRequest] = {}
         self._asking = 0
         self._sent = 0
         self._grant_due = False
@@ -103,39 +104,36 @@ class Users:
             prompt = min(prompt, self._context - output)
         s, balancer, now = self._setting, self._balancer, self._loop.now
         told = output if s.tells_length else None
-        ask = Ask(balancer.work_of(prompt, told), told, (), prompt)
+        ask = RouteRequest(balancer.work_of(prompt, told), told, (), prompt)
         scored = s.score_from_s <= offset < s.score_to_s
         self.arrived += 1
         self._asking += 1
-        balancer.arrived(ask)
-        self._ask(UserRequest(now, prompt, output, ask, now + s.timeout_s, scored))
+        self._ask(UserRequest(now, prompt, output, ask, now + s.timeout_s, scored), again=False)
         self._next_arrival()
 
     # -- leases --
 
-    def _ask(self, request: UserRequest) -> None:
+    def _ask(self, request: UserRequest, again: bool = True) -> None:
         """Ask for a lease: it is given, or the request is held, or comes again later."""
-        balancer, now = self._balancer, self._loop.now
+        now = self._loop.now
         self.grant()
-        lease = balancer.route(request.ask, now)
-        if lease is not None:
-            self._asking -= 1
-            self._send(request, lease)
-            return
-        waiter = balancer.hold(request.ask, request.up_at, now)
-        if waiter is None:
-            self._refused(request, *balancer.refuse(request.ask, now))
+        answer = self._balancer.request(request.ask, request.up_at - now, None, now, again=again)
+        if isinstance(answer, RouteRefused):
+            self._refused(request, answer)
             return
         self._asking -= 1
-        request.hold()
-        self._held[waiter] = request
-        self._plan_grant()
+        if isinstance(answer, Granted):
+            self._send(request, answer.leases[0])
+        else:
+            request.hold()
+            self._held[answer] = request
+            self._plan_grant()
 
-    def _refused(self, request: UserRequest, why: str, after_s: float) -> None:
+    def _refused(self, request: UserRequest, refused: RouteRefused) -> None:
         now = self._loop.now
         if request.scored:
-            self.figures.add_refusal(why)
-        after_s = min(after_s * self._rng.uniform(1.0, 1.25), (request.up_at - now) / 2)
+            self.figures.add_refusal(refused.why)
+        after_s = min(refused.retry_after_s * self._rng.uniform(1.0, 1.25), (request.up_at - now) / 2)
         if after_s < LAST_TRY_S:
             self._asking -= 1
             self._give_up(request, "no_capacity")
@@ -159,13 +157,13 @@ class Users:
         if not self._held or self._granting:
             return
         self._granting = True  # what is sent may free room at once: no other round may begin in this one
-        for waiter, lease in self._balancer.grant(self._loop.now):
+        for queued, leases in self._balancer.grant(self._loop.now):
             self._grant_s = GRANT_S[0]
-            self._send(self._held.pop(waiter), lease, waiter.late)
+            self._send(self._held.pop(queued), leases[0], queued.late)
         self._granting = False
-        if len(self._held) > self._balancer.line.held:
-            for waiter in [w for w in self._held if w.over]:
-                self._give_up(self._held.pop(waiter), "no_capacity")
+        if len(self._held) > self._balancer.queue.held:
+            for queued in [w for w in self._held if w.over]:
+                self._give_up(self._held.pop(queued), "no_capacity")
 
     # -- on instances --
 
@@ -201,7 +199,7 @@ class Users:
                 figures.add_retried()
             if request.late:
                 figures.add_late()
-        self._balancer.done(request.given.request_id, "finished", self._loop.now)
+        self._balancer.end_lease(request.given.request_id, "finished", self._loop.now)
 
     def broken_off(self, request: UserRequest) -> None:
         """Take in that the instance of a request is gone: another is asked."""
@@ -222,7 +220,7 @@ class Users:
         lease = request.given
         again = now + request.set_back()
         self._sent -= 1
-        self._balancer.done(lease.request_id, "failed", now)
+        self._balancer.end_lease(lease.request_id, "failed", now)
         if request.scored:
             self.figures.add_setback(why)
         if again >= request.up_at:

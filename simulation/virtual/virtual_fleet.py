@@ -185,7 +185,7 @@ class VirtualFleet:
         states = Counter(i.state for i in instances)
         return (
             sum(i.loaded for i in instances) >= total
-            and states[State.HOT] == hot == self._balancer.hot
+            and states[State.HOT] == hot == self._balancer.instances.hot
             and states[State.HOT] + states[State.COLD] >= total
         )
 

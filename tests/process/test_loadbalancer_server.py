@@ -28,15 +28,16 @@ from bench.route.stub_fleet import StubHttp, StubInstance, certificate
 from dispatch.outside import background
 from dispatch.outside.background import CLOCKWORK_S, QUIET_S, Errands
 from dispatch.outside.hot_set import HotSetReader
-from dispatch.outside.service import Desk
-from dispatch.types import Ask, Refill
+from dispatch.outside.service import LoadBalancerService
+from dispatch.route_request import QueuedRequest, RouteRefused, RouteRequest
+from dispatch.token_refills import Refill
 from engine.slo import Slo
 from fleet_client import tls_pins
 from fleet_client.listening import allow_many_files, bind_socket
 from loadbalancer import LoadBalancer
 from loadbalancer_server import Config, Keys, create_app
 from process.errors import ConfigError
-from tests.messages import hot_set
+from tests.messages import hot_set, token_batch
 from tests.paths import ROOT
 from web.bodies import check_fields
 from web.messages.decoding import BadField, decode
@@ -80,7 +81,7 @@ class Counter:
 
     def __init__(self, clients: frozenset[str] = frozenset(), operator: frozenset[str] = frozenset()) -> None:
         self.balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
-        self.desk = Desk(self.balancer, lambda: 1_700_000_000.0)
+        self.desk = LoadBalancerService(self.balancer, lambda: 1_700_000_000.0)
         self.client = create_app(self.desk, Keys(CONTROL, clients, operator)).test_client()
 
     def stock(self) -> None:
@@ -88,7 +89,7 @@ class Counter:
         self.desk.hot_set(hot_set(HOT))
         for refill in self.balancer.refills(self.desk.clock()):
             tokens = [f"token-{n:016d}" for n in range(refill.count)]
-            self.balancer.add_tokens(refill, "boot1", tokens, 600.0, 0, self.desk.clock())
+            self.balancer.complete_refill(refill, token_batch(tokens), self.desk.clock())
 
 
 # -- what a client is answered ---------------------------------------------------------------------------
@@ -203,16 +204,16 @@ def test_the_autoscaler_understands_the_busy_report_and_also_one_of_an_older_loa
     counter = Counter()
     counter.stock()
     counter.client.post("/route", json={"prompt_tokens": 1000, "max_tokens": 50})
-    counter.balancer.hold(Ask(900.0, None, (), 100), counter.desk.clock() + 5.0, counter.desk.clock())
+    counter.balancer.request(RouteRequest(900.0, None, (), 100), 5.0, None, counter.desk.clock())
     body = json.loads(background.busy_body(counter.desk))
     report, measured = parse_report(check_fields(body, autoscaler_server._BUSY))
-    assert (report.arrived_prompt_tokens, report.arrived_output_tokens) == (1000, 50.0)
+    assert (report.arrived_prompt_tokens, report.arrived_output_tokens) == (1100, 50.0 + 890.0)
     assert (report.in_flight, report.held, report.held_work) == (1, 1, 900.0)
     assert (report.held_prompt_tokens, report.late_bound_s, report.slo) == (100, 300.0, Slo())
     assert measured == {7: 100.0}
     del body["traffic"]
     older, _ = parse_report(check_fields(body, autoscaler_server._BUSY))
-    assert (older.arrivals, older.in_flight, older.held_work) == (1, 1, 900.0)
+    assert (older.arrivals, older.in_flight, older.held_work) == (2, 1, 900.0)
     assert older.late_bound_s is None, "it has one line"
 
 
@@ -220,8 +221,9 @@ def test_prompt_tokens_are_told_to_what_decides_who_is_late() -> None:
     counter = Counter()
     counter.stock()
     counter.client.post("/route", json={"prompt_tokens": 1000, "max_tokens": 50})
-    assert counter.balancer.arrived_prompt_tokens == 1000
-    assert counter.balancer._instances[7].read_at == counter.desk.clock() + 1.0
+    now = counter.desk.clock()
+    assert counter.balancer.usage(now).arrived_prompt_tokens == 1000
+    assert counter.balancer.instances.by_id[7].read_at == now + 1.0
 
 
 def test_status_and_metrics_show_who_is_late() -> None:
@@ -229,8 +231,8 @@ def test_status_and_metrics_show_who_is_late() -> None:
     counter.stock()
     now = counter.desk.clock()
     counter.client.post("/route", json={"work": 1000})
-    counter.balancer.hold(Ask(210.0), now + 5.0, now)
-    counter.balancer.hold(Ask(10.0), now + 5.0, now)
+    counter.balancer.request(RouteRequest(210.0), 5.0, None, now)
+    counter.balancer.request(RouteRequest(10.0), 5.0, None, now)
     status = counter.client.get("/status").get_json()
     assert (status["held"], status["held_late"], status["turned_late"]) == (2, 1, 1)
     metrics = counter.client.get("/metrics").text
@@ -241,7 +243,9 @@ def test_status_and_metrics_show_who_is_late() -> None:
 # -- the clockwork -------------------------------------------------------------------------------------
 
 
-def looks_in(seconds: float, stir: Callable[[Desk], None], monkeypatch: pytest.MonkeyPatch) -> int:
+def looks_in(
+    seconds: float, stir: Callable[[LoadBalancerService], None], monkeypatch: pytest.MonkeyPatch
+) -> int:
     """How often the clockwork asks for refills in so long; stir is called every 10 ms."""
     counter = Counter()
     looks: list[float] = []
@@ -274,15 +278,15 @@ def test_the_clockwork_looks_seldom_while_nobody_asks(monkeypatch: pytest.Monkey
 def test_the_clockwork_looks_often_while_somebody_asks_and_not_once_for_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    looks = looks_in(1.0, lambda desk: desk.stirred.set(), monkeypatch)
+    looks = looks_in(1.0, lambda desk: desk.activity.set(), monkeypatch)
     assert 2.0 / QUIET_S < looks <= 1.0 / CLOCKWORK_S + 2
 
 
 @pytest.mark.alone
 def test_the_clockwork_looks_often_while_somebody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hold(desk: Desk) -> None:
-        if not desk.balancer.line.held:
-            desk.balancer.hold(Ask(10.0), desk.clock() + 60.0, desk.clock())
+    def hold(desk: LoadBalancerService) -> None:
+        if not desk.balancer.queue.held:
+            desk.balancer.request(RouteRequest(10.0), 60.0, None, desk.clock())
 
     assert looks_in(1.0, hold, monkeypatch) > 2.0 / QUIET_S
 
@@ -298,9 +302,9 @@ def test_the_clockwork_looks_often_while_somebody_waits(monkeypatch: pytest.Monk
 )
 def test_what_may_be_followed_by_errands_wakes_the_clockwork(happens: Callable[["Counter"], object]) -> None:
     counter = Counter()
-    assert not counter.desk.stirred.is_set()
+    assert not counter.desk.activity.is_set()
     happens(counter)
-    assert counter.desk.stirred.is_set()
+    assert counter.desk.activity.is_set()
 
 
 # -- batches, priorities, hints --------------------------------------------------------------------------
@@ -318,7 +322,7 @@ class Fleet(Counter):
         )
         for refill in self.balancer.refills(self.desk.clock()):
             tokens = [f"token-{1000 * refill.instance_id + n:016d}" for n in range(refill.count)]
-            self.balancer.add_tokens(refill, "boot1", tokens, 600.0, 0, self.desk.clock())
+            self.balancer.complete_refill(refill, token_batch(tokens), self.desk.clock())
 
     def route(self, **said: Any) -> tuple[int, Any]:
         """POST /route."""
@@ -355,7 +359,7 @@ def test_a_batch_is_so_many_leases_and_each_certificate_once() -> None:
         assert lease["address"] == {7: INSTANCE, 8: CERTIFIED}[lease["instance_id"]]["address"]
     assert len({lease["token"] for lease in said["leases"]}) == 32
     assert [sum(x["instance_id"] == i for x in said["leases"]) for i in (7, 8)] == [16, 16]
-    assert fleet.balancer.arrivals == 33
+    assert fleet.balancer.usage(fleet.desk.clock()).arrivals == 33
 
 
 def test_a_batch_is_fewer_when_there_is_room_for_fewer_and_503_when_there_is_none() -> None:
@@ -383,14 +387,19 @@ def test_a_batch_ends_as_its_leases_do() -> None:
     for lease in said["leases"]:
         fleet.client.post("/done", json={"request_id": lease["request_id"], "outcome": "unused"})
     assert fleet.balancer.usage(fleet.desk.clock()).in_flight == 0
-    assert fleet.balancer.ends == {"unused": 20}
+    assert fleet.balancer.leases.ends == {"unused": 20}
 
 
 def test_the_hints_of_a_request_are_what_the_balancer_is_asked() -> None:
     fleet = Fleet()
     fleet.stock()
-    asked: list[Ask] = []
-    fleet.balancer.route = lambda ask, now: asked.append(ask)  # type: ignore[method-assign]
+    asked: list[RouteRequest] = []
+
+    def refuse(ask: RouteRequest, *_: object) -> RouteRefused:
+        asked.append(ask)
+        return RouteRefused("all_busy", 1.0)
+
+    fleet.balancer.request = refuse  # type: ignore[method-assign, assignment]
     hashes = ["0123456789abcdef", "f" * 32]
     fleet.route(affinity=hashes, priority="high", avoid=[3])
     fleet.route(priority="low")
@@ -426,13 +435,14 @@ def test_a_client_that_uses_none_of_its_leases_is_told_so_while_others_ask() -> 
 def test_beyond_the_bound_of_those_held_the_answer_says_when_the_line_will_be_served() -> None:
     """Two instances of 100 work/s that are full, and 300 work that waits."""
     fleet = Fleet()
-    fleet.balancer.line.most = 3
+    fleet.balancer.queue.most = 3
     fleet.stock()
     now = fleet.desk.clock()
     for _ in range(2):
         assert fleet.route(work=1000.0)[0] == 200
+    ask = RouteRequest(100.0, client="127.0.0.1")
     for _ in range(3):
-        assert fleet.balancer.hold(Ask(100.0), now + 60.0, now)
+        assert isinstance(fleet.balancer.request(ask, 60.0, None, now), QueuedRequest)
     answer = fleet.client.post("/route", json={"work": 100.0, "wait_s": 60})
     assert (answer.status_code, answer.get_json()["error"]) == (503, "all_busy")
     assert answer.headers["Retry-After"] == "3", "1 s until there is room and 1.5 s for those before"
@@ -548,7 +558,7 @@ def test_a_wrong_hot_set_is_refused_whole_with_the_field_named(change: dict[str,
     )
     assert answer.status_code == 400
     assert answer.get_json()["message"].startswith(f"{field}: ")
-    assert counter.balancer.hot == 0
+    assert counter.balancer.instances.hot == 0
 
 
 def test_a_complaint_about_a_hot_set_shows_no_master_token() -> None:
@@ -565,7 +575,7 @@ def test_a_hot_set_of_a_thousand_is_taken_and_nobody_else_may_send_so_much() -> 
     many = {**HOT, "instances": [{**INSTANCE, "id": i} for i in range(1000)]}
     answer = counter.client.put("/hot", json=many, headers={"Authorization": f"Bearer {CONTROL}"})
     assert answer.get_json() == {"taken": True, "epoch": "e1", "version": 1}
-    assert counter.balancer.hot == 1000
+    assert counter.balancer.instances.hot == 1000
     assert counter.client.post("/route", data=b" " * 65_537).status_code == 413
 
 
@@ -575,7 +585,7 @@ def test_an_old_hot_set_is_answered_with_what_is_known() -> None:
     counter.client.put("/hot", json={**HOT, "version": 5}, headers=bearer)
     answer = counter.client.put("/hot", json={**HOT, "version": 4, "instances": []}, headers=bearer)
     assert answer.get_json() == {"taken": False, "epoch": "e1", "version": 5}
-    assert counter.balancer.hot == 1
+    assert counter.balancer.instances.hot == 1
 
 
 def read(reader: HotSetReader, said: dict[str, Any]) -> HotSet:
@@ -727,8 +737,8 @@ def test_the_flags_of_the_late_lane_are_what_the_balancer_is_made_with() -> None
     config = Config(**vars(parse(given))).checked()
     assert (config.late_lane, config.late_bound_s, config.slo) == (False, 60.0, Slo(1.0, 0.002))
     one_line = loadbalancer_server.make_balancer(config)
-    assert (one_line.line.late_bound_s, one_line.slo) == (None, Slo(1.0, 0.002))
-    assert loadbalancer_server.make_balancer(Config(late_bound_s=60.0)).line.late_bound_s == 60.0
+    assert (one_line.queue.late_bound_s, one_line.slo) == (None, Slo(1.0, 0.002))
+    assert loadbalancer_server.make_balancer(Config(late_bound_s=60.0)).queue.late_bound_s == 60.0
 
 
 def run(*flags: str) -> tuple[int, str]:

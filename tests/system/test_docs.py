@@ -82,7 +82,7 @@ def test_every_route_is_in_the_docs(tmp_path: Path) -> None:
         5.0,
         str,
     )
-    desk = service.Desk(LoadBalancer(Random(1), str), lambda: 0.0)
+    desk = service.LoadBalancerService(LoadBalancer(Random(1), str), lambda: 0.0)
     balancer = loadbalancer_server.create_app(desk, loadbalancer_server.Keys("c" * 16))
     world = World(Cloud(MACHINES, Random(1)), tmp_path / "cloud", "paced")
     ours = {r for r in routes(cloud_app(world, "k" * 16)) if "/localcloud/" in r}

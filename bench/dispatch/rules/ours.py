@@ -11,16 +11,19 @@ from itertools import count
 
 from bench.dispatch.rules.rule import BLOCK_TOKENS, DispatchRequest, ServerFleet
 from bench.dispatch.rules.world import Later, Send
-from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask, Poll, Waiter
+from dispatch.chooser import FIRST_TOKEN_WEIGHT
+from dispatch.lease import Lease
+from dispatch.load_reports import Poll
+from dispatch.prefix_cache import AFFINITY_BLOCK_TOKENS
+from dispatch.route_request import Granted, QueuedRequest, RouteRequest
 from engine.reference import SteppedModelServer
 from engine.timing import Timing
-from loadbalancer import FIRST_TOKEN_WEIGHT, LoadBalancer
-from simulation.virtual.background import TOKEN_LIFE_S
-from simulation.virtual.instances import PUSH_S
+from loadbalancer import LoadBalancer
+from simulation.virtual.instances import PUSH_S, TOKEN_LIFE_S
 from simulation.virtual.setting import BEAT_S
 from simulation.virtual.users import GRANT_S
 from web.messages.hot_set import HotInstance, HotSet, HotTiming
-from web.messages.reports import LoadReport, PushedReport, RequestEnd
+from web.messages.reports import LoadReport, PushedReport, RequestEnd, TokenBatch
 
 AMPLE = 50.0
 """Without holding an instance is told to hold so many times what fits its memory."""
@@ -78,14 +81,14 @@ class Ours:
         self._number = number
         self._pushes = pushes
         self._tokens = count()
-        self._waiting: dict[Waiter, DispatchRequest] = {}
+        self._waiting: dict[QueuedRequest, DispatchRequest] = {}
         self._ids: dict[int, str] = {}
         self._granting = False
         self._grant_due = False
         self._grant_s = GRANT_S[0]
         hot = _hot_instances(fleet, told, holds=holds)
         self._instances = [_UnreportedEvents(one) for one in hot]
-        self.balancer.replace_hot(
+        self.balancer.update_hot_set(
             HotSet("bench", 1, "vllm-13", PREFILL_WEIGHT, fleet.mean_output, None, tuple(hot)), 0.0
         )
         self._refill(0.0)
@@ -102,7 +105,9 @@ class Ours:
                 instance = self._instances[refill.instance_id - 1]
                 first = next(self._tokens)
                 names = [f"{self._number}.{refill.instance_id}.{first}.{n}" for n in range(refill.count)]
-                self.balancer.add_tokens(refill, instance.boot_id, names, TOKEN_LIFE_S, instance.seq, now)
+                load = LoadReport(instance.boot_id, instance.seq, (), (), 0, 0, True, 0, 0)
+                batch = TokenBatch(names, instance.boot_id, TOKEN_LIFE_S, load)
+                self.balancer.complete_refill(refill, batch, now)
 
     def _beat(self, now: float) -> None:
         self.balancer.tick(now)
@@ -113,26 +118,26 @@ class Ours:
     def arrive(self, request: DispatchRequest, now: float) -> None:
         """Routed, or held."""
         balancer = self.balancer
-        ask = Ask(
+        ask = RouteRequest(
             balancer.work_of(request.prompt, None),
             None,
             (),
             request.prompt,
             hashes(request) if request.blocks else (),
         )
-        balancer.arrived(ask)
-        if self._waiting:
-            self.again(now)
-        lease = balancer.route(ask, now)
-        if lease is not None:
-            self._ids[request.number] = lease.request_id
-            self._send(request, lease.instance_id - 1)
-            return
-        waiter = balancer.hold(ask, 1e12, now)
-        if waiter is None:
-            raise RuntimeError("the line is full")
-        self._waiting[waiter] = request
-        self._grant_soon(now)
+        self.again(now)
+        answer = balancer.request(ask, 1e12, None, now)
+        if isinstance(answer, Granted):
+            self._send_with(answer.leases[0], request)
+        elif isinstance(answer, QueuedRequest):
+            self._waiting[answer] = request
+            self._grant_soon(now)
+        else:
+            raise RuntimeError("the queue is full")  # noqa: TRY004 a value, not a type
+
+    def _send_with(self, lease: Lease, request: DispatchRequest) -> None:
+        self._ids[request.number] = lease.request_id
+        self._send(request, lease.instance_id - 1)
 
     def _grant_soon(self, now: float) -> None:
         if not self._grant_due:
@@ -152,11 +157,9 @@ class Ours:
         if not self._waiting or self._granting:
             return
         self._granting = True
-        for waiter, lease in self.balancer.grant(now):
+        for queued, leases in self.balancer.grant(now):
             self._grant_s = GRANT_S[0]
-            request = self._waiting.pop(waiter)
-            self._ids[request.number] = lease.request_id
-            self._send(request, lease.instance_id - 1)
+            self._send_with(leases[0], self._waiting.pop(queued))
         self._granting = False
 
     def first_token(self, request: DispatchRequest, now: float) -> None:
@@ -165,7 +168,7 @@ class Ours:
     def ended(self, request: DispatchRequest, now: float) -> None:
         """The client says so."""
         if self._pushes:
-            self.balancer.done(self._ids[request.number], "finished", now)
+            self.balancer.end_lease(self._ids[request.number], "finished", now)
 
     def happened(self, request: DispatchRequest, now: float, *, end: bool) -> None:
         """The instance writes it down, and says so soon."""
@@ -223,7 +226,7 @@ class Ours:
         )
         instance.after = instance.seq
         instance.started, instance.started_bytes, instance.ended = [], [], []
-        self.balancer.report(Poll(instance.told, instance.after), load, now)
+        self.balancer.complete_poll(Poll(instance.told, instance.after), load, now)
 
 
 def _hot_instances(fleet: ServerFleet, told: Sequence[Timing] | None, *, holds: bool) -> list[HotInstance]:

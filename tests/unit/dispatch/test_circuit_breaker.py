@@ -5,57 +5,65 @@ from collections import Counter
 
 import pytest
 
-from dispatch.circuit_breaker import ALONE, CALM_S, DOUBT_S, PROBE_S, WHOLE, WORD_S, Circuit, State
-from dispatch.types import Ask, Lease
+from dispatch.circuit_breaker import (
+    ALONE,
+    CALM_S,
+    DOUBT_S,
+    MEMORY_S,
+    PROBE_S,
+    WHOLE,
+    CircuitBreaker,
+    CircuitState,
+)
+from dispatch.lease import Lease
+from tests.dispatch_world import T0, DispatchWorld, instance, world
 from tests.messages import load_report, request_end
-from tests.unit.dispatch.test_loadbalancer import T0, Bench, bench, instance
 from web.messages.reports import PushedReport
 
 # -- the circuit by itself -------------------------------------------------------------------------------
 
 
-def opened() -> Circuit:
+def opened() -> CircuitBreaker:
     """One that has just been seen to fail."""
-    circuit = Circuit()
-    circuit.broke(T0)
+    circuit = CircuitBreaker()
+    circuit.trip(T0)
     return circuit
 
 
-def probing() -> tuple[Circuit, float]:
+def probing() -> tuple[CircuitBreaker, float]:
     """One that may be tried again, and now."""
     circuit, now = opened(), T0 + 1.0
-    circuit.well(now, now)
-    assert circuit.state is State.PROBING
+    circuit.record_healthy_report(now, now)
+    assert circuit.state is CircuitState.PROBING
     return circuit, now
 
 
 def test_what_was_seen_to_fail_gets_nothing_at_once() -> None:
-    assert Circuit().left == math.inf
+    assert CircuitBreaker().left == math.inf
     assert opened().left == 0
 
 
 def test_it_is_tried_again_when_its_pause_is_over_and_its_report_is_good_and_not_before() -> None:
     circuit = opened()
-    circuit.well(T0 + 0.9, T0 + 0.9)
-    assert circuit.state is State.OPEN
+    circuit.record_healthy_report(T0 + 0.9, T0 + 0.9)
+    assert circuit.state is CircuitState.OPEN
     assert not circuit.tick(T0 + 100.0)
-    assert circuit.state is State.OPEN, "time alone does not say that it is well"
-    circuit.well(T0 + 100.0, T0 + 100.0)
-    assert (circuit.state, circuit.left) == (State.PROBING, 1)
+    assert circuit.state is CircuitState.OPEN, "time alone does not say that it is well"
+    circuit.record_healthy_report(T0 + 100.0, T0 + 100.0)
+    assert (circuit.state, circuit.left) == (CircuitState.PROBING, 1)
 
 
 def test_it_gets_one_lease_at_a_time_and_twice_as_many_with_each_that_is_finished() -> None:
     circuit, now = probing()
-    most = []
+    most: list[int] = []
     out: list[str] = []
-    while circuit.state is State.PROBING:
+    while circuit.state is CircuitState.PROBING:
         while circuit.left:
             out.append(f"r{len(out)}")
             circuit.given(out[-1], now)
-        most.append(len(circuit._probes))
-        done = next(r for r in out if r in circuit._probes)
-        circuit.finished(done)
-        circuit.over(done)
+        most.append(len(out) - len(most))
+        circuit.finished(out[len(most) - 1])
+        circuit.over(out[len(most) - 1])
     assert most == [1, 2, 4, 8, 16, WHOLE]
     assert circuit.left == math.inf
 
@@ -65,11 +73,11 @@ def test_a_probe_that_fails_opens_it_for_twice_as_long() -> None:
     pauses = []
     for n in range(8):
         circuit.given(f"r{n}", now)
-        circuit.word("a", now, alone=False, probe=f"r{n}")
-        assert circuit.state is State.OPEN
+        circuit.record_client_failure("a", now, alone=False, probe=f"r{n}")
+        assert circuit.state is CircuitState.OPEN
         pauses.append(circuit.until - now)
         now = circuit.until
-        circuit.well(now, now)
+        circuit.record_healthy_report(now, now)
     assert pauses == [2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0, 30.0]
 
 
@@ -79,16 +87,16 @@ def test_when_it_is_trusted_again_the_pause_is_short_again() -> None:
         circuit.given(f"r{n}", now)
         circuit.finished(f"r{n}")
         circuit.over(f"r{n}")
-    assert circuit.state is State.CLOSED
-    circuit.broke(now)
+    assert circuit.state is CircuitState.CLOSED
+    circuit.trip(now)
     assert circuit.until - now == 1.0
 
 
 def test_a_failure_of_a_request_from_before_says_nothing_about_a_probe() -> None:
     circuit, now = probing()
     circuit.given("probe", now)
-    circuit.word("a", now, alone=True, probe="from before")
-    assert circuit.state is State.PROBING
+    circuit.record_client_failure("a", now, alone=True, probe="from before")
+    assert circuit.state is CircuitState.PROBING
     circuit.finished("from before")
     assert circuit.left == 0
 
@@ -106,9 +114,9 @@ def test_a_probe_whose_client_does_not_use_it_makes_room_for_another_and_one_tha
 
 
 def test_one_word_makes_it_doubted_with_single_leases_and_a_report_asked_for() -> None:
-    circuit = Circuit()
-    circuit.word("a", T0, alone=True)
-    assert (circuit.state, circuit.left, circuit.to_ask) == (State.DOUBTED, 1, True)
+    circuit = CircuitBreaker()
+    circuit.record_client_failure("a", T0, alone=True)
+    assert (circuit.state, circuit.left, circuit.to_ask) == (CircuitState.DOUBTED, 1, True)
     circuit.given("r", T0)
     assert circuit.left == 0
     circuit.asked(T0)
@@ -116,67 +124,67 @@ def test_one_word_makes_it_doubted_with_single_leases_and_a_report_asked_for() -
 
 
 def test_a_good_report_ends_the_doubt_but_not_one_that_was_asked_for_before() -> None:
-    circuit = Circuit()
-    circuit.word("a", T0, alone=True)
+    circuit = CircuitBreaker()
+    circuit.record_client_failure("a", T0, alone=True)
     states = []
     for asked_at in (T0 - 0.1, T0 + 0.02):
-        circuit.well(asked_at, T0 + 0.1)
+        circuit.record_healthy_report(asked_at, T0 + 0.1)
         states.append(circuit.state)
-    assert states == [State.DOUBTED, State.CLOSED]
+    assert states == [CircuitState.DOUBTED, CircuitState.CLOSED]
 
 
 def test_a_report_that_does_not_come_within_a_second_confirms_the_doubt() -> None:
-    circuit = Circuit()
-    circuit.word("a", T0, alone=True)
+    circuit = CircuitBreaker()
+    circuit.record_client_failure("a", T0, alone=True)
     assert not circuit.tick(T0 + 60.0), "nobody has asked yet"
     circuit.asked(T0 + 60.0)
     assert not circuit.tick(T0 + 60.0 + DOUBT_S)
     assert circuit.tick(T0 + 60.1 + DOUBT_S)
-    assert circuit.state is State.OPEN
+    assert circuit.state is CircuitState.OPEN
 
 
 def test_a_request_that_is_finished_ends_the_doubt_and_all_words() -> None:
-    circuit = Circuit()
+    circuit = CircuitBreaker()
     for _ in range(5):
         for _ in range(ALONE - 1):
-            circuit.word("a", T0, alone=True)
+            circuit.record_client_failure("a", T0, alone=True)
         circuit.finished("any")
-        assert circuit.state is State.CLOSED
+        assert circuit.state is CircuitState.CLOSED
 
 
 def test_whose_word_was_wrong_is_not_believed_for_a_while_but_counted() -> None:
-    circuit = Circuit()
-    circuit.word("liar", T0, alone=False)
-    circuit.well(T0, T0)
+    circuit = CircuitBreaker()
+    circuit.record_client_failure("liar", T0, alone=False)
+    circuit.record_healthy_report(T0, T0)
     states = []
     for client, at in (("liar", 1.0), ("liar", CALM_S + 0.1), ("honest", CALM_S + 0.2)):
-        circuit.word(client, T0 + at, alone=False)
+        circuit.record_client_failure(client, T0 + at, alone=False)
         states.append(circuit.state)
-    assert states == [State.CLOSED, State.DOUBTED, State.OPEN]
+    assert states == [CircuitState.CLOSED, CircuitState.DOUBTED, CircuitState.OPEN]
 
 
 def test_the_third_word_in_a_row_of_one_client_is_believed_where_the_caller_lets_it() -> None:
-    for alone, state in ((True, State.OPEN), (False, State.CLOSED)):
-        circuit = Circuit()
+    for alone, state in ((True, CircuitState.OPEN), (False, CircuitState.CLOSED)):
+        circuit = CircuitBreaker()
         for _ in range(ALONE):
-            circuit.word("a", T0, alone=alone)
-            if circuit.state is State.DOUBTED:
-                circuit.well(T0, T0)
+            circuit.record_client_failure("a", T0, alone=alone)
+            if circuit.state is CircuitState.DOUBTED:
+                circuit.record_healthy_report(T0, T0)
         assert circuit.state is state
 
 
 def test_words_are_forgotten() -> None:
-    circuit = Circuit()
-    circuit.word("a", T0, alone=True)
-    circuit.well(T0, T0)
-    circuit.word("b", T0 + WORD_S + 0.1, alone=True)
-    assert circuit.state is State.DOUBTED
+    circuit = CircuitBreaker()
+    circuit.record_client_failure("a", T0, alone=True)
+    circuit.record_healthy_report(T0, T0)
+    circuit.record_client_failure("b", T0 + MEMORY_S + 0.1, alone=True)
+    assert circuit.state is CircuitState.DOUBTED
 
 
 # -- within the loadbalancer -----------------------------------------------------------------------------
 
 
-def state(b: Bench, id: int) -> object:
+def state(b: DispatchWorld, id: int) -> object:
     """Of that instance's circuit."""
     return b.row(id)["circuit"]
 
@@ -186,34 +194,34 @@ def only(id: int, of: int = 3) -> tuple[int, ...]:
     return tuple(i for i in range(1, of + 1) if i != id)
 
 
-def failed(b: Bench, id: int, client: str = "", of: int = 3, **more: bool) -> None:
+def failed(b: DispatchWorld, id: int, client: str = "", of: int = 3, **more: bool) -> None:
     """A client's request to that instance fails, and he says so."""
     lease = b.lease(1.0, avoid=only(id, of), client=client)
-    b.balancer.done(lease.request_id, "failed", b.now, **more)
+    b.end(lease, "failed", **more)
 
 
-def answer_polls(b: Bench, *silent: int, down: tuple[int, ...] = ()) -> list[int]:
+def answer_polls(b: DispatchWorld, *silent: int, down: tuple[int, ...] = ()) -> list[int]:
     """Ask for the reports that are due; those instances say nothing, or that their engine is down."""
     asked = []
     for poll in b.balancer.polls(b.now):
         asked.append(poll.instance_id)
         if poll.instance_id in silent:
-            b.balancer.poll_failed(poll, b.now)
+            b.balancer.complete_poll(poll, None, b.now)
         else:
-            b.balancer.report(poll, load_report(model_up=poll.instance_id not in down), b.now)
+            b.balancer.complete_poll(poll, load_report(model_up=poll.instance_id not in down), b.now)
     return asked
 
 
 def test_a_report_that_does_not_come_takes_the_instance_out_at_once() -> None:
-    b = bench(*(instance(i) for i in (1, 2, 3)))
-    b.balancer.poll_failed(b.poll(1), b.now)
+    b = world(*(instance(i) for i in (1, 2, 3)))
+    b.fail_poll(1)
     assert state(b, 1) == "open"
     assert {b.lease(1.0).instance_id for _ in range(20)} == {2, 3}
 
 
 @pytest.mark.parametrize("pushed", [False, True])
 def test_an_engine_that_is_down_takes_the_instance_out_at_once(*, pushed: bool) -> None:
-    b = bench(*(instance(i) for i in (1, 2, 3)))
+    b = world(*(instance(i) for i in (1, 2, 3)))
     if pushed:
         b.balancer.pushed(1, PushedReport("boot1", 1, 0, 0, False, (), (), False), b.now)
     else:
@@ -222,7 +230,7 @@ def test_an_engine_that_is_down_takes_the_instance_out_at_once(*, pushed: bool) 
 
 
 def test_a_clients_word_is_checked_at_once_and_meanwhile_only_single_probes_go_there() -> None:
-    b = bench(*(instance(i) for i in (1, 2, 3)))
+    b = world(*(instance(i) for i in (1, 2, 3)))
     failed(b, 1)
     assert state(b, 1) == "doubted"
     assert b.lease(1.0, avoid=only(1))
@@ -234,14 +242,14 @@ def test_a_clients_word_is_checked_at_once_and_meanwhile_only_single_probes_go_t
 
 def test_a_word_that_the_report_confirms_opens_it() -> None:
     for silent, down in (((1,), ()), ((), (1,))):
-        b = bench(*(instance(i) for i in (1, 2, 3)))
+        b = world(*(instance(i) for i in (1, 2, 3)))
         failed(b, 1)
         answer_polls(b, *silent, down=down)
         assert state(b, 1) == "open"
 
 
 def test_a_report_that_hangs_opens_it_within_two_seconds() -> None:
-    b = bench(*(instance(i) for i in (1, 2, 3)))
+    b = world(*(instance(i) for i in (1, 2, 3)))
     failed(b, 1)
     assert [p.instance_id for p in b.balancer.polls(b.now)] == [1]
     b.tick(2.0)
@@ -249,19 +257,20 @@ def test_a_report_that_hangs_opens_it_within_two_seconds() -> None:
 
 
 def test_a_report_asked_for_before_the_word_does_not_answer_it() -> None:
-    b = bench(instance(1), instance(2), instance(3))
-    poll = next(p for p in (b.balancer._poll(b.balancer._instances[1], b.now),))
+    b = world(instance(1), instance(2), instance(3))
+    b.now += 6.0
+    polls = {poll.instance_id: poll for _ in range(10) for poll in b.balancer.polls(b.now)}
     b.now += 0.1
     failed(b, 1)
     assert 1 not in [p.instance_id for p in b.balancer.polls(b.now)], "one is under way"
-    b.balancer.report(poll, load_report(), b.now)
+    b.balancer.complete_poll(polls[1], load_report(), b.now)
     assert state(b, 1) == "doubted"
     assert 1 in answer_polls(b)
     assert state(b, 1) == "closed"
 
 
 def test_another_certificate_takes_it_out_at_once_but_no_client_takes_out_more_than_a_few_so() -> None:
-    b = bench(*(instance(i) for i in range(1, 31)))
+    b = world(*(instance(i) for i in range(1, 31)))
     for id in range(1, 31):
         failed(b, id, "liar", of=30, impostor=True)
     states = Counter(state(b, id) for id in range(1, 31))
@@ -273,7 +282,7 @@ def test_another_certificate_takes_it_out_at_once_but_no_client_takes_out_more_t
 
 def test_two_clients_are_believed_although_the_report_finds_nothing() -> None:
     """A port that is closed for clients only."""
-    b = bench(*(instance(i) for i in (1, 2, 3)))
+    b = world(*(instance(i) for i in (1, 2, 3)))
     failed(b, 1, "a")
     answer_polls(b)
     failed(b, 1, "b")
@@ -281,7 +290,7 @@ def test_two_clients_are_believed_although_the_report_finds_nothing() -> None:
 
 
 def test_answers_of_500_are_as_words_of_their_clients() -> None:
-    b = bench(*(instance(i) for i in (1, 2, 3)))
+    b = world(*(instance(i) for i in (1, 2, 3)))
     for client in ("a", "b"):
         lease = b.lease(1.0, avoid=only(1), client=client)
         b.report(1, started=(lease.request_id,), ended=(request_end(lease.request_id, "failed"),))
@@ -289,7 +298,7 @@ def test_answers_of_500_are_as_words_of_their_clients() -> None:
 
 
 def test_a_failure_that_may_be_the_clients_own_fault_only_counts() -> None:
-    b = bench(*(instance(i) for i in (1, 2, 3)))
+    b = world(*(instance(i) for i in (1, 2, 3)))
     for client in ("a", "b", "c"):
         failed(b, 1, client, blame=False)
     assert state(b, 1) == "closed"
@@ -298,36 +307,36 @@ def test_a_failure_that_may_be_the_clients_own_fault_only_counts() -> None:
 
 def test_a_client_that_lies_about_all_cannot_take_out_the_fleet() -> None:
     """It takes every lease it can get for a minute and says of each that it failed; no one else asks."""
-    b = bench(*(instance(i) for i in range(1, 21)))
+    b = world(*(instance(i) for i in range(1, 21)))
     away: list[int] = []
     for _ in range(60 * 50):
         b.now += 0.02
         for _ in range(5):
             lease = b.ask(1.0, client="liar")
             if lease is not None:
-                b.balancer.done(lease.request_id, "failed", b.now)
+                b.end(lease, "failed")
         answer_polls(b)
         if round(b.now * 50) % 50 == 0:
             b.balancer.tick(b.now)
         b.refill()
-        away.append(sum(r["circuit"] != "closed" for r in b.balancer.describe(b.now)))
+        away.append(sum(r["circuit"] != "closed" for r in b.describe()["instances"]))
     assert max(away) <= 2 + 5, "a tenth by his word alone, and those whose report is on its way"
     assert sum(away) / len(away) < 4.0
     assert b.lease(1.0, client="honest")
 
 
 def test_a_refill_that_fails_is_no_failure_yet_but_looked_into_at_once() -> None:
-    b = bench(instance(1))
+    b = world(instance(1))
     for _ in range(250):
         b.lease(1.0)
     (refill,) = b.balancer.refills(b.now)
-    b.balancer.refill_failed(refill, b.now)
+    b.fail_refill(refill)
     assert state(b, 1) == "doubted"
     assert answer_polls(b) == [1]
     assert state(b, 1) == "closed"
 
 
-def grow(b: Bench, seconds: float) -> list[int]:
+def grow(b: DispatchWorld, seconds: float) -> list[int]:
     """The most requests instance 1 had at a time in each second, when all want to go there.
 
     Each takes half a second.
@@ -353,8 +362,8 @@ def grow(b: Bench, seconds: float) -> list[int]:
 
 
 def test_an_instance_that_comes_back_is_not_stormed() -> None:
-    b = bench(instance(1), instance(2))
-    b.balancer.poll_failed(b.poll(1), b.now)
+    b = world(instance(1), instance(2))
+    b.fail_poll(1)
     assert grow(b, 1.0) == [0]
     b.now += 0.1
     b.report(1)
@@ -365,18 +374,18 @@ def test_an_instance_that_comes_back_is_not_stormed() -> None:
 
 
 def test_requests_of_an_instance_that_says_nothing_any_more_are_released() -> None:
-    b = bench(instance(1), instance(2))
+    b = world(instance(1), instance(2))
     for _ in range(5):
         b.lease(100.0, avoid=(2,))
     for n in range(3):
         assert b.row(1)["unfinished"] == 5, n
-        b.balancer.poll_failed(b.poll(1), b.now)
+        b.fail_poll(1)
     assert (b.row(1)["unfinished"], b.work(1)) == (0, 0.0)
-    assert b.balancer.ends == {"lost": 5}
+    assert b.describe()["ends"] == {"lost": 5}
 
 
 def test_requests_that_died_with_the_engine_are_released_and_those_on_their_way_are_not() -> None:
-    b = bench(instance(1), instance(2))
+    b = world(instance(1), instance(2))
     leases = [b.lease(100.0, avoid=(2,)) for _ in range(5)]
     b.report(1, started=tuple(x.request_id for x in leases[:3]), running=3)
     for unfinished in (5, 2, 2):
@@ -386,11 +395,11 @@ def test_requests_that_died_with_the_engine_are_released_and_those_on_their_way_
 
 def test_a_retry_never_goes_to_an_instance_that_it_avoids() -> None:
     """Not with the best place there, nor as a probe, nor from the line, in a batch, or for its prefix."""
-    b = bench(*(instance(i) for i in (1, 2, 3)), max_held=50)
+    b = world(*(instance(i) for i in (1, 2, 3)), max_held=50)
     hashes = ("0123456789abcdef",)
     first = b.lease(500.0, affinity=hashes)
     bad = first.instance_id
-    b.balancer.done(first.request_id, "failed", b.now)
+    b.end(first, "failed")
     found: Counter[int] = Counter()
     for n in range(40):
         lease = b.ask(10.0, avoid=(bad,), affinity=hashes)
@@ -399,32 +408,87 @@ def test_a_retry_never_goes_to_an_instance_that_it_avoids() -> None:
         found[lease.instance_id] += 1
         if n == 20:
             answer_polls(b)
-    for lease in b.balancer.lease_many(Ask(10.0, None, (bad,), affinity=hashes), 64, b.now):
+    for lease in b.batch(10.0, 64, avoid=(bad,), affinity=hashes):
         found[lease.instance_id] += 1
-    waiters = [b.balancer.hold(Ask(900.0, None, (bad,)), b.now + 60.0, b.now) for _ in range(4)]
-    assert all(waiters)
-    b.balancer.grant(b.now)
+    for _ in range(4):
+        b.hold(900.0, 60.0, avoid=(bad,))
+    b.grant()
     b.now += 30.0
     for id in (1, 2, 3):
         b.report(id)
-    for _, lease in b.balancer.grant(b.now):
+    for _, lease in b.grant():
         found[lease.instance_id] += 1
-    b.balancer.poll_failed(b.poll(bad), b.now)
+    b.fail_poll(bad)
     b.now += 2.0
     b.report(bad)
     assert state(b, bad) == "probing"
-    for _, lease in b.balancer.grant(b.now):
+    for _, lease in b.grant():
         found[lease.instance_id] += 1
     assert found.total() > 60
     assert bad not in found
     assert b.ask(1.0, avoid=(1, 2, 3)) is None
-    assert b.balancer.lease_many(Ask(1.0, None, (1, 2, 3)), 5, b.now) == []
+    assert b.batch(1.0, 5, avoid=(1, 2, 3)) == []
 
 
 def test_a_batch_is_no_more_than_the_probes_there_may_be() -> None:
-    b = bench(instance(1))
-    b.balancer.poll_failed(b.poll(1), b.now)
+    b = world(instance(1))
+    b.fail_poll(1)
     b.now += 1.5
     b.report(1)
-    assert len(b.balancer.lease_many(Ask(1.0), 32, b.now)) == 1
-    assert b.balancer.lease_many(Ask(1.0), 32, b.now) == []
+    assert len(b.batch(1.0, 32)) == 1
+    assert b.batch(1.0, 32) == []
+
+
+def fail(b: DispatchWorld, times: int, id: int = 1) -> None:
+    """That many clients say that their request to it failed."""
+    for _ in range(times):
+        lease = b.lease(1.0, avoid=tuple(i for i in (1, 2) if i != id))
+        b.end(lease, "failed")
+
+
+def test_an_instance_that_fails_three_times_in_a_row_is_avoided_until_it_reports_again() -> None:
+    b = world(instance(1), instance(2))
+    fail(b, 3)
+    assert {b.lease(1.0).instance_id for _ in range(10)} == {2}
+    b.now += 1.5
+    assert {b.lease(1.0).instance_id for _ in range(10)} == {2}
+    b.report(1)
+    assert 1 in {b.lease(1.0).instance_id for _ in range(10)}
+
+
+def test_a_success_between_failures_is_a_new_beginning() -> None:
+    b = world(instance(1), instance(2))
+    fail(b, 2)
+    good = b.lease(1.0, avoid=(2,))
+    b.end(good)
+    fail(b, 2)
+    assert b.lease(1.0, avoid=(2,))
+
+
+def test_an_instance_that_fails_again_and_again_is_avoided_longer_each_time() -> None:
+    b = world(instance(1), instance(2))
+    avoided = []
+    for n in range(4):
+        fail(b, 3 if n == 0 else 1)  # then one probe is enough
+        since = b.now
+        while b.row(1)["avoided"]:
+            b.now += 0.25
+            b.report(1)
+            b.refill()
+        avoided.append(b.now - since)
+    assert avoided == pytest.approx([1.0, 2.0, 4.0, 8.0], abs=0.3)
+
+
+def test_reports_that_do_not_come_count_as_failures() -> None:
+    b = world(instance(1), instance(2))
+    for _ in range(3):
+        b.fail_poll(1)
+    assert b.row(1)["avoided"]
+    assert not b.row(2)["avoided"]
+
+
+def test_a_model_server_that_is_down_counts_as_a_failure_although_the_report_came() -> None:
+    b = world(instance(1), instance(2))
+    for _ in range(3):
+        b.report(1, model_up=False)
+    assert {b.lease(1.0).instance_id for _ in range(10)} == {2}

@@ -1,10 +1,10 @@
 """Who has read a prefix lately, and how much of a prompt he need not read."""
 
-from dispatch.prefix_cache import HOLDERS, TRUST, Prefixes
-from dispatch.types import AFFINITY_BLOCK_TOKENS, Ask
+from dispatch.prefix_cache import AFFINITY_BLOCK_TOKENS, HOLDERS, TRUST, PrefixCache
+from engine.forward import UNREAD
 from engine.timing import TIMINGS
+from tests.dispatch_world import instance, world
 from tests.messages import request_end
-from tests.unit.dispatch.test_loadbalancer import bench, instance
 
 
 def chain(*names: str) -> tuple[str, ...]:
@@ -13,7 +13,7 @@ def chain(*names: str) -> tuple[str, ...]:
 
 
 def test_of_a_prompt_the_longest_prefix_that_an_instance_served_need_not_be_read() -> None:
-    known = Prefixes()
+    known: PrefixCache[int] = PrefixCache()
     known.served(chain("system", "one", "two"), 7)
     assert known.cached_tokens(chain("system", "one", "two", "three"), 7) == TRUST * 3 * AFFINITY_BLOCK_TOKENS
     assert known.cached_tokens(chain("system", "other"), 7) == TRUST * AFFINITY_BLOCK_TOKENS
@@ -22,7 +22,7 @@ def test_of_a_prompt_the_longest_prefix_that_an_instance_served_need_not_be_read
 
 
 def test_the_holders_of_the_longest_prefix_are_told_the_last_first() -> None:
-    known = Prefixes()
+    known: PrefixCache[int] = PrefixCache()
     known.served(chain("system", "one"), 1)
     known.served(chain("system", "two"), 2)
     assert known.holders(chain("system", "one", "more")) == (1,)
@@ -34,7 +34,7 @@ def test_the_holders_of_the_longest_prefix_are_told_the_last_first() -> None:
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
-    known = Prefixes(most=100)
+    known: PrefixCache[int] = PrefixCache(most=100)
     for n in range(1000):
         known.served(chain(f"session {n}", "turn"), n % 5)
     assert len(known) == 100
@@ -44,7 +44,7 @@ def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
 
 def test_a_request_goes_where_its_prefix_was_read_unless_it_would_wait_for_longer_there() -> None:
     told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
-    b = bench(*(instance(n, timing=told) for n in (1, 2, 3)))
+    b = world(*(instance(n, timing=told) for n in (1, 2, 3)))
     prefix = chain("a", "b", "c", "d", "e", "f", "g", "h")
     first = b.lease(500.0, prompt_tokens=2100, affinity=prefix)
     b.report(first.instance_id, started=(first.request_id,), ended=(request_end(first.request_id),), seq=2)
@@ -61,25 +61,30 @@ def test_a_request_goes_where_its_prefix_was_read_unless_it_would_wait_for_longe
 
 def test_an_instance_that_rebooted_has_served_nothing() -> None:
     told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
-    b = bench(*(instance(n, timing=told) for n in range(1, 9)))
+    b = world(*(instance(n, timing=told) for n in range(1, 9)))
     prefix = chain("a", "b", "c", "d")
     for n in range(3):
         lease = b.lease(500.0, prompt_tokens=1100, affinity=prefix)
         b.report(
             lease.instance_id, started=(lease.request_id,), ended=(request_end(lease.request_id),), seq=2 + n
         )
-    held = b.balancer._instances[lease.instance_id].memory
-    assert b.balancer._prefixes.holders(prefix)[0] == held
+    others = tuple({*range(1, 9)} - {lease.instance_id})
+    again = b.lease(500.0, prompt_tokens=1100, affinity=prefix, avoid=others)
+    assert again.row[UNREAD] == 1100 - TRUST * 4 * AFFINITY_BLOCK_TOKENS
+    b.boots[lease.instance_id] = "another"
     b.report(lease.instance_id, boot_id="another", seq=0)
-    assert b.balancer._instances[lease.instance_id].memory != held
-    assert held not in b.balancer._memories
+    b.refill()
+    again = b.lease(500.0, prompt_tokens=1100, affinity=prefix, avoid=others)
+    assert again.row[UNREAD] == 1100
 
 
 def test_a_batch_is_remembered_by_the_memory_that_reads_it() -> None:
     """Not by the instance's own number, which another memory may have."""
     told = TIMINGS["13B", "awq4", "A100 SXM4", 1]
-    b = bench(*(instance(n, timing=told) for n in (1, 2, 3)))
+    b = world(*(instance(n, timing=told) for n in (1, 2, 3)))
     prefix = chain("a", "b", "c", "d")
-    leases = b.balancer.lease_many(Ask(500.0, None, (), 1100, prefix), 4, b.now)
-    served = {b.balancer._instances[lease.instance_id].memory for lease in leases}
-    assert set(b.balancer._prefixes.holders(prefix)) == served
+    leases = b.batch(500.0, 2, prompt_tokens=1100, affinity=prefix)
+    served = {lease.instance_id for lease in leases}
+    for n in (1, 2, 3):
+        again = b.lease(500.0, prompt_tokens=1100, affinity=prefix, avoid=tuple({1, 2, 3} - {n}))
+        assert bool(again.row[UNREAD] < 1100) is (n in served)

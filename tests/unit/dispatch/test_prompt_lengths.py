@@ -2,35 +2,35 @@
 
 import pytest
 
-from dispatch.prompt_lengths import MEMORY, Sizes
+from dispatch.prompt_lengths import MEMORY, PromptLengths
 
 
 def test_nothing_is_said_before_one_of_our_own_was_seen() -> None:
-    sizes = Sizes()
-    assert sizes.prompt_tokens(4000) is None
-    sizes.own(0, 1000.0)  # its client did not say how long it is
-    sizes.own(4000, 0.0)
-    assert sizes.prompt_tokens(4000) is None
+    lengths = PromptLengths()
+    assert lengths.prompt_tokens(4000) is None
+    lengths.learn(0, 1000.0)  # its client did not say how long it is
+    lengths.learn(4000, 0.0)
+    assert lengths.prompt_tokens(4000) is None
 
 
 def test_a_token_takes_what_it_takes_in_our_own_requests() -> None:
-    sizes = Sizes()
+    lengths = PromptLengths()
     for tokens in (1000.0, 3000.0):
-        sizes.own(round(tokens * 5.0), tokens)
-    assert sizes.prompt_tokens(10_000) == pytest.approx(2000.0, rel=1e-2)
-    assert sizes.prompt_tokens(0) is None
+        lengths.learn(round(tokens * 5.0), tokens)
+    assert lengths.prompt_tokens(10_000) == pytest.approx(2000.0, rel=1e-2)
+    assert lengths.prompt_tokens(0) is None
 
 
 def test_a_picture_is_not_taken_for_a_book() -> None:
-    sizes = Sizes()
-    sizes.own(4000, 1000.0)
-    assert sizes.prompt_tokens(4_000_000) == 1000.0
-    assert sizes.prompt_tokens(1) == 1.0
+    lengths = PromptLengths()
+    lengths.learn(4000, 1000.0)
+    assert lengths.prompt_tokens(4_000_000) == 1000.0
+    assert lengths.prompt_tokens(1) == 1.0
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
-    sizes = Sizes()
+    lengths = PromptLengths()
     for bytes_a_token in (2, 8):
         for _ in range(round(6 * MEMORY)):
-            sizes.own(1000 * bytes_a_token, 1000.0)
-    assert sizes.prompt_tokens(4000) == pytest.approx(500.0, rel=0.02)
+            lengths.learn(1000 * bytes_a_token, 1000.0)
+    assert lengths.prompt_tokens(4000) == pytest.approx(500.0, rel=0.02)

@@ -7,46 +7,51 @@ from typing import Any, cast
 
 import pytest
 
-from dispatch.request_queue import ASIDE_FEW, CLASS_S, LATE_BOUND_S, LOW_SHARE, Line
-from dispatch.types import Ask, Lease, Waiter
+from dispatch.lease import Lease
+from dispatch.request_queue import ASIDE_FEW, CLASS_S, LATE_BOUND_S, LOW_SHARE, RequestQueue
+from dispatch.route_request import QueuedRequest, RouteRequest
+from engine.slo import Slo
+from tests.dispatch_world import T0, DispatchWorld, full, instance, world
 
 HIGH, NORMAL, LOW = 0, 1, 2
-T0 = 1_700_000_000.0
 
 
 class Counter:
     """A line in front of a counter that serves as many as there is room for."""
 
     def __init__(self, most: int = 100_000, late_bound_s: float | None = LATE_BOUND_S) -> None:
-        self.line = Line(most, late_bound_s)
+        self.queue = RequestQueue(most, late_bound_s)
         self.now = T0
         self.room = 0
         self.tried = 0
 
     def hold(
         self, priority: int = NORMAL, *, time_to_give_s: float = 1e9, late: bool = False, avoid: int = 0
-    ) -> Waiter:
+    ) -> QueuedRequest:
         """Somebody comes and waits, in time unless said otherwise."""
-        waiter = self.line.hold(
-            Ask(1.0, None, (avoid,) if avoid else (), priority=priority),
+        waiter = self.queue.hold(
+            RouteRequest(1.0, None, (avoid,) if avoid else (), priority=priority),
             self.now + 1e6,
             self.now,
             0.0 if late else time_to_give_s,
             1.0 if late else 0.0,
-            blocked=not avoid,
+            blocks=not avoid,
         )
         assert waiter is not None
         assert waiter.late is late
         return waiter
 
     def grant(
-        self, room: int, most: int | None = None, can: Callable[[Ask], bool] = lambda ask: not ask.avoid
-    ) -> list[Waiter]:
+        self,
+        room: int,
+        most: int | None = None,
+        can: Callable[[RouteRequest], bool] = lambda ask: not ask.avoid,
+    ) -> list[QueuedRequest]:
         """Who is served when there is room for so many; who avoids something is not, unless he can."""
         self.room, self.tried = room, 0
         self.hurried: list[bool] = []
 
-        def lease(ask: Ask, hurries: bool) -> Lease | None:
+        def lease(ask: RouteRequest, hurries: bool) -> Lease | None:
             self.tried += 1
             self.hurried.append(hurries)
             if not self.room or not can(ask):
@@ -54,14 +59,14 @@ class Counter:
             self.room -= 1
             return cast(Lease, object())
 
-        def only_avoids(ask: Ask) -> bool:
+        def only_avoids(ask: RouteRequest) -> bool:
             return bool(ask.avoid) and self.room > 0
 
-        return [w for w, _ in self.line.grant(self.now, lease, only_avoids, most)]
+        return [w for w, _ in self.queue.grant(self.now, lease, only_avoids, most)]
 
     def blocks(self, priority: int) -> bool:
         """Whether one who asks now must wait."""
-        return self.line.blocks(Ask(1.0, priority=priority), self.now, lambda _: False)
+        return self.queue.blocks(RouteRequest(1.0, priority=priority), self.now, lambda _: False)
 
 
 # -- priorities ------------------------------------------------------------------------------------------
@@ -92,14 +97,14 @@ def test_whatever_comes_and_however_much_nobody_is_passed_by_one_who_came_a_minu
     """The proof that nobody starves, on a line that is never empty and always fuller than what is served."""
     rng = random.Random(1)
     c = Counter(late_bound_s=None if not late else LATE_BOUND_S)
-    served: list[Waiter] = []
+    served: list[QueuedRequest] = []
     for _ in range(600):
         c.now += 1.0
         for _ in range(3):
             c.hold(rng.choice((HIGH, HIGH, HIGH, NORMAL, LOW)), late=late)
         served += c.grant(2)
     place = {waiter: n for n, waiter in enumerate(served)}
-    unserved = [w for w in (*c.line._in_time, *c.line._late) if not w.over]
+    unserved = [w for w in (*c.queue.in_time_lane, *c.queue.late_lane) if not w.over]
     latest = 0.0
     for waiter in served:  # so far none came 2 * CLASS_S after him
         assert waiter.since >= latest - 2 * CLASS_S
@@ -132,12 +137,11 @@ def test_only_work_of_its_own_class_and_higher_ones_is_ahead_of_who_comes() -> N
     c = Counter()
     for priority in (HIGH, NORMAL, NORMAL, LOW):
         c.hold(priority)
-    assert [c.line.ahead_of(p) for p in (HIGH, NORMAL, LOW)] == [1.0, 3.0, 4.0]
-    assert c.line.work_ahead == 4.0
+    assert [c.queue.ahead_of(p) for p in (HIGH, NORMAL, LOW)] == [1.0, 3.0, 4.0]
     c.grant(2)
-    assert [c.line.ahead_of(p) for p in (HIGH, NORMAL, LOW)] == [0.0, 1.0, 2.0]
+    assert [c.queue.ahead_of(p) for p in (HIGH, NORMAL, LOW)] == [0.0, 1.0, 2.0]
     c.grant(2)
-    assert c.line.work_ahead == 0.0
+    assert [c.queue.ahead_of(p) for p in (HIGH, NORMAL, LOW)] == [0.0, 0.0, 0.0]
 
 
 def test_an_overdue_one_goes_before_all_of_any_class_and_nobody_asks_past_him() -> None:
@@ -154,10 +158,10 @@ def test_low_priority_leaves_places_for_the_others() -> None:
     c = Counter(most=8)
     for _ in range(round(8 * LOW_SHARE)):
         c.hold(LOW)
-    assert c.line.hold(Ask(1.0, priority=LOW), c.now + 1.0, c.now, 1.0, 0.0, blocked=True) is None
+    assert c.queue.hold(RouteRequest(1.0, priority=LOW), c.now + 1.0, c.now, 1.0, 0.0, blocks=True) is None
     c.hold(NORMAL)
     c.hold(HIGH)
-    assert c.line.hold(Ask(1.0, priority=HIGH), c.now + 1.0, c.now, 1.0, 0.0, blocked=True) is None
+    assert c.queue.hold(RouteRequest(1.0, priority=HIGH), c.now + 1.0, c.now, 1.0, 0.0, blocks=True) is None
 
 
 # -- what a pass costs -----------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def test_a_pass_tries_a_few_of_those_who_wait_for_another_instance_and_each_has_
     picky = [c.hold(avoid=1) for _ in range(500)]
     other = c.hold()
     assert c.grant(1) == [other], "they let him pass"
-    seen: set[Waiter] = set()
+    seen: set[QueuedRequest] = set()
     for _ in range(500 // ASIDE_FEW + 1):
         assert c.grant(1) == []
         assert c.tried <= ASIDE_FEW + 1, "and the one for whom there was no room just before"
@@ -214,7 +218,7 @@ def test_when_five_thousand_turn_late_together_each_is_moved_once() -> None:
     begun = time.process_time()
     assert c.grant(0) == []
     assert time.process_time() - begun < 0.5, "0.03 s here; each looking for its place took 2 s"
-    assert (c.line.held, c.line.late) == (10_000, 10_000)
+    assert (c.queue.held, c.queue.late) == (10_000, 10_000)
     assert c.grant(20_000) == at_once + later
 
 
@@ -222,9 +226,9 @@ def test_who_has_gone_is_forgotten_when_such_are_the_most() -> None:
     c = Counter()
     stays = c.hold()
     for _ in range(50_000):
-        c.line.cancel(c.hold())
-    assert len(c.line._in_time.entries) < 200
-    assert len(c.line._came) < 200
+        c.queue.cancel(c.hold())
+    assert len(c.queue.in_time_lane.entries) < 200
+    assert len(c.queue.came) < 200
     assert c.grant(1) == [stays]
 
 
@@ -232,11 +236,11 @@ def test_a_pass_may_be_cut_and_nobody_asks_past_those_who_come_next() -> None:
     c = Counter()
     waiters = [c.hold() for _ in range(10)]
     assert c.grant(10, most=4) == waiters[:4]
-    assert c.line.cut
+    assert c.queue.cut
     assert c.blocks(NORMAL)
     assert not c.blocks(HIGH)
     assert c.grant(10) == waiters[4:]
-    assert not c.line.cut
+    assert not c.queue.cut
     assert not c.blocks(NORMAL)
 
 
@@ -247,37 +251,37 @@ def test_a_pass_may_be_cut_and_nobody_asks_past_those_who_come_next() -> None:
 def test_the_counts_are_those_of_who_waits_whatever_happens(seed: int) -> None:
     rng = random.Random(seed)
     c = Counter(most=60, late_bound_s=rng.choice([None, 20.0]))
-    waiting: list[Waiter] = []
+    waiting: list[QueuedRequest] = []
     for _ in range(4000):
         c.now += rng.expovariate(2.0)
         what = rng.random()
         if what < 0.6:
-            ask = Ask(rng.uniform(1.0, 9.0), None, rng.choice([(), (), (1,)]), rng.choice([0, 7]))
+            ask = RouteRequest(rng.uniform(1.0, 9.0), None, rng.choice([(), (), (1,)]), rng.choice([0, 7]))
             ask.priority = rng.randrange(3)
             until = c.now + rng.uniform(0.1, 60.0)
             blocked = rng.random() < 0.5
-            more = c.line.hold(
-                ask, until, c.now, rng.uniform(0.0, 3.0), rng.uniform(0.0, 3.0), blocked=blocked
+            more = c.queue.hold(
+                ask, until, c.now, rng.uniform(0.0, 3.0), rng.uniform(0.0, 3.0), blocks=blocked
             )
             waiting += [more] if more is not None else []
         elif what < 0.75 and waiting:
-            c.line.cancel(rng.choice(waiting))
+            c.queue.cancel(rng.choice(waiting))
         else:
             lucky: dict[str, Any] = {} if rng.random() < 0.8 else {"can": lambda ask: True}
             got = c.grant(rng.randrange(4), rng.choice([None, 2]), **lucky)
             assert all(w.over and w.until > c.now for w in got)
         waiting = [w for w in waiting if not w.over]
-        line = c.line
-        assert line.held == len(waiting)
-        assert line.late == sum(w.late for w in waiting)
-        assert line.low == sum(w.ask.priority == LOW for w in waiting)
-        assert line.work == pytest.approx(sum(w.ask.work for w in waiting), abs=1e-6)
-        assert line.prompt_tokens == sum(w.ask.prompt_tokens for w in waiting)
+        queue = c.queue
+        assert queue.held == len(waiting)
+        assert queue.late == sum(w.late for w in waiting)
+        assert queue.low == sum(w.ask.priority == LOW for w in waiting)
+        assert queue.work == pytest.approx(sum(w.ask.work for w in waiting), abs=1e-6)
+        assert queue.prompt_tokens == sum(w.ask.prompt_tokens for w in waiting)
         for priority in range(3):
             ahead = sum(w.ask.work for w in waiting if not w.late and w.ask.priority <= priority)
-            assert line.ahead_of(priority) == pytest.approx(ahead, abs=1e-6)
-        assert line.oldest_wait_s(c.now) == max((c.now - w.since for w in waiting), default=0.0)
-        assert sorted(map(id, (*line._in_time, *line._late))) == sorted(map(id, waiting))
+            assert queue.ahead_of(priority) == pytest.approx(ahead, abs=1e-6)
+        assert queue.oldest_wait_s(c.now) == max((c.now - w.since for w in waiting), default=0.0)
+        assert sorted(map(id, (*queue.in_time_lane, *queue.late_lane))) == sorted(map(id, waiting))
 
 
 def test_who_is_late_hurries_where_nobody_is_to_be_served_before_him() -> None:
@@ -287,3 +291,303 @@ def test_who_is_late_hurries_where_nobody_is_to_be_served_before_him() -> None:
         c.now += 10.0
         assert sorted(map(id, c.grant(2))) == sorted(map(id, (first, second)))
         assert c.hurried == hurried
+
+
+# -- within the loadbalancer ---------------------------------------------------------------------------
+
+
+def test_those_who_wait_are_served_in_the_order_they_came() -> None:
+    b, lease = full()
+    waiters = [b.hold(400.0) for _ in range(5)]
+    assert b.grant() == []
+    b.end(lease)
+    assert b.served() == waiters[:2]
+    assert b.balancer.queue.held == 3
+
+
+def test_nobody_who_asks_overtakes_somebody_who_waits_and_can_be_in_time() -> None:
+    b, _ = full()
+    b.hold(600.0)
+    b.now += 1.0  # room for 100 by the estimate, not for the 600 that came first
+    assert b.served() == []
+    assert b.ask(100.0) is None
+
+
+def test_in_one_line_nobody_who_asks_overtakes_anybody_who_waits() -> None:
+    b, _ = full(late_bound_s=None)
+    b.hold(600.0)
+    b.now += 3.0  # in two lanes he would be late by now
+    assert b.served() == []
+    assert b.ask(100.0) is None
+
+
+def test_time_alone_makes_room_for_those_who_wait() -> None:
+    b, _ = full()
+    waiter = b.hold(300.0)
+    b.now += 3.0
+    assert b.served() == [waiter]
+
+
+def test_who_waits_only_because_of_an_instance_he_avoids_lets_the_others_pass() -> None:
+    b = world(instance(1))
+    picky = b.hold(avoid=(1,))
+    lease = b.lease(1000.0)
+    other = b.hold()
+    b.end(lease)
+    assert b.served() == [other]
+    b.hot(instance(1), instance(2))
+    assert [(w, x.instance_id) for w, x in b.grant()] == [(picky, 2)]
+
+
+def test_who_went_away_is_passed_over() -> None:
+    b, lease = full()
+    first, second = b.hold(), b.hold()
+    b.balancer.cancel(first)
+    b.balancer.cancel(first)
+    assert b.balancer.queue.held == 1
+    b.end(lease)
+    assert b.served() == [second]
+
+
+def test_who_has_waited_long_enough_is_not_served_any_more() -> None:
+    b, lease = full()
+    b.hold(wait_s=5.0)
+    b.now += 6.0
+    b.end(lease)
+    assert b.grant() == []
+    assert (b.balancer.queue.held, b.balancer.queue.work) == (0, 0.0)
+
+
+def test_the_line_is_bounded() -> None:
+    b, _ = full(max_held=2)
+    b.hold()
+    b.hold()
+    assert b.refused(1.0, wait_s=10.0).why == "all_busy"
+
+
+def test_those_who_wait_for_a_fleet_of_none_are_served_when_the_first_is_hot() -> None:
+    b = world()
+    waiters = [b.hold() for _ in range(3)]
+    assert b.grant() == []
+    b.hot(instance(1))
+    assert b.served() == waiters
+
+
+def test_a_replaced_hot_set_loses_nobody_who_waits() -> None:
+    b, _ = full(max_held=500)
+    waiters = [b.hold(10.0) for _ in range(500)]
+    served: list[QueuedRequest] = []
+    for n in range(2, 12):
+        b.hot(*(instance(i) for i in range(n, n + 3)))
+        served += b.served()
+        b.refill()
+    while granted := b.grant():
+        served += [w for w, _ in granted]
+        b.refill()
+        b.now += 1.0
+    assert served == waiters
+
+
+# -- the late lane -------------------------------------------------------------------------------------
+
+
+def lanes(b: DispatchWorld) -> tuple[int, int]:
+    """How many wait who can be in time, and how many who cannot."""
+    return b.balancer.queue.held - b.balancer.queue.late, b.balancer.queue.late
+
+
+def test_who_cannot_be_in_time_by_the_work_ahead_is_late_at_once() -> None:
+    """100 work/s, two seconds: the third comes behind 2.5 s of work."""
+    b, _ = full()
+    first, second, third = b.hold(150.0), b.hold(100.0), b.hold(1.0)
+    assert [first.late, second.late, third.late] == [False, False, True]
+    assert lanes(b) == (2, 1)
+
+
+def test_work_of_the_late_is_not_ahead_of_who_comes_next() -> None:
+    b, _ = full()
+    first = b.hold(210.0)
+    assert b.hold(5000.0).late
+    b.balancer.cancel(first)
+    assert not b.hold(1.0).late
+
+
+def test_who_came_in_time_and_was_not_served_in_time_is_late_then() -> None:
+    b, lease = full()
+    waiter = b.hold(900.0)
+    assert not waiter.late
+    b.now += 2.1
+    assert b.served() == []
+    assert waiter.late
+    b.end(lease)
+    assert b.served() == [waiter]
+    assert b.balancer.usage(b.now).turned_late == 1
+
+
+def test_a_long_prompt_may_wait_longer_but_for_what_reading_it_takes() -> None:
+    """4,000 tokens: 2 s + 4 s, less 400 work at 100 work/s."""
+    b, _ = full()
+    assert b.hold(500.0, prompt_tokens=4000).give_by - b.now == pytest.approx(2.0)
+    b.hot(instance(1, throughput=400.0, hold_s=2.5))
+    assert b.hold(500.0, prompt_tokens=4000).give_by - b.now == pytest.approx(5.0)
+
+
+def test_the_objective_says_what_late_is() -> None:
+    b, _ = full(slo=Slo(first_token_s=10.0, prompt_token_s=0.0))
+    b.hold(900.0)
+    assert not b.hold(150.0).late
+    assert b.hold(1.0).late
+
+
+def test_with_nothing_hot_who_would_be_late_is_known_by_when_something_will_be() -> None:
+    b = world()
+    b.hot(expected_hot_s=60.0)
+    assert b.hold().late
+    b.now += 59.0
+    assert not b.hold().late
+
+
+def test_who_can_be_in_time_is_served_before_the_late() -> None:
+    b, lease = full()
+    early, late = b.hold(300.0), b.hold(300.0)
+    b.now += 0.5
+    b.balancer.cancel(early)
+    in_time = b.hold(300.0)
+    assert (late.late, in_time.late) == (True, False)
+    b.end(lease)
+    assert b.served() == [in_time, late]
+
+
+def test_the_late_get_what_the_others_leave() -> None:
+    """With room for one, the late one waits on; with nobody in time, he gets it."""
+    b, _ = full()
+    b.hold(210.0)
+    late = b.hold(100.0)
+    b.now += 1.0
+    assert b.served() == [], "who is in time does not fit, and so the late one must not either"
+    b.now += 1.0
+    assert b.served() == []
+    b.now += 1.5  # now the first is late too, but he came first
+    assert len(b.served()) == 2
+    assert late.over
+
+
+def test_who_asks_goes_before_the_late() -> None:
+    b, _ = full()
+    first = b.hold(210.0)
+    late = b.hold(300.0)
+    b.balancer.cancel(first)
+    b.now += 2.0
+    assert b.served() == []
+    assert b.ask(200.0)
+    assert not late.over
+
+
+def test_who_has_been_waiting_for_longer_than_the_bound_goes_before_all_others() -> None:
+    b, lease = full(late_bound_s=60.0, lease_s=600.0)
+    first = b.hold(210.0)
+    overdue = b.hold(800.0)
+    b.balancer.cancel(first)
+    b.now += 59.0
+    assert b.served() == []
+    in_time = b.hold(600.0)
+    b.now += 1.5
+    assert b.ask(1.0) is None, "a new request must wait for it too"
+    assert b.served() == []
+    b.end(lease)
+    assert b.served() == [overdue], "what he leaves is too little for the other"
+    assert not in_time.over
+
+
+def test_only_the_overdue_go_first_and_not_all_who_are_late() -> None:
+    b, lease = full(late_bound_s=60.0, lease_s=600.0)
+    first = b.hold(210.0)
+    overdue = b.hold(100.0)
+    b.balancer.cancel(first)
+    b.now += 50.0
+    second = b.hold(210.0)
+    late = b.hold(100.0)
+    b.balancer.cancel(second)
+    b.now += 11.0
+    in_time = b.hold(100.0)
+    b.end(lease)
+    assert b.served() == [overdue, in_time, late]
+
+
+def test_the_late_are_served_in_the_order_they_came_whenever_they_turned_late() -> None:
+    b, lease = full()
+    patient = b.hold(900.0, prompt_tokens=1000)  # 2 s + 1 s - 1 s
+    b.now += 1.0
+    at_once = b.hold(1.0)
+    assert (patient.late, at_once.late) == (False, True)
+    b.now += 1.5
+    assert b.served() == []
+    assert (patient.late, lanes(b)) == (True, (0, 2))
+    b.end(lease)
+    assert b.served() == [patient, at_once]
+
+
+def test_without_the_late_lane_nobody_is_late() -> None:
+    b, lease = full(late_bound_s=None)
+    waiters = [b.hold(400.0) for _ in range(4)]
+    b.now += 300.0
+    assert b.served() == waiters[:1]
+    b.end(lease)
+    b.served()
+    assert b.balancer.queue.late == 0
+    assert b.balancer.usage(b.now).turned_late == 2, "who was given too late is counted all the same"
+    assert not any(w.late for w in waiters)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_goes_away_leaves_his_lane(*, late: bool) -> None:
+    b, lease = full()
+    gone = first = b.hold(50.0 if not late else 210.0, prompt_tokens=7)
+    if late:
+        gone = b.hold(50.0, prompt_tokens=7)
+        b.balancer.cancel(first)
+    assert gone.late is late
+    stays = b.hold(60.0)
+    b.balancer.cancel(gone)
+    b.balancer.cancel(gone)
+    assert (b.balancer.queue.held, b.balancer.queue.work, b.balancer.queue.prompt_tokens) == (1, 60.0, 0)
+    assert b.balancer.queue.late == 0
+    assert b.balancer.queue.ahead_of(LOW) == 60.0
+    b.end(lease)
+    assert b.served() == [stays]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_is_late_and_waits_too_long_is_not_served_any_more(*, late: bool) -> None:
+    b, lease = full()
+    if late:
+        b.hold(210.0, wait_s=5.0)
+    assert b.hold(10.0, wait_s=5.0).late is late
+    b.now += 6.0
+    b.end(lease)
+    assert b.served() == []
+    assert lanes(b) == (0, 0)
+
+
+def test_a_late_one_who_waits_only_because_of_an_instance_he_avoids_lets_the_others_pass() -> None:
+    b, lease = full()
+    first = b.hold(210.0)
+    picky, late = b.hold(10.0, avoid=(1,)), b.hold(10.0)
+    b.balancer.cancel(first)
+    b.end(lease)
+    assert b.served() == [late]
+    b.hot(instance(1), instance(2))
+    assert b.served() == [picky]
+
+
+def test_an_overdue_one_who_avoids_all_there_is_keeps_nobody_from_being_served() -> None:
+    b, lease = full(late_bound_s=60.0, lease_s=600.0)
+    first = b.hold(210.0)
+    picky = b.hold(10.0, avoid=(1,))
+    b.balancer.cancel(first)
+    b.now += 61.0
+    assert b.ask(10.0) is None, "there is no room for either"
+    b.end(lease)
+    assert b.served() == []
+    assert b.ask(10.0)
+    assert not picky.over

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from dispatch.step_times import RANGE, SPAN_S, Pace, Span
+from dispatch.step_times import RANGE, WINDOW_S, BusyWindow, StepTimes
 from engine.forward import (
     COL_BASE_S,
     COL_CONTEXT_S,
@@ -29,7 +29,7 @@ def off(factors: tuple[float, ...]) -> Timing:
     return Timing("off", a, b, c, d, e, f, TOLD.kv_tokens)
 
 
-def spans(pace: Pace, true: Timing, count: int, seed: int = 1) -> None:
+def spans(times: StepTimes, true: Timing, count: int, seed: int = 1) -> None:
     """So many spans of a server with those constants, at loads that change."""
     rng, now, made, read = random.Random(seed), 0.0, 0, 0
     for _ in range(count):
@@ -40,20 +40,20 @@ def spans(pace: Pace, true: Timing, count: int, seed: int = 1) -> None:
         ms = steps * step_ms + reads * (
             max(0.0, true.d - true.a) + true.e * prompt / 1e3 + true.f * (prompt / 1e3) ** 2
         )
-        seconds = max(ms / 1e3, SPAN_S)
+        seconds = max(ms / 1e3, WINDOW_S)
         scale = seconds / (ms / 1e3)
-        span = Span(now, running, context, made, read)
+        span = BusyWindow(now, running, context, made, read)
         now += seconds
-        span.take(now, running, context)
+        span.extend(now, running, context)
         made += round(scale * steps * running)
         read += round(scale * reads * prompt)
-        pace.observe(span, made, read, prompt, prompt**2)
+        times.learn(span, made, read, prompt, prompt**2)
 
 
 def test_what_was_told_stays_when_it_is_true() -> None:
-    pace = Pace(TOLD)
-    spans(pace, TOLD, 150)
-    assert pace.factors == pytest.approx(np.ones(6), abs=0.05)
+    times = StepTimes(TOLD)
+    spans(times, TOLD, 150)
+    assert times.factors == pytest.approx(np.ones(6), abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_what_was_told_stays_when_it_is_true() -> None:
     [(1.3, 1.3, 1.3, 1.3, 1.3, 1.3), (0.7, 1.0, 1.3, 1.0, 0.8, 1.0), (1.0, 0.7, 0.8, 1.3, 1.3, 0.7)],
 )
 def test_a_step_is_predicted_within_three_percent_after_ten_minutes(factors: tuple[float, ...]) -> None:
-    pace, true = Pace(off(tuple(1.0 / x for x in factors))), TOLD
-    spans(pace, true, 150)
-    wanted, learned = constants(true), pace.constants
+    times, true = StepTimes(off(tuple(1.0 / x for x in factors))), TOLD
+    spans(times, true, 150)
+    wanted, learned = constants(true), times.constants
     for running, context, tokens in ((10, 10_000, 0), (40, 40_000, 0), (20, 20_000, 1500)):
 
         def seconds(s: np.ndarray, n: int = running, c: int = context, t: int = tokens) -> float:
@@ -80,31 +80,31 @@ def test_a_step_is_predicted_within_three_percent_after_ten_minutes(factors: tup
 
 
 def test_a_span_that_is_too_short_or_in_which_nothing_was_made_teaches_nothing() -> None:
-    pace = Pace(TOLD)
-    short = Span(0.0, 10.0, 1e4, 0, 0)
-    short.take(SPAN_S / 2, 10.0, 1e4)
-    pace.observe(short, 1000, 0, 100.0, 1e4)
-    silent = Span(0.0, 10.0, 1e4, 0, 0)
-    silent.take(SPAN_S, 10.0, 1e4)
-    pace.observe(silent, 0, 0, 100.0, 1e4)
-    assert (pace.spans, list(pace.factors)) == (0, [1.0] * 6)
+    times = StepTimes(TOLD)
+    short = BusyWindow(0.0, 10.0, 1e4, 0, 0)
+    short.extend(WINDOW_S / 2, 10.0, 1e4)
+    times.learn(short, 1000, 0, 100.0, 1e4)
+    silent = BusyWindow(0.0, 10.0, 1e4, 0, 0)
+    silent.extend(WINDOW_S, 10.0, 1e4)
+    times.learn(silent, 0, 0, 100.0, 1e4)
+    assert (times.windows, list(times.factors)) == (0, [1.0] * 6)
 
 
 def test_a_span_goes_on_until_a_report_is_missing_or_the_counters_begin_anew() -> None:
-    span = Span(0.0, 10.0, 1e4, 100, 100)
+    span = BusyWindow(0.0, 10.0, 1e4, 100, 100)
     assert span.goes_on(1.0, 200, 100)
     assert not span.goes_on(1.0, 50, 100)
     assert not span.goes_on(1.0, 200, 50)
-    assert not span.goes_on(SPAN_S + 1.0, 200, 100)
+    assert not span.goes_on(WINDOW_S + 1.0, 200, 100)
 
 
 def test_absurd_counters_cannot_take_a_constant_out_of_its_range() -> None:
-    pace = Pace(TOLD)
+    times = StepTimes(TOLD)
     for n in range(50):
-        span = Span(10.0 * n, 5.0, 1e3, 0, 0)
-        span.take(10.0 * n + 5.0, 5.0, 1e3)
-        pace.observe(span, 10**9 if n % 2 else 1, 10**9, 100.0, 1e4)
-    assert np.all(pace.factors >= 1.0 / RANGE)
-    assert np.all(pace.factors <= RANGE)
-    assert np.all(np.isfinite(pace.constants))
-    assert pace.constants[COL_STEP_TOKENS] == TOLD.step_tokens
+        span = BusyWindow(10.0 * n, 5.0, 1e3, 0, 0)
+        span.extend(10.0 * n + 5.0, 5.0, 1e3)
+        times.learn(span, 10**9 if n % 2 else 1, 10**9, 100.0, 1e4)
+    assert np.all(times.factors >= 1.0 / RANGE)
+    assert np.all(times.factors <= RANGE)
+    assert np.all(np.isfinite(times.constants))
+    assert times.constants[COL_STEP_TOKENS] == TOLD.step_tokens

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from autoscaler import InstanceSet
-from dispatch.outside.service import Desk
+from dispatch.outside.service import LoadBalancerService
 from engine.profiles import get_profile
 from fleet.deadlines import Deadlines
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
@@ -41,11 +41,11 @@ from remote.auth_server import create_app as create_auth_server
 from remote.events import Events
 from remote.model_load import ModelLoad
 from remote.tokens import Gate, Issuer
+from tests.dispatch_world import instance, world
 from tests.fake_fleet import FakeInstance, make_certificate
 from tests.fleet_world import Contract
-from tests.messages import hot_set
+from tests.messages import hot_set, token_batch
 from tests.process.test_loadbalancer_server import CONTROL, HOT
-from tests.unit.dispatch.test_loadbalancer import bench, instance
 from tests.waiting import wait_for
 
 PROMPT, TOKEN = "a prompt that is secret", "token-that-is-secret"
@@ -471,12 +471,13 @@ def hot(**what: object) -> dict[str, object]:
 
 def test_a_client_that_met_another_certificate_takes_the_instance_out_at_once() -> None:
     balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
-    desk = Desk(balancer, lambda: 1_700_000_000.0)
+    desk = LoadBalancerService(balancer, lambda: 1_700_000_000.0)
     client = create_app(desk, Keys(CONTROL)).test_client()
     https = {"address": "https://10.0.0.1:8000", "auth_url": "https://10.0.0.1:3000", "certificate": MINE[0]}
     desk.hot_set(hot_set(hot(**https)))
     for refill in balancer.refills(desk.clock()):
-        balancer.add_tokens(refill, "b", [f"token-{n:016d}" for n in range(400)], 600.0, 0, desk.clock())
+        batch = token_batch([f"token-{n:016d}" for n in range(400)])
+        balancer.complete_refill(refill, batch, desk.clock())
     lease = client.post("/route", json={"work": 10}).get_json()
     assert (lease["certificate"], lease["public_key_sha256"]) == (MINE[0], public_key_sha256(MINE[0]))
     done = {"request_id": lease["request_id"], "outcome": "failed", "why": "wrong_certificate"}
@@ -487,10 +488,10 @@ def test_a_client_that_met_another_certificate_takes_the_instance_out_at_once() 
 
 
 def test_a_single_failure_of_another_kind_does_not() -> None:
-    b = bench(instance(1))
-    b.balancer.done(b.lease().request_id, "failed", b.now)
+    b = world(instance(1))
+    b.end(b.lease(), "failed")
     probe = b.lease()
-    b.balancer.done(probe.request_id, "failed", b.now, impostor=True)
+    b.end(probe, "failed", impostor=True)
     assert b.ask() is None
 
 
@@ -505,12 +506,12 @@ def test_a_single_failure_of_another_kind_does_not() -> None:
     ],
 )
 def test_a_hot_set_that_tells_to_send_in_the_clear_is_refused(what: dict[str, str]) -> None:
-    desk = Desk(LoadBalancer(random.Random(1), str), lambda: 1.0)
+    desk = LoadBalancerService(LoadBalancer(random.Random(1), str), lambda: 1.0)
     client = create_app(desk, Keys(CONTROL)).test_client()
     headers = {"Authorization": f"Bearer {CONTROL}"}
     answer = client.put("/hot", json=hot(**what), headers=headers)
     assert answer.status_code == 400
-    assert desk.balancer.epoch is None
+    assert desk.balancer.instances.hot_set is None
 
 
 # -- clocks ------------------------------------------------------------------------------------------------
@@ -540,10 +541,10 @@ def test_a_clock_that_is_five_minutes_wrong_changes_nothing(
     assert batch["expires_at"] == pytest.approx(right + wrong_s + batch["expires_in_s"], abs=30.0)
 
     made = LoadBalancer(random.Random(1), lambda token: token)
-    desk = Desk(made, lambda: right)
+    desk = LoadBalancerService(made, lambda: right)
     desk.hot_set(hot_set(HOT))
     (refill,) = made.refills(right)
-    made.add_tokens(refill, batch["boot_id"], batch["tokens"], batch["expires_in_s"], 0, right)
+    made.complete_refill(refill, token_batch(batch["tokens"], batch["expires_in_s"], batch["boot_id"]), right)
     lease = create_app(desk, Keys(CONTROL)).test_client().post("/route", json={"work": 10}).get_json()
     assert lease["expires_in_s"] == pytest.approx(60.0)
     assert lease["expires_at"] == pytest.approx(right + 60.0, abs=0.01)

@@ -19,8 +19,8 @@ from loadbalancer import LoadBalancer
 from remote import events
 from remote.events import Events
 from remote.speaker import MOST_EVENTS, MOST_LISTENERS, TRIES, ModelState, Speaker, Watch, _Line, signed
+from tests.dispatch_world import DispatchWorld, instance, world
 from tests.messages import request_end
-from tests.unit.dispatch.test_loadbalancer import Bench, bench, instance
 from tests.waiting import wait_for
 from web.messages.reports import PushedReport
 from web.signatures import OLD_BOOTS, ReplayGuard, instance_key, name_and_key, signer
@@ -484,24 +484,24 @@ def push(number: int, after: int = 0, seq: int = 0, **what: Any) -> PushedReport
     return PushedReport(number=number, after=after, seq=seq, **(said | what))
 
 
-def due(b: Bench) -> list[tuple[int, int]]:
+def due(b: DispatchWorld) -> list[tuple[int, int]]:
     """(instance, after) of the polls that are due, looked for once around."""
     return [(p.instance_id, p.after) for _ in range(40) for p in b.balancer.polls(b.now)]
 
 
 def test_a_pushed_end_frees_its_work_at_once() -> None:
-    b = bench(instance(1))
+    b = world(instance(1))
     lease = b.lease(1000.0)
     assert b.ask(100.0) is None
     told = push(1, 0, 2, started=(lease.request_id,), ended=(request_end(lease.request_id),))
     assert b.balancer.pushed(1, told, b.now) is not None
     assert b.balancer.usage(b.now).instances[1].unfinished == 0
-    assert b.balancer.ends == {"finished": 1}
+    assert b.balancer.leases.ends == {"finished": 1}
     assert b.ask(1000.0) is not None
 
 
 def test_a_report_that_is_not_new_or_of_another_boot_changes_nothing() -> None:
-    b = bench(instance(1))
+    b = world(instance(1))
     lease = b.lease()
     ended = (request_end(lease.request_id),)
     assert b.balancer.pushed(1, push(5), b.now) is not None
@@ -518,7 +518,7 @@ def test_a_report_that_is_not_new_or_of_another_boot_changes_nothing() -> None:
 
 
 def test_after_another_boot_its_numbers_begin_anew() -> None:
-    b = bench(instance(1))
+    b = world(instance(1))
     assert b.balancer.pushed(1, push(10**9), b.now) is not None
     b.report(1, boot_id="boot2")
     assert b.balancer.pushed(1, push(3), b.now) is None
@@ -527,7 +527,7 @@ def test_after_another_boot_its_numbers_begin_anew() -> None:
 
 @pytest.mark.parametrize("told", [push(1, 3, 5), push(1, 0, 5, missed=True)])
 def test_what_a_report_leaves_out_is_polled_at_once(told: PushedReport) -> None:
-    b = bench(instance(1), instance(2))
+    b = world(instance(1), instance(2))
     b.lease()
     assert due(b) == []
     b.balancer.pushed(1, told, b.now)
@@ -535,7 +535,7 @@ def test_what_a_report_leaves_out_is_polled_at_once(told: PushedReport) -> None:
 
 
 def test_who_begins_to_work_is_polled_at_once_although_nothing_was_due_a_moment_ago() -> None:
-    b = bench(instance(1))
+    b = world(instance(1))
     b.report(1)
     b.now += 2.0
     assert due(b) == [], "an idle one is polled every five seconds"
@@ -544,7 +544,7 @@ def test_who_begins_to_work_is_polled_at_once_although_nothing_was_due_a_moment_
 
 
 def test_a_model_server_that_is_down_gets_nothing_until_a_report_is_good_again() -> None:
-    b = bench(instance(1))
+    b = world(instance(1))
     b.balancer.pushed(1, push(1, model_up=False), b.now)
     assert b.row(1)["in_queue"] is False
     assert b.ask() is None
@@ -560,7 +560,7 @@ def test_a_model_server_that_is_down_gets_nothing_until_a_report_is_good_again()
 @pytest.mark.parametrize("first", ["push", "poll", "client"])
 def test_an_end_that_is_told_in_several_ways_counts_once(first: str) -> None:
     def learned(*ways: str) -> tuple[dict[str, int], float, float]:
-        b = bench(instance(1))
+        b = world(instance(1))
         lease = b.lease(100.0, max_tokens=50)
         told = {"started": (lease.request_id,), "ended": (request_end(lease.request_id, "finished", 40),)}
         for n, way in enumerate(ways):
@@ -569,8 +569,8 @@ def test_an_end_that_is_told_in_several_ways_counts_once(first: str) -> None:
             elif way == "poll":
                 b.report(1, seq=2, **told)
             else:
-                b.balancer.done(lease.request_id, "finished", b.now)
-        return dict(b.balancer.ends), b.balancer.expected_output(50), b.work(1)
+                b.end(lease)
+        return dict(b.balancer.leases.ends), b.balancer.work_of(0, 50), b.work(1)
 
     others = [way for way in ("push", "poll", "client") if way != first]
     once = learned("poll")
@@ -580,7 +580,7 @@ def test_an_end_that_is_told_in_several_ways_counts_once(first: str) -> None:
 
 
 def test_a_poll_that_was_overtaken_by_a_report_costs_nothing() -> None:
-    b = bench(instance(1))
+    b = world(instance(1))
     lease = b.lease()
     b.balancer.pushed(
         1, push(1, 0, 2, started=(lease.request_id,), ended=(request_end(lease.request_id),)), b.now
@@ -589,11 +589,11 @@ def test_a_poll_that_was_overtaken_by_a_report_costs_nothing() -> None:
     b.balancer.pushed(1, push(2, 2, 3), b.now)
     assert b.row(1)["unfinished"] == 0
     b.report(1, seq=3, ended=(request_end(lease.request_id),))
-    assert b.balancer.ends == {"finished": 1}
+    assert b.balancer.leases.ends == {"finished": 1}
 
 
 def test_many_working_instances_are_told_to_speak_less_often() -> None:
-    few, many = bench(instance(1)), bench(*(instance(i) for i in range(1, 101)))
+    few, many = world(instance(1)), world(*(instance(i) for i in range(1, 101)))
     for _ in range(100):
         many.lease(500.0)
     assert few.balancer.pushed(1, push(1), few.now) == pytest.approx(0.1)

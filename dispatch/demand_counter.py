@@ -1,0 +1,64 @@
+"""What clients ask for: arrivals and their rate, and the work that was refused."""
+
+import math
+from collections import deque
+
+from dispatch.route_request import RouteRequest
+
+ARRIVALS_WEIGHT = 0.02
+"""Weight of one second's arrivals in the expected rate: about the last minute, for a burst is soon over."""
+
+REFUSED_S = 10.0
+"""Seconds for which refused work counts as demand, about one request's life: that much would be under way."""
+
+
+class DemandCounter:
+    """Counts from the start of the process; work is in output-token equivalents."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self.arrivals = 0
+        self.work = 0.0
+        self.prompt_tokens = 0
+        self.output_tokens = 0.0  # as expected when the requests came
+        self.refused = 0
+        self.arrivals_s = 0.0  # expected arrivals a second
+        self._refused_work: deque[tuple[int, float]] = deque()  # (second, work)
+        self._starts = 0  # requests that were seen to start, those of other loadbalancers too
+        self._ticks = 0
+        self._ticked: tuple[float, int, int] | None = None  # (time, arrivals, starts) at the last tick
+
+    def arrived(self, ask: RouteRequest, prefill_weight: float, count: int = 1) -> None:
+        """Count so many new requests; once, whatever becomes of them."""
+        self.arrivals += count
+        self.work += count * ask.work
+        self.prompt_tokens += count * ask.prompt_tokens
+        self.output_tokens += count * (ask.work - ask.prompt_tokens * prefill_weight)
+
+    def started(self) -> None:
+        """Count a request that has started at an instance, whichever loadbalancer sent it."""
+        self._starts += 1
+
+    def refuse(self, ask: RouteRequest, now: float) -> None:
+        """Count a refused request."""
+        self.refused += 1
+        second, work = math.floor(now), ask.work
+        if self._refused_work and self._refused_work[-1][0] == second:
+            work = self._refused_work.pop()[1] + work
+        self._refused_work.append((second, work))
+
+    def refused_work(self, now: float) -> float:
+        """Return the work that was refused lately."""
+        while self._refused_work and self._refused_work[0][0] < now - REFUSED_S:
+            self._refused_work.popleft()
+        return sum(work for _, work in self._refused_work)
+
+    def tick(self, now: float) -> None:
+        """Follow the rate of arrivals since the last tick."""
+        if self._ticked is not None and now > self._ticked[0]:
+            # Requests of other loadbalancers are seen when they start; our own may still be held.
+            came = max(self.arrivals - self._ticked[1], self._starts - self._ticked[2])
+            arrived_s = came / (now - self._ticked[0])
+            self._ticks += 1
+            self.arrivals_s += max(ARRIVALS_WEIGHT, 1.0 / self._ticks) * (arrived_s - self.arrivals_s)
+        self._ticked = now, self.arrivals, self._starts

@@ -1,0 +1,85 @@
+"""The instances of the hot set, what they can do together, and when the next one is expected."""
+
+import random
+from collections import deque
+from collections.abc import Iterator
+
+from dispatch.candidate_index import CandidateIndex
+from dispatch.instance import Instance
+from dispatch.predicted_load import LoadTable
+from web.messages.hot_set import HotInstance, HotSet
+
+CAPACITY_UNKNOWN = 30.0
+"""Requests of the expected length that an instance is taken to hold until one was known."""
+
+PAST_EPOCHS = 16
+"""Epochs of earlier autoscaler processes that are remembered, so that a late message is not believed."""
+
+
+class HotInstances:
+    """The instances by id, the index of those that can serve, and the table of their predicted load."""
+
+    def __init__(self, rng: random.Random, expected_output_tokens: float) -> None:
+        """Start without a hot set. rng: breaks ties."""
+        self.by_id: dict[int, Instance] = {}
+        self.index = CandidateIndex(rng)
+        self.table = LoadTable()
+        self.hot_set: HotSet | None = None  # the present one
+        self.hot = 0  # instances that do not drain, whether or not they can serve at this moment
+        self.throughput = 0.0  # of those together, work a second
+        self.typical_capacity = CAPACITY_UNKNOWN * expected_output_tokens  # of one of those, work
+        self._past_epochs: deque[str] = deque(maxlen=PAST_EPOCHS)
+        self._expected_at: float | None = None
+
+    def __iter__(self) -> Iterator[Instance]:
+        """Go through the instances."""
+        return iter(self.by_id.values())
+
+    def __len__(self) -> int:
+        """Return the number of instances, draining ones too."""
+        return len(self.by_id)
+
+    def take(self, hot_set: HotSet) -> bool:
+        """Take over epoch and version, which say which hot set is newer; False when this one is older."""
+        last = self.hot_set
+        if last is not None and hot_set.epoch == last.epoch:
+            if hot_set.version < last.version:
+                return False
+        elif hot_set.epoch in self._past_epochs:
+            return False
+        elif last is not None:
+            self._past_epochs.append(last.epoch)
+        self.hot_set = hot_set
+        return True
+
+    def same(self, spec: HotInstance) -> Instance | None:
+        """Return the instance that a message was for; None when it is gone or has become another one."""
+        inst = self.by_id.get(spec.id)
+        return inst if inst is not None and inst.spec.auth_url == spec.auth_url else None
+
+    def add(self, spec: HotInstance, now: float) -> Instance:
+        """Add an instance that was not hot before."""
+        inst = self.by_id[spec.id] = Instance(spec, self.table, now)
+        return inst
+
+    def remove(self, inst: Instance) -> None:
+        """Remove an instance, which must have no leases any more."""
+        self.index.discard(inst)
+        inst.leave()
+        del self.by_id[inst.id]
+
+    def survey(self) -> None:
+        """Add up what the hot instances can do."""
+        hot = [inst for inst in self.by_id.values() if not inst.draining]
+        self.hot = len(hot)
+        self.throughput = sum(inst.throughput for inst in hot)
+        if hot:
+            self.typical_capacity = sum(inst.capacity for inst in hot) / len(hot)
+
+    def expect(self, expected_hot_s: float | None, now: float) -> None:
+        """Expect the next instance to become hot in so many seconds; None: not known."""
+        self._expected_at = None if expected_hot_s is None else now + expected_hot_s
+
+    def expected_in_s(self, now: float) -> float | None:
+        """Return the seconds until the next instance is expected to be hot, negative when it is overdue."""
+        return None if self._expected_at is None else self._expected_at - now

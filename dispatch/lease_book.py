@@ -1,0 +1,152 @@
+"""The unfinished leases: given once for each token, ended once in whatever way.
+
+    given ──► started (a report says that its token was taken) ──► ended
+       └──────────────────────────────────────────────────────────►
+
+A lease ends when a report or its client says so, when it expires without having started, when its instance
+leaves or reboots, or when nothing was said of a started one for MAX_SERVE_S.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from dispatch.allowance import Allowance
+from dispatch.instance import Instance
+from dispatch.lease import Lease
+from dispatch.route_request import RouteRequest
+from dispatch.token_stock import TokenLot
+from engine.forward import KIND, Floats
+
+MAX_SERVE_S = 3600.0
+"""Seconds after which a started lease is released whose end was never reported."""
+
+MAX_LEASES = 200_000
+"""Unfinished leases in all, a bound on memory (about 0.5 kB each)."""
+
+ENDS = ("finished", "aborted", "failed", "unused", "expired", "lost")
+"""How a lease ends: the first three by a report or its client, unused by its client; expired without having
+started; lost with its instance, or because no end was reported."""
+
+REMEMBER_DONE = 10_000
+"""Leases ended by their client that are remembered until the report that tells their length."""
+
+
+class LeaseBook:
+    """Unfinished leases by request id, and counts of those that were given and have ended."""
+
+    def __init__(self, lease_s: float, max_unused: int) -> None:
+        """Start empty. lease_s: a lease that has not started by then expires. max_unused: by one client."""
+        self.allowance = Allowance(max_unused, lease_s)
+        self.given = 0
+        self.ends: dict[str, int] = {}  # how leases ended -> how many
+        self.working = 0  # instances with a lease
+        self._lease_s = lease_s
+        self._leases: dict[str, Lease] = {}
+        self._expiring: deque[Lease] = deque()  # by expires_at
+        self._serving: deque[Lease] = deque()  # started when they would have expired; by given_at
+        self._ended_early: dict[str, int] = {}  # request id -> kind, ended by their client
+
+    def __len__(self) -> int:
+        """Return the number of unfinished leases."""
+        return len(self._leases)
+
+    def __contains__(self, request_id: str) -> bool:
+        """Return whether that lease is unfinished."""
+        return request_id in self._leases
+
+    def get(self, request_id: str) -> Lease | None:
+        """Return an unfinished lease."""
+        return self._leases.get(request_id)
+
+    @property
+    def left(self) -> int:
+        """Leases that may be given in all."""
+        return MAX_LEASES - len(self._leases)
+
+    def give(
+        self,
+        inst: Instance,
+        request_id: str,
+        token: str,
+        lot: TokenLot,
+        ask: RouteRequest,
+        row: Floats,
+        prompt_work: float,
+        now: float,
+    ) -> Lease:
+        """Give a lease and enter it. row: the request as inst sees it; prompt_work: of reading its prompt."""
+        spec = inst.spec
+        lease = Lease(
+            request_id,
+            token,
+            spec,
+            spec.id,
+            ask.work,
+            now,
+            min(now + self._lease_s, lot.expires_at),
+            lot,
+            inst.boot_id,
+            row,
+            ask.client,
+        )
+        if not inst.leases:
+            self.working += 1
+        inst.add_lease(lease, prompt_work, now)
+        self._leases[request_id] = lease
+        self._expiring.append(lease)
+        self.allowance.given(lease)
+        self.given += 1
+        return lease
+
+    def start(self, inst: Instance, lease: Lease, report: int) -> None:
+        """Note that report said that its token was taken."""
+        self.allowance.settled(lease)
+        inst.circuit.started(lease.request_id)
+        lease.start(report)
+
+    def end(self, inst: Instance, lease: Lease, how: str, now: float) -> None:
+        """End an unfinished lease of inst. The caller updates the index of candidates."""
+        lease.end()
+        if not lease.started:
+            self.allowance.settled(lease)
+        del self._leases[lease.request_id]
+        inst.end_lease(lease, now)
+        if not inst.leases:
+            self.working -= 1
+        self.ends[how] = self.ends.get(how, 0) + 1
+
+    def lose_all(self, inst: Instance, now: float, *, started_only: bool = False) -> None:
+        """End the leases of inst whose requests are lost; their connections have told the clients so."""
+        for lease in list(inst.leases.values()):
+            if lease.started or not started_only:
+                self.end(inst, lease, "lost", now)
+
+    def remember_early(self, lease: Lease) -> None:
+        """Remember a lease that its client ended, until the report that tells its length."""
+        self._ended_early[lease.request_id] = int(lease.row[KIND])
+        if len(self._ended_early) > REMEMBER_DONE:
+            del self._ended_early[next(iter(self._ended_early))]
+
+    def ended_early(self, request_id: str) -> bool:
+        """Return whether its client ended that lease before the instance reported so."""
+        return request_id in self._ended_early
+
+    def forget_early(self, request_id: str) -> int | None:
+        """Return the kind of a lease that its client ended, and forget it; None when it is not known."""
+        return self._ended_early.pop(request_id, None)
+
+    def due(self, now: float) -> Iterator[tuple[Lease, str]]:
+        """Give (lease, how it ends) for each that is to be ended now; the caller ends it before the next."""
+        expiring, serving = self._expiring, self._serving
+        while expiring and (expiring[0].over or expiring[0].expires_at <= now):
+            lease = expiring.popleft()
+            if lease.started and not lease.over:
+                serving.append(lease)
+            elif not lease.over:
+                yield lease, "expired"
+        while serving and (serving[0].over or serving[0].given_at + MAX_SERVE_S <= now):
+            lease = serving.popleft()
+            if not lease.over:
+                yield lease, "lost"
+        if len(expiring) > 2 * len(self._leases) + 1000:
+            self._expiring = deque(lease for lease in expiring if not lease.over)

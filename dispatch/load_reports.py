@@ -1,0 +1,220 @@
+"""Load reports of the instances: when to ask for one, and what to learn from a polled or pushed one.
+
+A report brings the ends of requests, which free work; starts, also of requests that other loadbalancers gave
+the instance; and counters, from which throughput, capacity and step times are learned. An instance also
+pushes its events by itself, which is faster; how busy its engine is it cannot say so, and is polled.
+"""
+
+import math
+from dataclasses import dataclass, field
+from itertools import repeat
+
+from dispatch.circuit_breaker import CircuitState
+from dispatch.demand_counter import DemandCounter
+from dispatch.hot_instances import HotInstances
+from dispatch.instance import Instance
+from dispatch.instance_failures import InstanceFailures
+from dispatch.lease_book import ENDS, LeaseBook
+from dispatch.request_estimates import RequestEstimates
+from dispatch.token_refills import TokenRefills
+from engine.forward import KIND
+from web.messages.hot_set import HotInstance
+from web.messages.reports import LoadReport, PushedReport, RequestEnd
+
+SILENT = 3
+"""Reports in a row that did not come after which the requests of an instance are taken to be lost."""
+
+IDLE_POLL_RATIO = 5.0
+"""How many times less often an instance without work is polled."""
+
+MAX_POLLS_S = 200.0
+"""Most load reports asked for in a second, of all instances; at about 0.25 ms of processor each, 5 % of one
+core."""
+
+MAX_PUSHES_S, MAX_PUSHES_SOON_S = 400.0, 1000.0
+"""Most reports that all instances push in a second, and where other loadbalancers give requests, too: 6 and
+15 % of one core, at about 0.15 ms of processor each."""
+
+PUSH_INTERVAL_S = 0.1
+"""Least seconds between two pushes of one instance: to see, to send and this are well below 250 ms."""
+
+PUSH_SOON_S = 0.02
+"""The same where other loadbalancers give requests, too: what they gave is known only from the pushes. With
+0.1 s first tokens came 7 % later (equal machines at 80 %, four loadbalancers; bench/dispatch)."""
+
+SWEEP, POLL_FEW = 10, 4
+"""Calls of `due` in which every instance is looked at once, 0.2 s, and most reports asked for in one call."""
+
+
+@dataclass(frozen=True)
+class Poll:
+    """Ask that instance for its load report, then call LoadBalancer.complete. after: the last known event."""
+
+    spec: HotInstance = field(repr=False)
+    after: int
+
+    @property
+    def instance_id(self) -> int:
+        """The instance to ask."""
+        return self.spec.id
+
+
+@dataclass(slots=True, eq=False)
+class LoadReports:
+    """Asks for load reports and learns from them.
+
+    poll_interval_s: how old a working instance's report may get. output_token_s: the objective.
+    """
+
+    instances: HotInstances
+    leases: LeaseBook
+    estimates: RequestEstimates
+    demand: DemandCounter
+    refills: TokenRefills
+    failures: InstanceFailures
+    poll_interval_s: float
+    output_token_s: float
+    _to_look_at: list[Instance] = field(init=False, default_factory=list)  # of this sweep
+
+    # -- asking --
+
+    def due(self, now: float) -> list[Poll]:
+        """Return which instances to ask now; none is asked twice at once.
+
+        A part of the instances is looked at in each call and a few are asked: neither comes in bursts.
+        """
+        out = [self._poll(inst, now) for inst in self.failures.to_ask(POLL_FEW)]
+        for _ in range(math.ceil(len(self.instances) / SWEEP)):
+            if len(out) == POLL_FEW:
+                break
+            if not self._to_look_at:
+                self._to_look_at = list(self.instances)
+            inst = self._to_look_at.pop()
+            reports = inst.reports
+            if reports.look_at > now or reports.polling or inst.boot_id is None:
+                continue
+            due_at = reports.polled_at + self._interval_s(inst)
+            if due_at > now:
+                reports.look_again(min(due_at, now + self.poll_interval_s))
+            elif self.instances.by_id.get(inst.id) is inst:
+                out.append(self._poll(inst, now))
+        return out
+
+    def _poll(self, inst: Instance, now: float) -> Poll:
+        inst.reports.begin_poll(now)
+        inst.circuit.asked(now)
+        return Poll(inst.spec, inst.reports.seq)
+
+    def _interval_s(self, inst: Instance) -> float:
+        """Return how old its report may get: an instance that is half empty does not look full by mistake."""
+        if inst.circuit.state is not CircuitState.CLOSED:
+            return self.poll_interval_s
+        if inst.idle and not inst.draining:
+            return IDLE_POLL_RATIO * self.poll_interval_s
+        half_full = 2.0 * (inst.leased_work + inst.other_work) >= inst.capacity
+        share = (1.0 if half_full else 2.0) * self.leases.working / MAX_POLLS_S
+        return max(self.poll_interval_s, share)
+
+    # -- polled reports --
+
+    def complete(self, poll: Poll, load: LoadReport | None, now: float) -> None:
+        """Take in the report that was asked for; None: it did not come, a failure of the instance."""
+        inst = self.instances.same(poll.spec)
+        if inst is None:
+            return
+        if load is None:
+            in_a_row = inst.reports.fail_poll(now)
+            inst.circuit.trip(now)
+            if in_a_row >= SILENT:
+                self.leases.lose_all(inst, now)
+        else:
+            self._take(inst, load, now)
+        self.instances.index.update(inst, now)
+
+    def _take(self, inst: Instance, load: LoadReport, now: float) -> None:
+        """End what ended, learn, and start the estimate of its work again from what is left."""
+        estimates = self.estimates
+        asked_at = inst.reports.end_poll(now)
+        if inst.boot_id != load.boot_id:
+            self.refills.reboot(inst, load.boot_id, load.seq, now)
+        inst.reports.take(load)
+        inst.learn_speed(load, estimates.prefill_weight, self.output_token_s, now)
+        self._take_events(inst, load, inst.reports.count, now)
+        inst.load.mark_reported(now)
+        if inst.reports.quiet_twice(load):
+            self._end_lost(inst, now)
+        inst.drop_missing_others(load, now)
+        inst.learn_step_times(load, estimates.mean_prompt, estimates.mean_prompt_squares, now)
+        inst.count_requests(load, estimates.mean_work, now)
+        down_twice = inst.reports.down_twice(load)
+        if load.model_up:
+            inst.circuit.record_healthy_report(asked_at, now)
+        else:
+            inst.circuit.trip(now)
+            if down_twice:  # what it was answering has died with it
+                self.leases.lose_all(inst, now, started_only=True)
+
+    def _end_lost(self, inst: Instance, now: float) -> None:
+        """End the leases that started before this report, since two reports say that nothing is under way.
+
+        Their ends were lost: an instance keeps a bounded number of events, and its figures can lag by a step.
+        """
+        for lease in [x for x in inst.leases.values() if 0 < x.started < inst.reports.count]:
+            self.leases.end(inst, lease, "lost", now)
+
+    # -- pushed reports --
+
+    def take_push(self, instance_id: int, push: PushedReport, now: float) -> float | None:
+        """Take in a pushed report; return the least seconds until the next one.
+
+        None when it is not believed: of a boot that is not known, or not newer than the last one.
+        """
+        inst = self.instances.by_id.get(instance_id)
+        if inst is None or inst.boot_id != push.boot_id or not inst.reports.take_push(push):
+            return None
+        self._take_events(inst, push, inst.reports.count + 1, now)
+        inst.load.mark_reported(now)
+        inst.reports.follow_push(push, now)
+        if not push.model_up:
+            inst.circuit.trip(now)
+        self.instances.index.update(inst, now)
+        if inst.other_requests:
+            return max(PUSH_SOON_S, self.leases.working / MAX_PUSHES_SOON_S)
+        return max(PUSH_INTERVAL_S, self.leases.working / MAX_PUSHES_S)
+
+    # -- starts and ends --
+
+    def _take_events(
+        self, inst: Instance, report: LoadReport | PushedReport, number: int, now: float
+    ) -> None:
+        """Note the requests that started and end those that ended. number: of the report."""
+        for request_id, body_bytes in zip(report.started, report.started_bytes or repeat(0), strict=False):
+            lease = inst.leases.get(request_id)
+            if lease is None:
+                if request_id not in inst.other_requests:
+                    self.demand.started()
+                    if not self.leases.ended_early(request_id):
+                        row = self.estimates.row_of_other(body_bytes)
+                        inst.add_other(request_id, row, self.estimates.prefill_weight, now)
+            elif not lease.started:
+                self.leases.start(inst, lease, number)
+                self.demand.started()
+                self.estimates.started(lease.row, body_bytes)
+        for end in report.ended:
+            if end.id in inst.other_requests:
+                inst.end_other(end.id, now)
+            self._end(inst, end, now)
+
+    def _end(self, inst: Instance, end: RequestEnd, now: float) -> None:
+        lease = inst.leases.get(end.id)
+        if lease is not None:
+            if end.status == "finished":
+                inst.circuit.finished(end.id)
+            elif end.status == "failed":
+                self.failures.record_client_failure(inst, lease, now)
+            self.leases.end(inst, lease, end.status if end.status in ENDS else "failed", now)
+            kind: int | None = int(lease.row[KIND])
+        else:
+            kind = self.leases.forget_early(end.id)
+        if kind is not None and end.status == "finished":
+            self.estimates.finished(kind, end.output_tokens)

@@ -1,0 +1,87 @@
+"""What one instance has reported so far, and when it was asked for its next report."""
+
+import math
+
+from web.messages.reports import LoadReport, PushedReport
+
+
+class ReportHistory:
+    """The reports of one instance. Times are epoch seconds."""
+
+    def __init__(self, now: float) -> None:
+        """Nothing has been reported."""
+        self.seq = 0  # number of the last event that is known
+        self.count = 0  # reports that were polled
+        self.pushes = 0
+        self.running = self.waiting = 0  # requests, by the last report
+        self.polling = False  # a poll is under way
+        self.polled_at = now
+        self.look_at = now  # no report is due until then
+        self._asked_at = now
+        self._push_number = -1
+        self._failures = 0  # polls in a row that were not answered
+        self._quiet = False  # the last report had no request
+        self._down = False  # its model server is down by the last report
+
+    # -- polls --
+
+    def begin_poll(self, now: float) -> None:
+        """Note that the instance is asked."""
+        self.polling = True
+        self._asked_at = now
+
+    def end_poll(self, now: float) -> float:
+        """Note that a report came; return when it was asked for."""
+        asked_at = self._asked_at if self.polling else now
+        self.polling = False
+        self.polled_at = now
+        self.count += 1
+        self._failures = 0
+        return asked_at
+
+    def fail_poll(self, now: float) -> int:
+        """Note that no report came; return how many in a row did not."""
+        self.polling = False
+        self.polled_at = now
+        self._failures += 1
+        return self._failures
+
+    def look_again(self, at: float) -> None:
+        """Look at that time whether a report is due."""
+        self.look_at = at
+
+    # -- what was reported --
+
+    def take(self, load: LoadReport) -> None:
+        """Take over the figures of a load report."""
+        self.seq, self.running, self.waiting = load.seq, load.running, load.waiting
+
+    def take_push(self, push: PushedReport) -> bool:
+        """Count a pushed report; False when it is not newer than the last one."""
+        if push.number <= self._push_number:
+            return False
+        self._push_number = push.number
+        self.pushes += 1
+        return True
+
+    def follow_push(self, push: PushedReport, now: float) -> None:
+        """Take over the number of its last event, or have the instance polled where events are missing."""
+        if push.missed or push.after > self.seq:
+            self.polled_at = -math.inf
+            self.look_at = now
+        else:
+            self.seq = max(self.seq, push.seq)
+
+    def quiet_twice(self, load: LoadReport) -> bool:
+        """Return whether this report and the one before it say that nothing is under way."""
+        before, self._quiet = self._quiet, load.model_up and load.running + load.waiting == 0
+        return before and self._quiet
+
+    def down_twice(self, load: LoadReport) -> bool:
+        """Return whether this report and the one before it say that the model server is down."""
+        before, self._down = self._down, not load.model_up
+        return before and self._down
+
+    def reboot(self, seq: int) -> None:
+        """Begin anew with another boot. seq: the number of its last event."""
+        self.seq, self._push_number, self._quiet = seq, -1, False

@@ -1,0 +1,103 @@
+"""What is expected of a request before it has run: its work, its row in the prediction, and what is usual."""
+
+import math
+
+from dispatch.output_lengths import OutputLengths
+from dispatch.predicted_load import request_row
+from dispatch.prompt_lengths import PromptLengths
+from dispatch.route_request import RouteRequest
+from engine.forward import LEFT, PROMPT, UNREAD, Floats
+from web.messages.hot_set import HotSetHead
+
+MIX_MEMORY = 500.0
+"""Requests that make up what is usual: prompt and work."""
+
+EXPECTED_OUTPUT_TOKENS, PREFILL_WEIGHT = 200.0, 0.1
+"""Tokens of an answer, and work to read a prompt token, until a hot set says what they are for its model."""
+
+
+class RequestEstimates:
+    """Learns lengths of answers and prompts, and the usual request.
+
+    Work is in output-token equivalents: prompt tokens times prefill_weight, and the tokens of the answer.
+    """
+
+    def __init__(self) -> None:
+        """Start with the usual model."""
+        self.prefill_weight = PREFILL_WEIGHT
+        self.output_lengths = OutputLengths(EXPECTED_OUTPUT_TOKENS)
+        self.mean_work = EXPECTED_OUTPUT_TOKENS
+        self.mean_prompt = 0.0  # tokens
+        self.mean_prompt_squares = 0.0
+        self.usual = request_row(1.0, EXPECTED_OUTPUT_TOKENS, math.inf, 0)
+        self._prompt_lengths = PromptLengths()
+        self._given = 0  # leases, in all
+        self._prompts, self._prompt_sum, self._square_sum = 0, 0.0, 0.0  # of those since the last tick
+
+    def update(self, hot_set: HotSetHead) -> None:
+        """Take over what the hot set says of its model."""
+        self.prefill_weight = hot_set.prefill_weight
+        expected = hot_set.expected_output_tokens
+        if not self.output_lengths.completions:
+            self.mean_work = expected
+        if expected != self.output_lengths.told:
+            self.output_lengths.tell(expected)
+
+    # -- one request --
+
+    def work_of(self, prompt_tokens: int, max_tokens: int | None) -> float:
+        """Return the work that such a request is expected to be."""
+        output = self.expected_output(prompt_tokens, max_tokens)
+        return max(1.0, prompt_tokens * self.prefill_weight + output)
+
+    def expected_output(self, prompt_tokens: int, max_tokens: int | None) -> float:
+        """Return the mean tokens that requests like it were answered with."""
+        return self.output_lengths.mean(self.output_lengths.kind(prompt_tokens, max_tokens), max_tokens)
+
+    def row(self, ask: RouteRequest) -> Floats:
+        """Return the request as an instance would see it that has served nothing like it."""
+        max_tokens, prompt_tokens = ask.max_tokens, ask.prompt_tokens
+        kind = self.output_lengths.kind(prompt_tokens, max_tokens)
+        expected = self.output_lengths.mean(kind, max_tokens)
+        prompt = float(prompt_tokens)
+        if not prompt_tokens:  # only its work was told
+            prompt = max(0.0, ask.work - expected) / max(self.prefill_weight, 1e-3)
+        return request_row(prompt, expected, math.inf if max_tokens is None else float(max_tokens), kind)
+
+    def row_of_other(self, body_bytes: int) -> Floats:
+        """Return a request of another loadbalancer: as long as its bytes say, or as usual; 0: not known."""
+        prompt = self._prompt_lengths.prompt_tokens(body_bytes)
+        if prompt is None:
+            return self.usual
+        kind = self.output_lengths.kind(round(prompt), None)
+        return request_row(prompt, self.output_lengths.mean(kind, None), math.inf, kind)
+
+    # -- learning --
+
+    def given(self, work: float, row: Floats) -> None:
+        """Count a request that is given a lease."""
+        self._given += 1
+        self.mean_work += (work - self.mean_work) / MIX_MEMORY
+        prompt = float(row[PROMPT])
+        self._prompts += 1
+        self._prompt_sum += prompt
+        self._square_sum += prompt * prompt
+
+    def started(self, row: Floats, body_bytes: int) -> None:
+        """Learn from the bytes of one of our own requests; 0 where they are not known."""
+        if body_bytes:
+            self._prompt_lengths.learn(body_bytes, float(row[PROMPT]))
+
+    def finished(self, kind: int, output_tokens: int) -> None:
+        """Learn from a request that was answered in full."""
+        self.output_lengths.ended(output_tokens, kind)
+
+    def tick(self) -> None:
+        """Let the leases given since the last tick change what is usual."""
+        if self._prompts:
+            share = self._prompts / min(MIX_MEMORY + self._prompts, self._given)
+            self.mean_prompt += share * (self._prompt_sum / self._prompts - self.mean_prompt)
+            self.mean_prompt_squares += share * (self._square_sum / self._prompts - self.mean_prompt_squares)
+            self._prompts, self._prompt_sum, self._square_sum = 0, 0.0, 0.0
+        self.usual[PROMPT] = self.usual[UNREAD] = max(1.0, self.mean_prompt)
+        self.usual[LEFT] = self.output_lengths.mean(0)
