@@ -28,6 +28,7 @@ from fleet.outside.health_checker import HealthChecker
 from fleet.outside.keys import FleetKeys
 from fleet.outside.ledger import Ledger
 from fleet.outside.performer import Performer
+from fleet.outside.replay_process import ReplayProcess
 from fleet.outside.ssh_log import SshLog
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
@@ -264,7 +265,9 @@ class AutoscalerProcess:
             self.ledger,
             clock,
         )
-        self.tuner = Tuner(self.scaler, self.state_dir, replay, config.replay_every_s if replay else 0.0)
+        self.tuner = Tuner(
+            self.scaler, self.state_dir, ReplayProcess(replay), config.replay_every_s if replay else 0.0
+        )
         self.check_wakeup, self.push_wakeup = Wakeup(), Wakeup()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []

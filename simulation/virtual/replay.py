@@ -274,7 +274,7 @@ def _pool(history: Bins, level: Objective, fleet: FluidFleet, warm_s: int, seed:
 
 
 def answer(said: object) -> dict[str, Any]:
-    """Return the reply to a request (`tuner.request_of` makes it); raise ConfigError that names the field.
+    """Return the reply to a request (fleet/replay.py makes it); raise ConfigError that names the field.
 
     {"bins": {"work", "requests", "limit_s": one number a second}, "goal", "capacity": {"work_s",
     "requests_s", "concurrency", "kv_tokens"}, "start_s": [least, most], "load_s", "running_usd_h",

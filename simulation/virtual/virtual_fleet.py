@@ -25,8 +25,9 @@ from fleet.commands import Command, Performed
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.outside.ledger import Ledger
-from fleet.outside.tuner import LEAST_S, NoCurve, Tuner
+from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
+from fleet.replay import LEAST_S
 from fleet.states import State
 from loadbalancer import LoadBalancer
 from policies import Fixed, Policy
@@ -69,11 +70,14 @@ class _Performer:
         return self._cloud.perform(command, self._loop.now)
 
 
-class _InProcess(Tuner):
-    """The autoscaler's tuner, but that a replay is a call: virtual time stands still meanwhile."""
+class _ReplayInProcess:
+    """A replay that is a call: virtual time stands still meanwhile."""
 
-    def _replay(self, request: bytes) -> bytes:
+    def run(self, request: bytes) -> bytes:
         return json.dumps(replay.answer(json.loads(request))).encode()
+
+    def stop(self) -> None:
+        """Do nothing: no replay is under way."""
 
 
 class VirtualFleet:
@@ -121,7 +125,7 @@ class VirtualFleet:
             slo=setting.slo,
             late_bound_s=setting.late_bound_s,
         )
-        self._tuner = _InProcess(self._scaler, directory, (), setting.replay_every_s)
+        self._tuner = Tuner(self._scaler, directory, _ReplayInProcess(), setting.replay_every_s)
         self.instances = SimulatedInstances(loop, self._balancer)
         self._users = Users(
             setting,

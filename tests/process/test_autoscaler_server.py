@@ -31,6 +31,7 @@ from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.ledger import Ledger
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerConfig, local_cloud_key
+from fleet.outside.replay_process import ReplayProcess
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
@@ -113,7 +114,7 @@ class Face:
         self.profile = get_profile("vllm-13")
         self.nudged = 0
         (directory / "level.json").write_text(json.dumps(TUNED))
-        self.tuner = Tuner(self.scaler, directory, REPLAY)
+        self.tuner = Tuner(self.scaler, directory, ReplayProcess(REPLAY))
         app = create_app(
             self.scaler,
             self.profile,
@@ -340,7 +341,7 @@ def test_the_curve_says_what_each_level_would_have_cost_yesterday(face: Face) ->
 
 
 def test_without_a_curve_it_is_said_why(face: Face, tmp_path: Path) -> None:
-    tuner = Tuner(face.scaler, tmp_path / "none", REPLAY)
+    tuner = Tuner(face.scaler, tmp_path / "none", ReplayProcess(REPLAY))
     client = create_app(
         face.scaler, face.profile, Keys(CONTROL), 5.0, master_token, tuner=tuner
     ).test_client()

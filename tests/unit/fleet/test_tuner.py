@@ -15,31 +15,18 @@ from typing import Any
 import pytest
 
 from autoscaler_server import REPLAY
-from engine.slo import Slo
 from fleet.demand import Arrived, Demand
-from fleet.outside import tuner
 from fleet.outside.ledger import Ledger
-from fleet.outside.tuner import BadReply, Day, NoCurve, Tuner, parse_reply, request_of
+from fleet.outside.replay_process import ROOT, ReplayProcess
+from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
-from policies import Busy, Capacity
+from policies import Busy
 from policies.objective import Objective
 from tests.fleet_world import FakeVast, World
+from tests.unit.fleet.test_replay import CHOSEN, REPLY
 from tests.waiting import wait_for
 
 NOW = 1_700_000_000.0
-
-REPLY: dict[str, Any] = {
-    "level": {"k": 1.7, "fast_s": 200.0, "slow_s": 3600.0, "slow_share": 0.7, "hold_s": 90.0, "pool": 4},
-    "curve": [
-        {"met": 0.95, "usd_day": 10.0, "k": 1.2},
-        {"met": 0.991, "usd_day": 14.0, "k": 1.7},
-        {"met": 0.999, "usd_day": 20.0, "k": 2.4},
-    ],
-    "misses": 0.009,
-    "usd_day": 13.9,
-    "reached": True,
-}
-CHOSEN = {"met": 0.991, "usd_day": 13.9, "k": 1.7, "reached": 1.0}
 TUNED = Objective(k=1.7, fast_s=200.0, slow_s=3600.0, slow_share=0.7, hold_s=90.0, pool=4)
 
 ANSWERS = """
@@ -88,7 +75,8 @@ class Bench:
             lambda: self.world.now,
         )
         command = (sys.executable, str(self.script), str(self.reply))
-        self.tuner = Tuner(self.scaler, self.directory, **{"command": command, **settings})
+        self.replay = ReplayProcess(command)
+        self.tuner = Tuner(self.scaler, self.directory, **{"replay": self.replay, **settings})
 
     def history(self, minutes: float = 40.0) -> "Bench":
         """Two requests a second of 500 tokens to read and 150 to answer, until now."""
@@ -114,97 +102,6 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     yield make
     for b in made:
         b.ledger.close()
-
-
-DAY = Day(
-    goal=0.99,
-    arrived=[Arrived(100, 2.0, 400.0, 1000.0), Arrived(103, 1.0, 1050.0, 9500.0)],
-    until=105,
-    slo=Slo(),
-    prefill_weight=0.1,
-    capacity=Capacity(950.0, 4.75, 28.5, 10_000.0),
-    start_s=(60.0, 120.0),
-    load_s=600.0,
-    running_usd_h=0.4,
-    stopped_usd_h=0.01,
-    late_lane=True,
-    max_instances=8,
-)
-
-
-# -- what is asked ---------------------------------------------------------------------------------------
-
-
-def test_a_request_has_a_value_for_every_second_from_the_first_arrival_to_the_end() -> None:
-    """A prompt of 9,500 tokens may wait 2 s + 9.5 s, but takes a second to read."""
-    asked = request_of(DAY)
-    assert asked["bins"] == {
-        "work": [400.0, 0.0, 0.0, 1050.0, 0.0],
-        "requests": [2.0, 0.0, 0.0, 1.0, 0.0],
-        "limit_s": pytest.approx([2.447, 2.0, 2.0, 10.5, 2.0], abs=1e-3),
-    }
-    del asked["bins"]
-    assert asked == {
-        "goal": 0.99,
-        "capacity": {"work_s": 950.0, "requests_s": 4.75, "concurrency": 28.5, "kv_tokens": 10_000.0},
-        "start_s": [60.0, 120.0],
-        "load_s": 600.0,
-        "running_usd_h": 0.4,
-        "stopped_usd_h": 0.01,
-        "late_lane": True,
-        "max_instances": 8,
-        "seed": 1,
-        "margin": 0.8,
-    }
-
-
-def test_the_objective_of_the_loadbalancer_is_the_one_that_is_replayed() -> None:
-    asked = request_of(replace(DAY, slo=Slo(5.0, 0.0)))
-    assert asked["bins"]["limit_s"] == pytest.approx([4.947, 5.0, 5.0, 4.0, 5.0], abs=1e-3)
-    hopeless = request_of(replace(DAY, slo=Slo(0.5, 0.0)))
-    assert hopeless["bins"]["limit_s"][3] == 0.0
-
-
-# -- what is believed ------------------------------------------------------------------------------------
-
-
-def test_a_reply_is_a_level_and_a_curve() -> None:
-    level, curve, chosen = parse_reply(json.dumps(REPLY).encode(), Objective())
-    assert (level, curve, chosen) == (REPLY["level"], REPLY["curve"], CHOSEN)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"level": None}, "wanted an object with level and curve"),
-        ({"level": {}}, "level.k: is missing"),
-        ({"level": {"k": 0}}, "level.k: is missing"),
-        ({"level": {"k": "2"}}, "level.k '2': wanted numbers"),
-        ({"level": {"k": True}}, "level.k True: wanted numbers"),
-        ({"level": {"k": float("nan")}}, "level.k nan: wanted numbers"),
-        ({"level": {"k": 1e9}}, "level: k 1e+09: wanted 0 to 100"),
-        ({"level": {"k": 2.0, "pool": 1.5}}, "level: pool 1.5: wanted a whole number"),
-        ({"level": {"k": 2.0, "goal": 0.5}}, "level.goal 0.5: wanted numbers, of k"),
-        ({"level": {"k": 2.0, "settled_at": 1.0}}, "level.settled_at 1.0: wanted numbers, of k"),
-        ({"level": {"k": 2.0, "min_hot": 99}}, "level.min_hot 99: wanted numbers, of k"),
-        ({"curve": []}, "curve: wanted a list of points"),
-        ({"curve": None}, "curve: wanted a list of points"),
-        ({"misses": None}, "misses, usd_day and reached: wanted"),
-        ({"reached": 1}, "misses, usd_day and reached: wanted"),
-        ({"curve": [{"met": 1.0}]}, "curve[0]: wanted met, usd_day and k"),
-        ({"curve": [{"met": 1.0, "usd_day": "1", "k": 1.0}]}, "curve[0]: wanted numbers"),
-    ],
-)
-def test_a_reply_that_no_policy_could_have_is_refused(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(BadReply) as e:
-        parse_reply(json.dumps({**REPLY, **change}).encode(), Objective())
-    assert str(e.value).startswith(said)
-
-
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'"level"'])
-def test_what_is_no_reply_at_all_is_refused(raw: bytes) -> None:
-    with pytest.raises(BadReply):
-        parse_reply(raw, Objective())
 
 
 # -- one replay ------------------------------------------------------------------------------------------
@@ -279,7 +176,8 @@ def test_a_replay_that_goes_wrong_is_logged_and_costs_nothing(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, script: str, reply: str, said: str
 ) -> None:
     b = bench(script, reply).history()
-    b.start(timeout_s=0.2 if script is HANGS else 60.0, command=b.tuner._command)
+    command = (sys.executable, str(b.script), str(b.reply))
+    b.start(replay=ReplayProcess(command, timeout_s=0.2 if script is HANGS else 60.0))
     before = b.scaler.policy
     with caplog.at_level(logging.WARNING):
         assert not b.tuner.tune()
@@ -297,7 +195,7 @@ def test_a_command_that_is_not_there_is_a_failure_too(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     b = bench().history()
-    b.start(command=("/nowhere/python",))
+    b.start(replay=ReplayProcess(("/nowhere/python",)))
     assert not b.tuner.tune()
     assert "level stays as it is" in caplog.text
 
@@ -315,20 +213,20 @@ def test_a_ledger_that_cannot_be_read_is_a_failure_too(
     assert "disk I/O error" in caplog.text
 
 
-# -- who is master ---------------------------------------------------------------------------------------
+# -- whose level it is -----------------------------------------------------------------------------------
 
 
 def test_what_an_operator_set_while_it_was_replayed_stands(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b = bench().history()
-    replay = b.tuner._replay
+    run = b.replay.run
 
     def meanwhile(request: bytes) -> bytes:
         b.scaler.set_policy(Objective(goal=0.999))
-        return replay(request)
+        return run(request)
 
-    monkeypatch.setattr(b.tuner, "_replay", meanwhile)
+    monkeypatch.setattr(b.replay, "run", meanwhile)
     assert b.tuner.tune(), "the curve is worth something all the same"
     assert b.scaler.policy == Objective(goal=0.999)
     assert b.tuner.due(), "and the new goal is replayed at once"
@@ -461,7 +359,7 @@ def test_a_result_that_cannot_be_written_is_used_all_the_same(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     b = bench().history()
-    b.tuner._file = b.directory / "gone" / "level.json"
+    b.tuner = Tuner(b.scaler, b.directory / "gone", b.replay)
     assert b.tuner.tune()
     assert "cannot be written" in caplog.text
     assert b.scaler.policy == replace(TUNED, settled_at=NOW)
@@ -545,7 +443,7 @@ def test_a_replay_does_not_outlive_an_autoscaler_that_was_killed(tmp_path: Path)
             "subprocess.run(dying_with_parent(sys.argv[1:]))",
             *("nice", "-n", "10", sys.executable, str(tmp_path / "hangs.py"), str(tmp_path / "x")),
         ],
-        cwd=tuner.ROOT,
+        cwd=ROOT,
     )
     wait_for("the replay has begun", (tmp_path / "x.pid").exists)
     pid = int((tmp_path / "x.pid").read_text())
@@ -559,9 +457,9 @@ def test_a_real_replay_finds_a_level_for_a_small_history(tmp_path: Path) -> None
     b = Bench(tmp_path)
     busy = [Arrived(s, 4.0, 800.0, 2000.0) for s in range(int(NOW) - 3600, int(NOW)) if s // 600 % 2]
     b.ledger.add_counts({}, busy, NOW)
-    b.tuner = Tuner(b.scaler, tmp_path, REPLAY)
+    b.tuner = Tuner(b.scaler, tmp_path, ReplayProcess(REPLAY))
     begun = time.monotonic()
-    assert b.tuner.tune(), b.tuner._trouble
+    assert b.tuner.tune()
     assert time.monotonic() - begun < 120.0
     policy = b.scaler.policy
     assert isinstance(policy, Objective)

@@ -1,0 +1,79 @@
+"""A replay of the last day in a process of its own, because numba takes a second and 60 MB to import."""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fleet.replay import BadReply
+from process.children import dying_with_parent
+
+MOST_REPLY = 4 * 2**20
+"""Bytes of a reply: a curve of a thousand levels is 200 kB."""
+
+TIMEOUT_S = 600.0
+"""Seconds after which a replay is ended: it takes seconds, and ten minutes are a fault."""
+
+ROOT = Path(__file__).parents[2]
+
+SAFE_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")
+"""Variables of our environment that the replay gets: no key is among them."""
+
+
+class ReplayProcess:
+    """Runs a command that reads a request from its input and prints a reply; one at a time."""
+
+    def __init__(self, command: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
+        """Start nothing yet."""
+        self._command = command
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def run(self, request: bytes) -> bytes:
+        """Return the reply; raise OSError, subprocess.TimeoutExpired or BadReply."""
+        environment = {name: os.environ[name] for name in SAFE_ENVIRONMENT if name in os.environ}
+        with self._lock:
+            if self._stopping:
+                raise BadReply("the autoscaler ends")
+            child = self._child = subprocess.Popen(
+                dying_with_parent(self._command),
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        with child:
+            try:
+                out, err = child.communicate(request, timeout=self._timeout_s)
+            finally:
+                _kill(child)
+                with self._lock:
+                    self._child = None
+        if child.returncode != 0:
+            last = err.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+            raise BadReply(f"exit {child.returncode}: {last[0][:200]}")
+        if len(out) > MOST_REPLY:
+            raise BadReply(f"{len(out)} bytes; {MOST_REPLY} at most")
+        return out
+
+    def stop(self) -> None:
+        """End the replay that is under way, and start none any more."""
+        with self._lock:
+            self._stopping, child = True, self._child
+        if child is not None:
+            _kill(child)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child and what it has started; it is reaped."""
+    if child.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
