@@ -1,6 +1,6 @@
-"""What can be asked of the cloud, as data; and, below the line, the one who asks.
+"""What can be asked of the cloud, as data.
 
-A command is made by `InstanceSet.decide`, written down by `begin`, sent by a `Performer`, and its
+A command is made by fleet/planner.py, written down by `InstanceSet.begin`, sent by a `Performer`, and its
 reply given to `finish`. Its failure costs only itself: what became of it is seen in the listing.
 """
 
@@ -12,7 +12,7 @@ from vast.rows import Offer
 
 @dataclass(frozen=True)
 class Create:
-    """Rent this offer. The label is given by `begin`'s caller and is unique."""
+    """Rent this offer. The caller of `begin` gives the label, which is unique."""
 
     offer: Offer
     why: str
@@ -48,7 +48,7 @@ class Destroy:
 
 @dataclass(frozen=True)
 class Drain:
-    """Give it no new requests. Nothing is asked of the cloud."""
+    """Give the instance no new requests. Nothing is asked of the cloud."""
 
     label: str
     id: int
@@ -57,7 +57,7 @@ class Drain:
 
 @dataclass(frozen=True)
 class Undrain:
-    """Give it requests again. Nothing is asked of the cloud."""
+    """Give the instance requests again. Nothing is asked of the cloud."""
 
     label: str
     id: int
@@ -66,7 +66,7 @@ class Undrain:
 
 @dataclass(frozen=True)
 class LookForOffers:
-    """Search the market; the offers come back through `offers_found`."""
+    """Search the market; the offers come back with `finish`."""
 
     why: str
 
@@ -83,13 +83,16 @@ class Reply(StrEnum):
 
 
 def with_label(command: Create, label: str) -> Create:
-    """The same order under that label."""
+    """Return the same order under that label."""
     return replace(command, label=label)
 
 
 @dataclass(frozen=True)
 class Performed:
-    """How a command went: the reply, the new instance's id, the offers found, and why not."""
+    """How a command went. why: it was not done. new_id: of a created instance.
+
+    offers: what a search found. offer_gone: another customer has the offer; the next one may still be free.
+    """
 
     reply: Reply
     why: str = ""

@@ -1,4 +1,7 @@
-"""Health checks as data: what is to be checked, and what was found."""
+"""Health checks as data: what is to be checked, and what was found.
+
+fleet/outside/health_checker.py makes them; `Reconciler.judge` draws the conclusions.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,9 +20,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class HealthCheck:
-    """One finished health check. in_flight: requests the instance itself says it is working on.
+    """One finished health check.
 
-    certificate: the machine's (PEM), when the check read it over ssh.
+    in_flight: requests that the instance itself says it is working on. certificate: the machine's (PEM), when
+    the check read it over ssh.
     """
 
     label: str
@@ -32,9 +36,10 @@ class HealthCheck:
 
 @dataclass(frozen=True)
 class HealthCheckOrder:
-    """A health check to be made: where, and whether the log must be read (always, until it is hot).
+    """A health check to be made, and where.
 
-    certificate: the machine's, as far as it is known; the log check reads it anew.
+    read_log: whether the log must be read; always, until the instance is hot. certificate: the machine's, as
+    far as it is known; reading the log reads it anew.
     """
 
     label: str

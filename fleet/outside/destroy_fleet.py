@@ -13,7 +13,7 @@ log = logging.getLogger("autoscaler")
 
 
 def destroy_fleet(config: AutoscalerConfig, *, ask: Callable[[str], str] | None) -> None:
-    """End every instance that carries the label, and see that none is left. ask None: do not ask."""
+    """End every instance that carries the label, and make sure that none is left; ask None: do not ask."""
     process = AutoscalerProcess(replace(config, manage=False), told_nobody=True, policy=Fixed(0, 0))
     try:
         process.check_account()
@@ -63,7 +63,7 @@ def _destroy_fleet(process: AutoscalerProcess, ask: Callable[[str], str] | None)
 
 
 def _lists_none(process: AutoscalerProcess) -> bool:
-    """Whether the cloud says itself that nothing of the fleet is left."""
+    """Return whether the cloud itself says that nothing of the fleet is left."""
     try:
         return not process.vast.list_instances(process.config.label + "/")
     except CloudError as e:

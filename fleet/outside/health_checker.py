@@ -1,8 +1,8 @@
-"""What a health check is, and how it is made: the log of this boot over ssh, and a test prompt.
+"""Make health checks: read the log of this boot over ssh, and send a test prompt.
 
 A running instance becomes hot when its log has the ready line and no fatal one, and a test
 prompt, sent to the public address with a real token, brought back at least one token. A hot one
-is asked again and again with a prompt, and now and then its log is read. A draining one is only
+is sent a prompt again and again, and now and then its log is read. A draining one is only
 asked how many requests it still has.
 """
 
@@ -28,11 +28,11 @@ T = TypeVar("T")
 # --- outside world ---------------------------------------------------------------------------------
 
 NO_EVENTS = 2**53
-"""As `after` of a load question: no event is that late, so none is sent."""
+"""Number of an event that never comes: with it as `after` a load report has no events."""
 
 
 class HealthChecker:
-    """Makes health checks, any number at once, each inside one timeout, so a dead machine delays nobody."""
+    """Makes health checks, any number at once; each has a timeout, so a dead machine delays no other."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class HealthChecker:
         self._clock = clock
 
     async def check(self, order: HealthCheckOrder) -> HealthCheck:
-        """Make one check. Never raises and never takes longer than the timeout."""
+        """Make one check; never raise, never take longer than the timeout."""
         found = _Found(order, self._clock())
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -94,7 +94,7 @@ class HealthChecker:
         return found(Verdict.PASSED, f"test prompt: {tokens} token(s)", _in_flight(batch.load))
 
     async def _read_log(self, order: HealthCheckOrder) -> LogView:
-        """The log as ssh shows it. An unreachable ssh is no fatal sign by itself: the prompt decides."""
+        """Return what the log says. Without ssh the check goes on: the prompt decides."""
         if order.ssh is None:
             return LogView(reached=False, why="the listing shows no ssh address")
         host, port = order.ssh
@@ -108,7 +108,7 @@ class HealthChecker:
 
 
 class _Found:
-    """What a check will say in the end; certificate: what it has read meanwhile."""
+    """Makes the result of one check; certificate: the one that it has read meanwhile."""
 
     def __init__(self, order: HealthCheckOrder, started_at: float) -> None:
         self.certificate: str | None = None
@@ -120,20 +120,20 @@ class _Found:
 
 
 def _secure(url: str, certificate: str | None) -> str:
-    """The URL under TLS, when the certificate that belongs to it is known."""
+    """Return the URL under TLS, when the certificate that belongs to it is known."""
     return url if certificate is None else url.replace("http://", "https://", 1)
 
 
 def _in_flight(load: LoadReport) -> int | None:
-    """Requests on it; None when the engine did not say, for then 0 would be a guess."""
+    """Return how many requests it has; None when the engine did not say, for then 0 would be a guess."""
     return load.running + load.waiting if load.model_up else None
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
-    """What the blocking call returns or raises, from a thread of its own.
+    """Make the blocking call in a thread of its own; return or raise what it does.
 
-    A pool has a last thread, and hanging machines could have them all; and the end of the process would
-    wait for a pool's threads, but not for a daemon's.
+    Hanging machines could use up all threads of a pool, and the process would wait for them at its end; it
+    does not wait for a daemon thread.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -152,7 +152,7 @@ async def _in_thread(call: Callable[[], T]) -> T:
             result = call()
         except Exception as e:  # noqa: BLE001 it is raised where the call is awaited
             error = e
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=run, name="ssh", daemon=True).start()

@@ -13,18 +13,18 @@ from process.ssh_keys import load_or_make_ssh_key
 
 
 class FleetKeys:
-    """Made on first use in the state directory, each file 0600."""
+    """The keys in the state directory, made on first use, each file 0600."""
 
     def __init__(self, state_dir: Path) -> None:
-        """Read or make them; raises ConfigError for a file others can read."""
+        """Read or make them; raise ConfigError for a file that others can read."""
         self._secret = load_or_make_key(state_dir / "fleet.key").encode()
         self.ssh_key = load_or_make_ssh_key(state_dir / "ssh_ed25519")
 
     def master_token(self, label: str) -> str:
-        """The master token of the instance with that label; 256 bits, hex."""
+        """Return the master token of the instance with that label; 256 bits, hex."""
         return hmac.new(self._secret, label.encode(), hashlib.sha256).hexdigest()
 
     @property
     def ssh_public_key(self) -> str:
-        """One line, as an account's key list wants it."""
+        """The public key in one line, as an account's key list wants it."""
         return f"{self.ssh_key.get_name()} {self.ssh_key.get_base64()} autoscaler-py"

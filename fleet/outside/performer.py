@@ -12,11 +12,11 @@ from vast.errors import ApiError, CloudAuthError, NoSuchInstance, OfferGone, Rat
 # --- outside world ---------------------------------------------------------------------------------
 
 PORTS_ENV = "-p 3000:3000 -p 8000:8000"
-"""auth_server and model server; nothing secret travels in --env, which is visible in process lists."""
+"""Ports of auth_server and model server; nothing secret is in --env, which process lists show."""
 
 
 class Performer:
-    """Sends one command through the vastai CLI and says how it went; decides nothing."""
+    """Sends commands through the vastai CLI, one at a time, and says how each went; decides nothing."""
 
     def __init__(
         self,
@@ -25,14 +25,14 @@ class Performer:
         master_token: Callable[[str], str],
         ready_url: str | None = None,
     ) -> None:
-        """master_token: the token of the instance with that label. ready_url: where it says how it is."""
+        """master_token: returns that of a label. ready_url: where an instance says how it is."""
         self._ready_url = ready_url
         self._vast = vast
         self._profile = profile
         self._master_token = master_token
 
     def perform(self, command: Command) -> Performed:
-        """Ask the cloud. A clear no is REFUSED; whatever may hide an effect is UNKNOWN."""
+        """Ask the cloud. A clear refusal is REFUSED; an answer that may hide an effect is UNKNOWN."""
         try:
             return self._ask(command)
         except OfferGone as e:

@@ -15,8 +15,8 @@ GIVEN_UP = frozenset({State.FAILED, State.DESTROYING})
 def prepare(config: AutoscalerConfig, count: int) -> None:
     """Rent count instances, wait until each has loaded the model, stop them. Progress goes to stdout.
 
-    It is the ordinary loop with a policy that wants them in all but not hot. What an interrupted run left
-    half done counts among the new ones. Ctrl-C leaves nothing unlabelled and says what is still rented.
+    It is the ordinary loop with a policy that wants them in all but not hot. Instances that an interrupted
+    run left half done count among the new ones. Ctrl-C says what is still rented; all of it is labelled.
     """
     within("--count", count, 1, config.max_instances)
     process = AutoscalerProcess(replace(config, manage=True), told_nobody=True, policy=Fixed(0, 0))

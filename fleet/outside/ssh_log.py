@@ -1,4 +1,4 @@
-"""Reading the model server's log over ssh: is it ready, did it fail? (lineage 1.3, 5) And the certificate.
+"""Read the model server's log and the machine's certificate over ssh (lineage 1.3, 5).
 
 Lines are matched as substrings, because real ones begin with "INFO:" or "(APIServer pid=..)".
 The start script begins a new log at each boot and each restart of the model server, so an old
@@ -18,7 +18,7 @@ import paramiko
 from process.errors import InstanceError
 
 MAX_OUTPUT = 65_536
-"""Bytes of an answer: a line of 300 characters and two words are expected."""
+"""Bytes of an answer: a certificate, a line of 300 characters and two words are expected."""
 
 READY_LINE = "Application startup complete."
 
@@ -34,14 +34,14 @@ FATAL_LINES = (
 _CERTIFICATE = "CERTIFICATE"
 
 GIVEN_UP = "fleet: giving up"
-"""What the supervisor writes at the beginning of a line. vLLM whose engine has died ends by itself."""
+"""Words at the beginning of a line with which the supervisor gives up; vLLM ends when its engine has died."""
 
 # paramiko logs a traceback for each peer that hangs up; our checks report that in their own words.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 
 class HostKeyChanged(InstanceError):
-    """The instance shows another host key than it did at first: somebody else may be answering."""
+    """The instance shows another host key than at first: another machine may be answering."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LogView:
 
 
 def grep_command(*, hot: bool) -> str:
-    """The shell command whose output `parse` reads. All words in it are constants of this file."""
+    """Return the shell command whose output `parse` reads. All words in it are constants of this file."""
     log = '"$HOME/fleet/model.log"'
     # vLLM logs what requests say (the names of models, what a chat's template raises): nothing counts that it
     # wrote after it was ready, and of what it wrote before only our own words for it come over here.
@@ -72,7 +72,7 @@ def grep_command(*, hot: bool) -> str:
 
 
 def parse(output: str) -> LogView:
-    """Read what `grep_command` printed; raises InstanceError when it was cut short."""
+    """Read what `grep_command` printed; raise InstanceError when it was cut short."""
     lines = output.splitlines()
     if not lines or lines[-1] != "END":
         raise InstanceError(f"ssh log check: expected a last line END, got {output[-80:]!r}")
@@ -92,12 +92,12 @@ class SshLog:
     """Connects with the fleet's key and remembers each instance's host key. Safe in several threads."""
 
     def __init__(self, key: paramiko.PKey, remember_host_key: Callable[[str, str], str]) -> None:
-        """remember_host_key(label, key): the key first seen for that label, this one if it is the first."""
+        """remember_host_key(label, key): returns the key first seen for that label, maybe this one."""
         self._key = key
         self._remember = remember_host_key
 
     def read(self, label: str, host: str, port: int, hot: bool, timeout_s: float) -> LogView:
-        """Look into the log; raises InstanceError, HostKeyChanged. Takes at most timeout_s."""
+        """Look into the log; raise InstanceError or HostKeyChanged. Takes at most timeout_s."""
         until = time.monotonic() + timeout_s
 
         def left() -> float:

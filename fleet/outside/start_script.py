@@ -1,9 +1,9 @@
 """The start script that a new instance is created with: all of remote/ in one text of at most 16 KB.
 
-Vast.ai runs it at every start of the container, so it does everything again that may be new and nothing that
-is long: it unpacks remote/, looks whether Flask is there (a vLLM image has none), and becomes the
-supervisor. Of the master token only the SHA-256 is in it, so that a listing, which shows it, gives nobody
-tokens. Comments, docstrings, types and long names stay at home: most of what there would be to send.
+Vast.ai runs it at every start of the container, so it repeats what may be new and nothing that takes long:
+it unpacks remote/, installs Flask if it is not there (a vLLM image has none), and becomes the
+supervisor. Of the master token only the SHA-256 is in it: a listing shows the script.
+Comments, docstrings, types and long names are left out: they are most of the text.
 """
 
 import ast
@@ -25,10 +25,10 @@ from process.errors import ConfigError
 REMOTE = Path(__file__).resolve().parents[2] / "remote"
 
 NEEDS = ("flask==3.1.3", "a2wsgi==1.10.10", "cryptography==49.0.0")
-"""What the auth_server needs and vLLM's image may not have; the versions of requirements.txt."""
+"""Packages that the auth_server needs and vLLM's image may not have; the versions of requirements.txt."""
 
 LIMIT_BYTES = 16_384
-"""The service refuses or cuts longer scripts (vast-contract 2.2)."""
+"""Bytes of the longest script; the service refuses or cuts longer ones (vast-contract 2.2)."""
 
 _TEMPLATE = """\
 #!/bin/bash
@@ -60,7 +60,7 @@ exec python3 -m remote.supervise {name}
 
 @functools.lru_cache(maxsize=1)
 def _packed() -> str:
-    """remote/*.py, minified and compressed, in characters that need no quoting inside a here-document."""
+    """Return remote/*.py, minified and compressed, in characters that a here-document need not quote."""
     sources = {path.name: minified(path.read_text()) for path in sorted(REMOTE.glob("*.py"))}
     # Most of it is text of no alignment: pb 0. The old format has 48 bytes less around it than .xz.
     filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
@@ -69,7 +69,7 @@ def _packed() -> str:
 
 
 def minified(source: str) -> str:
-    """The same program without comments, docstrings and types; what no other file knows has short names."""
+    """Return the program without comments, docstrings and types; names that only it uses become short."""
     tree = ast.parse(_minified(source))
     for node in reversed(tree.body):  # what was there for the types only
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
@@ -105,7 +105,7 @@ def _minified(source: str) -> str:
 
 
 def render(profile: Profile, master_token: str, ready_url: str | None = None) -> str:
-    """The script for an instance with that profile and master token; raises ConfigError if it is too long.
+    """Return the script of an instance with that profile and master token; raise ConfigError if too long.
 
     ready_url: the autoscaler's `POST /ready` as instances reach it. VLLM_MODEL and VLLM_ARGS in the
     container's environment go before the profile's.
