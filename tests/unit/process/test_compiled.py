@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,12 @@ def test_all_that_is_compiled_and_all_that_it_uses_is_in_the_digest() -> None:
     needed = set(using).union(*(imported(f) for f in using))
     types_only = {ROOT / "engine" / "timing.py"}
     assert needed - covered() <= types_only
+
+
+def test_make_compiles_anew_when_any_of_it_has_changed() -> None:
+    """Else the first loadbalancer after a change would take ten seconds to start."""
+    (named,) = re.findall(r"^\$\(COMPILED\): \$\(READY\) (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert re.sub(r"\$\(wildcard (.*)\)", r"\1", named).split() == list(compiled.SOURCES)
 
 
 PROGRAM = """
