@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from engine.profiles import Profile, get_profile
 from fleet.outside.start_script import render
 from fleet_client.tls_pins import pinned_context
+from tests.ports import free_port
 from tests.waiting import wait_for
 
 MASTER = "master-token-of-a-test"
@@ -58,14 +58,6 @@ while True:
 """Does not hear SIGTERM, nor does its own child, as little as an engine in the middle of a CUDA call."""
 
 
-def two_ports() -> tuple[int, int]:
-    """Two that nobody listens on."""
-    with socket.socket() as a, socket.socket() as b:
-        a.bind(("127.0.0.1", 0))
-        b.bind(("127.0.0.1", 0))
-        return a.getsockname()[1], b.getsockname()[1]
-
-
 class Machine:
     """A rented machine, as the start script finds it. python: the directory of the image's python3."""
 
@@ -79,7 +71,7 @@ class Machine:
         (package / "api_server.py").write_text(engine)
         self.script = path / "onstart.sh"
         self.log = path / "console.log"
-        self.auth_port, self.model_port = two_ports()
+        self.auth_port, self.model_port = free_port(), free_port()
         self.environ = {
             "HOME": str(self.home),
             "PATH": f"{python or Path(sys.executable).parent}:/usr/bin:/bin",

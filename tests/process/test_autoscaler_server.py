@@ -43,6 +43,7 @@ from tests.commands import run_command
 from tests.fleet_world import FakeVast, World, make_offer
 from tests.messages import hot_set
 from tests.paths import ROOT
+from tests.ports import free_port
 from vast.rows import Offer, Row
 from web.app import MAX_BODY
 from web.signatures import instance_key
@@ -729,9 +730,7 @@ def taken_port() -> Iterator[int]:
 def test_what_an_operator_gets_wrong_is_one_line_and_exit_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_port: int, argv: list[str], says: str
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        free = sock.getsockname()[1]
-    argv = [a.replace("TAKEN", str(taken_port)).replace("FREE", str(free)) for a in argv]
+    argv = [a.replace("TAKEN", str(taken_port)).replace("FREE", str(free_port())) for a in argv]
     for name in [n for n in os.environ if n.startswith(("VAST_", "XDG_", "LOCALCLOUD_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -28,6 +28,7 @@ from process.errors import ConfigError
 from tests.commands import run_command
 from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet
 from tests.paths import ROOT
+from tests.ports import free_port
 from tests.waiting import wait_for
 
 SECRET = "the quick brown fox and his secret"
@@ -535,14 +536,6 @@ def process(*flags: str, **environ: str) -> Iterator[tuple["subprocess.Popen[str
         finally:
             running.kill()
             thread.join(10)
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def answers(port: int) -> Callable[[], bool]:

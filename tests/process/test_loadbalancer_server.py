@@ -23,7 +23,6 @@ import pytest
 import autoscaler_server
 import loadbalancer_server
 from autoscaler_server import parse_report
-from bench.children import free_port
 from bench.route.stub_fleet import StubHttp, StubInstance, certificate
 from dispatch.outside import background
 from dispatch.outside.background import CLOCKWORK_S, QUIET_S, Errands
@@ -39,6 +38,7 @@ from loadbalancer_server import Config, Keys, create_app
 from process.errors import ConfigError
 from tests.messages import hot_set, token_batch
 from tests.paths import ROOT
+from tests.ports import free_port
 from web.bodies import check_fields
 from web.messages.decoding import BadField, decode
 from web.messages.hot_set import HotSet
@@ -991,6 +991,7 @@ async def until(true: Callable[[], Awaitable[object]], what: str, limit_s: float
         await asyncio.sleep(0.05)
 
 
+@pytest.mark.alone
 def test_five_thousand_wait_in_one_process_and_a_replaced_hot_set_loses_none_and_answers_none_twice(
     tmp_path: Path,
 ) -> None:

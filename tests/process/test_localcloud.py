@@ -24,6 +24,7 @@ from localcloud.processes import command_line
 from process.errors import InstanceError
 from tests.commands import run_command
 from tests.paths import ROOT
+from tests.ports import free_port
 from tests.waiting import wait_for
 from vast.cli import Cli
 from vast.client import Vast
@@ -46,13 +47,6 @@ echo "Application startup complete." > "$HOME/fleet/model.log"
 sleep 1000 &
 exec sleep 1000
 """
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class LocalCloud:

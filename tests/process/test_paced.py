@@ -15,6 +15,7 @@ import requests
 
 from instance_client import Stream, TokenUsage
 from tests.paths import ROOT
+from tests.ports import free_port
 from tests.unit.localcloud.paced.hand_clock import HELLO
 from tests.unit.localcloud.paced.test_command import write_machine
 
@@ -33,13 +34,6 @@ class Gate:
                 return
         await self.app(scope, receive, send)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

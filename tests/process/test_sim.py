@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from simulation.live.operator import NoAnswer, Operator
 from simulation.live.workload import body_of, plan
 from simulation.report import FAILURES
 from tests.paths import ROOT
+from tests.ports import free_port
 from tests.process.test_local_stack import running, stand_ins
 from tests.waiting import wait_for
 
@@ -529,15 +529,9 @@ def test_an_autoscaler_that_does_not_tell_costs_leaves_them_unknown_and_says_why
         assert found["requests"]["completed"] == 20
 
 
-def closed_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{sock.getsockname()[1]}"
-
-
 def test_an_autoscaler_that_was_named_must_be_there_another_need_not() -> None:
     with Fakes(well).running() as fakes:
-        config = replace(SMALL, loadbalancer=fakes.url, autoscaler=closed_port(), **ONE)
+        config = replace(SMALL, loadbalancer=fakes.url, autoscaler=f"http://127.0.0.1:{free_port()}", **ONE)
         with pytest.raises(ConfigError, match="the autoscaler does not answer"):
             asyncio.run(measure.run(config, asyncio.Event(), "fake engine"))
         with pytest.raises(ConfigError, match="the autoscaler does not answer"):
@@ -639,7 +633,7 @@ def command(*flags: str) -> "subprocess.Popen[str]":
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--loadbalancer", "CLOSED"], "does not answer"),
+        (["--loadbalancer", "http://127.0.0.1:FREE"], "does not answer"),
         (["--model", "vllm-7"], "unknown model 'vllm-7'"),
         (["--base-num-users", "many"], "--base-num-users"),
         (["--client-key-file", "/nowhere/key"], "/nowhere/key cannot be read"),
@@ -649,13 +643,13 @@ def command(*flags: str) -> "subprocess.Popen[str]":
 def test_what_cannot_be_run_as_asked_is_one_line_and_exit_2(flags: list[str], words: str) -> None:
     """`sim.main` is what the process runs: what it raises is said in one line, as the next test shows."""
     with pytest.raises(ConfigError) as refused:
-        sim.main(["--quiet", *(closed_port() if flag == "CLOSED" else flag for flag in flags)])
+        sim.main(["--quiet", *(flag.replace("FREE", str(free_port())) for flag in flags)])
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_the_process_says_what_is_wrong_in_one_line_and_exits_2() -> None:
-    process = command("--quiet", "--loadbalancer", closed_port())
+    process = command("--quiet", "--loadbalancer", f"http://127.0.0.1:{free_port()}")
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, len(err.splitlines())) == (2, "", 1), err
     assert err.startswith("sim.py: ")

@@ -18,6 +18,7 @@ from tests.fake_fleet import (
     fake_fleet,
     make_certificate,
 )
+from tests.ports import free_port
 from tests.unit.fleet_client.users import (
     ALL,
     SECRET,
@@ -59,16 +60,8 @@ def test_the_last_answer_of_a_full_fleet_is_passed_on_as_it_is(user: Make, fleet
     assert e.value.response.headers["retry-after"] == "9"
 
 
-def closed_port() -> int:
-    """A port where nobody listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def test_an_instance_that_refuses_connections_is_left_for_another(user: Make, fleet: FakeFleet) -> None:
-    fleet.loadbalancer.wrong[2] = {"address": f"https://127.0.0.1:{closed_port()}"}
+    fleet.loadbalancer.wrong[2] = {"address": f"https://127.0.0.1:{free_port()}"}
     assert user(fleet.url).stream() == ALL
     assert told(fleet) == [("failed", "no_connection")]
 
@@ -271,7 +264,7 @@ def test_a_stalled_stream_ends_by_the_users_timeout(user: Make, fleet: FakeFleet
 
 def test_a_loadbalancer_that_is_not_there_is_named(user: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "UNREACHABLE_S", 0.2)
-    url = f"http://127.0.0.1:{closed_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(openai.APIConnectionError) as e:
         user(url).chat()
     assert f"loadbalancer {url}" in str(e.value.__cause__)

@@ -23,8 +23,8 @@ from remote.auth_server import MAX_BODY, MOST_TOKENS, create_app
 from remote.events import Events
 from remote.model_load import ModelLoad, ModelServer, parse_metrics
 from remote.tokens import CAP, Gate, Issuer
-from tests.instance_home import two_ports
 from tests.paths import ROOT
+from tests.ports import free_port
 from tests.waiting import wait_for
 from web.messages.decoding import decode
 from web.messages.reports import LoadReport, TokenBatch
@@ -198,7 +198,7 @@ def served(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     fleet.mkdir()
     boots.begin(str(fleet))
     (fleet / "master.sha256").write_text(hashlib.sha256(MASTER.encode()).hexdigest())
-    port, model_port = two_ports()
+    port, model_port = free_port(), free_port()
     environ = {
         **os.environ,
         "HOME": str(tmp_path),
