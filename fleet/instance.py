@@ -65,7 +65,7 @@ class Orders:
 
 
 @dataclass
-class Boot:
+class BootRecord:
     """The present boot of one instance, and the starts since it was last hot."""
 
     ordered_at: float | None = None  # None: it boots for the first time
@@ -142,7 +142,7 @@ class Instance:
     in_flight: int | None = None  # requests, as it said itself in this boot
     in_flight_at: float = 0.0
     drain_version: int = 0  # of the first hot set in which it is draining
-    boot: Boot = field(default_factory=Boot)
+    boot: BootRecord = field(default_factory=BootRecord)
     orders: Orders = field(default_factory=Orders)
     replay_guard: ReplayGuard = field(default_factory=ReplayGuard)
 
@@ -183,7 +183,7 @@ class Instance:
             adopted=True,
             unverified=up and first,
             loaded=down,
-            boot=Boot(up_at=now, maybe_busy=up),
+            boot=BootRecord(up_at=now, maybe_busy=up),
         )
 
     @classmethod
@@ -208,7 +208,7 @@ class Instance:
             condemned=saved.condemned,
             unverified=was_hot,
             throughput_work_s=saved.throughput or profile.throughput_work_s,
-            boot=Boot(
+            boot=BootRecord(
                 ordered_at=since if state is State.STARTING else None,
                 was_hot=was_hot,
                 maybe_busy=was_hot or state is State.RUNNING,

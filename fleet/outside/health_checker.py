@@ -84,7 +84,7 @@ class HealthChecker:
                 return found(Verdict.LOADING, "the ready line is not in its log yet")
             if not view.reached and order.state is State.RUNNING:
                 return found(Verdict.FAILED, view.why)
-            found.certificate = view.certificate
+            found.read_certificate(view.certificate)
         certificate = found.certificate or order.certificate
         auth_url, address = (_secure(url, certificate) for url in (order.auth_url, order.address))
         batch = await self._client.fetch_tokens(auth_url, token, 1, self._timeout_s, certificate)
@@ -114,6 +114,10 @@ class _Found:
         self.certificate: str | None = None
         self._label = order.label
         self._started_at = started_at
+
+    def read_certificate(self, certificate: str | None) -> None:
+        """Say in the result which certificate the machine has."""
+        self.certificate = certificate
 
     def __call__(self, verdict: Verdict, why: str, in_flight: int | None = None) -> HealthCheck:
         return HealthCheck(self._label, self._started_at, verdict, why, in_flight, self.certificate)

@@ -329,7 +329,7 @@ class AutoscalerProcess:
             try:
                 self.scaler.turn()
             except Exception as e:  # the loop must live: what it does not do now it does next turn
-                self.scaler.last_error = f"a turn failed: {type(e).__name__}: {e}"
+                self.scaler.note_failed_turn(e)
                 log.exception("a turn failed")
             # An instance that speaks up before the listing showed it makes us look, but not without a pause.
             self._stop.wait(min(MIN_TURN_S, self.config.poll_interval_s))

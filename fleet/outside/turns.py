@@ -134,6 +134,10 @@ class Autoscaler:
             self.last_error = "the listing lacks most of the fleet"
         return decision
 
+    def note_failed_turn(self, error: Exception) -> None:
+        """Keep what a turn has raised, for `GET /health`."""
+        self.last_error = f"a turn failed: {type(error).__name__}: {error}"
+
     def _list(self) -> tuple[list[Row] | None, str | None]:
         """The rows of the fleet, or None and why not. Rows of others are not even read."""
         try:
