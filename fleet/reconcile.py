@@ -45,7 +45,7 @@ ABSENT_TURNS = 3
 """Believed listings in a row that must lack an instance before it counts as gone."""
 
 DESTROYED_TURNS = 2
-"""The same of one whose end was ordered; to forget a machine that bills is the costlier mistake."""
+"""The same for one that is being destroyed; to forget another, which may bill, is the costlier mistake."""
 
 GONE_KEPT = 50
 """Instances that are gone and can still be asked why."""

@@ -112,7 +112,7 @@ class BadDay(World):
             self.policy = Fixed(hot, hot + self.chance.randint(0, 3))
 
     def calm(self, policy: Fixed) -> None:
-        """Nothing goes wrong any more, and nobody has requests."""
+        """Nothing goes wrong any more, and there are no requests."""
         self.trouble, self.policy = 0.0, policy
         self.listing_works, self.hide_until = True, 0.0
         self.busy.clear()

@@ -1,4 +1,4 @@
-"""Sending orders: what each answer of the cloud means for the one who asked."""
+"""Commands that are sent: what each answer of the cloud means for the command."""
 
 import hashlib
 from collections.abc import Callable

@@ -52,7 +52,7 @@ def test_a_new_failure_is_told_once() -> None:
 
 def test_no_lease_is_out_only_when_every_loadbalancer_knows_the_drain_and_counts_none() -> None:
     d = Demand("e")
-    assert not d.no_lease_on(1, 5), "nobody was heard of"
+    assert not d.no_lease_on(1, 5), "no loadbalancer was heard of"
     d.add_report(report("a", hot_version=5), 0.0)
     assert d.no_lease_on(1, 5)
     assert not d.no_lease_on(1, 6), "it does not know the drain yet"

@@ -1,4 +1,4 @@
-"""Health checks: what a log and a prompt say, and that one dead machine delays nobody."""
+"""Health checks: what a log and a prompt say, and that one dead machine delays no other."""
 
 import asyncio
 import socket

@@ -169,7 +169,7 @@ def test_why_a_listing_failed_stands_in_the_decisions(ledger: Ledger) -> None:
 
 
 def test_only_rows_of_the_fleet_are_read(ledger: Ledger) -> None:
-    """An odd row of somebody else in the account must not stop everything."""
+    """An odd row of another user of the account must not stop everything."""
     loop = Loop(ledger)
     loop.scaler.turn()
     assert loop.cloud.prefixes == ["fleet/"]
