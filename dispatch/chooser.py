@@ -33,7 +33,7 @@ two at least. More would take longer than it may be worth."""
 
 FIRST_TOKEN_WEIGHT = 10.0
 """Seconds of whole latency that a second of first token is worth; 1 is better for the whole latency on
-unequal machines, by 4 to 7 %, and costs 12 to 18 % of first token (dispatch-study.md)."""
+unequal machines, by 4 to 7 %, and costs 12 to 18 % of first token (docs/reference/dispatch-study.md)."""
 
 
 @dataclass(slots=True, eq=False)

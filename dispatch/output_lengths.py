@@ -5,7 +5,7 @@ What counts is not the mean of all answers but the mean of those that have come 
     E[O - g | O > g] = sum over completions with O > g of (O - g) / how many they are
 
 because the requests that run are mostly those with long answers: with the plain mean the first token came
-1.9 times later (dispatch-study.md). And it is the mean of requests *like this one*: the length of the prompt
+1.9 times later (dispatch-study 4). And it is the mean of requests *like this one*: the length of the prompt
 and the tokens allowed are known, and programs send prompts of about one length for answers of about one
 length. Quarter octaves of the prompt alone explain 73 % of the variance of Azure's conversation log and 64 %
 of ServeGen's m-small, 2 % of Mooncake's and nothing of Azure's code log (2026-11, this file's own bins).

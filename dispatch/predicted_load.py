@@ -4,7 +4,7 @@ A request that is given to an instance has a row in its table (engine/forward.py
 moved along by the engine's own rule, with the instance's own constants, whenever they are looked at; a report
 removes the requests that have ended. So the prediction is as new as the last request, however old the last
 report is, and it counts what was given since: without that the first token came 2.6 times later in the study
-(dispatch-study.md).
+(dispatch-study 2).
 
 A table is always as it will be at the end of the step under way, because no request can join before.
 

@@ -7,7 +7,7 @@ room, so of a prompt whose first k hashes it has served
     TRUST * k * AFFINITY_BLOCK_TOKENS
 
 need not be read there. What is trusted is less than all, because what an instance has thrown away is not
-known here; a session key gets most of the gain (dispatch-study.md).
+known here; a session key gets most of the gain (dispatch-study 9).
 
 The holder of a prefix is the memory of an instance, which is another one after a reboot: the prefixes are
 lost then, and nothing need be searched. Bounded: the MOST hashes served last, HOLDERS memories each.

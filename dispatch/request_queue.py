@@ -37,7 +37,7 @@ from dispatch.route_request import QueuedRequest, RouteRequest
 
 LATE_BOUND_S = 300.0
 """Most seconds that a late request waits while others are in time: in the study of the policies none waited
-for much longer (reference/policy-study.md), so the bound seldom costs another request its time."""
+for much longer (docs/reference/policy-study.md), so the bound seldom costs another request its time."""
 
 CLASS_S = 30.0
 """Seconds that a class of priority is worth. Far more than the seconds in which a request can be in time, so

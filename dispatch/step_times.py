@@ -8,7 +8,7 @@ Between two reports of an instance that was busy all the time,
 where steps = tokens made / requests running. Each constant is the told one times a factor; the factors are
 followed by a Kalman filter that starts at 1 with standard deviation SPREAD. What a mix of requests cannot
 tell apart stays in the ratio that was told, and need not be told apart for that mix. An error of 30 % costs
-14 % of first token, one set of constants for all machines half of the whole latency (dispatch-study.md).
+14 % of first token, one set of constants for all machines half of the whole latency (dispatch-study 1).
 """
 
 import numpy as np

@@ -12,7 +12,7 @@ stretch in closed form,
 so a run costs O(n) stretches and a choice among eight servers some twenty microseconds, compiled. `njit`
 keeps the plain function, and a test runs both.
 
-The price of giving a request to a server is what it does to all requests (dispatch-study.md):
+The price of giving a request to a server is what it does to all requests (docs/reference/dispatch-study.md):
 
     own end + w * own first token
       + the same, as it grows for all that are there, and for those that will come in the next seconds

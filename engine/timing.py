@@ -55,16 +55,17 @@ class Timing:
 
 
 PREFILL_OPTIMISM: Mapping[str, float] = MappingProxyType({"A100 SXM4": 1.2, "L40S": 1.2, "H100 SXM": 1.35})
-"""Factors of e: kernels measured alone run faster than in a server (timing.md 3a: judged, not fitted). The
-other cards' e are arithmetic that needs no such factor."""
+"""Factors of e: kernels measured alone run faster than in a server (docs/reference/timing.md 3a: judged, not
+fitted). The other cards' e are arithmetic that needs no such factor."""
 
 LARGE_STEPS = frozenset({"H100 SXM"})
 """GPUs for which vLLM 0.11 takes 1,024 requests and 8,192 tokens a step: of 70 GiB, without the A100; for the
 others 256 and 2,048 (EngineArgs defaults for its API server, looked up 2026-11)."""
 
 # (model, quantization, GPU as Vast names it, number of GPUs): a, b, c, d, e, f, KV tokens.
-# A100, H100, L40S: timing.md 3a, composed from measured vLLM kernels, 2 to 7 % mean error of the linear form.
-# RTX cards: timing.md 3c, bandwidth arithmetic without an error bar.
+# A100, H100, L40S: docs/reference/timing.md 3a, composed from measured vLLM kernels, 2 to 7 % mean error of
+# the linear form.
+# RTX cards: docs/reference/timing.md 3c, bandwidth arithmetic without an error bar.
 _ROWS: Mapping[tuple[str, str, str, int], tuple[float, float, float, float, float, float, int]] = {
     ("13B", "awq4", "RTX 3090", 1): (11.52, 0.072, 1.094, 9.9, 402.1, 12.0, 15_500),
     ("13B", "awq4", "RTX 4090", 1): (9.99, 0.067, 1.016, 9.0, 188.6, 5.65, 15_500),

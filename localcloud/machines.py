@@ -117,9 +117,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("rental_days", 0.01, 3_650.0),
 )
 
-# Prices per GPU-hour within the ranges of timing.md section 4; L40S has none there and is an assumption,
-# as are the storage prices (0.10 to 0.20 suggested there). 4103 and 4204 fail the filters of every
-# profile (reliability, network), as part of every real search does.
+# Prices per GPU-hour within the ranges of docs/reference/timing.md 4; L40S has none there and is an
+# assumption, as are the storage prices (0.10 to 0.20 suggested there). 4103 and 4204 fail the filters of
+# every profile (reliability, network), as part of every real search does.
 MACHINES: tuple[Machine, ...] = (
     Machine(4101, "RTX 3090", 0.21, slots=4, host_id=7001, inet_down=780.0, inet_up=640.0),
     Machine(

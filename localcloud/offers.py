@@ -12,7 +12,8 @@ from typing import Any
 from localcloud.machines import DAY_S, Machine
 
 MIN_BID_SHARE = 0.5
-"""Least bid as a share of the price on demand: interruptible is "50 %+ cheaper" (timing.md 4)."""
+"""Least bid as a share of the price on demand: interruptible is "50 %+ cheaper"
+(docs/reference/timing.md 4)."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ ROUND = 1e-9
 """Instances taken off before rounding up: 3.0000000001 are 3 and an error of addition."""
 
 DEFAULT_K = ((0.99, 2.0), (0.999, 3.2))
-"""k for a fleet without history, by goal (reference/policy-study.md, "What mattered" 2): between these, and
+"""k for a fleet without history, by goal (docs/reference/policy-study.md 2): between these, and
 beyond, straight in the logarithm of the misses."""
 
 RANGES = {

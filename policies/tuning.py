@@ -3,7 +3,7 @@
 from collections import deque
 
 MARGIN = 0.8
-"""Share of the misses that the goal allows, which a replayed day may have (reference/policy-study.md)."""
+"""Share of the misses the goal allows that a replayed day may have (docs/reference/policy-study.md)."""
 
 MARGIN_KEEP = 0.985
 """Factor by which earlier misses fade at each replay: half in a day of 46, since misses come in bursts."""

@@ -7,8 +7,9 @@ name alone does not say them:
     function       its lines without decorators, with its docstring and the functions inside it
     code lines     neither blank nor comment nor docstring; docstrings are counted beside them
     foreign write  an attribute written from outside the class that owns it: see tests/attribute_writes.py
-    dangling       a link or path in Markdown, docstrings or comments, or a page cited by name and section
-                   (as "peers section 2"), that is no file of the checkout
+    dangling       a link or path in Markdown, docstrings or comments that is no file of the checkout, or a
+                   section of a page of docs/reference/ that the page does not have: "vast-contract 2.7",
+                   "docs/reference/peers.md 2, 18b"; 6.1 is also item or row 1 of section 6
     by hand        a string outside tests and docstrings with `{"` (JSON), or a sample or TYPE (Prometheus)
 """
 
@@ -38,9 +39,14 @@ CITE_OTHERS = {"bench/", "docs/reference/"}
 OF_OTHERS = {"serving_chat.py", "serving_completion.py", "cli/main.py"}
 """Files of vLLM and vastai that are cited elsewhere."""
 
-PAGES = "vast-contract|dispatch-study|policy-study|vllm-on-cpu|lineage|peers|servers|timing|design"
-CITED = re.compile(rf"\b({PAGES})(?: section)? \d")
-"""A page of docs/reference/ cited by its name and a section."""
+CITED = re.compile(
+    r"\b((?:vast-contract|dispatch-study|policy-study|vllm-on-cpu|design)\b(?:\.md)?"
+    r"|(?:lineage|peers|servers|timing)\.md)(?: section)?\s(\d[\w.]*(?:(?:, | and )\d[\w.]*)*)"
+)
+"""A page of docs/reference/ and sections of it; names that are English words are cited as files only."""
+
+SECTION = re.compile(r"^(?:#+ (\d+\w?(?:\.\d+)*)\.? |(\d+)\. |\| (\d+) \||\(([a-z])\) )", re.MULTILINE)
+"""The number of a heading, of an item or row of a table below one, or the letter of a paragraph."""
 
 PATH = re.compile(r"(?<![\w./*<>{}-])(?:\.\./)*(?:[\w-]+/)*[\w-]+\.(?:md|py)\b(?![\w*]|\.\w)")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)")
@@ -99,7 +105,8 @@ class Checkout:
         self.all_sources = [Source(path, root) for path in self.modules.values()]
         self.sources = [s for s in self.all_sources if not s.is_test]
         found = (p.relative_to(root) for p in sorted(root.rglob("*.*")) if p.is_file())
-        self.files = {str(p) for p in found if not any(part.startswith(".") for part in p.parts)}
+        kept = (p for p in found if p.parts[0] != "build")
+        self.files = {str(p) for p in kept if not any(part.startswith(".") for part in p.parts)}
         self.pages = {name: (root / name).read_text() for name in self.files if name.endswith(".md")}
 
     def scripts(self) -> list[str]:
@@ -165,7 +172,7 @@ class Checkout:
         } | OF_OTHERS
         texts = dict(self.pages)
         for s in self.all_sources:
-            comments = [t.string for t in s.tokens if t.type == tokenize.COMMENT]
+            comments = [t.string.lstrip("# ") for t in s.tokens if t.type == tokenize.COMMENT]
             texts[s.name] = "\n".join([*comments, *(str(d.value) for d in s.docstrings)])
         found = Counter[str]()
         for name, text in sorted(texts.items()):
@@ -173,12 +180,20 @@ class Checkout:
             if name.startswith(tuple(CITE_OTHERS)):
                 ours = (f"{top}/" for top in (*self.packages(), "docs"))
                 dangling = [ref for ref in dangling if ref.startswith(tuple(ours))]
-            dangling += [page for page in CITED.findall(text) if f"{page}.md" not in ends]
+            dangling += self._missing_sections(text)
             links = LINK.findall(text) if name in self.pages else []
             there = (self.root / name).parent
             dangling += [ref for ref in links if ref not in dangling and not (there / ref).exists()]
             found.update(f"{name}: {ref}" for ref in dangling)
         return [place + (f" ({n} times)" if n > 1 else "") for place, n in found.items()]
+
+    def _missing_sections(self, text: str) -> Iterator[str]:
+        """Yield the sections that a text cites of pages of docs/reference/ and that are not there."""
+        for page, sections in CITED.findall(text):
+            name = page.removesuffix(".md")
+            there = sections_of(self.pages.get(f"docs/reference/{name}.md", ""))
+            cited = (section.rstrip(".") for section in re.split(", | and ", sections))
+            yield from (f"{name} {section}" for section in cited if section not in there)
 
     def strings_like(self, pattern: re.Pattern[str]) -> list[str]:
         """Return the places of strings outside tests and docstrings that match."""
@@ -195,6 +210,16 @@ class Checkout:
         """Return (lines of code, lines of docstrings) outside tests, of bench or of all but bench."""
         counts = [s.line_counts() for s in self.sources if s.is_bench == bench]
         return sum(code for code, _ in counts), sum(prose for _, prose in counts)
+
+
+def sections_of(page: str) -> set[str]:
+    """Return the numbers by which the sections, items and rows of a page are cited."""
+    found, above = set(), ""
+    for heading, item, row, letter in SECTION.findall(page):
+        above = heading or above
+        number = f"{above}{letter}" if letter else f"{above}.{item or row}".lstrip(".")
+        found.add(heading or number)
+    return found
 
 
 def report(checkout: Checkout) -> str:

@@ -282,7 +282,7 @@ class Cli:
         """Write the CLI's own files, or mark them as fresh.
 
         Without them its first run asks for its role, every run asks for GPU names at import, with no
-        time limit, and parallel first runs race for the directories (vast-contract 0, rows 5 and 6; 3).
+        time limit, and parallel first runs race for the directories (vast-contract 0.5, 0.6 and 3).
         """
         try:
             os.utime(self._gpu_names)  # it counts as stale after 24 h

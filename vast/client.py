@@ -44,7 +44,7 @@ from vast.rows import (
 
 log = logging.getLogger("vast")
 
-ONCE = "--retry=1"  # attempts in all; the default is 3, also for changes (vast-contract 0, row 9)
+ONCE = "--retry=1"  # attempts in all; the default is 3, also for changes (vast-contract 0.9)
 ONSTART_LIMIT_BYTES = 16_384  # vast-contract 2.2: the service refuses or cuts longer scripts
 LABEL_LIMIT = 256  # at create; vast-contract 2.2
 PORTS_LIMIT = 64  # -p options of one instance; vast-contract 2.2

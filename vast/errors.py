@@ -41,7 +41,7 @@ class OfferGone(ApiError):
     """The offer is rented already; it may be rented by us.
 
     A create whose reply was lost and that is sent again gets this answer although the first one rented
-    the machine (vast-contract 0, row 9). We send a create once, a proxy on the way may not: only the
+    the machine (vast-contract 0.9). We send a create once, a proxy on the way may not: only the
     listing, by label, tells.
     """
 

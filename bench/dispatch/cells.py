@@ -24,7 +24,8 @@ TRACES: Mapping[str, str] = {
     "mooncake": "mooncake_conversation.csv",
 }
 
-# timing.md 3a, the fp16 rows; e as in engine.timing's PREFILL_OPTIMISM, limits as in its LARGE_STEPS.
+# docs/reference/timing.md 3a, the fp16 rows; e as in engine.timing's PREFILL_OPTIMISM, limits as in its
+# LARGE_STEPS.
 A100 = Timing("13B fp16 on A100 SXM4", 19.07, 0.054, 0.500, 11.3, 92.4 * 1.2, 2.71, 53_700)
 H100 = Timing("13B fp16 on H100 SXM", 10.49, 0.028, 0.266, 5.2, 29.7 * 1.35, 1.92, 53_700, 1024, 8192)
 L40S = TIMINGS["13B", "awq4", "L40S", 1]

@@ -35,7 +35,7 @@ TRACES: Mapping[str, str] = {
 }
 
 GPUS: Mapping[str, tuple[str, int, float]] = {
-    # profile: GPU, how many, $/h on demand (timing.md section 4)
+    # profile: GPU, how many, $/h on demand (docs/reference/timing.md 4)
     "vllm-13": ("A100 SXM4", 1, 0.78),
     "vllm-70": ("A100 SXM4", 2, 1.90),
 }

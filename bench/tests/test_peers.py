@@ -106,7 +106,7 @@ def test_a_whole_number_of_replicas_is_never_more_than_rounding_off(wanted: floa
     assert whole_up(wanted) == whole
 
 
-# -- Vast Serverless, peers.md section 1 --
+# -- Vast Serverless, docs/reference/peers.md 1 --
 
 
 def vast_load(now: float, tokens_s: float, held_work: float = 0.0) -> dict[str, Any]:

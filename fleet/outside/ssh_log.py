@@ -1,5 +1,6 @@
-"""Read the model server's log and the machine's certificate over ssh (lineage 1.3, 5).
+"""Read the model server's log and the machine's certificate over ssh.
 
+Source of the lines: docs/reference/lineage.md 1.3 and 5.
 Lines are matched as substrings, because real ones begin with "INFO:" or "(APIServer pid=..)".
 The start script begins a new log at each boot and each restart of the model server, so an old
 ready line cannot make a new boot look ready. The machine's certificate is read on the same way: the host

@@ -67,8 +67,8 @@ LONGEST_LINE = 1 << 20
 
 HOUR_FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        # Of the hours of a day, mean 1; as ../shared/traces/README.md has them from the publications
-        # (alibaba/ServeGen; HPMLL/BurstGPT second-hand).
+        # Of the hours of a day, mean 1; from the publications (alibaba/ServeGen; HPMLL/BurstGPT
+        # second-hand).
         "servegen_m-small": (
             0.84, 0.71, 0.73, 0.68, 0.71, 0.66, 0.68, 0.85, 1.02, 1.05, 1.13, 1.09,
             1.06, 1.07, 1.06, 1.05, 1.09, 1.08, 1.01, 1.23, 1.46, 1.40, 1.27, 1.06,

@@ -80,7 +80,7 @@ WARM_STARTS = 2.0
 
 K_MOST = 6.0
 """Largest k, times the share of the slow mean where that is over 1; the largest in the studies was 4.1
-(policy-study.md)."""
+(docs/reference/policy-study.md)."""
 
 MISSES_MOST, MISSES_LEAST = 0.10, 2e-4
 """Shares of misses between which a curve is followed: what no goal allows, and what a day cannot measure."""

@@ -62,15 +62,19 @@ def test_every_reference_leads_somewhere(project: Checkout) -> None:
 FILES = {
     "README.md": "Three words [here](guide/gone.md) and [there](guide/page.md).\n",
     "guide/page.md": "`house/room.py`, `house/cellar.py`, ../shared/notes.md\n",
+    "docs/reference/vast-contract.md": (
+        "# The contract\n## 2. Commands\n(a) all\n### 2.2 Create\n1. one\n## Rows\n## 4. End\n| 1 | row |\n"
+    ),
     "docs/architecture.md": "# Exceptions to the size limits\n\n- `house/room.py:Room.long`: why\n\n# Next\n",
     "front.py": 'import house.room\n\nCALL = ["python", "-m", "yard.shed"]\n',
     "house/__init__.py": "",
-    "house/room.py": '''"""A room (vast-contract 2.2)."""
+    "house/room.py": '''"""A room (vast-contract 2.2, 2.3 and 4.1)."""
 
 import yard.shed
 from yard.shed import Door
 
-# servers 8, peers.md
+# Of servers 8 do; peers.md 1, docs/reference/vast-contract.md section 2.2.1, 2b, 2.4 (policy-study
+# 3).
 
 
 class Room:
@@ -145,8 +149,11 @@ def test_references_that_lead_nowhere(checkout: Checkout) -> None:
         "guide/page.md: house/cellar.py",
         "guide/page.md: ../shared/notes.md",
         "house/room.py: peers.md",
-        "house/room.py: servers",
-        "house/room.py: vast-contract",
+        "house/room.py: peers 1",
+        "house/room.py: vast-contract 2b",
+        "house/room.py: vast-contract 2.4",
+        "house/room.py: policy-study 3",
+        "house/room.py: vast-contract 2.3",
     ]
 
 

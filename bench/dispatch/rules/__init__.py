@@ -6,5 +6,5 @@
                         └── reports, fresh or old ───┘
 
 A rule sees what a proxy sees: what it has sent, and when that has its first token and its end. Of the server
-it knows what the last report said. One file a source (reference/peers.md); registry.py lists them.
+it knows what the last report said. One file a source (docs/reference/peers.md); registry.py lists them.
 """

@@ -1,8 +1,8 @@
 """Who knows how long every answer will be and how every server stands, and takes for each request the best.
 
 Greedy: of who comes next it knows no more than how many usual ones do, so it is no optimum; a search in
-hindsight found 0.03 % below one like it on equal servers and 1.5 % on mixed ones (dispatch-study.md). Its
-price is that of ours (engine/forward.py),
+hindsight found 0.03 % below one like it on equal servers and 1.5 % on mixed ones
+(docs/reference/dispatch-study.md). Its price is that of ours (engine/forward.py),
 
     own end + w * own first token + the same, as it grows for everybody who is there or usually comes in 3 s
 

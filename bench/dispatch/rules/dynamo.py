@@ -1,4 +1,4 @@
-"""NVIDIA Dynamo's KV router (peers.md 12).
+"""NVIDIA Dynamo's KV router (docs/reference/peers.md 12).
 
     raw  = (prompt tokens not yet read at the worker + those of the request) / block
     cost = max(0, raw - blocks it has cached) + blocks of its active requests         least, random ties

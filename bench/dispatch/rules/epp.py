@@ -1,4 +1,4 @@
-"""llm-d's endpoint picker with the weights of its chart: queue 2, KV 2, prefix 3 (peers.md 8).
+"""llm-d's endpoint picker with the weights of its chart: queue 2, KV 2, prefix 3 (docs/reference/peers.md 8).
 
     queue = (max - waiting) / (max - min), 1 if all are equal     KV = 1 - use     prefix = matched / total
 

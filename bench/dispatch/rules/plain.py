@@ -1,4 +1,7 @@
-"""Rules that need no report: round robin, random, power of two, least in-flight (peers.md 2, 3, 14, 18b)."""
+"""Rules that need no report: round robin, random, power of two, least in-flight.
+
+Source: docs/reference/peers.md 2, 3, 14 and 18b.
+"""
 
 from collections.abc import Sequence
 from itertools import count

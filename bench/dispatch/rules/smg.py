@@ -1,4 +1,4 @@
-"""The policies of the SGLang model gateway and of SMG, its continuation (peers.md 10).
+"""The policies of the SGLang model gateway and of SMG, its continuation (docs/reference/peers.md 10).
 
 least_load    (queued tokens + tokens sent since the report) / throughput + 0.15 k/(1-k)
 cache_aware   old: least load if max - min > 64 and max > 1.5 min, else who has the longest prefix if that is

@@ -1,4 +1,6 @@
-"""Vast Serverless: queue time by cost (peers.md 1). A model of what is documented; the engine is closed.
+"""Vast Serverless: queue time by cost. A model of what is documented; the engine is closed.
+
+Source: docs/reference/peers.md 1.
 
     wait = sum of the costs in flight / perf                    cost = max_tokens, the prompt is free
     the worker with the least; all over max_queue_time (30 s): held, first come first served

@@ -3,7 +3,7 @@
     AsIs      hot N, total N        a new instance loads for the whole load time, a surplus one is destroyed
     WithPool  hot N, total peak N   a surplus one is stopped and starts again in the start time
 
-So the gain of a rule and the gain of the actuator can be told apart (peers.md section 19).
+So the gain of a rule and the gain of the actuator can be told apart (docs/reference/peers.md 19).
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from bench.policies.peers.windows import Peak
 from policies import FleetSnapshot, Targets
 
 KEEP_S = 6 * 3600.0
-"""How long a stopped instance is kept after it was last wanted: the window of reference/policy-study.md."""
+"""Seconds that a stopped instance is kept after it was last wanted, as in docs/reference/policy-study.md."""
 
 
 class AsIs:

@@ -1,6 +1,6 @@
 """DelayedOff: an arrival that finds all busy starts one; one that was idle for t_wait stops.
 
-Source: reference/peers.md section 15 (Gandhi, Gupta, Harchol-Balter, Kozuch 2010): most-recently-busy
+Source: docs/reference/peers.md 15 (Gandhi, Gupta, Harchol-Balter, Kozuch 2010): most-recently-busy
 routing, so the surplus drains and the instances needed are always the first ones. Then
 
     N(t) = most of ceil(requests in the system / requests at once per instance) over the last t_wait

@@ -1,6 +1,6 @@
 """NVIDIA Dynamo planner: the static thresholds it ships with, and its predictive throughput scaling.
 
-Source: reference/peers.md section 12: wheel ai-dynamo 1.6.1, planner core/throughput_scaling.py,
+Source: docs/reference/peers.md 12: wheel ai-dynamo 1.6.1, planner core/throughput_scaling.py,
 load_scaling.py, load/predictors.py, config/defaults.py. Aggregated engines (prefill and decode together).
 
     static, every 5 s    util = (KV in use + KV queued + prompt tokens queued) / KV of an engine

@@ -1,6 +1,6 @@
 """Kubernetes HPA on an external metric with AverageValue, which is also what KEDA runs from 1 to N.
 
-Source: reference/peers.md section 5: kubernetes pkg/controller/podautoscaler replica_calculator.go and
+Source: docs/reference/peers.md 5: kubernetes pkg/controller/podautoscaler replica_calculator.go and
 horizontal.go, pkg/apis/autoscaling/v2/defaults.go; chart of vllm production-stack a6c01db (2026-08-05).
 
     every 15 s: n = ceil(total / target), but N when | total / (target N) - 1 | <= 0.1

@@ -1,6 +1,6 @@
 """Knative pod autoscaler (KPA): concurrency over a target, in a long window and a short one for panic.
 
-Source: reference/peers.md section 4: knative/serving 98e5ef9 (2026-08-21), pkg/autoscaler, files
+Source: docs/reference/peers.md 4: knative/serving 98e5ef9 (2026-08-21), pkg/autoscaler, files
 scaling/autoscaler.go and config/config.go.
 
     stable, panic = mean concurrency of the last 60 s and 6 s;  R = max(1, ready)

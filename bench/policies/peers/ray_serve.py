@@ -1,6 +1,6 @@
 """Ray Serve, replica_queue_length policy: ongoing and queued requests over a target, after a delay.
 
-Source: reference/peers.md section 3: wheel ray 2.60.0, serve/autoscaling_policy.py, config.py.
+Source: docs/reference/peers.md 3: wheel ray 2.60.0, serve/autoscaling_policy.py, config.py.
 
     total   = mean over the last 30 s of (queued + running), as pushed by the handles every 10 s
     d       = total / target_ongoing_requests

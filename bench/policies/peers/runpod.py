@@ -1,6 +1,6 @@
 """RunPod Serverless: workers by request count, or one more when a request has waited too long.
 
-Source: reference/peers.md section 13: runpod/docs serverless (2026-08-20). Closed: documentation only.
+Source: docs/reference/peers.md 13: runpod/docs serverless (2026-08-20). Closed: documentation only.
 
     request count   N = ceil((queued + in progress) / scaler_value)
     queue delay     a request has waited over 4 s: one more worker

@@ -1,6 +1,6 @@
 """SageServe, LT-UA: an hourly forecast says how many more or fewer, memory use says when.
 
-Source: reference/peers.md section 15: SageServe (SIGMETRICS 2026), arbiter.py (GlobalArbiterARIMAChecking),
+Source: docs/reference/peers.md 15: SageServe (SIGMETRICS 2026), arbiter.py (GlobalArbiterARIMAChecking),
 global_arbiter.py, long_term_allocation.py and configs of its repository.
 
     hourly     need  = most of the forecast over [t + 20, t + 60] min, and 10 % for development traffic

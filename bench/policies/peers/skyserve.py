@@ -1,6 +1,6 @@
 """SkyPilot SkyServe, RequestRateAutoscaler: requests per second over a target, with long patience.
 
-Source: reference/peers.md section 2: wheel skypilot 0.14.1, sky/serve/autoscalers.py and constants.py.
+Source: docs/reference/peers.md 2: wheel skypilot 0.14.1, sky/serve/autoscalers.py and constants.py.
 
     q = arrivals of the last 60 s / 60;  c = ceil(q / target_qps_per_replica), within the limits
     N = 0: N = c at once;  c > N for 15 looks in a row: N = c;  c < N for 60 looks in a row: N = c

@@ -1,6 +1,6 @@
 """Documented-target model of Vast.ai Serverless: hot and stopped capacity as multiples of the load.
 
-Source: reference/peers.md section 1: vast-ai/docs guides/serverless (2026-08-07), CLI, SDK and API reference.
+Source: docs/reference/peers.md 1: vast-ai/docs guides/serverless (2026-08-07), CLI, SDK and API reference.
 The engine is closed: this follows what its documentation promises, not its code. Its two sets of defaults
 differ, so both are here.
 
@@ -14,7 +14,7 @@ to its favour (tried on a bursty trace: shorter means flap and cost a quarter mo
 larger of the means of the last 5 and of the last 30 minutes; the 1 h plan holds the largest total of the last
 hour, so that a lull destroys nothing; target_queue_time is max_queue_time, 30 s (5 and 10 s cost more and
 missed no fewer); "aggressively" is as many more workers as empty the queue in that time. The docs also call
-cold_mult a multiple of the hot target; peers.md's form is taken.
+cold_mult a multiple of the hot target; the form of docs/reference/peers.md is taken.
 """
 
 import math

@@ -1,6 +1,6 @@
 """llm-d Workload Variant Autoscaler, V2 (tokens): demand and capacity in KV tokens, pending counted.
 
-Source: reference/peers.md section 7: llm-d WVA internal/engines/{analyzers/saturation_v2,pipeline}
+Source: docs/reference/peers.md 7: llm-d WVA internal/engines/{analyzers/saturation_v2,pipeline}
 (2026-02-19). One variant here, so cheapest and dearest are the same.
 
     every 60 s, from the peaks of the last minute:

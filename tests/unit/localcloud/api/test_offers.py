@@ -8,7 +8,7 @@ from tests.unit.localcloud.api.face import OFFER, ORDER, Face
 
 
 def test_a_search_is_json_of_exactly_that_type(face: Face) -> None:
-    """The CLI prints "invalid return Content-Type" for anything else (vast-contract 0, row 10)."""
+    """The CLI prints "invalid return Content-Type" for anything else (vast-contract 0.10)."""
     reply = face.ask("POST", "/api/v0/bundles/", {"num_gpus": {"eq": "1"}, "order": [["dph_total", "asc"]]})
     offers = reply.get_json()["offers"]
     assert reply.headers["Content-Type"] == "application/json"
