@@ -13,6 +13,7 @@ import aiohttp
 
 from bench.children import ROOT, child, said
 from bench.client.first_token import milliseconds
+from localcloud.paced.machine import SimulatedMachine
 from remote import boot as boots
 from remote.tokens import Issuer
 
@@ -27,7 +28,7 @@ def measure_check(directory: Path, rate: float, seconds: float, outstanding: int
     while len(tokens) < outstanding:
         tokens += issuer.issue(min(2000, outstanding - len(tokens)), time.monotonic())
     machine = directory / "machine.json"
-    machine.write_text('{"gpu_name": "H100 SXM", "num_gpus": 1, "load_s": 0, "start_s": 0, "loaded": null}')
+    SimulatedMachine("H100 SXM", 1, 0.0, 0.0, None, None).write(machine)
     times = directory / "times.json"
     environ = {
         "HOME": str(directory),
