@@ -4,9 +4,10 @@
 
 Live means everything but GPUs: the vastai command line, ssh, tokens, HTTP, and the paced engine, whose model
 servers are of the same class as those of the simulation. So what is compared is all the rest: how the fleet
-grows and shrinks, who is held for how long, what is billed. The trace is drawn from a seed: a quiet minute,
-a rise over what one machine holds, a peak, and a fall. The cloud's times are divided by --speedup, this
-machine's own (a call of the command line, a handshake) are not: the higher it is, the more those count.
+grows and shrinks, which requests are held for how long, what is billed. The trace is drawn from a seed: a
+quiet minute, a rise over what one machine holds, a peak, and a fall. The cloud's times are divided by
+--speedup, this machine's own (a call of the command line, a handshake) are not: the higher it is, the more
+those count.
 """
 
 import json

@@ -207,7 +207,7 @@ class PreparedCli(Cli):
         return len(self._whole) + len(self._page)
 
     def run(self, endpoint: Endpoint, words: Sequence[str], flags: Sequence[str] = (), **more: object) -> str:  # noqa: ARG002
-        """What the command would have printed."""
+        """Return what the command would have printed."""
         return self._page if any(flag.startswith("--limit") for flag in flags) else self._whole
 
 

@@ -174,7 +174,7 @@ Come = tuple[float, int, int, int]
 
 
 def _poisson(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
-    """Independent arrivals, the log's lengths in another order: nothing changes with time."""
+    """Yield independent arrivals, the log's lengths in another order: nothing changes with time."""
     at = 0.0
     for r in rng.sample(log, len(log)):
         at += rng.expovariate(rate)
@@ -182,14 +182,14 @@ def _poisson(log: Sequence[logs.Request], rate: float, rng: random.Random) -> It
 
 
 def _stretched(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
-    """The log as it is, with its times stretched or shrunk: its bursts are as high and as many."""
+    """Yield the log, its times stretched or shrunk: its bursts are as high and as many."""
     stretch = (len(log) - 1) / max(log[-1].at_s, 1e-9) / rate
     for r in logs.spread_ticks(log, logs.TICK_S if len({*log}) < len(log) else 0.0, rng):
         yield r.at_s * stretch, r.prompt_tokens, r.output_tokens, r.session
 
 
 def _sessions(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
-    """The log's sessions, as many of them as give the rate, with the pauses they have in reality.
+    """Return the log's sessions, as many of them as give the rate, with the pauses they have in reality.
 
     The log is played again, with others of its sessions, until as many have come as there are in it.
     """

@@ -205,7 +205,7 @@ class Played:
         return Targets(wanted, self._pool, "known in advance")
 
     def scaled(self, speedup: float) -> "Played":  # noqa: ARG002 - a schedule is of its own time
-        """Itself."""
+        """Return itself."""
         return self
 
 

@@ -34,7 +34,7 @@ class RunningLoadbalancer:
     control_key: Path
 
     def status(self) -> dict[str, Any]:
-        """GET /status, empty while nothing answers."""
+        """Return GET /status, empty while nothing answers."""
         try:
             with urlopen(f"http://127.0.0.1:{self.port}/status", timeout=30.0) as reply:
                 said: dict[str, Any] = json.load(reply)

@@ -77,7 +77,7 @@ RATE_STREAMS, RATE_WARM_S, RATE_S = 32, 0.5, 3.0
 
 
 IDLE_S = 5.0
-"""How long nothing is asked of anybody, to see what the routers take all the same."""
+"""Seconds in which nothing is asked, to see what the routers take all the same."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Meter:
         return [time.perf_counter(), *groups, time.process_time()]
 
     def cell(self, heard: LoadResult, requests: float, first_s: Sequence[float] = ()) -> WayRound:
-        """What was heard since then. requests: that the work was worth."""
+        """Return what came since then. requests: that the work was worth."""
         seconds, router, beside, engines, client = (
             now - before for now, before in zip(self._read(), self._begun, strict=True)
         )
@@ -138,18 +138,18 @@ class Meter:
 
 
 async def at_level(way: Way, level: Level, engines: Sequence[StandInEngine]) -> WayRound:
-    """One round of streams."""
+    """Measure one round of streams."""
     client = way.client()
     meter = Meter(way, engines)
     heard = await paced(client, level.streams, level.pace, level.requests, LIMIT_S)
-    # Who did not get beyond the first requests in time is judged by those.
+    # A way that did not get beyond the first requests in time is judged by those.
     cell = meter.cell(heard, heard.tokens / TOKENS, heard.first_s or heard.beginning_s)
     await client.close()
     return cell
 
 
 async def at_full_rate(way: Way, seconds: float, engines: Sequence[StandInEngine]) -> WayRound:
-    """One round of requests of one token, as fast as they go."""
+    """Measure one round of requests of one token, as fast as they go."""
     client, heard, over = way.client(), LoadResult(), asyncio.Event()
     with contextlib.suppress(Failed, TimeoutError):  # one that was saturated may still be at what was cut off
         async with asyncio.timeout(LIMIT_S):
@@ -168,7 +168,7 @@ async def at_full_rate(way: Way, seconds: float, engines: Sequence[StandInEngine
 
 
 async def idle_shares(ways: Sequence[Way], seconds: float) -> dict[str, float]:
-    """Shares of a core that each way's own processes take while nothing is asked of anybody."""
+    """Return shares of a core that each way's own processes take while nothing is asked."""
 
     def used() -> list[float]:
         return [children.tree_cpu_s(way.pids + way.beside) if way.pids else 0.0 for way in ways]
@@ -183,7 +183,7 @@ async def idle_shares(ways: Sequence[Way], seconds: float) -> dict[str, float]:
 
 
 def check_alone_ms(requests: int = 40, rounds: int = 5) -> float:
-    """Processor milliseconds of the token check in a request of 256 events, with nothing around it.
+    """Return processor ms of the token check in a request of 256 events, with nothing around it.
 
     The same app with and without the check, in a loop, nothing sent anywhere, the least of the rounds: a
     figure without the noise of two engines' processor times, to compare their difference with.
@@ -238,12 +238,12 @@ class RoutersConfig:
     ways: frozenset[str] | None = None
 
     def wants(self, name: str) -> bool:
-        """Whether that way is measured; direct always is."""
+        """Return whether that way is measured; direct always is."""
         return self.ways is None or name in self.ways or name == DIRECT
 
 
 def ours(engines: Sequence[StandInEngine], loadbalancer_pid: int, port: int, *, batches: bool) -> list[Way]:
-    """Ours, in its three forms. port: the loadbalancer's; batches: whether it gives them."""
+    """Return ours, in its three forms. port: the loadbalancer's; batches: whether it gives them."""
 
     def way(name: str, ahead: int, kind: str, context: ssl.SSLContext | None) -> Way:
         ports = {e.number: e.ports[kind] for e in engines}
@@ -277,7 +277,7 @@ class Found:
 
 
 async def measure(config: RoutersConfig, directory: Path) -> Found:
-    """Everything runs, is measured, and has ended; SIGTERM cancels it, and then all has ended, too."""
+    """Run everything, measure it and end it; SIGTERM cancels it, and then all has ended, too."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     if task is not None:
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
@@ -378,7 +378,7 @@ def show(config: RoutersConfig, versions: Mapping[str, str], found: Found, alone
 def as_json(
     config: RoutersConfig, versions: Mapping[str, str], found: Found, alone_ms: float
 ) -> dict[str, object]:
-    """All figures, and all that they were made of."""
+    """Return all figures, and all that they were made of."""
 
     def told(cells: Mapping[str, Sequence[WayRound]]) -> dict[str, object]:
         rows = figures.summaries(cells)

@@ -9,7 +9,7 @@ One process serves one and the same small ASGI app on three ports, which it prin
     tls       the same as checked, under TLS with the certificate of HOME/fleet
 
 The server below is as small as a server for `TokenCheck` can be, so that the check is a visible part of what
-an answer costs. Nobody is punished for how packets fall: TCP_NODELAY is set, and the head of an answer leaves
+an answer costs. How packets fall costs no way anything: TCP_NODELAY is set, and the head of an answer leaves
 together with its first event, in one segment.
 
 A prompt begins "N pace P", N any number: a token every 1/P s, the first at once; "pace 0": all at once.
@@ -77,7 +77,7 @@ class EngineConnection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Part of asyncio.Protocol: an answer that nobody reads ends."""
+        """Part of asyncio.Protocol: an answer that is not read ends."""
         self._gone.set()
         if self._task is not None:
             self._task.cancel()
@@ -85,23 +85,23 @@ class EngineConnection(asyncio.Protocol):
     # -- what httptools calls
 
     def on_message_begin(self) -> None:
-        """A new request."""
+        """Begin a request."""
         self._url, self._headers, self._body = b"", [], b""
 
     def on_url(self, url: bytes) -> None:
-        """The target."""
+        """Add to the target."""
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
+        """Add a header."""
         self._headers.append((name.lower(), value))
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """Add a piece of the body."""
         self._body += body
 
     def on_message_complete(self) -> None:
-        """All of it is here: answer."""
+        """Answer: all of it is here."""
         scope: Scope = {
             "type": "http",
             "method": self._parser.get_method().decode(),
@@ -144,7 +144,7 @@ class EngineConnection(asyncio.Protocol):
 
 
 async def engine(scope: Scope, receive: Receive, send: Send) -> None:
-    """What the routers ask of an engine, and completions."""
+    """Answer what the routers ask of an engine, and completions."""
     if scope["method"] == "GET":
         await _answer(send, *_told(scope["path"]))
         return
@@ -171,7 +171,7 @@ async def engine(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def _stream(send: Send, count: int, pace: float) -> None:
-    """So many tokens: the first at once, each of the others when it is due."""
+    """Send so many tokens: the first at once, each of the others when it is due."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -184,7 +184,7 @@ async def _stream(send: Send, count: int, pace: float) -> None:
 
 
 def _told(path: str) -> tuple[bytes, bytes]:
-    """(body, content type) of what is asked before and beside completions."""
+    """Return (body, content type) of what is asked before and beside completions."""
     if path == "/metrics":
         lines = ("vllm:num_requests_running 0", "vllm:num_requests_waiting 0", "vllm:kv_cache_usage_perc 0")
         return "\n".join((*lines, "")).encode(), b"text/plain"

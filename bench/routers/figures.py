@@ -2,7 +2,7 @@
 
 Times are milliseconds. What a way adds is its figure minus that of "direct" in the same round, and of those
 differences the median over the rounds; so a minute in which the machine was slow does not count against
-whoever was measured in it.
+the way that was measured in it.
 """
 
 import statistics
@@ -79,17 +79,17 @@ class WayRow:
 
 
 def percentile_ms(seconds: Sequence[float], q: float) -> float:
-    """That percentile in milliseconds; 0 for nothing."""
+    """Return that percentile in milliseconds; 0 for nothing."""
     return float(np.percentile(np.asarray(seconds), q)) * 1e3 if seconds else 0.0
 
 
 def is_ours(way: str) -> bool:
-    """Whether a token check in the engine is a part of that way."""
+    """Return whether a token check in the engine is a part of that way."""
     return way.startswith("ours")
 
 
 def cpu_ms(way: str, cell: WayRound, direct: WayRound) -> float:
-    """Processor time of what stands between client and engine, per request.
+    """Return processor time of what stands between client and engine, per request.
 
     Ours has a part inside the engine: what the engine needs more than for "direct" in the same round, so the
     token check, new connections and TLS. It may come out below 0 by the noise of the two, and stays so.
@@ -98,7 +98,7 @@ def cpu_ms(way: str, cell: WayRound, direct: WayRound) -> float:
 
 
 def summary(way: str, cells: Sequence[WayRound], direct: Sequence[WayRound]) -> WayRow:
-    """The row of a way. cells and direct: by round, in the same order."""
+    """Return the row of a way. cells and direct: by round, in the same order."""
 
     def median(of: Callable[[WayRound, WayRound], float]) -> float:
         return statistics.median(of(c, d) for c, d in zip(cells, direct, strict=True))
@@ -130,12 +130,12 @@ def summary(way: str, cells: Sequence[WayRound], direct: Sequence[WayRound]) -> 
 
 
 def summaries(cells: Mapping[str, Sequence[WayRound]]) -> list[WayRow]:
-    """A row for each way, in their order. cells: by way; "direct" is among them."""
+    """Return a row for each way, in their order. cells: by way; "direct" is among them."""
     return [summary(way, found, cells[DIRECT]) for way, found in cells.items()]
 
 
 def verdicts(rows: Sequence[WayRow]) -> list[str]:
-    """The targets at one number of streams, each with what was measured; none without a router and ours."""
+    """Return the targets at one number of streams, each with what was measured; none without both sides."""
     by_way = {row.way: row for row in rows}
     routers = [row for row in rows if row.way != DIRECT and not is_ours(row.way)]
     if not routers:
@@ -168,7 +168,7 @@ def _yes(good: bool) -> str:
 
 
 def table(rows: Sequence[WayRow]) -> str:
-    """Time to first token and processor time, a line a way."""
+    """Return time to first token and processor time, a line a way."""
     lines = [
         f"{'':30} {'first token, ms':^31} {'added, ms':^15} {'processor ms a request':^40}",
         f"{'':30} {'p50':>7} {'of rounds':>15} {'p99':>7} {'p50':>7} {'p99':>7} "
@@ -191,7 +191,7 @@ def table(rows: Sequence[WayRow]) -> str:
 
 
 def rate_table(rows: Sequence[WayRow]) -> str:
-    """Requests a second, a line a way. a core: what the router would do with a whole one, by what it took."""
+    """Return requests a second, a line a way. a core: what a whole one would do, by what it took."""
     lines = [
         f"{'':30} {'requests/s':>10} {'router core':>11} {'a core':>7} {'processor ms':>12} {'failed':>7}"
     ]
@@ -212,7 +212,7 @@ def _span(low: float, high: float) -> str:
 
 
 def plot(levels: Mapping[str, Sequence[WayRow]], rates: Sequence[WayRow], path: Path) -> None:
-    """Three panels: time added to the first token, processor time, requests a second. levels: by label."""
+    """Draw time added to the first token, processor time, and requests a second. levels: by label."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

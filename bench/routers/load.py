@@ -49,7 +49,7 @@ _TOKEN = TOKEN.encode()
 
 
 class Failed(Exception):
-    """A request had no proper answer."""
+    """Count a request that had no proper answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class ClientConnection(asyncio.Protocol):
     """One HTTP/1.1 connection of a client, one request at a time."""
 
     def __init__(self, *, quick_ack: bool = True) -> None:
-        """Not connected yet. quick_ack: acknowledge a head that comes alone at once."""
+        """Connect nothing yet. quick_ack: acknowledge a head that comes alone at once."""
         self._quick_ack = quick_ack
         self._over: asyncio.Future[None] | None = None
         self._lost = False
@@ -95,7 +95,7 @@ class ClientConnection(asyncio.Protocol):
             self._over.set_exception(Failed(f"the connection broke: {exc or 'closed'}"))
 
     def on_body(self, body: bytes) -> None:
-        """httptools: a piece of the answer."""
+        """Add a piece of the answer: what httptools calls."""
         count = body.count(_TOKEN)
         if count and not self.tokens:
             self.first_at = time.perf_counter()
@@ -104,7 +104,7 @@ class ClientConnection(asyncio.Protocol):
             self.body += body
 
     def on_message_complete(self) -> None:
-        """httptools: the answer has ended."""
+        """End the answer: what httptools calls."""
         self.status = self._parser.get_status_code()
         if self._over is not None and not self._over.done():
             self._over.set_result(None)
@@ -132,7 +132,7 @@ class ClientConnection(asyncio.Protocol):
 async def connect(
     port: int, context: ssl.SSLContext | None = None, *, quick_ack: bool = True
 ) -> ClientConnection:
-    """A new connection to that port of this machine."""
+    """Open a new connection to that port of this machine."""
     loop = asyncio.get_running_loop()
     name = "127.0.0.1" if context is not None else None
     try:
@@ -149,14 +149,14 @@ async def connect(
 
 
 def completion(number: int, tokens: int, pace: float, *, stream: bool) -> bytes:
-    """The body of a completion request. Each prompt begins otherwise: no cache of prefixes knows it."""
+    """Return a completion's body. Each prompt begins otherwise: no cache of prefixes knows it."""
     prompt = f"{number} pace {pace:g} {WORDS}"
     said = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "stream": stream}
     return json.dumps(said).encode()
 
 
 def post(path: str, body: bytes, token: str = "") -> bytes:
-    """A POST request as it goes over the wire."""
+    """Return a POST request as it goes over the wire."""
     key = f"Authorization: Bearer {token}\r\n" if token else ""
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n{key}"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -171,10 +171,10 @@ class LoadClient(Protocol):
     tokens: int
 
     async def send(self, stream: int, body: bytes) -> RequestTimes:
-        """One request of that stream, to its end; raises Failed."""
+        """Send one request of that stream, to its end; raises Failed."""
 
     async def close(self) -> None:
-        """Nothing is open, and nothing held, afterwards."""
+        """Close all, and give back what is held."""
 
 
 class Kept:
@@ -257,7 +257,7 @@ class Leased:
         return RequestTimes(line.first_at - begun, time.perf_counter() - begun, line.tokens)
 
     async def close(self) -> None:
-        """Part of Client: leases that were not used go back."""
+        """Part of LoadClient: leases that were not used go back."""
         await asyncio.gather(*self._fetches, return_exceptions=True)
         for lease in self._ahead.close():
             await self._ask("/done", done_body(lease, "unused", ""))
@@ -301,7 +301,7 @@ def _given(said: T | Refusal) -> T:
 
 
 async def gives_batches(loadbalancer: int) -> bool:
-    """Whether POST /route on that port knows `count`, and so gives several leases in one answer."""
+    """Return whether POST /route on that port knows `count`, and so gives several leases at once."""
     line = await connect(loadbalancer)
     try:
         await line.ask(post("/route", b'{"prompt_tokens": 1, "max_tokens": 1, "count": 1}'))
@@ -332,13 +332,13 @@ class LoadResult:
     why: str = ""  # the last failure
 
     def fail(self, why: str) -> None:
-        """A request had no proper answer."""
+        """Count a request that had no proper answer."""
         self.failed += 1
         self.why = why
 
 
 async def paced(client: LoadClient, streams: int, pace: float, requests: int, limit_s: float) -> LoadResult:
-    """So many streams, each of so many requests and at that pace, until all have ended or limit_s is over.
+    """Run so many streams, each of so many requests at that pace, until all have ended or limit_s is over.
 
     Streams begin spread over the time of one request, and stay spread. The first request of each opens
     connections while the others are just beginning: it counts as work, and not for the time to first token.
@@ -374,7 +374,7 @@ async def paced(client: LoadClient, streams: int, pace: float, requests: int, li
 
 
 async def flat_out(client: LoadClient, streams: int, heard: LoadResult, over: asyncio.Event) -> None:
-    """Requests of one token, not streamed, each stream's next as soon as its last has ended, until over."""
+    """Send requests of one token, not streamed, each stream's next after its last, until over."""
 
     async def one(stream: int) -> None:
         while not over.is_set():

@@ -62,7 +62,7 @@ class StandInEngine:
 
 @contextlib.contextmanager
 def engine(number: int, home: Path) -> Iterator[StandInEngine]:
-    """One instance: stand-in, token check, real auth_server."""
+    """Run one instance: stand-in, token check, real auth_server."""
     fleet = home / "fleet"
     fleet.mkdir(parents=True)
     boots.begin(str(fleet))
@@ -101,7 +101,7 @@ class HotSetStub(StubHttp):
 
 @contextlib.contextmanager
 def our_loadbalancer(directory: Path, autoscaler_port: int) -> Iterator[tuple[ChildProcess, int]]:
-    """The real one, and its port. Nothing is known to be hot yet."""
+    """Run the real one; gives it and its port. Nothing is known to be hot yet."""
     port = free_port()
     flags = ["--port", str(port), "--autoscaler", f"http://127.0.0.1:{autoscaler_port}"]
     command = [sys.executable, "loadbalancer_server.py", *flags, "--state-dir", str(directory / "state")]
@@ -110,7 +110,7 @@ def our_loadbalancer(directory: Path, autoscaler_port: int) -> Iterator[tuple[Ch
 
 
 def stocked(port: int, engines: int) -> bool:
-    """Whether our loadbalancer on that port has tokens of so many engines."""
+    """Return whether our loadbalancer on that port has tokens of so many engines."""
     try:
         with urlopen(f"http://127.0.0.1:{port}/status", timeout=5.0) as reply:
             rows: list[dict[str, Any]] = json.load(reply)["instances"]
@@ -136,7 +136,7 @@ class PypiRouter:
         return self.package + ("" if self.policy is None else f" {self.policy}")
 
     def command(self, venv: Path, port: int, engines: Sequence[int], directory: Path) -> list[str]:
-        """Its command line. engines: their ports."""
+        """Return its command line. engines: their ports."""
         program = str(venv / "bin" / self.program)
         if self.package == "litellm":
             config = directory / "litellm.yaml"
@@ -168,7 +168,7 @@ LITELLM_ENVIRON = {
 
 
 def litellm_config(engines: Sequence[int]) -> dict[str, Any]:
-    """Two deployments of one model, both OpenAI-compatible; no database, no keys, no callbacks."""
+    """Return two OpenAI-compatible deployments of one model; no database, keys or callbacks."""
     models = [
         {
             "model_name": MODEL,
@@ -184,7 +184,7 @@ def litellm_config(engines: Sequence[int]) -> dict[str, Any]:
 
 
 def versions(venv: Path) -> dict[str, str]:
-    """Versions of the routers in that environment; ConfigError when one is missing."""
+    """Return versions of the routers in that environment; ConfigError when one is missing."""
     found = {}
     for router in ROUTERS:
         name = router.package.replace("-", "_")
@@ -199,7 +199,7 @@ def versions(venv: Path) -> dict[str, str]:
 def running(
     router: PypiRouter, venv: Path, engines: Sequence[int], directory: Path
 ) -> Iterator[tuple[ChildProcess, int]]:
-    """That router, and its port. It may not answer yet."""
+    """Run that router; gives it and its port. It may not answer yet."""
     port = free_port()
     command = router.command(venv, port, engines, directory)
     log = directory / f"{router.name.replace(' ', '-')}.log"
@@ -210,7 +210,7 @@ def running(
 
 
 def answers(port: int) -> bool:
-    """Whether a completion comes from that port."""
+    """Return whether a completion comes from that port."""
     body = completion(0, 1, 0.0, stream=False)
     request = Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
     try:

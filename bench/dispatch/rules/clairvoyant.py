@@ -1,12 +1,12 @@
-"""Who knows how long every answer will be and how every server stands, and takes for each request the best.
+"""Know how long every answer will be and how every server stands, and take the best for each request.
 
-Greedy: of who comes next it knows no more than how many usual ones do, so it is no optimum; a search in
+Greedy: of requests to come it knows no more than how many usual ones do, so it is no optimum; a search in
 hindsight found 0.03 % below one like it on equal servers and 1.5 % on mixed ones
 (docs/reference/dispatch-study.md). Its price is that of ours (engine/forward.py),
 
-    own end + w * own first token + the same, as it grows for everybody who is there or usually comes in 3 s
+    own end + w * own first token + the same, as it grows for all that are there or usually come in 3 s
 
-from the servers' own tables and the true lengths. Without those who come it is up to 13 % worse in J (mixed
+from the servers' own tables and the true lengths. Without those to come it is up to 13 % worse in J (mixed
 servers at 90 %, 8,000 requests of conv), and up to 0.6 % better (equal ones).
 """
 
@@ -27,7 +27,7 @@ class Snapshot:
     """A server's table as it will be at the end of the step under way, when the next can join."""
 
     def __init__(self, server: SteppedModelServer) -> None:
-        """Of that server, always as it is when asked."""
+        """Follow that server."""
         self._server = server
         self._key: tuple[object, int, int] | None = None
         self._count = 0
@@ -35,7 +35,7 @@ class Snapshot:
         self._makes = np.zeros(0, bool)
 
     def take(self, now: float) -> tuple[Floats, float]:
-        """(rows, when that is)."""
+        """Return (rows, when that is)."""
         server = self._server
         due = server.next_event()
         at = now if due is None else due
@@ -44,7 +44,7 @@ class Snapshot:
             self._key = key
             self._build()
         elif server._count != self._count:
-            # Nobody came or went: those who make tokens have made so many more.
+            # None came or went: those that make tokens have made so many more.
             steps = server._count - self._count
             self._count = server._count
             rows, makes = self._rows, self._makes
@@ -87,13 +87,13 @@ class Snapshot:
 class Clairvoyant(DispatchRule):
     """The least price by the truth.
 
-    weight: of a first token; others: of what grows for the others; behind: whether those who come count.
+    weight: of a first token; others: of what grows for the others; behind: whether requests to come count.
     """
 
     weight, others, behind = WEIGHT, 1.0, True
 
     def __init__(self, fleet: ServerFleet, rng: random.Random) -> None:
-        """Sees the servers of the fleet."""
+        """See the servers of the fleet."""
         super().__init__(fleet, rng)
         self._snapshots = [Snapshot(server) for server in fleet.live]
         self._constants = [constants(timing) for timing in fleet.timings]
@@ -103,7 +103,7 @@ class Clairvoyant(DispatchRule):
         self._gap_s = [1.0 / (share * rate) if share else math.inf for rate in fleet.requests_s]
 
     def price(self, request: DispatchRequest, server: int, now: float) -> float:
-        """Seconds."""
+        """Return the price in seconds."""
         rows, at = self._snapshots[server].take(now)
         ask = np.zeros(COLUMNS)
         cached = 0
@@ -123,17 +123,17 @@ class Clairvoyant(DispatchRule):
         return own + self.others * (total - own)
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:
-        """The least price."""
+        """Choose the least price."""
         return self.least(among, [self.price(request, server, now) for server in among])
 
 
 class ClairvoyantWhole(Clairvoyant):
-    """Weights 1, 1, 0.5 and nobody who comes: the whole latency before the first token."""
+    """Weights 1, 1, 0.5 and no requests to come: the whole latency before the first token."""
 
     weight, others, behind = 1.0, 0.5, False
 
 
 class ClairvoyantHere(Clairvoyant):
-    """Only those who are there count."""
+    """Only requests that are there count."""
 
     behind = False

@@ -20,7 +20,7 @@ class DynamoKv(DispatchRule):
     """Least blocks to read and to hold."""
 
     def __init__(self, fleet: ServerFleet, rng: random.Random) -> None:
-        """Nothing is under way."""
+        """Begin with nothing under way."""
         super().__init__(fleet, rng)
         self._reading = [0] * len(fleet)  # tokens
         self._blocks = [0] * len(fleet)
@@ -32,12 +32,12 @@ class DynamoKv(DispatchRule):
         return min(request.prompt, self.fleet.live[server].cached_tokens(request.prefix))
 
     def cost(self, request: DispatchRequest, server: int) -> float:
-        """In blocks."""
+        """Return the cost in blocks."""
         raw = (self._reading[server] + request.prompt) / BLOCK
         return max(0.0, raw - self._cached(request, server) / BLOCK) + self._blocks[server]
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int | None:  # noqa: ARG002
-        """The least cost, or nobody."""
+        """Choose the least cost; None while all have too much to read."""
         if all(
             self._reading[server] > QUEUE_BATCHES * self.fleet.timings[server].step_tokens for server in among
         ):
@@ -45,18 +45,18 @@ class DynamoKv(DispatchRule):
         return self.least(among, [self.cost(request, server) for server in among])
 
     def sent(self, request: DispatchRequest, server: int, now: float) -> None:
-        """It reads what is not cached."""
+        """Count the blocks to read, those that are not cached."""
         super().sent(request, server, now)
         self._to_read[request.number] = request.prompt - self._cached(request, server)
         self._reading[server] += self._to_read[request.number]
         self._blocks[server] += -(-request.prompt // BLOCK)
 
     def first_token(self, request: DispatchRequest, server: int, now: float) -> None:  # noqa: ARG002
-        """It has been read."""
+        """Count its prompt as read."""
         self._reading[server] -= self._to_read.pop(request.number, 0)
 
     def ended(self, request: DispatchRequest, server: int, now: float) -> None:
-        """Its blocks are free."""
+        """Free its blocks."""
         super().ended(request, server, now)
         self.first_token(request, server, now)
         self._blocks[server] -= -(-request.prompt // BLOCK)

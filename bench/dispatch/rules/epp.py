@@ -18,18 +18,18 @@ class Epp(DispatchRule):
     """Weighted scorers."""
 
     def __init__(self, fleet: ServerFleet, rng: random.Random) -> None:
-        """No report has come: all look idle."""
+        """Begin without a report: all look idle."""
         super().__init__(fleet, rng)
         self._index = Index(len(fleet))
         self._waiting = [0] * len(fleet)
         self._kv_use = [0.0] * len(fleet)
 
     def report(self, server: int, report: ServerReport) -> None:
-        """Queue and use."""
+        """Keep queue and use."""
         self._waiting[server], self._kv_use[server] = report.waiting, report.kv_use
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """The highest sum."""
+        """Choose the highest sum."""
         prefix = request.prefix
         matched = self._index.matched(prefix)
         waiting = [self._waiting[server] for server in among]
@@ -43,6 +43,6 @@ class Epp(DispatchRule):
         return self.least(among, [-score for score in scores])
 
     def sent(self, request: DispatchRequest, server: int, now: float) -> None:
-        """Its prefix is there."""
+        """Note its prefix there."""
         super().sent(request, server, now)
         self._index.sent(request.prefix, server)

@@ -116,7 +116,7 @@ class Ours:
         self._later(now + BEAT_S, lambda: self._beat(now + BEAT_S))
 
     def arrive(self, request: DispatchRequest, now: float) -> None:
-        """Routed, or held."""
+        """Route it, or hold it."""
         balancer = self.balancer
         ask = RouteRequest(
             balancer.work_of(request.prompt, None),
@@ -153,7 +153,7 @@ class Ours:
             self._grant_soon(now)
 
     def again(self, now: float) -> None:
-        """Who may be served now is."""
+        """Serve those that may be served now."""
         if not self._waiting or self._granting:
             return
         self._granting = True
@@ -163,15 +163,15 @@ class Ours:
         self._granting = False
 
     def first_token(self, request: DispatchRequest, now: float) -> None:
-        """We carry no answers."""
+        """Do nothing: answers do not pass through a loadbalancer."""
 
     def ended(self, request: DispatchRequest, now: float) -> None:
-        """The client says so."""
+        """Have the client say so."""
         if self._pushes:
             self.balancer.end_lease(self._ids[request.number], "finished", now)
 
     def happened(self, request: DispatchRequest, now: float, *, end: bool) -> None:
-        """The instance writes it down, and says so soon."""
+        """Have the instance write it down, and report it soon."""
         instance = self._instances[request.server]
         # Another loadbalancer's requests have names of theirs.
         name = self._ids.get(request.number) or f"{request.router}.{request.number}"
@@ -210,7 +210,7 @@ class Ours:
         self.again(now)
 
     def report(self, server: int, live: SteppedModelServer, now: float) -> None:
-        """A poll and its answer."""
+        """Poll the instance and take in its answer."""
         instance = self._instances[server]
         load = LoadReport(
             instance.boot_id,
@@ -252,13 +252,13 @@ def _hot_instances(fleet: ServerFleet, told: Sequence[Timing] | None, *, holds: 
 
 
 def body_bytes(request: DispatchRequest) -> int:
-    """How long it would be in JSON. What a token takes differs from text to text, evenly."""
+    """Return its length in JSON. What a token takes differs from text to text, evenly."""
     least, most = BYTES_A_TOKEN
     chance = request.number * GOLDEN_RATIO % 1.0  # each its own, and the same for all loadbalancers
     return round(ENVELOPE_BYTES + request.prompt * (least + chance * (most - least)))
 
 
 def hashes(request: DispatchRequest) -> list[str]:
-    """One for each AFFINITY_BLOCK_TOKENS of the prompt: a block's id as often as it has such parts."""
+    """Return one for each AFFINITY_BLOCK_TOKENS of the prompt: a block's id for each of its parts."""
     parts = BLOCK_TOKENS // AFFINITY_BLOCK_TOKENS
     return [f"{block}.{part}" for block in request.prefix for part in range(parts)]

@@ -10,12 +10,12 @@ from bench.dispatch.rules.rule import DispatchRequest, DispatchRule
 
 
 class RoundRobin(DispatchRule):
-    """One after the other; who may not be chosen is passed over."""
+    """One after the other; a server that may not be chosen is passed over."""
 
     _next = 0
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """The next in turn."""
+        """Choose the next in turn."""
         for step in count():
             server = (self._next + step) % len(self.fleet)
             if server in among:
@@ -28,7 +28,7 @@ class Random(DispatchRule):
     """Any."""
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """By chance."""
+        """Choose by chance."""
         return self.rng.choice(among)
 
 
@@ -36,7 +36,7 @@ class PowerOfTwo(DispatchRule):
     """Two by chance, of these the one with fewer in flight (Ray Serve; its limit of 5 at once is lifted)."""
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """Of two."""
+        """Choose the emptier of two."""
         two = among if len(among) < 2 else self.rng.sample(among, 2)
         return min(two, key=lambda server: self.in_flight[server])
 
@@ -47,11 +47,11 @@ class LeastInFlight(DispatchRule):
     _cursor = 0
 
     def weight(self, server: int) -> float:  # noqa: ARG002 all count the same
-        """Requests in flight are divided by this."""
+        """Return what requests in flight are divided by."""
         return 1.0
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """The emptiest."""
+        """Choose the emptiest."""
         loads = [self.in_flight[server] / self.weight(server) for server in among]
         least = min(loads)
         equal = [server for server, load in zip(among, loads, strict=True) if load == least]
@@ -65,5 +65,5 @@ class InstanceAware(LeastInFlight):
     """SkyServe `instance_aware_least_load`: in flight over target_qps of the GPU, here its measured rate."""
 
     def weight(self, server: int) -> float:
-        """What it serves in a second."""
+        """Return what it serves in a second."""
         return self.fleet.requests_s[server]

@@ -72,8 +72,8 @@ class ServerReport(NamedTuple):
 class ServerFleet:
     """The servers. requests_s, tokens_s: what each serves, and makes, when it is saturated with this trace.
 
-    arrivals_s: requests a second in all. live: the servers themselves, for who may know their state (the
-    clairvoyant, and events of KV caches).
+    arrivals_s: requests a second in all. live: the servers themselves, for rules that may know their state
+    (the clairvoyant, and events of KV caches).
     """
 
     timings: Sequence[Timing]
@@ -95,31 +95,31 @@ class DispatchRule:
     """
 
     def __init__(self, fleet: ServerFleet, rng: random.Random) -> None:
-        """Nothing is under way. rng: for ties and chances."""
+        """Begin with nothing under way. rng: for ties and chances."""
         self.fleet = fleet
         self.rng = rng
         self.in_flight = [0] * len(fleet)
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int | None:
-        """The server it goes to, one of `among`, or None to hold it."""
+        """Return the server it goes to, one of `among`, or None to hold it."""
         raise NotImplementedError
 
     def sent(self, request: DispatchRequest, server: int, now: float) -> None:  # noqa: ARG002 told to all rules
-        """It has been given to that server."""
+        """Note that it has been given to that server."""
         self.in_flight[server] += 1
 
     def first_token(self, request: DispatchRequest, server: int, now: float) -> None:
-        """One of our own has its first token."""
+        """Note that one of its own requests has its first token."""
 
     def ended(self, request: DispatchRequest, server: int, now: float) -> None:  # noqa: ARG002 told to all rules
-        """One of our own has its answer."""
+        """Note that one of its own requests has its answer."""
         self.in_flight[server] -= 1
 
     def report(self, server: int, report: ServerReport) -> None:
-        """A server said how it stands."""
+        """Take in a server's report."""
 
     def least(self, among: Sequence[int], scores: Sequence[float]) -> int:
-        """The one with the least score; chance among equals. scores: one for each of `among`."""
+        """Return the server with the least score; chance among equals. scores: one for each of `among`."""
         best = min(scores)
         equal = [server for server, score in zip(among, scores, strict=True) if score == best]
         return equal[0] if len(equal) == 1 else self.rng.choice(equal)
@@ -129,13 +129,13 @@ class Index:
     """Which blocks each server has been sent: what a router without events believes to be cached."""
 
     def __init__(self, servers: int) -> None:
-        """Nothing has been sent."""
+        """Begin with nothing sent."""
         self._all = (1 << servers) - 1
         self._servers = servers
         self._holders: dict[Hashable, int] = {}
 
     def matched(self, prefix: Sequence[Hashable]) -> list[int]:
-        """By server, how many of these blocks it has, from the first on."""
+        """Return, by server, how many of these blocks it has, from the first on."""
         found = [len(prefix)] * self._servers
         have = self._all
         for n, block in enumerate(prefix):
@@ -152,7 +152,7 @@ class Index:
         return found
 
     def sent(self, prefix: Sequence[Hashable], server: int) -> None:
-        """The server gets a prompt with these."""
+        """Note that the server gets a prompt with these."""
         bit = 1 << server
         for block in prefix:
             self._holders[block] = self._holders.get(block, 0) | bit

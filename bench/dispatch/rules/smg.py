@@ -1,9 +1,10 @@
 """The policies of the SGLang model gateway and of SMG, its continuation (docs/reference/peers.md 10).
 
 least_load    (queued tokens + tokens sent since the report) / throughput + 0.15 k/(1-k)
-cache_aware   old: least load if max - min > 64 and max > 1.5 min, else who has the longest prefix if that is
-              over 0.3 of the prompt, else least load. New: that first trigger is gone; who has the longest
-              prefix, the least loaded of them, unless its load > 1.5 mean and > mean + 64; else least load
+cache_aware   old: least load if max - min > 64 and max > 1.5 min, else the one with the longest prefix if
+              that is over 0.3 of the prompt, else least load. New: that first trigger is gone; the one with
+              the longest prefix, the least loaded of them, unless its load > 1.5 mean and > mean + 64; else
+              least load
 lmetric       new prompt tokens * (load + 1)
 
 Load is requests in flight as this router counts them; what is cached is what this router has sent. k is KV
@@ -31,7 +32,7 @@ class LeastLoad(DispatchRule):
     """Least work, corrected for what was sent since the report."""
 
     def __init__(self, fleet: ServerFleet, rng: random.Random) -> None:
-        """No report has come."""
+        """Begin without a report."""
         super().__init__(fleet, rng)
         self._since = [0] * len(fleet)
         self._report: list[ServerReport | None] = [None] * len(fleet)
@@ -39,7 +40,7 @@ class LeastLoad(DispatchRule):
         self._rate = [0.0] * len(fleet)
 
     def report(self, server: int, report: ServerReport) -> None:
-        """Queue and KV use are known anew; the rate is taken over RATE_OVER_S, however often it reports."""
+        """Take queue and KV use anew; the rate is taken over RATE_OVER_S, however often it reports."""
         self._since[server] = 0
         self._report[server] = report
         before = self._rate_from[server]
@@ -50,7 +51,7 @@ class LeastLoad(DispatchRule):
             self._rate_from[server] = report
 
     def score(self, server: int) -> float:
-        """Seconds to drain, and the barrier."""
+        """Return seconds to drain, and the barrier."""
         told = self._report[server]
         if told is None:
             return self.in_flight[server] * UNKNOWN_TOKENS / NOMINAL_TOKENS_S
@@ -59,11 +60,11 @@ class LeastLoad(DispatchRule):
         return tokens / (self._rate[server] or NOMINAL_TOKENS_S) + KV_WEIGHT_S * k / (1.0 - k)
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """The least score."""
+        """Choose the least score."""
         return self.least(among, [self.score(server) for server in among])
 
     def sent(self, request: DispatchRequest, server: int, now: float) -> None:
-        """Counted until the next report."""
+        """Count it until the next report."""
         super().sent(request, server, now)
         self._since[server] += request.prompt
 
@@ -72,12 +73,12 @@ class CacheAwareOld(DispatchRule):
     """sglang-router up to 0.3.2."""
 
     def __init__(self, fleet: ServerFleet, rng: random.Random) -> None:
-        """Nothing has been sent."""
+        """Begin with nothing sent."""
         super().__init__(fleet, rng)
         self._index = Index(len(fleet))
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """Balance first, then the prefix."""
+        """Choose by balance first, then by the prefix."""
         loads = [self.in_flight[server] for server in among]
         emptiest = among[loads.index(min(loads))]
         if max(loads) - min(loads) > BALANCE_ABS and max(loads) > BALANCE_REL * min(loads):
@@ -87,7 +88,7 @@ class CacheAwareOld(DispatchRule):
         return longest if matched[longest] * BLOCK_TOKENS > THRESHOLD * request.prompt else emptiest
 
     def sent(self, request: DispatchRequest, server: int, now: float) -> None:
-        """Its prefix is there, whatever it was chosen for."""
+        """Note its prefix there, whatever it was chosen for."""
         super().sent(request, server, now)
         self._index.sent(request.prefix, server)
 
@@ -96,7 +97,7 @@ class CacheAwareNew(CacheAwareOld):
     """SMG of 2026-08, KV pressure off as by default."""
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """The prefix first, unless its holder is far above the mean."""
+        """Choose by the prefix first, unless its holder is far above the mean."""
         loads = [float(self.in_flight[server]) for server in among]
         matched = self._index.matched(request.prefix)
         longest = max(matched[server] for server in among)
@@ -113,7 +114,7 @@ class LMetric(CacheAwareOld):
     """New prompt tokens times batch size; ties: the lesser load, then fewer new tokens."""
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int:  # noqa: ARG002
-        """The least product."""
+        """Choose the least product."""
         matched = self._index.matched(request.prefix)
 
         def metric(server: int) -> tuple[float, int, int]:

@@ -23,25 +23,25 @@ class VastQueueTime(DispatchRule):
     """Least queue time."""
 
     def __init__(self, fleet: ServerFleet, rng: random.Random) -> None:
-        """Nothing is under way."""
+        """Begin with nothing under way."""
         super().__init__(fleet, rng)
         self._cost = [0.0] * len(fleet)
 
     def queue_s(self, server: int) -> float:
-        """What the worker would answer 429 above."""
+        """Return the wait at the worker, above which it would answer 429."""
         return self._cost[server] / self.fleet.tokens_s[server]
 
     def choose(self, request: DispatchRequest, among: Sequence[int], now: float) -> int | None:  # noqa: ARG002
-        """The worker with the least wait, or nobody."""
+        """Choose the worker with the least wait; None while all are too long."""
         ready = [server for server in among if self.queue_s(server) <= MAX_QUEUE_S]
         return self.least(ready, [self.queue_s(server) for server in ready]) if ready else None
 
     def sent(self, request: DispatchRequest, server: int, now: float) -> None:
-        """Its cost counts."""
+        """Count its cost."""
         super().sent(request, server, now)
         self._cost[server] += request.max_tokens
 
     def ended(self, request: DispatchRequest, server: int, now: float) -> None:
-        """It counts no more."""
+        """Count its cost no more."""
         super().ended(request, server, now)
         self._cost[server] -= request.max_tokens

@@ -1,13 +1,13 @@
 """Servers, loadbalancers and requests in virtual time.
 
-Time is one heap of (time, counter, what). A server is looked at when something can happen there. Whoever is
-given a server is there at once: what the network takes is the same for all rules.
+Time is one heap of (time, counter, what). A server is looked at when something can happen there. A request
+that is given a server is there at once: what the network takes is the same for all rules.
 
 Reports are fresh (each server says how it stands before every decision) or each server's come once a second,
 the servers evenly spread. Several loadbalancers get the requests by chance; each knows of its own only, and
 the reports, which are of the whole server.
 
-Holding: who is held waits first come, first served, while no server has room. A server has room when nobody
+Holding: held requests wait first come, first served, while no server has room. A server has room when none
 waits there and the prompt fits into its memory; that is known as soon as it is so ("room free").
 """
 
@@ -31,7 +31,7 @@ Send = Callable[[DispatchRequest, int], None]
 
 
 STUCK_S = 7200.0
-"""So long after the last arrival all have been served, unless a rule holds somebody for ever."""
+"""Seconds after the last arrival by which all have been served, unless a rule holds one for ever."""
 
 
 class Dispatcher(Protocol):
@@ -39,32 +39,32 @@ class Dispatcher(Protocol):
 
     @property
     def held(self) -> int:
-        """Who waits in it."""
+        """Requests that wait in it."""
 
     def arrive(self, request: DispatchRequest, now: float) -> None:
-        """A request comes: it is sent or held."""
+        """Send a request that comes, or hold it."""
 
     def again(self, now: float) -> None:
-        """Something has changed somewhere: those who are held may be sent."""
+        """Send held requests where something has changed."""
 
     def first_token(self, request: DispatchRequest, now: float) -> None:
-        """One of its own has its first token."""
+        """Note that one of its own has its first token."""
 
     def ended(self, request: DispatchRequest, now: float) -> None:
-        """One of its own has its answer."""
+        """Note that one of its own has its answer."""
 
     def happened(self, request: DispatchRequest, now: float, *, end: bool) -> None:
-        """Anybody's request has begun or ended on its server: what an instance writes down."""
+        """Note that any request has begun or ended on its server: what an instance writes down."""
 
     def report(self, server: int, live: SteppedModelServer, now: float) -> None:
-        """A report comes."""
+        """Take in a report."""
 
 
 class RuleRouter:
     """A rule as a proxy carries it out, with or without holding."""
 
     def __init__(self, rule: DispatchRule, send: Send, *, holds: bool) -> None:
-        """Nobody has come."""
+        """Begin with an empty line."""
         self.rule = rule
         self._send = send
         self._holds = holds
@@ -74,16 +74,16 @@ class RuleRouter:
 
     @property
     def held(self) -> int:
-        """Who waits here."""
+        """Requests that wait here."""
         return len(self._line)
 
     def arrive(self, request: DispatchRequest, now: float) -> None:
-        """It stands last in the line."""
+        """Put it last in the line."""
         self._line.append(request)
         self.again(now)
 
     def again(self, now: float) -> None:
-        """The line is served from its head as far as it goes."""
+        """Serve the line from its head as far as it goes."""
         if self._busy:
             return
         self._busy = True
@@ -104,18 +104,18 @@ class RuleRouter:
         self._busy = False
 
     def first_token(self, request: DispatchRequest, now: float) -> None:
-        """The rule sees it."""
+        """Tell the rule."""
         self.rule.first_token(request, request.server, now)
 
     def ended(self, request: DispatchRequest, now: float) -> None:
-        """The rule sees it."""
+        """Tell the rule."""
         self.rule.ended(request, request.server, now)
 
     def happened(self, request: DispatchRequest, now: float, *, end: bool) -> None:
-        """A proxy sees its own only."""
+        """Do nothing: a proxy sees its own only."""
 
     def report(self, server: int, live: SteppedModelServer, now: float) -> None:
-        """What servers export as metrics."""
+        """Tell the rule what servers export as metrics."""
         self.rule.report(
             server,
             ServerReport(
@@ -131,7 +131,7 @@ class RuleRouter:
 
 
 def has_room(live: SteppedModelServer, prompt: int) -> bool:
-    """Whether it would be admitted with the next step, by memory and by who waits."""
+    """Return whether it would be admitted with the next step, by memory and by what waits."""
     return not live.waiting and (
         not live.running or live.kv_tokens_used + live.running + prompt + 1 <= live.timing.kv_tokens
     )
@@ -160,7 +160,7 @@ class DispatchScore:
         return self.whole_mean + 10.0 * self.first_mean
 
     def told(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return {**asdict(self), "j": self.j}
 
 
@@ -200,7 +200,7 @@ class DispatchWorld:
         heapq.heappush(self._heap, (at, next(self._counter), what, 0))
 
     def run(self) -> None:
-        """Until the last answer."""
+        """Run until the last answer."""
         if not self._fresh:
             for server in range(len(self.fleet)):
                 self._report_each(server, self._report_s * (server + 1) / len(self.fleet))
@@ -215,7 +215,7 @@ class DispatchWorld:
                 continue
             at, _, what, number = pop(heap)
             if at > self._stuck_at:
-                raise RuntimeError(f"{self._left} requests have no answer at {at:.0f} s: nobody sends them")
+                raise RuntimeError(f"{self._left} requests have no answer at {at:.0f} s: no rule sends them")
             if isinstance(what, int):
                 if number == self._wake_no[what]:
                     self.now = at
@@ -251,7 +251,7 @@ class DispatchWorld:
         self.later(at, report)
 
     def send(self, request: DispatchRequest, server: int) -> None:
-        """The request goes to that server, now."""
+        """Give the request to that server, now."""
         request.server, request.given_at = server, self.now
         name = str(request.number)
         self._there[name] = request
@@ -302,7 +302,7 @@ class DispatchWorld:
                     router.again(self.now)
 
     def score(self, from_s: float = 0.0, first: int = 0) -> DispatchScore:
-        """Of the requests from the `first` on that came at from_s or later."""
+        """Return the score of the requests from the `first` on that came at from_s or later."""
         counted = [request for request in self._requests[first:] if request.at >= from_s]
         firsts = sorted(request.first_at - request.at for request in counted)
         wholes = sorted(request.ended_at - request.at for request in counted)
@@ -325,5 +325,5 @@ class DispatchWorld:
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
-    """The least value that a share q is not above."""
+    """Return the least value that a share q is not above."""
     return ordered[max(0, math.ceil(q * len(ordered) - 1e-9) - 1)]

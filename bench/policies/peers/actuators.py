@@ -35,11 +35,11 @@ class AsIs:
         return self.peer.memory_s
 
     def scaled(self, speedup: float) -> "AsIs":
-        """A fresh one, its times divided."""
+        """Return a fresh one, its times divided."""
         return AsIs(self.peer.scaled(speedup))
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """N and N. A rule that reads the set-up time is told how long a load takes."""
+        """Return N and N. A rule that reads the set-up time is told how long a load takes."""
         if self._reads_setup_time:
             seen = replace(seen, start_time_s=seen.load_time_s)
         said = self.peer.targets(seen)
@@ -71,11 +71,11 @@ class WithPool:
         return self.peer.memory_s
 
     def scaled(self, speedup: float) -> "WithPool":
-        """A fresh one, its times divided."""
+        """Return a fresh one, its times divided."""
         return WithPool(self.peer.scaled(speedup), self.keep_s / speedup)
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """N hot, and in all what was wanted lately."""
+        """Return N hot, and in all what was wanted lately."""
         said = self.peer.targets(seen)
         if self._began is None:
             self._began = seen.now

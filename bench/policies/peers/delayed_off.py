@@ -29,12 +29,12 @@ class DelayedOff(PeerRule):
     _needs: deque[tuple[float, int]] = field(default_factory=deque, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "t_wait_s")
 
     def decide(self, seen: FleetSnapshot) -> Targets:
-        """The most that was needed lately."""
+        """Return the most that was needed lately."""
         capacity = known(seen.capacity)
         requests = seen.traffic.in_flight + seen.traffic.held
         if capacity is None:

@@ -13,7 +13,7 @@ load_scaling.py, load/predictors.py, config/defaults.py. Aggregated engines (pre
 Engines are pooled here, so "any" and "all" read the same mean: with real routing some engine is fuller than
 the mean and it would add sooner. The engine's rate is our measured capacity over the work of such a request,
 which stands for its profiled performance model; sla_share under 1 is an operator who asks for tighter
-latencies than he needs, the only way its settings have to keep a reserve. Its ARIMA is pmdarima's
+latencies than needed, the only way its settings have to keep a reserve. Its ARIMA is pmdarima's
 `auto_arima`; ours is in forecasts.py with the reason. Prophet is left out: heavy, and not the default.
 An average over no requests is NaN there (#6985: cannot scale down at zero traffic); it counts as 0 here.
 """
@@ -45,12 +45,12 @@ class DynamoStatic(PeerRule):
     _n: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "scale_up", "scale_down")
 
     def decide(self, seen: FleetSnapshot) -> Targets:
-        """One more, one fewer or as it is."""
+        """Return one more, one fewer or as many as there are."""
         if self._n is None:
             self._n = self.limited(seen.hot + seen.coming)
         capacity, n = known(seen.capacity), self._n
@@ -78,7 +78,7 @@ class DynamoPredictive(PeerRule):
     _n: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "sla_share")
         if self.predictor not in PREDICTORS:

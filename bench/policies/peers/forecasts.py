@@ -34,12 +34,12 @@ class Forecaster(Protocol):
         ...
 
     def next(self) -> float:
-        """The value expected for the next step: finite, at least 0; asking twice changes nothing."""
+        """Return the value expected for the next step: finite, at least 0; asking twice changes nothing."""
         ...
 
 
 def clean(value: float) -> float:
-    """The value, or 0 for what is no finite number (an average over no requests is NaN)."""
+    """Return the value, or 0 for what is no finite number (an average over no requests is NaN)."""
     return value if math.isfinite(value) else 0.0
 
 
@@ -47,7 +47,7 @@ class Constant:
     """As it was, so it will be."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Begin with nothing seen."""
         self._last = 0.0
 
     def add(self, value: float) -> None:
@@ -55,7 +55,7 @@ class Constant:
         self._last = max(0.0, clean(value))
 
     def next(self) -> float:
-        """The last value, 0 before there is one."""
+        """Return the last value, 0 before there is one."""
         return self._last
 
 
@@ -69,7 +69,7 @@ class Kalman:
     FIRST_VARIANCE = 1000.0
 
     def __init__(self, q_level: float = 1.0, q_trend: float = 0.1, r: float = 10.0) -> None:
-        """Nothing seen yet."""
+        """Begin with nothing seen."""
         self._noise = (q_level, q_trend, r)
         self._level = self._trend = 0.0
         self._p = (self.FIRST_VARIANCE, 0.0, self.FIRST_VARIANCE)  # var level, cov, var trend
@@ -92,7 +92,7 @@ class Kalman:
         self._p = ((1.0 - gain_level) * a, (1.0 - gain_level) * b, c - gain_trend * b)
 
     def next(self) -> float:
-        """Level plus trend; a falling trend does not go below 0."""
+        """Return level plus trend; a falling trend does not go below 0."""
         return max(0.0, self._level + self._trend)
 
 
@@ -109,7 +109,7 @@ class AutoRegression:
     """The last value of the series differenced 0, 1 .. d-1 times: what a forecast is summed up from."""
 
     def path(self, steps: int) -> list[float]:
-        """The next so many values, in the units of the series."""
+        """Return the next so many values, in the units of the series."""
         past = list(self.recent)
         ends = list(self.ends)
         found: list[float] = []
@@ -126,7 +126,7 @@ class AutoRegression:
 
 
 def kpss(y: Series) -> float:
-    """The level-stationarity statistic, with Newey-West weights over 3 sqrt(n)/13 lags; 0 for a constant."""
+    """Return the level-stationarity statistic, Newey-West over 3 sqrt(n)/13 lags; 0 for a constant."""
     n = len(y)
     e = y - y.mean()
     lags = int(3.0 * math.sqrt(n) / 13.0)
@@ -157,7 +157,7 @@ def fit(values: Sequence[float], max_p: int = 5, max_d: int = 2) -> AutoRegressi
 
 
 def yule_walker(e: Series, max_p: int) -> tuple[float, ...]:
-    """Coefficients of the order that the corrected Akaike criterion likes best; () is white noise."""
+    """Return coefficients of the order with the best corrected Akaike criterion; () is white noise."""
     n = len(e)
     c0 = float(e @ e) / n
     if c0 <= 1e-12:
@@ -181,7 +181,7 @@ def yule_walker(e: Series, max_p: int) -> tuple[float, ...]:
 
 
 def criterion(p: int, n: int) -> float:
-    """What an order costs: two a parameter (p, mean, variance), more when there are few values."""
+    """Return what an order costs: two a parameter (p, mean, variance), more with few values."""
     k = p + 2
     return 2.0 * k + (2.0 * k * (k + 1) / (n - k - 1) if n > k + 1 else math.inf)
 
@@ -196,7 +196,7 @@ class Arima:
     FEWEST = 5
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Begin with nothing seen."""
         self._values: list[float] = []
         self._next: float | None = None
 
@@ -209,7 +209,7 @@ class Arima:
         self._next = None
 
     def next(self) -> float:
-        """The forecast; computed once a value."""
+        """Return the forecast; computed once a value."""
         if self._next is None:
             self._next = max(0.0, clean(self._forecast()))
         return self._next

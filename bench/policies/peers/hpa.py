@@ -36,13 +36,13 @@ class Hpa(PeerRule):
     _n: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "downscale_stabilization_s", "min_replicas")  # 0 is behind an alpha gate
         self._recommended = Peak(self.downscale_stabilization_s)
 
     def metric(self, seen: FleetSnapshot) -> tuple[float, float | None]:
-        """The total, and the target of it per replica; None when the target is not known."""
+        """Return the total, and the target of it per replica; None when the target is not known."""
         raise NotImplementedError(type(self).__name__)
 
     def decide(self, seen: FleetSnapshot) -> Targets:
@@ -71,12 +71,12 @@ class HpaInFlight(Hpa):
     share: float = 0.8
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "target", "share")
 
     def metric(self, seen: FleetSnapshot) -> tuple[float, float | None]:
-        """Requests in flight and held."""
+        """Return requests in flight and held."""
         capacity = known(seen.capacity)
         target = self.target
         if target is None and capacity is not None:
@@ -92,10 +92,10 @@ class HpaWaiting(Hpa):
     threshold: float = 5.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "threshold")
 
     def metric(self, seen: FleetSnapshot) -> tuple[float, float | None]:
-        """Requests that wait."""
+        """Return requests that wait."""
         return seen.traffic.held, self.threshold

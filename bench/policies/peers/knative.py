@@ -45,7 +45,7 @@ class KnativeKpa(PeerRule):
     _idle_since: float | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "container_concurrency", "target_share", "stable_window_s", "panic_window_share")
         over_zero(self, "panic_threshold", "max_scale_up_rate", "max_scale_down_rate")
@@ -59,7 +59,7 @@ class KnativeKpa(PeerRule):
         return self.target_share * self.container_concurrency
 
     def decide(self, seen: FleetSnapshot) -> Targets:
-        """The larger of the two windows while in panic, else the stable one."""
+        """Return the larger of the two windows while in panic, else the stable one."""
         now, concurrency = seen.now, seen.traffic.in_flight + seen.traffic.held
         for window in (self._stable, self._short):
             window.note(now, concurrency)

@@ -42,7 +42,7 @@ class RayServe(PeerRule):
     _less_since: float | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(
             self, "target_ongoing_requests", "look_back_period_s", "upscaling_factor", "downscaling_factor"
@@ -50,7 +50,7 @@ class RayServe(PeerRule):
         self._pushed = Gauge(self.look_back_period_s)
 
     def decide(self, seen: FleetSnapshot) -> Targets:
-        """The wish of this moment, committed once it has lasted."""
+        """Return the wish of this moment, committed once it has lasted."""
         total = self._total(seen)
         if self._n is None:
             self._n = self.limited(seen.hot + seen.coming)

@@ -5,7 +5,7 @@
             for actuator, carried_out in runs(peer, make):   # "own", or "as is" and "with pool"
                 policy = carried_out()                       # a fresh one for each run: they remember
 
-`peer.at(value)` makes a policy for any value of the knob, for who wants to look between two of the sweep.
+`peer.at(value)` makes a policy for any value of the knob, also between two of the sweep.
 
 Limits on the number of replicas that a vendor ships (3, 5, 8, 16 ...) are sizes of a plan and not part of a
 rule: each set of defaults comes as published and, where the limit is finite, once more without; the sweeps
@@ -70,7 +70,7 @@ class Peer:
     whole: bool = False
 
     def sweep(self, capacity: Capacity) -> list[tuple[float, Factory]]:
-        """(value, factory) pairs from bold to careful."""
+        """Return (value, factory) pairs from bold to careful."""
         return [(value, partial(self.at, value)) for value in self.values(capacity)]
 
 
@@ -80,34 +80,34 @@ class FixedFleet(Fixed):
     tick_s: ClassVar[float] = 60.0
 
     def scaled(self, speedup: float) -> "FixedFleet":  # noqa: ARG002 - it has no times
-        """Itself: it has no times."""
+        """Return itself: it has no times."""
         return self
 
 
 def runs(peer: Peer, make: Factory, keep_s: float = KEEP_S) -> list[tuple[str, Factory]]:
-    """The same policy by each actuator it is compared with: one that knows a pool has only its own."""
+    """Return the policy by each actuator it is compared with: one that knows a pool has its own only."""
     if peer.knows_pool:
         return [("own", make)]
     return [("as is", lambda: AsIs(make())), ("with pool", lambda: WithPool(make(), keep_s))]
 
 
 def shares(_: Capacity) -> Sequence[float]:
-    """A knob that is a share itself."""
+    """Return the values of a knob that is a share itself."""
     return SHARES
 
 
 def of_requests_at_once(capacity: Capacity) -> Sequence[float]:
-    """A knob that counts requests at once."""
+    """Return the values of a knob that counts requests at once."""
     return [share * capacity.concurrency for share in SHARES]
 
 
 def of_requests_s(capacity: Capacity) -> Sequence[float]:
-    """A knob that counts requests per second."""
+    """Return the values of a knob that counts requests per second."""
     return [share * capacity.requests_s for share in SHARES]
 
 
 def always(values: Sequence[float]) -> Callable[[Capacity], Sequence[float]]:
-    """A knob that has nothing to do with the capacity."""
+    """Return these values, whatever the capacity."""
     return lambda _: values
 
 

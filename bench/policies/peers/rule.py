@@ -41,19 +41,19 @@ class PeerPolicy(Protocol):
         ...
 
     def scaled(self, speedup: float) -> "PeerPolicy":
-        """A fresh one with all its times divided by `speedup`."""
+        """Return a fresh one with all its times divided by `speedup`."""
         ...
 
 
 def whole_up(wanted: float) -> int:
-    """The smallest whole number that holds `wanted`: 0 for what is no number, at most NO_CAP, at least 0."""
+    """Return the smallest whole number that holds `wanted`: 0 for no number, at most NO_CAP, at least 0."""
     if not wanted > 0.0:  # nan too
         return 0
     return NO_CAP if wanted >= NO_CAP else math.ceil(wanted - ROUNDING)
 
 
 def known(capacity: Capacity | None) -> Capacity | None:
-    """The capacity, or None when there is none or a figure of it is not a positive number."""
+    """Return the capacity, or None when there is none or a figure of it is not a positive number."""
     if capacity is None:
         return None
     figures = (capacity.work_s, capacity.requests_s, capacity.concurrency, capacity.kv_tokens)
@@ -61,7 +61,7 @@ def known(capacity: Capacity | None) -> Capacity | None:
 
 
 def mean_lengths(seen: FleetSnapshot) -> tuple[float, float]:
-    """Prompt and output tokens of a mean request since the start; zeros before the first."""
+    """Return prompt and output tokens of a mean request since the start; zeros before the first."""
     traffic = seen.traffic
     if not traffic.requests_total > 0.0:
         return 0.0, 0.0
@@ -72,7 +72,7 @@ def mean_lengths(seen: FleetSnapshot) -> tuple[float, float]:
 
 
 def tokens_in_use(seen: FleetSnapshot) -> float:
-    """Context tokens in the memory of the instances; where nobody says, guessed from mean lengths.
+    """Return context tokens in the memory of the instances; guessed from mean lengths if not known.
 
     The guess is the prompt and half of the output for each request in flight.
     """
@@ -96,7 +96,7 @@ class PeerRule:
     _said: Targets = field(default=Targets(0, 0, ""), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         if not 0.0 < self.tick_s < math.inf:
             raise ValueError(f"tick_s {self.tick_s!r}: wanted over 0")
         if not 0 <= self.min_replicas <= self.max_replicas:
@@ -115,15 +115,15 @@ class PeerRule:
         return self._said
 
     def decide(self, seen: FleetSnapshot) -> Targets:
-        """The rule itself."""
+        """Return how many it wants: the rule itself."""
         raise NotImplementedError(type(self).__name__)
 
     def limited(self, wanted: int) -> int:
-        """`wanted` within the limits."""
+        """Return `wanted` within the limits."""
         return min(max(wanted, self.min_replicas), self.max_replicas)
 
     def scaled(self, speedup: float) -> Self:
-        """A fresh one with every field that ends in _s divided."""
+        """Return a fresh one with every field that ends in _s divided."""
         times = {
             f.name: value / speedup
             for f in fields(self)

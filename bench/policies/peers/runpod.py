@@ -20,7 +20,7 @@ from policies import FleetSnapshot, Targets
 
 
 def busy_workers(seen: FleetSnapshot) -> int:
-    """Workers that the requests in progress fill when packed; all hot ones while no capacity is known."""
+    """Return workers that requests in progress fill when packed; all hot ones while none is known."""
     capacity = known(seen.capacity)
     if capacity is None:
         return seen.hot if seen.traffic.in_flight > 0.0 else 0
@@ -39,13 +39,13 @@ class RunPodRequestCount(PeerRule):
     _wanted: Peak = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "scaler_value", "idle_timeout_s")
         self._wanted = Peak(self.idle_timeout_s)
 
     def decide(self, seen: FleetSnapshot) -> Targets:
-        """What the count asks for or what is busy, the most of it in the idle timeout."""
+        """Return what the count asks for or what is busy, the most of it in the idle timeout."""
         requests = seen.traffic.in_flight + seen.traffic.held
         wanted = max(whole_up(requests / self.scaler_value), busy_workers(seen))
         n = self.limited(int(self._wanted.note(seen.now, wanted)))
@@ -67,13 +67,13 @@ class RunPodQueueDelay(PeerRule):
     _added_at: float = field(default=float("-inf"), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "scaler_value_s", "idle_timeout_s")
         self._busy = Peak(self.idle_timeout_s)
 
     def decide(self, seen: FleetSnapshot) -> Targets:
-        """One more while something waits too long; the idle ones go once nothing waits."""
+        """Return one more while something waits too long; the idle ones go once nothing waits."""
         if self._n is None:
             self._n = self.limited(seen.hot + seen.coming)
         traffic = seen.traffic

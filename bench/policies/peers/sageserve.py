@@ -58,7 +58,7 @@ class SageServe(PeerRule):
     _n: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(
             self, "margin", "use_up", "use_down", "extra_ratio", "extra_use", "plan_every_s", "minute_s"
@@ -88,7 +88,7 @@ class SageServe(PeerRule):
         return Targets(self._n, max(self._n, seen.total), why)
 
     def _note(self, seen: FleetSnapshot) -> float:
-        """Tokens of the last minute; full minutes go to the history."""
+        """Note tokens of the last minute; full minutes go to the history."""
         work = seen.traffic.work_total
         lately = self._last_minute.note(seen.now, work)
         if self._minute_at is None or work < self._minute_at[1]:
@@ -115,7 +115,7 @@ class SageServe(PeerRule):
         return max(kv, seen.traffic.in_flight / (capacity.concurrency * seen.hot))
 
     def _surprised(self, now: float, use: float, lately: float) -> bool:
-        """Whether the load is so far from the plan that one extra is due."""
+        """Return whether the load is so far from the plan that one extra is due."""
         if self.extra == "util":
             return use > self.extra_use
         assert self._planned_at is not None

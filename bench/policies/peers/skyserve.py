@@ -8,7 +8,7 @@ Source: docs/reference/peers.md 2: wheel skypilot 0.14.1, sky/serve/autoscalers.
 A look is every 20 s, every 5 s while N is 0. What is committed is the last c, not the largest. Replicas that
 are still starting count, so nothing overshoots; nothing looks ahead either. The target has no default: it is
 qps_share of what one typical instance of ours serves, with the lengths of this load.
-max_replicas is 1 unless the operator sets it; he must, so it is open here.
+max_replicas is 1 unless the operator sets it, who must, so it is open here.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class SkyServe(PeerRule):
     _down: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "look_s", "target_qps_per_replica", "qps_share", "qps_window_s")
         self._arrived = Growth(self.qps_window_s)

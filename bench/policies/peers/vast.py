@@ -48,14 +48,14 @@ class VastServerless(PeerRule):
     _planned: Peak = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "target_util", "target_queue_time_s", "short_s", "long_s", "plan_s")
         self._loads = (Growth(self.short_s), Growth(self.long_s))
         self._planned = Peak(self.plan_s)
 
     def decide(self, seen: FleetSnapshot) -> Targets:
-        """Hot and total from the load, both in tokens per second over those of one worker."""
+        """Return hot and total from the load, both in tokens per second over those of one worker."""
         traffic = seen.traffic
         tokens = traffic.output_tokens_total
         anticipated = max(window.rate(seen.now, tokens) for window in self._loads)

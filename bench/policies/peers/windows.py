@@ -26,11 +26,11 @@ class Gauge:
             self._noted.popleft()
 
     def mean(self) -> float:
-        """Mean of what is in the window, 0 when nothing was ever noted."""
+        """Return the mean of what is in the window, 0 when nothing was ever noted."""
         return sum(v for _, v in self._noted) / len(self._noted) if self._noted else 0.0
 
     def peak(self) -> float:
-        """Largest in the window, 0 when nothing was ever noted."""
+        """Return the largest in the window, 0 when nothing was ever noted."""
         return max((v for _, v in self._noted), default=0.0)
 
 
@@ -78,6 +78,6 @@ class Growth:
         return self._noted[-1][0] - self._noted[0][0] if self._noted else 0.0
 
     def rate(self, now: float, total: float) -> float:
-        """Growth per second, 0 while there is only one reading."""
+        """Return growth per second, 0 while there is only one reading."""
         grown = self.note(now, total)
         return grown / self.seconds if self.seconds > 0.0 else 0.0

@@ -59,7 +59,7 @@ class WvaTokens(PeerRule):
     _n: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for what cannot work."""
         super().__post_init__()
         over_zero(self, "loop_s", "scale_up", "scale_down", "kv_threshold", "queue_threshold")
         if self.scale_down > self.scale_up:
@@ -91,7 +91,7 @@ class WvaTokens(PeerRule):
         return Targets(self._n, self._n, f"{demand:.0f} tokens wanted, {cap:.0f} a replica")
 
     def _cap(self, seen: FleetSnapshot, capacity: Capacity, in_use: float, waiting: float) -> float:
-        """Tokens a replica holds well; learned when it is full."""
+        """Return tokens a replica holds well; learned when it is full."""
         prompt, output = mean_lengths(seen)
         learned = self._learned.setdefault(
             sum(output >= edge for edge in OUTPUT_BUCKETS), deque(maxlen=OBSERVED)
