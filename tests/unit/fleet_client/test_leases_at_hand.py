@@ -4,11 +4,10 @@ import asyncio
 import time
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 
-from fleet_client import AsyncFleetTransport, Call, FleetTransport, TokenEstimate, leases_ahead
+from fleet_client import AsyncFleetTransport, Call, TokenEstimate, leases_ahead
 from tests.fake_fleet import FakeFleet, FakeInstance, fake_fleet, make_certificate
 from tests.unit.fleet_client.users import ALL, Make, plan, says, told
 from tests.waiting import wait_for
@@ -72,16 +71,6 @@ def test_leases_ahead_of_an_instance_that_failed_are_not_used(
     dones = fleet.loadbalancer.dones
     wait_for("they go back", lambda: unused <= {d["request_id"] for d in dones if d["outcome"] == "unused"})
     assert told(fleet)[0] == ("failed", "status_503")
-
-
-def test_the_end_of_a_program_gives_leases_back(fleet: FakeFleet) -> None:
-    def program() -> None:
-        transport = FleetTransport(fleet.url, ahead=2)
-        httpx2.Client(transport=transport).post("http://fleet/v1/completions", json={"prompt": "x"})
-        wait_for("two leases", lambda: transport.leases_ahead == 2)
-
-    program()
-    assert told(fleet, 2) == [("unused", "")] * 2
 
 
 def test_leases_ahead_come_in_one_call(user: Make, fleet: FakeFleet) -> None:

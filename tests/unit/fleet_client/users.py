@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -39,6 +40,11 @@ class Threads:
 
     def stream(self, **more: Any) -> str:
         return "".join(part.choices[0].delta.content for part in self.chat(stream=True, **more))
+
+    def streams(self, count: int) -> list[str]:
+        """Read so many streams, 16 at a time."""
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda _: self.stream(), range(count)))
 
     def models(self) -> list[str]:
         return [one.id for one in self.openai.models.list()]
@@ -78,13 +84,22 @@ class Loop:
     def completion(self, **more: Any) -> Any:
         return self.do(self.openai.completions.create(**({"model": "m", "prompt": SECRET} | more)))
 
-    def stream(self, **more: Any) -> str:
-        async def read() -> str:
-            stream = await self.openai.chat.completions.create(stream=True, **(chat_request() | more))
-            return "".join([part.choices[0].delta.content async for part in stream])
+    async def _stream(self, **more: Any) -> str:
+        stream = await self.openai.chat.completions.create(stream=True, **(chat_request() | more))
+        return "".join([part.choices[0].delta.content async for part in stream])
 
-        text: str = self.do(read())
+    def stream(self, **more: Any) -> str:
+        text: str = self.do(self._stream(**more))
         return text
+
+    def streams(self, count: int) -> list[str]:
+        """Read so many streams, all at once."""
+
+        async def read() -> list[str]:
+            return await asyncio.gather(*[self._stream() for _ in range(count)])
+
+        texts: list[str] = self.do(read())
+        return texts
 
     def models(self) -> list[str]:
         async def read() -> list[str]:
