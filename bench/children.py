@@ -7,7 +7,6 @@ Processor time is utime + stime of /proc/PID/stat, with that of children it has 
 in steps of 10 ms.
 """
 
-import asyncio
 import contextlib
 import os
 import re
@@ -148,16 +147,10 @@ def wait_for(what: str, of: ChildProcess, ready: Callable[[], bool], limit_s: fl
     """Return when it is so; RuntimeError with the end of the log when it ends before, or takes too long."""
     limit = time.monotonic() + limit_s
     while not ready():
-        _check_alive(what, of, limit, limit_s)
+        if of.process.poll() is not None or time.monotonic() > limit:
+            end = of.log.read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"{what} does not answer after at most {limit_s:g} s:\n{end}")
         time.sleep(0.1)
-
-
-async def until(what: str, of: ChildProcess, ready: Callable[[], bool], limit_s: float = UP_S) -> None:
-    """Do the same in an event loop. ready: is asked in a thread."""
-    limit = time.monotonic() + limit_s
-    while not await asyncio.to_thread(ready):
-        _check_alive(what, of, limit, limit_s)
-        await asyncio.sleep(0.1)
 
 
 def said(what: str, of: ChildProcess, pattern: str) -> str:
@@ -166,9 +159,3 @@ def said(what: str, of: ChildProcess, pattern: str) -> str:
     found = re.search(pattern, of.log.read_text())
     assert found is not None
     return str(found[1])
-
-
-def _check_alive(what: str, of: ChildProcess, limit: float, limit_s: float) -> None:
-    if of.process.poll() is not None or time.monotonic() > limit:
-        end = of.log.read_text(errors="replace")[-1500:]
-        raise RuntimeError(f"{what} does not answer after at most {limit_s:g} s:\n{end}")

@@ -148,7 +148,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
     @property
     def leases_ahead(self) -> int:
         """Leases at hand that were fetched before they are needed."""
-        return len(self._core.leases)
+        return self._core.leases.at_hand
 
     @property
     def untold(self) -> int:

@@ -64,8 +64,9 @@ class LeaseKeeper:
         """Say how many leases are at hand; nothing where none are fetched ahead."""
         return f"{len(self._ahead)} leases ahead, {self._ahead.coming} coming" if self._ahead.most else ""
 
-    def __len__(self) -> int:
-        """Count the leases at hand."""
+    @property
+    def at_hand(self) -> int:
+        """Leases at hand."""
         return len(self._ahead)
 
     # -- what a request asks of it

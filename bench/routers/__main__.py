@@ -290,9 +290,11 @@ async def measure(config: RoutersConfig, directory: Path) -> Found:
         autoscaler = await loop.create_server(lambda: processes.HotSetStub(engines), "127.0.0.1", 0)
         hot_port = autoscaler.sockets[0].getsockname()[1]
         balancer, port = stack.enter_context(processes.our_loadbalancer(directory, hot_port))
-        await children.until("our loadbalancer", balancer, partial(processes.stocked, port, len(engines)))
+        stocked = partial(processes.stocked, port, len(engines))
+        await asyncio.to_thread(children.wait_for, "our loadbalancer", balancer, stocked)
         for router, (it, router_port) in zip(wanted, started, strict=True):
-            await children.until(router.name, it, partial(processes.answers, router_port))
+            answers = partial(processes.answers, router_port)
+            await asyncio.to_thread(children.wait_for, router.name, it, answers)
             ways.append(Way(router.name, partial(Kept, [router_port]), (it.pid,)))
             if router.name == "sglang-router" and config.wants(USUAL_ACKS):
                 ways.append(Way(USUAL_ACKS, partial(Kept, [router_port], quick_ack=False), (it.pid,)))

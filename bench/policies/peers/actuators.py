@@ -22,17 +22,8 @@ class AsIs:
     def __init__(self, peer: PeerPolicy) -> None:
         """peer: the rule, with its memory."""
         self.peer = peer
+        self.tick_s, self.memory_s = peer.tick_s, peer.memory_s
         self._reads_setup_time = bool(getattr(peer, "reads_setup_time", False))
-
-    @property
-    def tick_s(self) -> float:
-        """The rule's."""
-        return self.peer.tick_s
-
-    @property
-    def memory_s(self) -> float:
-        """The rule's."""
-        return self.peer.memory_s
 
     def scaled(self, speedup: float) -> "AsIs":
         """Return a fresh one, its times divided."""
@@ -56,19 +47,10 @@ class WithPool:
     def __init__(self, peer: PeerPolicy, keep_s: float = KEEP_S) -> None:
         """peer: the rule, with its memory; keep_s: seconds."""
         self.peer = peer
+        self.tick_s, self.memory_s = peer.tick_s, peer.memory_s
         self.keep_s = keep_s
         self._peak = Peak(keep_s)
         self._began: float | None = None
-
-    @property
-    def tick_s(self) -> float:
-        """The rule's."""
-        return self.peer.tick_s
-
-    @property
-    def memory_s(self) -> float:
-        """The rule's."""
-        return self.peer.memory_s
 
     def scaled(self, speedup: float) -> "WithPool":
         """Return a fresh one, its times divided."""

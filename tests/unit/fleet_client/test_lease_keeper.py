@@ -75,7 +75,7 @@ def test_ends_are_told_one_by_one_and_a_failed_instance_keeps_no_lease_at_hand()
     assert job is not None
     keeper.finish_job(job, batch(7, 8), 0.0)
     keeper.tell(lease(7), "failed", "no_connection")
-    assert len(keeper) == 1
+    assert keeper.at_hand == 1
     assert keeper.next_job(0.1, ends=False) is not None  # the lease that is missing now
     jobs = [keeper.next_job(0.1) for _ in range(3)]
     told = [job.body for job in jobs if job is not None]
@@ -112,7 +112,7 @@ def test_at_the_end_all_leases_go_back_and_what_cannot_be_told_any_more_is_count
     keeper.finish_job(job, batch(7, 8), 0.0)
     woken = keeper.woken
     keeper.give_all_back()
-    assert (len(keeper), keeper.woken) == (0, woken + 1)
+    assert (keeper.at_hand, keeper.woken) == (0, woken + 1)
     assert keeper.first(CALL, 0.1) == (None, False)
     under_way = keeper.next_job(0.1)
     assert under_way is not None
