@@ -27,7 +27,7 @@ import uvloop
 
 from fleet_client.flags import Parser, add_flags, flag_of, server_url
 from process.errors import ConfigError
-from simulation import report
+from simulation import report_table
 from simulation.live import measure
 from simulation.live.config import SimConfig, parse_schedule
 from simulation.live.local_stack import ENGINES, ChildFailed, LocalStack, StackConfig
@@ -169,7 +169,7 @@ def carry_out_locally(config: SimConfig) -> tuple[dict[str, Any], bool]:
                 needs_autoscaler=True,
             )
             found = carry_out(there, stack.engine)
-            print(report.table(found), flush=True)
+            print(report_table.table(found), flush=True)
             tell("taking everything down")
     except BaseException:
         # Also when it shall be quiet: a person must end what is left.
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, clean = carry_out_locally(config)
     else:
         found = carry_out(config)
-        print(report.table(found))
+        print(report_table.table(found))
     write_report(found, config.json)
     if found["interrupted"]:
         return 130

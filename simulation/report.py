@@ -1,29 +1,23 @@
-"""What a run measured, as one dictionary (`--json`) and as a table for people; pure.
+"""What a run measured, as one dictionary (`--json`); pure.
 
     records, one a request ─┐
-    samples, one a second  ─┼─► build ─► report ─► table
+    samples, one a second  ─┼─► build ─► report ─► table (report_table.py)
     costs, of the ledger   ─┘
 
 Every figure is of all requests, none is sampled. Latencies count from the moment a request was *due*
-(open loop), so a driver or a loadbalancer that was late cannot hide it; they are of completed requests.
-A percentile is the linear interpolation between the two nearest ranks, as numpy's default. What is not
-known is null in the report and said so in the table, never 0.
+(open loop), so that a driver or a loadbalancer that was late does not hide it; they are of completed
+requests. What is not known is null, never 0.
 """
 
-import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct, structs
+
 from engine.slo import Slo
-
-WIDTH = 100
-"""Columns of the table; a common terminal is at least as wide."""
-
-CHART_ROWS = 10
-"""Most rows of the chart of instances; more instances than that share a row."""
+from simulation.figures import spread
 
 COMPLETED = "completed"
 
@@ -39,19 +33,6 @@ FAILURES: Mapping[str, str] = {
     "timeout": "an answer was still coming when the time was up",
     "interrupted": "the run was ended by Ctrl-C or SIGTERM",
 }
-
-QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
-
-STACK: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    # what the chart shows, from the bottom up: its mark, and the states of an instance that are meant
-    "hot": ("#", ("hot",)),
-    "draining": ("-", ("draining",)),
-    "booting": ("+", ("ordered", "loading", "running", "starting")),
-    "cold": (".", ("stopping", "cold")),
-    "failed": ("x", ("failed", "destroying")),
-}
-
-_BARS = " ▁▂▃▄▅▆▇█"
 
 # -- what is told ----------------------------------------------------------------------------------------
 
@@ -112,7 +93,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What was run. duration_s: from the start to the end of the last answer; settings: for the reader."""
+    """About a run. duration_s: from the start to the end of the last answer; settings: for the reader."""
 
     engine: str
     local: bool
@@ -127,11 +108,21 @@ class RunInfo:
     ends_untold: int
 
 
-@dataclass(frozen=True)
-class RunCosts:
-    """The part of the autoscaler's `GET /costs` that the report needs; dollars of the run's window."""
+class SpentUsd(Struct, frozen=True):
+    """Dollars by what they were spent on."""
 
-    usd: Mapping[str, float]
+    total: float
+    hot_working: float
+    hot_idle: float
+    loading: float
+    stopped: float
+    lost: float = 0.0
+
+
+class RunCosts(Struct, frozen=True):
+    """The part of the autoscaler's `GET /costs` that the report needs, of the run's window."""
+
+    usd: SpentUsd
     usd_if_all_hot: float
     utilisation: float | None
     starts: int
@@ -141,70 +132,7 @@ class RunCosts:
     order_to_hot_s: tuple[float, ...]
 
 
-_SPENT_ON = ("total", "hot_working", "hot_idle", "loading", "stopped")
-
-
-def parse_costs(said: object) -> RunCosts:
-    """The answer of `GET /costs` as Costs; raises ValueError that names what is missing or wrong."""
-    answer = _mapping("the answer", said)
-    usd = _mapping("usd", answer.get("usd"))
-    utilisation = answer.get("utilisation")
-    took = answer.get("order_to_hot_s")
-    if not isinstance(took, list):
-        raise ValueError(f"order_to_hot_s: wanted a list, got {took!r:.60}")  # noqa: TRY004 as below
-    spent = {name: _number(f"usd.{name}", usd.get(name)) for name in _SPENT_ON}
-    return RunCosts(
-        usd=spent | {"lost": _number("usd.lost", usd.get("lost", 0.0))},
-        usd_if_all_hot=_number("usd_if_all_hot", answer.get("usd_if_all_hot")),
-        utilisation=None if utilisation is None else _number("utilisation", utilisation),
-        starts=_whole("starts", answer.get("starts")),
-        stops=_whole("stops", answer.get("stops")),
-        creates=_whole("creates", answer.get("creates")),
-        destroys=_whole("destroys", answer.get("destroys")),
-        order_to_hot_s=tuple(_number("order_to_hot_s", s) for s in took),
-    )
-
-
-def _mapping(name: str, value: object) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: wanted an object, got {value!r:.60}")  # noqa: TRY004 a wrong answer, not a bug
-    return value
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: wanted a number, got {value!r:.60}")
-    return float(value)
-
-
-def _whole(name: str, value: object) -> int:
-    number = _number(name, value)
-    if number != int(number):
-        raise ValueError(f"{name}: wanted a whole number, got {value!r:.60}")
-    return int(number)
-
-
 # -- figures ---------------------------------------------------------------------------------------------
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which that share of an ordered, non-empty sequence lies, interpolated linearly."""
-    at = (len(ordered) - 1) * share
-    below = int(at)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (at - below)
-
-
-def spread(values: Iterable[float]) -> dict[str, float | None]:
-    """Mean, percentiles and maximum; all null when there is no value."""
-    ordered = sorted(values)
-    if not ordered:
-        return dict.fromkeys(("mean", *QUANTILES, "max"))
-    return {
-        "mean": math.fsum(ordered) / len(ordered),
-        **{name: percentile(ordered, share) for name, share in QUANTILES.items()},
-        "max": ordered[-1],
-    }
 
 
 @dataclass(frozen=True)
@@ -231,11 +159,11 @@ class Counted:
 
 
 LATE, SLOW, FAILED = "first_token_late", "tokens_slow", "failed"
-"""What of the objective a request can miss."""
+"""What a request can miss of the objective."""
 
 
 def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
-    """The figures of these records. Without streaming there is no first token, so no objective."""
+    """Return the figures of these records. Without streaming there is no first token, so no objective."""
     completed = [r for r in records if r.outcome == COMPLETED]
     # The first token takes its own time; the others share what is left. One token alone has no such time.
     tpot = (
@@ -286,7 +214,7 @@ def build(
     why_no_costs: str | None = None,
     slo: Slo | None = None,
 ) -> dict[str, Any]:
-    """Everything a live run measured, ready for JSON. costs None needs the reason."""
+    """Return everything a live run measured, ready for JSON. costs None needs the reason."""
     slo = slo or Slo()
     requests = counted(records, slo, streaming=run.streaming)
     driver = {
@@ -306,7 +234,7 @@ def assemble(
     slo: Slo,
     driver: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The report of figures that were counted already; driver is None where nobody had to send."""
+    """Return the report of figures that were counted already; driver is None in virtual time."""
     seconds = run.duration_s
     completed, output_tokens = requests.completed, requests.output_tokens
     return {
@@ -358,15 +286,15 @@ def _objective(requests: Counted, slo: Slo) -> dict[str, Any]:
 def _money(costs: RunCosts | None, why: str | None, completed: int, output_tokens: int) -> dict[str, Any]:
     if costs is None:
         return {
-            "cost_usd": dict.fromkeys((*_SPENT_ON, "lost", "if_all_hot")),
+            "cost_usd": dict.fromkeys((*SpentUsd.__struct_fields__, "if_all_hot")),
             "cost": {
                 **dict.fromkeys(("usd_per_1k_requests", "usd_per_1m_output_tokens", "utilisation")),
                 "why_unknown": why or "not asked for",
             },
         }
-    total = costs.usd["total"]
+    total = costs.usd.total
     return {
-        "cost_usd": {**costs.usd, "if_all_hot": costs.usd_if_all_hot},
+        "cost_usd": {**structs.asdict(costs.usd), "if_all_hot": costs.usd_if_all_hot},
         "cost": {
             "usd_per_1k_requests": 1e3 * total / completed if completed else None,
             "usd_per_1m_output_tokens": 1e6 * total / output_tokens if output_tokens else None,
@@ -390,237 +318,3 @@ def _scaling(samples: Sequence[Sample], costs: RunCosts | None) -> dict[str, Any
             for s in samples
         ],
     }
-
-
-# -- for people ------------------------------------------------------------------------------------------
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """The report as text of at most WIDTH columns."""
-    lines = [*_heading(report), ""]
-    lines += [*_requests(report), ""]
-    lines += [*_latencies(report), *_objective_rows(report), ""]
-    lines += [*_costs(report), ""]
-    lines += [*_scaled(report), ""]
-    lines += _driver(report)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _heading(report: Mapping[str, Any]) -> list[str]:
-    given = report["settings"]
-    lines = [
-        f"{report['model']} on {report['engine']}, {report['duration_s']:.1f} s, seed {report['seed']}"
-        + (", interrupted" if report["interrupted"] else "")
-    ]
-    if report["local"]:
-        lines.append("No GPU was used: times and prices are those of the local cloud, not of real machines.")
-    lines = [_fit(line) for line in lines]
-    load = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
-    return lines + textwrap.wrap(load, WIDTH)
-
-
-def _requests(report: Mapping[str, Any]) -> list[str]:
-    r, tokens, speed = report["requests"], report["tokens"], report["throughput"]
-    lines = [
-        _row("requests", *(f"{r[k]:,} {k}" for k in ("sent", "completed", "failed", "retried"))),
-        _row(
-            "tokens", f"{tokens['prompt']:,} in", f"{tokens['output']:,} out", "as the model servers counted"
-        ),
-        _row(
-            "throughput", f"{_figure(speed['requests_s'])} requests/s", f"{_figure(speed['output_tokens_s'])}"
-        )
-        + " output tokens/s",
-    ]
-    lines += [
-        _row("failed" if n == 0 else "", f"{count:,} {kind}: {FAILURES.get(kind, 'a kind without a name')}")
-        for n, (kind, count) in enumerate(sorted(r["failed_by_kind"].items()))
-    ]
-    for title, key in (
-        ("setbacks", "setbacks_by_kind"),
-        ("refusals", "route_refusals_by_kind"),
-    ):
-        if r[key]:
-            lines.append(_row(title, *(f"{n:,} {kind}" for kind, n in sorted(r[key].items()))))
-    return lines
-
-
-_LATENCIES = {"route": "route", "ttft": "first token", "tpot": "per output token", "e2e": "whole"}
-
-
-def _latencies(report: Mapping[str, Any]) -> list[str]:
-    columns = ("mean", *QUANTILES, "max")
-    lines = [f"{'latency, s':18}" + "".join(f"{c:>11}" for c in columns)]
-    for key, title in _LATENCIES.items():
-        values = report["latency_s"][key]
-        lines.append(f"{title:18}" + "".join(f"{_figure(values[c]):>11}" for c in columns))
-    if not report["streaming"]:
-        lines.append("not streamed, so there is no time of a first token")
-    return lines
-
-
-def _objective_rows(report: Mapping[str, Any]) -> list[str]:
-    o = report["objective"]
-    if o["met_share"] is None:
-        return []
-    limit = f"{o['first_token_s']:g} s + {1e3 * o['prompt_token_s']:g} ms per prompt token"
-    missed = [f"{n:,} {kind.replace('_', ' ')}" for kind, n in sorted(o["missed_by"].items()) if n]
-    lines = [
-        _row("in time", f"{o['met_share']:.3%}", *(missed or ["none missed"])),
-        _row("", f"first token within {limit}, {1e3 * o['output_token_s']:g} ms per output token"),
-    ]
-    wait = o["late_wait_s"]
-    if wait["max"] is not None:
-        lane = "" if o["late_lane"] is None else f"{o['late_lane']:,} were in the late lane, "
-        lines.append(
-            _row("", f"{lane}who was late had waited {wait['p50']:.1f} s (p50), {wait['max']:.1f} s at most")
-        )
-    return lines
-
-
-def _costs(report: Mapping[str, Any]) -> list[str]:
-    usd, cost = report["cost_usd"], report["cost"]
-    if usd["total"] is None:
-        return [_fit(f"{'cost':14}not known: {cost['why_unknown']}")]
-    spent = [
-        f"{_usd(usd[k])} {title}"
-        for k, title in (
-            ("hot_working", "hot and working"),
-            ("hot_idle", "hot and idle"),
-            ("loading", "loading"),
-            ("stopped", "stopped"),
-        )
-    ]
-    if usd["lost"]:
-        spent.append(f"{_usd(usd['lost'])} failed")
-    share = cost["utilisation"]
-    per = [
-        f"{title} {_usd(cost[key]) if cost[key] is not None else '–'}"
-        for title, key in (
-            ("1k requests", "usd_per_1k_requests"),
-            ("1M output tokens", "usd_per_1m_output_tokens"),
-        )
-    ]
-    lines = [
-        _row("cost", f"{_usd(usd['total'])} in all"),
-        _row("", *spent),
-        _row("", *per, "utilisation " + ("–" if share is None else f"{share:.0%}")),
-    ]
-    more = f" ({usd['if_all_hot'] / usd['total']:.2f} times as much)" if usd["total"] > 0 else ""
-    return [*lines, _row("", f"{_usd(usd['if_all_hot'])} with every instance hot all the time{more}")]
-
-
-def _scaled(report: Mapping[str, Any]) -> list[str]:
-    s = report["scaling"]
-    lines = []
-    if s["starts"] is not None:
-        took = s["order_to_hot_s"]
-        hot = (
-            f"order to hot {_figure(took['mean'])} s mean, {_figure(took['max'])} s at most"
-            if took["count"]
-            else "nothing became hot in the run"
-        )
-        counts = (f"{s[k]} {k}" for k in ("starts", "stops", "creates", "destroys"))
-        lines.append(_row("scaling", *counts, hot))
-    return lines + chart(
-        [Sample(p["at_s"], p["instances"], p["usd_h"], p["demand"]) for p in s["over_time"]],
-        report["duration_s"],
-    )
-
-
-def _driver(report: Mapping[str, Any]) -> list[str]:
-    if report["driver"] is None:
-        return []
-    lag, untold = report["driver"]["send_lag_s"], report["driver"]["lease_ends_untold"]
-    if lag["max"] is None:
-        return []
-    lines = [
-        _row(
-            "driver",
-            f"sent {1e3 * lag['p50']:.1f} ms after due (p50), {1e3 * lag['p99']:.1f} p99, "
-            f"{1e3 * lag['max']:.1f} max",
-            f"{report['driver']['cpu_share']:.0%} of a core",
-        )
-    ]
-    if untold:
-        lines.append(_row("", f"{untold:,} ends of leases could not be told to the loadbalancer"))
-    return lines
-
-
-def chart(samples: Sequence[Sample], duration_s: float) -> list[str]:
-    """Instances by state over time as a small stack of marks, and the demand under it."""
-    if not samples or duration_s <= 0:
-        return []
-    columns = _columns(samples, duration_s, WIDTH - 14)
-    tallest = max((sum(s.states.values()) for s in columns), default=0)
-    per_row = max(1, math.ceil(tallest / CHART_ROWS))
-    stacks = [_stack(s, per_row) for s in columns]
-    legend = "  ".join(f"{mark} {name}" for name, (mark, _) in STACK.items())
-    each = f"{per_row} instances a row" if per_row > 1 else "one row an instance"
-    lines = [_row("instances", legend, each)]
-    lines += [
-        f"{row * per_row:>12}  " + "".join(stack[row - 1] if row <= len(stack) else " " for stack in stacks)
-        for row in range(math.ceil(tallest / per_row), 0, -1)
-    ]
-    peak = max((s.demand or 0.0 for s in samples), default=0.0)
-    if any(s.demand is not None for s in columns):
-        bars = "".join(_bar(s.demand, peak) for s in columns)
-        lines.append(f"{'demand':>12}  {bars}")
-    end = f"{duration_s:.0f} s"
-    lines.append(f"{'':14}0 s{end:>{max(len(end) + 1, len(columns) - 3)}}")
-    if peak > 0:
-        lines.append(f"{'':14}demand at its peak: {peak:.2f} instances' worth")
-    return lines
-
-
-def _columns(samples: Sequence[Sample], duration_s: float, most: int) -> list[Sample]:
-    """One sample a column: the last one taken by the end of the column's stretch of time."""
-    count = min(most, max(1, len(samples)))
-    chosen, at = [], 0
-    for column in range(count):
-        until = duration_s * (column + 1) / count
-        while at + 1 < len(samples) and samples[at + 1].at_s <= until:
-            at += 1
-        chosen.append(samples[at])
-    return chosen
-
-
-def _stack(sample: Sample, per_row: int) -> str:
-    """Marks from the bottom up; a state that has instances but less than half a row still shows one mark."""
-    marks = ""
-    for mark, states in STACK.values():
-        n = sum(sample.states.get(state, 0) for state in states)
-        marks += mark * (max(1, round(n / per_row)) if n else 0)
-    return marks[: math.ceil(sum(sample.states.values()) / per_row)]
-
-
-def _bar(demand: float | None, peak: float) -> str:
-    if demand is None or peak <= 0:
-        return " "
-    return _BARS[math.ceil(demand / peak * (len(_BARS) - 1))]
-
-
-def _row(title: str, *cells: str) -> str:
-    """A title and cells; when they do not fit they go on in the next line."""
-    lines, line = [], f"{title:14}"
-    for n, cell in enumerate(cells):
-        gap = "" if n == 0 or line.isspace() else "   "
-        if len(line) + len(gap) + len(cell) > WIDTH and not line.isspace():
-            lines.append(line)
-            line, gap = " " * 14, ""
-        line += gap + cell
-    return "\n".join(_fit(text) for text in [*lines, line])
-
-
-def _fit(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
-
-
-def _figure(value: float | None) -> str:
-    """Four digits or so: what matters of a duration or a rate."""
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
-
-
-def _usd(value: float) -> str:
-    return f"${value:.4f}" if abs(value) < 10 else f"${value:,.2f}"

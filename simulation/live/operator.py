@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from simulation.report import RunCosts, parse_costs
+from simulation.report import RunCosts
+from web.messages.decoding import BadField, decode
 
 T = TypeVar("T")
 
@@ -51,10 +52,10 @@ class Operator:
 
     async def costs(self, from_s: float, to_s: float) -> RunCosts:
         """Return what was spent between the two, epoch seconds."""
-        said = await self._ask("GET", f"{self._autoscaler}/costs?from={from_s:.3f}&to={to_s:.3f}")
+        raw = await self._fetch("GET", f"{self._autoscaler}/costs?from={from_s:.3f}&to={to_s:.3f}")
         try:
-            return parse_costs(said)
-        except ValueError as e:
+            return decode(raw, RunCosts)
+        except BadField as e:
             raise NoAnswer(f"{self._autoscaler}/costs: {e}") from None
 
     async def status(self) -> Mapping[str, Any]:
@@ -62,6 +63,16 @@ class Operator:
         return await self._ask("GET", f"{self._loadbalancer}/status")
 
     async def _ask(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        raw = await self._fetch(method, url, body)
+        try:
+            said = json.loads(raw)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise NoAnswer(f"{url}: wanted a JSON object, got {raw[:40]!r}")
+        return said
+
+    async def _fetch(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> bytes:
         shown = url.partition("?")[0]
         timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)
         try:
@@ -74,13 +85,7 @@ class Operator:
             raise NoAnswer(f"{shown}: {e or type(e).__name__}") from None
         if status != 200:
             raise NoAnswer(f"{shown}: wanted 200, got {status}")
-        try:
-            said = json.loads(raw)
-        except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            raise NoAnswer(f"{shown}: wanted a JSON object, got {raw[:40]!r}")
-        return said
+        return raw
 
 
 async def ask_again(ask: Callable[[], Awaitable[T]], for_s: float) -> T:

@@ -26,7 +26,7 @@ from fleet_client.flags import Parser, add_flags, check_flags, flag, within
 from localcloud.machines import Machine, machines_from
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
-from simulation import plots, report
+from simulation import plots, report, report_table
 from simulation.report_file import check_output, write_report
 from simulation.traces import logs, synthetic
 from simulation.traces.logs import Request
@@ -217,14 +217,7 @@ def _fields(policy: Policy) -> dict[str, Any]:
 def _costs(o: Outcome) -> report.RunCosts:
     kinds = [kind for kind, _, _ in o.took]
     return report.RunCosts(
-        usd={
-            "total": o.costs.total,
-            "hot_working": o.costs.hot_working,
-            "hot_idle": o.costs.hot_idle,
-            "loading": o.costs.loading,
-            "stopped": o.costs.stopped,
-            "lost": o.costs.lost,
-        },
+        usd=report.SpentUsd(**{name: getattr(o.costs, name) for name in report.SpentUsd.__struct_fields__}),
         usd_if_all_hot=o.costs.usd_if_all_hot,
         utilisation=o.costs.utilisation,
         starts=kinds.count("start"),
@@ -237,7 +230,7 @@ def _costs(o: Outcome) -> report.RunCosts:
 
 def table(found: dict[str, Any]) -> str:
     """Return the report as text."""
-    lines = [report.table(found)]
+    lines = [report_table.table(found)]
     for what, turns in found["clamped"].items():
         lines.append(f"{'hard limits':14}in {turns:,} turns the policy wanted a number of {what} beyond them")
     curve = found["curve"]

@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 
 import sim
-from engine.profiles import get_profile
-from engine.slo import Slo
-from engine.timing import timing_for
 from process.errors import ConfigError
-from simulation.figures import Digest
-from simulation.report import spread
-from simulation.traces import logs
 from simulation.virtual import command
-from simulation.virtual.capacity import capacity_of
 from tests.paths import ROOT
 
 SMALL = "synthetic:days=0.02,rate=4,prompt=300,prompt_p95=900,output=150,output_p95=350"
@@ -116,30 +109,3 @@ def test_hazards_cost_money_and_no_request(tmp_path: Path) -> None:
 
 
 # -- its parts -------------------------------------------------------------------------------------------
-
-
-def test_a_digest_reads_percentiles_nearly_as_all_values_would_give_them() -> None:
-    values = [0.001 * 1.003**n for n in range(4000)]
-    counted, exact = Digest(values).spread(), spread(values)
-    for name, value in exact.items():
-        assert counted[name] == pytest.approx(value, rel=0.006)
-    assert Digest().spread() == spread([])
-    assert Digest([0.0, 0.0]).percentile(0.5) == 0.0
-    with pytest.raises(ValueError, match="no value"):
-        Digest().percentile(0.5)
-
-
-def test_an_instance_does_less_with_longer_prompts_and_less_on_a_slower_gpu() -> None:
-    profile, slo = get_profile("vllm-13"), Slo()
-
-    def capacity(gpu: str, prompt: int, output: int) -> tuple[float, float]:
-        log = [logs.Request(float(n), prompt, output, -1) for n in range(50)]
-        found = capacity_of(profile, timing_for("vllm-13", gpu), log, slo)
-        assert found.work_s == pytest.approx(found.requests_s * (0.1 * prompt + output), rel=0.01)
-        return found.work_s, found.concurrency
-
-    short, long = capacity("A100 SXM4", 300, 180), capacity("A100 SXM4", 8000, 180)
-    assert short[0] > 1.5 * long[0]
-    assert short[1] > 3 * long[1], "memory holds fewer of them"
-    assert short[0] > 1.5 * capacity("RTX 3090", 300, 180)[0]
-    assert short[0] == pytest.approx(profile.throughput_on("A100 SXM4"), rel=0.15), "as the profile says"
