@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(what: str, look: Callable[[], T | None], limit_s: float = 30.0) -> T:
+def wait_for(what: str, look: Callable[[], T | None], limit_s: float = 60.0) -> T:
     """What `look` gives as soon as it is true; fails after limit_s."""
     until = time.monotonic() + limit_s
     while True:

@@ -42,6 +42,8 @@ from tests.paths import ROOT
 from tests.tap import read_recording
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.timeout(280)  # of the run, which is set up once
+
 MODEL = "vllm-13"
 
 
