@@ -15,6 +15,7 @@ All that is known of one instance is in dispatch/instance.py; each other part ow
     dispatch/chooser.py             where a request does the least to all requests, claims of waiting ones
     dispatch/candidate_index.py     the instances that can serve, by class of speed
     dispatch/predicted_load.py      the requests inside the instances, moved along by the engine's rule
+    dispatch/lease_issuer.py        giving a lease: an instance, a token, an entry in the book
     dispatch/lease_book.py          unfinished leases: given once, ended once
     dispatch/request_queue.py       requests that wait: two lanes, priorities
     dispatch/token_refills.py       fetching tokens
@@ -40,20 +41,18 @@ from dispatch.chooser import FIRST_TOKEN_WEIGHT, Chooser
 from dispatch.circuit_breaker import ALONE
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
-from dispatch.instance import Instance
 from dispatch.instance_failures import InstanceFailures
 from dispatch.lease import Lease
 from dispatch.lease_book import LeaseBook
+from dispatch.lease_issuer import LeaseIssuer
 from dispatch.load_reports import LoadReports, Poll
 from dispatch.predicted_load import warm_up
 from dispatch.request_estimates import EXPECTED_OUTPUT_TOKENS, RequestEstimates
 from dispatch.request_queue import LATE_BOUND_S, RequestQueue
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from dispatch.token_refills import Refill, TokenRefills
-from dispatch.token_stock import TokenLot
 from dispatch.usage import Usage, measure
 from dispatch.wait_times import WaitTimes
-from engine.forward import Floats
 from engine.slo import Slo
 from web.messages.hot_set import HotSet
 from web.messages.reports import LoadReport, PushedReport, TokenBatch
@@ -87,36 +86,22 @@ class LoadBalancer:
         max_unused: unused leases of one client. grant_at_once: requests served by one call of `grant`.
         """
         warm_up()
-        self.slo = slo or Slo()
-        self._request_id = request_id
+        self.slo = slo = slo or Slo()
         self._grant_at_once = grant_at_once
-        output_token_s = self.slo.output_token_s
-        self._estimates = RequestEstimates()
-        self._demand = DemandCounter()
-        self.instances = HotInstances(rng, EXPECTED_OUTPUT_TOKENS)
-        self._index = self.instances.index
-        self._failures = InstanceFailures(self.instances)
-        self.leases = LeaseBook(lease_s, max_unused)
-        self.queue = RequestQueue(max_held, late_bound_s)
-        self._chooser = Chooser(
-            self.instances,
-            self._estimates,
-            self._demand,
-            self.queue,
-            output_token_s,
-            first_token_weight,
-        )
-        self._waits = WaitTimes(self.instances, self.queue, self._estimates, self.slo)
-        self._refills = TokenRefills(self.instances, self.leases, self._failures)
+        self._estimates = estimates = RequestEstimates()
+        self._demand = demand = DemandCounter()
+        self.instances = instances = HotInstances(rng, EXPECTED_OUTPUT_TOKENS)
+        self._index = instances.index
+        self._failures = failures = InstanceFailures(instances)
+        self.leases = leases = LeaseBook(lease_s, max_unused)
+        self.queue = queue = RequestQueue(max_held, late_bound_s)
+        self._refills = refills = TokenRefills(instances, leases, failures)
+        token_s = slo.output_token_s
+        self._chooser = chooser = Chooser(instances, estimates, demand, queue, token_s, first_token_weight)
+        self._issuer = LeaseIssuer(instances, estimates, chooser, leases, queue, refills, request_id)
+        self._waits = WaitTimes(instances, queue, estimates, slo)
         self._reports = LoadReports(
-            self.instances,
-            self.leases,
-            self._estimates,
-            self._demand,
-            self._refills,
-            self._failures,
-            poll_interval_s,
-            output_token_s,
+            instances, leases, estimates, demand, refills, failures, poll_interval_s, token_s
         )
 
     # -- the hot set --
@@ -181,7 +166,7 @@ class LoadBalancer:
         after_s = allowance.asks(client, instances.typical_capacity * instances.hot, now)
         if after_s is not None:
             return RouteRefused("too_many_unused", after_s, allowance.unused(client))
-        given = self._give(ask, count, now)
+        given = self._issuer.give(ask, count, now)
         if not again:  # a batch is as many arrivals as it is given leases, and at least one
             self._demand.arrived(ask, self._estimates.prefill_weight, len(given) or 1)
         if given:
@@ -222,7 +207,7 @@ class LoadBalancer:
         self._chooser.drop_claims()
         served = self.queue.grant(
             now,
-            lambda ask, hurries: self._lease(ask, now, hurries=hurries),
+            lambda ask, hurries: self._issuer.give_one(ask, now, hurries=hurries),
             lambda ask: self._chooser.only_avoids(ask, now),
             self._grant_at_once,
         )
@@ -231,72 +216,10 @@ class LoadBalancer:
             for queued, leases in granted:
                 if queued.count is not None and queued.count > 1:
                     # The first lease of a batch is as any; the others are of what the queue leaves.
-                    more = self._give(queued.ask, queued.count - 1, now)
+                    more = self._issuer.give(queued.ask, queued.count - 1, now)
                     self._demand.arrived(queued.ask, self._estimates.prefill_weight, len(more))
                     leases += more
         return granted
-
-    def _give(self, ask: RouteRequest, count: int | None, now: float) -> list[Lease]:
-        """Give up to count leases for requests like this: none when others wait that it must not pass."""
-        if self.queue.held:
-            if self.queue.blocks(ask, now, lambda other: self._chooser.only_avoids(other, now)):
-                return []
-        else:
-            self._chooser.drop_claims()
-        if count is not None:
-            most = min(count, self.leases.left, self.leases.allowance.left(ask.client))
-            given = self._lease_some(ask, most, now)
-            if given or most <= 0:
-                return given
-        lease = self._lease(ask, now, hurries=False)
-        return [] if lease is None else [lease]
-
-    def _lease(self, ask: RouteRequest, now: float, *, hurries: bool) -> Lease | None:
-        """Give one lease where the request does the least to all requests."""
-        if self.leases.left <= 0:
-            return None
-        row = self._estimates.row(ask)
-        while (inst := self._chooser.best(ask, row, now, hurries=hurries)) is not None:
-            taken = inst.stock.take(now)
-            self._refills.check(inst, now)
-            if taken is None:
-                self._index.discard(inst)  # its tokens had become too old
-                continue
-            lease = self._enter(inst, *taken, ask, self._chooser.row_at(inst, ask, row), now)
-            if lease is not None:
-                self._chooser.remember_prefixes(inst, ask)
-                self._index.update(inst, now)
-                return lease
-        return None
-
-    def _lease_some(self, ask: RouteRequest, count: int, now: float) -> list[Lease]:
-        """Give up to count leases by the work that the instances have."""
-        given: list[Lease] = []
-        row = self._estimates.row(ask)
-        for inst, n in self._chooser.spread(ask, count, now):
-            here = self._chooser.row_at(inst, ask, row)
-            before = len(given)
-            for token, lot in inst.stock.take_some(n, now):
-                lease = self._enter(inst, token, lot, ask, here, now)
-                if lease is not None:
-                    given.append(lease)
-            self._refills.check(inst, now)
-            if len(given) > before:
-                self._chooser.remember_prefixes(inst, ask)
-            self._index.update(inst, now)
-        return given
-
-    def _enter(
-        self, inst: Instance, token: str, lot: TokenLot, ask: RouteRequest, row: Floats, now: float
-    ) -> Lease | None:
-        """Enter a lease; None for a token that is leased already: an instance may give one twice."""
-        request_id = self._request_id(token)
-        if request_id in self.leases:
-            return None
-        prompt_work = ask.prompt_tokens * self._estimates.prefill_weight
-        lease = self.leases.give(inst, request_id, token, lot, ask, row, prompt_work, now)
-        self._estimates.given(ask.work, row)
-        return lease
 
     def end_lease(
         self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False

@@ -13,12 +13,12 @@ import random
 from bisect import bisect_left, insort
 from itertools import count
 
-from dispatch.instance import FLOOR, Instance
+from dispatch.instance import FLOOR, ServingInstance
 
-Entry = tuple[float, float, int, Instance, float]
+Entry = tuple[float, float, int, ServingInstance, float]
 """(key, random, number, instance, when it is at its floor): ties are broken by chance, then by age."""
 
-Candidate = tuple[float, float, int, Instance]
+Candidate = tuple[float, float, int, ServingInstance]
 """(seconds of work left, random, number, instance)."""
 
 AT_FLOOR = -math.inf
@@ -34,7 +34,7 @@ class SpeedClass:
         self.draining: list[Entry] = []  # by free_at
         self.steady: list[Entry] = []  # by seconds of work: at their floor, or idle
 
-    def add(self, inst: Instance, chance: float, number: int, now: float) -> Entry:
+    def add(self, inst: ServingInstance, chance: float, number: int, now: float) -> Entry:
         """Insert inst; it must not be there yet."""
         floor_s = FLOOR * (inst.leased_work + inst.other_work) / inst.throughput
         floor_at = inst.free_at - floor_s
@@ -60,9 +60,9 @@ class CandidateIndex:
         self._rng = rng
         self._numbers = count()
         self._classes: dict[tuple[int, int], SpeedClass] = {}
-        self._places: dict[Instance, tuple[SpeedClass, Entry]] = {}
+        self._places: dict[ServingInstance, tuple[SpeedClass, Entry]] = {}
 
-    def __contains__(self, inst: Instance) -> bool:
+    def __contains__(self, inst: ServingInstance) -> bool:
         """Return whether inst is indexed."""
         return inst in self._places
 
@@ -71,7 +71,7 @@ class CandidateIndex:
         """Classes of speed."""
         return len(self._classes)
 
-    def update(self, inst: Instance, now: float) -> None:
+    def update(self, inst: ServingInstance, now: float) -> None:
         """Put inst where it belongs after any change: in its class, or nowhere when it cannot serve."""
         place = self._places.pop(inst, None)
         if place is not None:
@@ -84,7 +84,7 @@ class CandidateIndex:
         entry = speed_class.add(inst, self._rng.random(), next(self._numbers), now)
         self._places[inst] = speed_class, entry
 
-    def discard(self, inst: Instance) -> None:
+    def discard(self, inst: ServingInstance) -> None:
         """Remove inst if it is indexed."""
         place = self._places.pop(inst, None)
         if place is not None:

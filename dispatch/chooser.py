@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heapreplace
 
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
-from dispatch.instance import READING_S, Instance, KvMemory
+from dispatch.instance import READING_S, KvMemory, ServingInstance
 from dispatch.prefix_cache import PrefixCache
 from dispatch.request_estimates import RequestEstimates
 from dispatch.request_queue import RequestQueue
@@ -57,7 +57,7 @@ class Chooser:
 
     # -- one instance for one request --
 
-    def best(self, ask: RouteRequest, row: Floats, now: float, *, hurries: bool) -> Instance | None:
+    def best(self, ask: RouteRequest, row: Floats, now: float, *, hurries: bool) -> ServingInstance | None:
         """Return the instance where the request does the least to all requests; None when there is no room.
 
         row: of the request. hurries: it is late, and no other is to be served before it (see RequestQueue).
@@ -93,18 +93,18 @@ class Chooser:
         self._claim(best, ask)
         return None
 
-    def _admits(self, row: Floats, inst: Instance, now: float, hurries: bool) -> bool:
+    def _admits(self, row: Floats, inst: ServingInstance, now: float, hurries: bool) -> bool:
         lengths = self.estimates.output_lengths.table
         return inst.admits(row, lengths, self.output_token_s, now, hurries=hurries)
 
     def _candidates(
         self, work: float, avoid: Collection[int], now: float, *, room_is_predicted: bool = False
-    ) -> list[Instance]:
+    ) -> list[ServingInstance]:
         """Return the best few with room, those first that would be done with the work first.
 
         room_is_predicted: of instances with known step times room is looked at later.
         """
-        found: list[tuple[float, float, int, Instance]] = []
+        found: list[tuple[float, float, int, ServingInstance]] = []
         for left_s, chance, number, inst in self.instances.index.first(BEST_FEW + len(avoid), now):
             if (not avoid or inst.id not in avoid) and (
                 (room_is_predicted and inst.timed) or inst.has_room(work, left_s * inst.throughput, now)
@@ -113,7 +113,7 @@ class Chooser:
         found.sort()
         return [inst for _, _, _, inst in found[:BEST_FEW]]
 
-    def _add_holders(self, found: list[Instance], ask: RouteRequest, now: float) -> None:
+    def _add_holders(self, found: list[ServingInstance], ask: RouteRequest, now: float) -> None:
         """Add the instances that have served the request's prefix."""
         for memory in self._prefixes.holders(ask.affinity):
             inst = memory.instance
@@ -134,7 +134,7 @@ class Chooser:
         self._claimed.clear()
         self._claims_for = None
 
-    def _claim(self, inst: Instance, ask: RouteRequest) -> None:
+    def _claim(self, inst: ServingInstance, ask: RouteRequest) -> None:
         """Reserve inst for this waiting request."""
         self._claimed.add(inst.id)
         self._claims_for = ask
@@ -150,14 +150,14 @@ class Chooser:
 
     # -- several at once --
 
-    def spread(self, ask: RouteRequest, count: int, now: float) -> list[tuple[Instance, int]]:
+    def spread(self, ask: RouteRequest, count: int, now: float) -> list[tuple[ServingInstance, int]]:
         """Return (instance, leases) for up to count such requests, spread as one after the other would be.
 
         They go by the work that each instance has: the prediction in full is for a request that comes at
         once, and when those of a batch will come is not known.
         """
         # (score, number, leases so far, work, seconds to read, instance), of more than there are leases
-        heap: list[tuple[float, int, int, float, float, Instance]] = []
+        heap: list[tuple[float, int, int, float, float, ServingInstance]] = []
         work, avoid = ask.work, {*ask.avoid, *self._claimed}
         few = max(BEST_FEW, count // max(1, self.instances.index.classes)) + len(avoid)
         for left_s, _, _, inst in self.instances.index.first(few, now):
@@ -166,7 +166,7 @@ class Chooser:
                 score = left_s + work / inst.throughput
                 heap.append((score, len(heap), 0, left, inst.read_at - now, inst))
         heapify(heap)
-        share: dict[int, tuple[Instance, int]] = {}
+        share: dict[int, tuple[ServingInstance, int]] = {}
         prompt_work = ask.prompt_tokens * self.estimates.prefill_weight
         while heap and count > 0:
             _, number, n, left, reading_s, inst = heap[0]
@@ -184,7 +184,7 @@ class Chooser:
 
     # -- prefixes --
 
-    def row_at(self, inst: Instance, ask: RouteRequest, row: Floats) -> Floats:
+    def row_at(self, inst: ServingInstance, ask: RouteRequest, row: Floats) -> Floats:
         """Return the request as inst sees it: without the prefix that it has served lately."""
         cached = self._prefixes.cached_tokens(ask.affinity, inst.memory) if ask.affinity else 0.0
         if not cached:
@@ -193,7 +193,7 @@ class Chooser:
         here[UNREAD] = max(1.0, row[UNREAD] - cached)
         return here
 
-    def remember_prefixes(self, inst: Instance, ask: RouteRequest) -> None:
+    def remember_prefixes(self, inst: ServingInstance, ask: RouteRequest) -> None:
         """Note that a request with these prefixes goes to inst."""
         if ask.affinity:
             self._prefixes.served(ask.affinity, inst.memory)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from dispatch.candidate_index import CandidateIndex
-from dispatch.instance import Instance
+from dispatch.instance import ServingInstance
 from dispatch.predicted_load import LoadTable
 from web.messages.hot_set import HotInstance, HotSet
 
@@ -21,7 +21,7 @@ class HotInstances:
 
     def __init__(self, rng: random.Random, expected_output_tokens: float) -> None:
         """Start without a hot set. rng: breaks ties."""
-        self.by_id: dict[int, Instance] = {}
+        self.by_id: dict[int, ServingInstance] = {}
         self.index = CandidateIndex(rng)
         self.table = LoadTable()
         self.hot_set: HotSet | None = None  # the present one
@@ -31,7 +31,7 @@ class HotInstances:
         self._past_epochs: deque[str] = deque(maxlen=PAST_EPOCHS)
         self._expected_at: float | None = None
 
-    def __iter__(self) -> Iterator[Instance]:
+    def __iter__(self) -> Iterator[ServingInstance]:
         """Go through the instances."""
         return iter(self.by_id.values())
 
@@ -52,17 +52,17 @@ class HotInstances:
         self.hot_set = hot_set
         return True
 
-    def same(self, spec: HotInstance) -> Instance | None:
+    def same(self, spec: HotInstance) -> ServingInstance | None:
         """Return the instance that a message was for; None when it is gone or has become another one."""
         inst = self.by_id.get(spec.id)
         return inst if inst is not None and inst.spec.auth_url == spec.auth_url else None
 
-    def add(self, spec: HotInstance, now: float) -> Instance:
+    def add(self, spec: HotInstance, now: float) -> ServingInstance:
         """Add an instance that was not hot before."""
-        inst = self.by_id[spec.id] = Instance(spec, self.table, now)
+        inst = self.by_id[spec.id] = ServingInstance(spec, self.table, now)
         return inst
 
-    def remove(self, inst: Instance) -> None:
+    def remove(self, inst: ServingInstance) -> None:
         """Remove an instance, which must have no leases any more."""
         self.index.discard(inst)
         inst.leave()

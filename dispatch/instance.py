@@ -48,7 +48,7 @@ class KvMemory:
 
     __slots__ = ("instance",)
 
-    def __init__(self, instance: "Instance | None" = None) -> None:
+    def __init__(self, instance: "ServingInstance | None" = None) -> None:
         """Belong to that instance."""
         self.instance = instance
 
@@ -57,7 +57,7 @@ class KvMemory:
         self.instance = None
 
 
-class Instance:
+class ServingInstance:
     """One instance of the hot set, under one address. Times are epoch seconds."""
 
     def __init__(self, spec: HotInstance, table: LoadTable, now: float) -> None:

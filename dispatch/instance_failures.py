@@ -8,7 +8,7 @@ from itertools import islice
 
 from dispatch.circuit_breaker import CircuitState
 from dispatch.hot_instances import HotInstances
-from dispatch.instance import Instance
+from dispatch.instance import ServingInstance
 from dispatch.lease import Lease
 
 ALONE_SHARE = 0.1
@@ -27,7 +27,7 @@ class InstanceFailures:
         self._in_doubt: dict[int, None] = {}  # to be asked for a report at once
 
     def record_client_failure(
-        self, inst: Instance, lease: Lease, now: float, *, blame: bool = True, weight: int = 1
+        self, inst: ServingInstance, lease: Lease, now: float, *, blame: bool = True, weight: int = 1
     ) -> None:
         """Take in that a request failed at inst, as its client or its status says.
 
@@ -47,14 +47,14 @@ class InstanceFailures:
             self._by_client.add(inst.id)
         self._ask_at_once(inst)
 
-    def record_failed_refill(self, inst: Instance, now: float) -> None:
+    def record_failed_refill(self, inst: ServingInstance, now: float) -> None:
         """Take in that inst gave no tokens."""
         inst.circuit.doubt(now)
         self._ask_at_once(inst)
 
-    def to_ask(self, most: int) -> list[Instance]:
+    def to_ask(self, most: int) -> list[ServingInstance]:
         """Return the instances to ask for a report now; those that are being asked already come later."""
-        out: list[Instance] = []
+        out: list[ServingInstance] = []
         for instance_id in list(islice(self._in_doubt, most)):
             del self._in_doubt[instance_id]
             inst = self._instances.by_id.get(instance_id)
@@ -70,6 +70,6 @@ class InstanceFailures:
         inst = self._instances.by_id.get(instance_id)
         return inst is not None and inst.circuit.state is not CircuitState.CLOSED
 
-    def _ask_at_once(self, inst: Instance) -> None:
+    def _ask_at_once(self, inst: ServingInstance) -> None:
         if inst.circuit.to_ask:
             self._in_doubt[inst.id] = None

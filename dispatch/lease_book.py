@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from dispatch.allowance import Allowance
-from dispatch.instance import Instance
+from dispatch.instance import ServingInstance
 from dispatch.lease import Lease
 from dispatch.route_request import RouteRequest
 from dispatch.token_stock import TokenLot
@@ -65,7 +65,7 @@ class LeaseBook:
 
     def give(
         self,
-        inst: Instance,
+        inst: ServingInstance,
         request_id: str,
         token: str,
         lot: TokenLot,
@@ -98,13 +98,13 @@ class LeaseBook:
         self.given += 1
         return lease
 
-    def start(self, inst: Instance, lease: Lease, report: int) -> None:
+    def start(self, inst: ServingInstance, lease: Lease, report: int) -> None:
         """Note that report said that its token was taken."""
         self.allowance.settled(lease)
         inst.circuit.started(lease.request_id)
         lease.start(report)
 
-    def end(self, inst: Instance, lease: Lease, how: str, now: float) -> None:
+    def end(self, inst: ServingInstance, lease: Lease, how: str, now: float) -> None:
         """End an unfinished lease of inst. The caller updates the index of candidates."""
         lease.end()
         if not lease.started:
@@ -115,7 +115,7 @@ class LeaseBook:
             self.working -= 1
         self.ends[how] = self.ends.get(how, 0) + 1
 
-    def lose_all(self, inst: Instance, now: float, *, started_only: bool = False) -> None:
+    def lose_all(self, inst: ServingInstance, now: float, *, started_only: bool = False) -> None:
         """End the leases of inst whose requests are lost; their connections have told the clients so."""
         for lease in list(inst.leases.values()):
             if lease.started or not started_only:

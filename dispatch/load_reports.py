@@ -12,7 +12,7 @@ from itertools import repeat
 from dispatch.circuit_breaker import CircuitState
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
-from dispatch.instance import Instance
+from dispatch.instance import ServingInstance
 from dispatch.instance_failures import InstanceFailures
 from dispatch.lease_book import ENDS, LeaseBook
 from dispatch.request_estimates import RequestEstimates
@@ -74,7 +74,7 @@ class LoadReports:
     failures: InstanceFailures
     poll_interval_s: float
     output_token_s: float
-    _to_look_at: list[Instance] = field(init=False, default_factory=list)  # of this sweep
+    _to_look_at: list[ServingInstance] = field(init=False, default_factory=list)  # of this sweep
 
     # -- asking --
 
@@ -100,12 +100,12 @@ class LoadReports:
                 out.append(self._poll(inst, now))
         return out
 
-    def _poll(self, inst: Instance, now: float) -> Poll:
+    def _poll(self, inst: ServingInstance, now: float) -> Poll:
         inst.reports.begin_poll(now)
         inst.circuit.asked(now)
         return Poll(inst.spec, inst.reports.seq)
 
-    def _interval_s(self, inst: Instance) -> float:
+    def _interval_s(self, inst: ServingInstance) -> float:
         """Return how old its report may get: an instance that is half empty does not look full by mistake."""
         if inst.circuit.state is not CircuitState.CLOSED:
             return self.poll_interval_s
@@ -131,7 +131,7 @@ class LoadReports:
             self._take(inst, load, now)
         self.instances.index.update(inst, now)
 
-    def _take(self, inst: Instance, load: LoadReport, now: float) -> None:
+    def _take(self, inst: ServingInstance, load: LoadReport, now: float) -> None:
         """End what ended, learn, and start the estimate of its work again from what is left."""
         estimates = self.estimates
         asked_at = inst.reports.end_poll(now)
@@ -154,7 +154,7 @@ class LoadReports:
             if down_twice:  # what it was answering has died with it
                 self.leases.lose_all(inst, now, started_only=True)
 
-    def _end_lost(self, inst: Instance, now: float) -> None:
+    def _end_lost(self, inst: ServingInstance, now: float) -> None:
         """End the leases that started before this report, since two reports say that nothing is under way.
 
         Their ends were lost: an instance keeps a bounded number of events, and its figures can lag by a step.
@@ -185,7 +185,7 @@ class LoadReports:
     # -- starts and ends --
 
     def _take_events(
-        self, inst: Instance, report: LoadReport | PushedReport, number: int, now: float
+        self, inst: ServingInstance, report: LoadReport | PushedReport, number: int, now: float
     ) -> None:
         """Note the requests that started and end those that ended. number: of the report."""
         for request_id, body_bytes in zip(report.started, report.started_bytes or repeat(0), strict=False):
@@ -205,7 +205,7 @@ class LoadReports:
                 inst.end_other(end.id, now)
             self._end(inst, end, now)
 
-    def _end(self, inst: Instance, end: RequestEnd, now: float) -> None:
+    def _end(self, inst: ServingInstance, end: RequestEnd, now: float) -> None:
         lease = inst.leases.get(end.id)
         if lease is not None:
             if end.status == "finished":

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from dispatch.hot_instances import HotInstances
-from dispatch.instance import Instance
+from dispatch.instance import ServingInstance
 from dispatch.instance_failures import InstanceFailures
 from dispatch.lease_book import LeaseBook
 from web.messages.hot_set import HotInstance
@@ -43,12 +43,12 @@ class TokenRefills:
     failures: InstanceFailures
     _low: dict[int, None] = field(init=False, default_factory=dict)  # ids, those longest in want first
 
-    def check(self, inst: Instance, now: float) -> None:
+    def check(self, inst: ServingInstance, now: float) -> None:
         """Note inst when it runs low."""
         if not inst.draining and inst.stock.is_low(now):
             self._low[inst.id] = None
 
-    def forget(self, inst: Instance) -> None:
+    def forget(self, inst: ServingInstance) -> None:
         """Fetch no tokens for an instance that has left."""
         self._low.pop(inst.id, None)
 
@@ -58,8 +58,8 @@ class TokenRefills:
         Instances that came together run low together, so a few are refilled in one call, more of those
         without tokens.
         """
-        dry: list[Instance] = []
-        low: list[Instance] = []
+        dry: list[ServingInstance] = []
+        low: list[ServingInstance] = []
         for instance_id in list(islice(self._low, REFILL_LOOK)):
             inst = self.instances.by_id[instance_id]
             if inst.draining or not inst.stock.is_low(now):
@@ -91,7 +91,7 @@ class TokenRefills:
         self.check(inst, now)
         self.instances.index.update(inst, now)
 
-    def reboot(self, inst: Instance, boot_id: str, seq: int, now: float) -> None:
+    def reboot(self, inst: ServingInstance, boot_id: str, seq: int, now: float) -> None:
         """Begin another boot of inst: the tokens and requests of the old one are lost."""
         self.leases.lose_all(inst, now)
         inst.reboot(boot_id, seq, now)

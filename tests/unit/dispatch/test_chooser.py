@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dispatch.instance import Instance
+from dispatch.instance import ServingInstance
 from tests.dispatch_world import full, instance, world
 
 
@@ -54,14 +54,14 @@ def test_the_share_of_the_work_follows_the_speed_when_there_is_much_of_it() -> N
 def test_the_choice_among_a_thousand_looks_at_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     b = world(*(instance(i) for i in range(1, 1001)))
     looked = 0
-    work = Instance.work
+    work = ServingInstance.work
 
-    def counted(self: Instance, now: float) -> float:
+    def counted(self: ServingInstance, now: float) -> float:
         nonlocal looked
         looked += 1
         return work(self, now)
 
-    monkeypatch.setattr(Instance, "work", counted)
+    monkeypatch.setattr(ServingInstance, "work", counted)
     for _ in range(2000):
         b.now += 0.001
         b.lease(10.0)
