@@ -162,14 +162,6 @@ class PredictedLoad:
         """Free its place: the instance is gone. Call it once, and nothing after it."""
         self._table.close(self.place, self._length)
 
-    def __len__(self) -> int:
-        """Return the number of requests."""
-        return len(self.ids)
-
-    def __contains__(self, request_id: str) -> bool:
-        """Return whether the instance has that request."""
-        return request_id in self.ids
-
     def set_step_times(self, constants: Floats) -> None:
         """Set the step-time constants."""
         self._table.servers[self.place, :CONSTANT_COLUMNS] = constants

@@ -143,8 +143,8 @@ def test_a_load_that_is_told_everything_is_the_server(seed: int) -> None:
                 load.remove(e.id, now)
         load.add(str(n), request_row(prompt, 1e9, 1e9, 0), now)
         load.age(now)
-        assert len(load) == server.running + server.waiting
-        assert load.in_memory(now)[1] == pytest.approx(server.kv_tokens_used, abs=3.0 * len(load) + 4200)
+        assert len(load.ids) == server.running + server.waiting
+        assert load.in_memory(now)[1] == pytest.approx(server.kv_tokens_used, abs=3.0 * len(load.ids) + 4200)
 
 
 def predicted(now: float) -> PredictedLoad:
@@ -168,10 +168,10 @@ def test_nobody_ends_in_a_load_until_it_is_told() -> None:
     load = predicted(0.0)
     load.add("one", request_row(100.0, 5.0, 1e9, 0), 0.0)
     load.age(60.0)
-    assert "one" in load
+    assert "one" in load.ids
     load.remove("one", 60.0)
     load.remove("one", 60.0)
-    assert len(load) == 0
+    assert len(load.ids) == 0
     load.age(70.0)
     assert load.at == 70.0
 
@@ -185,7 +185,7 @@ def test_a_table_grows_with_its_requests_and_those_of_others_stay_what_they_are(
     assert one.rows[:, PROMPT].tolist() == [10.0 + n for n in range(500)]
     assert other.rows[:, PROMPT].tolist() == [20.0 + n for n in range(500)]
     one.clear(5.0)
-    assert (len(one), one.at, len(other)) == (0, 5.0, 500)
+    assert (len(one.ids), one.at, len(other.ids)) == (0, 5.0, 500)
 
 
 def test_the_place_of_an_instance_that_is_gone_is_given_to_another() -> None:
