@@ -1,4 +1,4 @@
-"""A client that hoards leases is refused until they expire, and starves nobody. Time is a number."""
+"""A client that hoards leases is refused until they expire, and starves no other. Time is a number."""
 
 from dataclasses import replace
 
@@ -73,7 +73,7 @@ def test_a_client_that_is_alone_may_have_all_there_is() -> None:
     assert len(leases(b, "alone", 1000)) == 100
     assert refused(b, "alone") is None
     assert refused(b, "other") is None
-    assert refused(b, "alone") == 1.0, "he is not alone any more"
+    assert refused(b, "alone") == 1.0, "it is not alone any more"
     b.now += OTHERS_S + 0.1
     assert refused(b, "alone") is None
 

@@ -136,7 +136,7 @@ def test_a_good_report_ends_the_doubt_but_not_one_that_was_asked_for_before() ->
 def test_a_report_that_does_not_come_within_a_second_confirms_the_doubt() -> None:
     circuit = CircuitBreaker()
     circuit.record_client_failure("a", T0, alone=True)
-    assert not circuit.tick(T0 + 60.0), "nobody has asked yet"
+    assert not circuit.tick(T0 + 60.0), "the instance was not asked yet"
     circuit.asked(T0 + 60.0)
     assert not circuit.tick(T0 + 60.0 + DOUBT_S)
     assert circuit.tick(T0 + 60.1 + DOUBT_S)
@@ -195,7 +195,7 @@ def only(id: int, of: int = 3) -> tuple[int, ...]:
 
 
 def failed(b: DispatchWorld, id: int, client: str = "", of: int = 3, **more: bool) -> None:
-    """A client's request to that instance fails, and he says so."""
+    """Let a client say that its request to that instance failed."""
     lease = b.lease(1.0, avoid=only(id, of), client=client)
     b.end(lease, "failed", **more)
 
@@ -320,7 +320,7 @@ def test_a_client_that_lies_about_all_cannot_take_out_the_fleet() -> None:
             b.balancer.tick(b.now)
         b.refill()
         away.append(sum(r["circuit"] != "closed" for r in b.describe()["instances"]))
-    assert max(away) <= 2 + 5, "a tenth by his word alone, and those whose report is on its way"
+    assert max(away) <= 2 + 5, "a tenth by its reports alone, and those whose report is on its way"
     assert sum(away) / len(away) < 4.0
     assert b.lease(1.0, client="honest")
 

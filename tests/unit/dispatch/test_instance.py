@@ -72,7 +72,7 @@ def test_when_all_of_the_others_have_gone_an_instance_is_idle() -> None:
 
 
 def test_an_instance_with_a_second_of_prompts_to_read_is_given_no_other() -> None:
-    """At 100 work/s 1,000 tokens are read in a second: who came behind two of them would wait for both."""
+    """At 100 work/s 1,000 tokens are read in a second: a request behind two of them would wait for both."""
     b = world(instance(1, hold_s=100.0))
     assert b.lease(110.0, prompt_tokens=1000)
     assert b.lease(110.0, prompt_tokens=1000), "a second is not more than a second"

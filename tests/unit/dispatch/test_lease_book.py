@@ -23,7 +23,7 @@ def test_a_lease_its_client_ends_frees_its_work_once(outcome: str) -> None:
 
 def test_the_end_of_an_unknown_lease_changes_nothing() -> None:
     b = world(instance(1))
-    assert not b.balancer.end_lease("id-nobody", "failed", b.now)
+    assert not b.balancer.end_lease("id-unknown", "failed", b.now)
     assert b.row(1)["failures"] == 0
 
 

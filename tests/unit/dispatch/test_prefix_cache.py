@@ -1,4 +1,4 @@
-"""Who has read a prefix lately, and how much of a prompt he need not read."""
+"""Which instance has read a prefix lately, and how much of a prompt it need not read."""
 
 from dispatch.prefix_cache import AFFINITY_BLOCK_TOKENS, HOLDERS, TRUST, PrefixCache
 from engine.forward import UNREAD

@@ -1,4 +1,4 @@
-"""Who waits and who goes first: two lanes, three classes, nobody starves. Time is a number."""
+"""Which waiting requests go first: two lanes, three classes, none starves. Time is a number."""
 
 import random
 import time
@@ -17,7 +17,7 @@ HIGH, NORMAL, LOW = 0, 1, 2
 
 
 class Counter:
-    """A line in front of a counter that serves as many as there is room for."""
+    """A queue in front of a counter that serves as many as there is room for."""
 
     def __init__(self, most: int = 100_000, late_bound_s: float | None = LATE_BOUND_S) -> None:
         self.queue = RequestQueue(most, late_bound_s)
@@ -28,7 +28,7 @@ class Counter:
     def hold(
         self, priority: int = NORMAL, *, time_to_give_s: float = 1e9, late: bool = False, avoid: int = 0
     ) -> QueuedRequest:
-        """Somebody comes and waits, in time unless said otherwise."""
+        """Let a request wait, in time unless said otherwise."""
         waiter = self.queue.hold(
             RouteRequest(1.0, None, (avoid,) if avoid else (), priority=priority),
             self.now + 1e6,
@@ -47,7 +47,7 @@ class Counter:
         most: int | None = None,
         can: Callable[[RouteRequest], bool] = lambda ask: not ask.avoid,
     ) -> list[QueuedRequest]:
-        """Who is served when there is room for so many; who avoids something is not, unless he can."""
+        """Return what is served with room for so many; a request that avoids something is not, unless it can."""
         self.room, self.tried = room, 0
         self.hurried: list[bool] = []
 
@@ -65,7 +65,7 @@ class Counter:
         return [w for w, _ in self.queue.grant(self.now, lease, only_avoids, most)]
 
     def blocks(self, priority: int) -> bool:
-        """Whether one who asks now must wait."""
+        """Return whether a request that comes now must wait."""
         return self.queue.blocks(RouteRequest(1.0, priority=priority), self.now, lambda _: False)
 
 
@@ -94,7 +94,7 @@ def test_a_lower_class_counts_as_come_half_a_minute_later() -> None:
 def test_whatever_comes_and_however_much_nobody_is_passed_by_one_who_came_a_minute_later(
     *, late: bool
 ) -> None:
-    """The proof that nobody starves, on a line that is never empty and always fuller than what is served."""
+    """The proof that none starves, on a queue that is never empty and always fuller than what is served."""
     rng = random.Random(1)
     c = Counter(late_bound_s=None if not late else LATE_BOUND_S)
     served: list[QueuedRequest] = []
@@ -106,7 +106,7 @@ def test_whatever_comes_and_however_much_nobody_is_passed_by_one_who_came_a_minu
     place = {waiter: n for n, waiter in enumerate(served)}
     unserved = [w for w in (*c.queue.in_time_lane, *c.queue.late_lane) if not w.over]
     latest = 0.0
-    for waiter in served:  # so far none came 2 * CLASS_S after him
+    for waiter in served:  # so far none came 2 * CLASS_S after it
         assert waiter.since >= latest - 2 * CLASS_S
         latest = max(latest, waiter.since)
     assert all(w.since >= latest - 2 * CLASS_S for w in unserved)
@@ -122,7 +122,7 @@ def test_who_asks_with_a_higher_class_need_not_wait_behind_a_lower_one_and_the_o
     assert c.grant(0) == []
     assert [c.blocks(p) for p in (HIGH, NORMAL, LOW)] == [False, True, True]
     c.now += CLASS_S
-    assert c.blocks(HIGH), "by now he counts as much"
+    assert c.blocks(HIGH), "by now it counts as much"
 
 
 def test_one_of_a_higher_class_that_waits_is_overtaken_by_nobody() -> None:
@@ -185,7 +185,7 @@ def test_a_pass_tries_a_few_of_those_who_wait_for_another_instance_and_each_has_
     c = Counter()
     picky = [c.hold(avoid=1) for _ in range(500)]
     other = c.hold()
-    assert c.grant(1) == [other], "they let him pass"
+    assert c.grant(1) == [other], "they let it pass"
     seen: set[QueuedRequest] = set()
     for _ in range(500 // ASIDE_FEW + 1):
         assert c.grant(1) == []
@@ -204,7 +204,7 @@ def test_who_stands_aside_is_as_any_other_when_there_is_no_room_for_anybody() ->
     assert c.grant(1) == [other]
     assert not c.blocks(NORMAL)
     assert c.grant(0) == []
-    assert c.blocks(NORMAL), "he came first"
+    assert c.blocks(NORMAL), "it came first"
     later = c.hold()
     assert c.grant(2, can=lambda ask: True) == [picky, later]
 
@@ -316,7 +316,7 @@ def test_nobody_who_asks_overtakes_somebody_who_waits_and_can_be_in_time() -> No
 def test_in_one_line_nobody_who_asks_overtakes_anybody_who_waits() -> None:
     b, _ = full(late_bound_s=None)
     b.hold(600.0)
-    b.now += 3.0  # in two lanes he would be late by now
+    b.now += 3.0  # in two lanes it would be late by now
     assert b.served() == []
     assert b.ask(100.0) is None
 
@@ -392,7 +392,7 @@ def test_a_replaced_hot_set_loses_nobody_who_waits() -> None:
 
 
 def lanes(b: DispatchWorld) -> tuple[int, int]:
-    """How many wait who can be in time, and how many who cannot."""
+    """Return how many wait that can be in time, and how many that cannot."""
     return b.balancer.queue.held - b.balancer.queue.late, b.balancer.queue.late
 
 
@@ -459,15 +459,15 @@ def test_who_can_be_in_time_is_served_before_the_late() -> None:
 
 
 def test_the_late_get_what_the_others_leave() -> None:
-    """With room for one, the late one waits on; with nobody in time, he gets it."""
+    """With room for one, the late one waits on; with none in time, it gets it."""
     b, _ = full()
     b.hold(210.0)
     late = b.hold(100.0)
     b.now += 1.0
-    assert b.served() == [], "who is in time does not fit, and so the late one must not either"
+    assert b.served() == [], "the one in time does not fit, and so the late one must not either"
     b.now += 1.0
     assert b.served() == []
-    b.now += 1.5  # now the first is late too, but he came first
+    b.now += 1.5  # now the first is late too, but it came first
     assert len(b.served()) == 2
     assert late.over
 
@@ -495,7 +495,7 @@ def test_who_has_been_waiting_for_longer_than_the_bound_goes_before_all_others()
     assert b.ask(1.0) is None, "a new request must wait for it too"
     assert b.served() == []
     b.end(lease)
-    assert b.served() == [overdue], "what he leaves is too little for the other"
+    assert b.served() == [overdue], "what it leaves is too little for the other"
     assert not in_time.over
 
 
@@ -535,7 +535,7 @@ def test_without_the_late_lane_nobody_is_late() -> None:
     b.end(lease)
     b.served()
     assert b.balancer.queue.late == 0
-    assert b.balancer.usage(b.now).turned_late == 2, "who was given too late is counted all the same"
+    assert b.balancer.usage(b.now).turned_late == 2, "one that was given too late is counted all the same"
     assert not any(w.late for w in waiters)
 
 
