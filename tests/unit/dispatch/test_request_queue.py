@@ -47,7 +47,7 @@ class Counter:
         most: int | None = None,
         can: Callable[[RouteRequest], bool] = lambda ask: not ask.avoid,
     ) -> list[QueuedRequest]:
-        """Return what is served with room for so many; a request that avoids something is not, unless it can."""
+        """Return what is served with so much room; a request that avoids something is not, unless it can."""
         self.room, self.tried = room, 0
         self.hurried: list[bool] = []
 
