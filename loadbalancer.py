@@ -51,9 +51,10 @@ from dispatch.request_estimates import EXPECTED_OUTPUT_TOKENS, RequestEstimates
 from dispatch.request_queue import LATE_BOUND_S, RequestQueue
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from dispatch.token_refills import Refill, TokenRefills
-from dispatch.usage import Usage, measure
+from dispatch.usage import measure
 from dispatch.wait_times import WaitTimes
 from engine.slo import Slo
+from web.messages.busy import BusyReport
 from web.messages.hot_set import HotSet
 from web.messages.reports import LoadReport, PushedReport, TokenBatch
 
@@ -289,9 +290,9 @@ class LoadBalancer:
 
     # -- what it looks like --
 
-    def usage(self, now: float) -> Usage:
-        """Return how much is going on, for the autoscaler."""
-        return measure(self.instances, self.queue, self._demand, len(self.leases), now)
+    def usage(self, now: float, name: str = "") -> BusyReport:
+        """Return how much is going on, for the autoscaler. name: of this loadbalancer."""
+        return measure(name, self.instances, self.queue, self._demand, len(self.leases), self.slo, now)
 
     def describe(self, now: float) -> dict[str, Any]:
         """Return what an operator may see: no tokens."""
@@ -304,9 +305,9 @@ class LoadBalancer:
             "demand": round(usage.demand, 4),
             "held": usage.held,
             "held_work": round(usage.held_work, 1),
-            "held_late": usage.late,
-            "turned_late": usage.turned_late,
-            "oldest_wait_s": round(usage.oldest_wait_s, 3),
+            "held_late": usage.traffic.late,
+            "turned_late": usage.traffic.turned_late,
+            "oldest_wait_s": round(usage.traffic.oldest_wait_s, 3),
             "arrivals": usage.arrivals,
             "arrived_work": round(usage.arrived_work, 1),
             "routed": self.leases.given,

@@ -24,7 +24,7 @@ from autoscaler import InstanceSet
 from bench.command import add_counts, bench_parser, machine, write_json
 from engine.profiles import get_profile
 from fleet.deadlines import Deadlines
-from fleet.demand import Demand, Report
+from fleet.demand import Demand
 from fleet.health_check import HealthCheck, Verdict
 from fleet.limits import Limits
 from fleet.outside.ledger import Ledger
@@ -36,6 +36,7 @@ from fleet_client.flags import run_main
 from policies import Busy
 from vast.cli import Cli, Endpoint
 from vast.client import Vast
+from web.messages.busy import BusyReport
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -272,7 +273,8 @@ class SteadyFleet:
         """Let the time of a turn pass; demand is the same."""
         self._now += TURN_S
         busy = 0.7 * self.hot
-        self._demand.add_report(Report("lb", "bench", self.set.hot_version, busy, busy, 0, 0, 0.0), self._now)
+        report = BusyReport("lb", "bench", self.set.hot_version, busy, busy, 0, 0.0, 0, 0.0, {})
+        self._demand.add_report(report, self._now)
 
 
 def measure(instances: int, turns: int) -> dict[str, Any]:

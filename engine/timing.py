@@ -7,7 +7,7 @@ at least   e*tokens/1000, because every token of a step passes through the same 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 
 
@@ -98,15 +98,6 @@ PROFILE_MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"vllm-13": ("13B", "awq4"), "vllm-70": ("70B", "awq4")}
 )
 """Model and quantization behind the names of engine/profiles.py."""
-
-
-def told_timing(profile: str, gpu_name: str, num_gpus: int) -> dict[str, float] | None:
-    """Return `timing_for` as it goes into a hot set; None for a profile whose constants are not known."""
-    if profile not in PROFILE_MODELS:
-        return None
-    told = asdict(timing_for(profile, gpu_name, num_gpus))
-    del told["name"]
-    return told
 
 
 LIKE_BATCH, LIKE_CONTEXT = 32, 1000

@@ -12,15 +12,17 @@ A loadbalancer counts from its own start, so what its first report says may be h
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.slo import Slo
 from policies import BIN_S, Traffic
+from web.messages.busy import BusyReport
 
 SILENT_S = 10.0
 """A loadbalancer that said nothing for so long (it reports each second) is not counted any more."""
@@ -38,45 +40,15 @@ AT_ONCE_S = 2.0
 MIX_S = 6 * 3600.0
 """The mean request is that of about so long: the lengths of a day's work differ from those of the night's."""
 
+LATE_BOUND_S = 300.0
+"""Seconds after which a late request goes before all others, until a loadbalancer says it (its default)."""
+
 SATURATED_S, SATURATED_MEMORY_S = 120.0, 1800.0
 """Hot seconds in which requests waited after which the work done in them says what an instance can do, and
 after which half of what was seen before is forgotten."""
 
 _MEAN = np.full(int(BIN_S), 1.0 / BIN_S)
 _EMPTY: NDArray[np.float64] = np.zeros(0)
-
-
-@dataclass(frozen=True)
-class Report:
-    """One `POST /busy`. Cumulative figures count from the start of that loadbalancer process.
-
-    instances: id -> (unfinished leases, cumulative seconds with a request in flight, cumulative failures).
-    late: of the held, those in the late lane; turned_late: requests that ever were. kv_tokens: only a
-    simulated instance says so. slo: what counts as in time. late_bound_s: None where all wait in one line.
-    """
-
-    loadbalancer: str
-    hot_epoch: str | None
-    hot_version: int | None
-    busy: float
-    demand: float
-    held: int
-    arrivals: int
-    arrived_work: float
-    unfinished: Mapping[int, int] = field(default_factory=dict)
-    working_s: Mapping[int, float] = field(default_factory=dict)
-    failures: Mapping[int, int] = field(default_factory=dict)
-    held_work: float = 0.0
-    arrived_prompt_tokens: int = 0
-    arrived_output_tokens: float = 0.0
-    in_flight: int = 0
-    late: int = 0
-    held_prompt_tokens: int = 0
-    oldest_wait_s: float = 0.0
-    turned_late: int = 0
-    kv_tokens: float = 0.0
-    slo: Slo = field(default_factory=Slo)
-    late_bound_s: float | None = 300.0
 
 
 class Arrived(NamedTuple):
@@ -123,10 +95,10 @@ class Demand:
         self.arrived_work = 0.0
         self.turned_late = 0  # of what arrived: too late for the objective already at a loadbalancer
         self.slo = Slo()  # as the last report had them
-        self.late_bound_s: float | None = Report.late_bound_s
+        self.late_bound_s: float | None = LATE_BOUND_S
         self._began = began
-        self._last: dict[str, tuple[float, Report]] = {}
-        self._known: dict[str, tuple[float, Report]] = {}
+        self._last: dict[str, tuple[float, BusyReport]] = {}
+        self._known: dict[str, tuple[float, BusyReport]] = {}
         self._series: list[tuple[float, float]] = []
         self._total = _Sums()
         self._recent = _Sums()  # fades with MIX_S
@@ -136,33 +108,38 @@ class Demand:
         self._served = (-math.inf, 0, 0.0, 0.0)  # (when, hot, work arrived, work held)
         self._full_work = self._full_s = 0.0
 
-    def add_report(self, report: Report, now: float) -> tuple[dict[int, float], list[int]]:
+    def add_report(self, report: BusyReport, now: float) -> tuple[dict[int, float], list[int]]:
         """Take in a report; gives back seconds newly worked by instance, and instances with new failures."""
         at, before = self._known.get(report.loadbalancer, (now, None))
         most_s = float("inf")
         if before is None:
-            before = replace(report, arrivals=0, arrived_work=0.0, working_s={}, failures={})
+            before = msgspec.structs.replace(report, arrivals=0, arrived_work=0.0, instances={})
             most_s = now - self._began  # it may run for longer than we do
             self._seconds.begin(math.floor(now))
         else:
             self._count(before, report, at, now)
-        self.slo, self.late_bound_s = report.slo, report.late_bound_s
+        self.slo, self.late_bound_s = report.traffic.slo, report.traffic.late_bound_s
         self._last[report.loadbalancer] = self._known[report.loadbalancer] = (now, report)
         self.arrivals += max(0, report.arrivals - before.arrivals)
         self.arrived_work += max(0.0, report.arrived_work - before.arrived_work)
-        worked = {i: min(s - before.working_s.get(i, 0.0), most_s) for i, s in report.working_s.items()}
-        failing = [i for i, n in report.failures.items() if n > before.failures.get(i, 0)]
+        worked: dict[int, float] = {}
+        failing: list[int] = []
+        for i, use in report.instances.items():
+            earlier = before.instances.get(i)
+            worked[i] = min(use.working_s - (earlier.working_s if earlier else 0.0), most_s)
+            if use.failures > (earlier.failures if earlier else 0):
+                failing.append(i)
         return {i: s for i, s in worked.items() if s > 0}, failing
 
-    def _count(self, before: Report, report: Report, at: float, now: float) -> None:
+    def _count(self, before: BusyReport, report: BusyReport, at: float, now: float) -> None:
         """Add what arrived since the report before, which came at `at`, to counters and seconds."""
         more = _Sums(
             max(0, report.arrivals - before.arrivals),
             max(0.0, report.arrived_work - before.arrived_work),
-            max(0, report.arrived_prompt_tokens - before.arrived_prompt_tokens),
-            max(0.0, report.arrived_output_tokens - before.arrived_output_tokens),
+            max(0, report.traffic.prompt_tokens - before.traffic.prompt_tokens),
+            max(0.0, report.traffic.output_tokens - before.traffic.output_tokens),
         )
-        self.turned_late += max(0, report.turned_late - before.turned_late)
+        self.turned_late += max(0, report.traffic.turned_late - before.traffic.turned_late)
         if not more.requests:
             self._seconds.said(math.floor((at + now) / 2.0))
             return
@@ -264,12 +241,12 @@ class Demand:
         in_flight = held = prompt_tokens = 0
         held_work = oldest_s = kv_tokens = 0.0
         for _, r in self._last.values():
-            in_flight += r.in_flight
+            in_flight += r.traffic.in_flight
             held += r.held
             held_work += r.held_work
-            prompt_tokens += r.held_prompt_tokens
-            kv_tokens += r.kv_tokens
-            oldest_s = max(oldest_s, r.oldest_wait_s)
+            prompt_tokens += r.traffic.held_prompt_tokens
+            kv_tokens += r.traffic.kv_tokens
+            oldest_s = max(oldest_s, r.traffic.oldest_wait_s)
         t = self._total
         return Traffic(
             t.requests,
@@ -324,7 +301,7 @@ class Demand:
             r.hot_epoch == self.epoch
             and r.hot_version is not None
             and r.hot_version >= version
-            and r.unfinished.get(instance_id, 0) == 0
+            and not ((use := r.instances.get(instance_id)) and use.unfinished)
             for r in reports
         )
 

@@ -11,9 +11,9 @@ A flag is declared once: name, type, default, meaning and range. `add_flags` giv
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from fleet_client.errors import ConfigError
@@ -48,14 +48,15 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
-    """Add a flag for each field of a settings class that is declared with `flag`.
+def add_flags(parser: argparse.ArgumentParser, settings: type[Any], without: Collection[str] = ()) -> None:
+    """Add a flag for each field of a settings class that is declared with `flag`, but for those without.
 
-    A field of type bool is a switch: --name where the default is False, else --name and --no-name.
+    A field of type bool is a switch: --name where the default is False, else --name and --no-name. One that
+    is a tuple of texts may be repeated.
     """
     types = get_type_hints(settings)
     for field in dataclasses.fields(settings):
-        if "meaning" not in field.metadata:
+        if "meaning" not in field.metadata or field.name in without:
             continue
         meaning, choices = field.metadata["meaning"], field.metadata["choices"]
         kind = next((one for one in get_args(types[field.name]) if one is not type(None)), types[field.name])
@@ -63,16 +64,36 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
             action: Any = argparse.BooleanOptionalAction if field.default else "store_true"
             parser.add_argument(flag_of(field.name), action=action, default=field.default, help=meaning)
             continue
-        shown = "" if field.default is None else f" (default {field.default:{'g' if kind is float else ''}})"
+        default: Any = field.default
+        many = get_origin(types[field.name]) is tuple
+        if many:
+            default = ", ".join(default) or None
+        shown = "" if default is None else f" (default {default:{'g' if kind is float else ''}})"
         metavar = field.metadata["metavar"] or METAVARS.get("s" if field.name.endswith("_s") else kind)
         parser.add_argument(
             flag_of(field.name),
+            action=_Repeated if many else "store",
             type=kind,
             default=field.default,
             choices=choices,
             metavar=None if choices else metavar,
             help=meaning + shown,
         )
+
+
+class _Repeated(argparse.Action):
+    """Collects the values of a flag in a tuple, in place of the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Add one value."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(() if before is self.default else before), values))
 
 
 def check_flags(settings: Any) -> None:
@@ -104,7 +125,7 @@ def server_url(flag: str, text: str) -> str:
     """Return the URL without a slash at its end; raise ConfigError unless it is http(s)://HOST:PORT."""
     try:
         url = urlsplit(text)
-        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not url.username
     except ValueError:
         good = False
     if not good or url.path.strip("/") or url.query or url.fragment:

@@ -24,12 +24,13 @@ from fleet.commands import (
     with_label,
 )
 from fleet.deadlines import Deadlines
-from fleet.demand import Demand, Report
+from fleet.demand import Demand
 from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import SavedFleet
 from fleet.limits import Limits
 from fleet.states import State
 from policies import Fixed, Policy
+from tests.messages import busy_report
 from vast.rows import Offer, Row
 
 TURN_S = 5.0
@@ -216,7 +217,9 @@ class World:
         ids = {i.label: i.id for i in self.fleet}
         unfinished = {ids[label]: 1 for label in self.busy if ids.get(label)}
         self.demand.add_report(
-            Report("lb", "e1", self.fleet.hot_version, 0.0, self.load, 0, 0, 0.0, unfinished),  # type: ignore[arg-type]
+            busy_report(
+                demand=self.load, busy=0.0, hot_version=self.fleet.hot_version, unfinished=unfinished
+            ),
             self.now,
         )
 

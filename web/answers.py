@@ -7,6 +7,8 @@ from typing import Any
 
 from flask import Response
 
+from web.messages.decoding import BadField
+
 
 @dataclass(frozen=True, slots=True)
 class JsonAnswer:
@@ -30,6 +32,11 @@ def error(status: int, code: str, message: str) -> Response:
 def error_answer(status: int, code: str, message: str, *headers: tuple[str, str]) -> JsonAnswer:
     """Return an error in the one shape that errors have."""
     return JsonAnswer({"error": code, "message": message}, status, headers)
+
+
+def bad_request(wrong: BadField) -> JsonAnswer:
+    """Return the answer to a body that cannot be."""
+    return error_answer(400, "bad_request", str(wrong))
 
 
 def response(answer: JsonAnswer) -> Response:

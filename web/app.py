@@ -9,34 +9,38 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from fleet_client.bearer import bearer_is
-from web.answers import OUR_FAULT, UNAUTHORIZED, error, response
-from web.direct import EXTENSION, DirectRoutes
-from web.messages.decoding import BadField
+from web.answers import OUR_FAULT, UNAUTHORIZED, bad_request, error, response
+from web.messages.decoding import BadField, decode
 
 log = logging.getLogger("http")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 MAX_BODY = 65536
 """Bytes a request body may have: none of our routes takes a prompt, and everything else is small."""
 
 
-def make_app(name: str, max_body: int = MAX_BODY, *, large_bodies: Mapping[str, int] | None = None) -> Flask:
+def make_app(name: str, *, large_bodies: Mapping[str, int] | None = None) -> Flask:
     """Return a Flask app whose every error is JSON, without a traceback to the client.
 
-    max_body: bytes; a longer body gets 413, however it is sent. large_bodies: path -> bytes, for routes
-    between our own processes that grow with the fleet; their views read with json_body(most).
+    A body over MAX_BODY gets 413, however it is sent. large_bodies: path -> bytes, for routes between our own
+    processes that grow with the fleet.
     """
     app = Flask(name, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = max_body
-    app.extensions[EXTENSION] = DirectRoutes(dict(large_bodies or {}), {}, {})
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.config["LARGE_BODIES"] = dict(large_bodies or {})
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # //route is an unknown route, not a redirect
 
+    @app.before_request
+    def limit_body() -> None:
+        request.max_content_length = max_body(app, request.path)
+
     @app.errorhandler(BadField)
     def bad_field(e: BadField) -> Response:
-        return error(400, "bad_request", str(e))
+        return response(bad_request(e))
 
     @app.errorhandler(HTTPException)
     def http_error(e: HTTPException) -> Response:
@@ -53,6 +57,29 @@ def make_app(name: str, max_body: int = MAX_BODY, *, large_bodies: Mapping[str, 
         return response(OUR_FAULT)
 
     return app
+
+
+def max_body(app: Flask, path: str) -> int:
+    """Return how many bytes a body may have there."""
+    found: int = app.config["LARGE_BODIES"].get(path, MAX_BODY)
+    return found
+
+
+def body(kind: type[T]) -> T:
+    """Return the body of the request being served; raise BadField."""
+    return decode(request.get_data(cache=False), kind)
+
+
+def query_number(name: str, default: float, least: float, most: float) -> float:
+    """Return a number of the query string, or the default; raise BadField."""
+    raw = request.args.get(name)
+    try:
+        value = default if raw is None else float(raw)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise BadField(name, f"wanted a number {least:g} to {most:g}")
+    return value
 
 
 def requires(keys: Callable[[], Collection[str]]) -> Callable[[Callable[P, R]], Callable[P, R | Response]]:

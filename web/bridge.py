@@ -29,8 +29,10 @@ from flask import Flask
 
 from fleet_client.asgi_server import AsgiServer, Background
 from fleet_client.loopback import is_loopback_host, names_loopback
-from web.answers import CLOSING, OUR_FAULT, JsonAnswer, error_answer
-from web.direct import AwaitedRoute, DirectAnswer, Held, direct_routes
+from web.answers import CLOSING, OUR_FAULT, JsonAnswer, bad_request, error_answer
+from web.app import max_body
+from web.direct import DirectRoutes, Handler, Held
+from web.messages.decoding import BadField
 
 log = logging.getLogger("http")
 
@@ -56,10 +58,7 @@ class FlaskBridge:
         self._blocking = frozenset(blocking)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="view")
         self._loopback = loopback
-        self._max_body: int = app.config["MAX_CONTENT_LENGTH"]
-        self._large = direct_routes(app).large_bodies
-        self._direct = direct_routes(app).direct
-        self._awaited = direct_routes(app).awaited
+        self._direct = DirectRoutes.of(app).by_path
         self._held: set[Held] = set()
         self._closing = False
 
@@ -74,24 +73,19 @@ class FlaskBridge:
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Answer one request."""
         path = scope["path"]
-        most = self._large.get(path, self._max_body)
-        raw = await self._read(receive, most)
+        most = max_body(self._app, path)
+        raw = await _read(receive, most)
         if raw is None:
             return
-        strange = self._strange_host(scope["headers"])
-        direct = self._direct.get(path) if scope["method"] == "POST" else None
-        if strange is not None:
-            answer = _plain(strange)
+        direct = self._direct.get(path)
+        refusal = self._refuse_host(scope["headers"])
+        if refusal is not None:
+            answer = _plain(refusal)
         elif direct is not None:
-            found = self._answer_directly(direct, scope, raw, most)
-            if isinstance(found, Held):
-                later = await self._wait(found, receive)
-                if later is None:
-                    return
-                found = later
+            found = await self._answer_directly(direct, scope, raw, most, receive)
+            if found is None:
+                return
             answer = _plain(found)
-        elif (scope["method"], path) in self._awaited:
-            answer = _plain(await self._await(self._awaited[scope["method"], path], scope, raw, most))
         elif path in self._blocking:
             loop = asyncio.get_running_loop()
             answer = await loop.run_in_executor(self._pool, self._call_flask, self._environ(scope, raw))
@@ -101,17 +95,8 @@ class FlaskBridge:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": payload})
 
-    async def _read(self, receive: Any, most: int) -> bytes | None:
-        """The body, or its beginning when it is longer than allowed; None when the client has gone."""
-        message = await receive()
-        raw: bytes = message.get("body", b"")
-        while message["type"] == "http.request" and message.get("more_body") and len(raw) <= most:
-            message = await receive()
-            raw += message.get("body", b"")
-        return None if message["type"] == "http.disconnect" else raw
-
-    def _strange_host(self, headers: Sequence[tuple[bytes, bytes]]) -> JsonAnswer | None:
-        """A refusal when the request came under a name of another machine.
+    def _refuse_host(self, headers: Sequence[tuple[bytes, bytes]]) -> JsonAnswer | None:
+        """Return a refusal when the request came under a name of another machine.
 
         A page in the operator's browser can reach loopback under a name of its own (DNS rebinding).
         """
@@ -122,26 +107,30 @@ class FlaskBridge:
                     return error_answer(403, "wrong_host", f"Host: {shown} is not this machine")
         return None
 
-    def _answer_directly(
-        self, direct: DirectAnswer, scope: Mapping[str, Any], raw: bytes, most: int
-    ) -> JsonAnswer | Held:
+    async def _answer_directly(
+        self,
+        handlers: Mapping[str, Handler],
+        scope: Mapping[str, Any],
+        raw: bytes,
+        most: int,
+        receive: Any,
+    ) -> JsonAnswer | None:
+        """Return the answer of a direct route; None when its client went away while it waited."""
+        handler = handlers.get(scope["method"])
+        if handler is None:
+            allow = ("Allow", ", ".join(sorted(handlers)))
+            return error_answer(405, "method_not_allowed", "the method is not allowed here", allow)
         if len(raw) > most:
-            return _too_long(most)
+            return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
         try:
-            return direct(raw, _authorization(scope), (scope.get("client") or ("",))[0])
+            found = handler(raw, _authorization(scope), (scope.get("client") or ("",))[0])
+            if isinstance(found, JsonAnswer):
+                return found
+            return await (self._wait(found, receive) if isinstance(found, Held) else found)
+        except BadField as e:
+            return bad_request(e)
         except Exception:
             log.exception("a direct view failed")
-            return OUR_FAULT
-
-    async def _await(
-        self, rules: AwaitedRoute, scope: Mapping[str, Any], raw: bytes, most: int
-    ) -> JsonAnswer:
-        if len(raw) > most:
-            return _too_long(most)
-        try:
-            return await rules.answer(raw, _authorization(scope))
-        except Exception:
-            log.exception("an awaited view failed")
             return OUR_FAULT
 
     def _environ(self, scope: Mapping[str, Any], raw: bytes) -> dict[str, Any]:
@@ -214,15 +203,25 @@ class FlaskBridge:
             gone.cancel()
 
     def close(self) -> None:
-        """JsonAnswer every request that waits 503, now and from now on."""
+        """Answer every request that waits 503, now and from now on."""
         self._closing = True
         for held in list(self._held):
             if held.answer(CLOSING):
                 held.gave_up()
 
 
-def _too_long(most: int) -> JsonAnswer:
-    return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
+async def _read(receive: Any, most: int) -> bytes | None:
+    """Return the body, or its beginning when it is longer than allowed; None when the client has gone."""
+    message = await receive()
+    raw: bytes = message.get("body", b"")
+    if message["type"] == "http.request" and message.get("more_body"):
+        parts, size = [raw], len(raw)
+        while message["type"] == "http.request" and message.get("more_body") and size <= most:
+            message = await receive()
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+        raw = b"".join(parts)
+    return None if message["type"] == "http.disconnect" else raw
 
 
 def _authorization(scope: Mapping[str, Any]) -> str:

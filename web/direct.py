@@ -1,177 +1,99 @@
-"""Views that are answered without Flask: direct, signed and awaited ones, and requests that wait."""
+"""Routes that are answered without Flask, and requests that wait.
+
+For the few routes where Flask's part of the time counts, or that must wait or let others go between. They are
+registered here only, not with Flask: FlaskBridge serves both.
+"""
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import TypeVar
 
-from flask import Flask, Response, request
+from flask import Flask
 
 from fleet_client.bearer import bearer_is
-from web.answers import UNAUTHORIZED, JsonAnswer, error_answer, response
-from web.bodies import Field, check_fields, parse_json
-from web.messages.decoding import BadField
+from web.answers import UNAUTHORIZED, JsonAnswer
+from web.messages.decoding import decode
 
-EXTENSION = "direct_routes"
+T = TypeVar("T")
+
+Handler = Callable[[bytes, str | None, str], "JsonAnswer | Held | Awaitable[JsonAnswer]"]
+"""Of body, Authorization header and the peer's address; raises BadField."""
+
+_EXTENSION = "direct_routes"
 
 
-@dataclass(frozen=True)
 class DirectRoutes:
-    """What our bridge must know of an app."""
+    """The direct routes of one app, by path and method."""
 
-    large_bodies: dict[str, int]
-    direct: "dict[str, DirectAnswer]"  # by path: all are POST
-    awaited: "dict[tuple[str, str], AwaitedRoute]"
+    def __init__(self, app: Flask) -> None:
+        """Belong to that app: the bridge finds it there."""
+        self._handlers: dict[str, dict[str, Handler]] = {}
+        app.extensions[_EXTENSION] = self
 
+    @staticmethod
+    def of(app: Flask) -> "DirectRoutes":
+        """Return the direct routes of the app; it may have none."""
+        found: DirectRoutes = app.extensions.get(_EXTENSION) or DirectRoutes(app)
+        return found
 
-def direct_routes(app: Flask) -> DirectRoutes:
-    found: DirectRoutes = app.extensions[EXTENSION]
-    return found
+    @property
+    def by_path(self) -> Mapping[str, Mapping[str, Handler]]:
+        """Path -> method -> handler."""
+        return self._handlers
 
+    def add(self, method: str, path: str, handler: Handler) -> None:
+        """Answer that route with the handler, which checks by itself who asks."""
+        self._handlers.setdefault(path, {})[method] = handler
 
-DirectView = Callable[[dict[str, Any], str], "JsonAnswer | Held"]
-"""Of the checked body and of who asks: see `client_name`."""
+    def post(
+        self, path: str, kind: type[T], keys: Callable[[], Collection[str]]
+    ) -> Callable[[Callable[[T, str], "JsonAnswer | Held"]], None]:
+        """Make a view of a decoded body and a client's name (see `client_name`) a POST route; it may wait."""
 
-SignedView = Callable[[bytes, str | None], "JsonAnswer"]
-"""Of the unchecked body and the Authorization header."""
+        def register(view: Callable[[T, str], JsonAnswer | Held]) -> None:
+            def handle(raw: bytes, authorization: str | None, peer: str) -> JsonAnswer | Held:
+                known = keys()
+                if known and not bearer_is(authorization, known):
+                    return UNAUTHORIZED
+                return view(decode(raw, kind), client_name(authorization, peer) if known else peer)
 
-DirectAnswer = Callable[[bytes, str | None, str], "JsonAnswer | Held"]
-"""Of body, Authorization header and address: a direct view with all that is checked before it."""
+            self.add("POST", path, handle)
 
+        return register
 
-@dataclass(frozen=True)
-class _Direct:
-    """A direct view with its rules."""
+    def put(
+        self, path: str, keys: Callable[[], Collection[str]]
+    ) -> Callable[[Callable[[bytes], Awaitable[JsonAnswer]]], None]:
+        """Make a coroutine function of the body a PUT route: for long work that lets others go between."""
 
-    view: DirectView
-    fields: Mapping[str, Field]
-    keys: Callable[[], Collection[str]]
+        def register(view: Callable[[bytes], Awaitable[JsonAnswer]]) -> None:
+            def handle(
+                raw: bytes, authorization: str | None, _peer: str
+            ) -> JsonAnswer | Awaitable[JsonAnswer]:
+                known = keys()
+                return view(raw) if not known or bearer_is(authorization, known) else UNAUTHORIZED
 
-    def answer(self, raw: bytes, authorization: str | None, peer: str) -> "JsonAnswer | Held":
-        known = self.keys()
-        if known and not bearer_is(authorization, known):
-            return UNAUTHORIZED
-        try:
-            said = check_fields(parse_json(raw), self.fields)
-            return self.view(said, client_name(authorization, peer) if known else peer)
-        except BadField as e:
-            return error_answer(400, "bad_request", str(e))
+            self.add("PUT", path, handle)
 
-
-def direct(
-    app: Flask,
-    path: str,
-    fields: Mapping[str, Field],
-    keys: Callable[[], Collection[str]],
-) -> Callable[[DirectView], DirectView]:
-    """Make a function of the checked body a POST route that our bridge answers without Flask; it may wait.
-
-    For the few routes where Flask's part of the time counts. It is a Flask route too, with the same checks,
-    for every other server and the test client; there a request that would wait is late at once.
-    """
-
-    def register(view: DirectView) -> DirectView:
-        _add_direct(app, path, view.__name__, _Direct(view, fields, keys).answer)
-        return view
-
-    return register
-
-
-def signed(app: Flask, path: str) -> Callable[[SignedView], SignedView]:
-    """Make a function of the unchecked body a direct POST route: for bodies whose sender has signed them.
-
-    The view itself looks who that is, before it looks at anything else.
-    """
-
-    def register(view: SignedView) -> SignedView:
-        def answer(raw: bytes, authorization: str | None, _: str) -> JsonAnswer:
-            try:
-                return view(raw, authorization)
-            except BadField as e:
-                return error_answer(400, "bad_request", str(e))
-
-        _add_direct(app, path, view.__name__, answer)
-        return view
-
-    return register
-
-
-def _add_direct(app: Flask, path: str, name: str, answer: DirectAnswer) -> None:
-    extension = direct_routes(app)
-    extension.direct[path] = answer
-
-    def through_flask() -> Response:
-        request.max_content_length = extension.large_bodies.get(path, app.config["MAX_CONTENT_LENGTH"])
-        found = answer(
-            request.get_data(cache=False),
-            request.headers.get("Authorization"),
-            request.remote_addr or "",
-        )
-        return response(found.late() if isinstance(found, Held) else found)
-
-    app.add_url_rule(path, name, through_flask, methods=["POST"])
-
-
-AwaitedView = Callable[[bytes], Coroutine[Any, Any, JsonAnswer]]
-
-
-@dataclass(frozen=True)
-class AwaitedRoute:
-    """A coroutine that answers, with who may call it."""
-
-    view: AwaitedView
-    keys: Callable[[], Collection[str]]
-
-    async def answer(self, raw: bytes, authorization: str | None) -> JsonAnswer:
-        known = self.keys()
-        if known and not bearer_is(authorization, known):
-            return UNAUTHORIZED
-        try:
-            return await self.view(raw)
-        except BadField as e:
-            return error_answer(400, "bad_request", str(e))
-
-
-def awaited(
-    app: Flask, method: str, path: str, keys: Callable[[], Collection[str]]
-) -> Callable[[AwaitedView], AwaitedView]:
-    """Make a coroutine function of the unchecked body a route: for long work that lets others go between.
-
-    It is a Flask route too, for every other server and the test client, and there runs to its end.
-    """
-
-    def register(view: AwaitedView) -> AwaitedView:
-        rules = direct_routes(app).awaited[method, path] = AwaitedRoute(view, keys)
-
-        def through_flask() -> Response:
-            request.max_content_length = direct_routes(app).large_bodies.get(
-                path, app.config["MAX_CONTENT_LENGTH"]
-            )
-            raw = request.get_data(cache=False)
-            return response(asyncio.run(rules.answer(raw, request.headers.get("Authorization"))))
-
-        app.add_url_rule(path, view.__name__, through_flask, methods=[method])
-        return view
-
-    return register
+        return register
 
 
 def client_name(authorization: str | None, peer: str) -> str:
-    """Whom a request comes from: the beginning of the SHA-256 of its key, or without one its address."""
+    """Return a name for a client: the beginning of the SHA-256 of its key, or without one its address."""
     if authorization is None:
         return peer
     return "key-" + hashlib.sha256(authorization[7:].encode()).hexdigest()[:16]
 
 
 class Held:
-    """A request that waits: a direct view returns it, somebody calls `answer` later, once.
+    """A request that waits: a direct view returns it, and `answer` is called later, once.
 
     All of it happens on the loop's thread. Of late, gave_up and undelivered at most one is called.
     """
 
     def __init__(self, wait_s: float, late: Callable[[], JsonAnswer], gave_up: Callable[[], None]) -> None:
-        """What becomes of the request.
+        """Say what becomes of the request.
 
         late: called after wait_s without an answer, it makes one. gave_up: called when the client has gone or
         the server ends: forget the waiter.
@@ -197,7 +119,7 @@ class Held:
         return True
 
     def future(self, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[JsonAnswer]":
-        """What the bridge waits for."""
+        """Return what the bridge waits for."""
         self._future = loop.create_future()
         if self._answer is not None:
             self._future.set_result(self._answer)

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from fleet.outside.process import AutoscalerConfig, AutoscalerProcess
+from fleet.outside.config import AutoscalerConfig
+from fleet.outside.process import AutoscalerProcess
 from policies import Fixed
 from process.errors import CloudError, ConfigError
 

@@ -3,7 +3,8 @@
 import time
 from dataclasses import replace
 
-from fleet.outside.process import AutoscalerConfig, AutoscalerProcess
+from fleet.outside.config import AutoscalerConfig
+from fleet.outside.process import AutoscalerProcess
 from fleet.states import State
 from fleet_client.flags import within
 from policies import Fixed

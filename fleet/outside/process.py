@@ -4,26 +4,26 @@ import asyncio
 import fcntl
 import logging
 import os
-import re
 import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 
 from autoscaler import InstanceSet
 from engine.profiles import Profile, get_profile
-from engine.timing import told_timing
+from engine.timing import PROFILE_MODELS, Timing, timing_for
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.health_check import HealthCheckOrder
+from fleet.hot_set import make_hot_set
 from fleet.limits import Limits
+from fleet.outside.config import AutoscalerConfig, local_cloud_key
 from fleet.outside.health_checker import HealthChecker
 from fleet.outside.keys import FleetKeys
 from fleet.outside.ledger import Ledger
@@ -33,14 +33,14 @@ from fleet.outside.ssh_log import SshLog
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
 from fleet_client import private_files
-from fleet_client.flags import within
 from instance_client import InstanceClient
-from policies import POLICIES, Policy, make_policy, parse_params
+from policies import Policy
 from process.clock import steady_clock
 from process.errors import CloudError, ConfigError
 from vast.cli import Cli
 from vast.client import Vast
 from vast.settings import VastSettings, find_api_key
+from web.messages.hot_set import HotSet
 
 log = logging.getLogger("autoscaler")
 
@@ -55,133 +55,19 @@ MIN_TURN_S = 1.0
 """Between two listings, at least."""
 
 
-@dataclass(frozen=True)
-class AutoscalerConfig:
-    """Everything an operator may set. Times in seconds, money in dollars per hour."""
-
-    model: str = "vllm-13"
-    label: str = "fleet"  # instances are labelled <label>/<random>; nothing else is ever touched
-    state_dir: Path | None = None  # keys, ledger, vastai configuration; default below ~/.local/state
-    host: str = "127.0.0.1"
-    port: int = 8100
-    loadbalancer: tuple[str, ...] = ("http://127.0.0.1:8200",)
-    manage: bool = True
-    policy: str = "objective"
-    policy_params: tuple[str, ...] = ()
-    goal: float | None = None  # short for the policy that keeps it: the share of requests served in time
-    replay_every_s: float = (
-        1800.0  # from one replay of the last day to the next, which sets the level; 0: none
-    )
-    max_instances: int = 8  # hard limit, stopped ones counted
-    max_dollars_per_hour: float = 10.0  # hard limit on what all orders together may cost
-    poll_interval_s: float = 5.0  # one listing each; the CLI costs 0.5 s of processor a call
-    check_hot_every_s: float = 15.0
-    check_boot_every_s: float = 5.0
-    check_timeout_s: float = 15.0  # for a whole health check, ssh and prompt together
-    local: bool = False  # a localcloud instead of Vast.ai
-    cloud_url: str = "http://127.0.0.1:8500"  # of the localcloud
-    speedup: float = 1.0  # deadlines and policy times are divided by it; local cloud only
-    operator_key_file: Path | None = None
-    public_url: str | None = None  # of this server, as instances reach it: then they say when they are ready
-
-    def make_policy(self) -> Policy:
-        """The policy with its parameters; raises ConfigError."""
-        params = parse_params("--policy-param", self.policy_params)
-        if self.goal is None:
-            return make_policy(POLICIES, self.policy, params, self.speedup)
-        if "goal" in params:
-            raise ConfigError("--goal and --policy-param goal=…: wanted one of them")
-        return make_policy(POLICIES, "objective", params | {"goal": self.goal}, self.speedup)
-
-    @property
-    def ready_url(self) -> str | None:
-        """Where an instance says that it is ready, if it can reach us at all."""
-        if self.public_url is None and self.local:
-            return f"http://127.0.0.1:{self.port}/ready"
-        return None if self.public_url is None else f"{self.public_url}/ready"
-
-    def checked(self) -> "AutoscalerConfig":
-        """Itself, or ConfigError naming the flag, the value and the range."""
-        within("--port", self.port, 1, 65535)
-        within("--max-instances", self.max_instances, 1, 10_000)
-        within("--max-dollars-per-hour", self.max_dollars_per_hour, 0.0, 100_000.0)
-        within("--poll-interval-s", self.poll_interval_s, 0.5, 600.0)
-        within("--check-hot-every-s", self.check_hot_every_s, 0.5, 3600.0)
-        within("--check-boot-every-s", self.check_boot_every_s, 0.5, 600.0)
-        within("--check-timeout-s", self.check_timeout_s, 1.0, 300.0)
-        within("--replay-every-s", self.replay_every_s, 0.0, 86_400.0)
-        within("--speedup", self.speedup, 1.0, 10_000.0)
-        if self.speedup != 1.0 and not self.local:
-            raise ConfigError("--speedup is for --local only: real machines take their time")
-        # Narrower than what the cloud allows, so that a label is one word in every message and command.
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", self.label):
-            raise ConfigError(f"--label {self.label!r}: wanted 1 to 64 of A-Z a-z 0-9 _ . -, first no . or -")
-        for url in self.loadbalancer:
-            if not _is_base_url(url):
-                raise ConfigError(f"--loadbalancer {url!r}: wanted http://HOST:PORT")
-        if self.public_url is not None and not _is_base_url(self.public_url):
-            raise ConfigError(f"--public-url {self.public_url!r}: wanted http://HOST:PORT")
-        return self
-
-
-def _is_base_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-    return named and not (parts.path or parts.query or parts.fragment or parts.username)
-
-
-def local_cloud_key(environ: Mapping[str, str], home: Path) -> str:
-    """The key of the localcloud; ConfigError if there is none. Never the operator's Vast.ai key."""
-    if key := environ.get("LOCALCLOUD_API_KEY", "").strip():
-        return key
-    state = Path(environ.get("XDG_STATE_HOME") or home / ".local" / "state")
-    path = state / "autoscaler-py" / "localcloud" / "api.key"
-    if not path.exists():
-        raise ConfigError(
-            f"no key of the local cloud in {path}: `python -m localcloud` makes it when it starts; "
-            "for one with another --root set LOCALCLOUD_API_KEY"
-        )
-    keys = private_files.load_keys(path)
-    if len(keys) != 1:
-        raise ConfigError(f"key file {path}: wanted one key, got {len(keys)}")
-    return next(iter(keys))
-
-
-def hot_set(
-    scaler: Autoscaler, profile: Profile, master_token: Callable[[str], str]
-) -> dict[str, Any] | None:
-    """What a loadbalancer must know, or None while the fleet is not known yet. Secrets are in it."""
+def hot_set(scaler: Autoscaler, profile: Profile, master_token: Callable[[str], str]) -> HotSet | None:
+    """Return what a loadbalancer must know, or None while the fleet is not known yet. Secrets are in it."""
     now = scaler.clock()
     with scaler.lock:
         if not scaler.instances.knows_hot_set():
             return None
         serving = [replace(i) for i in scaler.instances.serving()]
-        version, expected = scaler.instances.hot_version, scaler.instances.expected_hot_s(now)
-    return {
-        "epoch": scaler.epoch,
-        "version": version,
-        "model": profile.name,
-        "prefill_weight": profile.prefill_weight,
-        "expected_output_tokens": profile.expected_output_tokens,
-        "expected_hot_s": expected,
-        "instances": [
-            {
-                "id": i.id,
-                "state": str(i.state),
-                "address": i.address,
-                "auth_url": i.auth_url,
-                "certificate": i.certificate,
-                "master_token": master_token(i.label),
-                "throughput_work_s": i.throughput_work_s,
-                "capacity_work": profile.throughput_on(i.gpu_name, i.num_gpus) * profile.hold_s,
-                "timing": told_timing(profile.name, i.gpu_name, i.num_gpus),
-            }
-            for i in serving
-        ],
-    }
+        version, expected_hot_s = scaler.instances.hot_version, scaler.instances.expected_hot_s(now)
+
+    def timing(gpu_name: str, num_gpus: int) -> Timing | None:
+        return timing_for(profile.name, gpu_name, num_gpus) if profile.name in PROFILE_MODELS else None
+
+    return make_hot_set(serving, scaler.epoch, version, expected_hot_s, profile, master_token, timing)
 
 
 # --- outside world ---------------------------------------------------------------------------------
@@ -386,7 +272,7 @@ class AutoscalerProcess:
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=3.0),
             trust_env=False,
-            headers={"Authorization": f"Bearer {key}"},
+            headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
         ) as session:
             await asyncio.gather(*(self._push_hot(session, url) for url in self.config.loadbalancer))
 
@@ -400,9 +286,11 @@ class AutoscalerProcess:
             if answer is not None:
                 trouble: str | None = None
                 try:
-                    async with session.put(f"{url}/hot", json=answer, allow_redirects=False) as reply:
+                    async with session.put(
+                        f"{url}/hot", data=msgspec.json.encode(answer), allow_redirects=False
+                    ) as reply:
                         if reply.status == 200:
-                            told = answer["version"]
+                            told = answer.version
                         else:
                             trouble = f"refused the hot set: {reply.status}"
                 except (aiohttp.ClientError, TimeoutError, OSError) as e:

@@ -5,7 +5,7 @@ import secrets
 import sqlite3
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from autoscaler import InstanceSet
@@ -19,7 +19,7 @@ from fleet.commands import (
     Start,
     with_label,
 )
-from fleet.demand import ARRIVING_S, MIX_S, Demand, Report
+from fleet.demand import ARRIVING_S, MIX_S, Demand
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.journal import Decision
 from fleet.outside.ledger import BUCKET_S, Ledger
@@ -31,6 +31,7 @@ from process.clock import steady_clock
 from process.errors import CloudError
 from vast.client import Vast
 from vast.rows import Row
+from web.messages.busy import BusyReport
 
 log = logging.getLogger("autoscaler")
 
@@ -239,9 +240,10 @@ class Autoscaler:
             self.turn_due.set()  # the listing that we have is older than the machine
         return new
 
-    def record_report(self, report: Report, measured: Mapping[int, float]) -> None:
-        """Take in a loadbalancer's report; measured: work per second by instance id."""
+    def record_report(self, report: BusyReport) -> None:
+        """Take in a loadbalancer's report."""
         now = self.clock()
+        measured = {i: u.throughput_work_s for i, u in report.instances.items() if u.throughput_work_s > 0.0}
         with self.lock:
             worked, failing = self.demand.add_report(report, now)
             self.instances.record_report(measured, failing)

@@ -1,8 +1,9 @@
 """Routes of the local cloud's own: status, faults, killing instances, and a page for browsers."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 from flask import Blueprint, Response, jsonify
 
 from localcloud.api import page
@@ -10,14 +11,19 @@ from localcloud.api.calls import service
 from localcloud.faults import FAULTS, BadFault, limits_of
 from localcloud.orders import CloudRefusal
 from web.answers import error
-from web.app import requires
-from web.bodies import Choice, body, json_body
+from web.app import body, requires
 from web.messages.decoding import BadField
 
 log = logging.getLogger("localcloud")
 
 routes = Blueprint("control", __name__)
 _keyed = requires(lambda: frozenset({service().api_key}))
+
+
+class KillBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What of an instance is to end: all of it, or its model server."""
+
+    part: Literal["all", "model"] | None = None
 
 
 @routes.get("/localcloud/status")
@@ -40,10 +46,10 @@ def faults() -> Response:
 @routes.post("/localcloud/faults")
 @_keyed
 def add_fault() -> tuple[Response, int]:
-    said = json_body()
-    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+    said = body(dict[str, Any])
+    name = said.pop("name", None)
+    if not isinstance(name, str):
         raise BadField("name", "wanted the name of a fault")
-    name = said.pop("name")
     world = service().world
     try:
         with world.lock:
@@ -72,7 +78,7 @@ def remove_fault(name: str) -> Any:
 @routes.post("/localcloud/instances/<int:instance_id>/kill")
 @_keyed
 def kill(instance_id: int) -> Any:
-    part = body({"part": Choice(("all", "model"), optional=True)}).get("part", "all")
+    part = body(KillBody).part or "all"
     world = service().world
     try:
         with world.lock, world.cloud.changing(instance_id, world.clock()) as rental:

@@ -3,16 +3,16 @@
 It asks instances for tokens and load reports, takes the autoscaler's hot set and tells it the usage.
 """
 
+import msgspec
+
 from dispatch.load_reports import SWEEP
-from fleet.demand import Report
+from fleet.hot_set import make_hot_set
 from fleet.outside.turns import Autoscaler
-from fleet.states import State
 from loadbalancer import LoadBalancer
 from simulation.virtual.instances import SimulatedInstances
 from simulation.virtual.loop import EventLoop
 from simulation.virtual.setting import Setting
 from simulation.virtual.users import Users
-from web.messages.hot_set import HotInstance, HotSet, HotTiming
 
 
 class VirtualBackground:
@@ -61,27 +61,14 @@ class VirtualBackground:
         if fleet.hot_version == self._told_version or not fleet.knows_hot_set():
             return
         self._told_version = fleet.hot_version
-        profile = self._setting.profile
-        hot = HotSet(
-            epoch="sim",
-            version=fleet.hot_version,
-            model=profile.name,
-            prefill_weight=profile.prefill_weight,
-            expected_output_tokens=profile.expected_output_tokens,
-            expected_hot_s=fleet.expected_hot_s(now),
-            instances=tuple(
-                HotInstance(
-                    id=i.id or 0,
-                    state="draining" if i.state is State.DRAINING else "hot",
-                    address=i.address or "",
-                    auth_url=i.auth_url or "",
-                    master_token="",
-                    throughput_work_s=i.throughput_work_s,
-                    capacity_work=profile.throughput_on(i.gpu_name, i.num_gpus) * profile.hold_s,
-                    timing=HotTiming.of(self._setting.timing(i.gpu_name, i.num_gpus)),
-                )
-                for i in fleet.serving()
-            ),
+        hot = make_hot_set(
+            fleet.serving(),
+            "sim",
+            fleet.hot_version,
+            fleet.expected_hot_s(now),
+            self._setting.profile,
+            lambda _: "",
+            self._setting.timing,
         )
         self._balancer.update_hot_set(hot, now)
         self._refill()
@@ -89,29 +76,6 @@ class VirtualBackground:
 
     def report_usage(self) -> None:
         """Tell the autoscaler what loadbalancer_server tells it each second; it is read once a turn."""
-        usage = self._balancer.usage(self._loop.now)
-        report = Report(
-            loadbalancer="sim",
-            hot_epoch="sim",
-            hot_version=self._told_version if self._told_version >= 0 else None,
-            busy=usage.busy,
-            demand=usage.demand,
-            held=usage.held,
-            arrivals=usage.arrivals,
-            arrived_work=usage.arrived_work,
-            unfinished={i: u.unfinished for i, u in usage.instances.items()},
-            working_s={i: u.working_s for i, u in usage.instances.items()},
-            failures={i: u.failures for i, u in usage.instances.items()},
-            held_work=usage.held_work,
-            arrived_prompt_tokens=usage.arrived_prompt_tokens,
-            arrived_output_tokens=usage.arrived_output_tokens,
-            in_flight=usage.in_flight,
-            late=usage.late,
-            held_prompt_tokens=usage.held_prompt_tokens,
-            oldest_wait_s=usage.oldest_wait_s,
-            turned_late=usage.turned_late,
-            kv_tokens=self._instances.kv_tokens_used(),
-            slo=self._setting.slo,
-            late_bound_s=self._setting.late_bound_s,
-        )
-        self._scaler.record_report(report, {i: u.throughput_work_s for i, u in usage.instances.items()})
+        report = self._balancer.usage(self._loop.now, "sim")
+        traffic = msgspec.structs.replace(report.traffic, kv_tokens=self._instances.kv_tokens_used())
+        self._scaler.record_report(msgspec.structs.replace(report, traffic=traffic))

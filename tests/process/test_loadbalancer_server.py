@@ -20,12 +20,9 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-import autoscaler_server
 import loadbalancer_server
-from autoscaler_server import parse_report
 from bench.route.stub_fleet import StubHttp, StubInstance, certificate
-from dispatch.outside import background
-from dispatch.outside.background import CLOCKWORK_S, QUIET_S, Errands
+from dispatch.outside.background import CLOCKWORK_S, QUIET_S, BackgroundTasks
 from dispatch.outside.hot_set import HotSetReader
 from dispatch.outside.service import LoadBalancerService
 from dispatch.route_request import QueuedRequest, RouteRefused, RouteRequest
@@ -34,12 +31,15 @@ from engine.slo import Slo
 from fleet_client import tls_pins
 from fleet_client.listening import allow_many_files, bind_socket
 from loadbalancer import LoadBalancer
-from loadbalancer_server import Config, Keys, create_app
+from loadbalancer_server import LoadBalancerConfig, create_app
 from process.errors import ConfigError
+from tests.asgi_client import AsgiClient
 from tests.messages import hot_set, token_batch
 from tests.paths import ROOT
 from tests.ports import free_port
-from web.bodies import check_fields
+from web.direct import DirectRoutes
+from web.keys import AccessKeys
+from web.messages.busy import BusyReport
 from web.messages.decoding import BadField, decode
 from web.messages.hot_set import HotSet
 from web.messages.leases import LeaseAnswer, LeaseBatch
@@ -82,7 +82,7 @@ class Counter:
     def __init__(self, clients: frozenset[str] = frozenset(), operator: frozenset[str] = frozenset()) -> None:
         self.balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
         self.desk = LoadBalancerService(self.balancer, lambda: 1_700_000_000.0)
-        self.client = create_app(self.desk, Keys(CONTROL, clients, operator)).test_client()
+        self.client = AsgiClient(create_app(self.desk, AccessKeys(CONTROL, clients, operator)))
 
     def stock(self) -> None:
         """Make the instance hot and give it tokens."""
@@ -166,7 +166,7 @@ def test_the_busy_report_is_json_that_says_it_all() -> None:
     counter = Counter()
     counter.stock()
     counter.client.post("/route", json={"work": 500})
-    said = json.loads(background.busy_body(counter.desk))
+    said = json.loads(msgspec.json.encode(counter.balancer.usage(counter.desk.clock(), counter.desk.name)))
     assert said == {
         "loadbalancer": counter.desk.name,
         "hot_epoch": "e1",
@@ -196,7 +196,7 @@ def test_the_busy_report_is_json_that_says_it_all() -> None:
 
 
 def test_the_busy_report_of_a_loadbalancer_that_knows_nothing_is_json_too() -> None:
-    said = json.loads(background.busy_body(Counter().desk))
+    said = json.loads(msgspec.json.encode(Counter().balancer.usage(0.0, "lb")))
     assert (said["hot_epoch"], said["instances"], said["demand"]) == (None, {}, 0.0)
 
 
@@ -205,16 +205,18 @@ def test_the_autoscaler_understands_the_busy_report_and_also_one_of_an_older_loa
     counter.stock()
     counter.client.post("/route", json={"prompt_tokens": 1000, "max_tokens": 50})
     counter.balancer.request(RouteRequest(900.0, None, (), 100), 5.0, None, counter.desk.clock())
-    body = json.loads(background.busy_body(counter.desk))
-    report, measured = parse_report(check_fields(body, autoscaler_server._BUSY))
-    assert (report.arrived_prompt_tokens, report.arrived_output_tokens) == (1100, 50.0 + 890.0)
-    assert (report.in_flight, report.held, report.held_work) == (1, 1, 900.0)
-    assert (report.held_prompt_tokens, report.late_bound_s, report.slo) == (100, 300.0, Slo())
-    assert measured == {7: 100.0}
-    del body["traffic"]
-    older, _ = parse_report(check_fields(body, autoscaler_server._BUSY))
-    assert (older.arrivals, older.in_flight, older.held_work) == (2, 1, 900.0)
-    assert older.late_bound_s is None, "it has one line"
+    raw = msgspec.json.encode(counter.balancer.usage(counter.desk.clock(), "lb"))
+    report = decode(raw, BusyReport)
+    assert (report.traffic.prompt_tokens, report.traffic.output_tokens) == (1100, 50.0 + 890.0)
+    assert (report.traffic.in_flight, report.held, report.held_work) == (1, 1, 900.0)
+    assert (report.traffic.held_prompt_tokens, report.traffic.late_bound_s) == (100, 300.0)
+    assert report.traffic.slo == Slo()
+    assert report.instances[7].throughput_work_s == 100.0
+    said = json.loads(raw)
+    del said["traffic"]
+    older = decode(json.dumps(said).encode(), BusyReport)
+    assert (older.arrivals, older.traffic.in_flight, older.held_work) == (2, 1, 900.0)
+    assert older.traffic.late_bound_s is None, "it has one line"
 
 
 def test_prompt_tokens_are_told_to_what_decides_who_is_late() -> None:
@@ -222,7 +224,7 @@ def test_prompt_tokens_are_told_to_what_decides_who_is_late() -> None:
     counter.stock()
     counter.client.post("/route", json={"prompt_tokens": 1000, "max_tokens": 50})
     now = counter.desk.clock()
-    assert counter.balancer.usage(now).arrived_prompt_tokens == 1000
+    assert counter.balancer.usage(now).traffic.prompt_tokens == 1000
     assert counter.balancer.instances.by_id[7].read_at == now + 1.0
 
 
@@ -257,7 +259,7 @@ def looks_in(
     monkeypatch.setattr(counter.balancer, "refills", refills)
 
     async def run() -> None:
-        work = asyncio.create_task(Errands(counter.desk, "http://127.0.0.1:1", "k" * 32).clockwork())
+        work = asyncio.create_task(BackgroundTasks(counter.desk, "http://127.0.0.1:1", "k" * 32).clockwork())
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             await asyncio.sleep(0.01)
@@ -386,7 +388,7 @@ def test_a_batch_ends_as_its_leases_do() -> None:
     _, said = fleet.route(count=20)
     for lease in said["leases"]:
         fleet.client.post("/done", json={"request_id": lease["request_id"], "outcome": "unused"})
-    assert fleet.balancer.usage(fleet.desk.clock()).in_flight == 0
+    assert fleet.balancer.usage(fleet.desk.clock()).traffic.in_flight == 0
     assert fleet.balancer.leases.ends == {"unused": 20}
 
 
@@ -666,8 +668,8 @@ def test_every_protected_route_refuses_the_wrong_caller(
 
 def test_every_route_is_protected_or_known_to_be_open() -> None:
     """A route that is added must be added to the list above, or be open on purpose."""
-    app = create_app(Counter().desk, Keys(CONTROL))
-    paths = {rule.rule for rule in app.url_map.iter_rules()}
+    app = create_app(Counter().desk, AccessKeys(CONTROL))
+    paths = {rule.rule for rule in app.url_map.iter_rules()} | DirectRoutes.of(app).by_path.keys()
     assert paths == {p[1] for p in PROTECTED} | {"/health", "/report"}
 
 
@@ -725,20 +727,20 @@ def test_the_state_refuses_a_second_thread() -> None:
 )
 def test_a_wrong_setting_is_refused_with_its_range(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        Config(**change).checked()
+        LoadBalancerConfig(**change).checked()
     assert str(refused.value).startswith(said)
 
 
 def test_the_flags_of_the_late_lane_are_what_the_balancer_is_made_with() -> None:
-    parse = loadbalancer_server._parser().parse_args
-    config = Config(**vars(parse([]))).checked()
+    parse = loadbalancer_server.parser().parse_args
+    config = LoadBalancerConfig(**vars(parse([]))).checked()
     assert (config.late_lane, config.late_bound_s, config.slo) == (True, 300.0, Slo())
     given = ["--no-late-lane", "--late-bound-s", "60", "--first-token-s", "1", "--prompt-token-s", "0.002"]
-    config = Config(**vars(parse(given))).checked()
+    config = LoadBalancerConfig(**vars(parse(given))).checked()
     assert (config.late_lane, config.late_bound_s, config.slo) == (False, 60.0, Slo(1.0, 0.002))
     one_line = loadbalancer_server.make_balancer(config)
     assert (one_line.queue.late_bound_s, one_line.slo) == (None, Slo(1.0, 0.002))
-    assert loadbalancer_server.make_balancer(Config(late_bound_s=60.0)).queue.late_bound_s == 60.0
+    assert loadbalancer_server.make_balancer(LoadBalancerConfig(late_bound_s=60.0)).queue.late_bound_s == 60.0
 
 
 def run(*flags: str) -> tuple[int, str]:
@@ -767,7 +769,7 @@ def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path) -> None:
 def test_help_shows_each_setting_with_its_default() -> None:
     code, said = run("--help")
     assert code == 0
-    for name in Config.__dataclass_fields__:
+    for name in LoadBalancerConfig.__dataclass_fields__:
         flag = "--" + name.removesuffix("_file").replace("_", "-")
         assert flag in said
     assert "seconds after which a lease that was not started is void (default 60)" in " ".join(said.split())

@@ -23,6 +23,8 @@ from localcloud.machines import MACHINES
 from localcloud.world import World
 from tests.commands import run_command
 from tests.paths import ROOT
+from web.direct import DirectRoutes
+from web.keys import AccessKeys
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -71,6 +73,8 @@ def routes(app: Any) -> set[str]:
     for rule in app.url_map.iter_rules():
         path = re.sub(r"<(?:int:)?(\w+)>", lambda m: "ID" if "id" in m[1] else m[1].upper(), rule.rule)
         found |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
+    for path, methods in DirectRoutes.of(app).by_path.items():
+        found |= {f"{method} {path}" for method in methods}
     return found
 
 
@@ -78,12 +82,12 @@ def test_every_route_is_in_the_docs(tmp_path: Path) -> None:
     scaler = autoscaler_server.create_app(
         MagicMock(),
         MagicMock(),
-        autoscaler_server.Keys("c" * 16),
+        AccessKeys("c" * 16),
         5.0,
         str,
     )
     desk = service.LoadBalancerService(LoadBalancer(Random(1), str), lambda: 0.0)
-    balancer = loadbalancer_server.create_app(desk, loadbalancer_server.Keys("c" * 16))
+    balancer = loadbalancer_server.create_app(desk, AccessKeys("c" * 16))
     world = World(Cloud(MACHINES, Random(1)), tmp_path / "cloud", "paced")
     ours = {r for r in routes(cloud_app(world, "k" * 16)) if "/localcloud/" in r}
     world.stop()

@@ -41,6 +41,7 @@ from simulation.live.local_stack import LocalStack, Programs, StackConfig
 from tests.paths import ROOT
 from tests.tap import read_recording
 from tests.waiting import wait_for
+from web.keys import AccessKeys
 
 pytestmark = pytest.mark.timeout(280)  # of the run, which is set up once
 
@@ -372,9 +373,9 @@ def get_routes() -> list[tuple[str, str]]:
     clock: Any = SimpleNamespace(clock=time.time)
     apps = {
         "autoscaler": autoscaler_server.create_app(
-            clock, cast(Any, None), autoscaler_server.Keys("x"), 1.0, lambda _: ""
+            clock, cast(Any, None), AccessKeys("x"), 1.0, lambda _: ""
         ),
-        "loadbalancer": loadbalancer_server.create_app(cast(Any, None), loadbalancer_server.Keys("x")),
+        "loadbalancer": loadbalancer_server.create_app(cast(Any, None), AccessKeys("x")),
     }
     return [
         (name, rule.rule)

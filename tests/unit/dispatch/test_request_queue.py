@@ -421,7 +421,7 @@ def test_who_came_in_time_and_was_not_served_in_time_is_late_then() -> None:
     assert waiter.late
     b.end(lease)
     assert b.served() == [waiter]
-    assert b.balancer.usage(b.now).turned_late == 1
+    assert b.balancer.usage(b.now).traffic.turned_late == 1
 
 
 def test_a_long_prompt_may_wait_longer_but_for_what_reading_it_takes() -> None:
@@ -535,7 +535,8 @@ def test_without_the_late_lane_nobody_is_late() -> None:
     b.end(lease)
     b.served()
     assert b.balancer.queue.late == 0
-    assert b.balancer.usage(b.now).turned_late == 2, "one that was given too late is counted all the same"
+    late = b.balancer.usage(b.now).traffic.turned_late
+    assert late == 2, "one that was given too late is counted all the same"
     assert not any(w.late for w in waiters)
 
 

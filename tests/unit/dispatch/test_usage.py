@@ -74,9 +74,13 @@ def test_the_autoscaler_is_told_who_waits_how_long_and_what_has_arrived() -> Non
     b.now += 1.0
     b.hold(10.0, prompt_tokens=20)
     usage = b.balancer.usage(b.now)
-    assert (usage.held, usage.late, usage.in_flight) == (2, 1, 1)
-    assert (usage.held_work, usage.held_prompt_tokens, usage.oldest_wait_s) == (220.0, 520, 1.0)
-    assert (usage.arrivals, usage.arrived_prompt_tokens) == (3, 520)
-    assert usage.arrived_output_tokens == pytest.approx(1000.0 + 160.0 + 8.0)
+    assert (usage.held, usage.traffic.late, usage.traffic.in_flight) == (2, 1, 1)
+    assert (usage.held_work, usage.traffic.held_prompt_tokens, usage.traffic.oldest_wait_s) == (
+        220.0,
+        520,
+        1.0,
+    )
+    assert (usage.arrivals, usage.traffic.prompt_tokens) == (3, 520)
+    assert usage.traffic.output_tokens == pytest.approx(1000.0 + 160.0 + 8.0)
     b.balancer.cancel(first)
-    assert b.balancer.usage(b.now).oldest_wait_s == 0.0
+    assert b.balancer.usage(b.now).traffic.oldest_wait_s == 0.0

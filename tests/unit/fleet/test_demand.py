@@ -1,26 +1,22 @@
 """What several loadbalancers report, put together."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fleet.demand import ARRIVING_S, MIX_S, SILENT_S, Arrived, Demand, Mix, Report
+from fleet.demand import ARRIVING_S, MIX_S, SILENT_S, Arrived, Demand, Mix
 from policies import BIN_S, Traffic
+from tests.messages import busy_report
+from web.messages.busy import BusyReport
 
 NOW = 1_700_000_000.0
 
 
-def report(name: str = "lb", demand: float = 1.0, **more: object) -> Report:
-    defaults: dict[str, object] = {
-        "hot_epoch": "e",
-        "hot_version": 5,
-        "busy": demand,
-        "held": 0,
-        "arrivals": 10,
-        "arrived_work": 100.0,
-    }
-    return Report(loadbalancer=name, demand=demand, **{**defaults, **more})  # type: ignore[arg-type]
+def report(name: str = "lb", demand: float = 1.0, **more: Any) -> BusyReport:
+    usual: dict[str, Any] = {"hot_epoch": "e", "hot_version": 5, "arrivals": 10, "arrived_work": 100.0}
+    return busy_report(name, demand, **(usual | more))
 
 
 def test_demand_is_the_sum_over_loadbalancers_and_a_silent_one_is_forgotten() -> None:
@@ -106,8 +102,8 @@ def arrived(d: Demand, at: float, requests: int, name: str = "lb") -> None:
             name,
             arrivals=requests,
             arrived_work=100.0 * requests,
-            arrived_prompt_tokens=300 * requests,
-            arrived_output_tokens=70.0 * requests,
+            prompt_tokens=300 * requests,
+            output_tokens=70.0 * requests,
         ),
         at,
     )

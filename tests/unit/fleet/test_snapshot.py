@@ -1,18 +1,20 @@
 """What a policy sees."""
 
-from fleet.demand import Demand, Report
+from fleet.demand import Demand
 from fleet.states import State
 from policies import Capacity, Fixed, FleetSnapshot, Targets
 from tests.fleet_world import World
+from tests.messages import busy_report
 
 
 def said(world: World, at: float, requests: int) -> None:
     """A loadbalancer has counted so many requests of 500 tokens to read and 150 to answer."""
     world.demand.add_report(
-        Report(
-            *("lb", "e1", 0, 0.0, 0.0, 0, requests, 200.0 * requests),
-            arrived_prompt_tokens=500 * requests,
-            arrived_output_tokens=150.0 * requests,
+        busy_report(
+            arrivals=requests,
+            arrived_work=200.0 * requests,
+            prompt_tokens=500 * requests,
+            output_tokens=150.0 * requests,
         ),
         at,
     )
@@ -68,7 +70,7 @@ class LooksBack(Fixed):
 def test_a_policy_sees_as_far_back_as_it_looks() -> None:
     w = World()
     w.policy = policy = LooksBack(0, 0)
-    w.demand.add_report(Report("lb", "e1", 0, 0.0, 0.0, 0, 0, 0.0), w.now)
+    w.demand.add_report(busy_report(), w.now)
     w.tick(300.0)
     seen = policy.seen
     assert [t for t, _ in seen.demand] == [w.now - 60.0 + 5.0 * n for n in range(13)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fleet.commands import Create, LookForOffers, Performed, Reply, Stop
-from fleet.demand import Arrived, Demand, Report
+from fleet.demand import Arrived, Demand
 from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import Entries
 from fleet.outside.ledger import Ledger
@@ -22,6 +22,7 @@ from policies import Fixed
 from process.clock import steady_clock
 from process.errors import CloudError
 from tests.fleet_world import TURN_S, FakeVast, World, make_offer
+from tests.messages import busy_report
 
 
 @pytest.fixture
@@ -224,12 +225,12 @@ def test_what_new_instances_are_called_can_be_given(ledger: Ledger) -> None:
 def counted(loop: Loop, at: float, requests: int, working_s: float = 0.0) -> None:
     loop.world.now = at
     loop.scaler.record_report(
-        Report(
-            *("lb", "e1", 0, 0.0, 0.0, 0, requests, 200.0 * requests),
-            arrived_prompt_tokens=500 * requests,
+        busy_report(
+            arrivals=requests,
+            arrived_work=200.0 * requests,
+            prompt_tokens=500 * requests,
             working_s={1001: working_s},
-        ),
-        {},
+        )
     )
 
 

@@ -96,10 +96,11 @@ from fleet_client.listening import bind_socket
 from web.answers import JsonAnswer
 from web.app import make_app
 from web.bridge import serve_flask
-from web.direct import Held, direct
+from msgspec import Struct
+from web.direct import DirectRoutes, Held
 app = make_app("script")
 
-@direct(app, "/wait", {}, lambda: ())
+@DirectRoutes(app).post("/wait", Struct, lambda: ())
 def wait(said, client):
     print("parked", flush=True)
     return Held(600.0, lambda: JsonAnswer({}), lambda: print("gave up", flush=True))

@@ -43,6 +43,7 @@ class Kettle:
     loud: bool = flags.flag(False, "whistle")
     colour: str = flags.flag("red", "of the outside", choices=("red", "green", "blue"))
     log: Path | None = flags.flag(None, "where steam is noted (default: nowhere)")
+    tea: tuple[str, ...] = flags.flag(("black",), "what to make; may be repeated")
     secret: str = "not a flag"
 
 
@@ -50,6 +51,17 @@ def parsed(*argv: str) -> Kettle:
     parser = flags.Parser(prog="kettle")
     flags.add_flags(parser, Kettle)
     return Kettle(**vars(parser.parse_args(argv)))
+
+
+def test_a_flag_of_a_tuple_may_be_repeated_and_replaces_the_default() -> None:
+    assert parsed("--tea", "green", "--tea", "mint").tea == ("green", "mint")
+    assert parsed().tea == ("black",)
+
+
+def test_some_fields_may_be_no_flags_of_a_command() -> None:
+    parser = flags.Parser(prog="kettle")
+    flags.add_flags(parser, Kettle, without={"lid", "loud"})
+    assert not {"lid", "loud"} & vars(parser.parse_args([])).keys()
 
 
 def test_each_field_is_a_flag_with_its_type_and_default() -> None:

@@ -1,16 +1,18 @@
 """What the loadbalancer says of leases, and what it is told."""
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-import loadbalancer_server
 from fleet_client import leases
 from fleet_client.leases import ClientLease, Refusal, read_batch, read_route, route_body
 from fleet_client.token_estimate import TokenEstimate
 from tests.fake_fleet import lease
-from web.bodies import check_fields
+from web.messages.decoding import decode
+from web.messages.leases import DoneBody, RouteBody
+
+T = TypeVar("T")
 
 SMALL = TokenEstimate(100, 50)
 
@@ -135,14 +137,19 @@ def test_what_is_asked_has_sizes_and_hashes_and_only_what_is_not_the_default() -
     assert route_body(SMALL, 0.0, range(100))["avoid"] == list(range(36, 100))  # the last that failed
 
 
+def as_read(body: dict[str, Any], kind: type[T]) -> T:
+    """The body as the loadbalancer reads it."""
+    return decode(json.dumps(body).encode(), kind)
+
+
 def test_what_is_asked_of_the_loadbalancer_is_what_the_real_one_takes() -> None:
     body = leases.route_body(TokenEstimate(5, 7), 3.0, [1, 1, 2])
-    checked = check_fields(body, loadbalancer_server._ROUTE)
-    assert checked == {"prompt_tokens": 5, "max_tokens": 7, "wait_s": 3.0, "avoid": [1, 2]}
-    assert check_fields(leases.route_body(TokenEstimate(0, None), 0.0), loadbalancer_server._ROUTE)
+    assert as_read(body, RouteBody) == RouteBody(prompt_tokens=5, max_tokens=7, wait_s=3.0, avoid=[1, 2])
+    assert as_read(leases.route_body(TokenEstimate(0, None), 0.0), RouteBody) == RouteBody(prompt_tokens=0)
     hashes = ["0123456789abcdef"] * 256
     body = leases.route_body(TokenEstimate(5, 7), 0.0, affinity=hashes, priority="low", count=64)
-    checked = check_fields(body, loadbalancer_server._ROUTE)
-    assert (checked["affinity"], checked["priority"], checked["count"]) == (hashes, "low", 64)
+    checked = as_read(body, RouteBody)
+    assert (checked.affinity, checked.priority, checked.count) == (hashes, "low", 64)
     for outcome, why in (("unused", ""), ("failed", "wrong_certificate")):
-        assert check_fields(leases.done_body(lease(), outcome, why), loadbalancer_server._DONE)
+        done = as_read(leases.done_body(lease(), outcome, why), DoneBody)
+        assert (done.outcome, done.why or "") == (outcome, why)

@@ -33,7 +33,7 @@ from fleet.states import State
 from fleet_client.tls_pins import LONGEST, BadAddress, context_for, pinned_context, public_key_sha256
 from instance_client import InstanceClient, NotStarted, WrongCertificate
 from loadbalancer import LoadBalancer
-from loadbalancer_server import Keys, create_app
+from loadbalancer_server import create_app
 from process.errors import InstanceError
 from remote import boot as boots
 from remote import events, tokens
@@ -41,12 +41,14 @@ from remote.auth_server import create_app as create_auth_server
 from remote.events import Events
 from remote.model_load import ModelLoad
 from remote.tokens import Gate, Issuer
+from tests.asgi_client import AsgiClient
 from tests.dispatch_world import instance, world
 from tests.fake_fleet import FakeInstance, make_certificate
 from tests.fleet_world import Contract
 from tests.messages import hot_set, token_batch
 from tests.process.test_loadbalancer_server import CONTROL, HOT
 from tests.waiting import wait_for
+from web.keys import AccessKeys
 
 PROMPT, TOKEN = "a prompt that is secret", "token-that-is-secret"
 BODY = {"model": "m", "prompt": PROMPT, "max_tokens": 3}
@@ -472,7 +474,7 @@ def hot(**what: object) -> dict[str, object]:
 def test_a_client_that_met_another_certificate_takes_the_instance_out_at_once() -> None:
     balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
     desk = LoadBalancerService(balancer, lambda: 1_700_000_000.0)
-    client = create_app(desk, Keys(CONTROL)).test_client()
+    client = AsgiClient(create_app(desk, AccessKeys(CONTROL)))
     https = {"address": "https://10.0.0.1:8000", "auth_url": "https://10.0.0.1:3000", "certificate": MINE[0]}
     desk.hot_set(hot_set(hot(**https)))
     for refill in balancer.refills(desk.clock()):
@@ -507,7 +509,7 @@ def test_a_single_failure_of_another_kind_does_not() -> None:
 )
 def test_a_hot_set_that_tells_to_send_in_the_clear_is_refused(what: dict[str, str]) -> None:
     desk = LoadBalancerService(LoadBalancer(random.Random(1), str), lambda: 1.0)
-    client = create_app(desk, Keys(CONTROL)).test_client()
+    client = AsgiClient(create_app(desk, AccessKeys(CONTROL)))
     headers = {"Authorization": f"Bearer {CONTROL}"}
     answer = client.put("/hot", json=hot(**what), headers=headers)
     assert answer.status_code == 400
@@ -545,7 +547,7 @@ def test_a_clock_that_is_five_minutes_wrong_changes_nothing(
     desk.hot_set(hot_set(HOT))
     (refill,) = made.refills(right)
     made.complete_refill(refill, token_batch(batch["tokens"], batch["expires_in_s"], batch["boot_id"]), right)
-    lease = create_app(desk, Keys(CONTROL)).test_client().post("/route", json={"work": 10}).get_json()
+    lease = AsgiClient(create_app(desk, AccessKeys(CONTROL))).post("/route", json={"work": 10}).get_json()
     assert lease["expires_in_s"] == pytest.approx(60.0)
     assert lease["expires_at"] == pytest.approx(right + 60.0, abs=0.01)
     gate = Gate(str(tmp_path))

@@ -43,7 +43,7 @@ def check_books(b: DispatchWorld) -> None:
     for lane in (in_time, late):
         assert [w.since for w in lane] == sorted(w.since for w in lane)
     oldest_s = b.now - min((w.since for w in waiting), default=b.now)
-    assert balancer.usage(b.now).oldest_wait_s == pytest.approx(oldest_s)
+    assert balancer.usage(b.now).traffic.oldest_wait_s == pytest.approx(oldest_s)
     if queue.late_bound_s is None:
         assert not late
 
@@ -134,5 +134,5 @@ def test_the_books_balance_whatever_happens(seed: int, late_bound_s: float | Non
         out = {k: x for k, x in out.items() if not x.over}
         check_books(b)
     assert b.balancer.leases.given > 1000
-    assert b.balancer.usage(b.now).turned_late > 0
+    assert b.balancer.usage(b.now).traffic.turned_late > 0
     assert late_bound_s is not None or b.balancer.queue.late == 0

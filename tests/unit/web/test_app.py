@@ -1,60 +1,12 @@
 """What every Flask face of ours promises: errors of one shape, keys, and bodies that are not too long."""
 
 import json
-import threading
-from typing import Any
 
 import pytest
-from flask import Flask, jsonify
 
+from tests.asgi_client import AsgiClient
+from tests.sample_app import sample_app
 from tests.web_server import KEY
-from web.answers import JsonAnswer
-from web.app import make_app, requires
-from web.bodies import (
-    Whole,
-    body,
-    json_body,
-    query_number,
-)
-from web.direct import direct
-
-
-def make() -> Flask:
-    """An app with one of each kind of view."""
-    app = make_app("test", large_bodies={"/large": 200_000})
-
-    @app.post("/echo")
-    def echo() -> Any:
-        return jsonify(body({"n": Whole(0, 9)}))
-
-    @app.post("/large")
-    def large() -> Any:
-        return jsonify(size=len(json_body(200_000)))
-
-    @app.get("/broken")
-    def broken() -> Any:
-        raise RuntimeError("secret detail")
-
-    @app.get("/number")
-    def number() -> Any:
-        return jsonify(query_number("x", 7.0, 0.0, 9.0))
-
-    @app.get("/guarded")
-    @requires(lambda: {KEY, "another-key-of-16"})
-    def guarded() -> Any:
-        return jsonify(fine=True)
-
-    @app.get("/slow")
-    def slow() -> Any:
-        return jsonify(thread=threading.current_thread().name)
-
-    @direct(app, "/direct", {"n": Whole(0, 9)}, lambda: {KEY})
-    def direct_view(said: dict[str, Any], client: str) -> JsonAnswer:
-        if said["n"] == 9:
-            raise RuntimeError("secret detail")
-        return JsonAnswer({"n": said["n"]}, 200, (("X-Kind", "direct"),))
-
-    return app
 
 
 @pytest.mark.parametrize(
@@ -76,7 +28,7 @@ def make() -> Flask:
 def test_every_error_is_json_of_one_shape(
     method: str, path: str, body: bytes, status: int, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = make().test_client().open(path, method=method, data=body)
+    answer = sample_app().test_client().open(path, method=method, data=body)
     said = json.loads(answer.data)
     assert (answer.status_code, said["error"], set(said)) == (status, code, {"error", "message"})
     assert "secret detail" not in said["message"]
@@ -85,7 +37,7 @@ def test_every_error_is_json_of_one_shape(
 
 def test_a_large_body_is_allowed_where_it_is_expected() -> None:
     body = json.dumps("x" * 150_000)
-    assert make().test_client().post("/large", data=body).get_json() == {"size": 150_000}
+    assert sample_app().test_client().post("/large", data=body).get_json() == {"size": 150_000}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +61,7 @@ def test_a_large_body_is_allowed_where_it_is_expected() -> None:
 @pytest.mark.parametrize("path", ["/guarded", "/direct"])
 def test_only_a_key_opens_a_guarded_route(path: str, header: str | None, status: int) -> None:
     headers = {} if header is None else {"Authorization": header}
-    client = make().test_client()
+    client = AsgiClient(sample_app())
     if path == "/direct":
         answer = client.post(path, json={"n": 1}, headers=headers)
         status = 401 if "another" in (header or "") else status

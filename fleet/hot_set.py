@@ -1,0 +1,49 @@
+"""Put together the hot set: what a loadbalancer must know of the instances that serve."""
+
+from collections.abc import Callable, Iterable
+
+from engine.profiles import Profile
+from engine.timing import Timing
+from fleet.instance import Instance
+from fleet.states import State
+from web.messages.hot_set import HotInstance, HotSet, HotTiming
+
+
+def make_hot_set(
+    serving: Iterable[Instance],
+    epoch: str,
+    version: int,
+    expected_hot_s: float | None,
+    profile: Profile,
+    master_token: Callable[[str], str],
+    timing: Callable[[str, int], Timing | None],
+) -> HotSet:
+    """Return the hot set; master tokens are in it.
+
+    serving: instances that are hot or draining. expected_hot_s: until the next one becomes hot. master_token:
+    of a label. timing: of a GPU's name and a number of GPUs; None where it is not known.
+    """
+
+    def entry(i: Instance) -> HotInstance:
+        known = timing(i.gpu_name, i.num_gpus)
+        return HotInstance(
+            id=i.id or 0,
+            state="draining" if i.state is State.DRAINING else "hot",
+            address=i.address or "",
+            auth_url=i.auth_url or "",
+            master_token=master_token(i.label),
+            throughput_work_s=i.throughput_work_s,
+            capacity_work=profile.throughput_on(i.gpu_name, i.num_gpus) * profile.hold_s,
+            certificate=i.certificate,
+            timing=None if known is None else HotTiming.of(known),
+        )
+
+    return HotSet(
+        epoch=epoch,
+        version=version,
+        model=profile.name,
+        prefill_weight=profile.prefill_weight,
+        expected_output_tokens=profile.expected_output_tokens,
+        expected_hot_s=expected_hot_s,
+        instances=tuple(entry(i) for i in serving),
+    )

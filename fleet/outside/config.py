@@ -1,0 +1,143 @@
+"""Everything an operator may set of the autoscaler, and where the key of a local cloud is."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.profiles import PROFILES
+from fleet_client import private_files
+from fleet_client.flags import check_flags, flag, server_url
+from policies import POLICIES, Policy, make_policy, parse_params
+from process.errors import ConfigError
+
+SERVE_ONLY = frozenset(
+    {
+        "host",
+        "port",
+        "loadbalancer",
+        "manage",
+        "policy",
+        "policy_param",
+        "goal",
+        "replay_every_s",
+        "operator_key_file",
+    }
+)
+"""Fields that only `serve` needs; the others are for `prepare` and `destroy-fleet`, too."""
+
+
+@dataclass(frozen=True)
+class AutoscalerConfig:
+    """Everything an operator may set. Times in seconds, money in dollars per hour."""
+
+    model: str = flag("vllm-13", f"profile, one of {', '.join(PROFILES)}", metavar="NAME")
+    # Nothing but instances with this label is ever touched.
+    label: str = flag("fleet", "of the fleet's instances, LABEL/…")
+    state_dir: Path | None = flag(
+        None,
+        "keys, ledger and vastai's configuration (default ~/.local/state/autoscaler-py/LABEL)",
+        metavar="DIR",
+    )
+    local: bool = flag(False, "a localcloud instead of Vast.ai (default: Vast.ai)")
+    public_url: str | None = flag(
+        None,
+        "this server as instances reach it, so that they say when they are ready (default: none)",
+        metavar="URL",
+    )
+    cloud_url: str = flag("http://127.0.0.1:8500", "the localcloud", metavar="URL")
+    speedup: float = flag(
+        1.0, "of the localcloud, a factor: divides deadlines and times of policies", least=1.0, most=10_000.0
+    )
+    max_instances: int = flag(8, "hard limit on instances, stopped ones counted", least=1, most=10_000)
+    max_dollars_per_hour: float = flag(
+        10.0, "hard limit on all orders together, $/h", least=0.0, most=100_000.0, metavar="USD"
+    )
+    # One listing each; the CLI takes 0.5 s of processor a call.
+    poll_interval_s: float = flag(5.0, "seconds between listings", least=0.5, most=600.0)
+    check_hot_every_s: float = flag(
+        15.0, "seconds between test prompts to a hot instance", least=0.5, most=3600.0
+    )
+    check_boot_every_s: float = flag(
+        5.0, "seconds between checks of a booting or draining instance", least=0.5, most=600.0
+    )
+    # ssh and prompt together.
+    check_timeout_s: float = flag(15.0, "seconds for one health check in all", least=1.0, most=300.0)
+    host: str = flag("127.0.0.1", "address to listen on")
+    port: int = flag(8100, "port to listen on", least=1, most=65535)
+    loadbalancer: tuple[str, ...] = flag(
+        ("http://127.0.0.1:8200",), "where to tell the hot set; may be repeated", metavar="URL"
+    )
+    manage: bool = flag(
+        True, "start, stop, create and destroy instances, or only watch them (default --manage)"
+    )
+    policy: str = flag("objective", ", ".join(POLICIES), metavar="NAME")
+    policy_param: tuple[str, ...] = flag(
+        (),
+        "a parameter of the policy; may be repeated (default: the policy's own)",
+        metavar="NAME=NUMBER",
+    )
+    goal: float | None = flag(
+        None,
+        "short for --policy objective --policy-param goal=SHARE: the share of requests that shall be in "
+        "time, as 0.99 (default: none)",
+        metavar="SHARE",
+    )
+    replay_every_s: float = flag(
+        1800.0,
+        "seconds from one replay of the last day, which sets the level of a policy with a goal, to the next; "
+        "0: none",
+        least=0.0,
+        most=86_400.0,
+    )
+    operator_key_file: Path | None = flag(
+        None,
+        "keys of the operator's routes, one a line, mode 0600; needed off loopback (default: none)",
+    )
+
+    def make_policy(self) -> Policy:
+        """Return the policy with its parameters; raise ConfigError."""
+        params = parse_params("--policy-param", self.policy_param)
+        if self.goal is None:
+            return make_policy(POLICIES, self.policy, params, self.speedup)
+        if "goal" in params:
+            raise ConfigError("--goal and --policy-param goal=…: wanted one of them")
+        return make_policy(POLICIES, "objective", params | {"goal": self.goal}, self.speedup)
+
+    @property
+    def ready_url(self) -> str | None:
+        """Where an instance says that it is ready, if it can reach us at all."""
+        if self.public_url is not None:
+            return f"{self.public_url.rstrip('/')}/ready"
+        return f"http://127.0.0.1:{self.port}/ready" if self.local else None
+
+    def checked(self) -> "AutoscalerConfig":
+        """Return itself, or raise ConfigError naming the flag, the value and the range."""
+        check_flags(self)
+        if self.speedup != 1.0 and not self.local:
+            raise ConfigError("--speedup is for --local only: real machines take their time")
+        # Narrower than what the cloud allows, so that a label is one word in every message and command.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", self.label):
+            raise ConfigError(f"--label {self.label!r}: wanted 1 to 64 of A-Z a-z 0-9 _ . -, first no . or -")
+        for url in self.loadbalancer:
+            server_url("--loadbalancer", url)
+        if self.public_url is not None:
+            server_url("--public-url", self.public_url)
+        return self
+
+
+def local_cloud_key(environ: Mapping[str, str], home: Path) -> str:
+    """Return the key of the localcloud, never the operator's of Vast.ai; raise ConfigError without one."""
+    if key := environ.get("LOCALCLOUD_API_KEY", "").strip():
+        return key
+    state = Path(environ.get("XDG_STATE_HOME") or home / ".local" / "state")
+    path = state / "autoscaler-py" / "localcloud" / "api.key"
+    if not path.exists():
+        raise ConfigError(
+            f"no key of the local cloud in {path}: `python -m localcloud` makes it when it starts; "
+            "for one with another --root set LOCALCLOUD_API_KEY"
+        )
+    keys = private_files.load_keys(path)
+    if len(keys) != 1:
+        raise ConfigError(f"key file {path}: wanted one key, got {len(keys)}")
+    return next(iter(keys))

@@ -1,0 +1,56 @@
+"""What the fleet costs, as the answer of GET /costs."""
+
+from typing import Any
+
+from fleet.outside.turns import Autoscaler
+
+
+def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any]:
+    """Return dollars of the window, the intervals behind them, and what is being spent now."""
+    scaler.write_counts()
+    costs = scaler.ledger.costs(from_s, to_s)
+    took = scaler.ledger.durations(from_s, to_s)
+    with scaler.lock:
+        burn = sum(i.price_usd_h for i in scaler.instances)
+        committed = scaler.instances.committed().usd_h
+        limit = scaler.instances.limits.max_usd_h
+
+    def count(kind: str) -> int:
+        return sum(k == kind for k, _, _ in took)
+
+    return {
+        "from": from_s,
+        "to": to_s,
+        "usd": {
+            "total": costs.total,
+            "hot_working": costs.hot_working,
+            "hot_idle": costs.hot_idle,
+            "loading": costs.loading,
+            "stopped": costs.stopped,
+            "lost": costs.lost,
+        },
+        "usd_if_all_hot": costs.usd_if_all_hot,
+        "utilisation": costs.utilisation,
+        "burn_usd_h": burn,
+        "committed_usd_h": committed,
+        "budget_left_usd_h": limit - committed,
+        "starts": count("start"),
+        "stops": count("stop"),
+        "creates": count("create"),
+        "destroys": count("destroyed"),
+        "order_to_hot_s": [round(s, 3) for kind, _, s in took if kind in ("boot", "load")],
+        "intervals": [
+            {
+                "instance": s.instance,
+                "label": s.label,
+                "machine": s.machine,
+                "state": s.state,
+                "from": s.from_s,
+                "to": s.to_s,
+                "usd_h": s.usd_h,
+                "usd": s.usd_h * s.seconds_within(from_s, to_s) / 3600.0,
+                "why": s.why,
+            }
+            for s in costs.intervals
+        ],
+    }
