@@ -331,6 +331,10 @@ class LoadResult:
     cut: int = 0
     why: str = ""  # the last failure
 
+    def end(self) -> None:
+        """Count a request that has its answer."""
+        self.ended += 1
+
     def fail(self, why: str) -> None:
         """Count a request that had no proper answer."""
         self.failed += 1
@@ -358,7 +362,7 @@ async def paced(client: LoadClient, streams: int, pace: float, requests: int, li
             if sample.tokens != TOKENS:
                 heard.fail(f"{sample.tokens} tokens instead of {TOKENS}")
                 continue
-            heard.ended += 1
+            heard.end()
             (heard.first_s if n else heard.beginning_s).append(sample.first_s)
 
     tasks = [asyncio.create_task(one(n)) for n in range(streams)]
@@ -386,7 +390,7 @@ async def flat_out(client: LoadClient, streams: int, heard: LoadResult, over: as
                 await asyncio.sleep(0.01)
                 continue
             if sample.tokens == 1:
-                heard.ended += 1
+                heard.end()
             else:
                 heard.fail(f"{sample.tokens} tokens instead of 1")
 

@@ -37,7 +37,7 @@ GOLDEN_RATIO = 0.6180339887498949
 
 
 class _UnreportedEvents:
-    """What one instance has not told this loadbalancer yet."""
+    """What one instance has not told this loadbalancer yet, as an instance keeps it."""
 
     def __init__(self, told: HotInstance) -> None:
         self.told = told
@@ -46,8 +46,54 @@ class _UnreportedEvents:
         self.started_bytes: list[int] = []
         self.ended: list[RequestEnd] = []
         self.seq = self.after = self.number = 0
-        self.push_due = False
-        self.next_push_at = 0.0
+        self._push_due = False
+        self._next_push_at = 0.0
+
+    def note_start(self, name: str, size: int) -> None:
+        """Write down that a request of that many bytes has begun."""
+        self.seq += 1
+        self.started.append(name)
+        self.started_bytes.append(size)
+
+    def note_end(self, end: RequestEnd) -> None:
+        """Write down that a request has ended."""
+        self.seq += 1
+        self.ended.append(end)
+
+    def push_at(self, now: float) -> float | None:
+        """Return when the events are to be pushed; None where a push is due already."""
+        if self._push_due:
+            return None
+        self._push_due = True
+        return max(now + PUSH_S, self._next_push_at)
+
+    def push(self) -> PushedReport | None:
+        """Return what is pushed now; None where all has been told."""
+        self._push_due = False
+        if not (self.started or self.ended):
+            return None
+        self.number += 1
+        return PushedReport(
+            self.boot_id,
+            self.number,
+            self.after,
+            self.seq,
+            False,
+            self.started,
+            self.ended,
+            True,
+            self.started_bytes,
+        )
+
+    def pushed(self, next_at: float) -> None:
+        """Begin anew after a push; the next one may come at next_at."""
+        self.reported()
+        self._next_push_at = next_at
+
+    def reported(self) -> None:
+        """Begin anew: all has been told."""
+        self.after = self.seq
+        self.started, self.started_bytes, self.ended = [], [], []
 
 
 class Ours:
@@ -175,38 +221,23 @@ class Ours:
         instance = self._instances[request.server]
         # Another loadbalancer's requests have names of theirs.
         name = self._ids.get(request.number) or f"{request.router}.{request.number}"
-        instance.seq += 1
         if end:
-            instance.ended.append(RequestEnd(name, "finished", request.output))
+            instance.note_end(RequestEnd(name, "finished", request.output))
             self._ids.pop(request.number, None)
         else:
-            instance.started.append(name)
-            instance.started_bytes.append(body_bytes(request))
-        if self._pushes and not instance.push_due:
-            instance.push_due = True
-            at = max(now + PUSH_S, instance.next_push_at)
-            self._later(at, lambda: self._push(instance, at))
+            instance.note_start(name, body_bytes(request))
+        if self._pushes and (at := instance.push_at(now)) is not None:
+            self._push_later(instance, at)
+
+    def _push_later(self, instance: _UnreportedEvents, at: float) -> None:
+        self._later(at, lambda: self._push(instance, at))
 
     def _push(self, instance: _UnreportedEvents, now: float) -> None:
-        instance.push_due = False
-        if not (instance.started or instance.ended):
+        push = instance.push()
+        if push is None:
             return
-        instance.number += 1
-        push = PushedReport(
-            instance.boot_id,
-            instance.number,
-            instance.after,
-            instance.seq,
-            False,
-            instance.started,
-            instance.ended,
-            True,
-            instance.started_bytes,
-        )
         wait_s = self.balancer.pushed(instance.told.id, push, now)
-        instance.after = instance.seq
-        instance.started, instance.started_bytes, instance.ended = [], [], []
-        instance.next_push_at = now + (wait_s or 0.0)
+        instance.pushed(now + (wait_s or 0.0))
         self.again(now)
 
     def report(self, server: int, live: SteppedModelServer, now: float) -> None:
@@ -224,8 +255,7 @@ class Ours:
             live.generation_tokens_total,
             started_bytes=instance.started_bytes,
         )
-        instance.after = instance.seq
-        instance.started, instance.started_bytes, instance.ended = [], [], []
+        instance.reported()
         self.balancer.complete_poll(Poll(instance.told, instance.after), load, now)
 
 

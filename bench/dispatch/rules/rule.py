@@ -50,6 +50,27 @@ class DispatchRequest:
         self.first_at = -1.0
         self.ended_at = -1.0
 
+    def come_to(self, router: int) -> int:
+        """Note the loadbalancer that it comes to, and return it."""
+        self.router = router
+        return router
+
+    def give(self, server: int, now: float) -> None:
+        """Note the server that it is given."""
+        self.server, self.given_at = server, now
+
+    def make_token(self, at: float) -> bool:
+        """Note a token; return whether it is the first."""
+        if self.first_at >= 0.0:
+            return False
+        self.first_at = at
+        return True
+
+    def end(self, at: float) -> None:
+        """Note its end, which may be its first token, too."""
+        self.ended_at = at
+        self.make_token(at)
+
     @property
     def prefix(self) -> Sequence[Hashable]:
         """The blocks that lie within its prompt."""

@@ -229,8 +229,7 @@ class DispatchWorld:
         routers = self.routers
         router = routers[0]
         if len(routers) > 1:
-            request.router = self._rng.randrange(len(routers))
-            router = routers[request.router]
+            router = routers[request.come_to(self._rng.randrange(len(routers)))]
         if self._fresh:
             for server in range(len(self.fleet)):
                 self._look(server)
@@ -252,7 +251,7 @@ class DispatchWorld:
 
     def send(self, request: DispatchRequest, server: int) -> None:
         """Give the request to that server, now."""
-        request.server, request.given_at = server, self.now
+        request.give(server, self.now)
         name = str(request.number)
         self._there[name] = request
         for router in self.routers:
@@ -284,14 +283,11 @@ class DispatchWorld:
         for at, name, kind, _ in events:
             if kind is EventKind.TOKENS:
                 request = self._there[name]
-                if request.first_at < 0.0:
-                    request.first_at = at
+                if request.make_token(at):
                     self.routers[request.router].first_token(request, at)
             elif kind is EventKind.FINISHED:
                 request = self._there.pop(name)
-                request.ended_at = at
-                if request.first_at < 0.0:
-                    request.first_at = at
+                request.end(at)
                 self._left -= 1
                 self.routers[request.router].ended(request, at)
                 for router in self.routers:
