@@ -17,11 +17,9 @@ started by the main thread and, when they died, by a watcher thread that ends la
 
 import http.client
 import json
-import os
 import random
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -29,9 +27,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -39,11 +35,8 @@ from typing import Any, Self
 
 from engine.profiles import get_profile
 from fleet_client.private_files import make_private_dir
-from localcloud import processes
-from process.children import dying_with_parent
 from process.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
+from simulation.live.stack_children import StackChild, child_environment, end_strays, log_tail
 
 CLOUD, AUTOSCALER, LOADBALANCER = "localcloud", "autoscaler", "loadbalancer"
 
@@ -61,18 +54,6 @@ TERM_GRACE_S = 10.0
 
 DESTROY_TIMEOUT_S = 60.0
 """For destroy-fleet: one command an instance at half a second of processor each, and listings."""
-
-STRAY_GRACE_S = 3.0
-"""For the processes of instances to be gone after their cloud: the kernel ends them, but not at once."""
-
-RESTART_PAUSE_S = (0.2, 5.0)
-"""Before a dead child is started again: the first, doubling up to the second when it dies at once."""
-
-SETTLED_S = 10.0
-"""A child that lived so long had started well; its next death is answered with the short pause again."""
-
-TAIL_LINES = 20
-"""Lines of a log that are shown when something failed."""
 
 _PORTS = (20_000, 30_000)
 """Where ports are taken from: below Linux's range for outgoing connections (32768 and up), because one of
@@ -185,19 +166,6 @@ class Takedown:
     restarts: Mapping[str, int]
 
 
-@dataclass
-class _Child:
-    """One process that shall run, and how often it had to be started again."""
-
-    name: str
-    command: Sequence[str]
-    log: Path
-    process: subprocess.Popen[bytes]
-    started_at: float
-    pause_s: float = RESTART_PAUSE_S[0]
-    restart_at: float | None = None
-
-
 # --- outside world ---------------------------------------------------------------------------------
 
 
@@ -234,11 +202,10 @@ class LocalStack:
             *("--check-boot-every-s", f"{config.check_boot_every_s:g}"),
         )
         self.cloud_key = secrets.token_hex(16)
-        self._environment = _child_environment(self.cloud_key, self.state_dir)
-        self._children: dict[str, _Child] = {}
+        self._environment = child_environment(self.cloud_key, self.state_dir)
+        self._children: dict[str, StackChild] = {}
         self._lock = threading.Lock()  # held for looking at and starting children, never while waiting
         self._watching: set[str] = set()
-        self._restarts: Counter[str] = Counter()
         self._end_of_watch = threading.Event()
         self._watcher: threading.Thread | None = None
         self._may_have_rented = False
@@ -261,7 +228,7 @@ class LocalStack:
     @property
     def restarts(self) -> Mapping[str, int]:
         """How often each child that died was started again."""
-        return MappingProxyType(dict(self._restarts))
+        return MappingProxyType({c.name: c.restarts for c in tuple(self._children.values()) if c.restarts})
 
     @property
     def engine(self) -> str:
@@ -275,7 +242,7 @@ class LocalStack:
 
     def tail(self, name: str) -> str:
         """The end of that child's log."""
-        return _tail(self._logs / f"{name}.log")
+        return log_tail(self._logs / f"{name}.log")
 
     def start(self) -> None:
         """Return when the pool is prepared, all three answer, and config.hot instances are hot.
@@ -330,7 +297,7 @@ class LocalStack:
             self._end_of_watch.set()
             if self._watcher is not None:
                 self._watcher.join()
-            left += _end_strays(self.state_dir)
+            left += end_strays(self.state_dir)
             self.taken_down = Takedown(tuple(left), self.restarts)
             if self._temporary and not left:
                 shutil.rmtree(self.state_dir, ignore_errors=True)
@@ -341,24 +308,11 @@ class LocalStack:
     # -- inside: start ----------------------------------------------------------------------------
 
     def _launch(self, name: str, *command: str) -> None:
-        log = self._logs / f"{name}.log"
         with self._lock:
-            process = self._popen(command, log)
-            self._children[name] = _Child(name, command, log, process, time.monotonic())
+            self._children[name] = self._child(name, command)
 
-    def _popen(
-        self, command: Sequence[str], log: Path, *, stdout: int | None = None
-    ) -> subprocess.Popen[bytes]:
-        with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
-            return subprocess.Popen(
-                dying_with_parent(command),
-                cwd=ROOT,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out if stdout is None else stdout,
-                stderr=out,
-                start_new_session=True,
-            )
+    def _child(self, name: str, command: Sequence[str], *, stdout: int | None = None) -> StackChild:
+        return StackChild(name, command, self._logs / f"{name}.log", self._environment, stdout=stdout)
 
     def _wait_up(self, name: str, url: str) -> None:
         """Return when the URL answers 200; raises ChildFailed when the child ends or takes too long."""
@@ -378,14 +332,11 @@ class LocalStack:
     def _prepare(self) -> None:
         """Rent, load and stop the pool, telling what `prepare` tells."""
         self._may_have_rented = True
-        log = self._logs / "prepare.log"
-        process = self._popen(
-            (*self.programs.autoscaler, "prepare", "--count", str(self.config.instances), *self._common),
-            log,
-            stdout=subprocess.PIPE,
-        )
+        command = (*self.programs.autoscaler, "prepare", "--count", str(self.config.instances), *self._common)
+        child = self._child("prepare", command, stdout=subprocess.PIPE)
+        process, log = child.process, child.log
         with self._lock:
-            self._children["prepare"] = _Child("prepare", (), log, process, time.monotonic())
+            self._children["prepare"] = child
         late = threading.Event()
 
         def give_up() -> None:
@@ -406,9 +357,9 @@ class LocalStack:
         finally:
             limit.cancel()
         if late.is_set():
-            raise ChildFailed(f"prepare was not done after {timeout_s:g} s:\n{_tail(log)}")
+            raise ChildFailed(f"prepare was not done after {timeout_s:g} s:\n{log_tail(log)}")
         if status != 0:
-            raise ChildFailed(f"prepare exited with status {status}:\n{_tail(log)}")
+            raise ChildFailed(f"prepare exited with status {status}:\n{log_tail(log)}")
         del self._children["prepare"]
 
     def _wait_hot(self) -> None:
@@ -440,24 +391,8 @@ class LocalStack:
         while not self._end_of_watch.wait(0.1):
             with self._lock:
                 for child in self._children.values():
-                    if child.name in self._watching and child.process.poll() is not None:
-                        self._revive(child, time.monotonic())
-
-    def _revive(self, child: _Child, now: float) -> None:
-        if child.restart_at is None:
-            if now - child.started_at > SETTLED_S:
-                child.pause_s = RESTART_PAUSE_S[0]
-            child.restart_at = now + child.pause_s
-            child.pause_s = min(2 * child.pause_s, RESTART_PAUSE_S[1])
-            with child.log.open("a") as log:
-                log.write(f"local stack: exited with status {child.process.returncode}, starting it again\n")
-        elif now >= child.restart_at:
-            try:
-                child.process = self._popen(child.command, child.log)
-            except OSError:  # no memory or processes left for now: this thread must live, and tries again
-                return
-            child.started_at, child.restart_at = now, None
-            self._restarts[child.name] += 1
+                    if child.name in self._watching:
+                        child.revive(time.monotonic())
 
     # -- inside: stop -----------------------------------------------------------------------------
 
@@ -472,19 +407,20 @@ class LocalStack:
     def _destroy_fleet(self) -> list[str]:
         if self._rented() == []:
             return []
-        log = self._logs / "destroy-fleet.log"
-        process = self._popen((*self.programs.autoscaler, "destroy-fleet", "--yes", *self._common), log)
+        command = (*self.programs.autoscaler, "destroy-fleet", "--yes", *self._common)
+        child = self._child("destroy-fleet", command)
         try:
-            status: int | None = process.wait(DESTROY_TIMEOUT_S)
+            status: int | None = child.process.wait(DESTROY_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            _end_group(process, 0.0)
+            child.end(0.0)
         rented = self._rented()
         if rented is None:
             return ["unknown: the local cloud does not answer"]
         if rented and status != 0:
-            self.say(f"destroy-fleet {'hung' if status is None else f'exited with {status}'}:\n{_tail(log)}")
+            how = "hung" if status is None else f"exited with {status}"
+            self.say(f"destroy-fleet {how}:\n{log_tail(child.log)}")
         return [f"instance {i}" for i in rented]
 
     def _rented(self) -> list[str] | None:
@@ -501,44 +437,7 @@ class LocalStack:
     def _end(self, name: str, grace_s: float) -> None:
         child = self._children.get(name)
         if child is not None:
-            _end_group(child.process, grace_s)
-
-
-def _end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
-    """SIGTERM, time to act on it, then SIGKILL to the child and whatever it started in its session."""
-    if process.poll() is not None:
-        return  # it died before; its number may be another's by now
-    try:
-        if grace_s > 0:
-            process.terminate()
-            process.wait(grace_s)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _end_strays(state_dir: Path) -> list[str]:
-    """End processes of instances that outlived their cloud; their names, empty when there was none."""
-    limit = time.monotonic() + STRAY_GRACE_S
-    while (strays := _strays(state_dir)) and time.monotonic() < limit:
-        time.sleep(0.05)
-    for pid in strays:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return [f"process {pid} ({what})" for pid, what in strays.items()]
-
-
-def _strays(state_dir: Path) -> dict[int, str]:
-    """Processes whose home lies in the state directory, as an instance's does, by number."""
-    found = {}
-    for pid in processes.living_in(state_dir):
-        program, *arguments = (part.decode(errors="replace") for part in processes.command_line(pid))
-        if program:  # else it has ended meanwhile
-            found[pid] = " ".join((Path(program).name, *arguments)).strip()[:80]
-    return found
+            child.end(grace_s)
 
 
 def _private_dir(wanted: Path | None) -> Path:
@@ -546,18 +445,6 @@ def _private_dir(wanted: Path | None) -> Path:
     if wanted is None:
         return Path(tempfile.mkdtemp(prefix="autoscaler-py-"))
     return make_private_dir(wanted).resolve()
-
-
-def _child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
-    """Ours, without a real Vast.ai key or URL, and with a key that only this local cloud takes."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "LOCALCLOUD_"))}
-    local = "127.0.0.1,localhost"
-    return kept | {
-        "LOCALCLOUD_API_KEY": cloud_key,
-        "NO_PROXY": local,
-        "no_proxy": local,
-        "TMPDIR": str(state_dir),
-    }
 
 
 def _free_ports(count: int) -> list[int]:
@@ -594,11 +481,3 @@ def _get(url: str, timeout_s: float = 3.0) -> Any:
             return json.load(reply)
     except (OSError, http.client.HTTPException, ValueError):
         return None
-
-
-def _tail(log: Path) -> str:
-    try:
-        lines = log.read_text(errors="replace").splitlines()
-    except OSError as e:
-        return f"  ({log}: {e.strerror})"
-    return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])

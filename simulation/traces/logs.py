@@ -20,9 +20,9 @@ The first line says which it is; gzip is known by its first bytes, not by the na
   would have been, so such rows are left out and counted (`LeftOut`). In all other formats, where no publisher
   says what it means, 0 tokens are a mistake, and so is less than 0 in any.
 
-Everything else that is wrong with a row is a ConfigError that names file, line and what is wrong. Whoever
-reads gets what came before it. Memory does not grow with the length of the log: a block of the file, the
-requests of one moment (Mooncake), and those of two jitters (repeats) are all that is kept.
+Any other mistake in a row is a ConfigError that names file, line and mistake, after all rows before it were
+given. Memory does not grow with the length of the log: only a block of the file, the requests of one moment
+(Mooncake), and those of two jitters (repeats) are kept.
 """
 
 import csv
@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -67,8 +67,7 @@ LONGEST_LINE = 1 << 20
 
 HOUR_FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        # Of the hours of a day, mean 1; from the publications (alibaba/ServeGen; HPMLL/BurstGPT
-        # second-hand).
+        # By hour of day, mean 1; from the publications (alibaba/ServeGen; HPMLL/BurstGPT second-hand).
         "servegen_m-small": (
             0.84, 0.71, 0.73, 0.68, 0.71, 0.66, 0.68, 0.85, 1.02, 1.05, 1.13, 1.09,
             1.06, 1.07, 1.06, 1.05, 1.09, 1.08, 1.01, 1.23, 1.46, 1.40, 1.27, 1.06,
@@ -95,6 +94,10 @@ class LeftOut:
     """What `read` has passed over so far: requests that failed where the log was made (BurstGPT)."""
 
     failed: int = 0
+
+    def count_failed(self) -> None:
+        """Count one more request that failed there."""
+        self.failed += 1
 
 
 # -- what is done with arrivals --------------------------------------------------------------------------
@@ -145,8 +148,7 @@ def tiled(
 def _one_after_another(again: Callable[[], Iterable[Request]], end: float, salt: int) -> Iterator[Request]:
     """The log again and again until `end`; from its last to its first as long as from one to the next."""
     begun = at = 0.0
-    tile = 0
-    while True:
+    for tile in count():
         came = 0
         for request in again():
             at = begun + request.at_s
@@ -157,7 +159,6 @@ def _one_after_another(again: Callable[[], Iterable[Request]], end: float, salt:
         if came < 2 or at <= begun:
             raise ConfigError("a log of less than two moments cannot be tiled")
         begun = at + (at - begun) / (came - 1)
-        tile += 1
 
 
 def _repeated(
@@ -170,7 +171,7 @@ def _repeated(
     """Each request as often as factor_at its time says; moved copies wait in a heap for their turn."""
     salt = _salt(rng)
     waiting: list[tuple[float, int, Request]] = []
-    number = 0  # keeps those of one time in their order
+    number = count()  # keeps those of one time in their order
     for request in requests:
         at, prompt, output, session = request
         ripe = at - jitter_s  # whatever is still to come is not before this
@@ -182,14 +183,12 @@ def _repeated(
         if rest > 0.0 and rng.random() < rest:
             copies += 1
         if copies:
-            heapq.heappush(waiting, (at, number, request))
-            number += 1
+            heapq.heappush(waiting, (at, next(number), request))
         for copy in range(1, copies):
             moved = abs(at + rng.uniform(-jitter_s, jitter_s))
             if moved < end:
                 repeat = Request(moved, prompt, output, _another(session, copy, salt))
-                heapq.heappush(waiting, (moved, number, repeat))
-                number += 1
+                heapq.heappush(waiting, (moved, next(number), repeat))
     while waiting:
         yield heapq.heappop(waiting)[2]
 
@@ -347,8 +346,7 @@ def _requests(path: Path, blocks: _Blocks, passed: LeftOut) -> Iterator[Request]
 def _from_zero(requests: Iterator[Request]) -> Iterator[Request]:
     begun: float | None = None
     for at, prompt, output, session in requests:
-        if begun is None:
-            begun = at
+        begun = at if begun is None else begun
         yield Request(at - begun, prompt, output, session)
 
 
@@ -387,7 +385,7 @@ def _table(
                 if not text.strip():
                     continue
                 if known.zero_failed and at == at and len(cells) == width and min(prompt, output) == 0:
-                    passed.failed += 1
+                    passed.count_failed()
                     continue
                 _refuse(path, line, cells, width, (a, p, o), known, last, begun)
             if begun is None:

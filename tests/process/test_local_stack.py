@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from process.errors import ConfigError
-from simulation.live import local_stack
+from simulation.live import local_stack, stack_children
 from simulation.live.local_stack import (
     AUTOSCALER,
     CLOUD,
@@ -22,6 +23,7 @@ from simulation.live.local_stack import (
     Programs,
     StackConfig,
 )
+from simulation.live.stack_children import StackChild
 from tests.paths import ROOT
 from tests.waiting import wait_for
 
@@ -118,8 +120,6 @@ def test_a_child_that_dies_is_started_again_on_its_port(tmp_path: Path, rows: Pa
     assert running(tmp_path) == []
 
 
-DIES_AT_ONCE = "import sys; sys.exit(7)"
-
 IGNORES_SIGTERM = """
 import signal, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -137,29 +137,25 @@ exec(open(sys.argv[0]).read())
 """
 
 
-def test_a_child_that_dies_again_and_again_is_given_longer_and_longer(
-    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_that_dies_again_and_again_is_given_longer_and_longer(tmp_path: Path) -> None:
     """It must not take the processor from those that are well; after a settled life it is quick again."""
-    stack = LocalStack(config(tmp_path), stand_ins(tmp_path), lambda _: None)
-    dead = subprocess.Popen([sys.executable, "-c", DIES_AT_ONCE])
-    dead.wait()
-    monkeypatch.setattr(stack, "_popen", lambda *_: dead)
-    child = local_stack._Child(CLOUD, (), tmp_path / "log", dead, started_at=0.0)
-    pauses, now = [], 0.0
+    child = StackChild(CLOUD, ("false",), tmp_path / "log", os.environ)
+    pauses, now = [], time.monotonic()
     for _ in range(7):
-        stack._revive(child, now)
+        child.process.wait()
+        child.revive(now)
         assert child.restart_at is not None
         pauses.append(round(child.restart_at - now, 3))
-        stack._revive(child, child.restart_at - 0.001)
+        child.revive(child.restart_at - 0.001)
         assert child.restart_at is not None, "not before its time"
         now = child.restart_at
-        stack._revive(child, now)
+        child.revive(now)
         assert child.restart_at is None
     assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
-    stack._revive(child, now + local_stack.SETTLED_S + 1.0)
-    assert child.restart_at == pytest.approx(now + local_stack.SETTLED_S + 1.0 + 0.2)
-    assert dict(stack.restarts) == {CLOUD: 7}
+    child.process.wait()
+    child.revive(now + stack_children.SETTLED_S + 1.0)
+    assert child.restart_at == pytest.approx(now + stack_children.SETTLED_S + 1.0 + 0.2)
+    assert child.restarts == 7
 
 
 def test_a_child_that_ignores_sigterm_is_killed(
@@ -176,7 +172,7 @@ def test_a_child_that_ignores_sigterm_is_killed(
 def test_a_process_that_outlives_its_cloud_is_named_and_ended(
     tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_stack, "STRAY_GRACE_S", 0.2)
+    monkeypatch.setattr(stack_children, "STRAY_GRACE_S", 0.2)
     cloud = (sys.executable, "-c", LEAVES_ONE_BEHIND, str(tmp_path / "server.py"))
     with LocalStack(config(tmp_path), stand_ins(tmp_path, cloud=cloud), lambda _: None) as stack:
         assert len(running(tmp_path)) == 4

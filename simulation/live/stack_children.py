@@ -1,0 +1,143 @@
+"""The child processes of the local stack: start, start again with back-off, end, and look for leftovers.
+
+A child asks the kernel for SIGKILL at the end of the thread that started it (process/children.py). It leads a
+session of its own: the terminal's Ctrl-C does not reach it, and its whole process group can be ended.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from localcloud import processes
+from process.children import dying_with_parent
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STRAY_GRACE_S = 3.0
+"""For the processes of instances to be gone after their cloud: the kernel ends them, but not at once."""
+
+RESTART_PAUSE_S = (0.2, 5.0)
+"""Before a dead child is started again: the first, doubling up to the second when it dies at once."""
+
+SETTLED_S = 10.0
+"""A child that lived so long had started well; its next death is answered with the short pause again."""
+
+TAIL_LINES = 20
+"""Lines of a log that are shown when something failed."""
+
+
+class StackChild:
+    """One process that shall run, and how often it had to be started again."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        *,
+        stdout: int | None = None,
+    ) -> None:
+        """Start it; its output is appended to the log, except stdout where that is given."""
+        self.name = name
+        self.log = log
+        self.restarts = 0
+        self.restart_at: float | None = None  # on the monotonic clock, while it is dead
+        self._command = command
+        self._environment = environment
+        self._pause_s = RESTART_PAUSE_S[0]
+        self.process = self._popen(stdout)
+        self._started_at = time.monotonic()
+
+    def _popen(self, stdout: int | None = None) -> subprocess.Popen[bytes]:
+        with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+            return subprocess.Popen(
+                dying_with_parent(self._command),
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out if stdout is None else stdout,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    def revive(self, now: float) -> None:
+        """Start it again if it has died and its pause is over; called again and again by the watcher."""
+        if self.process.poll() is None:
+            return
+        if self.restart_at is None:
+            if now - self._started_at > SETTLED_S:
+                self._pause_s = RESTART_PAUSE_S[0]
+            self.restart_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, RESTART_PAUSE_S[1])
+            with self.log.open("a") as log:
+                log.write(f"local stack: exited with status {self.process.returncode}, starting it again\n")
+        elif now >= self.restart_at:
+            try:
+                self.process = self._popen()
+            except OSError:  # no memory or processes left for now: the watcher must live, and tries again
+                return
+            self._started_at, self.restart_at = now, None
+            self.restarts += 1
+
+    def end(self, grace_s: float) -> None:
+        """SIGTERM, time to act on it, then SIGKILL to it and whatever it started in its session."""
+        process = self.process
+        if process.poll() is not None:
+            return  # it died before; its number may be another's by now
+        try:
+            if grace_s > 0:
+                process.terminate()
+                process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
+    """Ours, without a real Vast.ai key or URL, and with a key that only this local cloud takes."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "LOCALCLOUD_"))}
+    local = "127.0.0.1,localhost"
+    return kept | {
+        "LOCALCLOUD_API_KEY": cloud_key,
+        "NO_PROXY": local,
+        "no_proxy": local,
+        "TMPDIR": str(state_dir),
+    }
+
+
+def end_strays(state_dir: Path) -> list[str]:
+    """End processes of instances that outlived their cloud; their names, empty when there was none."""
+    limit = time.monotonic() + STRAY_GRACE_S
+    while (strays := _strays(state_dir)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    for pid in strays:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return [f"process {pid} ({what})" for pid, what in strays.items()]
+
+
+def _strays(state_dir: Path) -> dict[int, str]:
+    """Processes whose home lies in the state directory, as an instance's does, by number."""
+    found = {}
+    for pid in processes.living_in(state_dir):
+        program, *arguments = (part.decode(errors="replace") for part in processes.command_line(pid))
+        if program:  # else it has ended meanwhile
+            found[pid] = " ".join((Path(program).name, *arguments)).strip()[:80]
+    return found
+
+
+def log_tail(log: Path) -> str:
+    """The last lines of a log, indented; why it cannot be read where it cannot."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError as e:
+        return f"  ({log}: {e.strerror})"
+    return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])
