@@ -110,7 +110,7 @@ QUEUES = pytest.mark.parametrize(
 @QUEUES
 def test_waits_are_those_of_one_line_on_the_same_arrivals(servers: int, load: float, fixed: bool) -> None:
     """Within 1 %. A machine is known to be idle when its client says that it has its answer."""
-    path = list(itertools.islice(queue_path(servers, load, fixed, seed=3), 20_000))
+    path = list(itertools.islice(queue_path(servers, load, fixed, seed=3), 6_000))
     assert simulated_wait_s(servers, path) == pytest.approx(one_line(servers, path), rel=0.01)
 
 
