@@ -843,6 +843,7 @@ LEAVE: dict[str, Callable[[socket.socket], None]] = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stream", [True, False], ids=["in a stream", "before an answer"])
 @pytest.mark.parametrize("how", LEAVE)
 def test_a_client_that_vanishes_is_noted_within_a_second(server: Server, how: str, stream: bool) -> None:

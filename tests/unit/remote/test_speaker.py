@@ -343,6 +343,7 @@ def test_an_answer_is_understood_or_there_was_none(
         thread.join(20.0)
 
 
+@pytest.mark.alone
 def test_where_nothing_happens_the_next_event_is_reported_at_once(one: Instance) -> None:
     """And the end of the model server, though no request was under way: long before the log is looked at."""
     one.write(READY)
