@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Protocol
 
+from dispatch.route_request import QueuedRequest
 from engine.model_servers import ModelServers
 from engine.timing import Timing
 from loadbalancer import LoadBalancer
@@ -27,7 +28,9 @@ PUSH_S = 0.02
 
 
 class Sender(Protocol):
-    """The users, as far as instances know them."""
+    """The users, as far as instances know them. held: requests that wait at the loadbalancer."""
+
+    held: dict[QueuedRequest, UserRequest]
 
     def answered(self, request: UserRequest, first_at: float, at: float) -> None:
         """Take in when a request had its first token and its end."""
@@ -237,12 +240,12 @@ class SimulatedInstances:
 
     # -- model servers --
 
-    def play(self, until_s: float, every_change: bool) -> bool:
+    def play(self, until_s: float) -> bool:
         """Let all model servers go on until a request has ended before until_s; False when none has.
 
-        every_change: also until one got its first token or was admitted, which may make room.
+        While requests are held, any change inside a model server may make room for one of them.
         """
-        server, at, ended = self._engines.play(until_s, every_change)
+        server, at, ended = self._engines.play(until_s, bool(self._users.held))
         if not server:
             return False
         self._loop.go_to(at)

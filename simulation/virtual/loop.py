@@ -22,18 +22,20 @@ class EventLoop:
         self._heap: list[tuple[float, int, int, Callable[..., None], Any]] = []
         self._counter = count()
 
-    @property
-    def next_s(self) -> float:
-        """When the next scheduled event is due."""
-        return self._heap[0][0]
-
     def at(self, at: float, what: Callable[..., None], arg: Any = None, priority: int = USUAL) -> None:
         """Schedule what(arg), or what() where arg is None."""
         heapq.heappush(self._heap, (at, priority, next(self._counter), what, arg))
 
-    def run_next(self) -> None:
-        """Go to the next scheduled event and let it happen."""
-        self.now, _, _, what, arg = heapq.heappop(self._heap)
+    def step(self, play: Callable[[float], bool]) -> None:
+        """Let happen what happens next.
+
+        play: lets the model servers go on until one has something to tell, with the clock gone there, and
+        returns True; False when that is not before the time it is given.
+        """
+        heap = self._heap
+        if play(heap[0][0]):
+            return
+        self.now, _, _, what, arg = heapq.heappop(heap)
         if arg is None:
             what()
         else:

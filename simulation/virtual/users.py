@@ -37,7 +37,8 @@ LAST_TRY_S = 0.1
 class Users:
     """All requests of a run.
 
-    arrived, ended: requests so far. tokens_delivered: output tokens of those that were answered.
+    arrived, ended: requests so far. held: requests that wait at the loadbalancer. tokens_delivered: output
+    tokens of the requests that were answered.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Users:
         self.arrived = 0
         self.ended = 0
         self.tokens_delivered = 0
+        self.held: dict[QueuedRequest, UserRequest] = {}
         self._setting = setting
         self._context = context
         self._loop = loop
@@ -63,7 +65,6 @@ class Users:
         self._requests: Iterator[Request] = iter(())
         self._begun = 0.0
         self._coming = False
-        self._held: dict[QueuedRequest, UserRequest] = {}
         self._asking = 0
         self._sent = 0
         self._grant_due = False
@@ -71,14 +72,9 @@ class Users:
         self._granting = False
 
     @property
-    def holding(self) -> bool:
-        """Whether a request is held by the loadbalancer."""
-        return bool(self._held)
-
-    @property
     def idle(self) -> bool:
         """Whether no request is under way or still to come."""
-        return not (self._coming or self._asking or self._sent or self._held)
+        return not (self._coming or self._asking or self._sent or self.held)
 
     # -- arrivals --
 
@@ -126,7 +122,7 @@ class Users:
             self._send(request, answer.leases[0])
         else:
             request.hold()
-            self._held[answer] = request
+            self.held[answer] = request
             self._plan_grant()
 
     def _refused(self, request: UserRequest, refused: RouteRefused) -> None:
@@ -149,21 +145,21 @@ class Users:
         self._grant_due = False
         self._grant_s = min(GRANT_S[1], 2.0 * self._grant_s)
         self.grant()
-        if self._held:
+        if self.held:
             self._plan_grant()
 
     def grant(self) -> None:
         """Send those that are held and that there is room for now."""
-        if not self._held or self._granting:
+        if not self.held or self._granting:
             return
         self._granting = True  # what is sent may free room at once: no other round may begin in this one
         for queued, leases in self._balancer.grant(self._loop.now):
             self._grant_s = GRANT_S[0]
-            self._send(self._held.pop(queued), leases[0], queued.late)
+            self._send(self.held.pop(queued), leases[0], queued.late)
         self._granting = False
-        if len(self._held) > self._balancer.queue.held:
-            for queued in [w for w in self._held if w.over]:
-                self._give_up(self._held.pop(queued), "no_capacity")
+        if len(self.held) > self._balancer.queue.held:
+            for queued in [w for w in self.held if w.over]:
+                self._give_up(self.held.pop(queued), "no_capacity")
 
     # -- on instances --
 

@@ -177,7 +177,7 @@ class VirtualFleet:
                 raise ConfigError(
                     f"the pool of {total} could not be prepared: the market or the limits have no room for it"
                 )
-            self._step()
+            self.loop.step(self.instances.play)
         self._scaler.set_policy(self._policy)
         self._scaler.clamps.clear()
         self._cloud.begin_hazards(s.hazards)
@@ -193,17 +193,12 @@ class VirtualFleet:
             and states[State.HOT] + states[State.COLD] >= total
         )
 
-    def _step(self) -> None:
-        """Let happen what happens next."""
-        # Any change inside a model server may make room for a held request, not only an end.
-        if not self.instances.play(self.loop.next_s, self._users.holding):
-            self.loop.run_next()
-
     def play(self) -> None:
         """Let the requests arrive at their times, until the last of them has ended."""
-        self._users.play(self._requests)
-        while not self._users.idle:
-            self._step()
+        users, step, play = self._users, self.loop.step, self.instances.play
+        users.play(self._requests)
+        while not users.idle:
+            step(play)
 
     def finish(self) -> Outcome:
         """Return what the run gave; raise NotConserved when something was lost or doubled in it."""
