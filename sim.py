@@ -30,8 +30,9 @@ from process.errors import ConfigError
 from simulation import report_table
 from simulation.live import measure
 from simulation.live.config import SimConfig, parse_schedule
-from simulation.live.local_stack import ENGINES, ChildFailed, LocalStack, StackConfig
+from simulation.live.local_stack import ChildFailed, LocalStack
 from simulation.live.progress import say
+from simulation.live.stack_config import ENGINES, StackConfig
 from simulation.report_file import write_report
 from simulation.virtual import command
 

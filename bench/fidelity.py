@@ -30,7 +30,7 @@ from fleet_client.flags import run_main, within
 from localcloud.machines import MACHINES
 from localcloud.rental import Times
 from policies import POLICIES, make_policy
-from simulation.live.local_stack import StackConfig
+from simulation.live.stack_config import StackConfig
 from simulation.traces.logs import Request, read
 from simulation.virtual.setting import Setting
 from simulation.virtual.virtual_fleet import simulate

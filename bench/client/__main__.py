@@ -31,7 +31,8 @@ from bench.client.token_check import measure_check
 from bench.command import add_counts, bench_parser, machine, write_json
 from fleet_client.flags import run_main
 from remote.tokens import CAP
-from simulation.live.local_stack import LocalStack, StackConfig
+from simulation.live.local_stack import LocalStack
+from simulation.live.stack_config import StackConfig
 
 
 def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:

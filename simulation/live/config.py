@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.profiles import get_profile
 from fleet_client.flags import check_flags, flag, within
 from process.errors import ConfigError
-from simulation.live.local_stack import ENGINES
+from simulation.live.stack_config import ENGINES
 from simulation.live.workload import Workload
 from simulation.report_file import check_output
 

@@ -22,7 +22,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,126 +32,34 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from engine.profiles import get_profile
 from fleet_client.private_files import make_private_dir
-from process.errors import ConfigError
 from simulation.live.stack_children import StackChild, child_environment, end_strays, log_tail
+from simulation.live.stack_config import ENGINES, Programs, StackConfig
 
 CLOUD, AUTOSCALER, LOADBALANCER = "localcloud", "autoscaler", "loadbalancer"
 
 UP_TIMEOUT_S = 30.0
-"""For a child to answer: Python and its imports take 1 to 3 s on a busy core."""
+"""Seconds for a child to answer: Python and its imports take 1 to 3 s on a busy core."""
 
 PREPARE_TIMEOUT_S = 180.0
-"""For the pool: each instance takes its load time divided by the speedup and a few seconds of commands."""
+"""Seconds for the pool: each instance takes its load time over the speedup, and commands a few seconds."""
 
 HOT_TIMEOUT_S = 60.0
-"""For the first instance to be hot: a start, a check, and several listings."""
+"""Seconds for the first instance to be hot: a start, a check, and several listings."""
 
 TERM_GRACE_S = 10.0
-"""From SIGTERM to SIGKILL: the loadbalancer answers those who wait, the autoscaler ends a command."""
+"""Seconds from SIGTERM to SIGKILL: the loadbalancer answers held requests, the autoscaler ends a command."""
 
 DESTROY_TIMEOUT_S = 60.0
-"""For destroy-fleet: one command an instance at half a second of processor each, and listings."""
+"""Seconds for destroy-fleet: one command an instance at half a second of processor each, and listings."""
 
 _PORTS = (20_000, 30_000)
-"""Where ports are taken from: below Linux's range for outgoing connections (32768 and up), because one of
-those may sit on the port of a child that has died and is about to be started again."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What an engine of the local cloud asks of the rest of the stack.
-
-    model, instances: what is served by how many, when nothing else is said. only_model: it serves no other.
-    most_instances: so many fit on two cores. speedup: of the autoscaler's deadlines, where the model server
-    takes its own time; None: as the cloud's. patience: the stack waits so many times as long.
-    autoscaler_args: further flags of `serve`.
-    """
-
-    model: str
-    instances: int
-    most_instances: int
-    only_model: bool = False
-    speedup: float | None = None
-    patience: float = 1.0
-    autoscaler_args: tuple[str, ...] = ()
-
-
-ENGINES: Mapping[str, Engine] = MappingProxyType(
-    {
-        # Placeholder text at the speed of the model on that GPU.
-        "paced": Engine(model="vllm-13", instances=4, most_instances=1000),
-        # Real vLLM: 2.5 GB and a processor each. The 300 s after which the policy stops what is not needed
-        # are longer than a run, and it must not stop what has only just started.
-        "vllm": Engine(
-            model="tiny",
-            instances=2,
-            most_instances=2,
-            only_model=True,
-            speedup=1.0,
-            patience=3.0,
-            autoscaler_args=("--policy", "busy", "--policy-param", "remove_after_s=25"),
-        ),
-    }
-)
+"""Range of ports: below Linux's for outgoing connections (32768 and up), because one of those may sit on the
+port of a child that has died and is about to be started again."""
 
 
 class ChildFailed(Exception):
     """A child did not do its part; the text has the end of its log."""
-
-
-@dataclass(frozen=True)
-class StackConfig:
-    """What to start. Times in seconds, of the wall clock.
-
-    speedup: boot and load times of the local cloud are the real ones divided by it.
-    state_dir: for keys, logs and the cloud's disks; None makes a temporary one that is removed in the end.
-    hot: so many instances are hot before start() returns.
-    autoscaler_args: further flags of `autoscaler_server.py serve`.
-    """
-
-    engine: str = "paced"
-    model: str = "vllm-13"
-    instances: int = 4
-    speedup: float = 60.0
-    seed: int = 0
-    label: str = "sim"
-    max_instances: int = 6
-    max_dollars_per_hour: float = 10.0
-    poll_interval_s: float = 1.5  # one listing costs 0.5 s of processor, and there are two cores
-    check_boot_every_s: float = 1.0
-    state_dir: Path | None = None
-    hot: int = 1
-    autoscaler_args: tuple[str, ...] = ()
-
-    def checked(self) -> "StackConfig":
-        """Itself, or ConfigError naming the value and the range."""
-        get_profile(self.model)
-        if self.engine not in ENGINES:
-            raise ConfigError(f"--engine {self.engine}: wanted {' or '.join(ENGINES)}")
-        engine = ENGINES[self.engine]
-        if engine.only_model and self.model != engine.model:
-            raise ConfigError(f"--model {self.model}: the {self.engine} engine serves {engine.model} only")
-        if not 1 <= self.instances <= self.limit:
-            raise ConfigError(f"--instances {self.instances}: wanted 1 to {self.limit}")
-        if not 1.0 <= self.speedup <= 10_000.0:
-            raise ConfigError(f"--speedup {self.speedup:g}: wanted 1 to 10000")
-        return self
-
-    @property
-    def limit(self) -> int:
-        """So many instances there are at most."""
-        return min(self.max_instances, ENGINES[self.engine].most_instances)
-
-
-@dataclass(frozen=True)
-class Programs:
-    """The command each child is started with, flags to be added; tests put their own here."""
-
-    cloud: Sequence[str] = (sys.executable, "-m", "localcloud")
-    autoscaler: Sequence[str] = (sys.executable, "autoscaler_server.py")
-    loadbalancer: Sequence[str] = (sys.executable, "loadbalancer_server.py")
 
 
 OUR_PROGRAMS = Programs()
@@ -177,7 +84,7 @@ class LocalStack:
     ) -> None:
         """Make the directory and choose the ports; nothing runs yet. Raises ConfigError.
 
-        say is given a line for people now and then, by the thread that called start() or stop().
+        say: gets a line for people now and then, from the thread that called start() or stop().
         """
         self.config = config.checked()
         self._engine = ENGINES[config.engine]
@@ -194,7 +101,7 @@ class LocalStack:
             *("--local", "--cloud-url", self.cloud_url, "--state-dir", str(self.state_dir)),
             *("--label", config.label, "--model", config.model),
             *("--speedup", f"{self._engine.speedup or config.speedup:g}"),
-            # Else those that prepare rents, which does not know the port, would never be heard.
+            # Else the instances that prepare rents, which does not know the port, could not report.
             *("--public-url", self.autoscaler_url),
             *("--max-instances", str(config.limit)),
             *("--max-dollars-per-hour", f"{config.max_dollars_per_hour:g}"),
@@ -232,16 +139,16 @@ class LocalStack:
 
     @property
     def engine(self) -> str:
-        """What answers the requests, in words that must stand in every report."""
+        """What answers the requests, in the words of every report."""
         return f"local cloud, {self.config.engine} engine"
 
     def pid(self, name: str) -> int:
-        """The process id of that child as it runs now."""
+        """Return the process id of that child as it runs now."""
         with self._lock:
             return self._children[name].process.pid
 
     def tail(self, name: str) -> str:
-        """The end of that child's log."""
+        """Return the end of that child's log."""
         return log_tail(self._logs / f"{name}.log")
 
     def start(self) -> None:
@@ -315,10 +222,10 @@ class LocalStack:
         return StackChild(name, command, self._logs / f"{name}.log", self._environment, stdout=stdout)
 
     def _wait_up(self, name: str, url: str) -> None:
-        """Return when the URL answers 200; raises ChildFailed when the child ends or takes too long."""
+        """Return when the URL answers 200; raise ChildFailed when the child ends or takes too long."""
         timeout_s = UP_TIMEOUT_S * self._engine.patience
         limit = time.monotonic() + timeout_s
-        while _get(url) is None:
+        while get_json(url) is None:
             self._still_there(name)
             if time.monotonic() > limit:
                 raise ChildFailed(f"{name} did not answer within {timeout_s:g} s:\n{self.tail(name)}")
@@ -330,7 +237,7 @@ class LocalStack:
             raise ChildFailed(f"{name} exited with status {status}:\n{self.tail(name)}")
 
     def _prepare(self) -> None:
-        """Rent, load and stop the pool, telling what `prepare` tells."""
+        """Rent, load and stop the pool, and say what `prepare` says."""
         self._may_have_rented = True
         command = (*self.programs.autoscaler, "prepare", "--count", str(self.config.instances), *self._common)
         child = self._child("prepare", command, stdout=subprocess.PIPE)
@@ -378,9 +285,11 @@ class LocalStack:
             time.sleep(0.1)
 
     def _states(self) -> list[str]:
-        """The states of the instances as the autoscaler tells them; none while it does not answer."""
+        """Return the states of the instances; none while the autoscaler does not answer."""
         try:
-            return [str(i["state"]) for i in (_get(f"{self.autoscaler_url}/instances") or {})["instances"]]
+            return [
+                str(i["state"]) for i in (get_json(f"{self.autoscaler_url}/instances") or {})["instances"]
+            ]
         except (KeyError, TypeError):
             return []
 
@@ -397,7 +306,7 @@ class LocalStack:
     # -- inside: stop -----------------------------------------------------------------------------
 
     def _end_in_order(self) -> list[str]:
-        """End the fleet while its cloud still runs; what is left of it."""
+        """End the fleet while its cloud still runs; return what is left of it."""
         with self._lock:
             self._watching &= {CLOUD}
         for name in (LOADBALANCER, AUTOSCALER, "prepare"):
@@ -424,10 +333,10 @@ class LocalStack:
         return [f"instance {i}" for i in rented]
 
     def _rented(self) -> list[str] | None:
-        """The ids of what the local cloud still holds; None when it does not say."""
+        """Return the ids of what the local cloud still holds; None when it does not say."""
         limit = time.monotonic() + UP_TIMEOUT_S
         while time.monotonic() < limit:  # it may have died a moment ago, and is started again then
-            said = _get(f"{self.cloud_url}/localcloud/status")
+            said = get_json(f"{self.cloud_url}/localcloud/status")
             try:
                 return [str(i["id"]) for i in said["instances"]]
             except (KeyError, TypeError):
@@ -441,14 +350,14 @@ class LocalStack:
 
 
 def _private_dir(wanted: Path | None) -> Path:
-    """An absolute directory, 0700; raises ConfigError when it cannot be made or others can look into it."""
+    """Return an absolute directory, 0700; raise ConfigError when it cannot be made or is open to others."""
     if wanted is None:
         return Path(tempfile.mkdtemp(prefix="autoscaler-py-"))
     return make_private_dir(wanted).resolve()
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of loopback nobody listens on now."""
+    """Return ports of loopback on which nothing listens now."""
     chance = random.SystemRandom()
     socks: list[socket.socket] = []
     try:
@@ -474,8 +383,8 @@ def _port(url: str) -> str:
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def _get(url: str, timeout_s: float = 3.0) -> Any:
-    """The JSON of a 200 answer; None when there is none."""
+def get_json(url: str, timeout_s: float = 3.0) -> Any:
+    """Return the JSON of a 200 answer; None when there is none."""
     try:
         with _direct.open(url, timeout=timeout_s) as reply:
             return json.load(reply)

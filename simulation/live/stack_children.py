@@ -18,20 +18,20 @@ from process.children import dying_with_parent
 ROOT = Path(__file__).resolve().parents[2]
 
 STRAY_GRACE_S = 3.0
-"""For the processes of instances to be gone after their cloud: the kernel ends them, but not at once."""
+"""Seconds for the processes of instances to be gone after their cloud: the kernel needs a moment."""
 
 RESTART_PAUSE_S = (0.2, 5.0)
-"""Before a dead child is started again: the first, doubling up to the second when it dies at once."""
+"""Seconds before a dead child is started again: the first, doubling up to the second when it dies at once."""
 
 SETTLED_S = 10.0
-"""A child that lived so long had started well; its next death is answered with the short pause again."""
+"""Seconds after which a child has started well; its next death is answered with the short pause again."""
 
 TAIL_LINES = 20
 """Lines of a log that are shown when something failed."""
 
 
 class StackChild:
-    """One process that shall run, and how often it had to be started again."""
+    """One process that is to run, and how often it was started again."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class StackChild:
             self.restarts += 1
 
     def end(self, grace_s: float) -> None:
-        """SIGTERM, time to act on it, then SIGKILL to it and whatever it started in its session."""
+        """Send SIGTERM, and after grace_s SIGKILL, to it and whatever it started in its session."""
         process = self.process
         if process.poll() is not None:
             return  # it died before; its number may be another's by now
@@ -102,7 +102,7 @@ class StackChild:
 
 
 def child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
-    """Ours, without a real Vast.ai key or URL, and with a key that only this local cloud takes."""
+    """Return ours without a real Vast.ai key or URL, and with a key that only this local cloud takes."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "LOCALCLOUD_"))}
     local = "127.0.0.1,localhost"
     return kept | {
@@ -114,7 +114,7 @@ def child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
 
 
 def end_strays(state_dir: Path) -> list[str]:
-    """End processes of instances that outlived their cloud; their names, empty when there was none."""
+    """End processes of instances that outlived their cloud; return their names."""
     limit = time.monotonic() + STRAY_GRACE_S
     while (strays := _strays(state_dir)) and time.monotonic() < limit:
         time.sleep(0.05)
@@ -125,7 +125,7 @@ def end_strays(state_dir: Path) -> list[str]:
 
 
 def _strays(state_dir: Path) -> dict[int, str]:
-    """Processes whose home lies in the state directory, as an instance's does, by number."""
+    """Return the processes whose home lies in the state directory, as an instance's does, by number."""
     found = {}
     for pid in processes.living_in(state_dir):
         program, *arguments = (part.decode(errors="replace") for part in processes.command_line(pid))
@@ -135,7 +135,7 @@ def _strays(state_dir: Path) -> dict[int, str]:
 
 
 def log_tail(log: Path) -> str:
-    """The last lines of a log, indented; why it cannot be read where it cannot."""
+    """Return the last lines of a log, indented, or why it cannot be read."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError as e:

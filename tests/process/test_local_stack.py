@@ -14,16 +14,9 @@ import pytest
 
 from process.errors import ConfigError
 from simulation.live import local_stack, stack_children
-from simulation.live.local_stack import (
-    AUTOSCALER,
-    CLOUD,
-    LOADBALANCER,
-    ChildFailed,
-    LocalStack,
-    Programs,
-    StackConfig,
-)
+from simulation.live.local_stack import AUTOSCALER, CLOUD, LOADBALANCER, ChildFailed, LocalStack
 from simulation.live.stack_children import StackChild
+from simulation.live.stack_config import Programs, StackConfig
 from tests.paths import ROOT
 from tests.waiting import wait_for
 
@@ -115,7 +108,7 @@ def test_a_child_that_dies_is_started_again_on_its_port(tmp_path: Path, rows: Pa
         before = stack.pid(name)
         os.kill(before, signal.SIGKILL)
         wait_for("another one", lambda: stack.pid(name) != before)
-        wait_for("it answers", lambda: local_stack._get(f"{url}/health"))
+        wait_for("it answers", lambda: local_stack.get_json(f"{url}/health"))
         assert dict(stack.restarts) == {name: 1}
     assert running(tmp_path) == []
 
@@ -302,7 +295,8 @@ PARENT = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from simulation.live.local_stack import LOADBALANCER, LocalStack, Programs, StackConfig
+from simulation.live.local_stack import LOADBALANCER, LocalStack
+from simulation.live.stack_config import Programs, StackConfig
 program = (sys.executable, sys.argv[2])
 programs = Programs(program, program, program)
 with LocalStack(StackConfig(state_dir=Path(sys.argv[3])), programs, print) as stack:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from simulation.live.local_stack import AUTOSCALER, LOADBALANCER, LocalStack, StackConfig
+from simulation.live.local_stack import AUTOSCALER, LOADBALANCER, LocalStack
+from simulation.live.stack_config import StackConfig
 from tests.paths import ROOT
 from tests.waiting import wait_for
 

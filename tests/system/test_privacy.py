@@ -37,7 +37,8 @@ from dispatch.predicted_load import warm_up
 from fleet.outside import ssh_log
 from fleet_client import tls_pins
 from process.compiled import CACHE
-from simulation.live.local_stack import LocalStack, Programs, StackConfig
+from simulation.live.local_stack import LocalStack
+from simulation.live.stack_config import Programs, StackConfig
 from tests.paths import ROOT
 from tests.tap import read_recording
 from tests.waiting import wait_for

@@ -19,7 +19,8 @@ import pytest
 
 from fleet_client.tls_pins import context_for
 from remote.log_lines import ENDED, READY
-from simulation.live.local_stack import AUTOSCALER, LOADBALANCER, LocalStack, StackConfig
+from simulation.live.local_stack import AUTOSCALER, LOADBALANCER, LocalStack
+from simulation.live.stack_config import StackConfig
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.alone

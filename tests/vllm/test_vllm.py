@@ -19,7 +19,8 @@ import pytest
 from openai.types import Completion
 
 from localcloud.engines import TINY_MODEL, VLLM_ENVIRONMENT
-from simulation.live.local_stack import ENGINES, LocalStack, StackConfig
+from simulation.live.local_stack import LocalStack
+from simulation.live.stack_config import ENGINES, StackConfig
 from simulation.live.workload import Workload, plan
 from tests.paths import ROOT
 from tests.vllm.fleet import Fleet, Lease

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from simulation.live.local_stack import LocalStack, StackConfig
+from simulation.live.local_stack import LocalStack
+from simulation.live.stack_config import StackConfig
 from tests.paths import ROOT
 from tests.waiting import wait_for
 
