@@ -25,10 +25,6 @@ def test_no_unit_imports_itself_through_others(project: Checkout) -> None:
     assert project.cycles() == []
 
 
-NOT_YET = pytest.mark.xfail(reason="files are still being split", strict=False)
-
-
-@NOT_YET
 @pytest.mark.parametrize("kind", ["file", "class", "function"])
 def test_nothing_is_longer_than_its_limit_without_a_listed_reason(project: Checkout, kind: str) -> None:
     assert project.over_limit(kind) == []
@@ -41,18 +37,15 @@ def test_there_are_few_exceptions_and_all_are_needed(project: Checkout) -> None:
     assert set(exceptions) <= too_long
 
 
-@NOT_YET
 def test_a_class_name_is_used_once(project: Checkout) -> None:
     assert project.class_names_used_twice() == []
 
 
-@NOT_YET
 def test_no_attribute_is_written_from_outside_the_class_that_owns_it(project: Checkout) -> None:
     """Except in remote/, which is inside start scripts that are in use."""
     assert [place for place in project.foreign_writes() if not place.startswith("remote/")] == []
 
 
-@NOT_YET
 def test_every_reference_leads_somewhere(project: Checkout) -> None:
     assert project.dangling_references() == []
 
