@@ -124,12 +124,12 @@ class RunCosts(Struct, frozen=True):
 
     usd: SpentUsd
     usd_if_all_hot: float
-    utilisation: float | None
     starts: int
     stops: int
     creates: int
     destroys: int
     order_to_hot_s: tuple[float, ...]
+    utilisation: float | None = None
 
 
 # -- figures ---------------------------------------------------------------------------------------------
