@@ -234,13 +234,12 @@ class InstanceSet:
                 waits.append(self.durations.load_s - (now - i.ordered_at))
         return max(1.0, min(waits)) if waits else None
 
-    def describe(self, now: float) -> list[dict[str, Any]]:
-        """Return every instance for `GET /instances`; no secret is in it."""
-        return [_described(i, now) for i in sorted(self, key=lambda i: (i.ordered_at, i.label))]
-
-    def describe_gone(self, now: float) -> list[dict[str, Any]]:
-        """Return the last that went, newest first, and why."""
-        return [_described(i, now) for i in reversed(self._reconciler.gone)]
+    def describe(self, now: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return every instance, and the last that went, newest first; no secret is in it."""
+        there = sorted(self, key=lambda i: (i.ordered_at, i.label))
+        return [_described(i, now) for i in there], [
+            _described(i, now) for i in reversed(self._reconciler.gone)
+        ]
 
 
 def _described(i: Instance, now: float) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from dataclasses import asdict, fields
 import msgspec
 from flask import Flask, Response, jsonify, request
 
-from engine.profiles import Profile
 from fleet.outside.config import SERVE_ONLY, AutoscalerConfig
 from fleet.outside.costs import cost_answer
 from fleet.outside.decisions import decisions_answer
 from fleet.outside.destroy_fleet import destroy_fleet
+from fleet.outside.hot_set_push import current_hot_set
 from fleet.outside.metrics import metrics_text
 from fleet.outside.prepare import prepare
-from fleet.outside.process import AutoscalerProcess, hot_set
+from fleet.outside.process import AutoscalerProcess
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
 from fleet_client import flags, private_files
@@ -58,7 +58,6 @@ HEALTHY_FOR = 60.0, 5.0
 
 def create_app(
     scaler: Autoscaler,
-    profile: Profile,
     keys: AccessKeys,
     poll_interval_s: float,
     master_token: Callable[[str], str],
@@ -71,7 +70,7 @@ def create_app(
     """
     app = make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
     _add_health(app, scaler, poll_interval_s)
-    _add_loadbalancer_routes(app, scaler, profile, keys, master_token)
+    _add_loadbalancer_routes(app, scaler, keys, master_token)
     _add_ready(app, scaler, master_token, nudge)
     _add_operator_views(app, scaler, keys)
     _add_operator_orders(app, scaler, keys, tuner)
@@ -95,7 +94,6 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> None:
 def _add_loadbalancer_routes(
     app: Flask,
     scaler: Autoscaler,
-    profile: Profile,
     keys: AccessKeys,
     master_token: Callable[[str], str],
 ) -> None:
@@ -104,7 +102,7 @@ def _add_loadbalancer_routes(
     @app.get("/hot")
     @control
     def hot() -> Response:
-        found = hot_set(scaler, profile, master_token)
+        found = current_hot_set(scaler, master_token)
         if found is None:
             return error(503, "not_ready", "the fleet is not known yet: just started")
         return Response(msgspec.json.encode(found), mimetype="application/json")
@@ -149,7 +147,7 @@ def _add_operator_views(app: Flask, scaler: Autoscaler, keys: AccessKeys) -> Non
     def instances() -> Response:
         with scaler.lock:
             now, manage = scaler.clock(), scaler.instances.manage
-            there, gone = scaler.instances.describe(now), scaler.instances.describe_gone(now)
+            there, gone = scaler.instances.describe(now)
         return jsonify(instances=there, gone=gone, manage=manage)
 
     @app.get("/decisions")
@@ -219,15 +217,13 @@ def serve(config: AutoscalerConfig) -> None:
     check_bind(config.host, config.port, keys_present=bool(operator_keys))
     sock = bind_socket(config.host, config.port)
     process = AutoscalerProcess(config, replay=REPLAY)
-    control_key = private_files.load_or_make_key(process.state_dir / "control.key")
     process.check_account()
     app = create_app(
         process.scaler,
-        process.profile,
-        AccessKeys(control_key, operator=operator_keys),
+        AccessKeys(process.control_key, operator=operator_keys),
         config.poll_interval_s,
         process.keys.master_token,
-        process.check_wakeup.wake,
+        process.health_rounds.wakeup.wake,
         process.tuner,
     )
     log.info(
@@ -238,7 +234,7 @@ def serve(config: AutoscalerConfig) -> None:
         serve_flask(
             app,
             sock,
-            background=[process.run_health_checks, process.run_hot_push],
+            background=[process.health_rounds.run, process.hot_push.run],
             blocking=SLOW_ROUTES,
             any_host=bool(operator_keys),
         )

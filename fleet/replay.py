@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from engine.slo import Slo
-from fleet.demand import Arrived
+from fleet.arrivals import Arrived
 from policies import Capacity
 from policies.objective import Objective
 from policies.tuning import MARGIN

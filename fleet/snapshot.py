@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 from engine.profiles import Profile
-from fleet.demand import Demand, Mix
+from fleet.arrivals import Mix
+from fleet.demand import Demand
 from fleet.durations import MeasuredDurations, median
 from fleet.instance import Instance
 from fleet.states import GIVEN_UP, State
@@ -61,8 +62,8 @@ def take_snapshot(
         start_time_s=durations.start_s,
         load_time_s=durations.load_s,
         traffic=demand.traffic,
-        capacity=_capacity(demand.saturated_work_s() or work_s, demand.mix, profile),
-        arriving=cast("Sequence[float]", demand.arriving(now, memory_s)) if memory_s >= BIN_S else (),
+        capacity=_capacity(demand.saturation.work_s or work_s, demand.history.mix, profile),
+        arriving=cast("Sequence[float]", demand.history.work_s(now, memory_s)) if memory_s >= BIN_S else (),
         running_usd_h=median(running_usd_h) or 0.0,
         stopped_usd_h=median(stopped_usd_h) or 0.0,
     )

@@ -15,7 +15,7 @@ log = logging.getLogger("autoscaler")
 
 def destroy_fleet(config: AutoscalerConfig, *, ask: Callable[[str], str] | None) -> None:
     """End every instance that carries the label, and make sure that none is left; ask None: do not ask."""
-    process = AutoscalerProcess(replace(config, manage=False), told_nobody=True, policy=Fixed(0, 0))
+    process = AutoscalerProcess(replace(config, manage=False), no_balancers=True, policy=Fixed(0, 0))
     try:
         process.check_account()
         _destroy_fleet(process, ask)

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple
 from pathlib import Path
 
+from fleet.arrivals import Arrived
 from fleet.costs import CostBreakdown, break_down
-from fleet.demand import Arrived
 from fleet.durations import KEPT
 from fleet.journal import BillingInterval, Entries, SavedFleet, SavedInstance
 from process.errors import ConfigError

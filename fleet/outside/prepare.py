@@ -20,7 +20,7 @@ def prepare(config: AutoscalerConfig, count: int) -> None:
     run left half done count among the new ones. Ctrl-C says what is still rented; all of it is labelled.
     """
     within("--count", count, 1, config.max_instances)
-    process = AutoscalerProcess(replace(config, manage=True), told_nobody=True, policy=Fixed(0, 0))
+    process = AutoscalerProcess(replace(config, manage=True), no_balancers=True, policy=Fixed(0, 0))
     try:
         process.check_account()
         process.scaler.instances.set_manage(False)  # until it is known what is there

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from autoscaler import InstanceSet
+from fleet.arrivals import ARRIVING_S, MIX_S
 from fleet.commands import (
     Command,
     Create,
@@ -19,7 +20,7 @@ from fleet.commands import (
     Start,
     with_label,
 )
-from fleet.demand import ARRIVING_S, MIX_S, Demand
+from fleet.demand import Demand
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.journal import Decision
 from fleet.outside.ledger import BUCKET_S, Ledger
@@ -101,7 +102,7 @@ class Autoscaler:
         self.turn_due = threading.Event()  # the next turn should not wait for its time
         now = self.clock()
         instances.restore(ledger.saved_fleet(now), now)
-        demand.remember(ledger.arrived(now - REMEMBERED_S, now), instances.profile.prefill_weight)
+        demand.history.restore(ledger.arrived(now - REMEMBERED_S, now), instances.profile.prefill_weight)
 
     def set_policy(self, policy: Policy) -> None:
         """Let that policy decide from the next turn on; the caller holds `lock`."""
@@ -118,8 +119,7 @@ class Autoscaler:
         now = self.clock()
         with self.lock:
             self.instances.observe(rows, (), now)
-            self.demand.tick(now)
-            self.demand.served(self.instances.hot, now)
+            self.demand.tick(now, self.instances.hot)
             decision = self.instances.decide(self.demand, self.policy, now)
             if trouble is not None:
                 decision = replace(decision, notes=(*decision.notes, trouble))
@@ -261,7 +261,7 @@ class Autoscaler:
             now = self.clock()
             with self.lock:
                 worked, self._worked = self._worked, {}
-                arrived = self.demand.take_arrived()
+                arrived = self.demand.history.take_unsaved()
                 self._counts_at = now + COUNTS_EVERY_S
             try:
                 self.ledger.add_counts(worked, arrived, now)
@@ -269,7 +269,7 @@ class Autoscaler:
                 with self.lock:
                     for where, seconds in worked.items():
                         self._worked[where] = self._worked.get(where, 0.0) + seconds
-                    self.demand.put_back(arrived)
+                    self.demand.history.put_back(arrived)
                 raise
 
     def destroy_all(self, why: str) -> None:

@@ -22,14 +22,15 @@ from werkzeug.test import TestResponse
 
 import autoscaler_server
 from autoscaler_server import REPLAY, create_app
-from engine.profiles import get_profile
 from engine.slo import Slo
 from engine.timing import timing_for
-from fleet.demand import Arrived, Demand
+from fleet.arrivals import Arrived
+from fleet.demand import Demand
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside import process
 from fleet.outside.config import AutoscalerConfig, local_cloud_key
 from fleet.outside.destroy_fleet import destroy_fleet
+from fleet.outside.hot_set_push import HotSetPush
 from fleet.outside.ledger import Ledger
 from fleet.outside.prepare import prepare
 from fleet.outside.replay_process import ReplayProcess
@@ -116,13 +117,11 @@ class Face:
             lambda: self.world.now,
         )
         self.scaler.turn()
-        self.profile = get_profile("vllm-13")
         self.nudged = 0
         (directory / "level.json").write_text(json.dumps(TUNED))
         self.tuner = Tuner(self.scaler, directory, ReplayProcess(REPLAY))
         app = create_app(
             self.scaler,
-            self.profile,
             AccessKeys(CONTROL, operator=operator),
             5.0,
             master_token,
@@ -276,7 +275,7 @@ def test_the_hot_set_is_not_told_before_the_fleet_is_known(ledger: Ledger) -> No
         ledger,
         face.scaler.clock,
     )
-    client = create_app(again, face.profile, AccessKeys(CONTROL), 5.0, master_token).test_client()
+    client = create_app(again, AccessKeys(CONTROL), 5.0, master_token).test_client()
     bearer = {"Authorization": f"Bearer {CONTROL}"}
     assert client.get("/hot", headers=bearer).status_code == 503
     again.turn()
@@ -347,9 +346,7 @@ def test_the_curve_says_what_each_level_would_have_cost_yesterday(face: Face) ->
 
 def test_without_a_curve_it_is_said_why(face: Face, tmp_path: Path) -> None:
     tuner = Tuner(face.scaler, tmp_path / "none", ReplayProcess(REPLAY))
-    client = create_app(
-        face.scaler, face.profile, AccessKeys(CONTROL), 5.0, master_token, tuner=tuner
-    ).test_client()
+    client = create_app(face.scaler, AccessKeys(CONTROL), 5.0, master_token, tuner=tuner).test_client()
     answer = client.get("/policy/curve")
     assert (answer.status_code, answer.get_json()["error"]) == (404, "no_curve")
     assert answer.get_json()["message"] == "the policy is busy, which has no goal"
@@ -983,7 +980,7 @@ def test_a_ledger_that_cannot_be_used_is_said_in_one_line(tmp_path: Path, cloud:
 
 @pytest.mark.alone
 def test_a_loadbalancer_that_hangs_does_not_keep_another_from_being_told(
-    tmp_path: Path, cloud: QuickCloud, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """And one that refuses again and again is complained of once."""
     told: list[bytes] = []
@@ -1008,22 +1005,18 @@ def test_a_loadbalancer_that_hangs_does_not_keep_another_from_being_told(
         other = await asyncio.start_server(answering(b"401 No", refused), "127.0.0.1", 0)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             ports = [s.getsockname()[1] for s in (silent, other.sockets[0], good.sockets[0])]
-            one = process.AutoscalerProcess(
-                quick(tmp_path, loadbalancer=tuple(f"http://127.0.0.1:{port}" for port in ports))
-            )
-            task = asyncio.create_task(one.run_hot_push())
+            urls = [f"http://127.0.0.1:{port}" for port in ports]
+            task = asyncio.create_task(HotSetPush(lambda: 0, lambda: hot, urls, CONTROL).run())
             begun = time.monotonic()
             while (not told or len(refused) < 3) and time.monotonic() < begun + 20:
                 await asyncio.sleep(0.01)
             assert time.monotonic() - begun < 2.5, "it waited for the one that hangs, which takes 3 s"
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            one.close()
         good.close()
         other.close()
 
     hot = HotSet("e1", 0, "vllm-13", 0.1, 180.0, None, ())
-    monkeypatch.setattr(process, "hot_set", lambda *_: hot)
     asyncio.run(run())
     assert b"PUT /hot" in told[0]
     assert b'"version":0,' in told[0]

@@ -81,7 +81,6 @@ def routes(app: Any) -> set[str]:
 def test_every_route_is_in_the_docs(tmp_path: Path) -> None:
     scaler = autoscaler_server.create_app(
         MagicMock(),
-        MagicMock(),
         AccessKeys("c" * 16),
         5.0,
         str,

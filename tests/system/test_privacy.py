@@ -373,9 +373,7 @@ def get_routes() -> list[tuple[str, str]]:
 
     clock: Any = SimpleNamespace(clock=time.time)
     apps = {
-        "autoscaler": autoscaler_server.create_app(
-            clock, cast(Any, None), AccessKeys("x"), 1.0, lambda _: ""
-        ),
+        "autoscaler": autoscaler_server.create_app(clock, AccessKeys("x"), 1.0, lambda _: ""),
         "loadbalancer": loadbalancer_server.create_app(cast(Any, None), AccessKeys("x")),
     }
     return [

@@ -83,7 +83,7 @@ def test_what_is_gone_can_be_asked_why() -> None:
     w.tick(10)
     w.policy = Fixed(0, 0)
     w.tick(60)
-    (gone, *_) = w.fleet.describe_gone(w.now)
+    _, (gone, *_) = w.fleet.describe(w.now)
     assert (gone["state"], gone["why"]) == ("gone", "destroyed (was destroying: fatal)")
 
 

@@ -1,22 +1,14 @@
 """What several loadbalancers report, put together."""
 
 import math
-from typing import Any
 
-import numpy as np
 import pytest
 
-from fleet.demand import ARRIVING_S, MIX_S, SILENT_S, Arrived, Demand, Mix
-from policies import BIN_S, Traffic
-from tests.messages import busy_report
-from web.messages.busy import BusyReport
+from fleet.demand import SILENT_S, Demand
+from policies import Traffic
+from tests.unit.fleet.test_arrivals import arrived, report
 
 NOW = 1_700_000_000.0
-
-
-def report(name: str = "lb", demand: float = 1.0, **more: Any) -> BusyReport:
-    usual: dict[str, Any] = {"hot_epoch": "e", "hot_version": 5, "arrivals": 10, "arrived_work": 100.0}
-    return busy_report(name, demand, **(usual | more))
 
 
 def test_demand_is_the_sum_over_loadbalancers_and_a_silent_one_is_forgotten() -> None:
@@ -28,7 +20,7 @@ def test_demand_is_the_sum_over_loadbalancers_and_a_silent_one_is_forgotten() ->
     d.add_report(report("a", 1.5), 101.0 + SILENT_S)
     d.tick(101.0 + SILENT_S)
     assert d.demand == 1.5
-    assert d.series == ((101.0, 2.0), (101.0 + SILENT_S, 1.5))
+    assert tuple(d.since(-math.inf)) == ((101.0, 2.0), (101.0 + SILENT_S, 1.5))
 
 
 def test_cumulative_figures_survive_lost_reports_and_a_restarted_loadbalancer() -> None:
@@ -56,14 +48,14 @@ def test_no_lease_is_out_only_when_every_loadbalancer_knows_the_drain_and_counts
     assert not d.no_lease_on(1, 5), "b counts one"
     d.add_report(report("b", hot_epoch="old", hot_version=9), 1.0)
     assert not d.no_lease_on(1, 5), "b has the set of another autoscaler"
-    assert Demand("e", told_nobody=True).no_lease_on(1, 5)
+    assert Demand("e", no_balancers=True).no_lease_on(1, 5)
 
 
 def test_the_series_keeps_only_what_a_policy_may_read() -> None:
     d = Demand("e", memory_s=10.0)
     for t in range(100):
         d.tick(float(t))
-    assert len(d.series) == 11
+    assert len(d.since(-math.inf)) == 11
 
 
 def test_a_loadbalancer_that_was_silent_for_a_while_is_not_counted_from_the_beginning_again() -> None:
@@ -89,24 +81,7 @@ def test_somebody_reports_while_a_loadbalancer_was_heard_of_lately() -> None:
     assert d.reporting
     d.tick(SILENT_S + 1)
     assert not d.reporting
-    assert Demand("e", told_nobody=True).reporting
-
-
-# -- what has arrived ------------------------------------------------------------------------------------
-
-
-def arrived(d: Demand, at: float, requests: int, name: str = "lb") -> None:
-    """That loadbalancer says that so many have arrived in all: 100 work each, of it 300 tokens to read."""
-    d.add_report(
-        report(
-            name,
-            arrivals=requests,
-            arrived_work=100.0 * requests,
-            prompt_tokens=300 * requests,
-            output_tokens=70.0 * requests,
-        ),
-        at,
-    )
+    assert Demand("e", no_balancers=True).reporting
 
 
 def test_the_traffic_is_the_sum_over_loadbalancers_and_its_counters_never_go_back() -> None:
@@ -134,119 +109,6 @@ def test_what_waits_is_that_of_the_loadbalancers_heard_of_lately() -> None:
     assert d.traffic == Traffic(0, 0, 0.0, 0.0, 5, 2, 30.0, 200, 1.0, 9.0)
 
 
-def test_arrivals_are_put_into_the_second_in_which_they_came() -> None:
-    d = Demand("e")
-    for at, requests in ((100.3, 0), (101.3, 4), (102.3, 4), (103.3, 6)):
-        arrived(d, at, requests)
-    assert d.take_arrived() == [Arrived(100, 4, 400.0, 1200), Arrived(102, 2, 200.0, 600)]
-    assert d.take_arrived() == []
-
-
-def test_two_loadbalancers_fill_the_same_second() -> None:
-    d = Demand("e")
-    for name in ("a", "b"):
-        arrived(d, 100.0, 0, name)
-        arrived(d, 101.0, 3, name)
-    assert d.take_arrived() == [Arrived(100, 6, 600.0, 1800)]
-
-
-def test_what_was_reported_late_is_spread_over_the_time_it_covers() -> None:
-    d = Demand("e")
-    arrived(d, 100.0, 0)
-    arrived(d, 104.5, 9)
-    assert d.take_arrived() == [Arrived(s, 2, 200.0, 600) for s in range(100, 104)] + [
-        Arrived(104, 1, 100.0, 300)
-    ]
-
-
-def test_what_could_not_be_written_comes_again_with_what_came_since() -> None:
-    d = Demand("e")
-    arrived(d, 100.0, 0)
-    arrived(d, 101.0, 3)
-    taken = d.take_arrived()
-    arrived(d, 101.9, 5)
-    d.put_back(taken)
-    assert d.take_arrived() == [Arrived(101, 2, 200.0, 600), Arrived(100, 3, 300.0, 900)]
-
-
-def test_arriving_is_work_per_second_in_bins_that_end_now() -> None:
-    d = Demand("e")
-    for n in range(31):
-        arrived(d, 1000.0 + n, 10 * n if n <= 20 else 200)
-    assert d.arriving(1030.0, 3600.0) == pytest.approx([1000.0] * 4 + [0.0] * 2)
-    assert d.arriving(1030.0, 12.0) == pytest.approx([0.0] * 2), "as far back as is asked for, in whole bins"
-    assert len(d.arriving(1030.0, BIN_S - 1)) == 0
-
-
-def test_before_the_first_report_nothing_is_known_and_not_that_nothing_arrived() -> None:
-    d = Demand("e")
-    d.tick(1000.0)
-    assert len(d.arriving(1000.0, 3600.0)) == 0
-    arrived(d, 1000.0, 5)
-    arrived(d, 1001.0, 5)
-    assert len(d.arriving(1001.0, 3600.0)) == 0
-    for n in range(2, 11):
-        arrived(d, 1000.0 + n, 5)
-    assert list(d.arriving(1010.0, 3600.0)) == [0.0, 0.0]
-
-
-def test_with_all_loadbalancers_silent_nothing_arrives() -> None:
-    d = Demand("e")
-    arrived(d, 1000.0, 0)
-    for n in range(1, 6):
-        arrived(d, 1000.0 + n, 10 * n)
-    assert list(d.arriving(1016.0, 3600.0)) == [1000.0, 0.0, 0.0]
-    late = d.arriving(1000.0 + 3 * ARRIVING_S, 100.0)
-    assert list(late) == [0.0] * 20
-
-
-@pytest.mark.parametrize("hours", [1, 29])
-def test_arriving_is_the_same_as_counting_by_hand_however_long_it_runs(hours: int) -> None:
-    d = Demand("e")
-    start, total, seconds = 50_000, 0, hours * 3600
-    by_hand = np.array([(second * 7919) % 13 for second in range(seconds)])
-    arrived(d, float(start), 0)
-    for second in range(seconds):
-        total += int(by_hand[second])
-        arrived(d, start + second + 1.0, total)
-    got = d.arriving(float(start + seconds), ARRIVING_S)
-    kept = by_hand[-ARRIVING_S:].reshape(-1, 5)
-    assert list(got) == pytest.approx(list(100.0 * kept.mean(axis=1)))
-
-
-def test_deciding_twice_sees_the_same_arrivals() -> None:
-    d = Demand("e")
-    arrived(d, 100.0, 0)
-    arrived(d, 120.0, 40)
-    assert d.arriving(120.0, 3600.0) is d.arriving(120.0, 3600.0)
-    with pytest.raises(ValueError, match="read-only"):
-        d.arriving(120.0, 3600.0)[0] = 1.0
-
-
-def test_a_restarted_process_goes_on_with_the_arrivals_of_the_ledger() -> None:
-    d = Demand("e")
-    d.remember([Arrived(s, 2.0, 300.0, 1000.0) for s in range(1000, 1010)], prefill_weight=0.1)
-    arrived(d, 1020.0, 7000)
-    arrived(d, 1021.0, 7003)
-    assert list(d.arriving(1021.0, 3600.0)) == [300.0, 240.0, 0.0, 60.0]
-    assert d.traffic.requests_total == 3
-    assert d.take_arrived() == [Arrived(1020, 3, 300.0, 900)], "it is not written down twice"
-    assert d.mix is not None
-    assert d.mix.work == pytest.approx((10 * 300 + 3 * 100) / 23, rel=0.01)
-    assert d.mix.output_tokens == pytest.approx((10 * 200 + 3 * 70) / 23, rel=0.01)
-
-
-def test_the_mean_request_is_that_of_the_last_hours() -> None:
-    d = Demand("e")
-    assert d.mix is None
-    d.add_report(report(arrivals=0, arrived_work=0.0), 0.0)
-    d.add_report(report(arrivals=1000, arrived_work=50_000.0), 1.0)
-    assert d.mix == Mix(50.0, 0.0, 0.0)
-    d.add_report(report(arrivals=2000, arrived_work=250_000.0), 1.0 + MIX_S)
-    assert d.mix is not None
-    assert d.mix.work == pytest.approx((200.0 + 50.0 / math.e) / (1.0 + 1.0 / math.e))
-
-
 def test_a_policy_is_given_the_demand_as_far_back_as_it_looks_and_one_more() -> None:
     d = Demand("e")
     for t in range(0, 100, 5):
@@ -270,8 +132,8 @@ def test_what_a_full_fleet_serves_is_its_capacity() -> None:
     for n in range(30):
         at = NOW + 5.0 * n
         saturated(d, at, 1500.0 * n, 500.0 * n + 1.0)
-        d.served(2, at)
-    assert d.saturated_work_s() == pytest.approx(100.0, rel=0.02)
+        d.tick(at, 2)
+    assert d.saturation.work_s == pytest.approx(100.0, rel=0.02)
 
 
 def test_nothing_is_learnt_of_a_fleet_that_is_not_full_or_has_just_changed() -> None:
@@ -279,14 +141,14 @@ def test_nothing_is_learnt_of_a_fleet_that_is_not_full_or_has_just_changed() -> 
     for n in range(60):
         at = NOW + 5.0 * n
         saturated(d, at, 1500.0 * n, 0.0)
-        d.served(2, at)
-    assert d.saturated_work_s() is None, "nothing waited"
+        d.tick(at, 2)
+    assert d.saturation.work_s is None, "nothing waited"
     d = Demand("a")
     for n in range(60):
         at = NOW + 5.0 * n
         saturated(d, at, 1500.0 * n, 500.0)
-        d.served(2 + n % 2, at)
-    assert d.saturated_work_s() is None, "it was another number each time"
+        d.tick(at, 2 + n % 2)
+    assert d.saturation.work_s is None, "it was another number each time"
 
 
 def test_late_requests_are_counted_over_loadbalancers_and_their_restarts() -> None:

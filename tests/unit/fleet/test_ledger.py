@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fleet.demand import Arrived
+from fleet.arrivals import Arrived
 from fleet.journal import BillingInterval, Entries, SavedInstance
 from fleet.outside.ledger import BUCKET_S, DAY_S, KEPT_S, MIGRATIONS, PRUNE_EVERY_S, Ledger
 from process.errors import ConfigError

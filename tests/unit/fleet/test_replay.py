@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.slo import Slo
-from fleet.demand import Arrived
+from fleet.arrivals import Arrived
 from fleet.replay import BadReply, ReplayDay, parse_reply, request_of
 from policies import Capacity
 from policies.objective import Objective

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from autoscaler_server import REPLAY
-from fleet.demand import Arrived, Demand
+from fleet.arrivals import Arrived
+from fleet.demand import Demand
 from fleet.outside.ledger import Ledger
 from fleet.outside.replay_process import ROOT, ReplayProcess
 from fleet.outside.tuner import NoCurve, Tuner

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from fleet.arrivals import Arrived
 from fleet.commands import Create, LookForOffers, Performed, Reply, Stop
-from fleet.demand import Arrived, Demand
+from fleet.demand import Demand
 from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import Entries
 from fleet.outside.ledger import Ledger
@@ -245,11 +246,11 @@ def test_arrivals_survive_a_restart(ledger: Ledger) -> None:
     again = Loop(ledger, loop.world)
     counted(again, 2066.0, 500)
     counted(again, 2067.0, 502)
-    seen = again.scaler.demand.arriving(2067.0, 3600.0)
+    seen = again.scaler.demand.history.work_s(2067.0, 3600.0)
     assert list(seen) == pytest.approx([600.0] * 11 + [360.0, 80.0], abs=121.0)
     assert seen.sum() * 5.0 == pytest.approx(60 * 600.0 + 2 * 200.0, abs=2 * 600.0)
-    assert again.scaler.demand.mix is not None
-    assert again.scaler.demand.mix.work == pytest.approx(200.0)
+    assert again.scaler.demand.history.mix is not None
+    assert again.scaler.demand.history.mix.work == pytest.approx(200.0)
 
 
 def test_counts_are_written_every_half_minute_and_what_fails_is_written_later(

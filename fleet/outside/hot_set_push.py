@@ -1,0 +1,89 @@
+"""Tell the loadbalancers of a changed hot set at once; they also ask by themselves."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import aiohttp
+import msgspec
+
+from engine.timing import PROFILE_MODELS, Timing, timing_for
+from fleet.hot_set import make_hot_set
+from fleet.outside.turns import Autoscaler
+from fleet.outside.wakeup import Wakeup
+from web.messages.hot_set import HotSet
+
+log = logging.getLogger("autoscaler")
+
+HOT_PUSH_S = 0.25
+"""Seconds between two looks for a changed hot set; a passed check is told at once."""
+
+PUSH_TIMEOUT_S = 3.0
+"""Seconds after which a loadbalancer that does not answer is tried again."""
+
+
+def current_hot_set(scaler: Autoscaler, master_token: Callable[[str], str]) -> HotSet | None:
+    """Return what a loadbalancer must know, or None while the fleet is not known yet. Secrets are in it."""
+    now, profile = scaler.clock(), scaler.instances.profile
+    with scaler.lock:
+        if not scaler.instances.knows_hot_set():
+            return None
+        serving = [replace(i) for i in scaler.instances.serving()]
+        version, expected_hot_s = scaler.instances.hot_version, scaler.instances.expected_hot_s(now)
+
+    def timing(gpu_name: str, num_gpus: int) -> Timing | None:
+        return timing_for(profile.name, gpu_name, num_gpus) if profile.name in PROFILE_MODELS else None
+
+    return make_hot_set(serving, scaler.epoch, version, expected_hot_s, profile, master_token, timing)
+
+
+# --- outside world ---------------------------------------------------------------------------------
+
+
+class HotSetPush:
+    """Sends each new version of the hot set to each loadbalancer; one that hangs delays no other."""
+
+    def __init__(
+        self,
+        version: Callable[[], int],
+        hot_set: Callable[[], HotSet | None],
+        loadbalancers: Sequence[str],
+        control_key: str,
+    ) -> None:
+        """version, hot_set: return the present ones. loadbalancers: their URLs."""
+        self.wakeup = Wakeup()  # to look for a new version now
+        self._version = version
+        self._hot_set = hot_set
+        self._loadbalancers = loadbalancers
+        self._headers = {"Authorization": f"Bearer {control_key}", "Content-Type": "application/json"}
+
+    async def run(self) -> None:
+        """Push; never return."""
+        timeout = aiohttp.ClientTimeout(total=PUSH_TIMEOUT_S)
+        async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=self._headers) as session:
+            await asyncio.gather(*(self._push_to(session, url) for url in self._loadbalancers))
+
+    async def _push_to(self, session: aiohttp.ClientSession, url: str) -> None:
+        told: int | None = None
+        complaint: str | None = None
+        while True:
+            hot_set = self._hot_set() if told != self._version() else None
+            if hot_set is not None:
+                trouble = await _push(session, url, hot_set)
+                if trouble is None:
+                    told = hot_set.version
+                elif trouble != complaint:
+                    log.warning("loadbalancer %s %s; it will ask when it can", url, trouble)
+                complaint = trouble
+            await self.wakeup.wait(HOT_PUSH_S)
+
+
+async def _push(session: aiohttp.ClientSession, url: str, hot_set: HotSet) -> str | None:
+    """Send the hot set; return why it was not taken, or None when it was."""
+    data = msgspec.json.encode(hot_set)
+    try:
+        async with session.put(f"{url}/hot", data=data, allow_redirects=False) as reply:
+            return None if reply.status == 200 else f"refused the hot set: {reply.status}"
+    except (aiohttp.ClientError, TimeoutError, OSError) as e:
+        return f"is not there: {type(e).__name__}"

@@ -1,0 +1,26 @@
+"""Wake what waits in an event loop."""
+
+import asyncio
+
+
+class Wakeup:
+    """Wakes the coroutines of one event loop that wait for it; `wake` is called in that loop."""
+
+    def __init__(self) -> None:
+        """Begin with nothing waiting."""
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def wake(self) -> None:
+        """Let all go on that wait."""
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Wait until it wakes, or for so long."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        try:
+            await asyncio.wait((future,), timeout=timeout_s)
+        finally:
+            self._waiting.discard(future)
