@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 
-import msgspec
 from flask import Flask, Response, jsonify, request
 
 from fleet.outside.config import SERVE_ONLY, AutoscalerConfig
@@ -31,11 +30,11 @@ from fleet_client.flags import Parser, add_flags
 from fleet_client.listening import bind_socket, check_bind
 from policies import POLICIES, make_policy
 from process.errors import ConfigError
-from web.answers import error
+from web.answers import JsonAnswer, error, response
 from web.app import body, make_app, query_number, requires
 from web.bridge import serve_flask
 from web.keys import AccessKeys
-from web.messages.busy import MAX_BUSY_BODY, BusyReport
+from web.messages.busy import MAX_BUSY_BODY, BusyAnswer, BusyReport
 from web.messages.decoding import BadField, decode
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import ReadyBody
@@ -105,7 +104,7 @@ def _add_loadbalancer_routes(
         found = current_hot_set(scaler, master_token)
         if found is None:
             return error(503, "not_ready", "the fleet is not known yet: just started")
-        return Response(msgspec.json.encode(found), mimetype="application/json")
+        return response(JsonAnswer(found))
 
     @app.post("/busy")
     @control
@@ -114,7 +113,7 @@ def _add_loadbalancer_routes(
         with scaler.lock:
             version = scaler.instances.hot_version
             expected_s = scaler.instances.expected_hot_s(scaler.clock())
-        return jsonify(hot_epoch=scaler.epoch, hot_version=version, expected_hot_s=expected_s)
+        return response(JsonAnswer(BusyAnswer(scaler.epoch, version, expected_s)))
 
 
 def _add_ready(

@@ -41,7 +41,7 @@ from web.app import make_app, requires
 from web.bridge import serve_flask
 from web.direct import DirectRoutes, Held
 from web.keys import AccessKeys
-from web.messages.hot_set import MAX_HOT_BODY
+from web.messages.hot_set import MAX_HOT_BODY, HotSetTaken
 from web.messages.leases import DoneBody, RouteBody
 from web.messages.reports import MAX_REPORT_BODY
 
@@ -142,7 +142,7 @@ class LoadBalancerConfig:
 # -- the routes ------------------------------------------------------------------------------------------
 
 
-def create_app(desk: LoadBalancerService, keys: AccessKeys) -> Flask:
+def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     """Make the routes. Views check, act and answer; what is decided is decided in `loadbalancer.py`."""
     app = make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
     direct = DirectRoutes(app)
@@ -150,46 +150,46 @@ def create_app(desk: LoadBalancerService, keys: AccessKeys) -> Flask:
 
     @direct.post("/route", RouteBody, keys.for_clients)
     def route(said: RouteBody, client: str) -> JsonAnswer | Held:
-        return desk.route(_ask(desk.balancer, said, client), said.wait_s or 0.0, said.count)
+        return service.route(_ask(service.balancer, said, client), said.wait_s or 0.0, said.count)
 
     @direct.post("/done", DoneBody, keys.for_clients)
     def done(said: DoneBody, _client: str) -> JsonAnswer:
         why = said.why or ""
-        known = desk.balancer.end_lease(
+        known = service.balancer.end_lease(
             said.request_id,
             said.outcome,
-            desk.clock(),
+            service.clock(),
             blame=not NO_FAULT.fullmatch(why),
             impostor=why == "wrong_certificate",
         )
         if known and said.outcome == "failed":
             log.warning("a client's request %s failed: %s", said.request_id, why or "no reason given")
-        desk.activity.set()
-        desk.serve_waiting()
+        service.activity.set()
+        service.serve_waiting()
         return JsonAnswer({})
 
     @direct.put("/hot", keys.for_control)
     async def hot(raw: bytes) -> JsonAnswer:
-        news = desk.hot_set(await desk.reader.read(raw))
-        now = desk.balancer.instances.hot_set
-        return JsonAnswer({"taken": news, "epoch": now and now.epoch, "version": now and now.version})
+        news = service.hot_set(await service.reader.read(raw))
+        now = service.balancer.instances.hot_set
+        return JsonAnswer(HotSetTaken(news, now.epoch if now else None, now.version if now else None))
 
     # Its body is signed: it is looked who says it before anything else.
-    direct.add("POST", "/report", lambda raw, authorization, _: desk.report(raw, authorization))
+    direct.add("POST", "/report", lambda raw, authorization, _: service.report(raw, authorization))
 
     @app.get("/status")
     @operator
     def status() -> Response:
-        return jsonify(status_of(desk))
+        return jsonify(status_of(service))
 
     @app.get("/health")
     def health() -> Response:
-        return jsonify(status="ok", hot=desk.balancer.instances.hot)
+        return jsonify(status="ok", hot=service.balancer.instances.hot)
 
     @app.get("/metrics")
     @operator
     def metrics() -> Response:
-        text = metrics_text(status_of(desk), desk.balancer.instances.hot)
+        text = metrics_text(status_of(service), service.balancer.instances.hot)
         return Response(text, mimetype="text/plain; version=0.0.4")
 
     return app
@@ -209,13 +209,13 @@ def _ask(balancer: LoadBalancer, said: RouteBody, client: str) -> RouteRequest:
     )
 
 
-def status_of(desk: LoadBalancerService) -> dict[str, Any]:
+def status_of(service: LoadBalancerService) -> dict[str, Any]:
     """`GET /status`: everything but tokens and keys."""
-    now = desk.clock()
+    now = service.clock()
     return {
-        "loadbalancer": desk.name,
-        "heard_of_autoscaler_s_ago": None if desk.heard_at is None else round(now - desk.heard_at, 1),
-        **desk.balancer.describe(now),
+        "loadbalancer": service.name,
+        "heard_of_autoscaler_s_ago": None if service.heard_at is None else round(now - service.heard_at, 1),
+        **service.balancer.describe(now),
     }
 
 
@@ -246,11 +246,11 @@ def serve(config: LoadBalancerConfig) -> None:
     )
     keys = AccessKeys(private_files.load_or_make_key(state_dir / "control.key"), clients, operator)
     sock = bind_socket(config.host, config.port)
-    desk = LoadBalancerService(make_balancer(config), steady_clock())
-    tasks = BackgroundTasks(desk, config.autoscaler, keys.control, config.report_to)
+    service = LoadBalancerService(make_balancer(config), steady_clock())
+    tasks = BackgroundTasks(service, config.autoscaler, keys.control, config.report_to)
     log.info("loadbalancer of fleet %s on http://%s:%d", config.label, config.host, config.port)
     serve_flask(
-        create_app(desk, keys),
+        create_app(service, keys),
         sock,
         background=[tasks.clockwork, tasks.ticks, tasks.autoscaler],
         any_host=bool(clients and operator),

@@ -1,11 +1,12 @@
 """JSON answers, and the one shape that errors have."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from flask import Response
+from msgspec import Struct
 
 from web.messages.decoding import BadField
 
@@ -14,14 +15,14 @@ from web.messages.decoding import BadField
 class JsonAnswer:
     """A JSON answer. said: an object, or its JSON already encoded."""
 
-    said: Mapping[str, Any] | bytes
+    said: Mapping[str, Any] | Struct | bytes
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
 
     @property
     def payload(self) -> bytes:
         """The bytes of the body."""
-        return self.said if isinstance(self.said, bytes) else json.dumps(self.said).encode()
+        return self.said if isinstance(self.said, bytes) else msgspec.json.encode(self.said)
 
 
 def error(status: int, code: str, message: str) -> Response:

@@ -22,85 +22,94 @@ log = logging.getLogger("loadbalancer")
 
 
 CLOCKWORK_S = 0.02
-"""How long capacity that appears with time alone, or a thirsty stock, may go unnoticed."""
+"""Seconds that capacity which appears with time alone, or a low stock of tokens, may go unnoticed."""
 
 QUIET_S = 0.2
-"""The same while nobody asks, waits or fails: then only reports become due, each second at most. Of an idle
-core 50 looks a second took 1.2 %, because each finds cold caches (2026-11)."""
+"""The same while no request comes, waits or fails: then only reports become due, each once a second. 50 looks
+a second took 1.2 % of an idle core, because each finds cold caches (2026-11)."""
 
 INSTANCE_TIMEOUT_S = 5.0
-"""For a token batch or a load report: an instance that takes longer is as good as gone."""
+"""Seconds for a token batch or a load report: an instance that takes longer is as good as gone."""
 
 AUTOSCALER_TIMEOUT_S = 3.0
-"""For the hot set and the busy report."""
+"""Seconds for the hot set and the busy report."""
 
-
-# --- outside world ---------------------------------------------------------------------------------
+REPORT_S = 1.0
+"""Seconds from one busy report to the next."""
 
 
 class BackgroundTasks:
-    """What the loadbalancer asks of instances and autoscaler; each method is a background coroutine."""
+    """What the loadbalancer asks of instances and autoscaler; its public methods are coroutines to run."""
 
     def __init__(
         self,
-        desk: LoadBalancerService,
+        service: LoadBalancerService,
         autoscaler: str,
         control_key: str,
         report_to: Callable[[str], str | None] = lambda _: None,
     ) -> None:
-        """autoscaler: its URL. report_to: where the instance with that auth_server is to send reports."""
-        self._desk = desk
+        """Start nothing yet.
+
+        autoscaler: its URL. report_to: where the instance with that auth_server is to send reports.
+        """
+        self._service = service
         self._report_to = report_to
         self._autoscaler = autoscaler.rstrip("/")
         self._bearer = {"Authorization": f"Bearer {control_key}"}
         self._complaint: str | None = None
         self._not_answering: set[int] = set()
+        self._asking: set[asyncio.Task[None]] = set()
 
     async def clockwork(self) -> None:
-        """Keep stocks full, reports fresh, and nobody waiting whom an instance could serve."""
-        errands: set[asyncio.Task[None]] = set()
-
-        def start(errand: Coroutine[Any, Any, None]) -> None:
-            task = asyncio.create_task(errand)
-            errands.add(task)
-            task.add_done_callback(ended)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            errands.discard(task)
-            desk.activity.set()
-
-        desk, looks = self._desk, 1
+        """Keep stocks full and reports fresh, and let no request wait that an instance could serve."""
+        service, looks = self._service, 1
         async with InstanceClient() as client:
             try:
                 while True:
-                    now = desk.clock()
-                    quiet = not desk.activity.is_set()
-                    desk.activity.clear()
-                    for refill in desk.balancer.refills(now):
-                        start(self._refill(client, refill))
-                        quiet = False
-                    for _ in range(looks):  # each looks at a part of the instances: as many as were left out
-                        if polls := desk.balancer.polls(now):
-                            quiet = False
-                            for poll in polls:
-                                start(self._poll(client, poll))
-                            break  # the others in a moment, so that they do not come in bursts
-                    desk.serve_waiting()
-                    quiet = quiet and not desk.balancer.queue.held
+                    quiet = not service.activity.is_set()
+                    service.activity.clear()
+                    asked = self._ask_instances(client, looks)
+                    service.serve_waiting()
+                    quiet = quiet and not asked and not service.balancer.queue.held
                     looks = round(QUIET_S / CLOCKWORK_S) if quiet else 1
                     if quiet:
                         with contextlib.suppress(TimeoutError):
                             async with asyncio.timeout(QUIET_S):
-                                await desk.activity.wait()
+                                await service.activity.wait()
                     else:
                         await asyncio.sleep(CLOCKWORK_S)
             finally:
-                for task in errands:
+                for task in self._asking:
                     task.cancel()
-                await asyncio.gather(*errands, return_exceptions=True)
+                await asyncio.gather(*self._asking, return_exceptions=True)
+
+    def _ask_instances(self, client: InstanceClient, looks: int) -> bool:
+        """Begin what is to be asked now; return whether it is anything.
+
+        looks: for load reports. Each one sees a part of the instances; as many as were left out.
+        """
+        balancer, now = self._service.balancer, self._service.clock()
+        refills = balancer.refills(now)
+        for refill in refills:
+            self._begin(self._refill(client, refill))
+        for _ in range(looks):
+            if polls := balancer.polls(now):
+                for poll in polls:
+                    self._begin(self._poll(client, poll))
+                return True  # the others in a moment, so that they do not come in bursts
+        return bool(refills)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._asking.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._asking.discard(task)
+        self._service.activity.set()
 
     async def _refill(self, client: InstanceClient, refill: Refill) -> None:
-        desk = self._desk
+        service = self._service
         batch = None
         try:
             spec = refill.spec
@@ -114,14 +123,14 @@ class BackgroundTasks:
             )
         except InstanceError as e:
             self._silent(refill.instance_id, e)
-        finally:  # also when we are cancelled: nothing else completes it
-            desk.balancer.complete_refill(refill, batch, desk.clock())
+        finally:  # also when the task is cancelled: nothing else completes it
+            service.balancer.complete_refill(refill, batch, service.clock())
         if batch is not None:
             self._silent(refill.instance_id, None)
-            desk.serve_waiting()
+            service.serve_waiting()
 
     async def _poll(self, client: InstanceClient, poll: Poll) -> None:
-        desk = self._desk
+        service = self._service
         load = None
         try:
             spec = poll.spec
@@ -131,10 +140,10 @@ class BackgroundTasks:
         except InstanceError as e:
             self._silent(poll.instance_id, e)
         finally:
-            desk.balancer.complete_poll(poll, load, desk.clock())
+            service.balancer.complete_poll(poll, load, service.clock())
         if load is not None:
             self._silent(poll.instance_id, None)
-            desk.serve_waiting()
+            service.serve_waiting()
 
     def _silent(self, instance_id: int, why: InstanceError | None) -> None:
         """Log when an instance stops answering and when it answers again, not every time between."""
@@ -148,7 +157,7 @@ class BackgroundTasks:
     async def ticks(self) -> None:
         """Release what has expired, every second."""
         while True:
-            self._desk.balancer.tick(self._desk.clock())
+            self._service.balancer.tick(self._service.clock())
             await asyncio.sleep(1.0)
 
     async def autoscaler(self) -> None:
@@ -167,21 +176,21 @@ class BackgroundTasks:
                     self._complain(f"{type(e).__name__}: {e}")
                 except BadField as e:
                     current = False
-                    self._complain(f"its hot set cannot be used: {e}")
+                    self._complain(f"its answer cannot be used: {e}")
                 else:
                     self._complain(None)
-                await asyncio.sleep(max(0.05, 1.0 - (time.monotonic() - begun)))
+                await asyncio.sleep(max(0.05, REPORT_S - (time.monotonic() - begun)))
 
     async def _fetch_hot(self, session: aiohttp.ClientSession) -> None:
         async with session.get(f"{self._autoscaler}/hot", allow_redirects=False) as reply:
             if reply.status == 503:
-                return  # it does not know its fleet yet: what we know stays as it is
+                return  # it does not know its fleet yet: what is known here stays as it is
             raw = await _read(reply)
-        self._desk.hot_set(await self._desk.reader.read(raw))
+        self._service.hot_set(await self._service.reader.read(raw))
 
     async def _report_busy(self, session: aiohttp.ClientSession) -> bool:
-        """Report; whether the autoscaler's hot set is the one we have."""
-        report = self._desk.balancer.usage(self._desk.clock(), self._desk.name)
+        """Say how busy it is; return whether the autoscaler's hot set is the one that is known here."""
+        report = self._service.balancer.usage(self._service.clock(), self._service.name)
         async with session.post(
             f"{self._autoscaler}/busy",
             data=msgspec.json.encode(report),
@@ -189,12 +198,12 @@ class BackgroundTasks:
             allow_redirects=False,
         ) as reply:
             said = decode(await _read(reply), BusyAnswer)
-        balancer = self._desk.balancer
-        balancer.expect_hot(said.expected_hot_s, self._desk.clock())
+        balancer = self._service.balancer
+        balancer.expect_hot(said.expected_hot_s, self._service.clock())
         hot_set = balancer.instances.hot_set
         if hot_set is None or (hot_set.epoch, hot_set.version) != (said.hot_epoch, said.hot_version):
             return False
-        self._desk.confirm_hot_set()
+        self._service.confirm_hot_set()
         return True
 
     def _complain(self, why: str | None) -> None:

@@ -17,7 +17,7 @@ from web.answers import JsonAnswer, error_answer
 from web.direct import Held
 from web.messages.decoding import decode
 from web.messages.hot_set import HotSet
-from web.messages.reports import PushedReport
+from web.messages.reports import PushedReport, ReportTaken
 from web.signatures import name_and_key, signer
 
 log = logging.getLogger("loadbalancer")
@@ -172,7 +172,7 @@ class LoadBalancerService:
         if not report.model_up:
             log.warning("instance %d says that its model server is down: it gets no requests", instance_id)
         self.serve_waiting()
-        return JsonAnswer({"next_in_s": round(next_in_s, 3)})
+        return JsonAnswer(ReportTaken(round(next_in_s, 3)))
 
 
 def _refused(refused: RouteRefused) -> JsonAnswer:

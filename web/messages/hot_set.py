@@ -34,7 +34,8 @@ class HotTiming(Struct, frozen=True, gc=False):
     @classmethod
     def of(cls, timing: Timing) -> "HotTiming":
         """Return what is sent of that timing."""
-        return cls(*(getattr(timing, name) for name in cls.__struct_fields__))
+        t = timing
+        return cls(t.a, t.b, t.c, t.d, t.e, t.f, t.kv_tokens, t.max_seqs, t.step_tokens)
 
     def timing(self) -> Timing:
         """Return the timing that was sent."""
