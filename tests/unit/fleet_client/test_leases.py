@@ -3,6 +3,7 @@
 import json
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from fleet_client import leases
@@ -10,7 +11,7 @@ from fleet_client.leases import ClientLease, Refusal, read_batch, read_route, ro
 from fleet_client.token_estimate import TokenEstimate
 from tests.fake_fleet import lease
 from web.messages.decoding import decode
-from web.messages.leases import DoneBody, RouteBody
+from web.messages.leases import DoneBody, InstanceCertificate, LeaseAnswer, LeaseBatch, RouteBody
 
 T = TypeVar("T")
 
@@ -140,6 +141,15 @@ def test_what_is_asked_has_sizes_and_hashes_and_only_what_is_not_the_default() -
 def as_read(body: dict[str, Any], kind: type[T]) -> T:
     """The body as the loadbalancer reads it."""
     return decode(json.dumps(body).encode(), kind)
+
+
+def test_the_leases_that_the_loadbalancer_encodes_are_understood() -> None:
+    given = LeaseAnswer("https://10.0.0.7:8000", "token", "0" * 16, 7, "vllm-13", 1e9, 60.0, "PEM", "hash")
+    one = read_route(200, msgspec.json.encode(given), None, 100.0)
+    assert one == ClientLease("https://10.0.0.7:8000", "0" * 16, 7, 100.0, 160.0, "token", "PEM")
+    bare = msgspec.structs.replace(given, certificate=None, public_key_sha256=None)
+    batch = LeaseBatch([bare, bare], {7: InstanceCertificate("PEM", "hash")})
+    assert read_batch(200, msgspec.json.encode(batch), None, 100.0) == [one, one]
 
 
 def test_what_is_asked_of_the_loadbalancer_is_what_the_real_one_takes() -> None:

@@ -45,8 +45,8 @@ from tests.asgi_client import AsgiClient
 from tests.dispatch_world import instance, world
 from tests.fake_fleet import FakeInstance, make_certificate
 from tests.fleet_world import Contract
+from tests.loadbalancer_app import CONTROL, HOT
 from tests.messages import hot_set, token_batch
-from tests.process.test_loadbalancer_server import CONTROL, HOT
 from tests.waiting import wait_for
 from web.keys import AccessKeys
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from flask.testing import FlaskClient
 
@@ -27,7 +28,7 @@ from tests.paths import ROOT
 from tests.ports import free_port
 from tests.waiting import wait_for
 from web.messages.decoding import decode
-from web.messages.reports import LoadReport, TokenBatch
+from web.messages.reports import LoadReport, TokenBatch, TokenOrder
 
 MASTER = "m" * 64
 KEY = {"Authorization": f"Bearer {MASTER}"}
@@ -66,6 +67,12 @@ def test_a_batch_of_tokens_comes_with_the_load(client: FlaskClient, boot: str) -
     assert (batch.load.running, batch.load.waiting, batch.load.started, batch.load.ended) == (2, 1, [], [])
     gate = Gate(boot)
     assert all(gate.take(token, 1.0) for token in batch.tokens)
+
+
+def test_an_order_for_tokens_is_what_the_struct_of_the_loadbalancer_says(client: FlaskClient) -> None:
+    for order in (TokenOrder(2), TokenOrder(2, "http://127.0.0.1:1/report")):
+        answer = client.post("/tokens", data=msgspec.json.encode(order), headers=KEY)
+        assert len(decode(answer.data, TokenBatch).tokens) == 2
 
 
 def test_a_load_report_has_the_events_after_a_number(client: FlaskClient, boot: str) -> None:

@@ -22,7 +22,8 @@ from remote.speaker import MOST_EVENTS, MOST_LISTENERS, TRIES, ModelState, Speak
 from tests.dispatch_world import DispatchWorld, instance, world
 from tests.messages import request_end
 from tests.waiting import wait_for
-from web.messages.reports import PushedReport
+from web.messages.decoding import decode
+from web.messages.reports import PushedReport, ReadyBody, RequestEnd
 from web.signatures import OLD_BOOTS, ReplayGuard, instance_key, name_and_key, signer
 
 MASTER = "master-of-a-test"
@@ -135,6 +136,7 @@ class Listener:
     def __init__(self, answer: Callable[[int], tuple[int, dict[str, Any]]]) -> None:
         """Listens on loopback."""
         self.heard: list[dict[str, Any]] = []
+        self.bodies: list[bytes] = []
         self.at: list[float] = []
         self.paths: list[str] = []
         self.signers: list[str | None] = []
@@ -148,6 +150,7 @@ class Listener:
                 outer.signers.append(signer(self.headers["Authorization"], self.path, raw, KEYS))
                 outer.at.append(time.monotonic())
                 outer.paths.append(self.path)
+                outer.bodies.append(raw)
                 outer.heard.append(json.loads(raw))
                 status, said = answer(len(outer.heard))
                 body = json.dumps(said).encode()
@@ -290,6 +293,21 @@ def test_each_event_is_reported_once(one: Instance) -> None:
         one.up = True
         wait_for("the model is up", lambda: lb.heard[-1]["model_up"])
         assert set(lb.signers) == {NAME}
+
+
+def test_what_it_says_is_what_the_other_ends_structs_say(one: Instance) -> None:
+    with listening() as autoscaler, listening() as lb:
+        one.speaker.begin(f"{autoscaler.url}/ready", again=False)
+        one.speaker.listen(f"{lb.url}/report")
+        wait_for("it reports at once", lambda: lb.heard and autoscaler.heard)
+        begun, ended = one.event(), one.event(events.FINISHED)
+        wait_for("it is told", lambda: lb.heard[-1]["seq"] == 2)
+    for raw in autoscaler.bodies:
+        assert decode(raw, ReadyBody).state == "loading"
+    reports = [decode(raw, PushedReport) for raw in lb.bodies]
+    assert [i for r in reports for i in r.started] == [begun]
+    assert [size for r in reports for size in r.started_bytes] == [5]
+    assert [end for r in reports for end in r.ended] == [RequestEnd(ended, "finished", 5)]
 
 
 def seconds_until_said(one: Instance, lb: Listener, do: Callable[[], object]) -> float:

@@ -1,0 +1,70 @@
+"""The loadbalancer's routes with a clock that stands still, for tests without processes."""
+
+import random
+from typing import Any
+
+from bench.route.stub_fleet import certificate
+from dispatch.outside.service import LoadBalancerService
+from loadbalancer import LoadBalancer
+from loadbalancer_server import create_app
+from tests.asgi_client import AsgiClient
+from tests.messages import hot_set, token_batch
+from web.keys import AccessKeys
+
+CONTROL, CLIENT, OPERATOR = "control-" + "c" * 32, "client-" + "u" * 32, "operator-" + "o" * 32
+
+INSTANCE: dict[str, Any] = {
+    "id": 7,
+    "state": "hot",
+    "address": "http://127.0.0.7:8000",
+    "auth_url": "http://127.0.0.7:3000",
+    "master_token": "master-secret",
+    "throughput_work_s": 100.0,
+    "capacity_work": 1000.0,
+}
+HOT: dict[str, Any] = {
+    "epoch": "e1",
+    "version": 1,
+    "model": "vllm-13",
+    "prefill_weight": 0.1,
+    "expected_output_tokens": 200.0,
+    "expected_hot_s": None,
+    "instances": [INSTANCE],
+}
+
+
+class LoadBalancerApp:
+    """A face with a clock that stands still, one hot instance and tokens for it."""
+
+    def __init__(self, clients: frozenset[str] = frozenset(), operator: frozenset[str] = frozenset()) -> None:
+        self.balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
+        self.service = LoadBalancerService(self.balancer, lambda: 1_700_000_000.0)
+        self.client = AsgiClient(create_app(self.service, AccessKeys(CONTROL, clients, operator)))
+
+    def stock(self) -> None:
+        """Make the instance hot and give it tokens."""
+        self.service.hot_set(hot_set(HOT))
+        for refill in self.balancer.refills(self.service.clock()):
+            tokens = [f"token-{n:016d}" for n in range(refill.count)]
+            self.balancer.complete_refill(refill, token_batch(tokens), self.service.clock())
+
+
+CERTIFIED = {**INSTANCE, "id": 8, "address": "https://127.0.0.8:8000"}
+
+
+class TwoInstances(LoadBalancerApp):
+    """The same with several instances, of which the second has a certificate."""
+
+    def stock(self, **more: Any) -> None:
+        """Make them hot and give them tokens."""
+        self.service.hot_set(
+            hot_set({**HOT, "instances": [INSTANCE, {**CERTIFIED, "certificate": certificate()}]})
+        )
+        for refill in self.balancer.refills(self.service.clock()):
+            tokens = [f"token-{1000 * refill.instance_id + n:016d}" for n in range(refill.count)]
+            self.balancer.complete_refill(refill, token_batch(tokens), self.service.clock())
+
+    def route(self, **said: Any) -> tuple[int, Any]:
+        """POST /route."""
+        answer = self.client.post("/route", json={"work": 10.0, **said})
+        return answer.status_code, answer.get_json()
