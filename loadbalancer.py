@@ -15,7 +15,6 @@ All that is known of one instance is in dispatch/instance.py; each other part ow
     dispatch/chooser.py             where a request does the least to all requests, claims of waiting ones
     dispatch/candidate_index.py     the instances that can serve, by class of speed
     dispatch/predicted_load.py      the requests inside the instances, moved along by the engine's rule
-    dispatch/lease_issuer.py        giving a lease: an instance, a token, an entry in the book
     dispatch/lease_book.py          unfinished leases: given once, ended once
     dispatch/request_queue.py       requests that wait: two lanes, priorities
     dispatch/token_refills.py       fetching tokens
@@ -41,18 +40,20 @@ from dispatch.chooser import FIRST_TOKEN_WEIGHT, Chooser
 from dispatch.circuit_breaker import ALONE
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
+from dispatch.instance import ServingInstance
 from dispatch.instance_failures import InstanceFailures
 from dispatch.lease import Lease
 from dispatch.lease_book import LeaseBook
-from dispatch.lease_issuer import LeaseIssuer
 from dispatch.load_reports import LoadReports, Poll
 from dispatch.predicted_load import warm_up
 from dispatch.request_estimates import EXPECTED_OUTPUT_TOKENS, RequestEstimates
 from dispatch.request_queue import LATE_BOUND_S, RequestQueue
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from dispatch.token_refills import Refill, TokenRefills
-from dispatch.usage import measure
+from dispatch.token_stock import TokenLot
+from dispatch.usage import describe, measure
 from dispatch.wait_times import WaitTimes
+from engine.forward import Floats
 from engine.slo import Slo
 from web.messages.busy import BusyReport
 from web.messages.hot_set import HotSet
@@ -88,6 +89,7 @@ class LoadBalancer:
         """
         warm_up()
         self.slo = slo = slo or Slo()
+        self._request_id = request_id
         self._grant_at_once = grant_at_once
         self._estimates = estimates = RequestEstimates()
         self._demand = demand = DemandCounter()
@@ -98,8 +100,7 @@ class LoadBalancer:
         self.queue = queue = RequestQueue(max_held, late_bound_s)
         self._refills = refills = TokenRefills(instances, leases, failures)
         token_s = slo.output_token_s
-        self._chooser = chooser = Chooser(instances, estimates, demand, queue, token_s, first_token_weight)
-        self._issuer = LeaseIssuer(instances, estimates, chooser, leases, queue, refills, request_id)
+        self._chooser = Chooser(instances, estimates, demand, queue, token_s, first_token_weight)
         self._waits = WaitTimes(instances, queue, estimates, slo)
         self._reports = LoadReports(
             instances, leases, estimates, demand, refills, failures, poll_interval_s, token_s
@@ -149,13 +150,7 @@ class LoadBalancer:
         return self._estimates.work_of(prompt_tokens, max_tokens)
 
     def request(
-        self,
-        ask: RouteRequest,
-        wait_s: float,
-        count: int | None,
-        now: float,
-        *,
-        again: bool = False,
+        self, ask: RouteRequest, wait_s: float, count: int | None, now: float, *, again: bool = False
     ) -> Granted | QueuedRequest | RouteRefused:
         """Give leases, a place in the queue for up to wait_s, or a refusal.
 
@@ -167,7 +162,7 @@ class LoadBalancer:
         after_s = allowance.asks(client, instances.typical_capacity * instances.hot, now)
         if after_s is not None:
             return RouteRefused("too_many_unused", after_s, allowance.unused(client))
-        given = self._issuer.give(ask, count, now)
+        given = self._give(ask, count, now)
         if not again:  # a batch is as many arrivals as it is given leases, and at least one
             self._demand.arrived(ask, self._estimates.prefill_weight, len(given) or 1)
         if given:
@@ -208,7 +203,7 @@ class LoadBalancer:
         self._chooser.drop_claims()
         served = self.queue.grant(
             now,
-            lambda ask, hurries: self._issuer.give_one(ask, now, hurries=hurries),
+            lambda ask, hurries: self._give_one(ask, now, hurries=hurries),
             lambda ask: self._chooser.only_avoids(ask, now),
             self._grant_at_once,
         )
@@ -217,10 +212,72 @@ class LoadBalancer:
             for queued, leases in granted:
                 if queued.count is not None and queued.count > 1:
                     # The first lease of a batch is as any; the others are of what the queue leaves.
-                    more = self._issuer.give(queued.ask, queued.count - 1, now)
+                    more = self._give(queued.ask, queued.count - 1, now)
                     self._demand.arrived(queued.ask, self._estimates.prefill_weight, len(more))
                     leases += more
         return granted
+
+    def _give(self, ask: RouteRequest, count: int | None, now: float) -> list[Lease]:
+        """Give up to count leases for requests like this: none when others wait that it must not pass."""
+        if self.queue.held:
+            if self.queue.blocks(ask, now, lambda other: self._chooser.only_avoids(other, now)):
+                return []
+        else:
+            self._chooser.drop_claims()
+        if count is not None:
+            most = min(count, self.leases.left, self.leases.allowance.left(ask.client))
+            given = self._give_some(ask, most, now)
+            if given or most <= 0:
+                return given
+        lease = self._give_one(ask, now, hurries=False)
+        return [] if lease is None else [lease]
+
+    def _give_one(self, ask: RouteRequest, now: float, *, hurries: bool) -> Lease | None:
+        """Give one lease where the request does the least to all requests."""
+        if self.leases.left <= 0:
+            return None
+        row = self._estimates.row(ask)
+        while (inst := self._chooser.best(ask, row, now, hurries=hurries)) is not None:
+            taken = inst.stock.take(now)
+            self._refills.check(inst, now)
+            if taken is None:
+                self._index.discard(inst)  # its tokens had become too old
+                continue
+            lease = self._enter(inst, *taken, ask, self._chooser.row_at(inst, ask, row), now)
+            if lease is not None:
+                self._chooser.remember_prefixes(inst, ask)
+                self._index.update(inst, now)
+                return lease
+        return None
+
+    def _give_some(self, ask: RouteRequest, count: int, now: float) -> list[Lease]:
+        """Give up to count leases by the work that the instances have."""
+        given: list[Lease] = []
+        row = self._estimates.row(ask)
+        for inst, n in self._chooser.spread(ask, count, now):
+            here = self._chooser.row_at(inst, ask, row)
+            before = len(given)
+            for token, lot in inst.stock.take_some(n, now):
+                lease = self._enter(inst, token, lot, ask, here, now)
+                if lease is not None:
+                    given.append(lease)
+            self._refills.check(inst, now)
+            if len(given) > before:
+                self._chooser.remember_prefixes(inst, ask)
+            self._index.update(inst, now)
+        return given
+
+    def _enter(
+        self, inst: ServingInstance, token: str, lot: TokenLot, ask: RouteRequest, row: Floats, now: float
+    ) -> Lease | None:
+        """Enter a lease; None for a token that is leased already: an instance may give one twice."""
+        request_id = self._request_id(token)
+        if request_id in self.leases:
+            return None
+        prompt_work = ask.prompt_tokens * self._estimates.prefill_weight
+        lease = self.leases.give(inst, request_id, token, lot, ask, row, prompt_work, now)
+        self._estimates.given(ask.work, row)
+        return lease
 
     def end_lease(
         self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False
@@ -296,23 +353,4 @@ class LoadBalancer:
 
     def describe(self, now: float) -> dict[str, Any]:
         """Return what an operator may see: no tokens."""
-        hot_set, usage = self.instances.hot_set, self.usage(now)
-        return {
-            "hot_epoch": hot_set and hot_set.epoch,
-            "hot_version": hot_set and hot_set.version,
-            "model": hot_set.model if hot_set else "",
-            "busy": round(usage.busy, 4),
-            "demand": round(usage.demand, 4),
-            "held": usage.held,
-            "held_work": round(usage.held_work, 1),
-            "held_late": usage.traffic.late,
-            "turned_late": usage.traffic.turned_late,
-            "oldest_wait_s": round(usage.traffic.oldest_wait_s, 3),
-            "arrivals": usage.arrivals,
-            "arrived_work": round(usage.arrived_work, 1),
-            "routed": self.leases.given,
-            "refused": self._demand.refused,
-            "too_many_unused": self.leases.allowance.refused,
-            "ends": dict(self.leases.ends),
-            "instances": [inst.describe(now) | {"in_queue": inst in self._index} for inst in self.instances],
-        }
+        return describe(self.usage(now), self.instances, self.leases, self._demand, now)

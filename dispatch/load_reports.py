@@ -48,7 +48,10 @@ SWEEP, POLL_FEW = 10, 4
 
 @dataclass(frozen=True)
 class Poll:
-    """Ask that instance for its load report, then call LoadBalancer.complete. after: the last known event."""
+    """Ask that instance for its load report, then call LoadBalancer.complete_poll.
+
+    after: number of the last event that is known.
+    """
 
     spec: HotInstance = field(repr=False)
     after: int

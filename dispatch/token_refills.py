@@ -23,7 +23,7 @@ REFILL_LOOK = 4 * (REFILL_DRY + REFILL_LOW)
 
 @dataclass(frozen=True)
 class Refill:
-    """Fetch so many tokens from that instance, then call LoadBalancer.complete."""
+    """Fetch so many tokens from that instance, then call LoadBalancer.complete_refill."""
 
     spec: HotInstance = field(repr=False)
     count: int

@@ -1,7 +1,10 @@
-"""How much is going on, for the autoscaler: work, arrivals, and the requests that wait."""
+"""How much is going on, for the autoscaler and for an operator: work, arrivals, requests that wait."""
+
+from typing import Any
 
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
+from dispatch.lease_book import LeaseBook
 from dispatch.request_queue import RequestQueue
 from engine.slo import Slo
 from web.messages.busy import BusyReport, InstanceUse, TrafficReport
@@ -52,3 +55,29 @@ def measure(
             late_bound_s=queue.late_bound_s,
         ),
     )
+
+
+def describe(
+    usage: BusyReport, instances: HotInstances, leases: LeaseBook, demand: DemandCounter, now: float
+) -> dict[str, Any]:
+    """Return what an operator may see: no tokens."""
+    hot_set = instances.hot_set
+    return {
+        "hot_epoch": usage.hot_epoch,
+        "hot_version": usage.hot_version,
+        "model": hot_set.model if hot_set else "",
+        "busy": round(usage.busy, 4),
+        "demand": round(usage.demand, 4),
+        "held": usage.held,
+        "held_work": round(usage.held_work, 1),
+        "held_late": usage.traffic.late,
+        "turned_late": usage.traffic.turned_late,
+        "oldest_wait_s": round(usage.traffic.oldest_wait_s, 3),
+        "arrivals": usage.arrivals,
+        "arrived_work": round(usage.arrived_work, 1),
+        "routed": leases.given,
+        "refused": demand.refused,
+        "too_many_unused": leases.allowance.refused,
+        "ends": dict(leases.ends),
+        "instances": [inst.describe(now) | {"in_queue": inst in instances.index} for inst in instances],
+    }
