@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -103,8 +104,9 @@ def master_token(label: str) -> str:
 class Face:
     """The app over a world with so many hot instances; the clock is the world's and stands still."""
 
-    def __init__(self, ledger: Ledger, hot: int = 2, operator: frozenset[str] = frozenset()) -> None:
-        directory = Path(ledger._db.execute("PRAGMA database_list").fetchone()[2]).parent
+    def __init__(
+        self, ledger: Ledger, directory: Path, hot: int = 2, operator: frozenset[str] = frozenset()
+    ) -> None:
         self.world = World().with_pool(hot=hot, total=hot + 1)
         self.cloud = FakeVast(lambda: [c.row() for c in self.world.contracts.values()])
         self.scaler = Autoscaler(
@@ -161,8 +163,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def face(ledger: Ledger) -> Face:
-    return Face(ledger)
+def face(ledger: Ledger, tmp_path: Path) -> Face:
+    return Face(ledger, tmp_path)
 
 
 # -- who may call what ------------------------------------------------------------------------------------
@@ -183,9 +185,9 @@ ROUTES: list[tuple[str, str, Any, str]] = [
 
 @pytest.mark.parametrize(("method", "path", "body", "who"), ROUTES, ids=[r[1] for r in ROUTES])
 def test_each_protected_route_lets_its_caller_in_and_refuses_every_other(
-    ledger: Ledger, method: str, path: str, body: Any, who: str
+    ledger: Ledger, tmp_path: Path, method: str, path: str, body: Any, who: str
 ) -> None:
-    face = Face(ledger, operator=frozenset({OPERATOR}))
+    face = Face(ledger, tmp_path, operator=frozenset({OPERATOR}))
     of_instance = instance_key(master_token(face.hot_label))
     good = {"operator": {OPERATOR, CONTROL}, "control": {CONTROL}, "instance": {of_instance}}[who]
     for key in (
@@ -264,8 +266,8 @@ def test_the_hot_set_is_what_a_loadbalancer_must_know(face: Face) -> None:
     assert parsed.timing() == replace(timing_for("vllm-13", first.gpu_name, first.num_gpus), name="told")
 
 
-def test_the_hot_set_is_not_told_before_the_fleet_is_known(ledger: Ledger) -> None:
-    face = Face(ledger)
+def test_the_hot_set_is_not_told_before_the_fleet_is_known(ledger: Ledger, tmp_path: Path) -> None:
+    face = Face(ledger, tmp_path)
     again = Autoscaler(
         face.world.new_set(),
         Fixed(2, 3),
@@ -316,7 +318,9 @@ def test_what_a_loadbalancer_says_of_the_traffic_is_taken_in(face: Face) -> None
     assert (demand.slo, demand.late_bound_s) == (Slo(3.0, 0.002), 60.0)
 
 
-def test_what_arrived_and_what_was_worked_is_in_the_ledger_before_costs_are_told(face: Face) -> None:
+def test_what_arrived_and_what_was_worked_is_in_the_ledger_before_costs_are_told(
+    face: Face, tmp_path: Path
+) -> None:
     face.ask("POST", "/busy", CONTROL, json=REPORT)
     later = {**REPORT, "arrivals": 12, "arrived_work": 1200.0}
     later["instances"] = {"1001": {**REPORT["instances"]["1001"], "working_s": 4.0}}
@@ -324,7 +328,8 @@ def test_what_arrived_and_what_was_worked_is_in_the_ledger_before_costs_are_told
     assert face.ask("GET", "/costs").status_code == 200
     second = int(face.world.now)
     assert face.scaler.ledger.arrived(0.0, 1e9) == [Arrived(second, 2.0, 200.0, 0.0)]
-    assert face.scaler.ledger._db.execute("SELECT SUM(seconds) FROM worked").fetchone() == (4.0,)
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as file:
+        assert file.execute("SELECT SUM(seconds) FROM worked").fetchone() == (4.0,)
 
 
 def test_the_curve_says_what_each_level_would_have_cost_yesterday(face: Face) -> None:
@@ -648,11 +653,12 @@ def test_a_policys_given_parameters_are_taken_literally_and_its_own_follow_the_s
 
 def test_a_goal_is_short_for_the_policy_that_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(POLICIES, "objective", Objective)
+    configs: list[AutoscalerConfig] = []
+    monkeypatch.setattr(autoscaler_server, "serve", configs.append)
 
     def policy(*flags: str) -> object:
-        return autoscaler_server._config(
-            autoscaler_server.parser().parse_args(["serve", *flags])
-        ).make_policy()
+        autoscaler_server.main(list(flags))
+        return configs[-1].make_policy()
 
     assert policy("--goal", "0.999") == Objective(goal=0.999)
     assert policy("--policy", "objective", "--policy-param", "goal=0.999") == Objective(goal=0.999)
