@@ -1,17 +1,18 @@
 """What the fleet was and cost, in SQLite, so that a restarted autoscaler knows both.
 
-One row per stretch of time an instance spent in one state at one price. A row is opened when the
-stretch begins and closed when it ends, so after `kill -9` the open rows are the fleet as it was
+One row for each interval that an instance spent in one state at one price. A row is opened when the
+interval begins and closed when it ends, so after `kill -9` the open rows are the fleet as it was
 last seen: the next process goes on from them, and no dollar between is lost.
 
-    stretch      instance, machine, label, state, from, to (NULL while it lasts), $/h now, $/h if running
-    worked       seconds an instance had at least one request in flight, in buckets of 15 s
+    stretch      intervals: label, instance, machine, state, from, to (NULL while it lasts), $/h now, $/h hot
+    worked       seconds in which an instance had at least one request in flight, in buckets of 15 s
     worked_day   the same by day, of what is older than a week
     arrived      what arrived in each second: requests, work, prompt tokens; nothing of what was asked
-    fleet        one row an instance: what must be known again after a restart
-    mourned      instances that vanished: they count against the limits until then
-    bad_machine  machine_id and until when it is not rented again
-    host_key     the ssh host key an instance showed first
+    fleet        one row an instance: what must be known again after a restart; doomed: it is condemned
+    mourned      instances that vanished, and until when they count against the limits
+    bad_machine  machine_id, and until when it is not rented again
+    took         how long orders, starts and loads took
+    host_key     the ssh host key that an instance showed first
 
 Times are epoch seconds. Any thread may call.
 """
@@ -34,10 +35,10 @@ BUCKET_S = 15.0
 DAY_S = 86_400.0
 
 KEPT_S = 8 * DAY_S
-"""So long seconds of arrivals and buckets of work are kept: a week for comparisons, and the day before."""
+"""Seconds for which arrivals and buckets of work are kept: a week for comparisons, and the day before."""
 
 PRUNE_EVERY_S = 3600.0
-"""A prune deletes an hour then, in milliseconds."""
+"""Seconds between two prunes: each then deletes an hour, in milliseconds."""
 
 _VERSION_1 = """
 CREATE TABLE IF NOT EXISTS stretch(
@@ -71,7 +72,7 @@ but the youngest of them.
 
 
 class Ledger:
-    """The file. Raises sqlite3.Error when it cannot be written: without a ledger nothing may be rented."""
+    """The file. Its methods raise sqlite3.Error: without a ledger nothing may be rented."""
 
     def __init__(self, path: Path) -> None:
         """Open or make the file (0600) and bring it to the newest version.
@@ -92,7 +93,7 @@ class Ledger:
             raise
 
     def close(self) -> None:
-        """Close the file; the open intervals stay open."""
+        """Close the file; open intervals stay open."""
         with self._lock:
             self._db.close()
 
@@ -132,7 +133,7 @@ class Ledger:
     def add_counts(
         self, worked: Mapping[tuple[str, int], float], arrived: Iterable[Arrived], now: float
     ) -> None:
-        """Both in one transaction, worked by (label, number of the bucket); once an hour also a prune."""
+        """Add seconds worked, by (label, number of the bucket), and arrivals; once an hour prune, too."""
         seconds = [(label, bucket, s) for (label, bucket), s in worked.items() if s > 0.0]
         arrivals = [(a.second, a.requests, a.work, a.prompt_tokens) for a in arrived]
         if not seconds and not arrivals:
@@ -154,7 +155,7 @@ class Ledger:
                 self._prune_at = now + PRUNE_EVERY_S
 
     def _prune(self, before_s: float) -> None:
-        """Forget older arrivals, and make days of older buckets of work: no dollar changes its kind."""
+        """Forget older arrivals, and sum up older buckets of work by day: no dollar changes its kind."""
         self._db.execute("DELETE FROM arrived WHERE second < ?", (before_s,))
         old = int(before_s // DAY_S * DAY_S // BUCKET_S)  # whole days only
         self._db.execute(
@@ -166,7 +167,7 @@ class Ledger:
         self._db.execute("DELETE FROM worked WHERE bucket < ?", (old,))
 
     def remember_host_key(self, label: str, key: str) -> str:
-        """The host key first seen for that label; stores this one when there was none."""
+        """Return the host key first seen for that label; store this one when there was none."""
         with self._lock, self._transaction():
             self._db.execute("INSERT OR IGNORE INTO host_key VALUES (?,?)", (label, key))
             row = self._db.execute("SELECT key FROM host_key WHERE label = ?", (label,)).fetchone()
@@ -204,7 +205,7 @@ class Ledger:
         return [float(seconds) for (seconds,) in reversed(rows)]
 
     def durations(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
-        """(kind, at, seconds) of what finished inside the window."""
+        """Return (kind, at, seconds) of what ended inside the window."""
         with self._lock:
             return self._db.execute(
                 "SELECT kind, at_s, seconds FROM took WHERE at_s >= ? AND at_s < ? ORDER BY at_s",
@@ -212,7 +213,7 @@ class Ledger:
             ).fetchall()
 
     def arrived(self, from_s: float, to_s: float) -> list[Arrived]:
-        """What arrived in the seconds that begin in the window, oldest first; an empty second has none."""
+        """Return what arrived in the seconds that begin in the window, oldest first, without empty ones."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT second, requests, work, prompt_tokens FROM arrived"

@@ -1,16 +1,18 @@
 """The command `prepare`: rent instances, load the model, stop them."""
 
 import time
+from collections import Counter
 from dataclasses import replace
 
 from fleet.outside.config import AutoscalerConfig
 from fleet.outside.process import AutoscalerProcess
-from fleet.states import State
+from fleet.states import GIVEN_UP, State
 from fleet_client.flags import within
 from policies import Fixed
 from process.errors import ConfigError
 
-GIVEN_UP = frozenset({State.FAILED, State.DESTROYING})
+LOOK_EVERY_S = 0.5
+"""Seconds between two looks at the progress."""
 
 
 def prepare(config: AutoscalerConfig, count: int) -> None:
@@ -26,13 +28,12 @@ def prepare(config: AutoscalerConfig, count: int) -> None:
         process.scaler.instances.set_manage(False)  # until it is known what is there
         process.start()
         process.start_health_checks()
-        _prepare(process, count)
+        _wait(process, *_set_target(process, count))
     except KeyboardInterrupt:
         print("\ninterrupted: waiting for the order under way", flush=True)
         process.stop()
-        fleet = process.scaler.instances
         with process.scaler.lock:
-            rented = [f"{i.id or 'ordered'} ({i.label}) {i.state}" for i in fleet]
+            rented = [f"{i.id or 'ordered'} ({i.label}) {i.state}" for i in process.scaler.instances]
         print(f"Still rented, all labelled {config.label}/…: {', '.join(rented) or 'nothing'}")
         print(
             "`python autoscaler_server.py destroy-fleet` ends them; `prepare` or an autoscaler goes on.",
@@ -44,34 +45,40 @@ def prepare(config: AutoscalerConfig, count: int) -> None:
         process.close()
 
 
-def _prepare(process: AutoscalerProcess, count: int) -> None:
-    fleet = process.scaler.instances
-    wanted = kept_hot = 0
-    shown = ""
+def _set_target(process: AutoscalerProcess, count: int) -> tuple[int, int]:
+    """Let the autoscaler load count more, when it knows what is there; return how many are loaded then.
+
+    What is hot already stays hot, and is how many the second number says; what is loaded stays loaded. Raises
+    ConfigError when that is too many.
+    """
+    scaler, fleet = process.scaler, process.scaler.instances
     while True:
-        time.sleep(0.5)
-        with process.scaler.lock:
+        time.sleep(LOOK_EVERY_S)
+        with scaler.lock:
             if not fleet.knows_hot_set():
                 continue
-            seen = fleet.snapshot(process.scaler.demand, process.scaler.clock())
-            if not wanted:
-                # What is hot already stays hot, what is loaded stays loaded.
-                loaded = sum(i.loaded and i.state not in GIVEN_UP for i in fleet)
-                wanted, kept_hot = loaded + count, seen.hot
-                if wanted > fleet.limits.max_instances:
-                    raise ConfigError(
-                        f"--count {count}: {loaded} are loaded already, and --max-instances is "
-                        f"{fleet.limits.max_instances}"
-                    )
-                process.scaler.set_policy(Fixed(kept_hot, max(wanted, seen.total)))
-                fleet.set_manage(True)
-            states: dict[str, int] = {}
-            for i in fleet:
-                states[i.state] = states.get(i.state, 0) + 1
-            notes = process.scaler.decisions[-1].notes if process.scaler.decisions else ()
-            cold = sum(i.state is State.COLD and i.loaded for i in fleet)
-            # A new one is hot for a moment before it is stopped: it is not ready before that.
-            ready = cold + min(kept_hot, seen.hot)
+            seen = fleet.snapshot(scaler.demand, scaler.clock())
+            loaded = sum(i.loaded and i.state not in GIVEN_UP for i in fleet)
+            wanted, most = loaded + count, fleet.limits.max_instances
+            if wanted > most:
+                raise ConfigError(
+                    f"--count {count}: {loaded} are loaded already, and --max-instances is {most}"
+                )
+            scaler.set_policy(Fixed(seen.hot, max(wanted, seen.total)))
+            fleet.set_manage(True)
+            return wanted, seen.hot
+
+
+def _wait(process: AutoscalerProcess, wanted: int, kept_hot: int) -> None:
+    """Print the progress until so many are loaded, of which so many stay hot."""
+    scaler, shown = process.scaler, ""
+    while True:
+        with scaler.lock:
+            states = Counter(i.state for i in scaler.instances)
+            cold = sum(i.state is State.COLD and i.loaded for i in scaler.instances)
+            notes = scaler.decisions[-1].notes if scaler.decisions else ()
+        # A new one is hot for a moment before it is stopped: it is not ready before that.
+        ready = cold + min(kept_hot, states[State.HOT])
         line = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "nothing rented yet"
         line = f"prepared {min(ready, wanted)} of {wanted}: {line}" + "".join(f" ({n})" for n in notes)
         if line != shown:
@@ -80,3 +87,4 @@ def _prepare(process: AutoscalerProcess, count: int) -> None:
         if ready >= wanted:
             print(f"{cold} instances are stopped with {process.config.model} on their disks.", flush=True)
             return
+        time.sleep(LOOK_EVERY_S)

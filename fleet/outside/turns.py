@@ -51,18 +51,18 @@ class Failure:
 
 
 REMEMBERED_S = max(ARRIVING_S, MIX_S)
-"""So much of the arrivals in the ledger a new process takes over."""
+"""Seconds of the arrivals in the ledger that a new process takes over."""
 
 COUNTS_EVERY_S = 30.0
-"""Seconds worked and arrivals are written down so often: a kill loses no more, and a turn stays cheap."""
+"""Seconds between two writes of seconds worked and arrivals: a kill loses no more, and a turn stays cheap."""
 
 
 class Autoscaler:
-    """Turns, one after another: list, observe and decide under the lock, then send the orders.
+    """Takes turns: list, observe and decide under the lock, then send the orders.
 
     Two threads call it: one runs `turn` at every poll interval, one runs `perform_next` for ever. The
-    Flask face and the health checks call the rest from others. `lock` is held for arithmetic only; who
-    writes to the ledger waits for his turn there, so that it learns things in the order they happened.
+    Flask routes and the health checks call the rest from others. `lock` is held for arithmetic only; another
+    lock makes writers to the ledger wait, so that it learns things in the order in which they happened.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Autoscaler:
     ) -> None:
         """Take over what the ledger knows; nothing is asked of the cloud yet.
 
-        clock: never goes back. new_label: what a new instance is called in its fleet, never twice the same.
+        clock: never goes back. new_label: returns the name of a new instance in its fleet, each time another.
         """
         self.lock = threading.Lock()
         self.instances = instances
@@ -110,11 +110,11 @@ class Autoscaler:
 
     @property
     def epoch(self) -> str:
-        """Names this process to the loadbalancers: versions of the hot set count from its start."""
+        """The name of this process for loadbalancers: versions of the hot set count from its start."""
         return self.demand.epoch
 
     def turn(self) -> Decision:
-        """One round. A listing that fails is logged and nothing is decided. Raises sqlite3.Error only."""
+        """Make one turn; raise sqlite3.Error only. When the listing fails nothing is decided."""
         rows, trouble = self._list()
         now = self.clock()
         with self.lock:
@@ -140,7 +140,7 @@ class Autoscaler:
         self.last_error = f"a turn failed: {type(error).__name__}: {error}"
 
     def _list(self) -> tuple[list[Row] | None, str | None]:
-        """The rows of the fleet, or None and why not. Rows of others are not even read."""
+        """Return the rows of the fleet, or None and why not. Rows of other fleets are not even read."""
         try:
             return self._vast.list_instances(self.instances.fleet_name + "/"), None
         except CloudError as e:
@@ -149,7 +149,7 @@ class Autoscaler:
             return None, self.last_error
 
     def _keep(self, decision: Decision) -> None:
-        """Remember it when it orders or says something new; of the demand only the last value."""
+        """Keep a decision that orders or says something new; of the demand only its last value."""
         last = self.decisions[-1] if self.decisions else None
         said = (decision.targets, decision.notes)
         if decision.commands or last is None or (last.targets, last.notes) != said:
@@ -221,7 +221,7 @@ class Autoscaler:
         self._flush()
 
     def checks_due(self, under_way: Collection[str] = ()) -> list[HealthCheckOrder]:
-        """The health checks to make now, but for the labels that are being checked."""
+        """Return the health checks to make now, except of labels that are being checked."""
         with self.lock:
             return self.instances.checks_due(self.clock(), under_way)
 
@@ -232,12 +232,12 @@ class Autoscaler:
         self._flush()
 
     def record_message(self, label: str, boot_id: str, number: int, why: str) -> bool:
-        """An instance says how it is; its next health check is due at once. False when heard before."""
+        """Take in what an instance says of itself; return False when that was heard before."""
         with self.lock:
             new = self.instances.record_message(label, boot_id, number, why)
             waiting = new and self.instances[label].state not in CHECKED
         if waiting:
-            self.turn_due.set()  # the listing that we have is older than the machine
+            self.turn_due.set()  # the last listing is older than the machine
         return new
 
     def record_report(self, report: BusyReport) -> None:
@@ -273,7 +273,7 @@ class Autoscaler:
                 raise
 
     def destroy_all(self, why: str) -> None:
-        """Order the end of every instance of the fleet. A person asked: busy ones too."""
+        """Order the end of every instance of the fleet, busy ones too: a person asked."""
         now = self.clock()
         with self.lock:
             commands = [
@@ -285,7 +285,7 @@ class Autoscaler:
         self._send(begun)
 
     def _flush(self) -> None:
-        """Log and write down what has happened. When that fails it is kept for the next time."""
+        """Log and write down what has happened; what cannot be written is kept for the next time."""
         with self._writing:
             with self.lock:
                 entries = self.instances.journal.take()
@@ -302,7 +302,7 @@ class Autoscaler:
 
 
 def _words(command: Command) -> str:
-    """The command for a log line."""
+    """Return the command for a log line."""
     name = type(command).__name__.lower()
     if isinstance(command, LookForOffers):
         return name
