@@ -26,7 +26,7 @@ from bench.policies.cases import GPUS, START_SHARE, TRACES, read_log
 from bench.policies.peers.registry import PEERS, runs
 from engine.profiles import get_profile
 from engine.slo import Slo
-from engine.timing import timing_for
+from engine.step_time_constants import timing_for
 from fleet.limits import Limits
 from fleet_client.flags import run_main
 from localcloud.machines import Machine

@@ -21,7 +21,7 @@ from dispatch.report_history import ReportHistory
 from dispatch.step_times import StepTimes
 from dispatch.token_stock import TokenStock
 from engine.forward import COL_PROMPT_S, LEFT, PROMPT, UNREAD, Floats
-from engine.timing import like
+from engine.step_time_constants import like
 from web.messages.hot_set import HotInstance
 from web.messages.reports import LoadReport
 

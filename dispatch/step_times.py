@@ -25,7 +25,7 @@ from engine.forward import (
     Floats,
     constants,
 )
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 
 SPREAD = 0.3
 """Relative error of a told constant that is expected at first."""

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from process.compiled import njit
 
 Floats = NDArray[np.float64]
@@ -37,8 +37,8 @@ read, tokens still to make, KV tokens held (0: it waits), tokens made, tokens it
 
 COL_BASE_S, COL_REQUEST_S, COL_CONTEXT_S, COL_PREFILL_S, COL_PROMPT_S, COL_SQUARE_S = 0, 1, 2, 3, 4, 5
 COL_KV_TOKENS, COL_MAX_SEQS, COL_STEP_TOKENS, CONSTANT_COLUMNS = 6, 7, 8, 9
-"""Columns of a server: the constants a to f of engine/timing.py, in seconds a step, a request, a token or a
-token²; its limits."""
+"""Columns of a server: its constants a to f (engine/step_time_constants.py), in seconds a step, a request, a
+token or a token²; its limits."""
 
 STEP_TIMES = slice(COL_BASE_S, COL_SQUARE_S + 1)
 """The columns of a to f."""

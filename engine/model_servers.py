@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from process.compiled import njit
 
 LIMITS = ("kv_tokens", "max_seqs", "step_tokens")
 
 SERVER = np.dtype(
     [
-        *((name, "f8") for name in "abcdef"),  # milliseconds, as in engine/timing.py
+        *((name, "f8") for name in "abcdef"),  # milliseconds, as in engine/step_time_constants.py
         *((name, "i8") for name in LIMITS),
         ("first", "i8"),  # those that run, as admitted
         ("reads", "i8"),

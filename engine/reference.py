@@ -42,7 +42,7 @@ from typing import NamedTuple
 
 from engine.block_cache import BlockCache
 from engine.server_job import ServerJob
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 
 
 class EventKind(Enum):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from engine.profiles import Profile
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from fleet.instance import Instance
 from fleet.states import State
 from web.messages.hot_set import HotInstance, HotSet, HotTiming

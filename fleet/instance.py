@@ -13,7 +13,7 @@ from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.journal import BillingInterval, SavedInstance
 from fleet.states import BILLS_GPU, SERVING, State, check_transition
 from vast.rows import Offer, Row
-from web.signatures import ReplayGuard
+from web.replay_guard import ReplayGuard
 
 # Words of `actual_status` (vast-contract 2.12).
 UP = frozenset({"running"})

@@ -42,7 +42,7 @@ below what the user said."""
 
 READ_S = 1e-4
 """Seconds in which a model server reads a prompt token, to compare with POST /route: 13B models take 0.04
-(H100) to 0.4 ms (RTX 3090), 70B ones 0.2 to 1.3 (engine/timing.py, column e)."""
+(H100) to 0.4 ms (RTX 3090), 70B ones 0.2 to 1.3 (engine/step_time_constants.py, column e)."""
 
 WORTH_BLOCKS = 2
 """Fewest blocks of a prefix that are worth a question, however near the loadbalancer is: 512 tokens are part

@@ -8,7 +8,7 @@ from dispatch.lease import Lease
 from dispatch.load_reports import Poll
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from dispatch.token_refills import Refill
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from loadbalancer import LoadBalancer
 from tests.messages import load_report, token_batch
 from web.messages.hot_set import HotInstance, HotSet, HotTiming

@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
-PARTS = ("dispatch.outside", "fleet.outside", "vast.errors", "vast.rows", "web.messages", "web.signatures")
+PARTS = (
+    "dispatch.outside",
+    "fleet.outside",
+    "vast.errors",
+    "vast.rows",
+    "web.messages",
+    "web.replay_guard",
+    "web.signatures",
+)
 """Parts of packages that are units of their own."""
 
 SKIPPED = {"build", "docs", "deploy"}

@@ -15,7 +15,7 @@ from bench.dispatch.rules.registry import RULES
 from bench.dispatch.rules.rule import BLOCK_TOKENS, DispatchRequest, ServerFleet
 from bench.dispatch.rules.world import Dispatcher, DispatchWorld, RuleRouter
 from engine.reference import EventKind, SteppedModelServer
-from engine.timing import TIMINGS, Timing
+from engine.step_time_constants import TIMINGS, Timing
 from simulation.traces import logs
 
 TRACES: Mapping[str, str] = {
@@ -24,8 +24,8 @@ TRACES: Mapping[str, str] = {
     "mooncake": "mooncake_conversation.csv",
 }
 
-# docs/reference/timing.md 3a, the fp16 rows; e as in engine.timing's PREFILL_OPTIMISM, limits as in its
-# LARGE_STEPS.
+# docs/reference/timing.md 3a, the fp16 rows; e and limits as in PREFILL_OPTIMISM and LARGE_STEPS of
+# engine/step_time_constants.py.
 A100 = Timing("13B fp16 on A100 SXM4", 19.07, 0.054, 0.500, 11.3, 92.4 * 1.2, 2.71, 53_700)
 H100 = Timing("13B fp16 on H100 SXM", 10.49, 0.028, 0.266, 5.2, 29.7 * 1.35, 1.92, 53_700, 1024, 8192)
 L40S = TIMINGS["13B", "awq4", "L40S", 1]

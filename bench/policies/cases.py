@@ -16,7 +16,7 @@ from bench.policies.floor import floor
 from bench.policies.peers.registry import PEERS, Peer, runs
 from engine.profiles import get_profile
 from engine.slo import Slo
-from engine.timing import Timing, timing_for
+from engine.step_time_constants import Timing, timing_for
 from policies import Capacity
 from policies.objective import Objective
 from policies.tuning import KeptPool, Margin, worth_keeping_s

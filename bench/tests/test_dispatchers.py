@@ -25,7 +25,7 @@ from bench.dispatch.rules.smg import CacheAwareNew, CacheAwareOld, LeastLoad, LM
 from bench.dispatch.rules.vast import VastQueueTime
 from bench.dispatch.rules.world import Dispatcher, DispatchWorld, RuleRouter, has_room, quantile
 from engine.reference import EventKind, SteppedModelServer
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 
 SLOW = Timing("slow", 20.0, 0.1, 0.5, 10.0, 100.0, 2.0, 20_000)
 FAST = Timing("fast", 10.0, 0.05, 0.25, 5.0, 40.0, 1.0, 20_000, 512, 4096)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import aiohttp
 import msgspec
 
-from engine.timing import PROFILE_MODELS, Timing, timing_for
+from engine.step_time_constants import PROFILE_MODELS, Timing, timing_for
 from fleet.hot_set import make_hot_set
 from fleet.outside.turns import Autoscaler
 from fleet.outside.wakeup import Wakeup

@@ -11,7 +11,7 @@ from typing import NoReturn, cast
 
 from engine.profiles import PROFILES
 from engine.reference import SteppedModelServer
-from engine.timing import PROFILE_MODELS, timing_for
+from engine.step_time_constants import PROFILE_MODELS, timing_for
 from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import VERSION, App, PacedEngine
 from localcloud.paced.machine import SimulatedMachine

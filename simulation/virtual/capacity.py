@@ -11,7 +11,7 @@ from dispatch.measured_capacity import SLOW_SHARE
 from engine.profiles import Profile
 from engine.reference import EventKind, SteppedModelServer
 from engine.slo import Slo
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from policies.types import Capacity
 from simulation.traces.logs import Request
 

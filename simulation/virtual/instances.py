@@ -14,7 +14,7 @@ from typing import Protocol
 
 from dispatch.route_request import QueuedRequest
 from engine.model_servers import ModelServers
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from loadbalancer import LoadBalancer
 from simulation.virtual.loop import EventLoop
 from simulation.virtual.user_request import UserRequest

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from engine.profiles import Profile
 from engine.slo import Slo
-from engine.timing import Key, Timing, timing_for
+from engine.step_time_constants import Key, Timing, timing_for
 from fleet.limits import Limits
 from localcloud.machines import Machine
 from localcloud.rental import Times
@@ -28,8 +28,9 @@ class Setting:
     pool, hot: loaded instances, and hot ones, when the trace begins. score_from_s, score_to_s: only what
     arrives and is spent between them counts, measured from the first arrival. context: the longest request,
     prompt and answer; longer prompts are cut, and counted. timings: constants that replace or add to those
-    of engine/timing.py. late_bound_s: None for one line, first come first served. tells_length: users say
-    how long their answer will be (as sim.py's do), or not at all, so that the loadbalancer expects the mean.
+    of engine/step_time_constants.py. late_bound_s: None for one line, first come first served. tells_length:
+    users say how long their answer will be (as sim.py's do), or not at all, so that the loadbalancer expects
+    the mean.
     """
 
     profile: Profile

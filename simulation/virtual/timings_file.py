@@ -3,7 +3,7 @@
     [{"model": "13B", "quantization": "awq4", "gpu": "RTX 5090", "num_gpus": 1,
       "a": 6.0, "b": 0.05, "c": 0.6, "d": 6.0, "e": 110.0, "f": 3.5, "kv_tokens": 25000}]
 
-max_seqs (256) and step_tokens (2048) may be left out; engine/timing.py says what they mean.
+max_seqs (256) and step_tokens (2048) may be left out; engine/step_time_constants.py says what they mean.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from engine.timing import Key, Timing
+from engine.step_time_constants import Key, Timing
 from process.errors import ConfigError
 from web.messages.decoding import BadField, decode
 from web.messages.hot_set import Count, StepConstant

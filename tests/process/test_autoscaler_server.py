@@ -24,7 +24,7 @@ from werkzeug.test import TestResponse
 import autoscaler_server
 from autoscaler_server import REPLAY, create_app
 from engine.slo import Slo
-from engine.timing import timing_for
+from engine.step_time_constants import timing_for
 from fleet.arrivals import Arrived
 from fleet.demand import Demand
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict

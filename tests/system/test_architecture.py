@@ -25,8 +25,9 @@ ALLOWED: dict[str, set[str]] = {
     "vast.errors": PURE_NEEDS,
     "vast.rows": PURE_NEEDS | {"vast.errors"},
     "web.signatures": set(),
+    "web.replay_guard": set(),
     "dispatch": PURE_NEEDS | {"engine", "web.messages"},
-    "fleet": PURE_NEEDS | {"engine", "policies", "vast.rows", "web.messages", "web.signatures"},
+    "fleet": PURE_NEEDS | {"engine", "policies", "vast.rows", "web.messages", "web.replay_guard"},
     # chapters
     "loadbalancer": PURE_NEEDS | {"dispatch", "engine", "web.messages"},
     "autoscaler": PURE_NEEDS | {"fleet", "engine", "policies", "vast.rows", "web.messages"},
@@ -43,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "process",
         "web",
         "web.messages",
+        "web.replay_guard",
         "web.signatures",
     },
     "fleet.outside": {
@@ -58,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         "vast.rows",
         "web",
         "web.messages",
+        "web.replay_guard",
         "web.signatures",
     },
     "localcloud": {"engine", "fleet_client", "process", "remote", "web", "web.messages"},
@@ -92,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "simulation.virtual.replay",  # by name: the tuner runs it as a process
         "web",
         "web.messages",
+        "web.replay_guard",
         "web.signatures",
     },
     "loadbalancer_server": {
@@ -104,6 +108,7 @@ ALLOWED: dict[str, set[str]] = {
         "process",
         "web",
         "web.messages",
+        "web.replay_guard",
         "web.signatures",
     },
     "sim": {"engine", "fleet_client", "process", "simulation"},
@@ -118,6 +123,7 @@ PURE = (
     "engine",
     "policies",
     "web.messages",
+    "web.replay_guard",
     "web.signatures",
     "vast.errors",
     "vast.rows",

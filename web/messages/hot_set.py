@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 
 MAX_INSTANCES = 20_000
 """Instances of one hot set."""
@@ -19,7 +19,7 @@ Count = Annotated[int, Meta(ge=1, le=10**9)]
 
 
 class HotTiming(Struct, frozen=True, gc=False):
-    """How long the steps of an instance are believed to take: engine.timing.Timing without its name."""
+    """How long the steps of an instance are believed to take: Timing of engine/ without its name."""
 
     a: StepConstant
     b: StepConstant

@@ -17,7 +17,7 @@ from dispatch.load_reports import Poll
 from dispatch.prefix_cache import AFFINITY_BLOCK_TOKENS
 from dispatch.route_request import Granted, QueuedRequest, RouteRequest
 from engine.reference import SteppedModelServer
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from loadbalancer import LoadBalancer
 from simulation.virtual.instances import PUSH_S, TOKEN_LIFE_S
 from simulation.virtual.setting import BEAT_S

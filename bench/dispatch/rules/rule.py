@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.reference import SteppedModelServer
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 
 BLOCK_TOKENS = 512
 """Tokens behind one id of a prefix: that of Mooncake's hash_ids."""

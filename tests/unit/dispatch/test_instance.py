@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from engine.slo import Slo
-from engine.timing import TIMINGS
+from engine.step_time_constants import TIMINGS
 from tests.dispatch_world import instance, world
 from tests.messages import request_end
 from web.messages.reports import PushedReport

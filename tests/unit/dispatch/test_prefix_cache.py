@@ -2,7 +2,7 @@
 
 from dispatch.prefix_cache import AFFINITY_BLOCK_TOKENS, HOLDERS, TRUST, PrefixCache
 from engine.forward import UNREAD
-from engine.timing import TIMINGS
+from engine.step_time_constants import TIMINGS
 from tests.dispatch_world import instance, world
 from tests.messages import request_end
 

@@ -16,7 +16,7 @@ from engine.forward import (
     COL_STEP_TOKENS,
     constants,
 )
-from engine.timing import TIMINGS, Timing
+from engine.step_time_constants import TIMINGS, Timing
 
 TOLD = TIMINGS["13B", "awq4", "A100 SXM4", 1]
 

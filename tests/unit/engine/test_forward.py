@@ -10,7 +10,7 @@ from dispatch.predicted_load import LoadTable, PredictedLoad, request_row
 from engine import forward
 from engine.forward import COL_MAX_SEQS, HELD, MADE, PROMPT, UNREAD, constants, price, run, scratch_for
 from engine.reference import EventKind, SteppedModelServer
-from engine.timing import TIMINGS, Timing
+from engine.step_time_constants import TIMINGS, Timing
 
 A100 = TIMINGS["13B", "awq4", "A100 SXM4", 1]
 

@@ -6,7 +6,7 @@ import pytest
 
 from engine.model_servers import ROWS, ModelServers
 from engine.reference import EventKind, ServerEvent, SteppedModelServer
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 
 SMALL = Timing("small", 10.0, 0.5, 1.0, 5.0, 20.0, 2.0, 900, max_seqs=12, step_tokens=256)
 LARGE = Timing("large", 8.0, 0.1, 0.5, 12.0, 97.0, 2.3, 20_000, max_seqs=256, step_tokens=2048)

@@ -4,7 +4,7 @@ import pytest
 
 from engine.profiles import PROFILES, Profile, get_profile
 from engine.reference import EventKind, SteppedModelServer
-from engine.timing import timing_for
+from engine.step_time_constants import timing_for
 from process.errors import ConfigError
 
 REQUESTS, PROMPT, OUTPUT = 1500, 300, 180

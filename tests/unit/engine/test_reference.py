@@ -11,7 +11,7 @@ import pytest
 
 from engine.profiles import PROFILES
 from engine.reference import EventKind, ServerEvent, SteppedModelServer
-from engine.timing import PROFILE_MODELS, TIMINGS, Timing, timing_for
+from engine.step_time_constants import PROFILE_MODELS, TIMINGS, Timing, timing_for
 from localcloud.machines import GPUS
 
 # 10 ms a step, 1 ms a request in it, 1 ms for 1,000 tokens of context; 5 ms a prompt, 20 ms for 1,000

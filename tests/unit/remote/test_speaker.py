@@ -24,7 +24,8 @@ from tests.messages import request_end
 from tests.waiting import wait_for
 from web.messages.decoding import decode
 from web.messages.reports import PushedReport, ReadyBody, RequestEnd
-from web.signatures import OLD_BOOTS, ReplayGuard, instance_key, name_and_key, signer
+from web.replay_guard import OLD_BOOTS, ReplayGuard
+from web.signatures import instance_key, name_and_key, signer
 
 MASTER = "master-of-a-test"
 NAME, KEY = name_and_key(MASTER)

@@ -4,7 +4,7 @@ import pytest
 
 from engine.profiles import get_profile
 from engine.slo import Slo
-from engine.timing import timing_for
+from engine.step_time_constants import timing_for
 from simulation.traces import logs
 from simulation.virtual.capacity import capacity_of
 

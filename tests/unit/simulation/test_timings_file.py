@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.timing import TIMINGS, timing_for
+from engine.step_time_constants import TIMINGS, timing_for
 from process.errors import ConfigError
 from simulation.virtual.timings_file import read_timings
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine.profiles import PROFILES, Profile
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from localcloud.machines import Machine
 from policies import Busy, Fixed, FleetSnapshot, Targets
 from simulation.traces.logs import Request

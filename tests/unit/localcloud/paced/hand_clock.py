@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.reference import SteppedModelServer
-from engine.timing import Timing
+from engine.step_time_constants import Timing
 from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import Message, PacedEngine
 

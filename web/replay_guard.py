@@ -1,0 +1,25 @@
+"""Replay protection: a message of an instance counts once. No I/O, no clock."""
+
+OLD_BOOTS = 64
+"""Boots of an instance that are remembered to be over."""
+
+
+class ReplayGuard:
+    """What was heard of one instance: its boot, the number of its last message, and the boots before."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._boot_id: str | None = None
+        self._number = -1
+        self._old: dict[str, None] = {}
+
+    def accept(self, boot_id: str, number: int) -> bool:
+        """Whether the message was not heard before; it counts as heard from now on."""
+        if boot_id in self._old or (boot_id == self._boot_id and number <= self._number):
+            return False
+        if boot_id != self._boot_id and self._boot_id is not None:
+            self._old[self._boot_id] = None
+            if len(self._old) > OLD_BOOTS:
+                del self._old[next(iter(self._old))]
+        self._boot_id, self._number = boot_id, number
+        return True
