@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 from msgspec import Meta, Raw, structs
@@ -23,8 +24,9 @@ class _ScannedHotSet(HotSetHead, frozen=True):
 class HotSetReader:
     """Reads hot sets; an instance that is the same as in the one before is the same object."""
 
-    def __init__(self) -> None:
-        """Nothing has been read."""
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Begin with nothing read. clock: seconds, by which the reading is cut into slices."""
+        self._clock = clock
         self._known: dict[bytes, HotInstance] = {}
 
     async def read(self, raw: bytes) -> HotSet:
@@ -32,7 +34,7 @@ class HotSetReader:
         scanned = decode(raw, _ScannedHotSet)
         known: dict[bytes, HotInstance] = {}
         ids: set[int] = set()
-        begun = time.perf_counter()
+        begun = self._clock()
         for n, part in enumerate(scanned.instances):
             text = bytes(part)
             one = self._known.get(text) or _instance(text, f"instances[{n}]")
@@ -40,9 +42,9 @@ class HotSetReader:
                 raise BadField(f"instances[{n}].id", f"{one.id} is there twice")
             ids.add(one.id)
             known[text] = one
-            if time.perf_counter() - begun > SLICE_S:
+            if self._clock() - begun > SLICE_S:
                 await asyncio.sleep(0)
-                begun = time.perf_counter()
+                begun = self._clock()
         self._known = known
         return HotSet(**(structs.asdict(scanned) | {"instances": tuple(known.values())}))
 
