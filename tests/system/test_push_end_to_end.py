@@ -99,7 +99,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         instances=1,
         max_instances=1,
         hot=0,
-        speedup=120.0,
+        speedup=360.0,
         seed=11,
         state_dir=tmp_path_factory.mktemp("push") / "stack",
     )

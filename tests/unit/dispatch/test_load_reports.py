@@ -55,10 +55,11 @@ def polled(b: DispatchWorld, seconds: float) -> Counter[int]:
     asked: Counter[int] = Counter()
     for _ in range(round(seconds / 0.02)):
         b.now += 0.02
-        for poll in b.balancer.polls(b.now):
+        due = b.balancer.polls(b.now)
+        unfinished = {row["id"]: row["unfinished"] for row in b.describe()["instances"]} if due else {}
+        for poll in due:
             asked[poll.instance_id] += 1
-            running = b.row(poll.instance_id)["unfinished"]
-            b.balancer.complete_poll(poll, load_report(running=running), b.now)
+            b.balancer.complete_poll(poll, load_report(running=unfinished[poll.instance_id]), b.now)
     return asked
 
 
