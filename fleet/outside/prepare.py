@@ -19,16 +19,18 @@ def prepare(config: AutoscalerConfig, count: int) -> None:
     """Rent count instances, wait until each has loaded the model, stop them. Progress goes to stdout.
 
     It is the ordinary loop with a policy that wants them in all but not hot. Instances that an interrupted
-    run left half done count among the new ones. Ctrl-C says what is still rented; all of it is labelled.
+    run left half done count among the new ones, however far they come before the first look. Ctrl-C says what
+    is still rented; all of it is labelled.
     """
     within("--count", count, 1, config.max_instances)
     process = AutoscalerProcess(replace(config, manage=True), no_balancers=True, policy=Fixed(0, 0))
     try:
         process.check_account()
         process.scaler.instances.set_manage(False)  # until it is known what is there
+        half_done = frozenset(i.label for i in process.scaler.instances if not i.loaded)
         process.start()
         process.start_health_checks()
-        _wait(process, *_set_target(process, count))
+        _wait(process, *_set_target(process, count, half_done))
     except KeyboardInterrupt:
         print("\ninterrupted: waiting for the order under way", flush=True)
         process.stop()
@@ -45,10 +47,11 @@ def prepare(config: AutoscalerConfig, count: int) -> None:
         process.close()
 
 
-def _set_target(process: AutoscalerProcess, count: int) -> tuple[int, int]:
+def _set_target(process: AutoscalerProcess, count: int, half_done: frozenset[str]) -> tuple[int, int]:
     """Let the autoscaler load count more, when it knows what is there; return how many are loaded then.
 
-    What is hot already stays hot, and is how many the second number says; what is loaded stays loaded. Raises
+    half_done: labels of instances that count among the new ones, even where they are hot by now. Every other
+    that is hot stays hot (the second number says how many do), and what is loaded stays loaded. Raises
     ConfigError when that is too many.
     """
     scaler, fleet = process.scaler, process.scaler.instances
@@ -58,15 +61,18 @@ def _set_target(process: AutoscalerProcess, count: int) -> tuple[int, int]:
             if not fleet.knows_hot_set():
                 continue
             seen = fleet.snapshot(scaler.demand, scaler.clock())
-            loaded = sum(i.loaded and i.state not in GIVEN_UP for i in fleet)
+            prepared = [
+                i for i in fleet if i.loaded and i.state not in GIVEN_UP and i.label not in half_done
+            ]
+            loaded, hot = len(prepared), sum(i.state is State.HOT for i in prepared)
             wanted, most = loaded + count, fleet.limits.max_instances
             if wanted > most:
                 raise ConfigError(
                     f"--count {count}: {loaded} are loaded already, and --max-instances is {most}"
                 )
-            scaler.set_policy(Fixed(seen.hot, max(wanted, seen.total)))
+            scaler.set_policy(Fixed(hot, max(wanted, seen.total)))
             fleet.set_manage(True)
-            return wanted, seen.hot
+            return wanted, hot
 
 
 def _wait(process: AutoscalerProcess, wanted: int, kept_hot: int) -> None:
