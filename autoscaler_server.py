@@ -20,7 +20,7 @@ from fleet.outside.costs import cost_answer
 from fleet.outside.decisions import decisions_answer
 from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.hot_set_push import current_hot_set
-from fleet.outside.metrics import metrics_text
+from fleet.outside.metrics import AutoscalerMetrics
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.tuner import NoCurve, Tuner
@@ -38,6 +38,7 @@ from web.messages.busy import MAX_BUSY_BODY, BusyAnswer, BusyReport
 from web.messages.decoding import BadField, decode
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import ReadyBody
+from web.metrics import MetricsPage
 from web.signatures import name_and_key, signer
 
 log = logging.getLogger("autoscaler")
@@ -140,6 +141,7 @@ def _add_ready(
 
 def _add_operator_views(app: Flask, scaler: Autoscaler, keys: AccessKeys) -> None:
     operator = requires(keys.for_operator)
+    page = MetricsPage(AutoscalerMetrics(scaler))
 
     @app.get("/instances")
     @operator
@@ -165,7 +167,7 @@ def _add_operator_views(app: Flask, scaler: Autoscaler, keys: AccessKeys) -> Non
     @app.get("/metrics")
     @operator
     def metrics() -> Response:
-        return Response(metrics_text(scaler), mimetype="text/plain; version=0.0.4")
+        return page.answer()
 
 
 def _add_operator_orders(app: Flask, scaler: Autoscaler, keys: AccessKeys, tuner: Tuner | None) -> None:

@@ -17,7 +17,6 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, jsonify
@@ -25,7 +24,7 @@ from flask import Flask, Response, jsonify
 from dispatch.allowance import MOST_UNUSED
 from dispatch.chooser import FIRST_TOKEN_WEIGHT
 from dispatch.outside.background import BackgroundTasks
-from dispatch.outside.metrics import metrics_text
+from dispatch.outside.metrics import LoadBalancerMetrics
 from dispatch.outside.service import GRANT_AT_ONCE, LoadBalancerService
 from dispatch.request_queue import LATE_BOUND_S
 from dispatch.route_request import RouteRequest
@@ -44,6 +43,7 @@ from web.keys import AccessKeys
 from web.messages.hot_set import MAX_HOT_BODY, HotSetTaken
 from web.messages.leases import DoneBody, RouteBody
 from web.messages.reports import MAX_REPORT_BODY
+from web.metrics import MetricsPage
 
 log = logging.getLogger("loadbalancer")
 
@@ -147,6 +147,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     app = make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
     direct = DirectRoutes(app)
     operator = requires(keys.for_operator)
+    page = MetricsPage(LoadBalancerMetrics(service))
 
     @direct.post("/route", RouteBody, keys.for_clients)
     def route(said: RouteBody, client: str) -> JsonAnswer | Held:
@@ -180,7 +181,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     @app.get("/status")
     @operator
     def status() -> Response:
-        return jsonify(status_of(service))
+        return jsonify(service.status())
 
     @app.get("/health")
     def health() -> Response:
@@ -189,8 +190,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     @app.get("/metrics")
     @operator
     def metrics() -> Response:
-        text = metrics_text(status_of(service), service.balancer.instances.hot)
-        return Response(text, mimetype="text/plain; version=0.0.4")
+        return page.answer()
 
     return app
 
@@ -207,16 +207,6 @@ def _ask(balancer: LoadBalancer, said: RouteBody, client: str) -> RouteRequest:
         PRIORITIES[said.priority or "normal"],
         client,
     )
-
-
-def status_of(service: LoadBalancerService) -> dict[str, Any]:
-    """`GET /status`: everything but tokens and keys."""
-    now = service.clock()
-    return {
-        "loadbalancer": service.name,
-        "heard_of_autoscaler_s_ago": None if service.heard_at is None else round(now - service.heard_at, 1),
-        **service.balancer.describe(now),
-    }
 
 
 def make_balancer(config: LoadBalancerConfig) -> LoadBalancer:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from dispatch.allowance import Allowance
+from dispatch.duration_histogram import DurationHistogram
 from dispatch.instance import ServingInstance
 from dispatch.lease import Lease
 from dispatch.route_request import RouteRequest
@@ -27,6 +28,9 @@ ENDS = ("finished", "aborted", "failed", "unused", "expired", "lost")
 """How a lease ends: the first three by a report or its client, unused by its client; expired without having
 started; lost with its instance, or because no end was reported."""
 
+LASTED_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+"""Upper ends of the buckets by which leases are counted, seconds from their start to their end."""
+
 REMEMBER_DONE = 10_000
 """Leases ended by their client that are remembered until the report that tells their length."""
 
@@ -39,6 +43,7 @@ class LeaseBook:
         self.allowance = Allowance(max_unused, lease_s)
         self.given = 0
         self.ends: dict[str, int] = {}  # how leases ended -> how many
+        self.lasted = {how: DurationHistogram(LASTED_S) for how in ENDS}
         self.working = 0  # instances with a lease
         self._lease_s = lease_s
         self._leases: dict[str, Lease] = {}
@@ -114,6 +119,7 @@ class LeaseBook:
         if not inst.leases:
             self.working -= 1
         self.ends[how] = self.ends.get(how, 0) + 1
+        self.lasted[how].add(now - lease.given_at)
 
     def lose_all(self, inst: ServingInstance, now: float, *, started_only: bool = False) -> None:
         """End the leases of inst whose requests are lost; their connections have told the clients so."""

@@ -39,7 +39,16 @@ class LoadBalancerApp:
     def __init__(self, clients: frozenset[str] = frozenset(), operator: frozenset[str] = frozenset()) -> None:
         self.balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
         self.service = LoadBalancerService(self.balancer, lambda: 1_700_000_000.0)
-        self.client = AsgiClient(create_app(self.service, AccessKeys(CONTROL, clients, operator)))
+        self.client = self.client_of(self.service, clients, operator)
+
+    @staticmethod
+    def client_of(
+        service: LoadBalancerService,
+        clients: frozenset[str] = frozenset(),
+        operator: frozenset[str] = frozenset(),
+    ) -> AsgiClient:
+        """Return a client of that service's routes."""
+        return AsgiClient(create_app(service, AccessKeys(CONTROL, clients, operator)))
 
     def stock(self) -> None:
         """Make the instance hot and give it tokens."""

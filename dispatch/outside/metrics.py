@@ -1,47 +1,81 @@
-"""The loadbalancer's status as a page for Prometheus."""
+"""The loadbalancer's figures for Prometheus."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from dispatch.duration_histogram import DurationHistogram
+from dispatch.outside.service import LoadBalancerService
+from web.metrics import Family, counter, gauge, histogram, labelled
 
 FIGURES = (
-    ("busy", "gauge", "busy"),
-    ("demand", "gauge", "demand"),
-    ("held", "gauge", "held"),
-    ("held_work", "gauge", "held_work"),
-    ("held_late", "gauge", "held_late"),
-    ("turned_late_total", "counter", "turned_late"),
-    ("oldest_wait_seconds", "gauge", "oldest_wait_s"),
-    ("arrivals_total", "counter", "arrivals"),
-    ("arrived_work_total", "counter", "arrived_work"),
-    ("routed_total", "counter", "routed"),
-    ("refused_total", "counter", "refused"),
-    ("too_many_unused_total", "counter", "too_many_unused"),
+    ("busy_instances", "Instances' worth of capacity that is in use.", "busy"),
+    ("demand_instances", "The same without a cap, with waiting and refused requests.", "demand"),
+    ("held_requests", "Requests that wait for a lease.", "held"),
+    ("held_work_tokens", "Their work, in output-token equivalents.", "held_work"),
+    ("held_late_requests", "Those of them that cannot be in time any more.", "held_late"),
+    ("turned_late_requests_total", "Requests that turned late while they waited.", "turned_late"),
+    ("oldest_wait_seconds", "How long the request has waited that came first.", "oldest_wait_s"),
+    ("arrived_requests_total", "Requests for a lease, each counted once.", "arrivals"),
+    ("arrived_work_tokens_total", "Their work, in output-token equivalents.", "arrived_work"),
+    ("leases_total", "Leases given.", "routed"),
+    ("refused_requests_total", "Requests that got no lease, because no instance had room.", "refused"),
+    ("too_many_unused_requests_total", "Requests of clients that hoard leases.", "too_many_unused"),
 )
-"""Name, kind, and field of the status."""
+"""Name (a counter where it ends in _total), meaning, and field of GET /status."""
 
 INSTANCE_FIGURES = (
-    ("unfinished", "gauge", "unfinished"),
-    ("work", "gauge", "work"),
-    ("capacity_work", "gauge", "capacity_work"),
-    ("throughput_work_s", "gauge", "throughput_work_s"),
-    ("tokens_in_stock", "gauge", "tokens_in_stock"),
-    ("working_seconds_total", "counter", "working_s"),
-    ("failures_total", "counter", "failures"),
+    ("unfinished_leases", "Leases of the instance that have not ended.", "unfinished"),
+    ("work_tokens", "Their work that is left, in output-token equivalents.", "work"),
+    ("capacity_work_tokens", "Work that the instance may hold.", "capacity_work"),
+    ("throughput_work_tokens_per_second", "Work that it does when it is full.", "throughput_work_s"),
+    ("tokens_in_stock", "Single-use tokens that wait to be leased.", "tokens_in_stock"),
+    ("working_seconds_total", "Seconds with at least one lease.", "working_s"),
+    ("failures_total", "Failures seen by the loadbalancer or told by clients.", "failures"),
 )
 """The same, of each instance of the status."""
 
 
-def metrics_text(status: Mapping[str, Any], hot: int) -> str:
-    """Return `GET /metrics` in Prometheus' text format. status: the answer of GET /status."""
-    lines: list[str] = []
-    for name, kind, key in FIGURES:
-        lines += [f"# TYPE loadbalancer_{name} {kind}", f"loadbalancer_{name} {status[key]:.9g}"]
-    lines += ["# TYPE loadbalancer_hot gauge", f"loadbalancer_hot {hot}"]
-    lines.append("# TYPE loadbalancer_lease_ends_total counter")
-    lines += [f'loadbalancer_lease_ends_total{{how="{how}"}} {n}' for how, n in status["ends"].items()]
-    for name, kind, key in INSTANCE_FIGURES:
-        lines.append(f"# TYPE loadbalancer_instance_{name} {kind}")
-        lines += [
-            f'loadbalancer_instance_{name}{{instance="{i["id"]}"}} {i[key]:.9g}' for i in status["instances"]
-        ]
-    return "\n".join(lines) + "\n"
+class LoadBalancerMetrics(Collector):
+    """Reads the figures of a loadbalancer, on the thread of its event loop."""
+
+    def __init__(self, service: LoadBalancerService) -> None:
+        """service: what is read."""
+        self._service = service
+
+    def collect(self) -> Iterator[Family]:
+        """Yield what GET /status says, and how long requests waited and leases lasted."""
+        service, balancer = self._service, self._service.balancer
+        status = service.status()
+        for name, says, field in FIGURES:
+            make = counter if name.endswith("_total") else gauge
+            yield make(f"loadbalancer_{name}", says, status[field])
+        hot = balancer.instances.hot
+        yield gauge("loadbalancer_hot_instances", "Instances that may be given requests.", hot)
+        if service.heard_at is not None:
+            says = "Seconds since the autoscaler last said what is hot, or that it still is so."
+            age_s = service.clock() - service.heard_at
+            yield gauge("loadbalancer_autoscaler_heard_age_seconds", says, age_s)
+        says = "Leases that ended, by how."
+        ends = balancer.leases.ends
+        yield labelled(CounterMetricFamily, "loadbalancer_lease_ends_total", says, "how", ends.items())
+        says = "From a request for a lease until it was answered with one or refused; 0 without waiting."
+        yield _histogram("loadbalancer_wait_seconds", says, service.waits, "outcome")
+        says = "What POST /route took of the event loop, for requests that did not wait."
+        yield _histogram("loadbalancer_route_seconds", says, {"": service.route_times})
+        says = "From a lease until its end was known, by how it ended."
+        yield _histogram("loadbalancer_lease_seconds", says, balancer.leases.lasted, "how")
+        yield from _of_instances(status["instances"])
+
+
+def _of_instances(rows: Sequence[Mapping[str, float]]) -> Iterator[Family]:
+    for name, says, field in INSTANCE_FIGURES:
+        kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+        values = ((str(row["id"]), row[field]) for row in rows)
+        yield labelled(kind, f"loadbalancer_instance_{name}", says, "instance", values)
+
+
+def _histogram(name: str, says: str, of: Mapping[str, DurationHistogram], label: str = "") -> Family:
+    bounds = next(iter(of.values())).bounds
+    return histogram(name, says, bounds, {value: (h.counts, h.sum_s) for value, h in of.items()}, label)

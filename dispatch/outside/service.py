@@ -5,9 +5,12 @@ import logging
 import math
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+from dispatch.duration_histogram import DurationHistogram
 from dispatch.lease import Lease
 from dispatch.outside.hot_set import HotSetReader
 from dispatch.outside.lease_answers import encode_lease, encode_leases
@@ -26,6 +29,12 @@ GRANT_AT_ONCE = 64
 """Waiting requests that are given leases in one turn of the loop, some 5 ms: then answers are sent and other
 requests have their turn. Of a burst the first are answered before the last are given theirs."""
 
+WAIT_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Upper ends of the buckets by which waits of requests are counted, seconds."""
+
+ROUTE_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+"""The same for the time that a lease takes to give, of which all others wait."""
+
 REFUSALS = {
     "nothing_hot": "no instance is hot; the fleet has been told",
     "all_busy": "every hot instance is at its capacity or not to be used; wait_s holds a request",
@@ -39,7 +48,8 @@ class LoadBalancerService:
     """The LoadBalancer, its clock, and the parked requests. Belongs to the thread that first uses it.
 
     activity: set when something has happened after which there may be something to ask of the instances.
-    heard_at: when the autoscaler last said what is hot, or that it is still so.
+    heard_at: when the autoscaler last said what is hot, or that it is still so. waits: from a request's
+    arrival to its lease, or to its refusal. route_times: of requests that did not wait.
     """
 
     def __init__(self, balancer: LoadBalancer, clock: Callable[[], float]) -> None:
@@ -49,6 +59,9 @@ class LoadBalancerService:
         self.heard_at: float | None = None
         self.activity = asyncio.Event()
         self.reader = HotSetReader()
+        self.waits = {outcome: DurationHistogram(WAIT_S) for outcome in ("leased", "refused")}
+        self.route_times = DurationHistogram(ROUTE_S)
+        self._leased_after, self._refused_after = self.waits["leased"].add, self.waits["refused"].add
         self._balancer = balancer
         self._model = ""  # of the hot set
         self._parked: dict[QueuedRequest, Held] = {}
@@ -67,19 +80,34 @@ class LoadBalancerService:
             raise RuntimeError("the loadbalancer's state belongs to the thread of the event loop")
         return self._balancer
 
+    def status(self) -> dict[str, Any]:
+        """Return what an operator may see: everything but tokens and keys."""
+        now = self.clock()
+        return {
+            "loadbalancer": self.name,
+            "heard_of_autoscaler_s_ago": None if self.heard_at is None else round(now - self.heard_at, 1),
+            **self.balancer.describe(now),
+        }
+
     # -- clients --
 
     def route(self, ask: RouteRequest, wait_s: float, count: int | None = None) -> JsonAnswer | Held:
         """Answer with a lease or a refusal, or park; with count up to so many leases, and at least one."""
+        begun = time.perf_counter()
         self.activity.set()
         self.serve_waiting()
         now = self.clock()
         outcome = self.balancer.request(ask, wait_s, count, now)
+        if isinstance(outcome, QueuedRequest):
+            return self._park(outcome, wait_s)
         if isinstance(outcome, Granted):
-            return self._granted(outcome.leases, count, now)
-        if isinstance(outcome, RouteRefused):
-            return _refused(outcome)
-        return self._park(outcome, wait_s)
+            answer = self._granted(outcome.leases, count, now)
+            self._leased_after(0.0)
+        else:
+            answer = _refused(outcome)
+            self._refused_after(0.0)
+        self.route_times.add(time.perf_counter() - begun)
+        return answer
 
     def serve_waiting(self) -> None:
         """Give leases to the waiting requests that there is room for: a few now, others in the next turns."""
@@ -103,6 +131,7 @@ class LoadBalancerService:
     def _serve_some(self) -> None:
         now = self.clock()
         for queued, leases in self.balancer.grant(now):
+            self._leased_after(now - queued.since)
             answer = self._granted(leases, queued.count, now)
             self._parked.pop(queued).answer(answer, partial(self._take_back, leases))
 
@@ -113,7 +142,9 @@ class LoadBalancerService:
 
         def time_out() -> JsonAnswer:
             self._parked.pop(queued, None)
-            return _refused(self.balancer.time_out(queued, self.clock()))
+            now = self.clock()
+            self._refused_after(now - queued.since)
+            return _refused(self.balancer.time_out(queued, now))
 
         held = self._parked[queued] = Held(wait_s, time_out, leave)
         return held

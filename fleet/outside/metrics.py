@@ -1,34 +1,86 @@
-"""The autoscaler's figures as a page for Prometheus."""
+"""The autoscaler's figures for Prometheus."""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
+from web.metrics import Family, counter, gauge, histogram, labelled
+
+BOUNDS_S = (1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14400.0)
+"""Upper ends of the buckets, seconds: from a start on a local cloud to the load of a large model."""
+
+SPENT_ON = ("hot_working", "hot_idle", "loading", "stopped", "lost")
+"""What dollars are spent on: fields of CostBreakdown."""
+
+CLAMPED = ("hot", "total")
+"""What a policy may want more of than the hard limits allow: Decision.clamped."""
+
+EFFECTS = {"create": "create", "start": "start", "stop": "stop", "destroyed": "destroy"}
+"""Kind of a duration in the ledger -> the order whose effect the listing shows after that time."""
 
 
-def metrics_text(scaler: Autoscaler) -> str:
-    """Return `GET /metrics`: instances by state, demand, burn rate, dollars so far, age of the last turn."""
-    now = scaler.clock()
-    scaler.write_counts()
-    costs = scaler.ledger.costs(0.0, now)
-    with scaler.lock:
-        states = dict.fromkeys(State, 0)
-        for i in scaler.instances:
-            states[i.state] += 1
-        burn = sum(i.price_usd_h for i in scaler.instances)
-        demand, busy, held = scaler.demand.demand, scaler.demand.busy, scaler.demand.held
-        arrivals = scaler.demand.arrivals
-    lines = ["# TYPE autoscaler_instances gauge"]
-    lines += [f'autoscaler_instances{{state="{s}"}} {n}' for s, n in states.items()]
-    single: list[tuple[str, str, float]] = [
-        ("autoscaler_demand_instances", "gauge", demand),
-        ("autoscaler_busy_instances", "gauge", busy),
-        ("autoscaler_held_requests", "gauge", held),
-        ("autoscaler_arrivals_total", "counter", arrivals),
-        ("autoscaler_burn_usd_per_hour", "gauge", burn),
-        ("autoscaler_last_good_turn_age_seconds", "gauge", now - (scaler.last_good_turn or 0.0)),
-    ]
-    for name, kind, value in single:
-        lines += [f"# TYPE {name} {kind}", f"{name} {value:.9g}"]
-    lines.append("# TYPE autoscaler_spent_usd_total counter")
-    for kind in ("hot_working", "hot_idle", "loading", "stopped", "lost"):
-        lines.append(f'autoscaler_spent_usd_total{{on="{kind}"}} {getattr(costs, kind):.9g}')
-    return "\n".join(lines) + "\n"
+class AutoscalerMetrics(Collector):
+    """Reads the figures of an autoscaler; the ledger's are those of all processes before it, too."""
+
+    def __init__(self, scaler: Autoscaler) -> None:
+        """scaler: in any thread, it is locked for arithmetic only."""
+        self._scaler = scaler
+        self._started_at = scaler.clock()
+
+    def collect(self) -> Iterator[Family]:
+        """Yield instances by state, demand, dollars, age of the last turn, and how long orders took."""
+        scaler = self._scaler
+        now = scaler.clock()
+        scaler.write_counts()
+        costs = scaler.ledger.costs(0.0, now)
+        with scaler.lock:
+            states = dict.fromkeys(State, 0)
+            for i in scaler.instances:
+                states[i.state] += 1
+            burn_usd_h = sum(i.price_usd_h for i in scaler.instances)
+            demand, busy, held = scaler.demand.demand, scaler.demand.busy, scaler.demand.held
+            arrivals = scaler.demand.arrivals
+            clamps = [(target, scaler.clamps[target]) for target in CLAMPED]
+        last = self._started_at if scaler.last_good_turn is None else scaler.last_good_turn
+
+        by_state = ((str(state), n) for state, n in states.items())
+        yield labelled(GaugeMetricFamily, "autoscaler_instances", "Instances by state.", "state", by_state)
+        yield gauge("autoscaler_demand_instances", "Instances' worth of capacity that is asked for.", demand)
+        yield gauge("autoscaler_busy_instances", "Instances' worth of capacity that is in use.", busy)
+        yield gauge("autoscaler_held_requests", "Requests that wait at the loadbalancers.", held)
+        yield counter("autoscaler_arrived_requests_total", "Requests that loadbalancers reported.", arrivals)
+        yield gauge("autoscaler_burn_dollars_per_hour", "What the fleet costs at present.", burn_usd_h)
+        spent = ((on, getattr(costs, on)) for on in SPENT_ON)
+        says = "Dollars spent by this fleet, by what they were spent on."
+        yield labelled(CounterMetricFamily, "autoscaler_spent_dollars_total", says, "on", spent)
+        says = "Seconds since the last turn with a listing that was believed, or since the start."
+        yield gauge("autoscaler_last_good_turn_age_seconds", says, now - last)
+        says = "Turns in which the policy wanted more of this than the hard limits allow."
+        yield labelled(CounterMetricFamily, "autoscaler_clamped_turns_total", says, "target", clamps)
+        yield from self._durations(now)
+
+    def _durations(self, now: float) -> Iterator[Family]:
+        seconds: dict[str, list[float]] = {}
+        for kind, _, took_s in self._scaler.ledger.durations(0.0, now + 1.0):
+            seconds.setdefault(kind, []).append(took_s)
+        for kind, name, says in (
+            ("boot", "autoscaler_start_seconds", "From the start of a cold instance until it was hot."),
+            ("load", "autoscaler_load_seconds", "From the order of a new instance until it was hot."),
+        ):
+            yield histogram(name, says, BOUNDS_S, {"": _count(seconds.get(kind, ()))})
+        says = "From an order to the cloud until the listing showed its effect."
+        counts = {order: _count(seconds.get(kind, ())) for kind, order in EFFECTS.items()}
+        yield histogram("autoscaler_order_seconds", says, BOUNDS_S, counts, "order")
+
+
+def _count(seconds: Iterable[float]) -> tuple[list[int], float]:
+    """Return (durations in each bucket of BOUNDS_S and above, their sum)."""
+    counts, sum_s = [0] * (len(BOUNDS_S) + 1), 0.0
+    for one_s in seconds:
+        counts[bisect_left(BOUNDS_S, one_s)] += 1
+        sum_s += one_s
+    return counts, sum_s

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import TestResponse
 
 import autoscaler_server
@@ -28,6 +29,7 @@ from engine.step_time_constants import timing_for
 from fleet.arrivals import Arrived
 from fleet.demand import Demand
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
+from fleet.journal import Entries
 from fleet.outside import process
 from fleet.outside.config import AutoscalerConfig, local_cloud_key
 from fleet.outside.destroy_fleet import destroy_fleet
@@ -460,10 +462,44 @@ def test_manage_and_policy_are_what_was_put(face: Face) -> None:
 
 def test_metrics_are_prometheus_text(face: Face) -> None:
     text = face.ask("GET", "/metrics").text
-    assert 'autoscaler_instances{state="hot"} 2\n' in text
-    assert 'autoscaler_spent_usd_total{on="hot_idle"}' in text
-    for line in text.splitlines():
-        assert re.fullmatch(r'# TYPE \w+ (gauge|counter)|\w+(\{\w+="\w+"\})? [-0-9.e+]+', line), line
+    assert 'autoscaler_instances{state="hot"} 2.0\n' in text
+    assert 'autoscaler_spent_dollars_total{on="hot_idle"}' in text
+    families = list(text_string_to_metric_families(text))
+    assert all(f.name.startswith("autoscaler_") and f.documentation for f in families)
+    assert {f.type for f in families} == {"gauge", "counter", "histogram"}
+
+
+def test_metrics_count_how_long_starts_and_loads_took(face: Face) -> None:
+    now = face.world.now
+    durations = [("boot", now, 70.0), ("boot", now, 90.0), ("load", now, 900.0), ("destroyed", now, 20.0)]
+    before = face.ask("GET", "/metrics").text
+    face.scaler.ledger.write(Entries(durations=durations))
+    text = face.ask("GET", "/metrics").text
+    added = {
+        name: value - samples_of(before).get(name, 0.0)
+        for name, value in samples_of(text).items()
+        if value != samples_of(before).get(name, 0.0)
+    }
+    assert added["autoscaler_start_seconds_sum"] == 160.0
+    assert added["autoscaler_start_seconds_bucket 120.0"] == 2.0
+    assert "autoscaler_start_seconds_bucket 60.0" not in added
+    assert added["autoscaler_load_seconds_count"] == 1.0
+    assert added["autoscaler_order_seconds_sum destroy"] == 20.0
+
+
+def test_the_age_of_the_last_good_turn_counts_from_the_start_before_there_was_one(face: Face) -> None:
+    face.scaler.last_good_turn = None
+    face.world.now += 5.0
+    assert "autoscaler_last_good_turn_age_seconds 5.0\n" in face.ask("GET", "/metrics").text
+
+
+def samples_of(text: str) -> dict[str, float]:
+    """Each sample of a metrics page, by its name and labels."""
+    return {
+        " ".join((s.name, *s.labels.values())): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
 
 
 # -- what is refused --------------------------------------------------------------------------------------

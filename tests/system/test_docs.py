@@ -9,11 +9,14 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import pytest
+from prometheus_client.registry import Collector
 
 import autoscaler_server
 import loadbalancer_server
 import sim
 from dispatch.outside import service
+from dispatch.outside.metrics import LoadBalancerMetrics
+from fleet.outside.metrics import AutoscalerMetrics
 from fleet_client import gateway
 from loadbalancer import LoadBalancer
 from localcloud import __main__ as localcloud_main
@@ -29,6 +32,7 @@ from web.keys import AccessKeys
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 DOCS = "\n".join(PAGES.values())
+OPERATING = ROOT / "docs" / "operating.md"
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], object], tuple[str, ...]]] = {
@@ -92,6 +96,22 @@ def test_every_route_is_in_the_docs(tmp_path: Path) -> None:
     world.stop()
     for route in routes(scaler) | routes(balancer) | ours:
         assert f"`{route}`" in DOCS, route
+
+
+def metric_names(collector: Collector) -> set[str]:
+    """The names of what a metrics page has, a counter's with _total."""
+    return {f.name + "_total" * (f.type == "counter") for f in collector.collect()}
+
+
+def test_every_metric_is_in_the_docs_and_every_one_in_the_docs_exists() -> None:
+    """With an idea for an alert in its row."""
+    desk = service.LoadBalancerService(LoadBalancer(Random(1), str), lambda: 0.0)
+    desk.confirm_hot_set()
+    scaler = MagicMock()
+    scaler.ledger.durations.return_value = []
+    names = metric_names(LoadBalancerMetrics(desk)) | metric_names(AutoscalerMetrics(scaler))
+    rows = re.findall(r"^\| `(\w+)(?:\{\w+\})?` \| [^|]+ \| [^|]+ \|$", PAGES[OPERATING], re.M)
+    assert sorted(rows) == sorted(names)
 
 
 def test_every_make_target_in_the_docs_exists_and_every_benchmark_is_there() -> None:

@@ -1,0 +1,25 @@
+"""Durations counted by size, for an operator's histograms.
+
+Our own count, because the library that writes the metrics page takes a lock and walks along the buckets for
+each value, which is 2 µs of a lease's 40; one thread needs no lock, and a bisection takes 0.2 µs.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+
+class DurationHistogram:
+    """How many durations fell into each bucket, and their sum; it only grows."""
+
+    __slots__ = ("bounds", "counts", "sum_s")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Start empty. bounds: upper ends of the buckets, ascending seconds; an end is in its bucket."""
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)  # the last: longer than every bound
+        self.sum_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.sum_s += seconds

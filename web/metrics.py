@@ -1,0 +1,74 @@
+"""A process's figures as a page for Prometheus, in the format that the asker's Accept header wants.
+
+The figures are read when they are asked for: a collector yields metric families of prometheus-client, whose
+exposition writes them. Names hold the unit (`_seconds`, `_dollars`, `_total`); docs/operating.md lists them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+
+from flask import Response, request
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+
+
+class MetricsPage:
+    """The answer of GET /metrics."""
+
+    def __init__(self, collector: Collector) -> None:
+        """collector: yields the figures of this moment."""
+        self._registry = CollectorRegistry()
+        self._registry.register(collector)
+
+    def answer(self) -> Response:
+        """Return the page for the request being served."""
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return Response(encode(self._registry), content_type=content_type)
+
+
+def gauge(name: str, says: str, value: float) -> Family:
+    """Return a figure that goes up and down."""
+    return GaugeMetricFamily(name, says, value)
+
+
+def counter(name: str, says: str, value: float) -> Family:
+    """Return a figure that only grows while the process lives; name: ends in _total."""
+    return CounterMetricFamily(name, says, value)
+
+
+def labelled(
+    kind: type[CounterMetricFamily | GaugeMetricFamily],
+    name: str,
+    says: str,
+    label: str,
+    values: Iterable[tuple[str, float]],
+) -> Family:
+    """Return one figure for each value of a label."""
+    family = kind(name, says, labels=(label,))
+    for value, figure in values:
+        family.add_metric((value,), figure)
+    return family
+
+
+def histogram(
+    name: str,
+    says: str,
+    bounds: Sequence[float],
+    counts: Mapping[str, tuple[Sequence[int], float]],
+    label: str = "",
+) -> Family:
+    """Return durations by size, for each value of a label; without one counts has the key "".
+
+    bounds: upper ends of the buckets, ascending. counts: value -> (durations in each bucket, and last those
+    above the highest bound; the sum of all in seconds).
+    """
+    family = HistogramMetricFamily(name, says, labels=(label,) if label else ())
+    ends = [*(str(bound) for bound in bounds), "+Inf"]
+    for value, (in_buckets, sum_s) in counts.items():
+        buckets = list(zip(ends, accumulate(in_buckets), strict=True))
+        family.add_metric((value,) if label else (), buckets, sum_s)
+    return family
