@@ -27,6 +27,8 @@ Times are epoch seconds.
 import math
 from enum import Enum
 
+from fleet_client.back_off import back_off_s
+
 PAUSE_S = (1.0, 30.0)
 """Least seconds OPEN: the first time, doubling up to the second until it is CLOSED again."""
 
@@ -66,7 +68,7 @@ class CircuitBreaker:
         self.state = CircuitState.CLOSED
         self.until = -math.inf  # OPEN at least until then
         self.failures = 0  # of any kind, so far
-        self._pause_s = PAUSE_S[0]
+        self._opened = 0  # times in a row, without having been CLOSED
         self._most = 1  # leases at a time while PROBING
         self._probes: dict[str, float] = {}  # request id -> until when it counts
         self._reported: dict[str, tuple[int, float]] = {}  # client -> (failures in a row, time of the last)
@@ -183,12 +185,12 @@ class CircuitBreaker:
 
     def _open(self, now: float) -> None:
         if self.state is not CircuitState.OPEN:
-            self.state, self.until = CircuitState.OPEN, now + self._pause_s
-            self._pause_s = min(PAUSE_S[1], 2.0 * self._pause_s)
+            self._opened += 1
+            self.state, self.until = CircuitState.OPEN, now + back_off_s(self._opened, *PAUSE_S)
             self._probes.clear()
             self._reported.clear()
 
     def _close(self) -> None:
         self.state = CircuitState.CLOSED
-        self._pause_s = PAUSE_S[0]
+        self._opened = 0
         self._probes.clear()

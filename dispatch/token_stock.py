@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fleet_client.back_off import back_off_s
+
 TOKEN_SHARE = 0.8
 """Part of a token's life in which it is leased; the client has the rest."""
 
@@ -148,8 +150,8 @@ class TokenStock:
 
     def postpone_refill(self, now: float) -> None:
         """Repeat a failed refill after a pause that doubles."""
-        self.retry_at = now + min(REFILL_RETRY_S[1], REFILL_RETRY_S[0] * 2.0 ** min(self._failures, 10))
         self._failures += 1
+        self.retry_at = now + back_off_s(self._failures, *REFILL_RETRY_S)
 
     def _wanted_level(self, now: float) -> int:
         """Return the tokens that last STOCK_S by the use since _counted_from."""

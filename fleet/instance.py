@@ -12,6 +12,7 @@ from fleet.deadlines import Deadlines
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.journal import BillingInterval, SavedInstance
 from fleet.states import BILLS_GPU, SERVING, State, check_transition
+from fleet_client.back_off import back_off_s
 from vast.rows import Offer, Row
 from web.replay_guard import ReplayGuard
 
@@ -99,8 +100,8 @@ class BootRecord:
     def be_refused(self, deadlines: Deadlines, now: float) -> None:
         """Count a start that the cloud refused; the rest before the next doubles."""
         self.refused_starts += 1
-        rest_s = deadlines.repeat_s * 2 ** min(self.refused_starts, 10)
-        self.no_start_before = now + min(rest_s, deadlines.no_gpu_rest_s)
+        rest_s = back_off_s(self.refused_starts, 2.0 * deadlines.repeat_s, deadlines.no_gpu_rest_s)
+        self.no_start_before = now + rest_s
 
 
 @dataclass

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from engine.profiles import Profile
 from fleet.deadlines import Deadlines
+from fleet_client.back_off import back_off_s
 from vast.rows import Offer
 
 LONGEST_REST_S = 900.0
@@ -82,8 +83,8 @@ class Market:
         if now < self._no_create_before:
             return
         self._failed_creates += 1
-        rest_s = self._deadlines.create_rest_s * 2 ** min(self._failed_creates - 1, 10)
-        self._no_create_before = now + min(LONGEST_REST_S, rest_s)
+        rest_s = back_off_s(self._failed_creates, self._deadlines.create_rest_s, LONGEST_REST_S)
+        self._no_create_before = now + rest_s
         self.note_offer_gone(now)
 
     def note_create_worked(self) -> None:

@@ -17,6 +17,7 @@ take, of the leases at hand,
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from fleet_client.back_off import back_off_s
 from fleet_client.leases import PAUSE_S, ClientLease
 from fleet_client.prefix_hashes import BLOCK_TOKENS
 from fleet_client.token_estimate import TokenEstimate
@@ -67,7 +68,7 @@ class LeasesAhead:
         self._ready: deque[ClientLease] = deque()
         self._used_at: float | None = None
         self._retry_at = 0.0
-        self._pause_s = PAUSE_S[0]
+        self._refusals = 0  # in a row
         self._prompt = 0.0
         self._output = 0.0
         self._limited = True
@@ -168,7 +169,7 @@ class LeasesAhead:
             self.refused(wanted, 0.0, now)  # there is no room for the others
         else:
             self.coming -= wanted
-            self._pause_s = PAUSE_S[0]
+            self._refusals = 0
         if self._closed or (self._used_at is not None and now >= self._used_at + IDLE_S):
             return leases
         self._ready.extend(leases)
@@ -177,8 +178,9 @@ class LeasesAhead:
     def refused(self, wanted: int, retry_after_s: float, now: float) -> None:
         """Give up so many that were asked for; ask again after a pause."""
         self.coming -= wanted
-        self._retry_at = max(self._retry_at, now + max(retry_after_s, self._pause_s))
-        self._pause_s = min(PAUSE_S[1], 2.0 * self._pause_s)
+        self._refusals += 1
+        rest_s = max(retry_after_s, back_off_s(self._refusals, *PAUSE_S))
+        self._retry_at = max(self._retry_at, now + rest_s)
 
     def look_in_s(self, now: float) -> float | None:
         """Return seconds until `sweep` and `want` have something new to say; None: not before a `take`."""

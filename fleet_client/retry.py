@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from fleet_client.back_off import back_off_s
 from fleet_client.call import Call
 from fleet_client.lease_keeper import LeaseKeeper
 from fleet_client.leases import PAUSE_S, ClientLease, Refusal, route_body
@@ -168,8 +169,8 @@ class LeaseAcquirer:
         When all that are left are to be avoided those are forgotten, but for the impostors.
         """
         impostors = self._impostors
-        pause_s = PAUSE_S[0]
         silent_s = min(self._left_s, UNREACHABLE_S)
+        refusals = 0
         while True:
             forgettable = not impostors.issuperset(self._avoid)
             hold_s = min(self._left_s, AVOID_WAIT_S) if forgettable else self._left_s
@@ -177,6 +178,8 @@ class LeaseAcquirer:
             said, now = yield from self._ask(hold_s, ROUTE_SLACK_S, now)
             if isinstance(said, ClientLease) or said.final:
                 return said, now
+            refusals += 1
+            pause_s = back_off_s(refusals, *PAUSE_S)
             rest_s = max(said.retry_after_s, pause_s) * self._rng.uniform(1.0, 1.25)
             if said.status == 0:
                 silent_s -= now - begun
@@ -192,7 +195,6 @@ class LeaseAcquirer:
                 begun = now
                 _, now = yield Rest(rest_s)
                 self._spend(now - begun, None)
-            pause_s = min(PAUSE_S[1], 2.0 * pause_s)
 
     def _ask(
         self, hold_s: float, slack_s: float, now: float

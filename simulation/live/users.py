@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import httpx2
 
 from fleet_client import AsyncAnswer, AsyncFleetTransport, Call, ClientLease, Timeouts, TokenEstimate
+from fleet_client.back_off import back_off_s
 from instance_client import BrokenOff, read_answer, read_stream
 from process.errors import InstanceError
 from simulation.live.workload import Arrival, Workload, body_of
@@ -32,7 +33,7 @@ PAUSE_S = (0.1, 2.0)
 Retry-After."""
 
 LAST_TRY_S = 0.5
-"""Seconds that must be left for another lease to be asked for: in less nothing could be answered."""
+"""Seconds that must be left for another try to get a lease: in less, no answer could come."""
 
 CONNECT_S = 5.0
 """Seconds for a connection: packets cross an ocean in 0.2 s, and a lost SYN is repeated after 1 and 3 s."""
@@ -41,16 +42,16 @@ STALL_S = 30.0
 """Seconds of silence after which a streamed answer is given up: instances get no more than hold_s of work."""
 
 NOT_STARTED = frozenset(("no_connection", "no_tls", "wrong_certificate", "bad_address"))
-"""Setbacks of the transport after which the engine cannot have seen the prompt."""
+"""Failures of the transport after which the engine cannot have seen the prompt."""
 
 
 @dataclass(frozen=True)
 class TryResult:
-    """How a try went.
+    """What became of one try: one lease at most, and one instance asked at most.
 
-    failure: its kind, None when it was served. instance_id: the instance that failed it, None when none was
-    asked; then retry_after_s says when to ask again. final: another try cannot help. cut_short: the time was
-    up before anything came.
+    failure: its kind, None when the request was served. instance_id: the instance that failed it, None when
+    none was asked; then retry_after_s says when to ask again. final: another try cannot help. cut_short: the
+    request's time was over before anything came.
     """
 
     failure: str | None
@@ -78,11 +79,11 @@ def _no_lease(call: Call, answer: AsyncAnswer) -> TryResult:
 class Driver:
     """Sends the planned requests when they are due and keeps a record of each.
 
-    first_tokens: seconds of the last answers, for the live figures only.
+    first_tokens: seconds to the first token of the latest answers, for the live display only.
     """
 
     def __init__(self, load: Workload, transport: AsyncFleetTransport) -> None:
-        """Send nothing before run(). transport: with one try a call; the others are made here."""
+        """Send nothing before run(). transport: makes one try for each call; further tries are made here."""
         self.records: list[Record] = []
         self.in_flight = 0
         self.outcomes: Counter[str] = Counter()
@@ -95,7 +96,10 @@ class Driver:
         self._clock = time.perf_counter
 
     async def run(self, arrivals: Sequence[Arrival]) -> None:
-        """Send all and wait for all. When it is cancelled, what is in flight ends as interrupted."""
+        """Send all requests and wait for all answers.
+
+        When cancelled, what is in flight ends as interrupted.
+        """
         self.begun = self._clock()
         async with asyncio.TaskGroup() as group:
             for arrival in arrivals:
@@ -123,13 +127,13 @@ class Driver:
             self.outcomes[record.outcome] += 1
 
     async def _until_served(self, arrival: Arrival, record: Record, due: float) -> str:
-        """Try until it is served or its time is up; return "completed" or the kind of failure."""
+        """Try until the request is served or its time is over; return "completed" or the kind of failure."""
         up_at = due + self._load.request_timeout_s
         body = body_of(arrival, self._load.model, self._load.streaming, self._load.seed)
         raw = json.dumps(body).encode()
         avoid: list[int] = []
         last: str | None = None  # how an instance failed it
-        pause_s, rest_s = 0.0, PAUSE_S[0]  # the first retry goes at once, elsewhere
+        setbacks = refusals = 0  # of instances, of the loadbalancer
         while True:
             call = self._call(arrival, raw, avoid, up_at)
             tried = await self._try(call, record, due, up_at)
@@ -140,22 +144,25 @@ class Driver:
                 return last  # the time was up in a try that had come to nothing yet
             if tried.instance_id is not None:
                 last = tried.failure
+                # The first retry goes at once, elsewhere.
+                pause_s = back_off_s(setbacks, *PAUSE_S) * self._jitter.uniform(0.75, 1.0)
+                setbacks += 1
                 record.add_setback(tried.failure)
                 if tried.final or self._clock() + pause_s >= up_at:
                     return tried.failure
                 avoid = [*avoid, tried.instance_id][-MOST_AVOIDED:]
                 await asyncio.sleep(pause_s)
-                pause_s = self._longer(pause_s)
                 continue
             left_s = up_at - self._clock()
             if tried.final or left_s < LAST_TRY_S:
                 return tried.failure
             avoid = []
             # When a Retry-After is longer than the time that is left, room may still come sooner.
-            nap_s = min(max(tried.retry_after_s, rest_s) * self._jitter.uniform(1.0, 1.25), left_s / 2)
+            refusals += 1
+            rest_s = max(tried.retry_after_s, back_off_s(refusals, *PAUSE_S))
+            nap_s = min(rest_s * self._jitter.uniform(1.0, 1.25), left_s / 2)
             await asyncio.sleep(nap_s)
             record.add_pause(nap_s)
-            rest_s = self._longer(rest_s)
 
     def _call(self, arrival: Arrival, raw: bytes, avoid: list[int], up_at: float) -> Call:
         left_s = max(0.0, up_at - self._clock())
@@ -230,6 +237,3 @@ class Driver:
         if first_s is not None:
             self.first_tokens.append(first_s)
         return TryResult(None, lease.instance_id)
-
-    def _longer(self, pause_s: float) -> float:
-        return min(max(2 * pause_s, PAUSE_S[0]), PAUSE_S[1]) * self._jitter.uniform(0.75, 1.0)

@@ -13,6 +13,7 @@ from enum import Enum
 
 from dispatch.lease import Lease
 from dispatch.route_request import RouteRequest
+from fleet_client.back_off import back_off_s
 
 RETRY_S = (0.5, 5.0)
 """Seconds of a client's pause before its second and later tries: the first doubles up to the second."""
@@ -22,17 +23,17 @@ MOST_AVOIDED = 16
 
 
 class NotConserved(Exception):
-    """A run lost or doubled a request, a token or a dollar: a mistake of ours."""
+    """A run lost or doubled a request, a token or a dollar: a fault of the simulation."""
 
 
 def must(holds: bool, otherwise: str) -> None:
-    """Raise NotConserved with the text unless it holds."""
+    """Raise NotConserved with the text `otherwise` unless the condition holds."""
     if not holds:
         raise NotConserved(otherwise)
 
 
 class Place(Enum):
-    """Where a request is."""
+    """Where a request is, as in the picture above."""
 
     ASKING = "asking"
     HELD = "held"
@@ -48,7 +49,6 @@ class UserRequest:
     """
 
     __slots__ = (
-        "_pause_s",
         "ask",
         "at",
         "given_at",
@@ -66,7 +66,7 @@ class UserRequest:
     def __init__(
         self, at: float, prompt: int, output: int, ask: RouteRequest, up_at: float, scored: bool
     ) -> None:
-        """scored: whether it came in the scored window."""
+        """Begin with the request's arrival. scored: whether that is in the scored window."""
         self.at = at
         self.prompt = prompt
         self.output = output
@@ -79,22 +79,21 @@ class UserRequest:
         self.lease: Lease | None = None
         self.place = Place.ASKING
         self.late = False
-        self._pause_s = 0.0
 
     @property
     def given(self) -> Lease:
-        """Its lease; it must have one."""
+        """The lease of this request, which must have one."""
         lease = self.lease
         if lease is None:
             raise NotConserved("a request has no lease, and was to have one")
         return lease
 
     def hold(self) -> None:
-        """Wait at the loadbalancer."""
+        """Note that the request waits at the loadbalancer."""
         self.place = Place.HELD
 
     def send(self, lease: Lease, now: float, late: bool = False) -> None:
-        """Go to the instance of the lease; late: from the late lane."""
+        """Note that the request goes to the instance of the lease. late: it waited in the late lane."""
         self.place = Place.SENT
         self.lease = lease
         self.given_at = now
@@ -102,28 +101,26 @@ class UserRequest:
         self.late = self.late or late
 
     def submitted(self, row: int) -> None:
-        """Be in a model server, as that row of its table."""
+        """Note the row that the request has in the table of the model servers."""
         self.row = row
 
     def set_back(self) -> float:
-        """Ask again, of another instance; return the pause before that."""
+        """Note that its instance failed; return the seconds to wait before asking for another one."""
         lease = self.given
         must(self.place is Place.SENT, "a request failed that was not on its way")
         self.place = Place.ASKING
         self.lease = None
         self.row = 0
         self.ask = replace(self.ask, avoid=(*self.ask.avoid, lease.instance_id)[-MOST_AVOIDED:])
-        pause_s = self._pause_s
-        self._pause_s = min(max(2 * pause_s, RETRY_S[0]), RETRY_S[1])
-        return pause_s
+        return back_off_s(self.tries - 1, *RETRY_S)
 
     def complete(self) -> None:
-        """End with its answer."""
+        """Note that the request was answered."""
         must(self.place is Place.SENT, f"a request completed that was {self.place.value}")
         self.place = Place.ENDED
 
     def give_up(self) -> None:
-        """End without an answer."""
+        """Note that the request ended without an answer."""
         must(
             self.place in (Place.ASKING, Place.HELD),
             f"a request was given up while it was {self.place.value}",
