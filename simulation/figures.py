@@ -1,13 +1,13 @@
 """Mean, percentiles and maximum: of a list, exact, and of a stream of any length in little memory.
 
-A percentile of a list is the linear interpolation between the two nearest ranks, as numpy's default. In a
+A percentile of a list is numpy's default, the linear interpolation between the two nearest ranks. In a
 `Digest` a value is counted in a bucket whose edges are a factor GROWTH apart, so a percentile is wrong by at
 most 0.25 % and millions of values take as much memory as thousands; mean and maximum are exact.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -15,41 +15,34 @@ QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 
 GROWTH = 1.005
 LEAST = 1e-5
-"""Least value that is told from 0, in seconds."""
+"""Least value in seconds that a Digest tells from 0; smaller ones are counted as 0."""
 
 _STEP = math.log(GROWTH)
 
 _FRESH = 4096
-"""Values that are counted together: that costs 0.1 µs each, one by one 0.7 µs (2026-11)."""
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """Return the value below which that share of an ordered, non-empty sequence lies."""
-    at = (len(ordered) - 1) * share
-    below = int(at)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (at - below)
+"""Values that a Digest collects before numpy counts them together: 0.1 µs each, one by one 0.7 µs
+(2026-11)."""
 
 
 def spread(values: Iterable[float]) -> dict[str, float | None]:
-    """Return mean, percentiles and maximum; all null when there is no value."""
+    """Return mean, percentiles and maximum of the values; each is None when there is no value."""
     ordered = sorted(values)
     if not ordered:
         return dict.fromkeys(("mean", *QUANTILES, "max"))
     return {
         "mean": math.fsum(ordered) / len(ordered),
-        **{name: percentile(ordered, share) for name, share in QUANTILES.items()},
+        **dict(zip(QUANTILES, np.quantile(ordered, list(QUANTILES.values())).tolist(), strict=True)),
         "max": ordered[-1],
     }
 
 
 class Digest:
-    """Numbers of 0 or more, as counts by size."""
+    """Counts of many numbers of 0 or more by size, from which mean, percentiles and maximum are read."""
 
     __slots__ = ("_buckets", "_count", "_fresh", "_largest", "_total")
 
     def __init__(self, values: Iterable[float] = ()) -> None:
-        """Begin with these."""
+        """Start with these values counted."""
         self._buckets: Counter[int] = Counter()
         self._fresh: list[float] = []  # not counted yet
         self._count = 0
@@ -59,7 +52,7 @@ class Digest:
             self.add(value)
 
     def add(self, value: float) -> None:
-        """Count one more."""
+        """Count one more value."""
         self._fresh.append(value)
         if len(self._fresh) == _FRESH:
             self._count_fresh()
@@ -78,19 +71,19 @@ class Digest:
 
     @property
     def count(self) -> int:
-        """How many were counted."""
+        """The number of values that were counted."""
         self._count_fresh()
         return self._count
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """The sum of all values."""
         self._count_fresh()
         return self._total
 
     @property
     def largest(self) -> float:
-        """The largest of them, 0 when there is none."""
+        """The largest value, 0 when none was counted."""
         self._count_fresh()
         return self._largest
 

@@ -12,13 +12,14 @@ waits there and the prompt fits into its memory; that is known as soon as it is 
 """
 
 import heapq
-import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, Protocol
+
+import numpy as np
 
 from bench.dispatch.rules.rule import BLOCK_TOKENS, DispatchRequest, DispatchRule, ServerFleet, ServerReport
 from engine.reference import EventKind, ServerEvent, SteppedModelServer
@@ -29,6 +30,9 @@ Later = Callable[[float, Callable[[], None]], None]
 Send = Callable[[DispatchRequest, int], None]
 """Give a request to a server."""
 
+
+QUANTILES = (0.5, 0.95, 0.99)
+"""Shares of the requests whose first tokens and whole answers a score has."""
 
 STUCK_S = 7200.0
 """Seconds after the last arrival by which all have been served, unless a rule holds one for ever."""
@@ -300,26 +304,29 @@ class DispatchWorld:
     def score(self, from_s: float = 0.0, first: int = 0) -> DispatchScore:
         """Return the score of the requests from the `first` on that came at from_s or later."""
         counted = [request for request in self._requests[first:] if request.at >= from_s]
-        firsts = sorted(request.first_at - request.at for request in counted)
-        wholes = sorted(request.ended_at - request.at for request in counted)
+        firsts = [request.first_at - request.at for request in counted]
+        wholes = [request.ended_at - request.at for request in counted]
+        first_p50, first_p95, first_p99 = quantiles(firsts)
+        whole_p50, whole_p95, whole_p99 = quantiles(wholes)
         live = self.fleet.live
         read = sum(server.prompt_tokens_total for server in live)
         return DispatchScore(
             requests=len(counted),
             first_mean=sum(firsts) / len(firsts),
-            first_p50=quantile(firsts, 0.5),
-            first_p95=quantile(firsts, 0.95),
-            first_p99=quantile(firsts, 0.99),
+            first_p50=first_p50,
+            first_p95=first_p95,
+            first_p99=first_p99,
             whole_mean=sum(wholes) / len(wholes),
-            whole_p50=quantile(wholes, 0.5),
-            whole_p95=quantile(wholes, 0.95),
-            whole_p99=quantile(wholes, 0.99),
+            whole_p50=whole_p50,
+            whole_p95=whole_p95,
+            whole_p99=whole_p99,
             held_most=self._held_most,
             preemptions=sum(server.preemptions for server in live),
             cached_share=sum(server.cached_tokens_total for server in live) / max(read, 1),
         )
 
 
-def quantile(ordered: Sequence[float], q: float) -> float:
-    """Return the least value that a share q is not above."""
-    return ordered[max(0, math.ceil(q * len(ordered) - 1e-9) - 1)]
+def quantiles(values: Sequence[float]) -> list[float]:
+    """Return, for each of the shares QUANTILES, the least value that this share is not above."""
+    found: list[float] = np.quantile(values, QUANTILES, method="inverted_cdf").tolist()
+    return found

@@ -3,26 +3,26 @@
 import numpy as np
 import pytest
 
-from simulation.figures import Digest, percentile, spread
+from simulation.figures import Digest, spread
 
 
 @pytest.mark.parametrize(
-    ("values", "share", "found"),
+    ("values", "name", "found"),
     [
-        ([5.0], 0.99, 5.0),
-        ([1.0, 2.0, 3.0, 4.0], 0.5, 2.5),
-        ([0.0, 10.0], 0.9, 9.0),
-        ([1.0, 2.0, 3.0], 1.0, 3.0),
+        ([5.0], "p99", 5.0),
+        ([1.0, 2.0, 3.0, 4.0], "p50", 2.5),
+        ([0.0, 10.0], "p90", 9.0),
+        ([1.0, 2.0, 3.0], "max", 3.0),
     ],
 )
-def test_a_percentile_is_interpolated(values: list[float], share: float, found: float) -> None:
-    assert percentile(values, share) == pytest.approx(found)
+def test_a_percentile_is_interpolated(values: list[float], name: str, found: float) -> None:
+    assert spread(values)[name] == pytest.approx(found)
 
 
 def test_percentiles_are_those_of_numpy() -> None:
-    values = sorted(np.random.default_rng(1).lognormal(size=37).tolist())
-    for share in (0.5, 0.9, 0.95, 0.99):
-        assert percentile(values, share) == pytest.approx(float(np.quantile(values, share)))
+    values = np.random.default_rng(1).lognormal(size=37).tolist()
+    for name, share in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
+        assert spread(values)[name] == pytest.approx(float(np.quantile(values, share)))
 
 
 def test_a_spread_of_nothing_is_null_everywhere() -> None:
