@@ -9,12 +9,14 @@ import gc
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import uvicorn
 import uvloop
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fleet_client.listening import allow_many_files
@@ -102,36 +104,60 @@ class _Protocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, _Corked(transport)))
 
 
-class _Uvicorn(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
     """uvicorn that accepts every client at once, ends when told to, and lets its caller go on afterwards."""
 
-    def __init__(self, config: uvicorn.Config, app: AsgiApp) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_end: Callable[[], None] = lambda: None,
+        *,
+        break_off: bool = False,
+    ) -> None:
+        """on_end: called when the server is told to end. break_off: then cut the answers that are being made.
+
+        Without break_off they have the graceful timeout of the config to end.
+        """
         super().__init__(config)
-        self._app = app
+        self._on_end = on_end
+        self._break_off = break_off
         self._connecting: set[asyncio.Future[Any]] = set()
         self._told_to_end = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen on the sockets and accept many clients a turn.
+        """Listen on the sockets once the application has started, and accept many clients a turn.
 
         uvloop's own server accepts one connection per turn of the loop, and a turn is all requests that are
         ready: of 1,000 busy clients 150 were still outside after 3 s (uvloop 0.23.0, measured 2026-11).
         """
         await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
         self.servers = []
+        scheme = "https" if self.config.ssl else "http"
         for sock in sockets or []:
+            sock.listen(self.config.backlog)
             sock.setblocking(False)
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+            # uvicorn says it only of sockets that it opened itself.
+            logging.getLogger("uvicorn.error").info(
+                "Uvicorn running on %s://%s:%d (Press CTRL+C to quit)", scheme, *sock.getsockname()[:2]
+            )
         self.started = True
 
     async def main_loop(self) -> None:
         """Wait until told to end: uvicorn's own looks ten times a second, 0.2 % of a core (2026-11)."""
+        await self.on_tick(0)  # sets the headers that every answer has; a date would stand still
         await self._told_to_end.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, then uvicorn's own end."""
         for sock in sockets or []:
             asyncio.get_running_loop().remove_reader(sock)
+        if self._break_off:
+            for connection in self.server_state.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
         await super().shutdown(sockets)
 
     def _accept(self, sock: socket.socket) -> None:
@@ -148,7 +174,8 @@ class _Uvicorn(uvicorn.Server):
                 return
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+            accepted = loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+            task = loop.create_task(accepted)
             self._connecting.add(task)
             task.add_done_callback(self._connected)
 
@@ -162,17 +189,17 @@ class _Uvicorn(uvicorn.Server):
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
     def _protocol(self) -> asyncio.Protocol:
-        return _Protocol(
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg, assignment]
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
             _loop=asyncio.get_running_loop(),
         )
+        return made
 
     def end(self) -> None:
-        """Answer the requests that wait, then end; a second call does not wait for answers in work."""
-        # uvicorn waits for connections to end: with clients parked that took over 12 s (measured 2026-11).
-        self._app.close()
+        """Call on_end, then end; a second call does not wait for answers that are being made."""
+        self._on_end()
         self.force_exit = self.should_exit
         self.should_exit = True
         self._told_to_end.set()
@@ -210,7 +237,7 @@ class AsgiServer:
         self._sock = sock
         self._background = background
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._uvicorn: _Uvicorn | None = None
+        self._uvicorn: UvicornServer | None = None
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -236,7 +263,8 @@ class AsgiServer:
         )
         # uvicorn logs each malformed request at WARNING; those are the clients' affair.
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
-        self._uvicorn = _Uvicorn(config, self._app)
+        # uvicorn waits for connections to end: with clients parked that took over 12 s (measured 2026-11).
+        self._uvicorn = UvicornServer(config, self._app.close)
         with self._sock, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run(self._uvicorn))
 
@@ -246,7 +274,7 @@ class AsgiServer:
         if self._loop is not None and self._uvicorn is not None:
             self._loop.call_soon_threadsafe(self._uvicorn.end)
 
-    async def _run(self, server: _Uvicorn) -> None:
+    async def _run(self, server: UvicornServer) -> None:
         self._loop = asyncio.get_running_loop()
         if self._stopped.is_set():
             return

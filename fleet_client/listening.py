@@ -13,14 +13,18 @@ def check_bind(host: str, port: int, *, keys_present: bool) -> None:
         raise ConfigError(f"listening on {host}:{port} needs keys: everybody could reach it without")
 
 
-def bind_socket(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raise ConfigError when the port is taken."""
+def bind_socket(host: str, port: int, *, listen: bool = True) -> socket.socket:
+    """Return a socket that has the address; raise ConfigError when the port is taken.
+
+    listen: take connections at once, also before they are accepted; otherwise they are refused for now.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
-        sock.listen(4096)
+        if listen:
+            sock.listen(4096)
     except (OSError, OverflowError) as e:
         sock.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {getattr(e, 'strerror', None) or e}") from e

@@ -12,10 +12,11 @@ from typing import NoReturn, cast
 from engine.profiles import PROFILES
 from engine.reference import SteppedModelServer
 from engine.step_time_constants import PROFILE_MODELS, timing_for
+from fleet_client.listening import bind_socket
 from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import VERSION, App, PacedEngine
 from localcloud.paced.machine import SimulatedMachine
-from localcloud.paced.server import bind, serve
+from localcloud.paced.server import serve
 from process.errors import ConfigError
 
 log = logging.getLogger("paced")
@@ -116,7 +117,7 @@ def _run(flags: argparse.Namespace, others: Sequence[str], machine: SimulatedMac
     if flags.tensor_parallel_size > machine.num_gpus:
         raise ConfigError(f"tensor parallel size {flags.tensor_parallel_size}, but {machine.num_gpus} GPUs")
     # As vLLM does: the port is taken before the model is loaded, and connections are refused until then.
-    with bind(flags.host, flags.port) as sock:
+    with bind_socket(flags.host, flags.port, listen=False) as sock:
         app = _make_app(flags, names, machine)
         log.info("Starting to load model %s...", flags.model)
         if machine.fatal_line is not None:
