@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from process.children import dying_with_parent
+from process.children import end_child, start_child
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,26 +117,19 @@ def child(
 ) -> Iterator[ChildProcess]:
     """Start that process, on that core; it and what it started is gone afterwards."""
     with log.open("wb") as out, on_core(core):
-        process = subprocess.Popen(
-            dying_with_parent(tuple(command)),
+        process = start_child(
+            tuple(command),
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
-            stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the benchmark, which then ends them
         )
     try:
         yield ChildProcess(process.pid, log, process)
     finally:
         parents = {pid: parent for pid, (parent, _) in snapshot().items()}
         started = tree_of(parents, process.pid)[1:]
-        process.terminate()
-        try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_child(process, END_S)
         for pid in started:
             with contextlib.suppress(OSError):
                 if os.getsid(pid) == process.pid:  # else it has ended, and its number is another's

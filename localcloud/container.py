@@ -26,7 +26,7 @@ from localcloud.effects import Boot
 from localcloud.engines import EngineImage
 from localcloud.paced.machine import SimulatedMachine
 from localcloud.ssh_server import HANG, SshServer
-from process.children import dying_with_parent
+from process.children import start_child
 from process.ssh_keys import load_or_make_ssh_key
 
 MODEL_SERVER = b"vllm.entrypoints.openai.api_server"
@@ -34,12 +34,12 @@ MODEL_SERVER = b"vllm.entrypoints.openai.api_server"
 
 
 class Container:
-    """What there is of one instance. All methods belong to the world's thread."""
+    """The disk, processes, ports and ssh server of one instance. All methods belong to the world's thread."""
 
     def __init__(
         self, instance_id: int, path: Path, image: EngineImage, selector: selectors.BaseSelector
     ) -> None:
-        """Make its directory; nothing runs yet. selector: is woken when the start script ends, with self."""
+        """Make the directory; nothing runs yet. selector: gets this object when the start script ends."""
         self.id = instance_id
         self.path = make_private_dir(path)
         self.boot = 0
@@ -58,15 +58,15 @@ class Container:
 
     @property
     def session(self) -> int | None:
-        """The session of its start script while that runs."""
+        """The session id of the start script while that runs."""
         return None if self._process is None else self._process.pid
 
     # -- what the cloud wants of it -------------------------------------------------------------------
 
     def start(self, b: Boot, taken_ports: Collection[int], used_processors: Sequence[int | None]) -> None:
-        """Start its ssh server and its start script on ports that are not taken; raise when it cannot.
+        """Start its ssh server and its start script; raise when that fails.
 
-        used_processors: of the other instances that run.
+        taken_ports: ports that it must not get. used_processors: those of the other instances that run.
         """
         self.boot, self._authorized_keys, self._ssh_mode = b.boot, b.authorized_keys, b.ssh
         for name in ("home", "tmp"):
@@ -100,14 +100,12 @@ class Container:
         machine = SimulatedMachine(gpu.gpu_name, gpu.num_gpus, b.load_s, b.start_s, b.fatal_line, loaded)
         machine.write(self.path / "machine.json")
         with (self.path / "console.log").open("wb") as console:
-            self._process = subprocess.Popen(
-                dying_with_parent(("/bin/bash", str(script))),
+            self._process = start_child(
+                ("/bin/bash", str(script)),
                 cwd=self.path / "home",
                 env=environment(self.path, b, given, self._image),
-                stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
         if self._image.own_processor:
             self.processor = processes.least_used_processor(used_processors)
@@ -122,7 +120,10 @@ class Container:
             self._process.terminate()
 
     def kill(self, part: str) -> bool:
-        """Kill all processes, or those of the "model" server; return whether the selector will not notice."""
+        """Kill all processes, or those of the "model" server.
+
+        Return True when the selector will not notice.
+        """
         self._note_shared_memory()
         if part == "model":
             for pid in processes.living_in(self.path, self.session):
@@ -135,7 +136,7 @@ class Container:
         return unnoticed
 
     def freeze(self, frozen: bool) -> None:
-        """Stop its processes and let ssh hang, or let them go on."""
+        """Stop all its processes and let ssh hang, or let both continue."""
         self._frozen = frozen
         processes.signal_all(self.path, signal.SIGSTOP if frozen else signal.SIGCONT, self.session)
         self._set_ssh()
@@ -150,7 +151,7 @@ class Container:
             self._ssh.behave(HANG if self._frozen else self._ssh_mode)
 
     def authorize(self, keys: tuple[str, ...]) -> None:
-        """Let these ssh keys open it from now on."""
+        """Accept these ssh keys from now on, and no others."""
         self._authorized_keys = keys
 
     def mark_loaded(self) -> None:
@@ -158,7 +159,7 @@ class Container:
         (self.path / "loaded").touch()
 
     def end(self) -> None:
-        """Leave no process of it, no socket and no shared memory."""
+        """End all its processes, and remove its sockets and shared memory."""
         if self._ssh is not None:
             self._ssh.close()
             self._ssh = None
@@ -174,13 +175,13 @@ class Container:
         self._frozen = False
 
     def wipe(self) -> None:
-        """Remove its disk and all else in its directory."""
+        """Delete its disk and all else in its directory."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     # -- its start script -----------------------------------------------------------------------------
 
     def reap(self) -> int:
-        """Forget the start script, which has ended; return its status."""
+        """Forget the start script, which has ended; return its exit status."""
         assert self._process is not None  # noqa: S101 the selector said that it has ended
         self._selector.unregister(self._pidfd)
         os.close(self._pidfd)
@@ -189,12 +190,12 @@ class Container:
         return status
 
     def _note_shared_memory(self) -> None:
-        """Remember what its processes have of it while they live: afterwards nothing says whose it was."""
+        """Remember its processes' shared memory while they live: later it cannot be told whose it was."""
         self._shared_memory |= processes.shared_memory_of(processes.living_in(self.path, self.session))
 
 
 def environment(path: Path, b: Boot, given: Mapping[str, int], image: EngineImage) -> dict[str, str]:
-    """Return what a container sees (vast-contract 2.14), and where to listen: here is only one network."""
+    """Return a container's environment (vast-contract 2.14), with the ports that it must listen on here."""
     tcp = {name.partition("/")[0]: port for name, port in given.items() if name.endswith("/tcp")}
     return {
         "PATH": image.path,

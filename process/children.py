@@ -1,4 +1,4 @@
-"""Children that do not outlive their parent, whatever ends it.
+"""Child processes: they do not outlive their parent, whatever ends it, and end with all that they started.
 
 prctl(PR_SET_PDEATHSIG) makes the kernel send a signal when the *thread* that started the child ends
 (prctl(2)), also after `kill -9`. It holds through exec, so a small Python sets it and becomes the program;
@@ -7,8 +7,14 @@ live as long as the child shall.
 """
 
 import os
+import select
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
 
 _PROGRAM = """
 import ctypes, os, signal, sys
@@ -19,5 +25,56 @@ if os.getppid() == int(sys.argv[1]):  # else it died before the line above
 
 
 def dying_with_parent(command: Sequence[str]) -> tuple[str, ...]:
-    """The command for Popen that runs that command and ends with the calling process."""
+    """Return the command for Popen that runs that command and ends with the calling thread."""
     return (sys.executable, "-I", "-S", "-c", _PROGRAM, str(os.getpid()), *command)
+
+
+def start_child(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    stdin: int = subprocess.DEVNULL,
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes],
+) -> "subprocess.Popen[bytes]":
+    """Start a process that ends with the calling thread and leads a session of its own.
+
+    A terminal's Ctrl-C does not reach it, and `end_child` ends what it has started there, too. stdin, stdout
+    and stderr are as for Popen; by default its input is empty.
+    """
+    return subprocess.Popen(
+        dying_with_parent(command),
+        cwd=cwd,
+        env=env,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
+
+
+def end_child(process: "subprocess.Popen[Any]", grace_s: float = 0.0) -> None:
+    """Send SIGTERM to a child, and after grace_s at most SIGKILL to it and its process group; reap it.
+
+    The child leads its group. One that was reaped before is left alone: its number may be another's by now.
+    """
+    if process.returncode is not None:
+        return
+    if grace_s > 0.0:
+        process.terminate()
+        _wait_for_end(process.pid, grace_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+    process.wait()
+
+
+def _wait_for_end(pid: int, most_s: float) -> None:
+    """Return when that child has ended, or after most_s; do not reap it."""
+    fd = os.pidfd_open(pid)
+    try:
+        ended = select.poll()
+        ended.register(fd, select.POLLIN)
+        ended.poll(most_s * 1000.0)
+    finally:
+        os.close(fd)

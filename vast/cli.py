@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleet_client.loopback import is_loopback_url
+from process.children import end_child
 from process.errors import CloudError, ConfigError
 from vast.errors import (
     ApiError,
@@ -265,10 +265,10 @@ class Cli:
             try:
                 stdout, stderr = process.communicate(timeout=limit_s)
             except subprocess.TimeoutExpired:
-                _kill(process)
+                end_child(process)
                 raise CloudTimeout(f"{command}: expected an answer within {limit_s:g} s, got none") from None
             except BaseException:
-                _kill(process)
+                end_child(process)
                 raise
         log.debug("%s ended with %s after %.2f s", command, process.returncode, self._clock() - began)
         return CliRun(process.returncode, *(self._without_key(s) for s in (stdout, stderr)))
@@ -290,7 +290,8 @@ class Cli:
             for name in ("config", "cache", "state"):
                 (self._home / name / "vastai").mkdir(mode=0o700, parents=True, exist_ok=True)
             _write(self._home / "config" / "vastai" / "vast_role", "client")
-            _write(self._gpu_names, '{"gpu_names": []}')  # last: its presence says that all is there
+            # Last, because its presence says that all is there.
+            _write(self._gpu_names, json.dumps({"gpu_names": []}))
 
     def _isolated(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Return environ without the user's Vast.ai, XDG and Python set-up, and with our key."""
@@ -314,14 +315,6 @@ class Cli:
                 # requests honours proxies, and reads the lower-case name first.
                 kept["NO_PROXY"] = kept["no_proxy"] = "127.0.0.1,localhost,::1"
         return kept
-
-
-def _kill(process: "subprocess.Popen[str]") -> None:
-    """Kill the run and all that it started. It is not reaped yet, so the id is still its own."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        log.debug("run %s had ended by itself", process.pid)
 
 
 def _write(path: Path, text: str) -> None:

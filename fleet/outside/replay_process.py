@@ -1,15 +1,13 @@
 """A replay of the last day in a process of its own, because numba takes a second and 60 MB to import."""
 
 import os
-import signal
 import subprocess
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from fleet.replay import BadReply
-from process.children import dying_with_parent
+from process.children import end_child, start_child
 
 MOST_REPLY = 4 * 2**20
 """Bytes of a reply: a curve of a thousand levels is 200 kB."""
@@ -40,20 +38,19 @@ class ReplayProcess:
         with self._lock:
             if self._stopping:
                 raise BadReply("the autoscaler ends")
-            child = self._child = subprocess.Popen(
-                dying_with_parent(self._command),
+            child = self._child = start_child(
+                self._command,
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                start_new_session=True,
             )
         with child:
             try:
                 out, err = child.communicate(request, timeout=self._timeout_s)
             finally:
-                _kill(child)
+                end_child(child)
                 with self._lock:
                     self._child = None
         if child.returncode != 0:
@@ -68,12 +65,4 @@ class ReplayProcess:
         with self._lock:
             self._stopping, child = True, self._child
         if child is not None:
-            _kill(child)
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """End the child and what it has started; it is reaped."""
-    if child.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+            end_child(child)

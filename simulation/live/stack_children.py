@@ -12,26 +12,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fleet_client.back_off import back_off_s
 from localcloud import processes
-from process.children import dying_with_parent
+from process.children import end_child, start_child
 
 ROOT = Path(__file__).resolve().parents[2]
 
 STRAY_GRACE_S = 3.0
-"""Seconds for the processes of instances to be gone after their cloud: the kernel needs a moment."""
+"""Seconds that instances' processes may take to be gone after their cloud has ended."""
 
 RESTART_PAUSE_S = (0.2, 5.0)
-"""Seconds before a dead child is started again: the first, doubling up to the second when it dies at once."""
+"""Seconds before a dead child is started again: the first pause, doubling up to the second while it dies at
+once."""
 
 SETTLED_S = 10.0
-"""Seconds after which a child has started well; its next death is answered with the short pause again."""
+"""Seconds after which a child counts as well started; its next death is answered with the short pause
+again."""
 
 TAIL_LINES = 20
 """Lines of a log that are shown when something failed."""
 
 
 class StackChild:
-    """One process that is to run, and how often it was started again."""
+    """One child process that is to run until the stack ends, and how often it was started again."""
 
     def __init__(
         self,
@@ -42,38 +45,39 @@ class StackChild:
         *,
         stdout: int | None = None,
     ) -> None:
-        """Start it; its output is appended to the log, except stdout where that is given."""
+        """Start the process; its output is appended to the log, except stdout where that is given."""
         self.name = name
         self.log = log
         self.restarts = 0
         self.restart_at: float | None = None  # on the monotonic clock, while it is dead
         self._command = command
         self._environment = environment
-        self._pause_s = RESTART_PAUSE_S[0]
+        self._deaths = 0  # in a row, each soon after its start
         self.process = self._popen(stdout)
         self._started_at = time.monotonic()
 
     def _popen(self, stdout: int | None = None) -> subprocess.Popen[bytes]:
         with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
-            return subprocess.Popen(
-                dying_with_parent(self._command),
+            return start_child(
+                self._command,
                 cwd=ROOT,
                 env=self._environment,
-                stdin=subprocess.DEVNULL,
                 stdout=out if stdout is None else stdout,
                 stderr=out,
-                start_new_session=True,
             )
 
     def revive(self, now: float) -> None:
-        """Start it again if it has died and its pause is over; called again and again by the watcher."""
+        """Start the process again if it has died and its pause is over.
+
+        The watcher calls this again and again.
+        """
         if self.process.poll() is None:
             return
         if self.restart_at is None:
             if now - self._started_at > SETTLED_S:
-                self._pause_s = RESTART_PAUSE_S[0]
-            self.restart_at = now + self._pause_s
-            self._pause_s = min(2 * self._pause_s, RESTART_PAUSE_S[1])
+                self._deaths = 0
+            self._deaths += 1
+            self.restart_at = now + back_off_s(self._deaths, *RESTART_PAUSE_S)
             with self.log.open("a") as log:
                 log.write(f"local stack: exited with status {self.process.returncode}, starting it again\n")
         elif now >= self.restart_at:
@@ -85,24 +89,12 @@ class StackChild:
             self.restarts += 1
 
     def end(self, grace_s: float) -> None:
-        """Send SIGTERM, and after grace_s SIGKILL, to it and whatever it started in its session."""
-        process = self.process
-        if process.poll() is not None:
-            return  # it died before; its number may be another's by now
-        try:
-            if grace_s > 0:
-                process.terminate()
-                process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        """Send SIGTERM to the process, and after grace_s SIGKILL to it and what it started in its session."""
+        end_child(self.process, grace_s)
 
 
 def child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
-    """Return ours without a real Vast.ai key or URL, and with a key that only this local cloud takes."""
+    """Return our environment without a real Vast.ai key or URL, and with the local cloud's own key."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "LOCALCLOUD_"))}
     local = "127.0.0.1,localhost"
     return kept | {
