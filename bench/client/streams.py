@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from bench.children import ChildProcess, child, cpu_s, free_port, said
@@ -18,6 +19,16 @@ from bench.client.first_token import BODY, milliseconds
 
 EVENT_S = 0.02
 """Seconds between two events of a stream: 50 a second."""
+
+
+class TimedEvent(msgspec.Struct):
+    """One event of a stream. at: when it was sent, monotonic seconds; choices: as in a completion."""
+
+    at: float
+    choices: list[dict[str, str]]
+
+
+read_event = msgspec.json.Decoder(TimedEvent).decode
 
 
 def serve_streams(events: int) -> None:
@@ -38,7 +49,8 @@ def serve_streams(events: int) -> None:
         begun = time.monotonic() + random.random() * EVENT_S
         for n in range(events):
             await asyncio.sleep(max(0.0, begun + n * EVENT_S - time.monotonic()))
-            await reply.write(b'data: {"at": %.6f, "choices": [{"text": "word"}]}\n\n' % time.monotonic())
+            event = msgspec.json.encode(TimedEvent(time.monotonic(), [{"text": "word"}]))
+            await reply.write(b"data: " + event + b"\n\n")
         await reply.write(b"data: [DONE]\n\n")
         return reply
 
@@ -64,11 +76,10 @@ async def read_streams(url: str, streams: int, events: int) -> tuple[list[float]
                 now = time.monotonic()
                 *lines, rest = (rest + chunk).split(b"\n\n")
                 for line in lines:
-                    if line.startswith(b'data: {"at": '):
-                        late.append(now - float(line[13 : line.index(b",")]))
-                        count += 1
-                    elif line == b"data: [DONE]":
+                    if line == b"data: [DONE]":
                         return count == events
+                    late.append(now - read_event(line[len(b"data: ") :]).at)
+                    count += 1
         return False
 
     connector = aiohttp.TCPConnector(limit=0)

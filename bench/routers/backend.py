@@ -38,11 +38,20 @@ TOKEN = "^"  # noqa: S105 a letter of an answer, not a secret
 
 PACE = re.compile(r"\d+ pace ([0-9.]+)")
 
-_EVENT = (
-    b'data: {"id":"cmpl-bench","object":"text_completion","created":1,"model":"bench",'
-    b'"choices":[{"index":0,"text":" ^","logprobs":null,"finish_reason":%s}]}\n\n'
-)
-EVENT, LAST_EVENT = _EVENT % b"null", _EVENT % b'"length"' + b"data: [DONE]\n\n"
+
+def _event(finish_reason: str | None) -> bytes:
+    choice = {"index": 0, "text": f" {TOKEN}", "logprobs": None, "finish_reason": finish_reason}
+    said = {
+        "id": "cmpl-bench",
+        "object": "text_completion",
+        "created": 1,
+        "model": MODEL,
+        "choices": [choice],
+    }
+    return b"data: " + json.dumps(said, separators=(",", ":")).encode() + b"\n\n"
+
+
+EVENT, LAST_EVENT = _event(None), _event("length") + b"data: [DONE]\n\n"
 
 _HEAD = b"HTTP/1.1 %d -\r\n%s\r\n"
 
@@ -157,7 +166,7 @@ async def engine(scope: Scope, receive: Receive, send: Send) -> None:
         await _answer(send, json.dumps([rendered]).encode())
         return
     if scope["path"] != "/v1/completions":
-        await _answer(send, b'{"error": {"message": "no such route"}}', status=404)
+        await _answer(send, json.dumps({"error": {"message": "no such route"}}).encode(), status=404)
         return
     found = PACE.match(prompt)
     count = int(said["max_tokens"])

@@ -304,7 +304,7 @@ async def gives_batches(loadbalancer: int) -> bool:
     """Return whether POST /route on that port knows `count`, and so gives several leases at once."""
     line = await connect(loadbalancer)
     try:
-        await line.ask(post("/route", b'{"prompt_tokens": 1, "max_tokens": 1, "count": 1}'))
+        await line.ask(post("/route", json.dumps({"prompt_tokens": 1, "max_tokens": 1, "count": 1}).encode()))
         leases = read_batch(line.status, line.body, None, time.monotonic())
     except Failed:
         return False

@@ -2,7 +2,8 @@
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from localcloud.paced.completion_request import PIECES, CompletionRequest, ServedModel
 
@@ -12,16 +13,26 @@ def compact(said: object) -> bytes:
     return json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
 
 
+def event(said: object) -> bytes:
+    """Return one event of a stream (server-sent events) with that JSON."""
+    return b"data: " + compact(said) + b"\n\n"
+
+
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the usage object."""
+    """Return the usage object of an answer."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "total_tokens": total, "completion_tokens": completion_tokens}
+
+
+TEXT = "\0"
+"""Stands for the text of an event in a frame; no name of a model and no word of an answer has it."""
 
 
 class CompletionAnswer:
     """Makes the bytes of one answer, whole or as stream events.
 
-    What all its events share is made once and put together by hand: 0.4 µs an event, 9 with json (2026-11).
+    Most events of a choice differ in their text only. So json writes one of them, and the texts of the others
+    are put between its two ends: 0.4 µs an event, 9 with json for each (2026-11).
     """
 
     def __init__(
@@ -40,16 +51,12 @@ class CompletionAnswer:
         self.id = ("chatcmpl-" if request.chat else "cmpl-") + secrets.token_hex(16)
         kind = "chat.completion" if request.chat else "text_completion"
         self._head = {"id": self.id, "object": kind, "created": created, "model": model.names[0]}
-        chunk = self._head | ({"object": "chat.completion.chunk"} if request.chat else {})
-        self._start = b"data: " + compact(chunk)[:-1] + b',"choices":['
-        # vLLM leaves out of a chat's events what was not set, and writes a completion's in full.
-        self._rest = b'"}' if request.chat else b'"'
-        self._stop = b"" if request.chat else b',"stop_reason":null'
-        self._usage = b"" if request.chat else b',"usage":null'
+        self._chunk = self._head | ({"object": "chat.completion.chunk"} if request.chat else {})
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # choice -> what is around its text
 
     @property
     def done(self) -> bool:
-        """Whether `events` has returned all of it."""
+        """Whether `events` has returned the whole answer."""
         return self._made == self._wanted
 
     def events(self, came: Iterable[tuple[int, int]]) -> bytes:
@@ -68,45 +75,55 @@ class CompletionAnswer:
 
     def _role(self, index: int) -> bytes:
         """Return the first event of a choice of a chat."""
-        return self._event(
-            b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-            % index,
-            0,
-        )
+        return self._event(index, {"delta": {"role": "assistant", "content": ""}}, None, 0)
 
     def _token(self, index: int, at: int) -> bytes:
         """Return the event of the at-th token (from 0) of a choice."""
         whole, reason = self._lengths[index]
-        field = b'"delta":{"content":"' if self._request.chat else b'"text":"'
         piece = PIECES[at % len(PIECES)]
-        if self._request.echo and at == 0:
-            piece = compact(self._begin(index))[1:-1] + (piece if self._request.max_tokens else b"")
-        ends = b'"%s","stop_reason":null}' % reason.encode() if at + 1 == whole else b"null%s}" % self._stop
-        return self._event(
-            b'{"index":%d,%s%s%s,"logprobs":null,"finish_reason":%s'
-            % (index, field, piece, self._rest, ends),
-            self._made,
-        )
+        first, last = self._request.echo and at == 0, at + 1 == whole
+        if first or last or self._request.continuous_usage:
+            text = piece.decode()
+            if first:
+                text = self._begin(index) + (text if self._request.max_tokens else "")
+            return self._event(index, self._text(text), reason if last else None, self._made)
+        if index not in self._frames:
+            before, _, after = self._event(index, self._text(TEXT), None, 0).rpartition(compact(TEXT)[1:-1])
+            self._frames[index] = before, after
+        before, after = self._frames[index]
+        return before + piece + after
+
+    def _text(self, text: str) -> dict[str, Any]:
+        """Return the fields of a choice that hold its text."""
+        return {"delta": {"content": text}} if self._request.chat else {"text": text}
 
     def _begin(self, index: int) -> str:
-        """Return what stands before the first token of a choice: with echo its prompt."""
+        """Return the text before the first token of a choice: the prompt if echo was asked for."""
         return self._request.prompts[index // self._request.n].text if self._request.echo else ""
 
-    def _event(self, choice: bytes, made: int) -> bytes:
-        used = self._usage
+    def _event(self, index: int, content: Mapping[str, Any], reason: str | None, made: int) -> bytes:
+        """Return an event of a choice. reason: why it ends here; made: tokens so far, of all choices."""
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
+        chunk: dict[str, Any] = self._chunk | {"choices": [choice]}
+        # vLLM leaves out of a chat's events what was not set, and writes a completion's in full.
+        if reason is not None or not self._request.chat:
+            choice["stop_reason"] = None
         if self._request.continuous_usage:
-            used = b',"usage":' + compact(usage(self._request.prompt_tokens, made))
-        return b"%s%s]%s}\n\n" % (self._start, choice, used)
+            chunk["usage"] = usage(self._request.prompt_tokens, made)
+        elif not self._request.chat:
+            chunk["usage"] = None
+        return event(chunk)
 
     def _last(self) -> bytes:
-        """Return what ends the stream."""
+        """Return the end of the stream: usage if it was asked for, and [DONE]."""
+        done = b"data: [DONE]\n\n"
         if not self._request.include_usage:
-            return b"data: [DONE]\n\n"
-        used = compact(usage(self._request.prompt_tokens, self._made))
-        return b'%s],"usage":%s}\n\ndata: [DONE]\n\n' % (self._start, used)
+            return done
+        used = usage(self._request.prompt_tokens, self._made)
+        return event(self._chunk | {"choices": [], "usage": used}) + done
 
     def whole(self) -> bytes:
-        """Return the answer that is not streamed."""
+        """Return the whole answer as one JSON object, not streamed."""
         choices = []
         for index, (tokens, finish) in enumerate(self._lengths):
             shown = 0 if self._request.max_tokens == 0 else tokens

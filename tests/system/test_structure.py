@@ -3,7 +3,14 @@
 import pytest
 
 from tests.paths import ROOT
-from tests.structure import JSON_BY_HAND, LIMITS, PROMETHEUS_BY_HAND, Checkout, report
+from tests.structure import (
+    FORMAT_EXCEPTIONS,
+    JSON_BY_HAND,
+    LIMITS,
+    PROMETHEUS_BY_HAND,
+    Checkout,
+    report,
+)
 
 MOST_SCRIPTS, MOST_PACKAGES, MOST_EXCEPTIONS = 8, 14, 10
 
@@ -48,6 +55,16 @@ def test_no_attribute_is_written_from_outside_the_class_that_owns_it(project: Ch
 
 def test_every_reference_leads_somewhere(project: Checkout) -> None:
     assert project.dangling_references() == []
+
+
+def test_json_and_prometheus_text_are_written_by_libraries(project: Checkout) -> None:
+    assert project.by_hand(JSON_BY_HAND) == []
+    assert project.by_hand(PROMETHEUS_BY_HAND) == []
+
+
+def test_every_file_that_is_listed_as_writing_a_format_by_hand_does(project: Checkout) -> None:
+    found = project.strings_like(JSON_BY_HAND) + project.strings_like(PROMETHEUS_BY_HAND)
+    assert set(project.exceptions(FORMAT_EXCEPTIONS)) <= {place.rpartition(":")[0] for place in found}
 
 
 # -- the measures, on a small checkout ---------------------------------------------------------------------
@@ -151,8 +168,18 @@ def test_references_that_lead_nowhere(checkout: Checkout) -> None:
 
 
 def test_formats_by_hand_are_found_outside_docstrings(checkout: Checkout) -> None:
-    assert [place.split(":")[0] for place in checkout.strings_like(JSON_BY_HAND)] == ["house/room.py"]
-    assert [place.split(":")[0] for place in checkout.strings_like(PROMETHEUS_BY_HAND)] == ["house/room.py"]
+    assert [place.split(":")[0] for place in checkout.by_hand(JSON_BY_HAND)] == ["house/room.py"]
+    assert [place.split(":")[0] for place in checkout.by_hand(PROMETHEUS_BY_HAND)] == ["house/room.py"]
+
+
+def test_a_listed_file_may_write_a_format_by_hand(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        checkout.pages, "docs/architecture.md", f"## {FORMAT_EXCEPTIONS}\n\n- `house/room.py`: why\n"
+    )
+    assert checkout.by_hand(JSON_BY_HAND) == []
+    assert checkout.strings_like(JSON_BY_HAND) != []
 
 
 def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings(checkout: Checkout) -> None:
