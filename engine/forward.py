@@ -41,10 +41,10 @@ COL_KV_TOKENS, COL_MAX_SEQS, COL_STEP_TOKENS, CONSTANT_COLUMNS = 6, 7, 8, 9
 token or a token²; its limits."""
 
 STEP_TIMES = slice(COL_BASE_S, COL_SQUARE_S + 1)
-"""The columns of a to f."""
+"""The columns of the constants a to f."""
 
 NEVER_S = 1e9
-"""First token and end of a request that is larger than the KV memory, seconds."""
+"""Seconds to the first token and to the end of a request that is larger than the KV memory."""
 
 BEHIND_S, MOST_BEHIND = 3.0, 8.0
 """Seconds and number of later requests whose delay counts in the price: with 64 nothing is better (4 seeds of
@@ -52,7 +52,7 @@ conv, bench/dispatch), and a choice takes half as long again."""
 
 
 def constants(t: Timing) -> Floats:
-    """Return the row of a server, in the columns above."""
+    """Return the row of a server with these constants, in the columns above."""
     return np.array(
         [
             t.a / 1e3,
@@ -85,7 +85,7 @@ def _step_s(s: Floats, batch: int, context: float, prompt: float, squares: float
 
 
 class Scratch(NamedTuple):
-    """Memory for runs one after the other: what a run notes, and the tables that `price` runs."""
+    """Memory that is used again by run after run: what a run notes, and the tables that `price` runs."""
 
     order: NDArray[np.int64]
     since: Floats
@@ -99,7 +99,7 @@ class Scratch(NamedTuple):
 
 @njit
 def scratch_for(total: int) -> Scratch:
-    """Return the memory for runs of so many rows."""
+    """Return the memory for runs of up to so many rows."""
     return Scratch(
         np.empty(total, np.int64),
         np.empty(total),
@@ -114,7 +114,7 @@ def scratch_for(total: int) -> Scratch:
 
 @njit
 def behind(gap_s: float) -> int:
-    """Return how many requests are expected to come in BEHIND_S, at one each gap_s."""
+    """Return how many requests are expected within BEHIND_S when one comes every gap_s."""
     return int(min(BEHIND_S / gap_s, MOST_BEHIND))
 
 
@@ -295,7 +295,7 @@ def _steps_until(dt: float, one_s: float, grows_s: float) -> float:
 
 @njit
 def _settle(rows: Floats, i: int, steps: float) -> None:
-    """Count a token made in each of these steps."""
+    """Add the tokens that request i makes in these steps, one in each."""
     rows[i, HELD] += steps
     rows[i, MADE] += steps
     rows[i, LEFT] -= steps

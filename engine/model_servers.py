@@ -74,10 +74,10 @@ REQUEST = np.dtype(
 
 NEVER = 2**62
 ROWS = 64
-"""Rows that a table begins with; it doubles when it is full."""
+"""Rows that a table begins with; its size doubles when it is full."""
 
 Table = Any
-"""A numpy array of SERVER or REQUEST rows, whose fields numba knows and mypy does not."""
+"""A numpy array of SERVER or REQUEST rows; numba knows its fields, mypy does not."""
 
 
 class ModelServers:
@@ -97,7 +97,7 @@ class ModelServers:
         )
 
     def add(self, timing: Timing) -> int:
-        """Add an idle server; return its number."""
+        """Add an idle server; return its row."""
         if not self._free_servers:
             old = len(self._servers)
             self._servers = np.concatenate([self._servers, np.zeros(old, SERVER)])
@@ -112,7 +112,7 @@ class ModelServers:
         return server
 
     def remove(self, server: int) -> None:
-        """Take a server away; the caller releases each request that was there."""
+        """Remove a server; the caller releases each request that was there."""
         self._servers[server]["due"] = np.inf
         self._free_servers.append(server)
 
@@ -140,13 +140,13 @@ class ModelServers:
         return request, ended
 
     def cancel(self, request: int, server: int, now: float) -> None:
-        """Take a request out and free its number; those that have ended there by now are not returned."""
+        """Remove a request and free its row; requests that have ended there by now are not returned."""
         _cancel(self._servers, self._requests, server, request, now)
         self._next_due = -np.inf
         self._free.append(request)
 
     def release(self, request: int) -> None:
-        """Free the number of a request that has ended, or whose server is gone."""
+        """Free the row of a request that has ended, or whose server was removed."""
         self._free.append(request)
 
     def after(self, ended: int) -> tuple[float, float, int]:
@@ -169,17 +169,17 @@ class ModelServers:
         return _look(self._servers, self._requests, server, now)
 
     def freeze(self, server: int, frozen: bool) -> None:
-        """Silence a server, or have it tell what it would have told meanwhile, with the times of that."""
+        """Keep a server's events back, or give them with their own times when it thaws."""
         self._servers[server]["frozen"] = frozen
         _schedule(self._servers, server)
         self._next_due = -np.inf
 
     def kv_tokens_used(self, server: int) -> int:
-        """Return the KV tokens in use there when it was last looked at."""
+        """Return the KV tokens in use on that server at its last event or look."""
         return int(self._servers[server]["used"])
 
     def made_tokens(self, server: int) -> int:
-        """Return the tokens made there when it was last looked at."""
+        """Return the tokens made on that server up to its last event or look."""
         return int(self._servers[server]["made_total"])
 
 
@@ -190,7 +190,7 @@ class ModelServers:
 def _play(
     servers: Table, requests: Table, until_s: float, every_change: bool
 ) -> tuple[int, float, int, float]:
-    """As `ModelServers.play`, and a time before which nothing changes."""
+    """Do as `ModelServers.play` says; return also a time before which nothing changes."""
     while True:
         first, at = 0, np.inf
         for i in range(1, len(servers)):
@@ -212,7 +212,7 @@ def _play(
 def _submit(
     servers: Table, requests: Table, server: int, request: int, prompt: int, wanted: int, now: float
 ) -> tuple[int, float]:
-    """Return (the first that has ended, -1 when the request does not fit; when the server changes)."""
+    """Return (first request that has ended, -1: the new one does not fit; when the server changes)."""
     s, r = servers[server], requests[request]
     if prompt < 1 or wanted < 1 or prompt + wanted > s.kv_tokens:
         return -1, s.due
@@ -259,7 +259,7 @@ def _look(servers: Table, requests: Table, server: int, now: float) -> tuple[int
 
 @njit
 def _schedule(servers: Table, server: int) -> None:
-    """Note when a server changes again."""
+    """Enter the time of a server's next change into the schedule."""
     s = servers[server]
     due = _end(s, s.steps) if s.steps and not s.frozen else np.inf
     if due != s.due:
@@ -348,7 +348,7 @@ def _complete(s: Table, requests: Table, steps: int, at: float) -> None:
 
 @njit
 def _first_end(s: Table, requests: Table) -> int:
-    """Return the count at which the first of those that make tokens ends."""
+    """Return the count of steps at which the first of the requests that make tokens ends."""
     ends = NEVER
     i = s.first
     while i != s.reads:
@@ -372,7 +372,7 @@ def _finish(s: Table, requests: Table, request: int, at: float) -> None:
 
 @njit
 def _leaves(s: Table, requests: Table, request: int) -> None:
-    """Take a request out of those that run and free its memory; the caller sees to next_end."""
+    """Remove a request from those that run and free its memory; the caller updates next_end."""
     r = requests[request]
     if not r.unread and r.made < r.wanted:  # it makes tokens: its last one is not read
         more = s.count - r.since
@@ -396,7 +396,7 @@ def _leaves(s: Table, requests: Table, request: int) -> None:
 
 @njit
 def _unqueue(s: Table, requests: Table, request: int) -> None:
-    """Take a request out of the queue."""
+    """Remove a request from the queue."""
     r = requests[request]
     if r.previous:
         requests[r.previous].next = r.next
@@ -476,7 +476,7 @@ def _admit(s: Table, requests: Table, request: int, need: int) -> None:
 
 @njit
 def _measure(s: Table, at: float, tokens: int, squares: int) -> None:
-    """Note how many steps this stretch has, and how long they take; the next reads so many tokens."""
+    """Set how many steps this stretch has and how long they take; the next step reads so many tokens."""
     s.begun, s.done, s.longer_s = at, 0, 0.0
     if not s.batch and not tokens:
         s.steps = 0

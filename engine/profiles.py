@@ -44,7 +44,10 @@ class Profile:
     throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def throughput_on(self, gpu_name: str, num_gpus: int = 1) -> float:
-        """Expected work per second on that GPU, or the profile's own figure for one we have no number for."""
+        """Return the expected work per second on that GPU.
+
+        For a GPU that has no number of its own this is the profile's throughput_work_s.
+        """
         key = gpu_name if num_gpus == 1 else f"{num_gpus}x {gpu_name}"
         return self.throughput_by_gpu.get(key, self.throughput_work_s)
 
@@ -130,7 +133,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
 
 
 def get_profile(name: str) -> Profile:
-    """The profile of that name; raises ConfigError that lists the names there are."""
+    """Return the profile of that name; raise ConfigError that lists all names."""
     try:
         return PROFILES[name]
     except KeyError:

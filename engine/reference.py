@@ -46,7 +46,7 @@ from engine.step_time_constants import Timing
 
 
 class EventKind(Enum):
-    """What happened to a request."""
+    """The kinds of events of a request."""
 
     ADMITTED = "admitted"
     TOKENS = "tokens"
@@ -55,7 +55,7 @@ class EventKind(Enum):
 
 
 class ServerEvent(NamedTuple):
-    """Something that happened. tokens: new ones, the last of them at `at`; FINISHED has some too."""
+    """One event of a request. tokens: new ones, the last of them made at `at`; FINISHED has some too."""
 
     at: float
     id: str
@@ -79,11 +79,11 @@ class _Stretch:
         self._longer_s = longer_s
 
     def end(self, step: int) -> float:
-        """Return when that step ends: always from the begin, so that looking changes no digit."""
+        """Return when that step ends, counted from the beginning, so that looking changes no digit."""
         return self._begun + step * self._first_s + self._longer_s * (step * (step - 1) // 2)
 
     def advance(self, now: float) -> tuple[int, float]:
-        """Do the steps that end by now; return how many, and when the last of them ended."""
+        """Pass the steps that end by now; return how many, and when the last of them ended."""
         done, last = self.done, self.steps
         if done == last:
             return 0, now
@@ -97,12 +97,12 @@ class _Stretch:
         return last - done, at
 
     def cut(self) -> None:
-        """Let the step under way be the last one."""
+        """Make the step under way the last one of the stretch."""
         self.steps = self.done + 1
 
 
 def _check_size(id: str, prompt_tokens: int, output_tokens: int, kv_tokens: int) -> None:
-    """Raise ValueError for a request that cannot be served."""
+    """Raise ValueError for a request that can never be served."""
     if prompt_tokens < 1 or output_tokens < 1:
         raise ValueError(f"request {id}: wanted counts of 1 or more, got {prompt_tokens}, {output_tokens}")
     if prompt_tokens + output_tokens > kv_tokens:
@@ -112,7 +112,7 @@ def _check_size(id: str, prompt_tokens: int, output_tokens: int, kv_tokens: int)
 
 
 def _decoding(at: float, t: Timing, batch: int, context: int, most: int) -> _Stretch:
-    """Return the stretch of at most so many steps in which no prompt is read."""
+    """Return the stretch of up to `most` steps in which no prompt is read."""
     linear_ms = t.a + t.b * batch + t.c * context / 1e3
     step_ms = max(linear_ms, t.bound_ms(batch))
     longer_ms = t.c * batch / 1e3
@@ -171,22 +171,22 @@ class SteppedModelServer:
 
     @property
     def running(self) -> int:
-        """Requests in the batch."""
+        """The number of requests in the batch."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """The number of requests in the queue."""
         return len(self._waiting)
 
     @property
     def kv_tokens_used(self) -> int:
-        """KV memory in use, in tokens."""
+        """The KV memory in use, in tokens."""
         return self._used
 
     @property
     def kv_use(self) -> float:
-        """KV memory in use, as a share of the capacity."""
+        """The KV memory in use, as a share of the capacity."""
         return self._used / self.timing.kv_tokens
 
     def submit(
@@ -220,9 +220,9 @@ class SteppedModelServer:
         return self._take_events()
 
     def cancel(self, id: str, now: float) -> list[ServerEvent]:
-        """Forget a request and free its memory at once; return what happened until now.
+        """Remove a request and free its memory at once; return the events until now.
 
-        The step under way takes as long as it would have. Nothing is cancelled if it is not there any more.
+        The step under way takes as long as it would have. A request that is not there any more is ignored.
         """
         self._catch_up(now)
         if job := self._running.pop(id, None):
@@ -256,7 +256,7 @@ class SteppedModelServer:
         return stretch.end(stretch.steps) if stretch.steps else None
 
     def advance(self, now: float) -> list[ServerEvent]:
-        """Let time pass; return what happened, oldest first, tokens of a stretch in one event a request."""
+        """Let time pass; return the events, oldest first; a stretch's tokens are one event a request."""
         self._catch_up(now)
         return self._take_events()
 
@@ -279,7 +279,7 @@ class SteppedModelServer:
             self._plan(at)
 
     def _replan(self) -> None:
-        """Plan anew: a request came or went. The step under way was planned without it and stays the last."""
+        """Plan again because a request came or went; the step under way is finished first, as planned."""
         if self._running and self._stretch.steps:
             self._stretch.cut()
         else:
@@ -305,7 +305,7 @@ class SteppedModelServer:
                 self._has_read(job, at)
 
     def _has_read(self, job: ServerJob, at: float) -> None:
-        """Take in that a request has read all, which gave it a token."""
+        """Note that a request has read its whole prompt, which gave it a token."""
         del self._unread[job.id]
         if job.made == 1:
             self.prompt_tokens_total += job.prompt
@@ -339,7 +339,7 @@ class SteppedModelServer:
         self._leaves(job)
 
     def _leaves(self, job: ServerJob) -> None:
-        """Take a request out of those that run: its memory is free, and it makes no tokens."""
+        """Remove a request from those that run: free its memory, and count its tokens no further."""
         if job.leave(self._count):
             self._batch -= 1
             self._context -= job.held
@@ -355,7 +355,7 @@ class SteppedModelServer:
             self._cache.shrink(self.timing.kv_tokens - self._used)
 
     def _plan(self, at: float) -> None:
-        """Begin a stretch: preempt, go on reading, admit, and say how long it is."""
+        """Begin a stretch: preempt, continue to read, admit, and compute how long it lasts."""
         kv_tokens = self.timing.kv_tokens
         preempted = False
         while self._used + self._batch > kv_tokens:

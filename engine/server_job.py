@@ -4,12 +4,12 @@ from collections.abc import Hashable, Sequence
 
 
 class ServerJob:
-    """A request in a server.
+    """A request in a model server.
 
-    held: KV tokens it has. unread: tokens to read, of its prompt and after a preemption of its own, too.
-    While it makes tokens, since is the count of steps at which it began, and made and held are what they were
-    then. place: the number of its admission; an entry of the heap with another place is void. blocks: their
-    ids. pinned: how many of them are in the cache because it runs.
+    held: KV tokens it has. unread: tokens to read, of its prompt, and of its own answer after a preemption.
+    While it makes tokens, `since` is the count of steps at which it began, and made and held are what they
+    were then. place: the number of its admission; an entry of the heap with another place is void. blocks:
+    the ids of its blocks. pinned: how many of them are in the cache because it runs.
     """
 
     __slots__ = ("blocks", "held", "id", "made", "pinned", "place", "prompt", "since", "unread", "wanted")
@@ -28,33 +28,36 @@ class ServerJob:
 
     @property
     def to_read(self) -> int:
-        """Tokens that it has to read when it is admitted: prompt and own."""
+        """Tokens that the request must read when it is admitted: its prompt, and what it has made before."""
         return self.prompt + self.made
 
     def admit(self, place: int, cached: int) -> None:
-        """Hold what it has and room for the token that reading it gives; cached tokens need not be read."""
+        """Reserve KV memory for what it has and for the token that reading gives.
+
+        Cached tokens are not read.
+        """
         self.place = place
         self.held = self.to_read + 1
         self.unread = self.to_read - cached
 
     def squares(self, tokens: int) -> int:
-        """Return t² - s² of a part of the prompt that is to be read, from s to t."""
+        """Return t² - s² for the next `tokens` of the prompt that are read, from position s to t."""
         read = self.held - 1 - self.unread
         return (read + tokens) ** 2 - read**2
 
     def read(self, tokens: int) -> bool:
-        """Read a part; return whether all is read, which gives a token."""
+        """Read so many tokens; return whether the prompt is read whole, which gives a token."""
         self.unread -= tokens
         self.made += not self.unread
         return not self.unread
 
     def begin_tokens(self, count: int) -> int:
-        """Make tokens from that count of steps on; return the count at which the last is made."""
+        """Begin to make tokens at that count of steps; return the count at which the last one is made."""
         self.since = count
         return count + self.wanted - self.made
 
     def leave(self, count: int) -> bool:
-        """Stop at that count of steps; return whether it made tokens."""
+        """Stop to make tokens at that count of steps; return whether it was making any."""
         self.place = -1
         if self.since < 0:
             return False
@@ -64,16 +67,16 @@ class ServerJob:
         return True
 
     def put_back(self) -> None:
-        """Give the memory back, to be read anew."""
+        """Give up the KV memory (preemption): everything must be read again."""
         self.held = self.unread = 0
 
     def pin(self, upto: int) -> Sequence[Hashable]:
-        """Have its first `upto` blocks in the cache; return those that it had not."""
+        """Note that its first `upto` blocks are pinned in the cache; return those that were not before."""
         new = self.blocks[self.pinned : upto]
         self.pinned = max(self.pinned, upto)
         return new
 
     def unpin(self) -> Sequence[Hashable]:
-        """Have none of its blocks in the cache; return those that it had."""
+        """Note that none of its blocks is pinned any more; return those that were."""
         had, self.pinned = self.blocks[: self.pinned], 0
         return had

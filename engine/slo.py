@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Seconds, as in the formulas above."""
+    """The limits of the objective, in seconds, as in the formulas above."""
 
     first_token_s: float = 2.0
     prompt_token_s: float = 0.001
     output_token_s: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be kept, with ValueError."""
+        """Raise ValueError for limits that no server could keep."""
         for name in ("first_token_s", "output_token_s"):
             if not 0.0 < getattr(self, name) <= 3600.0:
                 raise ValueError(f"{name}: wanted over 0 to 3600, got {getattr(self, name)!r}")
@@ -27,11 +27,11 @@ class Slo:
             raise ValueError(f"prompt_token_s: wanted 0 to 1, got {self.prompt_token_s!r}")
 
     def first_token_limit_s(self, prompt_tokens: float) -> float:
-        """The latest that the first token of such a prompt may come, after the request was sent."""
+        """Return the most seconds from sending a request with such a prompt to its first token."""
         return self.first_token_s + self.prompt_token_s * prompt_tokens
 
     def met(self, prompt_tokens: int, output_tokens: int, first_token_s: float, end_s: float) -> bool:
-        """Whether both limits were kept; a request of one token has no others. 1 µs is forgiven."""
+        """Return whether both limits were kept; with one token only the first counts. 1 µs is forgiven."""
         if first_token_s > self.first_token_limit_s(prompt_tokens) + 1e-6:
             return False
         others = output_tokens - 1

@@ -55,8 +55,9 @@ class Timing:
 
 
 PREFILL_OPTIMISM: Mapping[str, float] = MappingProxyType({"A100 SXM4": 1.2, "L40S": 1.2, "H100 SXM": 1.35})
-"""Factors of e: kernels measured alone run faster than in a server (docs/reference/timing.md 3a: judged, not
-fitted). The other cards' e are arithmetic that needs no such factor."""
+"""Factors by which reading a prompt token (constant e) is slower in a server than in kernels that are
+measured alone (docs/reference/timing.md 3a: judged, not fitted). The other cards' e are computed and need
+no such factor."""
 
 LARGE_STEPS = frozenset({"H100 SXM"})
 """GPUs for which vLLM 0.11 takes 1,024 requests and 8,192 tokens a step: of 70 GiB, without the A100; for the
@@ -97,15 +98,15 @@ TIMINGS: Mapping[tuple[str, str, str, int], Timing] = MappingProxyType({key: _ti
 PROFILE_MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"vllm-13": ("13B", "awq4"), "vllm-70": ("70B", "awq4")}
 )
-"""Model and quantization behind the names of engine/profiles.py."""
+"""Model and quantization of each profile in engine/profiles.py."""
 
 
 LIKE_BATCH, LIKE_CONTEXT = 32, 1000
-"""Requests and tokens of each, of a server whose throughput alone is known."""
+"""Requests at once, and tokens of context of each, that `like` assumes."""
 
 
 Key = tuple[str, str, str, int]
-"""Model, quantization, GPU as Vast names it, number of GPUs."""
+"""Model, quantization, GPU as Vast names it, and number of GPUs."""
 
 
 def timing_for(

@@ -37,10 +37,10 @@ from process.errors import ConfigError
 log = logging.getLogger("localcloud")
 
 THREADS = 16
-"""Calls at once: each that a fault lets hang takes one, until its caller gives up."""
+"""Calls that are served at once: each that a fault lets hang takes a thread until its caller gives up."""
 
 LOCK_WAIT_S = 2.0
-"""Seconds for the warden of a killed cloud to end what it left in the same directory."""
+"""Seconds to wait for the warden of a killed cloud to end the processes in the same directory."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,10 @@ from localcloud.phases import BILLS
 
 
 class Account:
-    """Credit, what was spent for what, and the keys that rentals get. Times are epoch seconds."""
+    """The customer's credit, dollars spent by what they were spent on, and ssh keys.
+
+    Times are epoch seconds.
+    """
 
     def __init__(self, credit_usd: float, faults: Faults) -> None:
         """Open the account with that credit and no keys."""
@@ -23,7 +26,7 @@ class Account:
         return 0.0 if self._faults.strikes("credit-zero", now) is not None else self._credit_usd
 
     def lasts_until(self, burn_usd_h: float, now: float) -> float | None:
-        """Return when the credit is used up at that rate; None when it never is, or is so already."""
+        """Return when the credit is used up at that rate; None when it is never, or is already."""
         if burn_usd_h <= 0 or self._credit_usd <= 0:
             return None
         return now + self._credit_usd / burn_usd_h * 3600.0
@@ -35,18 +38,18 @@ class Account:
         return bill
 
     def close_bill(self, bill: "Bill") -> None:
-        """Keep the dollars of a rental that has ended."""
+        """Add the dollars of a rental that has ended to those of all ended ones."""
         self._open_bills.remove(bill)
         for state, usd in bill.usd.items():
             self._ended_usd[state] += usd
         self._ended_gpu_usd += bill.gpu_usd
 
     def charge(self, usd: float) -> None:
-        """Take usd from the credit."""
+        """Take so many dollars from the credit."""
         self._credit_usd -= usd
 
     def spent_usd(self) -> dict[str, float]:
-        """Return all dollars so far by bill and in total, and those for GPUs."""
+        """Return the dollars of all rentals so far, by state, in total, and for GPUs."""
         spent = {
             state: self._ended_usd[state] + sum(b.usd[state] for b in self._open_bills) for state in BILLS
         }
@@ -64,7 +67,7 @@ class Account:
 
     @property
     def public_keys(self) -> tuple[str, ...]:
-        """The ssh keys in the order they were added."""
+        """The ssh keys in the order in which they were added."""
         return tuple(key for key, _ in self.ssh_keys.values())
 
 
@@ -92,7 +95,7 @@ class Bill:
         return bid
 
     def settle(self, state: str, gpu_usd_h: float, storage_usd_h: float, now: float) -> None:
-        """Charge these prices, $/h, from when it was settled last until now."""
+        """Charge these prices, $/h, for the time since it was settled last."""
         hours = (now - self._settled_to) / 3600.0
         if hours <= 0:
             return

@@ -31,7 +31,10 @@ from localcloud.rental import RECHECK_S, Rental, Surroundings, Times
 
 
 class Cloud:
-    """All rentals. Methods that take `now` (epoch seconds) first do what was due by then."""
+    """All rentals of one account.
+
+    Methods that take `now` (epoch seconds) first carry out what was due by then.
+    """
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class Cloud:
         return effects
 
     def next_event(self, now: float) -> float | None:
-        """Return when `advance` has something to do again, at the latest; None when nothing is under way."""
+        """Return the latest time to call `advance` again; None when nothing is under way."""
         times = [event[0] for r in self.rentals.values() if (event := r.next_event())]
         if any(r.phase in WAITING for r in self.rentals.values()):
             times.append(now + RECHECK_S)
@@ -75,7 +78,7 @@ class Cloud:
         return min((*times, *(at for at in ends if at is not None)), default=None)
 
     def advance(self, now: float) -> None:
-        """Let everything happen that was due until now, in the order of its times."""
+        """Carry out everything that was due until now, in the order of its times."""
         while True:
             due = [
                 (event, r.id)
@@ -98,19 +101,25 @@ class Cloud:
         self._give_slots(now)
 
     def booted(self, rental_id: int, boot: int, ports: Mapping[str, int], now: float) -> None:
-        """Note that the processes of that boot run, reachable by these ports; ignored if not awaited."""
+        """Note that the processes of that boot run and have these ports.
+
+        Ignored if no such boot is awaited.
+        """
         self.advance(now)
         if rental_id in self.rentals:
             self.rentals[rental_id].booted(boot, ports, now)
 
     def boot_failed(self, rental_id: int, boot: int, why: str, now: float) -> None:
-        """Note that the host could not start the processes of that boot; ignored if not awaited."""
+        """Note that the host could not start the processes of that boot.
+
+        Ignored if no such boot is awaited.
+        """
         self.advance(now)
         if rental_id in self.rentals:
             self.rentals[rental_id].boot_failed(boot, why, now)
 
     def crashed(self, rental_id: int, boot: int, now: float) -> None:
-        """Note that all processes of that boot are gone without having been ended by the cloud."""
+        """Note that all processes of that boot ended without an order of the cloud."""
         self.advance(now)
         if rental_id in self.rentals:
             self.rentals[rental_id].crashed(boot, now)
@@ -118,7 +127,7 @@ class Cloud:
     # -- what its owner may ask -----------------------------------------------------------------------
 
     def search(self, query: Query, now: float) -> list[dict[str, Any]]:
-        """Return the offers that match."""
+        """Return the offers that match a query."""
         self.advance(now)
         return query.answer((slot for m in self.machines.values() for slot in self.slots(m)), now)
 
@@ -166,7 +175,8 @@ class Cloud:
 
     @contextmanager
     def changing(self, rental_id: int, now: float) -> Iterator[Rental]:
-        """Give the rental, as of now, to its owner's call; then hand out the slots that are free.
+        """A context that gives the rental, as of now, to a call of its customer; then free slots are handed
+        out.
 
         Raises CloudRefusal when there is no such rental.
         """
@@ -177,7 +187,10 @@ class Cloud:
         self._give_slots(now)
 
     def change_bid(self, rental_id: int, price: float | None, now: float) -> None:
-        """Bid that, $/h; None bids what wins. Raises CloudRefusal, also for a rental on demand."""
+        """Bid that price, $/h.
+
+        None bids the least that wins. Raises CloudRefusal, also for a rental on demand.
+        """
         with self.changing(rental_id, now) as rental:
             # With all slots rented on demand no bid wins now; its own stands until one is free.
             bids = [
@@ -188,7 +201,7 @@ class Cloud:
             rental.change_bid(price, min(bids, default=0.0), now)
 
     def destroy(self, rental_id: int, now: float) -> None:
-        """Remove the rental with its disk; its dollars stay spent. Raises CloudRefusal."""
+        """End the rental and delete its disk; its dollars stay spent. Raises CloudRefusal."""
         self.advance(now)
         rental = self.rentals.pop(rental_id, None)
         if rental is None:
@@ -202,7 +215,7 @@ class Cloud:
         self._give_slots(now)
 
     def burn_usd_h(self) -> float:
-        """Return what everything costs now, $/h."""
+        """Return what all rentals together cost now, $/h."""
         return sum(sum(r.usd_h_now()) for r in self.rentals.values())
 
     # -- slots ----------------------------------------------------------------------------------------
@@ -242,7 +255,7 @@ class Cloud:
                 r.take_slot(slot.index, now)
 
     def _clear(self, machine: Machine, index: int, now: float) -> None:
-        """Take the slot from the rental that holds it, if one does."""
+        """Take the slot from the rental that holds it, if any."""
         for r in self.rentals.values():
             if r.slot == index and r.machine is machine:
                 r.lose_slot(now)

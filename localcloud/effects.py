@@ -32,14 +32,14 @@ class Boot:
 
 @dataclass(frozen=True)
 class Terminate:
-    """Ask the start script to end."""
+    """Send SIGTERM to the start script."""
 
     id: int
 
 
 @dataclass(frozen=True)
 class End:
-    """End its processes; with wipe remove its disk too."""
+    """End the instance's processes; with wipe delete its disk too."""
 
     id: int
     wipe: bool = False
@@ -47,7 +47,7 @@ class End:
 
 @dataclass(frozen=True)
 class Kill:
-    """Send SIGKILL to "all" of its processes, or to those of its "model" server."""
+    """Send SIGKILL to all of the instance's processes, or to those of its "model" server."""
 
     id: int
     part: str = "all"
@@ -55,7 +55,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Freeze:
-    """Stop its processes with SIGSTOP, or let them go on."""
+    """Stop the instance's processes with SIGSTOP, or let them continue."""
 
     id: int
     frozen: bool
@@ -63,7 +63,7 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Ssh:
-    """Make its ssh server behave as "ok", "hang" or "refuse" from now on."""
+    """Make the instance's ssh server behave as "ok", "hang" or "refuse" from now on."""
 
     id: int
     mode: str
@@ -71,7 +71,7 @@ class Ssh:
 
 @dataclass(frozen=True)
 class Authorize:
-    """Let these ssh keys open it, running or not."""
+    """Accept these ssh keys on the instance, whether it runs or not."""
 
     id: int
     keys: tuple[str, ...]
@@ -79,14 +79,14 @@ class Authorize:
 
 @dataclass(frozen=True)
 class MarkLoaded:
-    """Note that its disk holds the model: a model server started again in this boot takes start_s."""
+    """Note that the instance's disk holds the model: its model server takes start_s from now on."""
 
     id: int
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Log that the rental changed its phase."""
+    """Log that a rental changed its phase."""
 
     id: int
     was: str

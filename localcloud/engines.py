@@ -48,18 +48,18 @@ class EngineImage:
 
     @property
     def path(self) -> str:
-        """PATH of the processes that run in it."""
+        """The PATH of processes in this image."""
         return f"{self.bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def _own_times(speedup: float) -> Times:
-    """Return times at which the cloud is sped up and the model server loads and ends in its own time."""
+    """Return times at which the cloud is sped up, but the model server loads and ends in its own time."""
     real_stop_s = VLLM_STOP_S * speedup
     return Times(load_s=0.0, start_s=0.0, stop_s=real_stop_s, reboot_s=real_stop_s)
 
 
 def _make_vllm_ready() -> None:
-    """Make the tiny model unless it is there. Raises ConfigError when the environment of vLLM is missing."""
+    """Make the tiny model unless it exists; raise ConfigError when vLLM's environment is missing."""
     if not (VLLM_ENVIRONMENT / ".ready").exists():
         raise ConfigError(
             f"--engine vllm: there is no vLLM in {VLLM_ENVIRONMENT}; "

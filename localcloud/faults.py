@@ -17,12 +17,12 @@ from typing import Any
 
 
 class BadFault(ValueError):
-    """A fault is unknown, or a parameter is unknown or out of range; the text says which."""
+    """A fault has an unknown name, or a parameter that is unknown or out of range; the text says which."""
 
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter: a number with a range, a text with choices, or a free text up to 300 characters."""
+    """One parameter: a number in a range, a text out of choices, or a text up to 300 characters."""
 
     default: float | str
     says: str
@@ -55,7 +55,7 @@ class Param:
 
 
 class Scope(StrEnum):
-    """What a kind of fault strikes."""
+    """What a kind of fault strikes: calls to the API, boots of instances, or the account."""
 
     CALL = "call"
     INSTANCE = "instance"
@@ -207,7 +207,7 @@ class Fault:
     struck: set[tuple[int, int]] = field(default_factory=set)
 
     def on(self, now: float) -> bool:
-        """Return whether its time is not over yet."""
+        """Return whether the fault is still on: its time is not over."""
         return self.ends_at is None or now < self.ends_at
 
     def strike(self, boot: tuple[int, int] | None) -> bool:
@@ -224,7 +224,7 @@ class Fault:
         return True
 
     def shown(self) -> dict[str, Any]:
-        """Return it as the status page shows it."""
+        """Return the fault as the status page shows it."""
         limits = {"count": self.count, "instance_id": self.instance_id, "ends_at": self.ends_at}
         return {
             "name": self.name,
@@ -235,14 +235,14 @@ class Fault:
 
 
 class Faults:
-    """The faults that are on. Pure: takes `now`, epoch seconds."""
+    """All faults that are switched on. Times are epoch seconds."""
 
     def __init__(self) -> None:
-        """Switch none on."""
+        """Begin with no fault switched on."""
         self._on: list[Fault] = []
 
     def add(self, name: str, args: Mapping[str, object], now: float) -> Fault:
-        """Switch it on from now. Raises BadFault, and then switches nothing on."""
+        """Switch a fault on. Raises BadFault, and then switches nothing on."""
         kind = FAULTS.get(name)
         if kind is None:
             raise BadFault(f"unknown fault {name!r:.60}; known: {', '.join(FAULTS)}")
@@ -267,7 +267,7 @@ class Faults:
         return fault
 
     def remove(self, name: str) -> int:
-        """Switch off all of that name; return how many there were. Raises BadFault for an unknown name."""
+        """Switch off all faults of that name; return how many. Raises BadFault for an unknown name."""
         if name not in FAULTS:
             raise BadFault(f"unknown fault {name!r:.60}; known: {', '.join(FAULTS)}")
         before = len(self._on)
@@ -275,19 +275,19 @@ class Faults:
         return before - len(self._on)
 
     def expire(self, now: float) -> None:
-        """Switch off those whose time is over."""
+        """Switch off the faults whose time is over."""
         self._on = [f for f in self._on if f.on(now)]
 
     def next_end(self) -> float | None:
-        """Return when the next one ends by itself."""
+        """Return when the next fault ends by itself; None when none does."""
         return min((f.ends_at for f in self._on if f.ends_at is not None), default=None)
 
     def shown(self, now: float) -> list[dict[str, Any]]:
-        """Return all that are on."""
+        """Return all faults that are on, as the status page shows them."""
         return [f.shown() for f in self._on if f.on(now)]
 
     def any_on(self, name: str) -> bool:
-        """Return whether one of that name may be on: a quick look before asking for strikes."""
+        """Return whether a fault of that name may be on: a quick check before `strikes`."""
         return any(f.name == name for f in self._on)
 
     def strikes(self, name: str, now: float, boot: tuple[int, int] | None = None) -> Mapping[str, Any] | None:
@@ -314,7 +314,7 @@ class Faults:
         )
 
     def strikes_route(self, name: str, route: str, when: str, now: float) -> Mapping[str, Any] | None:
-        """Do the same for faults of calls that have a route and a time: counted only when both fit."""
+        """Do as `strikes` for faults of calls that name a route and a moment; count only when both fit."""
         for fault in self._on:
             fits = fault.args.get("when") == when and fault.args.get("route") in ("any", route)
             if fault.name == name and fits and fault.on(now) and fault.strike(None):

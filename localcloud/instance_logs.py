@@ -1,4 +1,4 @@
-"""What can be seen of an instance without ssh: its console and three commands, as texts to fetch later."""
+"""What can be read of an instance without ssh: its console, and the output of three commands."""
 
 import shlex
 import subprocess
@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 LOG_LIMIT = 256 * 1024
-"""Bytes at the end of a log that may be asked for."""
+"""Most bytes, from the end of a log, that one call may ask for."""
 
 UPLOADS = 64
-"""Texts that are kept for fetching; the oldest is forgotten first."""
+"""Most texts that are kept to be fetched; the oldest is dropped first."""
 
 
 class InstanceLogs:
-    """Consoles and command outputs of the instances below one directory. Any thread."""
+    """Consoles and command outputs of the instances below one directory; usable from any thread."""
 
     def __init__(self, instances: Path, search_path: str, clock: Callable[[], float]) -> None:
-        """search_path: PATH of the commands."""
+        """search_path: the PATH by which the commands are found."""
         self._instances = instances
         self._search_path = search_path
         self._clock = clock
@@ -59,14 +59,14 @@ class InstanceLogs:
             return f"{type(e).__name__}: {e}"
 
     def upload(self, name: str, text: str, ready_at: float) -> None:
-        """Let the text be fetched under that name from ready_at on."""
+        """Offer the text under that name from ready_at on."""
         with self._lock:
             self._uploads[name] = (ready_at, text)
             while len(self._uploads) > UPLOADS:
                 self._uploads.popitem(last=False)
 
     def uploaded(self, name: str) -> str | None:
-        """Return the text, or None while it is not there."""
+        """Return the text of that name; None while it is not offered."""
         with self._lock:
             ready_at, text = self._uploads.get(name, (float("inf"), ""))
         return text if self._clock() >= ready_at else None

@@ -9,7 +9,8 @@ from typing import Any
 from process.errors import ConfigError
 
 HOURS_PER_MONTH = 720.0
-"""storage_total_cost = storage_cost * disk_space / 720 (vast-contract 2.11)."""
+"""Hours of a month in Vast's formula: storage_total_cost = storage_cost * disk_space / 720 (vast-contract
+2.11)."""
 
 DAY_S = 86_400.0
 """Seconds of a day."""
@@ -65,7 +66,7 @@ class Machine:
     rental_days: float = 60.0
 
     def __post_init__(self) -> None:
-        """Check the ranges; raise ConfigError naming the machine, the field and the range."""
+        """Raise ConfigError naming the machine, the field and its range when a value is out of range."""
         if self.gpu_name not in GPUS:
             self._refuse("gpu_name", f"one of {', '.join(GPUS)}")
         for name, least, most in _RANGES:
@@ -83,12 +84,12 @@ class Machine:
 
     @property
     def gpu(self) -> Gpu:
-        """Return the data of its GPU model."""
+        """The data of its GPU model."""
         return GPUS[self.gpu_name]
 
     @property
     def usd_h(self) -> float:
-        """Return the price of the GPUs of one slot, $/h on demand."""
+        """The price of all GPUs of one slot, $/h on demand."""
         return self.num_gpus * self.usd_gpu_h
 
     def offer_id(self, slot: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class CloudRefusal(Exception):
-    """A call is refused with the service's own status and words; nothing was changed."""
+    """The service refuses a call, with its own status and words; nothing was changed."""
 
     def __init__(self, status: int, error: str, msg: str, **also: Any) -> None:
         """also: further fields of the answer."""
@@ -48,5 +48,5 @@ class Order:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of the start script as -e gave it."""
+        """The environment of the start script, from -e."""
         return {name: value for name, value in self.env.items() if not name.startswith("-")}

@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 
 class Phase(StrEnum):
-    """Where a rental is; the words of the status page. The service's own words are in SHOWN."""
+    """The phases of a rental, in the words of the status page; the service's own words are in SHOWN."""
 
     CREATING = "creating"
     CREATED = "created"
@@ -99,15 +99,18 @@ TRANSITIONS: Mapping[Phase, Mapping[Phase, str]] = MappingProxyType(
 )
 
 WAITING = (P.SCHEDULING, P.OUTBID)
-"""Phases that end when there is a slot, which no event of the rental's own announces."""
+"""Phases that end when a slot is free; no event of the rental itself ends them."""
 
 
 class IllegalPhase(Exception):
-    """The table of transitions has no such edge: a mistake of the cloud model."""
+    """The table of transitions has no such edge: a fault in the cloud model."""
 
 
 def cause(was: Phase, to: Phase) -> str:
-    """Return the event in the world that moves a rental so; raise IllegalPhase when there is none."""
+    """Return the event in the world that moves a rental between these phases.
+
+    Raise IllegalPhase if none does.
+    """
     if to not in TRANSITIONS[was]:
         raise IllegalPhase(f"no way from {was} to {to}")
     return TRANSITIONS[was][to]
@@ -141,4 +144,4 @@ SHOWN: Mapping[Phase, Shown] = MappingProxyType(
     }
 )
 BILLS = ("loading", "running", "stopped")
-"""The states that dollars are charged in."""
+"""The states by which charged dollars are counted."""

@@ -1,4 +1,4 @@
-"""Ports of instances: real ones on loopback, one outside for each inside."""
+"""Ports of instances on loopback: one outside port for each port inside the container."""
 
 import random
 import socket
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 
 PORTS = (20_000, 30_000)
-"""The range of outside ports: below Linux's for outgoing connections, so that none of those occupies one."""
+"""Range of outside ports: below Linux's for outgoing connections, so that none of those takes one."""
 
 _chance = random.SystemRandom()
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 GONE_S = 5.0
-"""Seconds that killed processes may take to be gone."""
+"""Longest seconds to wait for killed processes to be gone."""
 
 
 def living() -> Iterator[tuple[int, int]]:
@@ -33,12 +33,12 @@ def living() -> Iterator[tuple[int, int]]:
 
 
 def home_of(pid: int) -> str:
-    """Return HOME of that process as it was started; empty when it has none, or is another user's."""
+    """Return the HOME that a process was started with; empty when it has none or is another user's."""
     return next((e[5:].decode(errors="replace") for e in _read(pid, "environ") if e[:5] == b"HOME="), "")
 
 
 def command_line(pid: int) -> list[bytes]:
-    """Return its program and arguments; one empty string when it has ended."""
+    """Return a process's program and arguments; one empty string when it has ended."""
     return _read(pid, "cmdline") or [b""]
 
 
@@ -51,13 +51,13 @@ def _read(pid: int, name: str) -> list[bytes]:
 
 
 def living_in(directory: Path, session: int | None = None) -> list[int]:
-    """Return the processes whose home lies below that directory, and those of that session."""
+    """Return the processes whose HOME lies below that directory, and those of that session."""
     below = f"{directory}/"
     return [pid for pid, of in living() if of == session or home_of(pid).startswith(below)]
 
 
 def signal_all(directory: Path, number: int, session: int | None = None) -> int:
-    """Send that signal to all of `living_in`; return how many there were."""
+    """Send a signal to all processes of `living_in`; return how many there were."""
     found = living_in(directory, session)
     for pid in found:
         with suppress(ProcessLookupError):
@@ -66,14 +66,14 @@ def signal_all(directory: Path, number: int, session: int | None = None) -> int:
 
 
 def end_all(directory: Path, session: int | None = None) -> None:
-    """Kill all of `living_in`; return when none is left, or after GONE_S."""
+    """Kill all processes of `living_in`; return when none is left, or after GONE_S."""
     limit = time.monotonic() + GONE_S
     while signal_all(directory, signal.SIGKILL, session) and time.monotonic() < limit:
         time.sleep(0.005)
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[int]:
-    """Return the inodes that these have open in /dev/shm; a semaphore has another name there."""
+    """Return the inodes in /dev/shm that these processes have open (a semaphore has another name there)."""
     found = set()
     for pid in pids:
         with suppress(OSError), open(f"/proc/{pid}/maps") as f:
@@ -82,7 +82,7 @@ def shared_memory_of(pids: Iterable[int]) -> set[int]:
 
 
 def remove_shared_memory(inodes: Collection[int]) -> None:
-    """Remove these files: docker's would vanish with the container, those of killed processes here stay."""
+    """Delete these files of /dev/shm: docker's vanish with the container, those of killed processes stay."""
     for entry in os.scandir("/dev/shm") if inodes else ():  # noqa: S108
         if entry.inode() in inodes:
             with suppress(FileNotFoundError):
@@ -90,12 +90,15 @@ def remove_shared_memory(inodes: Collection[int]) -> None:
 
 
 def least_used_processor(used: Sequence[int | None]) -> int:
-    """Return, of the processors that this process may use, the one that is least often in used."""
+    """Return the processor, of those this process may use, that is least often in `used`."""
     return min(sorted(os.sched_getaffinity(0)), key=used.count)
 
 
 def lock(path: Path, wait_s: float) -> int | None:
-    """Lock the file for this process and those it is given to; return None if another keeps it for wait_s."""
+    """Lock a file for this process and its heirs of the descriptor; return the descriptor.
+
+    Return None if another process keeps the lock for wait_s.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     limit = time.monotonic() + wait_s
     while True:
@@ -114,7 +117,7 @@ class Warden:
     """A process that ends, after this one has ended, every process with its home below a directory."""
 
     def __init__(self, directory: Path, locked: int) -> None:
-        """Start it. locked: a lock, which is free again when all of them are gone."""
+        """Start the warden. locked: descriptor of a lock, which is free again when all processes are gone."""
         self._process = subprocess.Popen(
             # -S: half the memory; nothing but the standard library is needed.
             (sys.executable, "-I", "-S", __file__, str(directory)),
@@ -126,12 +129,12 @@ class Warden:
         )
 
     def close(self) -> None:
-        """End it; call this last."""
+        """End the warden; call this last."""
         self._process.communicate()
 
 
 def main() -> None:
-    """Wait for the end of the input; then end them all."""
+    """Wait for the end of the input; then end all processes below the directory."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     while os.read(0, 4096):

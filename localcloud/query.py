@@ -9,7 +9,7 @@ from typing import Any
 from localcloud.offers import Slot, offer
 
 OFFER_LIMIT = 64
-"""Offers in an answer whose query sets no limit."""
+"""Most offers in an answer to a query that sets no limit."""
 
 
 _OFFER_FIELDS = (
@@ -29,7 +29,7 @@ _COMPARISONS = {"gt": gt, "gte": ge, "lt": lt, "lte": le}
 
 
 class BadQuery(ValueError):
-    """A query cannot be evaluated; the text says why."""
+    """A query that cannot be evaluated; the text says why."""
 
 
 def matches(row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
@@ -80,7 +80,7 @@ def _equal(value: Any, name: str, operand: object) -> bool:
 
 
 def _comparable(value: Any, name: str, operand: object) -> tuple[Any, Any]:
-    """Return both as the type that the row has; raise BadQuery."""
+    """Return both values converted to the type that the row has; raise BadQuery."""
     if isinstance(value, bool):
         words = {"true": True, "1": True, "false": False, "0": False}
         read = words.get(str(operand).lower())
@@ -160,7 +160,7 @@ def in_order(rows: list[dict[str, Any]], order: Iterable[tuple[str, bool]]) -> l
 
 
 def sort_key(value: Any) -> tuple[int, Any]:
-    """Return a key that sorts missing values, numbers and texts together."""
+    """Return a key by which missing values, numbers and texts can be sorted together."""
     if value is None:
         return 0, 0
     if isinstance(value, int | float):

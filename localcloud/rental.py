@@ -36,16 +36,16 @@ from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import SHOWN, Phase, cause
 
 HISTORY_LINES = 100
-"""Lines of a rental's history that are kept; `logs --daemon-logs` shows them."""
+"""Lines of a rental's history that are kept; `logs --daemon-logs` prints them."""
 
 RECHECK_S = 0.5
-"""Seconds of the wall clock between two looks whether the fault that holds a rental is over."""
+"""Seconds of the wall clock between two checks whether a fault that delays a rental is over."""
 
 FOREVER_S = 1e8
-"""Load time of a model server that never becomes ready: three years, in seconds."""
+"""Load time in seconds, three years, of a model server that never becomes ready."""
 
 MAX_LABEL = 1024
-"""Characters of a label that is changed later; the service allows fewer when it is created."""
+"""Most characters of a label that is changed later; the service allows fewer in a create."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ P = Phase
 
 
 class Rental:
-    """One contract. Times are epoch seconds; those of a boot are of the last one."""
+    """One rented machine. Times are epoch seconds; those of a boot are of its last boot."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Rental:
         chance: random.Random,
         now: float,
     ) -> None:
-        """Rent the machine. slot: the one it gets; None when another rental has it."""
+        """Rent the machine. slot: the one that it gets; None when another rental has it."""
         self._chance = chance
         self._account = surroundings.account
         self._emit = surroundings.emit
@@ -137,23 +137,23 @@ class Rental:
 
     @property
     def on_boot(self) -> tuple[int, int]:
-        """This boot of it as faults know it: (instance id, boot number)."""
+        """Its present boot, as faults name it: (instance id, boot number)."""
         return self.id, self.boot
 
     def usd_h_now(self) -> tuple[float, float]:
-        """Return what its GPU and its storage cost now, $/h; an offline host charges nothing."""
+        """Return what its GPUs and its storage cost now, $/h; an offline host charges nothing."""
         if self.offline:
             return 0.0, 0.0
         return (self.bill.gpu_usd_h if SHOWN[self.phase].bills_gpu else 0.0), self.bill.storage_usd_h
 
     def settle(self, now: float) -> None:
-        """Charge what it cost until now."""
+        """Charge what it has cost since it was settled last."""
         self.bill.settle(SHOWN[self.phase].bill, *self.usd_h_now(), now)
 
     # -- what its owner may ask of it; each raises CloudRefusal -----------------------------------------
 
     def start(self, now: float) -> None:
-        """Run: at once, or when its machine has a slot for it."""
+        """Start at once, or when its machine has a free slot."""
         if self._account.credit_usd(now) <= 0:
             raise CloudRefusal(
                 400, "missing_billing", "Your account has no credit: add some to start instances."
@@ -166,7 +166,7 @@ class Rental:
             self._begin_boot(now)
 
     def stop(self, now: float, msg: str | None = None) -> None:
-        """Stop: its GPU is given up, its disk stays. msg: what status_msg says of it."""
+        """Stop: give up the GPUs, keep the disk. msg: the text of status_msg."""
         self.wanted = False
         if self.phase in (P.RUNNING, P.REBOOTING, P.RECYCLING, P.CRASHED):
             self._emit(Terminate(self.id))
@@ -177,14 +177,14 @@ class Rental:
         self.status_msg = msg or self.status_msg
 
     def reboot(self, now: float, *, recycle: bool = False) -> None:
-        """Take its container down and up on the same GPU; a recycled one is made anew from the image."""
+        """Restart its container on the same GPUs; with recycle make it anew from the image."""
         self._must_be_in(P.RUNNING, P.CRASHED)
         self._emit(Terminate(self.id))
         self._move(P.RECYCLING if recycle else P.REBOOTING, now)
         self.due = now + self._draw(self._times.reboot_s)
 
     def change_bid(self, price: float | None, winning: float, now: float) -> None:
-        """Bid that, $/h; None bids at least winning, the least that gets a slot now."""
+        """Bid that price, $/h; None bids at least `winning`, the least that gets a slot now."""
         if self.bill.bid is None:
             raise CloudRefusal(400, "invalid_args", f"Instance {self.id} is not interruptible.")
         self.settle(now)
@@ -193,7 +193,7 @@ class Rental:
             self.lose_slot(now)
 
     def relabel(self, label: str) -> None:
-        """Change its label; an empty one is none."""
+        """Set its label; an empty one removes it."""
         if len(label) > MAX_LABEL:
             raise CloudRefusal(
                 400, "label_too_long", f"label: at most {MAX_LABEL} characters, got {len(label)}"
@@ -201,7 +201,7 @@ class Rental:
         self.label = label or None
 
     def attach_key(self, key: str) -> None:
-        """Let that ssh key open it too."""
+        """Accept that ssh key too."""
         if key not in self.authorized_keys:
             self.authorized_keys += (key,)
             self._emit(Authorize(self.id, self.authorized_keys))
@@ -218,7 +218,7 @@ class Rental:
     # -- what the outside world reports ---------------------------------------------------------------
 
     def booted(self, boot: int, ports: Mapping[str, int], now: float) -> None:
-        """Run, reachable by these ports; ignored when it does not wait for that boot."""
+        """Enter the running phase with these ports; ignored when it does not wait for that boot."""
         if self._waits_for(boot):
             self.ports = dict(ports)
             self.booted_at = now
@@ -228,13 +228,13 @@ class Rental:
             self.follow_faults(now)
 
     def boot_failed(self, boot: int, why: str, now: float) -> None:
-        """Go back to created: the host could not start the processes of that boot, as status_msg shows."""
+        """Return to the phase created: the host could not start the processes; status_msg says why."""
         if self._waits_for(boot):
             self.status_msg = f"Error response from daemon: {why}"
             self._move(P.CREATED, now)
 
     def crashed(self, boot: int, now: float) -> None:
-        """Note that all processes of that boot are gone without having been ended by the cloud."""
+        """Note that all processes of that boot ended without an order of the cloud."""
         if self.boot == boot and self.phase is P.RUNNING:
             self.status_msg = "container exited with status 137"
             self._move(P.CRASHED, now)
@@ -245,7 +245,7 @@ class Rental:
     # -- what happens as time passes ------------------------------------------------------------------
 
     def next_event(self) -> tuple[float, str] | None:
-        """Return its next event as (time, name). On a lost host nothing goes on."""
+        """Return its next event as (time, name); None on an offline host, where nothing goes on."""
         if self.offline:
             return None
         events = [] if self.due is None else [(self.due, "phase")]
@@ -257,7 +257,7 @@ class Rental:
         return min(events, default=None)
 
     def happen(self, event: str, at: float, now: float) -> None:
-        """Let that event of next_event happen; it was due at `at`, and is noticed now."""
+        """Carry out that event of next_event; it was due at `at`, and is noticed now."""
         if event == "loaded":
             self.loaded = True
             self._emit(MarkLoaded(self.id))
@@ -305,14 +305,14 @@ class Rental:
         self._load(at)
 
     def _load(self, at: float) -> None:
-        """Pull its image, or start its container when the image is there."""
+        """Pull the image, or start the container when the image is there."""
         self._move(P.LOADING, at)
         seconds = self._draw(self._times.restart_s if self.pulled else self._times.pull_s)
         slow = self._struck("slow-pull", at)
         self.due = at + seconds * (slow["factor"] if slow else 1.0)
 
     def _boot(self, now: float) -> None:
-        """Ask for its processes; `booted` says when they are there."""
+        """Emit the effect that starts its processes; `booted` is called when they run."""
         start_s = self._draw(self._times.start_s)
         load_s = start_s if self.loaded else self._draw(self._times.load_s)
         boot = _boot_of(self, load_s, start_s, self._faults, now)
@@ -320,12 +320,12 @@ class Rental:
         self._emit(boot)
 
     def take_slot(self, index: int, now: float) -> None:
-        """Hold that slot and boot on it."""
+        """Take that slot and boot on it."""
         self.slot = index
         self._begin_boot(now)
 
     def lose_slot(self, now: float) -> None:
-        """End abruptly because another rental gets the slot; come back by itself if its owner wants it."""
+        """End at once since another rental gets the slot; come back by itself if it is wanted to run."""
         self._give_up(P.OUTBID if self.wanted else P.STOPPED, now)
 
     def _give_up(self, to: Phase, now: float) -> None:
@@ -335,7 +335,7 @@ class Rental:
         self.status_msg = None
 
     def follow_faults(self, now: float) -> None:
-        """Be as the faults want it when it runs; be as before when they let go."""
+        """Do what the faults that strike a running rental demand, and undo it when they end."""
         self._follow_offline(now)
         if self.phase is not P.RUNNING:
             return
@@ -360,11 +360,11 @@ class Rental:
             self._note(now, "host offline" if lost else "host back")
 
     def _struck(self, fault: str, now: float) -> Mapping[str, Any] | None:
-        """Return the arguments of the fault if it strikes this boot."""
+        """Return the arguments of that fault if it strikes this boot; None otherwise."""
         return self._faults.strikes(fault, now, self.on_boot)
 
     def _move(self, to: Phase, at: float) -> None:
-        """Change the phase; the only place that does. What it cost so far is charged as the old one.
+        """Change the phase; the only method that does. What it cost so far is charged under the old one.
 
         Raises IllegalPhase, and then changes nothing.
         """
@@ -378,13 +378,13 @@ class Rental:
         self.history.append(f"{at:.3f} {text}")
 
     def _draw(self, real_s: float) -> float:
-        """Return how long it takes here: within ±spread of the real time, divided by the speedup."""
+        """Return a duration for here: drawn within ±spread of the real one, divided by the speedup."""
         spread = self._times.spread
         return real_s * self._chance.uniform(1.0 - spread, 1.0 + spread) / self._speedup
 
 
 def _boot_of(r: Rental, load_s: float, start_s: float, faults: Faults, now: float) -> Boot:
-    """Return its next boot as the faults that strike it want it."""
+    """Return the next boot of a rental, with what the faults that strike it demand."""
 
     def struck(fault: str) -> bool:
         return faults.strikes(fault, now, r.on_boot) is not None

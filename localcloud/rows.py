@@ -29,11 +29,11 @@ ALWAYS: Mapping[str, Any] = MappingProxyType(
         "rentable": False,
     }
 )
-"""The fields of a row that are the same for every rental here: mostly what only a real host could measure."""
+"""The fields of a row that are equal for every rental here; mostly what only a real host could measure."""
 
 
 def row(r: Rental, faults: Faults, now: float) -> dict[str, Any]:
-    """Return the rental as the service's listing has it (vast-contract 2.11)."""
+    """Return a rental as a row of the service's listing (vast-contract 2.11)."""
     shown = SHOWN[r.phase]
     machine, order, running = r.machine, r.order, r.phase is Phase.RUNNING
     ports = r.ports if running and faults.strikes("no-ports", now, r.on_boot) is None else {}
@@ -75,7 +75,10 @@ def row(r: Rental, faults: Faults, now: float) -> dict[str, Any]:
 
 
 def status_msg(r: Rental, now: float) -> str | None:
-    """Return its status_msg; while the image is pulled, docker's progress, below 100 % when it is held."""
+    """Return a rental's status_msg.
+
+    While the image is pulled it is docker's progress, below 100 % if a fault delays it.
+    """
     if r.phase is not Phase.LOADING or r.pulled:
         return r.status_msg
     share = 1.0 if r.due is None else (now - r.since) / max(r.due - r.since, 1e-9)

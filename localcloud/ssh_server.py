@@ -29,22 +29,22 @@ COMMAND_TIMEOUT_S = 60.0
 """Seconds after which a command is killed."""
 
 OUTPUT_LIMIT = 2**20
-"""Bytes of output that are sent back."""
+"""Most bytes of a command's output that are sent back."""
 
 SESSION_S = 120.0
-"""Seconds after which a connection is closed, whatever it does."""
+"""Seconds after which a connection is closed, whatever it is doing."""
 
 HELD = 64
-"""Connections kept open while ssh hangs; the oldest is closed first, so that files do not run out."""
+"""Most connections kept open while ssh hangs; the oldest is closed first, so that descriptors suffice."""
 
 ACCEPT_PAUSE_S = 0.1
-"""Seconds before the next accept when the process has no file left."""
+"""Seconds before the next accept when the process has no file descriptor left."""
 
 OK, HANG, REFUSE = "ok", "hang", "refuse"
 
 
 class SshServer:
-    """The server of one instance; it listens while the instance runs. Any thread."""
+    """The ssh server of one instance; it listens while the instance runs. Usable from any thread."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class SshServer:
         home: Path,
         environ: Mapping[str, str],
     ) -> None:
-        """Serve on sock, which is listening. authorized_keys: returns the lines that open it now."""
+        """Serve on sock, which listens. authorized_keys: returns the public keys that are accepted now."""
         self._host_key = host_key
         self._authorized_keys = authorized_keys
         self._home = home
@@ -144,7 +144,7 @@ class SshServer:
                 self._transports.discard(transport)
 
     def _run(self, channel: paramiko.Channel, line: bytes) -> None:
-        """Run the command; send its output and its status through the channel."""
+        """Run the command; send its output and its exit status through the channel."""
         try:
             command = SshCommand(line, self._home, self._environ)
         except (OSError, ValueError) as e:
@@ -176,7 +176,7 @@ class SshServer:
 
 
 class SshSession(paramiko.ServerInterface):
-    """What one connection may do."""
+    """What one connection may do: authenticate by key and run commands."""
 
     def __init__(
         self, authorized_keys: tuple[str, ...], run: Callable[[paramiko.Channel, bytes], None]
@@ -205,7 +205,7 @@ class SshCommand:
     """A command in a session of its own, which can be ended with all that it started there."""
 
     def __init__(self, command: bytes, home: Path, environ: Mapping[str, str]) -> None:
-        """Start it. Raises OSError when there is no home any more."""
+        """Start the command. Raises OSError when the home directory is gone."""
         self._process = subprocess.Popen(
             ["/bin/bash", "-c", command],
             cwd=home,
@@ -219,19 +219,22 @@ class SshCommand:
         self._reaped = False
 
     def kill(self) -> None:
-        """Kill it and what it started. Any thread."""
+        """Kill the command and what it started. Usable from any thread."""
         with self._lock:
             if not self._reaped:  # until then the number of its group cannot be another's
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
 
     def output(self, most: int) -> bytes:
-        """Return its next output; empty when it and what it started in the background have ended theirs."""
+        """Return its next output.
+
+        Empty when the command and all that it left in the background have closed theirs.
+        """
         assert self._process.stdout is not None  # noqa: S101 it was asked for above
         return self._process.stdout.read1(most)  # type: ignore[attr-defined, no-any-return]
 
     def wait(self) -> int:
-        """Wait for its end; return its status as a shell does."""
+        """Wait for its end; return the exit status as a shell gives it."""
         if not self._reaped:
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         with self._lock:
@@ -240,5 +243,5 @@ class SshCommand:
         return 128 - status if status < 0 else status
 
     def close(self) -> None:
-        """Take no more output of it."""
+        """Close our end of its output."""
         self._process.stdout.close()  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 VOCABULARY = 512
 SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>")
-"""Tokens 0, 1 and 2; the 256 bytes follow, so that any text has tokens, then what is frequent in TEXT."""
+"""Tokens 0, 1 and 2. The 256 bytes follow, so that every text has tokens, then frequent pieces of TEXT."""
 
 SEED = 0
 

@@ -19,7 +19,10 @@ _BOOTING = ("ordered", "loading", "running", "starting")
 
 
 def fleet(report: Mapping[str, Any], path: Path) -> None:
-    """Instances by state against demand over time, as PNG. Raises ConfigError when it cannot be written."""
+    """Draw instances by state against demand over time, as a PNG.
+
+    Raise ConfigError when it cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,7 +66,7 @@ def _grouped(states: Mapping[str, int]) -> dict[str, int]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure; raises ConfigError."""
+    """Write a figure to a file; raise ConfigError when it cannot be written."""
     try:
         # Without dates and versions the same figure is the same file.
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})

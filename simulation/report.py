@@ -60,7 +60,7 @@ class Record:
     refusals: Counter[str] = field(default_factory=Counter)
 
     def add_call(self, asked_s: float, leases: int, refusals: Iterable[str]) -> None:
-        """Count a call for a lease: what it took, and what it got."""
+        """Count one call for a lease: the seconds it took, the leases it got, the refusals it met."""
         self.route_s += asked_s
         self.leases += leases
         self.refusals.update(refusals)
@@ -70,20 +70,20 @@ class Record:
         self.route_s += pause_s
 
     def add_setback(self, kind: str) -> None:
-        """Count what an instance did wrong."""
+        """Count a failure of an instance, by kind."""
         self.setbacks[kind] += 1
 
     def complete(
         self, prompt_tokens: int, output_tokens: int, first_token_s: float | None, end_s: float
     ) -> None:
-        """Note the answer; seconds since the request was due."""
+        """Note the end of the answer; times are seconds since the request was due."""
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
         self.first_token_s, self.end_s = first_token_s, end_s
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The fleet at one moment, at_s seconds into the run. demand is in instances' worth of capacity."""
+    """How the fleet was at_s seconds into the run. demand is in instances' worth of capacity."""
 
     at_s: float
     states: Mapping[str, int]
@@ -93,7 +93,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """About a run. duration_s: from the start to the end of the last answer; settings: for the reader."""
+    """How a run was made.
+
+    duration_s: from the start to the end of the last answer; settings: shown as they are.
+    """
 
     engine: str
     local: bool
@@ -163,7 +166,7 @@ LATE, SLOW, FAILED = "first_token_late", "tokens_slow", "failed"
 
 
 def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
-    """Return the figures of these records. Without streaming there is no first token, so no objective."""
+    """Return the figures of these records. Without streaming no first token is known, so none is judged."""
     completed = [r for r in records if r.outcome == COMPLETED]
     # The first token takes its own time; the others share what is left. One token alone has no such time.
     tpot = (
@@ -234,7 +237,7 @@ def assemble(
     slo: Slo,
     driver: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the report of figures that were counted already; driver is None in virtual time."""
+    """Return the report made from figures that were counted before; driver is None in virtual time."""
     seconds = run.duration_s
     completed, output_tokens = requests.completed, requests.output_tokens
     return {

@@ -1,4 +1,7 @@
-"""The report as a table for people, with a chart of the fleet; what is not known is said so, never 0."""
+"""The report as a table for people, with a chart of the fleet.
+
+An unknown figure is shown as unknown, never as 0.
+"""
 
 import math
 import textwrap

@@ -1,4 +1,4 @@
-"""What the bodies of calls say, checked; each function raises CloudRefusal in the service's words."""
+"""Reads the bodies of calls; each function checks and raises CloudRefusal in the service's words."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ MAX_LABEL = 256
 
 
 def body() -> dict[str, Any]:
-    """Return the body, an object."""
+    """Return the body of the request being served as an object."""
     try:
         said = request.get_json(force=True, silent=True)
     except RecursionError:
@@ -24,7 +24,7 @@ def body() -> dict[str, Any]:
 
 
 def bad(text: str, **also: Any) -> CloudRefusal:
-    """Return the refusal of arguments that make no sense."""
+    """Return the refusal of wrong arguments. also: further fields of the answer."""
     return CloudRefusal(400, "invalid_args", f"error 400/3467: Invalid args: {text}", **also)
 
 

@@ -15,10 +15,10 @@ from localcloud.query import BadQuery
 from localcloud.world import World
 
 HANG_S = 300.0
-"""Seconds a call that is never answered is kept, unless its caller hangs up."""
+"""Longest seconds for which a call that a fault lets hang is kept open, if its caller does not hang up."""
 
 HUNG_UP_CHECK_S = 0.25
-"""Seconds between two looks whether the caller of a call that hangs is still there."""
+"""Seconds between two checks whether the caller of a call that hangs is still connected."""
 
 CREATE_PENALTY_S = 12.0
 """Seconds to wait after a create that came too soon (vast-contract 1.3)."""
@@ -28,26 +28,26 @@ _EXTENSION = "localcloud"
 
 @dataclass(frozen=True)
 class Later:
-    """An answer whose rest is made without the cloud's lock."""
+    """An answer whose second part is made after the cloud's lock was released."""
 
     rest: Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the views of one app speak for. not_before: when each endpoint may be called again."""
+    """What all views of one app share. not_before: when each endpoint may be called again."""
 
     world: World
     api_key: str
     not_before: dict[str, float] = field(default_factory=dict)
 
     def knows_key(self) -> bool:
-        """Return whether the request carries the key."""
+        """Return whether the request being served carries the API key."""
         header = request.headers.get("Authorization", "")
         return hmac.compare_digest(header.encode(), f"Bearer {self.api_key}".encode())
 
     def limited(self, view: str, every_s: float) -> bool:
-        """Return whether the fault rate-limits refuses the call."""
+        """Return whether the fault rate-limits refuses this call."""
         with self.world.lock:
             now, cloud = self.world.clock(), self.world.cloud
             if not every_s or not cloud.faults.any_on("rate-limits"):
@@ -58,7 +58,10 @@ class Service:
             return early and cloud.faults.strikes("rate-limits", now) is not None
 
     def broken(self, kind: str, when: str) -> Any | None:
-        """Return the answer of a fault that strikes this kind of call before or after its effect."""
+        """Return the answer of a fault that strikes such a call before or after its effect.
+
+        None without one.
+        """
         now, faults = self.world.clock(), self.world.cloud.faults
         with self.world.lock:
             stuck = faults.strikes_route("api-hangs", kind, when, now) is not None
@@ -69,12 +72,12 @@ class Service:
 
 
 def connect(app: Flask, world: World, api_key: str) -> None:
-    """Let the views of the app speak for that world."""
+    """Give the views of the app their world and key."""
     app.extensions[_EXTENSION] = Service(world, api_key)
 
 
 def service() -> Service:
-    """Return what the view that is running speaks for."""
+    """Return what the views share, for the view that is running."""
     found: Service = current_app.extensions[_EXTENSION]
     return found
 
@@ -128,7 +131,7 @@ def too_many() -> Response:
 
 
 def hang() -> tuple[Response, int]:
-    """Answer only when the cloud ends, the caller hangs up or HANG_S are over."""
+    """Answer only when the cloud ends, the caller hangs up or HANG_S have passed."""
     hung_up = request.environ.get("waitress.client_disconnected", lambda: False)
     limit = time.monotonic() + HANG_S
     while not (service().world.stopping.wait(HUNG_UP_CHECK_S) or hung_up() or time.monotonic() > limit):

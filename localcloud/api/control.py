@@ -21,7 +21,7 @@ _keyed = requires(lambda: frozenset({service().api_key}))
 
 
 class KillBody(msgspec.Struct, forbid_unknown_fields=True):
-    """What of an instance is to end: all of it, or its model server."""
+    """The body that asks to kill an instance: all of it, or its model server."""
 
     part: Literal["all", "model"] | None = None
 

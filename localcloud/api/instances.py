@@ -1,4 +1,4 @@
-"""What an owner asks of its instances: start, stop, label, reboot, bid, keys, destroy."""
+"""Routes by which a customer changes its instances: start, stop, label, reboot, bid, keys, destroy."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The listing of the rentals, page by page, and one of them (vast-contract 2.3)."""
+"""Routes of the listing: all rentals page by page, and a single one (vast-contract 2.3)."""
 
 import base64
 import binascii

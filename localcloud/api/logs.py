@@ -1,4 +1,4 @@
-"""Logs and commands: the answer names an address from which the text can be fetched in a moment."""
+"""Routes of logs and commands: the answer names an address where the text is a moment later."""
 
 import uuid
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from localcloud.orders import CloudRefusal
 from localcloud.rental import Rental
 
 UPLOAD_S = 0.4
-"""Seconds of the wall clock until a log can be fetched: the host uploads it meanwhile."""
+"""Seconds of the wall clock until a log can be fetched, since a real host uploads it first."""
 
 routes = Blueprint("logs", __name__)
 
@@ -62,7 +62,7 @@ def _found(cloud: Cloud, instance_id: int) -> Rental:
 
 
 def _uploaded_later(cloud: Cloud, now: float, find: Callable[[], str]) -> Later:
-    """Answer where the text that find returns can be fetched in a moment."""
+    """Answer with the address where the text that `find` returns can be fetched a moment later."""
     name = f"{uuid.uuid4().hex}.log"
     never = cloud.faults.strikes("log-never", now) is not None
     ready_at = float("inf") if never else now + UPLOAD_S

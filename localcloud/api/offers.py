@@ -1,4 +1,4 @@
-"""The market: searching offers and renting one."""
+"""Routes of the market: search offers, rent one."""
 
 import secrets
 from typing import Any

@@ -1,4 +1,4 @@
-"""The status as a page for browsers."""
+"""The status of the local cloud as a page for browsers."""
 
 import html
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ HEADS = (
 
 
 def render(status: Mapping[str, Any]) -> str:
-    """Return the page. Everything in it may come from a renter, so everything is escaped."""
+    """Return the status as HTML. Everything in it may come from a renter, so everything is escaped."""
     rows = "".join(f"<tr>{''.join(map(_cell, _row(i)))}</tr>" for i in status["instances"])
     head = "".join(f"<th>{h}</th>" for h in HEADS)
     faults = html.escape(", ".join(f["name"] for f in status["faults"]) or "none")

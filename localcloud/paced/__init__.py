@@ -1,1 +1,1 @@
-"""The paced engine: a stand-in for vLLM that keeps time and has no model."""
+"""The paced engine: a stand-in for vLLM that answers with placeholder text at a real model's speed."""

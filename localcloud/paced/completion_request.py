@@ -1,4 +1,4 @@
-"""What a request asks for: prompts, answers and their lengths, read from the body and checked.
+"""The body of a completion request, read and checked: prompts, number of answers, their lengths.
 
 Tokens are counted, not made: one for each four characters, rounded up. Nothing here reads a clock.
 """
@@ -17,29 +17,29 @@ PIECES = tuple(
         b"read your prompt, and nothing here is an answer."
     ).split()
 )
-"""The tokens of every answer, repeated. They need no escapes in JSON."""
+"""The tokens of every answer, in turns; none needs an escape in JSON."""
 
 MAX_AT_ONCE = 1024
 """Most answers that one request may ask for: prompts times n."""
 
 CHARACTERS_A_TOKEN = 4
 MESSAGE_TOKENS, OPENING_TOKENS = 4, 3
-"""Tokens that a chat template adds to each message, and to open the answer; about as many as Llama's."""
+"""Tokens that a chat template adds to each message, and to begin the answer; about as many as Llama's."""
 
 COMPLETION_MAX_TOKENS = 16
-"""Default max_tokens of /v1/completions in vLLM; a chat may fill the context."""
+"""Default of max_tokens for /v1/completions in vLLM; a chat may fill the context."""
 
 NATURAL_TOKENS = 180.0
 """Mean natural length of an answer, in tokens, where the profile says no other."""
 
 
 class RequestError(Exception):
-    """A request is refused in vLLM's shape; param is the field that is at fault, if one is."""
+    """A refused request, answered in vLLM's shape; param: the wrong field, if it is one."""
 
     def __init__(
         self, message: str, param: str | None = None, status: int = 400, kind: str = "BadRequestError"
     ) -> None:
-        """The defaults are those of a bad request."""
+        """Say what is wrong; status and kind are those of a bad request unless given."""
         super().__init__(message)
         self.status = status
         self.kind = kind
@@ -47,7 +47,7 @@ class RequestError(Exception):
 
     @property
     def said(self) -> dict[str, Any]:
-        """The body of the answer as a JSON object."""
+        """The body of the error answer."""
         error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}
         return {"error": error}
 
@@ -99,7 +99,7 @@ class ServedModel:
 
 
 def count_tokens(text: str) -> int:
-    """Return the tokens that a text is taken to have."""
+    """Return how many tokens a text counts as."""
     return -(-len(text) // CHARACTERS_A_TOKEN)
 
 

@@ -54,10 +54,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class PacedEngine:
-    """The ASGI app. It belongs to the event loop of its first request."""
+    """The engine as an ASGI application; it belongs to the event loop of its first request."""
 
     def __init__(self, model: ServedModel, server: SteppedModelServer, clock: Clock | None = None) -> None:
-        """Raise ValueError if a request of full length can never be held. clock: the running loop if None."""
+        """Raise ValueError if a request of full length can never fit. clock: the running loop if None."""
         if model.max_model_len > server.timing.kv_tokens:
             raise ValueError(
                 f"a context of {model.max_model_len} tokens does not fit into KV memory for "
@@ -157,7 +157,7 @@ class PacedEngine:
     # -- completions --
 
     async def _complete(self, request: CompletionRequest, receive: Receive, send: Send) -> None:
-        """Submit all that is asked for and answer as it comes; drop the work when the client goes."""
+        """Submit the request and send the answer as it comes; drop the work when the client leaves."""
         if self._pacer is None:
             self._pacer = Pacer(self.server, asyncio.get_running_loop())
         lengths = answer_lengths(request, self.model)

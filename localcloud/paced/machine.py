@@ -1,4 +1,4 @@
-"""The machine that a stand-in runs on, as the local cloud tells it in a file."""
+"""The machine that a paced engine pretends to run on, which the local cloud describes in a file."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,9 +9,10 @@ from process.errors import ConfigError
 
 @dataclass(frozen=True)
 class SimulatedMachine:
-    """Its GPUs and times. load_s: from start to ready; start_s instead if the file `loaded` exists.
+    """GPUs and times of the machine. load_s: seconds from start to ready; start_s if the file `loaded`
+    exists.
 
-    fatal_line: what is said instead of getting ready.
+    fatal_line: the line that the engine logs instead of becoming ready.
     """
 
     gpu_name: str
@@ -32,10 +33,10 @@ class SimulatedMachine:
             raise ConfigError(f"LOCALCLOUD_MACHINE={path} cannot be used: {type(e).__name__}: {e}") from e
 
     def write(self, path: Path) -> None:
-        """Write the file."""
+        """Write the description to a file."""
         path.write_text(json.dumps(asdict(self)))
 
     @property
     def ready_s(self) -> float:
-        """Seconds until it is ready, this time."""
+        """Seconds from start to ready this time."""
         return self.start_s if self.loaded and Path(self.loaded).exists() else self.load_s

@@ -9,7 +9,7 @@ from engine.reference import SteppedModelServer
 
 
 def metrics(name: str, server: SteppedModelServer, ended: Mapping[str, int]) -> bytes:
-    """Return the page. name: of the model; ended: requests by finish reason."""
+    """Return the page /metrics. name: of the model; ended: number of requests by finish reason."""
     label = f'engine="0",model_name="{_label(name)}"'
     lines = []
 

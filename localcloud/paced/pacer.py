@@ -8,7 +8,7 @@ from engine.reference import EventKind, ServerEvent, SteppedModelServer
 
 
 class Timer(Protocol):
-    """What call_at returns."""
+    """What an event loop's call_at returns."""
 
     def cancel(self) -> None:
         """Do not call the callback any more."""
@@ -25,13 +25,13 @@ class Clock(Protocol):
 
 
 class Pacer:
-    """A ModelServer in real time: each request's callback is called when its tokens are due.
+    """Runs a SteppedModelServer in real time: each request's callback is called when its tokens are due.
 
-    One timer, at the end of the step under way; none when idle. Belongs to the loop's thread.
+    There is one timer, at the end of the step under way; none when idle. Belongs to the loop's thread.
     """
 
     def __init__(self, server: SteppedModelServer, clock: Clock) -> None:
-        """Begin idle."""
+        """Begin without requests."""
         self.server = server
         self._clock = clock
         self._callbacks: dict[str, Callable[[int], None]] = {}
@@ -43,14 +43,14 @@ class Pacer:
     ) -> None:
         """Submit a request; callback(tokens) is called for its tokens, step by step.
 
-        Raises ValueError as ModelServer does.
+        Raises ValueError as SteppedModelServer does.
         """
         events = self.server.submit(id, prompt_tokens, output_tokens, self._clock.time())
         self._callbacks[id] = callback
         self._deliver(events)
 
     def cancel(self, id: str) -> bool:
-        """Free its work now and call it back no more; return whether there was any left."""
+        """Drop a request: free its work, call its callback no more; return whether any work was left."""
         there = self._callbacks.pop(id, None) is not None
         if there:
             self._deliver(self.server.cancel(id, self._clock.time()))
@@ -80,13 +80,13 @@ class Pacer:
 
 
 class TokenInbox:
-    """Tokens of one request's answers that are due and not sent yet; it has one reader.
+    """The tokens of one request's answers that are due and not sent yet; one task reads it.
 
     patient: wake the reader with the last token only.
     """
 
     def __init__(self, tokens: int, *, patient: bool) -> None:
-        """tokens: of all choices together."""
+        """Begin empty. tokens: of all choices together."""
         self._left = tokens
         self._gone = False
         self._patient = patient
@@ -106,7 +106,7 @@ class TokenInbox:
         self._wake()
 
     async def take(self) -> list[tuple[int, int]]:
-        """Return what came since the last time as (choice, tokens); empty when the client has gone."""
+        """Return the new tokens as (choice, tokens); nothing when the client has left."""
         while not self._gone and ((self._patient and self._left) or not self._came):
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter

@@ -11,15 +11,16 @@ from simulation.live.workload import Workload
 from simulation.report_file import check_output
 
 MOST_DRAWS = 1e8
-"""Largest users × rounds × schedule: each user is drawn in each round, ahead of the run."""
+"""Largest users × rounds × schedule: all requests of the run are drawn before it begins, one draw for
+each."""
 
 
 @dataclass(frozen=True)
 class SimConfig(Workload):
-    """What is sent, where to, and what is done with the report.
+    """The flags of a live run: what is sent, where to, and what is done with the report.
 
-    manage: None leaves the autoscaler's flag as it is. needs_autoscaler: it was named on the command line, so
-    that it is an error when it does not answer.
+    manage: whether the autoscaler shall start and stop instances meanwhile; None leaves its flag as it is.
+    needs_autoscaler: it was named on the command line, so that it is an error when it does not answer.
     """
 
     manage: bool | None = None
@@ -41,7 +42,7 @@ class SimConfig(Workload):
     quiet: bool = flag(False, "no progress, only the report")
 
     def checked(self) -> "SimConfig":
-        """Return itself; raise ConfigError naming the flag, the value and the range."""
+        """Return this configuration; raise ConfigError naming the flag, the value and the range."""
         longest = get_profile(self.model).max_model_len
         check_flags(self)
         within("--prompt-tokens", self.prompt_tokens, 1.0, longest)

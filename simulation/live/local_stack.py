@@ -39,10 +39,11 @@ from simulation.live.stack_config import ENGINES, Programs, StackConfig
 CLOUD, AUTOSCALER, LOADBALANCER = "localcloud", "autoscaler", "loadbalancer"
 
 UP_TIMEOUT_S = 30.0
-"""Seconds for a child to answer: Python and its imports take 1 to 3 s on a busy core."""
+"""Seconds for a child process to answer: Python and its imports take 1 to 3 s on a busy core."""
 
 PREPARE_TIMEOUT_S = 180.0
-"""Seconds for the pool: each instance takes its load time over the speedup, and commands a few seconds."""
+"""Seconds to prepare the pool: each instance takes its load time over the speedup, and commands a few
+seconds."""
 
 HOT_TIMEOUT_S = 60.0
 """Seconds for the first instance to be hot: a start, a check, and several listings."""
@@ -59,7 +60,7 @@ port of a child that has died and is about to be started again."""
 
 
 class ChildFailed(Exception):
-    """A child did not do its part; the text has the end of its log."""
+    """A child process did not start or did not answer; the text has the end of its log."""
 
 
 OUR_PROGRAMS = Programs()
@@ -67,7 +68,10 @@ OUR_PROGRAMS = Programs()
 
 @dataclass(frozen=True)
 class Takedown:
-    """How it ended. left_behind names what was still there when all should have been gone; empty is good."""
+    """How the stack ended.
+
+    left_behind names what still existed when all should have been gone; empty is good.
+    """
 
     left_behind: tuple[str, ...]
     restarts: Mapping[str, int]
@@ -77,7 +81,7 @@ class Takedown:
 
 
 class LocalStack:
-    """A context manager: inside it the system runs, after it nothing of it is left."""
+    """A context in which local cloud, autoscaler and loadbalancer run; after it nothing of them is left."""
 
     def __init__(
         self, config: StackConfig, programs: Programs = OUR_PROGRAMS, say: Callable[[str], None] = print
@@ -118,7 +122,7 @@ class LocalStack:
         self._may_have_rented = False
 
     def __enter__(self) -> Self:
-        """Start everything; when that fails or is interrupted everything is ended before it raises."""
+        """Start everything; when that fails or is interrupted, end everything before raising."""
         try:
             self.start()
         except BaseException:
@@ -134,21 +138,21 @@ class LocalStack:
 
     @property
     def restarts(self) -> Mapping[str, int]:
-        """How often each child that died was started again."""
+        """How often each child process that died was started again, by its name."""
         return MappingProxyType({c.name: c.restarts for c in tuple(self._children.values()) if c.restarts})
 
     @property
     def engine(self) -> str:
-        """What answers the requests, in the words of every report."""
+        """The engine that answers the requests, as every report names it."""
         return f"local cloud, {self.config.engine} engine"
 
     def pid(self, name: str) -> int:
-        """Return the process id of that child as it runs now."""
+        """Return the process id of the child with that name as it runs now."""
         with self._lock:
             return self._children[name].process.pid
 
     def tail(self, name: str) -> str:
-        """Return the end of that child's log."""
+        """Return the end of the log of the child with that name."""
         return log_tail(self._logs / f"{name}.log")
 
     def start(self) -> None:
@@ -188,7 +192,7 @@ class LocalStack:
         self._wait_hot()
 
     def stop(self) -> Takedown:
-        """End everything, in order; Ctrl-C during it only makes it quicker. A second call changes nothing."""
+        """End everything, in order; Ctrl-C meanwhile skips the waiting. A second call changes nothing."""
         if self.taken_down is not None:
             return self.taken_down
         left: list[str] = []
@@ -237,7 +241,7 @@ class LocalStack:
             raise ChildFailed(f"{name} exited with status {status}:\n{self.tail(name)}")
 
     def _prepare(self) -> None:
-        """Rent, load and stop the pool, and say what `prepare` says."""
+        """Rent the pool, load the model and stop it; pass on what the command `prepare` prints."""
         self._may_have_rented = True
         command = (*self.programs.autoscaler, "prepare", "--count", str(self.config.instances), *self._common)
         child = self._child("prepare", command, stdout=subprocess.PIPE)
@@ -296,7 +300,7 @@ class LocalStack:
     # -- inside: run ------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Start again what died, until stop() has ended everything."""
+        """Start again every child that died, until stop() has ended everything."""
         while not self._end_of_watch.wait(0.1):
             with self._lock:
                 for child in self._children.values():
@@ -333,7 +337,7 @@ class LocalStack:
         return [f"instance {i}" for i in rented]
 
     def _rented(self) -> list[str] | None:
-        """Return the ids of what the local cloud still holds; None when it does not say."""
+        """Return the ids of the instances that the local cloud still has; None when it does not answer."""
         limit = time.monotonic() + UP_TIMEOUT_S
         while time.monotonic() < limit:  # it may have died a moment ago, and is started again then
             said = get_json(f"{self.cloud_url}/localcloud/status")
@@ -384,7 +388,7 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def get_json(url: str, timeout_s: float = 3.0) -> Any:
-    """Return the JSON of a 200 answer; None when there is none."""
+    """Return the decoded JSON of an answer with status 200; None when no such answer came."""
     try:
         with _direct.open(url, timeout=timeout_s) as reply:
             return json.load(reply)

@@ -32,7 +32,7 @@ ANSWER_S = 15.0
 """Seconds for which an autoscaler that does not answer is asked again: it may be starting anew."""
 
 MOST_TRACED = 100_000
-"""Requests of a log that are sent: each is planned ahead."""
+"""Most requests of a log that a live run sends: each is planned before the run begins."""
 
 LOCALCLOUD_STATUS = "http://127.0.0.1:8500/localcloud/status"
 """Where a local cloud says which engine it has, unless its port was set."""
@@ -124,7 +124,7 @@ async def _measure(
 
 @dataclass(frozen=True)
 class _Sending:
-    """When requests were sent, epoch seconds, for how long, and the share of a core that it took."""
+    """When requests were sent (epoch seconds), for how long, and the share of a core that this took."""
 
     started_at: float
     duration_s: float
@@ -167,7 +167,10 @@ async def _send(
 
 
 async def _manage_as_before(operator: Operator, managed: bool) -> None:
-    """Set the flag back, or say that it could not be: the report is worth having all the same."""
+    """Set the autoscaler's manage flag back.
+
+    Say when that fails, since the report is worth having all the same.
+    """
     try:
         await ask_again(lambda: operator.manage(managed), ANSWER_S)
     except NoAnswer as e:
@@ -177,7 +180,7 @@ async def _manage_as_before(operator: Operator, managed: bool) -> None:
 async def _check_loadbalancer(
     session: aiohttp.ClientSession, client_key: str | None, operator: Operator, config: SimConfig
 ) -> None:
-    """Raise ConfigError unless it is there, takes our key, and serves the model we measure for."""
+    """Raise ConfigError unless the loadbalancer answers, takes our key, and serves the model of the run."""
     # An end of a lease that it never gave is answered 200 and changes nothing.
     body = {"request_id": "sim-asks-who-is-there", "outcome": "unused"}
     timeout = aiohttp.ClientTimeout(total=5.0)
@@ -203,7 +206,10 @@ async def _check_loadbalancer(
 
 
 async def _check_autoscaler(operator: Operator, config: SimConfig) -> bool | None:
-    """Return its manage flag and set it as wanted; raise ConfigError if it is needed and not there."""
+    """Return the autoscaler's manage flag and set it as wanted.
+
+    Raise ConfigError if it is needed and does not answer.
+    """
     try:
         _, managed = await operator.instances()
         if config.manage is not None:
@@ -216,7 +222,7 @@ async def _check_autoscaler(operator: Operator, config: SimConfig) -> bool | Non
 
 
 async def _find_engine(addresses: Collection[str]) -> str:
-    """Return what answered, told by where it is: on loopback it can only be a local cloud."""
+    """Return the engine that answered, told by its addresses: on loopback it can only be a local cloud's."""
     if not addresses:
         return "unknown engine: no instance was asked"
     if not all(is_loopback_url(address) for address in addresses):
@@ -231,7 +237,7 @@ async def _find_engine(addresses: Collection[str]) -> str:
 
 
 def _settings(config: SimConfig) -> dict[str, Any]:
-    """Return what the report says of the settings."""
+    """Return the settings of the run for the report."""
     return {
         "rounds": config.num_iterations,
         "round_s": config.round_s,
@@ -249,7 +255,7 @@ def _settings(config: SimConfig) -> dict[str, Any]:
 
 
 def _control_key(config: SimConfig) -> str | None:
-    """Return the key that autoscaler and loadbalancer share, if it lies where they keep it."""
+    """Return the key that autoscaler and loadbalancer share, if it lies in their state directory."""
     if config.state_dir is not None:
         missing = config.local and not config.state_dir.exists()
         return None if missing else _key(config.state_dir / "control.key")

@@ -14,7 +14,7 @@ from web.messages.decoding import BadField, decode
 T = TypeVar("T")
 
 ASK_TIMEOUT_S = 3.0
-"""Seconds that an answer may take."""
+"""Seconds that an answer of autoscaler or loadbalancer may take."""
 
 
 class NoAnswer(Exception):
@@ -39,7 +39,7 @@ class Operator:
         self._headers = bearer(key)
 
     async def instances(self) -> tuple[list[Mapping[str, Any]], bool | None]:
-        """Return every instance, and whether the autoscaler manages them."""
+        """Return every instance, and whether the autoscaler manages the fleet (None when it does not say)."""
         said = await self._ask("GET", f"{self._autoscaler}/instances")
         rows, manage = said.get("instances"), said.get("manage")
         if not isinstance(rows, list) or not all(isinstance(r, dict) and "state" in r for r in rows):
@@ -47,7 +47,7 @@ class Operator:
         return rows, manage if isinstance(manage, bool) else None
 
     async def manage(self, wanted: bool) -> None:
-        """Have the autoscaler manage the fleet, or leave it as it is."""
+        """Tell the autoscaler whether to start and stop instances."""
         await self._ask("PUT", f"{self._autoscaler}/manage", {"manage": wanted})
 
     async def costs(self, from_s: float, to_s: float) -> RunCosts:
@@ -89,7 +89,10 @@ class Operator:
 
 
 async def ask_again(ask: Callable[[], Awaitable[T]], for_s: float) -> T:
-    """Return what ask gives, asked again for so long while there is no answer; raise the last NoAnswer."""
+    """Return what `ask` returns, calling it for up to for_s while it raises NoAnswer.
+
+    Then raise the last one.
+    """
     until = time.monotonic() + for_s
     while True:
         try:

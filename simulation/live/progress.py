@@ -22,7 +22,7 @@ SAMPLE_S = 1.0
 """Seconds between two looks at the fleet."""
 
 SHOW_S = (0.5, 5.0)
-"""Seconds between two pictures of the progress: on a terminal, and elsewhere (a line each)."""
+"""Seconds between two updates of the progress: on a terminal, and elsewhere (a line each)."""
 
 
 def say(text: str) -> None:
@@ -31,7 +31,7 @@ def say(text: str) -> None:
 
 
 class FleetSampler:
-    """Looks at the fleet every SAMPLE_S; a look that fails is left out."""
+    """Asks for the state of the fleet every SAMPLE_S; a question that fails leaves a gap."""
 
     def __init__(self, operator: Operator, clock: Callable[[], float]) -> None:
         """clock: gives seconds since the start of the run."""
@@ -40,7 +40,7 @@ class FleetSampler:
         self._clock = clock
 
     async def run(self) -> NoReturn:
-        """Look until cancelled."""
+        """Take samples until cancelled."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         looks = 0
@@ -58,7 +58,7 @@ class FleetSampler:
         self.samples.append(Sample(max(0.0, self._clock()), dict(states), round(usd_h, 6), demand))
 
     async def _demand(self) -> float | None:
-        """Return the demand in instances' worth; None when the loadbalancer does not say."""
+        """Return the demand in instances' worth of capacity; None when the loadbalancer does not say."""
         try:
             demand = (await self._operator.status()).get("demand")
         except NoAnswer:
@@ -67,12 +67,15 @@ class FleetSampler:
 
 
 class ProgressView:
-    """The progress: a live bar on a terminal, a line every few seconds elsewhere."""
+    """Shows how far a live run is: a bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(
         self, driver: Driver, sampler: FleetSampler, total: int, length_s: float, quiet: bool
     ) -> None:
-        """total: requests to be sent, in so many seconds. quiet: show nothing."""
+        """Show nothing yet.
+
+        total: requests to be sent, within so many seconds. quiet: never show anything.
+        """
         self._driver = driver
         self._sampler = sampler
         self._total = total
@@ -81,7 +84,7 @@ class ProgressView:
         self._console = Console(stderr=True)
 
     async def run(self) -> NoReturn:
-        """Show until cancelled."""
+        """Update what is shown until cancelled."""
         if self._quiet:
             await asyncio.Event().wait()
         if not self._console.is_terminal:
@@ -94,7 +97,7 @@ class ProgressView:
                 await asyncio.sleep(SHOW_S[0])
 
     def line(self) -> str:
-        """Return the figures of this moment."""
+        """Return the figures of this moment as one line."""
         driver = self._driver
         completed = driver.outcomes[COMPLETED]
         parts = [

@@ -12,11 +12,11 @@ from process.errors import ConfigError
 
 @dataclass(frozen=True)
 class StackEngine:
-    """What an engine of the local cloud asks of the rest of the stack.
+    """What an engine of the local cloud needs from the rest of the stack.
 
-    model, instances: what is served by how many, when nothing else is said. only_model: it serves no other.
-    most_instances: how many fit on two cores. speedup: of the autoscaler's deadlines, where the model server
-    takes its own time; None: as the cloud's. patience: the stack waits so many times as long.
+    model, instances: what is served by how many, unless flags say otherwise. only_model: the engine serves no
+    other. most_instances: how many fit on two cores. speedup: of the autoscaler's deadlines, where the model
+    server takes its own time; None: the cloud's. patience: factor on how long the stack waits for instances.
     autoscaler_args: further flags of `serve`.
     """
 
@@ -72,7 +72,7 @@ class StackConfig:
     autoscaler_args: tuple[str, ...] = ()
 
     def checked(self) -> "StackConfig":
-        """Return itself; raise ConfigError naming the value and the range."""
+        """Return this configuration; raise ConfigError naming the value and the range."""
         get_profile(self.model)
         if self.engine not in ENGINES:
             raise ConfigError(f"--engine {self.engine}: wanted {' or '.join(ENGINES)}")
@@ -87,13 +87,13 @@ class StackConfig:
 
     @property
     def limit(self) -> int:
-        """How many instances there are at most."""
+        """The most instances that there are at a time."""
         return min(self.max_instances, ENGINES[self.engine].most_instances)
 
 
 @dataclass(frozen=True)
 class Programs:
-    """The command each child is started with, flags to be added; tests put their own here."""
+    """The command that each child is started with, before its flags; tests give their own."""
 
     cloud: Sequence[str] = (sys.executable, "-m", "localcloud")
     autoscaler: Sequence[str] = (sys.executable, "autoscaler_server.py")

@@ -17,7 +17,8 @@ LENGTH_SIGMA = (0.81, 0.68)
 0.77) of the Azure conversation log of 2023-11."""
 
 TOKEN_IDS = (3, 256)
-"""First id and number of ids of prompts: all vocabularies have these; 0 to 2 are often special."""
+"""First id and number of ids that prompts are made of: every vocabulary has these; 0 to 2 are often
+special."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
 
 
 def body_of(arrival: Arrival, model: str, streaming: bool, seed: int) -> dict[str, Any]:
-    """Return the body of a request. Its prompt is its own, so that no prefix cache can help."""
+    """Return the JSON body of a request.
+
+    Its prompt is unlike all others, so that no prefix cache can help.
+    """
     first, ids = TOKEN_IDS
     raw = random.Random((seed << 32) + arrival.number).randbytes(arrival.prompt_tokens)
     body: dict[str, Any] = {

@@ -48,22 +48,22 @@ from process.errors import ConfigError
 log = logging.getLogger("autoscaler")
 
 MOST_TOKENS = 10_000_000
-"""In a prompt or an answer: ten times the longest context there is."""
+"""Most tokens of a prompt or an answer that a log may name: ten times the longest context there is."""
 
 MOST_SECONDS = 1e9
-"""Thirty years: a longer log has a mistake in its times."""
+"""Longest log in seconds, thirty years: a longer one has a mistake in its times."""
 
 FARTHEST_S = 1e12
-"""A time beyond this is in another unit: today is 1.8e9 s after 1970, and 1.8e12 ms."""
+"""Latest time in seconds; a larger number is in another unit: today is 1.8e9 s after 1970, and 1.8e12 ms."""
 
 TICK_S = 3.0
-"""Mooncake's times are rounded to these; they are 2.999 to 3.052 s apart (conversation and older trace)."""
+"""Seconds to which Mooncake's times are rounded (2.999 to 3.052 s in conversation and older trace)."""
 
 JITTER_S = 5.0
-"""A repeated arrival is moved by up to so much, so that a burst stays a burst."""
+"""Most seconds by which the copy of an arrival is moved, so that a burst stays a burst."""
 
 LONGEST_LINE = 1 << 20
-"""Bytes. The longest of the published logs, with a thousand hash_ids, is a hundredth of it."""
+"""Most bytes of a line. The longest of the published logs, with a thousand hash_ids, is a hundredth of it."""
 
 HOUR_FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
@@ -81,7 +81,7 @@ HOUR_FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
 
 
 class Request(NamedTuple):
-    """One arrival, seconds since the first. session: who belongs together; -1 where nothing says so."""
+    """One arrival, seconds since the first. session: one number for all of a session; -1: not known."""
 
     at_s: float
     prompt_tokens: int
@@ -91,12 +91,12 @@ class Request(NamedTuple):
 
 @dataclass
 class LeftOut:
-    """What `read` has passed over so far: requests that failed where the log was made (BurstGPT)."""
+    """The number of requests that `read` left out: they failed where the log was made (BurstGPT)."""
 
     failed: int = 0
 
     def count_failed(self) -> None:
-        """Count one more request that failed there."""
+        """Count one more such request."""
         self.failed += 1
 
 
@@ -106,12 +106,12 @@ class LeftOut:
 def scaled(
     requests: Iterable[Request], factor: float, jitter_s: float, rng: random.Random
 ) -> Iterator[Request]:
-    """Each arrival `factor` times on average, in order of time; below 1 some are left out.
+    """Yield each arrival `factor` times on average, in order of time; below 1 some are left out.
 
-    The first copy stays where it is, each other is moved by up to ±jitter_s (what would be before 0 is as
-    much after it). Copies of a session are sessions of their own. So variance over mean of the counts grows
-    with the factor: bursts stay bursts. Independent arrivals at the higher rate would have it nearer to 1.
-    Raises ValueError for a factor or jitter that is negative or no number.
+    The first copy keeps its time, each other is moved by up to ±jitter_s (a time before 0 is mirrored at 0).
+    Copies of a session are sessions of their own. So variance over mean of the counts grows with the factor:
+    bursts stay bursts. Independent arrivals at the higher rate would have it nearer to 1. Raises ValueError
+    for a factor or jitter that is negative or no number.
     """
     for name, value in (("factor", factor), ("jitter_s", jitter_s)):
         if not 0.0 <= value < math.inf:
@@ -126,11 +126,11 @@ def tiled(
     rng: random.Random,
     jitter_s: float = JITTER_S,
 ) -> Iterator[Request]:
-    """The log over and over for so many days, thinned and repeated by the factor of the hour (24, mean 1).
+    """Yield the log over and over for so many days, thinned and repeated by hour_factors (24, mean 1).
 
-    source: a file, or what begins the log anew each time it is called. All times are before the end of the
-    last day. Sessions of a repeat are its own. Raises ValueError for factors that are no daily profile, and
-    ConfigError, also while it is read, for a log that has nothing to be repeated.
+    source: a file, or a function that begins the log anew each time it is called. All times are before the
+    end of the last day. Sessions of a repeat are its own. Raises ValueError for factors that are no daily
+    profile, and ConfigError, also while it is read, for a log that has nothing to be repeated.
     """
     if len(hour_factors) != 24:
         raise ValueError(f"hour_factors: wanted 24, one an hour, got {len(hour_factors)}")
@@ -146,7 +146,7 @@ def tiled(
 
 
 def _one_after_another(again: Callable[[], Iterable[Request]], end: float, salt: int) -> Iterator[Request]:
-    """The log again and again until `end`; from its last to its first as long as from one to the next."""
+    """Yield the log again and again until `end`, with the mean gap of two requests between two rounds."""
     begun = at = 0.0
     for tile in count():
         came = 0
@@ -168,7 +168,7 @@ def _repeated(
     rng: random.Random,
     end: float,
 ) -> Iterator[Request]:
-    """Each request as often as factor_at its time says; moved copies wait in a heap for their turn."""
+    """Yield each request as often as factor_at its time says; moved copies wait in a heap."""
     salt = _salt(rng)
     waiting: list[tuple[float, int, Request]] = []
     number = count()  # keeps those of one time in their order
@@ -194,12 +194,12 @@ def _repeated(
 
 
 def _salt(rng: random.Random) -> int:
-    """For `_another`: a number of its own for each round of repeats, so that two rounds do not meet."""
+    """Return a number for `_another` that each round of repeats has for itself: rounds share no session."""
     return rng.getrandbits(62) | 1
 
 
 def _another(session: int, copy: int, salt: int) -> int:
-    """The session of a copy: one for all requests of the session, and no other's; copy 0 is itself.
+    """Return the session of a copy: one for all requests of the session; copy 0 keeps its own.
 
     Odd factors, so that for one copy no two sessions meet, and for one session no two copies do.
     """
@@ -209,15 +209,14 @@ def _another(session: int, copy: int, salt: int) -> int:
 
 
 def spread_ticks(requests: Iterable[Request], tick_s: float, rng: random.Random) -> Iterator[Request]:
-    """Requests of one moment are moved to places of their own in the tick_s that follow, or up to the next
-    moment if that is sooner: for a log whose times are rounded. Order, lengths and sessions stay."""
+    """Move requests of one moment to times within tick_s of it and before the next: the log's are rounded."""
     return _spread(requests, tick_s, rng, alone=True)
 
 
 def _spread(
     requests: Iterable[Request], tick_s: float, rng: random.Random, *, alone: bool
 ) -> Iterator[Request]:
-    """alone: whether also one that has its moment for itself is moved."""
+    """Do as `spread_ticks` says; alone: also move a request that has its moment for itself."""
     together: list[Request] = []
     for request in requests:
         if together and request.at_s != together[0].at_s:
@@ -240,9 +239,9 @@ def _placed(together: list[Request], room_s: float, rng: random.Random, alone: b
 
 
 def read(path: Path, left_out: LeftOut | None = None) -> Iterator[Request]:
-    """The requests of a log in order of time, one at a time; raises ConfigError, also while it is read.
+    """Yield the requests of a log in order of time; raise ConfigError, also while it is read.
 
-    left_out counts the requests that are passed over while they are; how many they were is logged at the end.
+    left_out counts the requests that are left out; how many they were is logged at the end.
     """
     passed = LeftOut() if left_out is None else left_out
     before = passed.failed
@@ -258,11 +257,11 @@ def read(path: Path, left_out: LeftOut | None = None) -> Iterator[Request]:
 
 
 _Blocks = Iterator[tuple[int, list[str]]]
-"""The number of a line, and this and the next lines without their ends."""
+"""Pieces of a file: the number of the first line of a piece, and its lines without their ends."""
 
 
 def _blocks(path: Path, source: io.BufferedReader | gzip.GzipFile) -> _Blocks:
-    """All lines of a file; those before a mistake are given before it is raised."""
+    """Yield all lines of a file; raise ConfigError at one that cannot be decoded, after those before it."""
     line, begun = 1, b""
     while True:
         try:
@@ -286,7 +285,7 @@ def _blocks(path: Path, source: io.BufferedReader | gzip.GzipFile) -> _Blocks:
 
 
 def _decoded(data: bytes) -> tuple[list[str], int | None]:
-    """The lines up to one that is no UTF-8, and the byte by which it is none."""
+    """Return the lines before the first that is not UTF-8, and its wrong byte (None when all are)."""
     try:
         lines, bad = data.decode().split("\n"), None
     except UnicodeDecodeError as e:
@@ -305,7 +304,7 @@ class _Format(NamedTuple):
 
 
 def _date(text: str) -> float:
-    """Seconds since 1970 of `2023-11-16 18:15:46.6805900`, with or without fraction, and offset (2024).
+    """Return the seconds since 1970 of `2023-11-16 18:15:46.6805900`, with or without fraction or offset.
 
     The seventh digit, a tenth of a microsecond, is dropped by fromisoformat.
     """
@@ -322,7 +321,7 @@ _SESSIONS = ("session", "client", "Session ID")
 
 
 def _requests(path: Path, blocks: _Blocks, passed: LeftOut) -> Iterator[Request]:
-    """The requests of whatever format the first line is of, from 0."""
+    """Yield the requests of a file in whatever format its first line has; the first comes at 0."""
     number, lines = next(blocks, (1, []))
     if not lines:
         _wrong(path, 1, "there are no requests in it, it is empty")
@@ -351,7 +350,7 @@ def _from_zero(requests: Iterator[Request]) -> Iterator[Request]:
 
 
 def _cells(line: str) -> list[str]:
-    """Of a line with quotes; a row is a line, so a quote that is not closed is seen in its own."""
+    """Return the cells of a line that has quotes; a row is one line, so a quote must be closed in it."""
     try:
         return next(csv.reader([line], strict=True), [])
     except csv.Error:
@@ -361,7 +360,7 @@ def _cells(line: str) -> list[str]:
 def _table(
     path: Path, blocks: _Blocks, names: list[str], known: _Format, passed: LeftOut
 ) -> Iterator[Request]:
-    """The rows below a header. One loop for all that is done with a row: it is passed millions of times."""
+    """Yield the requests of the rows below a header. It is one loop, since it is passed millions of times."""
     a, p, o = (names.index(name) for name in known.columns)
     s = next((names.index(name) for name in _SESSIONS if name in names), -1)
     width, time_of, session = len(names), known.time_of, -1
@@ -401,7 +400,7 @@ def _table(
 
 
 def _named(name: str) -> int:
-    """A number for a session that is not numbered: the same for the same name, and beyond those that are."""
+    """Return the number of a session with a name: one for each name, and above all numbered ones."""
     name = name.strip()
     if name in ("", "-1"):
         return -1
@@ -418,7 +417,7 @@ def _refuse(
     last: float,
     begun: float | None,
 ) -> NoReturn:
-    """Say what is wrong with a row in which something is."""
+    """Raise ConfigError that says what is wrong with a row."""
     if len(cells) != width:
         _wrong(path, line, f"wanted {width} columns, got {len(cells) or 'a quote that is not closed'}")
     at_text, *token_texts = (cells[column] for column in columns)
@@ -456,7 +455,7 @@ def _check_tokens(path: Path, line: int, name: str, value: object) -> int:
 
 
 def _mooncake(path: Path, blocks: _Blocks) -> Iterator[Request]:
-    """The JSON lines, with the times of the log's own clock."""
+    """Yield the requests of Mooncake's JSON lines, with the times of the log's own clock."""
     begun: float | None = None
     last, line = -FARTHEST_S, 1
     for number, lines in blocks:
@@ -492,7 +491,7 @@ def _mooncake(path: Path, blocks: _Blocks) -> Iterator[Request]:
 
 
 def _named_block(shared: object) -> int:
-    """The session of those whose prompts begin with this block."""
+    """Return the session of the requests whose prompts begin with this block."""
     return shared if type(shared) is int and 0 <= shared < 10**12 else _named(str(shared))
 
 

@@ -25,10 +25,11 @@ from process.errors import ConfigError
 from simulation.traces.logs import HOUR_FACTORS, Request
 
 MOST_TOKENS = 100_000
-"""That one may ask for, and that a length is cut to: a log-normal has no end, contexts have."""
+"""Most tokens that may be asked for, and to which a length is cut: a log-normal has no end, contexts have."""
 
 PROFILE = "servegen_m-small"
-"""Of HOUR_FACTORS: a quiet night and a busy evening, without BurstGPT's hours that are nearly empty."""
+"""The daily profile that is taken, of HOUR_FACTORS: a quiet night and a busy evening, without BurstGPT's
+nearly empty hours."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,33 @@ class Synthetic:
     """
 
     days: float = 1.0
-    """How long: one daily profile."""
+    """Length in days; each has the same profile."""
     rate: float = 2.0
     """Requests/s on average over a whole day: a few 13B instances' worth."""
     swing: float = 1.0
-    """Of the day: 0 flat, 1 the profile as published, 2 with twice its swing."""
+    """How far the rate follows the time of day: 0 not at all, 1 the profile as published, 2 twice its
+    swing."""
     bursts: float = 4.0
-    """An hour, on average: one every quarter of an hour, which a policy meets hot or does not."""
+    """Bursts an hour, on average: one every quarter of an hour, which finds a policy with hot instances or
+    without."""
     burst_s: float = 60.0
-    """Mean length: not longer than an instance takes to start (60 to 120 s), so that a start comes late."""
+    """Mean seconds of a burst: no longer than an instance takes to start (60 to 120 s), so that a start comes
+    late."""
     height: float = 3.0
-    """Rate in a burst over the usual: the Azure logs' busiest minutes are 1.5 and 4.2 times their mean."""
+    """Rate in a burst over the usual rate: the Azure logs' busiest minutes are 1.5 and 4.2 times their
+    mean."""
     prompt: float = 1155.0
-    """Tokens, mean; this and the next three as in Azure's conversation log of 2023 (../shared/traces)."""
+    """Mean tokens of a prompt; this and the next three as in Azure's conversation log of 2023
+    (../shared/traces)."""
     prompt_p95: float = 4083.0
-    """Tokens, 95th percentile."""
+    """95th percentile of the tokens of a prompt."""
     output: float = 211.0
-    """Tokens, mean."""
+    """Mean tokens of an answer."""
     output_p95: float = 451.0
-    """Tokens, 95th percentile."""
+    """95th percentile of the tokens of an answer."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no traffic."""
+        """Raise ConfigError for parameters that describe no traffic."""
         for name, least, most in _RANGES:
             value = getattr(self, name)
             if not least <= value <= most:
@@ -83,7 +89,7 @@ class Synthetic:
 
 
 MOST_BURSTING = 0.9
-"""Share of the time that may be in a burst: with more, the rest is the exception."""
+"""Largest share of the time that may be in a burst: with more, the usual rate would be the exception."""
 
 _RANGES = (
     ("days", 0.001, 366.0),
@@ -108,14 +114,17 @@ def _most_p95(mean: float) -> float:
 
 
 def _log_normal(mean: float, p95: float) -> tuple[float, float]:
-    """mu and sigma with that mean and 95th percentile: z s - s²/2 = log(p95 / mean), the smaller root."""
+    """Return mu and sigma of a log-normal: z s - s²/2 = log(p95 / mean), of which s is the smaller root."""
     ratio = math.log(p95 / mean)
     sigma = _Z95 - math.sqrt(max(0.0, _Z95 * _Z95 - 2.0 * ratio))
     return math.log(mean) - sigma * sigma / 2.0, sigma
 
 
 def parse(text: str) -> Synthetic:
-    """`days=2,rate=1.5,…` as Synthetic; empty for the defaults; raises ConfigError."""
+    """Return the parameters in a text like `days=2,rate=1.5`.
+
+    The empty text gives the defaults. Raises ConfigError.
+    """
     known = [f.name for f in fields(Synthetic)]
     given: dict[str, float] = {}
     for part in filter(None, map(str.strip, text.split(","))):
@@ -135,7 +144,7 @@ def parse(text: str) -> Synthetic:
 
 
 def requests(spec: Synthetic, seed: int) -> Iterator[Request]:
-    """The arrivals in order of time, from 0 to spec.days; the same seed gives the same."""
+    """Yield the arrivals in order of time, from 0 to spec.days; the same seed gives the same requests."""
     rng = random.Random(seed)
     end = spec.days * 86_400.0
     hours = [max(0.0, 1.0 + spec.swing * (f - 1.0)) for f in HOUR_FACTORS[PROFILE]]
@@ -167,5 +176,5 @@ def requests(spec: Synthetic, seed: int) -> Iterator[Request]:
 
 
 def _length(rng: random.Random, shape: tuple[float, float]) -> int:
-    """Whole tokens, at least one."""
+    """Return a number of tokens drawn from a log-normal, at least 1."""
     return min(MOST_TOKENS, max(1, round(math.exp(rng.gauss(*shape)))))

@@ -1,4 +1,4 @@
-"""What the loadbalancer does by itself in virtual time (dispatch/outside/background.py): ask and tell.
+"""What the loadbalancer's background tasks do, in virtual time (dispatch/outside/background.py).
 
 It asks instances for tokens and load reports, takes the autoscaler's hot set and tells it the usage.
 """
@@ -16,7 +16,7 @@ from simulation.virtual.users import Users
 
 
 class VirtualBackground:
-    """The loadbalancer's rounds, and what passes between it and the autoscaler."""
+    """The loadbalancer's regular rounds, and its messages to and from the autoscaler."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class VirtualBackground:
         self._told_version = -1
 
     def beat(self) -> None:
-        """Make a round, and go on every beat_s."""
+        """Make one round: refills, polls, expiry; schedule the next in beat_s."""
         balancer, now = self._balancer, self._loop.now
         balancer.tick(now)
         self._refill()
@@ -56,7 +56,7 @@ class VirtualBackground:
             balancer.complete_refill(refill, batch, now)
 
     def take_hot_set(self) -> None:
-        """Take the autoscaler's hot set when it has changed."""
+        """Give the loadbalancer the autoscaler's hot set when it has changed."""
         fleet, now = self._scaler.instances, self._loop.now
         if fleet.hot_version == self._told_version or not fleet.knows_hot_set():
             return
@@ -75,7 +75,7 @@ class VirtualBackground:
         self._users.grant()
 
     def report_usage(self) -> None:
-        """Tell the autoscaler what loadbalancer_server tells it each second; it is read once a turn."""
+        """Give the autoscaler the usage that the real loadbalancer reports every second; here once a turn."""
         report = self._balancer.usage(self._loop.now, "sim")
         traffic = msgspec.structs.replace(report.traffic, kv_tokens=self._instances.kv_tokens_used())
         self._scaler.record_report(msgspec.structs.replace(report, traffic=traffic))

@@ -1,4 +1,4 @@
-"""What one instance gives with the lengths of a log: measured on the model server, kept full.
+"""Measure what one instance can do with the request lengths of a log, on a simulated model server kept full.
 
 A model server is given requests of the log while none waits inside it and its tokens come in time, which is
 where the loadbalancer's own measure of capacity settles (dispatch/measured_capacity.py).
@@ -58,6 +58,6 @@ def _cut(request: Request, longest: int) -> tuple[int, int]:
 
 
 def _too_slow(server: SteppedModelServer, timing: Timing, slo: Slo) -> bool:
-    """Return whether its tokens would come too far apart with one more."""
+    """Return whether the server's tokens would come too far apart if it ran one request more."""
     step_s = timing.step_ms(server.running + 1, server.kv_tokens_used) / 1e3
     return server.running > 0 and step_s > SLOW_SHARE * slo.output_token_s

@@ -50,7 +50,7 @@ class Hazards:
     bid: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no share or rate, with ConfigError."""
+        """Raise ConfigError for a number that is no share or no rate."""
         if not 0.0 <= self.no_gpu <= 1.0:
             raise ConfigError(f"hazard no_gpu: wanted 0 to 1, got {self.no_gpu:g}")
         for name in ("dies_h", "offline_h", "outbid_h"):
@@ -108,7 +108,7 @@ def deep_market(machines: Iterable[Machine] = MACHINES, depth: int = 8) -> tuple
 
 
 class SimulatedCloud:
-    """The account. Methods that take `now` first do what was due by then."""
+    """The cloud with one customer's account. Methods that take `now` first do what was due by then."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class SimulatedCloud:
         times: Times | None = None,
         speedup: float = 1.0,
     ) -> None:
-        """Begin with nothing rented, and credit for anything."""
+        """Begin with nothing rented and a credit that never ends."""
         self.dearest_usd_h = 0.0  # of a machine that has booted
         self._hazards = Hazards()
         self._profile = profile
@@ -137,32 +137,32 @@ class SimulatedCloud:
     # -- as time passes --
 
     def advance(self, now: float) -> list[Effect]:
-        """Return what must happen to machines by now."""
+        """Return the effects on machines that are due by now: boots, ends, kills."""
         self.model.advance(now)
         return self.model.take_effects()
 
     def booted(self, boot: Boot, now: float) -> None:
-        """Take in that the processes of a rental are up."""
+        """Note that the processes of a rental run."""
         self.dearest_usd_h = max(self.dearest_usd_h, boot.machine.usd_h)
         ports = {inside: 10_000 + 10 * (boot.id % 5000) + n for n, inside in enumerate(boot.order.ports)}
         self.model.booted(boot.id, boot.boot, ports, now)
 
     def crashed(self, id: int, now: float) -> None:
-        """Take in that the processes of a rental have died by themselves."""
+        """Note that the processes of a rental have died by themselves."""
         rental = self.model.rentals.get(id)
         if rental is not None:
             self.model.crashed(id, rental.boot, now)
 
     def next_event(self, now: float) -> float | None:
-        """Return when `advance` has something to do again."""
+        """Return when `advance` will have something to do; None when nothing is under way."""
         return self.model.next_event(now)
 
     def begin_hazards(self, hazards: Hazards) -> None:
-        """Let these go wrong from now on."""
+        """Draw these hazards from now on."""
         self._hazards = hazards
 
     def draw_hazards(self, now: float, for_s: float) -> None:
-        """Draw what goes wrong in the next for_s seconds; call it every so long."""
+        """Draw which hazards strike within the next for_s seconds; the caller calls it at that interval."""
         h = self._hazards
         for rate, fault, args in (
             (h.dies_h, "dies-hot", {"count": 1}),
@@ -178,7 +178,7 @@ class SimulatedCloud:
     # -- what Vast does --
 
     def rows(self) -> list[Row]:
-        """Return the listing, parsed."""
+        """Return the listing of all rentals, as the vast package parses it."""
         rows = []
         for r in self.model.rentals.values():
             key = (r.phase, r.wanted, r.offline, r.bill.bid, r.status_msg, r.boot)
@@ -191,7 +191,7 @@ class SimulatedCloud:
         return rows
 
     def perform(self, command: Command, now: float) -> Performed:
-        """Return what the cloud answers to a command."""
+        """Carry out a command; return the cloud's answer."""
         try:
             if isinstance(command, Create):
                 return Performed(Reply.DONE, new_id=self._create(command, now))
@@ -226,7 +226,7 @@ class SimulatedCloud:
         return self.model.create(command.offer.id, order, now)
 
     def offers(self, now: float) -> list[Offer]:
-        """Return the offers that suit the profile."""
+        """Return the offers that match the profile's query."""
         filters = _filters(self._profile.offer_query)
         disk_gb = self._profile.disk_gb
         query = Query({}, limit=100_000, disk_gb=disk_gb)

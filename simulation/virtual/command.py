@@ -42,7 +42,7 @@ SHOW_S = 5.0
 
 @dataclass(frozen=True)
 class VirtualConfig:
-    """Everything a user may set. Times in seconds of virtual time."""
+    """The flags of `sim.py --virtual`. Times are seconds of virtual time."""
 
     trace: str = ""
     rate_scale: float = flag(
@@ -80,7 +80,7 @@ class VirtualConfig:
     quiet: bool = flag(False, "no progress, only the report")
 
     def checked(self) -> "VirtualConfig":
-        """Return itself; raise ConfigError naming the flag, the value and the range."""
+        """Return this configuration; raise ConfigError naming the flag, the value and the range."""
         if not self.trace:
             raise ConfigError("--virtual needs --trace FILE, or --trace synthetic for one that is made up")
         check_flags(self)
@@ -96,7 +96,10 @@ class VirtualConfig:
 
 
 def requests_of(config: VirtualConfig) -> Iterator[Request]:
-    """Return the arrivals: read or made up, tiled, repeated or thinned; raise ConfigError, also later."""
+    """Yield the arrivals of the trace, tiled, repeated or thinned as the flags say.
+
+    Raise ConfigError, also while reading.
+    """
     rng = random.Random(config.seed)
     seeds = [rng.getrandbits(64) for _ in range(4)]
     name, _, options = config.trace.partition(":")
@@ -121,7 +124,7 @@ def _log(config: VirtualConfig, seed: int) -> Iterator[Request]:
 
 
 def setting_of(config: VirtualConfig) -> Setting:
-    """Return what the run depends on beside trace and policy; raise ConfigError."""
+    """Return everything that the run depends on beside trace and policy; raise ConfigError."""
     return Setting(
         profile=get_profile(config.profile),
         machines=_market(config),
@@ -156,7 +159,7 @@ def _market(config: VirtualConfig) -> tuple[Machine, ...]:
 
 
 def report_of(config: VirtualConfig, outcome: Outcome, policy: Policy) -> dict[str, Any]:
-    """Return the report, with what only virtual time knows: the policy, its clamps and curve, the audit."""
+    """Return the report, with what only virtual time knows: policy, clamped targets, curve, audit."""
     o = outcome
     requests = report.Counted(
         sent=o.requests,
@@ -229,7 +232,7 @@ def _costs(o: Outcome) -> report.RunCosts:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return the report as text."""
+    """Return a report as text for people."""
     lines = [report_table.table(found)]
     for what, turns in found["clamped"].items():
         lines.append(f"{'hard limits':14}in {turns:,} turns the policy wanted a number of {what} beyond them")
@@ -284,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> VirtualConfig:
-    """Return the flags as a VirtualConfig; raise ConfigError."""
+    """Parse the command line; raise ConfigError."""
     given = vars(_parser().parse_args(argv))
     params, goal = [*given.pop("policy_param")], given.pop("goal")
     if goal is not None:
@@ -296,7 +299,7 @@ def parse(argv: Sequence[str]) -> VirtualConfig:
 
 
 def carry_out(config: VirtualConfig) -> dict[str, Any]:
-    """Return the report of the run."""
+    """Run the simulation that the flags describe; return its report."""
     policy = make_policy(POLICIES, config.policy, parse_params("--policy-param", config.policy_params))
     requests = requests_of(config)
     if not config.quiet:
@@ -312,7 +315,7 @@ def carry_out(config: VirtualConfig) -> dict[str, Any]:
 
 
 def _shown(requests: Iterator[Request]) -> Iterator[Request]:
-    """Give the same requests, and print a line on stderr now and then."""
+    """Yield the same requests; print a line of progress on stderr every SHOW_S."""
     begun = shown = time.monotonic()
     for n, request in enumerate(requests):
         yield request

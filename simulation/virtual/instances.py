@@ -21,32 +21,32 @@ from simulation.virtual.user_request import UserRequest
 from web.messages.reports import LoadReport, PushedReport, RequestEnd, TokenBatch
 
 TOKEN_LIFE_S = 600.0
-"""Seconds that a token is good for."""
+"""Seconds from the issue of a single-use token to its expiry."""
 
 PUSH_S = 0.02
-"""Seconds from an end to its report: the tick of remote/speaker.py."""
+"""Seconds from the end of a request to the pushed report of it: the tick of remote/speaker.py."""
 
 
 class Sender(Protocol):
-    """The users, as far as instances know them. held: requests that wait at the loadbalancer."""
+    """The users as instances see them. held: the number of requests that wait at the loadbalancer."""
 
     held: dict[QueuedRequest, UserRequest]
 
     def answered(self, request: UserRequest, first_at: float, at: float) -> None:
-        """Take in when a request had its first token and its end."""
+        """Take the answer of a request: when its first token came, and when it ended."""
 
     def broken_off(self, request: UserRequest) -> None:
-        """Take in that the instance of a request is gone."""
+        """Note that the instance of a request is gone."""
 
     def stall(self, request: UserRequest) -> None:
-        """Take in that the instance of a request is silent from now on."""
+        """Note that the instance of a request says nothing from now on."""
 
     def grant(self) -> None:
-        """Take in that there may be room for those that are held."""
+        """Note that there may be room for requests that wait."""
 
 
 class SimulatedInstance:
-    """One boot of a rental: its model server, the requests in it, and what it has not reported yet."""
+    """One boot of a rented machine: its model server, the requests in it, and the events not reported yet."""
 
     __slots__ = (
         "_after",
@@ -66,7 +66,7 @@ class SimulatedInstance:
     )  # fmt: skip
 
     def __init__(self, id: int, boot: int, server: int) -> None:
-        """server: its number among the model servers."""
+        """Start to load. server: the row of its model server in engine/model_servers.py."""
         self.id = id
         self.boot_id = f"{id}-{boot}"
         self.server = server
@@ -83,39 +83,39 @@ class SimulatedInstance:
         self._next_push_at = 0.0
 
     def become_ready(self) -> None:
-        """Have the model loaded."""
+        """Note that its model is loaded."""
         self.ready = True
 
     def freeze(self, frozen: bool) -> None:
-        """Say nothing from now on, or speak again."""
+        """Stop answering and reporting, or begin again."""
         self.frozen = frozen
 
     def die(self) -> None:
-        """Be gone, with everything that was on it."""
+        """End with everything that was on it."""
         self.up = self.ready = False
 
     def begin(self, row: int, request: UserRequest) -> None:
-        """Have a request in the model server, as that row."""
+        """Enter a request that its model server has as that row."""
         self.requests[row] = request
         self._started.append(request.given.request_id)
         self.seq += 1
 
     def end(self, row: int) -> UserRequest:
-        """Have answered the request of that row."""
+        """Remove the request of that row, which was answered, and return it."""
         request = self.requests.pop(row)
         self._ended.append(RequestEnd(request.given.request_id, "finished", request.output))
         self.seq += 1
         return request
 
     def plan_push(self, now: float) -> float | None:
-        """Return when to push what has happened; None when a push is planned already."""
+        """Return when to push the new events; None when a push is planned already."""
         if self._push_due:
             return None
         self._push_due = True
         return max(now + PUSH_S, self._next_push_at)
 
     def push(self) -> PushedReport | None:
-        """Return what it pushes now; None when there is nothing, or it cannot speak."""
+        """Return the report to push now; None when there is no new event, or the instance is frozen."""
         self._push_due = False
         if not self.up or self.frozen or not (self._ended or self._started):
             return None
@@ -125,12 +125,12 @@ class SimulatedInstance:
         )
 
     def pushed(self, next_at: float) -> None:
-        """Forget what was pushed; the next push is not before next_at."""
+        """Forget the events that were pushed; the next push is not before next_at."""
         self._next_push_at = next_at
         self.take_events()
 
     def take_events(self) -> tuple[list[str], list[RequestEnd]]:
-        """Return what has started and ended since the last report, which is reported by that."""
+        """Return the starts and ends since the last report, and forget them."""
         events = self._started, self._ended
         self._started, self._ended = [], []
         self._after = self.seq
@@ -145,7 +145,7 @@ class SimulatedInstances:
     """
 
     def __init__(self, loop: EventLoop, balancer: LoadBalancer) -> None:
-        """`serve` comes before the first boot."""
+        """Begin without instances; call `serve` before the first boot."""
         self.tokens_lost = 0
         self.ended = 0
         self._loop = loop
@@ -158,30 +158,30 @@ class SimulatedInstances:
         self._token_batches = count()
 
     def serve(self, users: Sender) -> None:
-        """Say from now on to these users what becomes of their requests."""
+        """Tell these users from now on what becomes of their requests."""
         self._users = users
 
     def __len__(self) -> int:
-        """How many are up."""
+        """Return how many instances run."""
         return len(self._by_id)
 
     def __iter__(self) -> Iterator[SimulatedInstance]:
-        """Those that are up, as they booted."""
+        """Iterate over the running instances in the order in which they booted."""
         return iter(self._by_id.values())
 
     def find(self, id: int) -> SimulatedInstance | None:
-        """Return the instance of that id, if it is up."""
+        """Return the running instance with that id; None when there is none."""
         return self._by_id.get(id)
 
     def answering(self, id: int) -> SimulatedInstance | None:
-        """Return the instance of that id, if it is up and not frozen."""
+        """Return the running instance with that id unless it is frozen; None when there is none."""
         instance = self._by_id.get(id)
         return None if instance is None or instance.frozen else instance
 
     # -- the cloud --
 
     def boot(self, id: int, boot: int, timing: Timing) -> SimulatedInstance:
-        """Start the processes of a rental; those of its boot before are gone."""
+        """Start the processes of a rental; those of its last boot must be gone."""
         self.end(id)
         server = self._engines.add(timing)
         instance = SimulatedInstance(id, boot, server)
@@ -189,7 +189,7 @@ class SimulatedInstances:
         return instance
 
     def end(self, id: int) -> None:
-        """End the processes of a rental, and break off what was on it."""
+        """End the processes of a rental, and break off the requests on it."""
         instance = self._by_id.pop(id, None)
         if instance is None:
             return
@@ -204,7 +204,7 @@ class SimulatedInstances:
             self._users.broken_off(request)
 
     def freeze(self, id: int, frozen: bool) -> None:
-        """Let the host of a rental be lost, or come back."""
+        """Make the host of a rental unreachable, or reachable again."""
         instance = self._by_id.get(id)
         if instance is None:
             return
@@ -227,11 +227,11 @@ class SimulatedInstances:
             self._users.grant()
 
     def silent(self, request: UserRequest) -> bool:
-        """Whether nothing comes for a request that was sent: it never arrived, or its instance is frozen."""
+        """Return whether no answer comes for a request: it never arrived, or its instance is frozen."""
         return not request.row or self._by_id[request.given.instance_id].frozen
 
     def cancel(self, request: UserRequest) -> None:
-        """Take a request out of its model server, if it arrived there."""
+        """Remove a request from its model server, if it arrived there."""
         if request.row:
             instance = self._by_id[request.given.instance_id]
             del instance.requests[request.row]
@@ -241,9 +241,10 @@ class SimulatedInstances:
     # -- model servers --
 
     def play(self, until_s: float) -> bool:
-        """Let all model servers go on until a request has ended before until_s; False when none has.
+        """Advance all model servers until a request ends before until_s; return False when none does.
 
-        While requests are held, any change inside a model server may make room for one of them.
+        While requests wait at the loadbalancer, any change inside a model server may make room for one of
+        them.
         """
         server, at, ended = self._engines.play(until_s, bool(self._users.held))
         if not server:
@@ -253,7 +254,7 @@ class SimulatedInstances:
         return True
 
     def _happened(self, instance: SimulatedInstance, ended: int) -> None:
-        """Take in a change of a model server: that row has ended, and others behind it; 0: none."""
+        """Handle a change of a model server. ended: the row of the first request that ended; 0 for none."""
         engines, now = self._engines, self._loop.now
         while ended:
             request = instance.end(ended)
@@ -267,23 +268,23 @@ class SimulatedInstances:
         self._users.grant()
 
     def _look(self, instance: SimulatedInstance) -> tuple[int, int, int, int]:
-        """Return requests running and waiting, prompt tokens read and tokens made there by now."""
+        """Return (requests running, waiting, prompt tokens read, tokens made) of its model server now."""
         ended, running, waiting, read, made = self._engines.look(instance.server, self._loop.now)
         if ended:
             self._happened(instance, ended)
         return running, waiting, read, made
 
     def requests_at(self, instance: SimulatedInstance) -> int:
-        """How many requests run and wait in its model server."""
+        """Return how many requests run or wait in its model server."""
         running, waiting, _, _ = self._look(instance)
         return running + waiting
 
     def kv_tokens_used(self) -> int:
-        """KV memory in use in all model servers, in tokens."""
+        """Return the KV memory in use in all model servers, in tokens."""
         return sum(self._engines.kv_tokens_used(i.server) for i in self)
 
     def tokens_made(self) -> int:
-        """Output tokens made so far, also by instances that are gone."""
+        """Return the output tokens made so far, those of instances that are gone included."""
         return self._made_by_gone + sum(self._engines.made_tokens(i.server) for i in self)
 
     # -- loadbalancer --
@@ -298,7 +299,7 @@ class SimulatedInstances:
             self._users.grant()
 
     def load(self, instance: SimulatedInstance) -> LoadReport:
-        """Return its answer to a poll."""
+        """Return the instance's answer to `GET /load`."""
         running, waiting, read, made = self._look(instance)
         started, ended = instance.take_events()
         return LoadReport(

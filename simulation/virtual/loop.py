@@ -23,14 +23,14 @@ class EventLoop:
         self._counter = count()
 
     def at(self, at: float, what: Callable[..., None], arg: Any = None, priority: int = USUAL) -> None:
-        """Schedule what(arg), or what() where arg is None."""
+        """Schedule a call of what(arg) at that time, or of what() where arg is None."""
         heapq.heappush(self._heap, (at, priority, next(self._counter), what, arg))
 
     def step(self, play: Callable[[float], bool]) -> None:
-        """Let happen what happens next.
+        """Carry out the next event: a scheduled one, or one inside the model servers.
 
-        play: lets the model servers go on until one has something to tell, with the clock gone there, and
-        returns True; False when that is not before the time it is given.
+        play: advances the model servers until one has an event before the time that it is given, moves the
+        clock there and returns True; returns False when there is none.
         """
         heap = self._heap
         if play(heap[0][0]):
@@ -42,5 +42,5 @@ class EventLoop:
             what(arg)
 
     def go_to(self, now: float) -> None:
-        """Move the clock to a moment before the next scheduled event."""
+        """Move the clock to a time that must be before the next scheduled event."""
         self.now = now

@@ -13,7 +13,7 @@ from simulation.figures import Digest
 from simulation.report import FAILED, LATE, SLOW, Sample
 
 SAMPLES = 4096
-"""Looks at the fleet that are kept; when there are more, every other is dropped."""
+"""Most samples of the fleet that are kept; when there are more, every other one is dropped."""
 
 
 @dataclass
@@ -69,14 +69,14 @@ class RequestFigures:
                 self.missed_why[SLOW] += 1
 
     def add_failed(self, why: str) -> None:
-        """Count a request that was given up."""
+        """Count a request whose user gave up, by the last failure."""
         self.requests += 1
         self.failed[why] += 1
         self.missed += 1
         self.missed_why[FAILED] += 1
 
     def add_retried(self) -> None:
-        """Count a request that ended after more than one lease."""
+        """Count a request that took more than one lease."""
         self.retried += 1
 
     def add_late(self) -> None:
@@ -84,21 +84,24 @@ class RequestFigures:
         self.late += 1
 
     def add_setback(self, why: str) -> None:
-        """Count an instance that failed a request."""
+        """Count a failure of an instance, by kind."""
         self.setbacks[why] += 1
 
     def add_refusal(self, why: str) -> None:
-        """Count a request that the loadbalancer sent away for a while."""
+        """Count a refusal of the loadbalancer, by kind."""
         self.refusals[why] += 1
 
     def add_cut(self) -> None:
-        """Count a request that was longer than the context."""
+        """Count a request that was cut because it was longer than the context."""
         self.cut += 1
 
 
 @dataclass(kw_only=True)
 class Outcome(RequestFigures):
-    """What a run gave. Figures are of the scored window, counters of clamps and audit of the whole run."""
+    """What a run gave.
+
+    Figures are of the scored window; counts of clamped turns and the audit are of the whole run.
+    """
 
     duration_s: float
     costs: CostBreakdown
@@ -111,7 +114,7 @@ class Outcome(RequestFigures):
 
 
 class FleetSamples:
-    """Looks at the fleet over time, thinned so that there are never more than SAMPLES."""
+    """Samples of the fleet over time, thinned so that there are never more than SAMPLES."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
@@ -119,7 +122,7 @@ class FleetSamples:
         self._every = 1
 
     def look(self, at_s: float, instances: Iterable[Instance], demand: float) -> None:
-        """Keep how the fleet is now, if this look is one of those that are kept."""
+        """Take a sample of the fleet now, if it is one of those that are kept."""
         self._looks += 1
         if self._looks % self._every:
             return

@@ -61,7 +61,7 @@ POOL_LOADS = 2.0
 """Load times of history before a pool is sized: what is ordered on less comes after what it was for."""
 
 HEADROOM = 1.1
-"""Multiple of the instances needed now that is to be loaded, beyond that pool."""
+"""Multiple of the instances needed now that is to be loaded, where that is more than the pool."""
 
 CURVE = (0.95, 0.98, 0.99, 0.995, 0.999)
 """Goals whose cost the operator is shown."""
@@ -70,7 +70,8 @@ LEAST_SLOW_S = 1800.0
 """Seconds of the slow mean that is tried with any history."""
 
 K_STEP = 1.15
-"""Ratio of one k to the next: costs follow k, and the curve between is straight to within a percent."""
+"""Ratio between two neighbouring values of k that are simulated: the curve between them is straight to within
+a percent."""
 
 KNEE = 1.25
 """Multiple of a shape's fewest misses that is taken where no k keeps the goal: more k buys little there."""
@@ -79,15 +80,18 @@ WARM_STARTS = 2.0
 """Multiple of the longest start that is played before a replay is scored."""
 
 K_MOST = 6.0
-"""Largest k, times the share of the slow mean where that is over 1; the largest in the studies was 4.1
-(docs/reference/policy-study.md)."""
+"""Largest k that is tried; where the slow mean has a share above 1, times that share. The largest in the
+studies was 4.1 (docs/reference/policy-study.md)."""
 
 MISSES_MOST, MISSES_LEAST = 0.10, 2e-4
 """Shares of misses between which a curve is followed: what no goal allows, and what a day cannot measure."""
 
 
 def ladder(goal: float, history_s: float) -> tuple[Objective, ...]:
-    """Return the shapes to try. A mean over more than half of the history was never seen to follow it."""
+    """Return the policies to try, but for k.
+
+    A mean over more than half of the history is left out: no run shows how it follows.
+    """
     base = Objective(goal=goal)
     shapes = [
         {"fast_s": 300.0, "slow_s": 1800.0, "slow_share": 0.8, "hold_s": 60.0, "drain_s": 40.0},
@@ -166,7 +170,7 @@ class ShapeCurve:
 
 
 def _try(bins: Bins, shape: Objective, fleet: FluidFleet, warm_s: int, seed: int) -> ShapeCurve:
-    """Follow the curve of one shape from the middle to both ends."""
+    """Simulate one shape with k from the middle to both ends; return its curve."""
     levels = level_series(bins.arriving, shape)
     begin = float(bins.work[:warm_s].mean()) / fleet.capacity.work_s * max(1.0, shape.slow_share)
 

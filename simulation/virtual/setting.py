@@ -12,10 +12,10 @@ from localcloud.rental import Times
 from simulation.virtual.cloud import Hazards
 
 TURN_S = 5.0
-"""Seconds between two turns: autoscaler_server's --poll-interval-s."""
+"""Seconds between two turns of the autoscaler: the default of its --poll-interval-s."""
 
 BEAT_S = 1.0
-"""Seconds between two rounds of the loadbalancer's own work: tokens, load reports, expiry."""
+"""Seconds between two rounds of the loadbalancer's background work: tokens, load reports, expiry."""
 
 CALL_S = 0.5
 """Seconds that a call of the vastai CLI takes (vast-contract 1.3)."""

@@ -21,7 +21,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=100)]
 
 
 class OwnTiming(Struct, frozen=True, forbid_unknown_fields=True):
-    """One entry of the file."""
+    """One entry of a file of step-time constants."""
 
     model: Name
     quantization: Name
@@ -38,7 +38,7 @@ class OwnTiming(Struct, frozen=True, forbid_unknown_fields=True):
     step_tokens: Count = 2048
 
     def __post_init__(self) -> None:
-        """Refuse limits that do not fit, with ValueError."""
+        """Raise ValueError for limits that contradict each other."""
         if self.max_seqs > self.step_tokens:
             raise ValueError(f"max_seqs: wanted at most step_tokens, {self.step_tokens}, got {self.max_seqs}")
 

@@ -18,7 +18,7 @@ from simulation.virtual.outcome import FleetSamples
 from simulation.virtual.setting import CALL_S, Setting
 
 MIN_TURN_S = 1.0
-"""Seconds between the last turn and one that a machine which is ready brings about, at least."""
+"""Least seconds between two turns, also when an instance has become ready and asks for one."""
 
 CREATE_GAP_S = 4.5
 """Seconds between two creates (vast-contract 1.3)."""
@@ -28,7 +28,7 @@ CHECK_S = 0.3
 
 
 class VirtualTurns:
-    """The autoscaler at work: it sees the cloud and the instances, and its commands reach the cloud."""
+    """Takes the autoscaler's turns: it sees the cloud and the instances, and orders from the cloud."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class VirtualTurns:
         self._cloud_due = float("inf")
 
     def begin(self, tune_at: float) -> None:
-        """Begin the trace now: the fleet is looked at in each turn, and tuned from tune_at on."""
+        """Begin with the trace: sample the fleet in each turn, and tune the policy from tune_at on."""
         self._begun_at = self._loop.now
         self._tune_at = tune_at
 
     # -- turns --
 
     def turn_at(self, at: float) -> None:
-        """Have the next turn then, and not when it was to be."""
+        """Take the next turn at that time instead of the planned one."""
         self._turn_number += 1
         self._loop.at(at, self._turn, self._turn_number)
 
@@ -134,7 +134,7 @@ class VirtualTurns:
     # -- machines --
 
     def advance_cloud(self) -> None:
-        """Let happen what the cloud has done to machines by now, and look again when it does more."""
+        """Carry out what the cloud has done to machines by now, and schedule its next event."""
         now = self._loop.now
         for effect in self._cloud.advance(now):
             if isinstance(effect, Boot):
@@ -160,7 +160,7 @@ class VirtualTurns:
         self._loop.at(self._loop.now + boot.load_s, self._ready, instance)
 
     def _ready(self, instance: SimulatedInstance) -> None:
-        """Have its model loaded, of which it tells the autoscaler."""
+        """Mark the instance's model as loaded, and let the instance report so to the autoscaler."""
         if not instance.up:
             return
         instance.become_ready()

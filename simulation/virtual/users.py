@@ -24,14 +24,17 @@ from simulation.virtual.setting import Setting
 from simulation.virtual.user_request import Place, UserRequest
 
 GRANT_S = (0.02, 0.1)
-"""Seconds between two looks whether time alone has made room for a held request: the first, doubling up to
-the second while it has not. Whatever else makes room is looked at when it happens."""
+"""Seconds between two checks whether time alone has made room for a waiting request.
+
+The first pause, doubling up to the second while there is no room. Anything else that makes room causes a
+check at once.
+"""
 
 STALL_S = 30.0
 """Seconds without a token after which the client breaks an answer off (simulation/live/users.py)."""
 
 LAST_TRY_S = 0.1
-"""With a shorter pause than this before the next try no lease is asked for again: the time is up."""
+"""Shortest pause before another try: when less time is left, the request fails."""
 
 
 class Users:
@@ -50,7 +53,7 @@ class Users:
         instances: SimulatedInstances,
         rng: random.Random,
     ) -> None:
-        """context: the longest request, prompt and answer, in tokens."""
+        """Begin without requests. context: the longest request, prompt and answer, in tokens."""
         self.figures = RequestFigures()
         self.arrived = 0
         self.ended = 0
@@ -73,13 +76,13 @@ class Users:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way or still to come."""
+        """Whether no request is under way and none is to come."""
         return not (self._coming or self._asking or self._sent or self.held)
 
     # -- arrivals --
 
     def play(self, requests: Iterable[Request]) -> None:
-        """Begin the trace now; raise ConfigError when there is no request in it."""
+        """Begin the trace now; raise ConfigError when it has no request."""
         self._requests = iter(requests)
         self._begun = self._loop.now
         self._next_arrival()
@@ -110,7 +113,7 @@ class Users:
     # -- leases --
 
     def _ask(self, request: UserRequest, again: bool = True) -> None:
-        """Ask for a lease: it is given, or the request is held, or comes again later."""
+        """Ask for a lease: the request is sent, waits at the loadbalancer, or asks again later."""
         now = self._loop.now
         self.grant()
         answer = self._balancer.request(request.ask, request.up_at - now, None, now, again=again)
@@ -149,7 +152,7 @@ class Users:
             self._plan_grant()
 
     def grant(self) -> None:
-        """Send those that are held and that there is room for now."""
+        """Send the waiting requests for which there is room now."""
         if not self.held or self._granting:
             return
         self._granting = True  # what is sent may free room at once: no other round may begin in this one
@@ -175,7 +178,10 @@ class Users:
             self._instances.submit(instance, request)
 
     def answered(self, request: UserRequest, first_at: float, at: float) -> None:
-        """Take in an answer; the loadbalancer is told at once, the instance's report tells its length."""
+        """Record an answer.
+
+        The loadbalancer is told at once, and learns the answer's length from the instance's report.
+        """
         request.complete()
         self._sent -= 1
         self.ended += 1
@@ -198,11 +204,11 @@ class Users:
         self._balancer.end_lease(request.given.request_id, "finished", self._loop.now)
 
     def broken_off(self, request: UserRequest) -> None:
-        """Take in that the instance of a request is gone: another is asked."""
+        """Handle the end of a request's instance: ask for another one."""
         self._set_back(request, "broken_off")
 
     def stall(self, request: UserRequest) -> None:
-        """Break a request off in STALL_S if its instance is still silent."""
+        """Break a request off after STALL_S if its instance is still silent."""
         self._loop.at(self._loop.now + STALL_S, self._stalled, request)
 
     def _stalled(self, request: UserRequest) -> None:

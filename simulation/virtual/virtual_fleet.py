@@ -46,11 +46,11 @@ from simulation.virtual.users import Users
 from vast.rows import Row
 
 PREPARE_S = 86_400.0
-"""Seconds that the pool may take to be prepared before the trace begins."""
+"""Longest seconds of virtual time to prepare the pool before the trace begins."""
 
 
 class _Listing:
-    """What the autoscaler asks for its instances, as `Vast`."""
+    """The cloud as the autoscaler lists it: the part of `Vast` that it uses."""
 
     def __init__(self, cloud: SimulatedCloud) -> None:
         self._cloud = cloud
@@ -60,7 +60,7 @@ class _Listing:
 
 
 class _Performer:
-    """What the autoscaler gives its commands to; when they arrive there is the simulation's."""
+    """Takes the autoscaler's commands; the simulation decides when they arrive."""
 
     def __init__(self, cloud: SimulatedCloud, loop: EventLoop) -> None:
         self._cloud = cloud
@@ -71,22 +71,22 @@ class _Performer:
 
 
 class _ReplayInProcess:
-    """A replay that is a call: virtual time stands still meanwhile."""
+    """Runs a replay as a plain call; virtual time stands still meanwhile."""
 
     def run(self, request: bytes) -> bytes:
         return json.dumps(replay.answer(json.loads(request))).encode()
 
     def stop(self) -> None:
-        """Do nothing: no replay is under way."""
+        """Do nothing, since no replay can be under way."""
 
 
 class VirtualFleet:
-    """One run: `prepare`, `play`, `finish`, once each; `run` does the three."""
+    """One run in virtual time: call `prepare`, `play` and `finish` once each, or `run` for all three."""
 
     def __init__(
         self, setting: Setting, policy: Policy, requests: Iterable[Request], directory: Path
     ) -> None:
-        """directory: empty, for the ledger."""
+        """Build everything and start nothing. directory: an empty one, for the ledger."""
         rng = random.Random(setting.seed)
         profile = setting.profile
         self.loop = loop = EventLoop()
@@ -152,7 +152,7 @@ class VirtualFleet:
         self._begun_at = 0.0
 
     def _longest_request(self) -> int:
-        """Return what every machine of the market that suits the profile can hold, in tokens."""
+        """Return the most tokens that every machine of the market which suits the profile can hold."""
         setting = self._setting
         offers = self._cloud.offers(0.0)
         if not offers:

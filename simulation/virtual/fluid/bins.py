@@ -31,7 +31,7 @@ class Bins:
     output_tokens: Floats | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no trace, with ValueError."""
+        """Raise ValueError for series that are no trace."""
         for name in ("work", "requests", "limit_s", "prompt_tokens", "output_tokens"):
             given = getattr(self, name)
             if given is None:
@@ -46,7 +46,7 @@ class Bins:
             object.__setattr__(self, name, values)
 
     def __len__(self) -> int:
-        """Return how many seconds it has."""
+        """Return the number of seconds."""
         return len(self.work)
 
     def between(self, start_s: int, end_s: int) -> "Bins":
@@ -63,29 +63,32 @@ class Bins:
 
     @cached_property
     def arriving(self) -> Floats:
-        """Work per second in each whole bin of BIN_S, as `FleetSnapshot.arriving` has it."""
+        """Return work per second in each whole bin of BIN_S seconds, as `FleetSnapshot.arriving` has it."""
         width = int(BIN_S)
         whole = len(self.work) // width
         return cast("Floats", self.work[: whole * width].reshape(whole, width).mean(axis=1))
 
     @cached_property
     def patience(self) -> Floats:
-        """The first wait that is too long, in whole seconds, for each bin."""
+        """Return, for each second, the first wait in whole seconds that makes its requests late."""
         return np.floor(self.limit_s) + 1.0
 
     @cached_property
     def per_work(self) -> Floats:
-        """Requests in a unit of work, for each bin; 0 where there is none."""
+        """Return, for each second, the requests in a unit of its work; 0 where no work arrived."""
         return np.divide(self.requests, self.work, out=np.zeros(len(self)), where=self.work > 0.0)
 
     @cached_property
     def sums(self) -> tuple[Floats, Floats]:
-        """Requests and work that arrived before each second, and in all; one longer than the bins."""
+        """Return requests and work that arrived before each second, and last of all.
+
+        Both are one longer than the bins.
+        """
         requests, work = (np.concatenate(([0.0], np.cumsum(v))) for v in (self.requests, self.work))
         return requests, work
 
     def tokens(self) -> tuple[Floats, Floats]:
-        """Return the prompt and output tokens that arrived in each second; as given, or as they follow."""
+        """Return prompt and output tokens of each second; those not given follow from work and limit."""
         prompt, output = self.prompt_tokens, self.output_tokens
         if prompt is None:
             prompt = np.maximum(self.limit_s - 2.0, 0.0) * 1000.0 * self.requests

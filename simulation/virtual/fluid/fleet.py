@@ -11,7 +11,7 @@ from simulation.virtual.fluid.bins import Floats
 Ints = NDArray[np.int64]
 
 MOST_INSTANCES = 4096
-"""Room in the lists of what is starting, loading and stopping."""
+"""Most instances that may be starting, loading or stopping at a time: the length of those lists."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FluidFleet:
     max_instances: int = 1000
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be, with ValueError."""
+        """Raise ValueError for a fleet that cannot exist."""
         for name, most in (("work_s", 1e9), ("requests_s", 1e9), ("concurrency", 1e9)):
             _wanted(f"capacity.{name}", getattr(self.capacity, name), 1e-6, most)
         for name in ("start_lo_s", "start_hi_s", "load_s", "stop_s", "late_bound_s"):
@@ -48,7 +48,7 @@ class FluidFleet:
 
     @property
     def service_s(self) -> float:
-        """Seconds that a request stays on an instance that is full (Little's law)."""
+        """Seconds that a request stays on a full instance: concurrency over throughput (Little's law)."""
         return self.capacity.concurrency / self.capacity.requests_s
 
 
@@ -106,15 +106,15 @@ class FluidResult:
 
     @property
     def misses(self) -> float:
-        """Share of the requests that was late; 0 of none."""
+        """The share of the requests that were late; 0 when there were none."""
         return self.missed / self.requests if self.requests > 0.0 else 0.0
 
     @property
     def usd(self) -> float:
-        """Dollars in all."""
+        """All dollars of the run."""
         return self.usd_hot + self.usd_starting + self.usd_loading + self.usd_stopping + self.usd_stopped
 
     @property
     def usd_serving(self) -> float:
-        """Dollars without the pool: no storage, no loads."""
+        """The dollars without the loaded pool: no storage, no loads."""
         return self.usd_hot + self.usd_starting + self.usd_stopping

@@ -12,7 +12,7 @@ from simulation.virtual.fluid.bins import Floats
 from simulation.virtual.fluid.fleet import Ints
 
 TICK_S = 5
-"""How often our policy is asked, seconds; one bin of `FleetSnapshot.arriving`."""
+"""Seconds between two questions to our policy; the width of one bin of `FleetSnapshot.arriving`."""
 
 NEVER = 1 << 62
 
@@ -112,7 +112,7 @@ def start_draw(seed: int, at: int, n: int) -> float:
 
 @njit
 def _next_event(s: FluidState) -> None:
-    """Remember when the next instance changes by itself."""
+    """Find when the next starting, loading or stopping instance changes by itself, and store it."""
     soonest = NEVER
     for n in range(s.whole[STARTING]):
         soonest = min(soonest, s.ready[n])
@@ -125,7 +125,7 @@ def _next_event(s: FluidState) -> None:
 
 @njit
 def _pass_events(s: FluidState, g: FluidConstants, now: int) -> None:
-    """Let what is ready become hot, what is loaded hot or stopping as wanted, and what is stopped cold."""
+    """Make started instances hot, loaded ones hot or stopping as wanted, and stopped ones cold."""
     kept = 0
     for n in range(s.whole[STARTING]):
         if s.ready[n] > now:
@@ -155,7 +155,7 @@ def _pass_events(s: FluidState, g: FluidConstants, now: int) -> None:
 
 @njit
 def _stop(s: FluidState, g: FluidConstants, now: int) -> None:
-    """Let one more be stopping; the caller has taken it from where it was."""
+    """Begin to stop one instance; the caller has taken it from the count that it was in."""
     s.stopped[s.whole[STOPPING]] = now + g.stop
     s.whole[STOPPING] += 1
     if g.score_from <= now < g.score_to:
@@ -164,7 +164,7 @@ def _stop(s: FluidState, g: FluidConstants, now: int) -> None:
 
 @njit
 def _order(s: FluidState, g: FluidConstants, now: int, hot: int, total: int) -> None:
-    """Give the commands that lead to `hot` hot and `total` in all, as InstanceSet.decide would."""
+    """Carry out the orders that lead to `hot` hot and `total` in all, as InstanceSet.decide orders."""
     w = s.whole
     hot = min(max(hot, 0), g.most)
     total = max(hot, min(max(total, 0), g.most))
@@ -207,7 +207,7 @@ def _order(s: FluidState, g: FluidConstants, now: int, hot: int, total: int) -> 
 
 @njit
 def _count_late(s: FluidState, g: FluidConstants, b: int, wait: int, part: float) -> None:
-    """Count a part of the work of bin b that was late and waited so many seconds."""
+    """Count a part of the work of bin b as late, after a wait of so many seconds."""
     requests = part * g.per_work[b]
     s.waits[min(wait, len(s.waits) - 1)] += requests
     s.real[LATE_ENDED] += requests
@@ -385,7 +385,7 @@ def _count_seconds(s: FluidState, g: FluidConstants, start: int, end: int) -> No
 
 @njit
 def _count_on(s: FluidState, g: FluidConstants, now: int) -> None:
-    """Count what instances have at hand: what they began in the last service seconds (Little's law)."""
+    """Count the requests that are on instances: those begun in the last service_s seconds (Little's law)."""
     r = s.real
     r[BEGAN] += s.began[now]
     r[BEGAN_PROMPT] += s.began_prompt[now]
@@ -415,7 +415,7 @@ def pass_turn(
 
 @njit
 def count_waiting(s: FluidState, g: FluidConstants, end: int) -> None:
-    """Count what still waits at the end: late requests so far, and those on time that will not make it."""
+    """Count what still waits at the end: late requests, and those on time that cannot stay so."""
     w, r = s.whole, s.real
     for b in range(w[LATE_HEAD], end):
         if r[LATE] > 0.0 and s.late[b] > 0.0 and g.score_from <= b < g.score_to:
@@ -447,7 +447,7 @@ def mean_series(arriving: Floats, mean_s: float, values: int) -> Floats:
 
 @njit
 def held_series(values: Floats, back: int) -> Floats:
-    """Return the largest of each value and the `back` before it."""
+    """Return, at each place, the largest of that value and the `back` values before it."""
     out = np.empty(len(values))
     at = 0
     for n in range(len(values)):

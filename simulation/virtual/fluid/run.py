@@ -42,7 +42,7 @@ from simulation.virtual.fluid.kernel import NEVER, TICK_S, FluidConstants, Fluid
 from simulation.virtual.fluid.snapshots import SnapshotBuilder
 
 LATE_WAITS_S = 7200
-"""Late waits are counted in seconds up to this; the rest in the last place."""
+"""Longest wait in seconds that late requests are counted by; longer ones are counted there too."""
 
 
 def level_series(arriving: Floats, level: Objective) -> Floats:
@@ -122,9 +122,10 @@ class FluidRun:
         )
 
     def level(self, level: Objective, until_s: int | None = None, levels: Floats | None = None) -> None:
-        """Go on to until_s under an `Objective`, compiled. levels: its `level_series`, if that is at hand.
+        """Continue to until_s under an `Objective`, compiled.
 
-        It does what `policy` does with the same object at a tick of TICK_S.
+        levels: its `level_series`, if the caller has it. The result is that of `policy` with the same object
+        at a tick of TICK_S.
         """
         end = len(self.bins) if until_s is None else min(until_s, len(self.bins))
         if self.now % TICK_S:
@@ -144,7 +145,7 @@ class FluidRun:
         self.now = max(self.now, end)
 
     def policy(self, policy: Policy, until_s: int | None = None, tick_s: int = TICK_S) -> None:
-        """Go on to until_s and ask the policy every tick_s; between ticks the seconds are compiled."""
+        """Continue to until_s and ask the policy every tick_s; the seconds between two ticks are compiled."""
         end = len(self.bins) if until_s is None else min(until_s, len(self.bins))
         seen = SnapshotBuilder(self.fleet, self._state, self._arriving, self._totals, policy.memory_s)
         while self.now < end:
@@ -156,20 +157,20 @@ class FluidRun:
 
     @property
     def instances(self) -> tuple[int, int]:
-        """How many are hot or coming, and how many exist."""
+        """Return how many instances are hot or will be, and how many exist."""
         w = self._state.whole
         return int(w[kernel.HOT] + w[kernel.STARTING]), int(w[kernel.HOT : kernel.COLD + 1].sum())
 
     @property
     def scored_so_far(self) -> tuple[float, float]:
-        """Requests that came in the scored seconds up to now, and those of them that were missed."""
+        """Return the requests that came in the scored seconds up to now, and how many of them were missed."""
         g, requests = self._given, self._totals[0]
         first = min(self.now, g.score_from)
         came = float(requests[min(self.now, g.score_to)] - requests[first])
         return came, float(self._state.real[kernel.MISSED])
 
     def result(self) -> FluidResult:
-        """End the run: return what happened up to now; what still waits is counted."""
+        """End the run and return what it gave up to now; requests that still wait are counted."""
         s, g, fleet = self._state, self._given, self.fleet
         kernel.count_waiting(s, g, self.now)
         w, r = s.whole, s.real

@@ -44,7 +44,7 @@ class TailView(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        """Return one value, or a part as a list."""
+        """Return one value, or the values of a slice as a list."""
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
@@ -66,7 +66,7 @@ class TailView(Sequence[T]):
 
 
 class SnapshotBuilder:
-    """What a policy sees of a run: FleetSnapshot as the autoscaler would make it."""
+    """Builds the FleetSnapshot of a second of the run, as the autoscaler would show it to a policy."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class SnapshotBuilder:
         self._holds = fleet.capacity.work_s * fleet.service_s
 
     def look(self, now: int) -> FleetSnapshot:
-        """Return the fleet and its load at this second, before what arrives in it."""
+        """Return the snapshot of this second, before its requests arrive."""
         fleet = self._fleet
         hot, starting, loading, stopping, cold, head, late_head = self._state.whole[:7].tolist()
         real = self._state.real.tolist()
