@@ -189,7 +189,7 @@ class UvicornServer(uvicorn.Server):
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
     def _protocol(self) -> asyncio.Protocol:
-        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg, assignment]
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,

@@ -33,12 +33,23 @@ HOT: dict[str, Any] = {
 }
 
 
+class StandingClock:
+    """A clock that only a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class LoadBalancerApp:
-    """A face with a clock that stands still, one hot instance and tokens for it."""
+    """A face with a clock that only the test moves, one hot instance and tokens for it."""
 
     def __init__(self, clients: frozenset[str] = frozenset(), operator: frozenset[str] = frozenset()) -> None:
         self.balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
-        self.service = LoadBalancerService(self.balancer, lambda: 1_700_000_000.0)
+        self.clock = StandingClock()
+        self.service = LoadBalancerService(self.balancer, self.clock)
         self.client = self.client_of(self.service, clients, operator)
 
     @staticmethod

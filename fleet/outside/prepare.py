@@ -61,9 +61,7 @@ def _set_target(process: AutoscalerProcess, count: int, half_done: frozenset[str
             if not fleet.knows_hot_set():
                 continue
             seen = fleet.snapshot(scaler.demand, scaler.clock())
-            prepared = [
-                i for i in fleet if i.loaded and i.state not in GIVEN_UP and i.label not in half_done
-            ]
+            prepared = [i for i in fleet if i.loaded and i.state not in GIVEN_UP and i.label not in half_done]
             loaded, hot = len(prepared), sum(i.state is State.HOT for i in prepared)
             wanted, most = loaded + count, fleet.limits.max_instances
             if wanted > most:
