@@ -145,6 +145,12 @@ class LoadBalancer:
 
     # -- requests --
 
+    def possible_prompt(self, prompt_tokens: int, prompts: int) -> int | None:
+        """Return how many of those tokens the model may read; None: it can never take them, no demand."""
+        found = self._estimates.possible_prompt(prompt_tokens, prompts)
+        self._demand.count_impossible(found is None)
+        return found
+
     def work_of(self, prompt_tokens: int, max_tokens: int | None) -> float:
         """Return the work that such a request is expected to be."""
         return self._estimates.work_of(prompt_tokens, max_tokens)

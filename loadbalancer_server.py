@@ -195,9 +195,11 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     return app
 
 
-def _ask(balancer: LoadBalancer, said: RouteBody, client: str) -> RouteRequest:
-    """Return what a `POST /route` body asks for."""
-    prompt = said.prompt_tokens or 0
+def _ask(balancer: LoadBalancer, said: RouteBody, client: str) -> RouteRequest | None:
+    """Return what a `POST /route` body asks for; None where the model can never take it."""
+    prompt = balancer.possible_prompt(said.prompt_tokens or 0, said.prompts or 1)
+    if prompt is None:
+        return None
     return RouteRequest(
         balancer.work_of(prompt, said.max_tokens) if said.work is None else said.work,
         said.max_tokens,

@@ -22,6 +22,7 @@ class DemandCounter:
         self.prompt_tokens = 0
         self.output_tokens = 0.0  # as expected when the requests came
         self.refused = 0
+        self.impossible = 0  # refused because the model can never take them: no demand
         self.arrivals_s = 0.0  # expected arrivals a second
         self._refused_work: deque[tuple[int, float]] = deque()  # (second, work)
         self._starts = 0  # requests that were seen to start, those of other loadbalancers too
@@ -46,6 +47,10 @@ class DemandCounter:
         if self._refused_work and self._refused_work[-1][0] == second:
             work = self._refused_work.pop()[1] + work
         self._refused_work.append((second, work))
+
+    def count_impossible(self, impossible: bool) -> None:
+        """Count a request that no instance can ever serve, if it is one: neither an arrival nor demand."""
+        self.impossible += impossible
 
     def refused_work(self, now: float) -> float:
         """Return the work that was refused lately."""

@@ -9,6 +9,10 @@ from dispatch.route_request import RouteRequest
 from engine.forward import LEFT, PROMPT, UNREAD, Floats
 from web.messages.hot_set import HotSetHead
 
+PROMPT_RANGE = 2
+"""Most that the true length of a prompt is shorter than what its client believed, as a ratio: clients count
+bytes, 4 a token, and text of 8 bytes a token is hardly ever met. What may fit is left to the engine."""
+
 MIX_MEMORY = 500.0
 """Requests that make up what is usual: prompt and work."""
 
@@ -25,6 +29,7 @@ class RequestEstimates:
     def __init__(self) -> None:
         """Start with the usual model."""
         self.prefill_weight = PREFILL_WEIGHT
+        self.max_model_len: int | None = None  # tokens of a prompt with its answer; None: not told
         self.output_lengths = OutputLengths(EXPECTED_OUTPUT_TOKENS)
         self.mean_work = EXPECTED_OUTPUT_TOKENS
         self.mean_prompt = 0.0  # tokens
@@ -37,6 +42,7 @@ class RequestEstimates:
     def update(self, hot_set: HotSetHead) -> None:
         """Take over what the hot set says of its model."""
         self.prefill_weight = hot_set.prefill_weight
+        self.max_model_len = hot_set.max_model_len
         expected = hot_set.expected_output_tokens
         if not self.output_lengths.completions:
             self.mean_work = expected
@@ -44,6 +50,16 @@ class RequestEstimates:
             self.output_lengths.tell(expected)
 
     # -- one request --
+
+    def possible_prompt(self, prompt_tokens: int, prompts: int) -> int | None:
+        """Return how many of the tokens believed in so many prompts there can be: none that is too long.
+
+        None: the model can certainly not take them.
+        """
+        if self.max_model_len is None:
+            return prompt_tokens
+        most = prompts * self.max_model_len
+        return min(prompt_tokens, most) if prompt_tokens <= PROMPT_RANGE * most else None
 
     def work_of(self, prompt_tokens: int, max_tokens: int | None) -> float:
         """Return the work that such a request is expected to be."""

@@ -78,6 +78,7 @@ def describe(
         "routed": leases.given,
         "refused": demand.refused,
         "too_many_unused": leases.allowance.refused,
+        "prompt_too_long": demand.impossible,
         "ends": dict(leases.ends),
         "instances": [inst.describe(now) | {"in_queue": inst in instances.index} for inst in instances],
     }

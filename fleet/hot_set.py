@@ -46,4 +46,5 @@ def make_hot_set(
         expected_output_tokens=profile.expected_output_tokens,
         expected_hot_s=expected_hot_s,
         instances=tuple(entry(i) for i in serving),
+        max_model_len=profile.max_model_len,
     )

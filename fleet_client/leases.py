@@ -84,6 +84,8 @@ def route_body(
     body: dict[str, Any] = {"prompt_tokens": size.prompt_tokens}
     if size.max_tokens is not None:
         body["max_tokens"] = size.max_tokens
+    if size.prompts > 1:
+        body["prompts"] = size.prompts
     if wait_s > 0.0:
         body["wait_s"] = round(wait_s, 3)
     if avoid:

@@ -43,6 +43,10 @@ TOO_MANY_UNUSED = "too_many_unused"
 """The loadbalancer's word for a client that has taken many leases that it has not used."""
 
 
+PROMPT_TOO_LONG = "prompt_too_long"
+"""The loadbalancer's word for a prompt that the model can never take."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setback:
     """No answer. why: one word for the loadbalancer. elsewhere: the engine never saw the prompt.
@@ -245,6 +249,8 @@ def _no_lease(refusal: Refusal, url: str) -> HttpReply:
     """Return the answer when there is no lease; raises when the loadbalancer did not answer."""
     if refusal.status == 0:
         raise httpx2.ConnectError(f"loadbalancer {url}: {refusal.message}")
+    if refusal.code == PROMPT_TOO_LONG:
+        return error_reply(refusal.status, "context_length_exceeded", refusal.message)
     if refusal.final:
         return error_reply(refusal.status, "loadbalancer_refused", f"loadbalancer {url}: {refusal.message}")
     wait_s = max(1.0, refusal.retry_after_s)

@@ -14,6 +14,9 @@ MEDIA_TOKENS = 1000
 MAX_TOKENS = 10_000_000
 """Most that the loadbalancer takes for prompt_tokens and max_tokens."""
 
+MAX_PROMPTS = 100_000
+"""Most that the loadbalancer takes for prompts."""
+
 PROMPT_WEIGHT = 0.1
 """Work of a prompt token in output tokens, to compare requests; the loadbalancer knows the model's own."""
 
@@ -37,10 +40,14 @@ _NO_OUTPUT = (
 
 @dataclass(frozen=True, slots=True)
 class TokenEstimate:
-    """How long a request is, about; max_tokens is None when it sets no limit."""
+    """How long a request is, about; max_tokens is None when it sets no limit.
+
+    prompts: how many prompts it holds, each of which may be as long as the model takes.
+    """
 
     prompt_tokens: int
     max_tokens: int | None
+    prompts: int = 1
 
     @property
     def work(self) -> float:
@@ -80,13 +87,25 @@ def estimate_body(method: str, target: str, body: bytes, said: Mapping[str, Any]
     if said is None:
         return TokenEstimate(MEDIA_TOKENS, None)
     prompt, sequences = _prompt_of(said)
+    prompts = max(1, sequences if makes_text(target) else _texts_in(said))
     answers = sequences * max(_whole(said.get("n")) or 1, _whole(said.get("best_of")) or 1)
     limits = [_whole(said.get(name)) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
     limit = next((n for n in limits if n is not None), None)
     if not makes_text(target):
         limit, answers = 1, 1
     return TokenEstimate(
-        min(MAX_TOKENS, prompt), None if limit is None else min(MAX_TOKENS, max(1, limit) * max(1, answers))
+        min(MAX_TOKENS, prompt),
+        None if limit is None else min(MAX_TOKENS, max(1, limit) * max(1, answers)),
+        min(MAX_PROMPTS, prompts),
+    )
+
+
+def _texts_in(said: Mapping[str, Any]) -> int:
+    """Return how many texts a request that makes no text has: each is read by itself."""
+    lists = (said.get(name) for name in ("input", "prompt"))
+    return max(
+        (len(one) for one in lists if isinstance(one, list) and one and not isinstance(one[0], int)),
+        default=1,
     )
 
 

@@ -374,7 +374,7 @@ class Given:
 
 
 _FIELDS = frozenset(
-    ("prompt_tokens", "max_tokens", "work", "wait_s", "avoid", "affinity", "count", "priority")
+    ("prompt_tokens", "max_tokens", "work", "wait_s", "avoid", "affinity", "count", "priority", "prompts")
 )
 _HASH = re.compile(r"[0-9a-f]{8,32}")
 

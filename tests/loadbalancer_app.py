@@ -78,7 +78,7 @@ class TwoInstances(LoadBalancerApp):
     def stock(self, **more: Any) -> None:
         """Make them hot and give them tokens."""
         self.service.hot_set(
-            hot_set({**HOT, "instances": [INSTANCE, {**CERTIFIED, "certificate": certificate()}]})
+            hot_set({**HOT, "instances": [INSTANCE, {**CERTIFIED, "certificate": certificate()}], **more})
         )
         for refill in self.balancer.refills(self.service.clock()):
             tokens = [f"token-{1000 * refill.instance_id + n:016d}" for n in range(refill.count)]

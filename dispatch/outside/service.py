@@ -91,9 +91,17 @@ class LoadBalancerService:
 
     # -- clients --
 
-    def route(self, ask: RouteRequest, wait_s: float, count: int | None = None) -> JsonAnswer | Held:
-        """Answer with a lease or a refusal, or park; with count up to so many leases, and at least one."""
+    def route(self, ask: RouteRequest | None, wait_s: float, count: int | None = None) -> JsonAnswer | Held:
+        """Answer with a lease or a refusal, or park; with count up to so many leases, and at least one.
+
+        ask: None where the model can never take the prompt.
+        """
         begun = time.perf_counter()
+        if ask is None:
+            hot_set = self.balancer.instances.hot_set
+            most = hot_set.max_model_len if hot_set else 0
+            why = f"the prompt is too long: the model takes {most} tokens with the answer"
+            return error_answer(400, "prompt_too_long", why)
         self.activity.set()
         self.serve_waiting()
         now = self.clock()

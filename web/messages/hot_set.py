@@ -69,7 +69,13 @@ class HotInstance(Struct, frozen=True, gc=False):
         return f"HotInstance(id={self.id}, state={self.state!r}, address={self.address!r})"
 
 
-class HotSetHead(Struct, frozen=True):
+class ModelLimits(Struct, frozen=True, kw_only=True):
+    """What the model can take. max_model_len: tokens of a prompt with its answer; None: not told."""
+
+    max_model_len: Count | None = None
+
+
+class HotSetHead(ModelLimits, frozen=True):
     """What a hot set says beside its instances. Versions grow within an epoch: one autoscaler process.
 
     expected_hot_s: seconds until the next instance becomes hot; None: not known.

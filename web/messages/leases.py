@@ -20,6 +20,9 @@ MAX_AVOID = 64
 MAX_AFFINITY = 256
 """Hashes of a prompt's beginnings: 65,536 tokens of it."""
 
+MAX_PROMPTS = 100_000
+"""Prompts of one request: far more than an engine takes in one body."""
+
 MAX_COUNT = 64
 """Leases of one answer, 20 kB of them."""
 
@@ -30,7 +33,10 @@ Outcome = Literal["finished", "failed", "unused"]
 
 
 class RouteBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of POST /route: either work, or prompt_tokens and max_tokens where it is known."""
+    """The body of POST /route: either work, or prompt_tokens and max_tokens where it is known.
+
+    prompts: how many the request holds, each of which may be as long as the model takes; default 1.
+    """
 
     prompt_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
@@ -40,6 +46,7 @@ class RouteBody(Struct, frozen=True, forbid_unknown_fields=True):
     affinity: Annotated[list[PrefixHash], Meta(max_length=MAX_AFFINITY)] | None = None
     priority: Priority | None = None
     count: Annotated[int, Meta(ge=1, le=MAX_COUNT)] | None = None
+    prompts: Annotated[int, Meta(ge=1, le=MAX_PROMPTS)] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a body that says neither or both, or hashes that are none, with ValueError."""

@@ -226,6 +226,36 @@ def test_a_client_that_uses_none_of_its_leases_is_told_so_while_others_ask() -> 
     assert "loadbalancer_too_many_unused_requests_total 1.0\n" in metrics
 
 
+def test_a_prompt_that_the_model_can_never_take_is_refused_at_once_and_is_no_demand() -> None:
+    """The model takes 4,096 tokens; beyond twice that no estimate of a client is wrong by."""
+    fleet = TwoInstances()
+    fleet.stock(max_model_len=4096)
+    said = {"prompt_tokens": 1_666_000, "max_tokens": 50, "wait_s": 60.0}
+    answer = fleet.client.post("/route", json=said)
+    assert answer.status_code == 400
+    assert answer.get_json()["error"] == "prompt_too_long"
+    assert "4096 tokens" in answer.get_json()["message"]
+    assert "Retry-After" not in answer.headers
+    status = fleet.client.get("/status", headers={"Authorization": f"Bearer {CONTROL}"}).get_json()
+    shown = ("arrivals", "arrived_work", "held", "demand", "refused", "prompt_too_long")
+    assert [status[name] for name in shown] == [0, 0.0, 0, 0.0, 0, 1]
+
+
+def test_what_the_model_may_take_is_left_to_the_engine_and_counts_no_more_than_it_can_read() -> None:
+    """An estimate may be twice too long, and each of several prompts may be as long as the model takes."""
+    fleet = TwoInstances()
+    fleet.stock(max_model_len=1000)
+    for said, work in (({"prompt_tokens": 2000}, 300.0), ({"prompt_tokens": 2500, "prompts": 3}, 450.0)):
+        before = fleet.balancer.describe(fleet.service.clock())["arrived_work"]
+        answer = fleet.client.post("/route", json=said)
+        assert answer.status_code == 200, answer.get_json()
+        after = fleet.balancer.describe(fleet.service.clock())["arrived_work"]
+        assert after - before == pytest.approx(work)
+    fleet = TwoInstances()
+    fleet.stock()  # an older autoscaler does not say what the model takes
+    assert fleet.client.post("/route", json={"prompt_tokens": 2_000_000}).status_code == 200
+
+
 def test_beyond_the_bound_of_those_held_the_answer_says_when_the_line_will_be_served() -> None:
     """Two instances of 100 work/s that are full, and 300 work that waits."""
     fleet = TwoInstances()
