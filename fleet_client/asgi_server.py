@@ -12,13 +12,13 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import uvicorn
 import uvloop
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fleet_client.bounded_http import BoundedHttp
 from fleet_client.listening import allow_many_files
 
 log = logging.getLogger("http")
@@ -65,43 +65,6 @@ async def _keep_running(make: Background) -> None:
         else:
             return
         await asyncio.sleep(RESTART_PAUSE_S)
-
-
-class _Corked:
-    """A transport that sends everything written in one turn of the loop in one piece.
-
-    uvicorn writes head and body apart, which wakes the client twice; on a virtual machine, where waking
-    another core is slow, that was a quarter of an answer's time (measured 2026-11).
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._loop = asyncio.get_running_loop()
-        self._waiting: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._waiting:
-            self._loop.call_soon(self._flush)
-        self._waiting.append(data)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            self._transport.write(b"".join(waiting))
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP on a corked transport."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast(asyncio.Transport, _Corked(transport)))
 
 
 class UvicornServer(uvicorn.Server):
@@ -248,7 +211,7 @@ class AsgiServer:
         gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTION_AFTER)
         config = uvicorn.Config(
             self._app,
-            http=_Protocol,
+            http=BoundedHttp,
             loop="uvloop",
             lifespan="off",
             ws="none",

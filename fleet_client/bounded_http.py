@@ -1,0 +1,225 @@
+"""HTTP/1.1 as all our servers read it: uvicorn's, with a bound on what a client can make it keep.
+
+head, trailer        MAX_HEAD bytes and MAX_HEADERS headers      431, and the connection is closed
+time for a head      HEAD_S, also for the first byte             closed
+pipelined requests   MAX_PIPELINED wait for the one in work      the rest is not read, then closed
+Upgrade              ignored, as RFC 9110 7.8 allows             the request is served in HTTP/1.1
+"""
+
+import asyncio
+import json
+from typing import Any, cast
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD = 65_536
+"""Bytes of a request's line and headers together, or of a trailer; browsers and proxies send under 16 KiB."""
+
+MAX_HEADERS = 128
+"""Headers of a request, those of a trailer included; what aiohttp takes in an answer, too."""
+
+HEAD_S = 10.0
+"""Seconds in which a head must have come, and the first byte of a new connection."""
+
+MAX_PIPELINED = 16
+"""Requests that wait on a connection for the one before. One packet can hold thousands, of some kB each."""
+
+_OF_THE_UPGRADE = frozenset((b"connection", b"upgrade", b"http2-settings"))
+
+_TOO_LARGE_BODY = json.dumps(
+    {"error": "headers_too_large", "message": f"a head may have {MAX_HEAD} bytes and {MAX_HEADERS} headers"}
+).encode()
+_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(_TOO_LARGE_BODY), _TOO_LARGE_BODY)
+)
+
+
+class _OverBound(Exception):
+    """What the client sends is more than may be kept."""
+
+
+class Corked:
+    """A transport that sends everything written in one turn of the loop in one piece.
+
+    uvicorn writes head and body apart, which wakes the client twice; on a virtual machine, where waking
+    another core is slow, that was a quarter of an answer's time (measured 2026-11).
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        """Write to that transport."""
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the transport in all else."""
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send it at the end of this turn."""
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(data)
+
+    def close(self) -> None:
+        """Close it once what was written is sent."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            if not self._transport.is_closing():  # its client may have reset it in this turn
+                self._transport.write(b"".join(waiting))
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """uvicorn's HTTP on a corked transport, within the bounds above."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        """Take what uvicorn gives its protocols."""
+        super().__init__(*args, **more)
+        self._in_head = True
+        self._head_size = 0  # bytes of complete headers, and of a trailer's
+        self._calls = 0  # of the parser: it keeps no more than what came since the last one
+        self._unparsed = 0
+        self._deaf = False  # what comes is not read any more
+        self._upgrading = False
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin; the first head has its time from now on."""
+        super().connection_made(cast(asyncio.Transport, Corked(transport)))
+        self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, within the bounds."""
+        if self._deaf or self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        calls = self._calls
+        try:
+            self._feed(data)
+            self._unparsed = 0 if self._calls != calls else self._unparsed + len(data)
+        except httptools.HttpParserError as e:
+            self._refuse(too_large=isinstance(e.__context__, _OverBound))
+        else:
+            if self._unparsed > MAX_HEAD:
+                self._refuse(too_large=True)
+            elif not self._in_head or self._between_requests:
+                self._stop_head_timer()
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
+
+    @property
+    def _between_requests(self) -> bool:
+        return self._head_size == 0 and self._unparsed == 0 and not self.url
+
+    def _feed(self, data: bytes) -> None:
+        """Parse it; a request that offers another protocol is parsed again as one that does not."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as e:
+                if not self._upgrading:  # CONNECT, which is no request to us
+                    raise httptools.HttpParserError("no upgrade") from None
+                data = self._plain_head() + data[e.args[0] :]
+                self._upgrading = False
+                self.parser = httptools.HttpRequestParser(self)
+            else:
+                return
+
+    def _plain_head(self) -> bytes:
+        """Return the head that was just parsed, without its offer of another protocol."""
+        kept = [b"%b: %b\r\n" % one for one in self.headers if one[0] not in _OF_THE_UPGRADE]
+        method = self.parser.get_method()
+        return b"".join((b"%b %b HTTP/1.1\r\n" % (method, self.url), *kept, b"\r\n"))
+
+    # -- what httptools calls
+
+    def on_message_begin(self) -> None:
+        """Begin a request, unless too many wait already."""
+        self._calls += 1
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._deaf = True
+            raise _OverBound
+        self._in_head, self._head_size = True, 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the request line."""
+        self._calls += 1
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, also of a trailer."""
+        self._calls += 1
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            raise _OverBound
+
+    def _count(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > MAX_HEAD:
+            raise _OverBound
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer."""
+        self._calls += 1
+        if self.parser.should_upgrade():
+            self._upgrading = self.parser.get_method() != b"CONNECT"
+            return
+        self._in_head = False
+        self._stop_head_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body."""
+        self._calls += 1
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End the request."""
+        self._calls += 1
+        if self.parser.should_upgrade():  # it is parsed again
+            return
+        self._in_head, self._head_size, self.url = True, 0, b""
+        super().on_message_complete()
+
+    # -- the end of what is too much
+
+    def _refuse(self, *, too_large: bool) -> None:
+        """Read no more, and say why, where nothing else is being said on this connection."""
+        self._stop_head_timer()
+        waiting = self.pipeline[0][0] if self.pipeline else self.cycle
+        if self._deaf and waiting is not None:
+            waiting.keep_alive = False  # the last that is answered
+        elif self.cycle is not None and not self.cycle.response_complete:
+            self._deaf = True
+            self.transport.abort()
+        elif too_large:
+            self._deaf = True
+            self.transport.write(_TOO_LARGE)
+            self.transport.close()
+        else:
+            self._deaf = True
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

@@ -1,0 +1,113 @@
+"""What a client can make our servers keep is bounded, and what they need not understand they ignore."""
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from fleet_client import bounded_http
+from tests.sample_app import sample_app
+from tests.web_server import BEARER, call, raw, served
+
+ECHO = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n"
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+@contextmanager
+def connected(port: int) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), timeout=20.0) as sock:
+        yield sock
+
+
+def all_of(sock: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    got = b""
+    try:
+        while more := sock.recv(65536):
+            got += more
+    except ConnectionResetError:
+        pass
+    return got
+
+
+@pytest.mark.parametrize("path", [b"/echo", b"/direct"])
+def test_an_offer_of_http_2_is_ignored_and_the_body_is_read(path: bytes) -> None:
+    head = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\nAuthorization: " + BEARER.encode() + b"\r\n"
+    whole = head + H2C + b"Content-Length: 8\r\n\r\n" + b'{"n": 3}'
+    chunked = head + H2C + b"Transfer-Encoding: chunked\r\n\r\n8\r\n" + b'{"n": 3}\r\n0\r\n\r\n'
+    with served(sample_app()) as port:
+        for request in (whole, chunked):
+            for cut in (len(request), len(request) - 4, 50):
+                with connected(port) as sock:
+                    sock.sendall(request[:cut])
+                    sock.sendall(request[cut:])
+                    assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+                    sock.sendall(request)  # on the same connection
+                    assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_connect_is_no_request() -> None:
+    with served(sample_app()) as port:
+        assert b" 400 " in raw(port, b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"X: " + b"a" * 70_000 + b"\r\n",
+        b"".join(b"X-%d: %b\r\n" % (n, b"a" * 1000) for n in range(100)),
+        b"X: 1\r\n" * 200,
+    ],
+    ids=["one-long", "many-long", "many"],
+)
+def test_a_head_that_is_too_large_gets_431_and_the_connection_ends(headers: bytes) -> None:
+    with served(sample_app()) as port, connected(port) as sock:
+        sock.sendall(ECHO + headers + b"\r\n" + b'{"n": 3}')
+        assert all_of(sock).startswith(b"HTTP/1.1 431 ")
+        assert call(port, "POST", "/echo", b'{"n": 3}') == (200, {"n": 3})
+
+
+@pytest.mark.parametrize("part", [b"a" * 65_536, b"X: 1\r\n" * 1000], ids=["value", "headers"])
+def test_a_head_or_trailer_without_an_end_is_cut(part: bytes) -> None:
+    chunked = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+    with served(sample_app()) as port:
+        for start in (b"GET / HTTP/1.1\r\nX: ", chunked + b"X: "):
+            with connected(port) as sock, pytest.raises((BrokenPipeError, ConnectionResetError)):
+                sock.sendall(start + part * (2**26 // len(part)))
+
+
+def test_a_head_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "HEAD_S", 0.2)
+    with served(sample_app()) as port:
+        for begun in (b"", b"GET / HT", ECHO + b"\r\n" + b'{"n": 3}' + b"GET / HT"):
+            with connected(port) as sock:
+                sock.sendall(begun)
+                all_of(sock)  # returns: the server has closed it
+        with connected(port) as sock:
+            for _ in range(2):
+                sock.sendall(ECHO + b"\r\n" + b'{"n": 3}')
+                assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+                sock.settimeout(0.5)
+                with pytest.raises(TimeoutError):  # between requests it may rest
+                    sock.recv(1)
+
+
+def test_pipelined_requests_are_answered_up_to_a_bound() -> None:
+    with served(sample_app()) as port, connected(port) as sock:
+        sock.sendall((ECHO + b"\r\n" + b'{"n": 3}') * 3000)
+        answers = all_of(sock).count(b"HTTP/1.1 200 ")
+    assert answers == bounded_http.MAX_PIPELINED + 1
+
+
+def test_a_client_that_resets_its_connection_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    with served(sample_app()) as port:
+        for _ in range(30):
+            sock = socket.create_connection(("127.0.0.1", port), timeout=20.0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(ECHO + b"\r\n" + b'{"n": 3}')
+            sock.close()
+        assert call(port, "POST", "/echo", b'{"n": 3}') == (200, {"n": 3})
+    assert "Traceback" not in caplog.text
+    assert not caplog.records
