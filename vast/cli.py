@@ -70,6 +70,7 @@ SEARCH = Endpoint("search offers", 6.0)  # 10 a minute
 CREATE = Endpoint("create instance", 4.5, rest_s=12.0)  # the documented penalty
 CHANGE = Endpoint("start, stop, label", 1.0, of_instance=True)
 DESTROY = Endpoint("destroy instance", 3.0, of_instance=True)
+SHOW = Endpoint("show instance", 2.0, of_instance=True)
 LOGS = Endpoint("logs", 1.5, of_instance=True)
 ACCOUNT = Endpoint("show user", 2.0)
 SSH_KEYS = Endpoint("ssh-key", 1.0)
@@ -136,7 +137,7 @@ def _reported_error(stderr: str) -> tuple[int, str] | None:
             continue
         if isinstance(error, dict) and error.get("error") is True:
             status, msg = error.get("status_code"), error.get("msg")
-            return (status if isinstance(status, int) else 0), ("None" if msg is None else str(msg))
+            return (status if isinstance(status, int) else 0), ("None" if msg is None else str(msg)[:10_000])
     return None
 
 

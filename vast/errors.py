@@ -1,6 +1,7 @@
 """What can go wrong in a call to Vast.ai, by what is known about its effect afterwards."""
 
 from process.errors import CloudError
+from process.safe_text import safe_text
 
 
 class CloudTimeout(CloudError):
@@ -52,6 +53,5 @@ def unexpected(command: str, expected: str, got: str) -> ProtocolError:
 
 
 def short(text: str) -> str:
-    """Return the first line, cut to 200 characters."""
-    line = text.strip().partition("\n")[0]
-    return line if len(line) <= 200 else line[:199] + "…"
+    """Return the first line made safe, cut to 200 characters."""
+    return safe_text(text[:10_000].strip().partition("\n")[0], 200)

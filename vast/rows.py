@@ -1,14 +1,23 @@
 """The rows of Vast.ai's JSON as typed values: offers and instances."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from process.safe_text import safe_text
 from vast.errors import short, unexpected
 
 PAGE_ROWS = 25  # the most that one page of the listing holds; vast-contract 2.3
+MAX_WHOLE = 2**53
+"""The largest whole number that is believed: ids and ports are far below, and JSON and SQLite hold it."""
+
+MAX_NUMBER = 1e15
+"""The largest number that is believed, in any unit: dates are seconds."""
+
+MAX_TEXT = 1_000
+"""Characters of a text that are kept: status messages are the longest, and their beginning says all."""
+
 HOURS_PER_MONTH = 720.0  # storage_total_cost = storage_cost * disk_space / 720; vast-contract 2.11
 
 
@@ -39,12 +48,12 @@ class Row:
     """One instance as the listing shows it. None means not said.
 
     ports: tcp port in the container -> port at public_ip, empty unless it runs. dph_total: $/h when it
-    runs; price_now_usd_h: in its present state. Dates are epoch seconds. onstart holds a master token,
-    so repr leaves it out.
+    runs; price_now_usd_h: in its present state; both 0 unless it is priced. Dates are epoch seconds. onstart
+    holds a master token, so repr leaves it out. odd: what is missing in it that every row should have.
     """
 
     id: int
-    machine_id: int
+    machine_id: int | None
     label: str | None
     actual_status: str | None
     intended_status: str | None
@@ -64,6 +73,8 @@ class Row:
     end_date: float | None
     image: str | None
     onstart: str | None = field(default=None, repr=False)
+    priced: bool = True
+    odd: str | None = None
 
 
 # --- reading what the CLI printed ------------------------------------------------------------------
@@ -85,7 +96,9 @@ class Fields:
 
     def maybe_whole(self, key: str) -> int | None:
         value = self._data.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_WHOLE:
+            return None
+        return value
 
     def amount(self, key: str) -> float:
         value = self.maybe_amount(key)
@@ -105,17 +118,22 @@ class Fields:
 
     def maybe_number(self, key: str) -> float | None:
         value = self._data.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
+            return None  # NaN is not, either
         return float(value)
 
     def text(self, key: str) -> str:
         return self.maybe_text(key) or self._refuse(key, "a text")
 
     def maybe_text(self, key: str) -> str | None:
-        """Return the text stripped (whitespace has been seen around addresses); None when it is empty."""
+        """Return the text made safe and stripped (it may stand in spaces); None when it is empty."""
         value = self._data.get(key)
-        return (value.strip() or None) if isinstance(value, str) else None
+        return (safe_text(value, MAX_TEXT).strip() or None) if isinstance(value, str) else None
+
+    def script(self, key: str) -> str | None:
+        """Return a text of many lines as it is; None when it is none."""
+        value = self._data.get(key)
+        return value if isinstance(value, str) and value.strip() else None
 
     def rows(self, key: str) -> list[object]:
         value = self._data.get(key)
@@ -125,6 +143,10 @@ class Fields:
         """Return the object; an empty one when it is missing or null."""
         value = self._data.get(key)
         return value if isinstance(value, dict) else {}
+
+    def is_null(self, key: str) -> bool:
+        """Return whether the field is there, and null."""
+        return key in self._data and self._data[key] is None
 
     def flag(self, key: str) -> bool | None:
         value = self._data.get(key)
@@ -189,8 +211,17 @@ def offer_of(f: Fields) -> Offer:
 
 
 def row_of(f: Fields) -> Row:
-    """Read an instance; what the service does not say is None or computed from what it says."""
-    dph_total = f.amount("dph_total")
+    """Read an instance; what the service does not say is None or computed from what it says.
+
+    Only a row without an id cannot be read. One that lacks its machine or its price is odd, and still a
+    machine of ours that bills: the others must not suffer from it, nor may it be overlooked.
+    """
+    priced = f.maybe_amount("dph_total") is not None
+    machine_id = f.maybe_whole("machine_id")
+    lacks = [
+        name for name, there in (("dph_total", priced), ("machine_id", machine_id is not None)) if not there
+    ]
+    dph_total = f.maybe_amount("dph_total") or 0.0
     storage_usd_h = f.maybe_amount("storage_total_cost")
     if storage_usd_h is None:
         gb, usd_gb_month = f.maybe_amount("disk_space"), f.maybe_amount("storage_cost")
@@ -203,7 +234,7 @@ def row_of(f: Fields) -> Row:
         price_now = storage_usd_h if cur_state in ("stopped", "unloaded") else dph_total
     return Row(
         id=f.whole("id"),
-        machine_id=f.whole("machine_id"),
+        machine_id=machine_id,
         label=f.maybe_text("label"),
         actual_status=f.maybe_text("actual_status"),
         intended_status=f.maybe_text("intended_status"),
@@ -222,7 +253,9 @@ def row_of(f: Fields) -> Row:
         start_date=f.maybe_amount("start_date"),
         end_date=f.maybe_amount("end_date"),
         image=f.maybe_text("image_uuid"),
-        onstart=f.maybe_text("onstart"),
+        onstart=f.script("onstart"),
+        priced=priced,
+        odd=f"it lacks {' and '.join(lacks)}" if lacks else None,
     )
 
 

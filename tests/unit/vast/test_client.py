@@ -95,10 +95,6 @@ def test_a_run_that_failed_raises_whatever_its_exit_status(
         (listing([instance()], instances_found=2), "the 2 rows that the page claims, got 1"),
         (listing([], total_instances=None), "a whole number as total_instances"),
         (listing([instance(id="x")]), "a whole number as id of the instance, got a str"),
-        (listing([instance(machine_id=None)]), "a whole number as machine_id"),
-        (listing([instance(dph_total=None)]), "as dph_total of the instance, got null"),
-        (listing([instance(dph_total=float("nan"))]), "as dph_total"),
-        (listing([instance(dph_total=-1)]), "as dph_total"),
         (listing([7]), "expected an object for each instance, got a int"),
     ],
 )
@@ -478,3 +474,58 @@ def test_a_key_that_was_not_added_raises(fake: ScriptedCli, run: tuple[str, str,
 def test_what_is_not_one_public_key_is_not_sent(fake: ScriptedCli, key: str) -> None:
     with pytest.raises(ValueError, match="one line of an ssh public key"):
         fake.plays(answered([])).register_ssh_key(key)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "lacks"),
+    [
+        ({"machine_id": None}, "it lacks machine_id"),
+        ({"dph_total": None}, "it lacks dph_total"),
+        ({"dph_total": float("nan")}, "it lacks dph_total"),
+        ({"dph_total": -1}, "it lacks dph_total"),
+        ({"machine_id": 10**30}, "it lacks machine_id"),
+        ({"dph_total": None, "machine_id": "7"}, "it lacks dph_total and machine_id"),
+    ],
+)
+def test_an_odd_row_is_odd_and_the_others_are_fine(
+    fake: ScriptedCli, flaw: dict[str, object], lacks: str
+) -> None:
+    """One row that lacks a price made every turn fail, and nothing scaled any more."""
+    rows = fake.plays(answered(listing([instance(**flaw), instance(id=1002)]))).list_instances()
+    assert [(r.id, r.odd) for r in rows] == [(1001, lacks), (1002, None)]
+
+
+def test_a_row_without_an_id_is_left_out_and_the_others_are_read(
+    fake: ScriptedCli, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = fake.plays(answered(listing([7, instance(id=None), instance(id=1002)]))).list_instances()
+    assert [r.id for r in rows] == [1002]
+    assert "2 of 3 rows left out" in caplog.text
+
+
+def test_texts_of_a_row_are_made_safe_where_they_enter(fake: ScriptedCli) -> None:
+    said = "bad \ud800\x1b[2J\nfake line " + "x" * 10_000
+    [row] = fake.plays(answered(listing([instance(status_msg=said)]))).list_instances()
+    assert row.status_msg is not None
+    row.status_msg.encode()
+    assert len(row.status_msg) <= 1_000
+    assert row.status_msg.isprintable()
+
+
+def test_its_own_page_says_whether_an_instance_is_there(fake: ScriptedCli) -> None:
+    row = fake.plays(answered(instance(id=5))).show_instance(5)
+    assert row is not None
+    assert row.id == 5
+    assert fake.plays(answered({"instances": None})).show_instance(5) is None
+    assert fake.plays(refused(404, "no such instance")).show_instance(5) is None
+
+
+@pytest.mark.parametrize(
+    "run",
+    [answered({}), answered([]), answered(None), said(""), refused(500, "oops"), answered(instance(id=6))],
+)
+def test_only_a_clear_answer_says_that_an_instance_is_gone(
+    fake: ScriptedCli, run: tuple[str, str, int]
+) -> None:
+    with pytest.raises(CloudError):
+        fake.plays(run).show_instance(5)
