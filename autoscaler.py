@@ -26,11 +26,12 @@ from typing import Any
 
 from engine.profiles import Profile
 from fleet import planner
-from fleet.commands import Command, Drain, LookForOffers, Performed, Undrain
+from fleet.commands import AskPage, Command, Drain, LookForOffers, Performed, Undrain
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.drain import drained
 from fleet.durations import MeasuredDurations
+from fleet.evidence import Health
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.instance import Instance
 from fleet.journal import Decision, Journal, SavedFleet
@@ -69,6 +70,7 @@ class InstanceSet:
         self.journal = Journal()
         self.durations = MeasuredDurations(profile, speedup)
         self.market = Market(profile, deadlines)
+        self._host_keys: dict[str, str] = {}  # that each instance showed first, by label
         self._check_hot_every_s = check_hot_every_s
         self._check_boot_every_s = check_boot_every_s
         self._reconciler = Reconciler(
@@ -79,7 +81,8 @@ class InstanceSet:
         """Take over what the ledger knows of the last process; what was hot is to be checked."""
         self.market.restore(saved.bad_machines)
         self.durations.restore(saved.start_times_s, saved.load_times_s)
-        self._reconciler.restore(saved.instances, saved.vanished, now)
+        self._host_keys.update(saved.host_keys)
+        self._reconciler.restore(saved, now)
 
     def set_manage(self, manage: bool) -> None:
         """Set whether anything new is ordered; what was begun is finished either way."""
@@ -95,14 +98,17 @@ class InstanceSet:
         """Apply one health check."""
         self._reconciler.judge(check, now)
 
-    def decide(self, demand: Demand, policy: Policy, now: float) -> Decision:
+    def decide(self, demand: Demand, policy: Policy, now: float, *, writable: bool = True) -> Decision:
         """Return what to ask of the cloud so that capacity meets demand; change nothing.
 
-        Calling it twice gives the same answer. On a listing that is not believed nothing is decided.
+        Calling it twice gives the same answer. On a listing that is not believed nothing is decided; while
+        the ledger is not writable, nothing that it would have to know.
         """
-        return planner.decide(self.situation(demand, now, policy.memory_s), policy)
+        return planner.decide(self.situation(demand, now, policy.memory_s, writable=writable), policy)
 
-    def situation(self, demand: Demand, now: float, memory_s: float = math.inf) -> Situation:
+    def situation(
+        self, demand: Demand, now: float, memory_s: float = math.inf, *, writable: bool = True
+    ) -> Situation:
         """Return all that a decision depends on, for a policy that looks back memory_s."""
         return Situation(
             now=now,
@@ -115,6 +121,8 @@ class InstanceSet:
             limits=self.limits,
             deadlines=self.deadlines,
             manage=self.manage,
+            writable=writable,
+            heard=demand.heard(now),
         )
 
     def begin(self, command: Command, now: float) -> None:
@@ -133,8 +141,14 @@ class InstanceSet:
             self.market.note_offer_gone(now)
         if isinstance(command, LookForOffers):
             self.market.end_search(done.offers, now)
+        elif isinstance(command, AskPage):
+            self._reconciler.finish_page(command, done, now)
         elif not isinstance(command, Drain | Undrain):
             self._reconciler.finish(command, done, now)
+
+    def excuse(self, now: float) -> None:
+        """Let no deadline pass for a while: for some time a fault of ours kept us from looking or acting."""
+        self._reconciler.excuse(now)
 
     # -- health checks and reports ---------------------------------------------------------------------
 
@@ -149,6 +163,22 @@ class InstanceSet:
             if i.state in CHECKED and i.label not in under_way and now - i.last_check_at >= every_s:
                 due.append(i.order_check(now))
         return [order for order in due if order is not None]
+
+    def remember_host_key(self, label: str, key: str) -> str:
+        """Return the ssh host key that the instance showed first, which may be this one."""
+        if label not in self._host_keys:
+            self._host_keys[label] = key
+            self.journal.add_host_key(label, key)
+        return self._host_keys[label]
+
+    @property
+    def wants_reach(self) -> bool:
+        """Whether a check met nobody: then it is to be known whether our own network works."""
+        return self._reconciler.wants_reach()
+
+    def record_reach(self, health: Health, now: float) -> None:
+        """Take in a reachability check of our own."""
+        self._reconciler.reach.note(health, now)
 
     def record_message(self, label: str, boot_id: str, number: int, why: str) -> bool:
         """Take in what an instance says of itself; False when that was heard before.

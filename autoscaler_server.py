@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from typing import Any
 
 from flask import Flask, Response, jsonify, request
 
@@ -21,6 +22,7 @@ from fleet.outside.decisions import decisions_answer
 from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.hot_set_push import current_hot_set
 from fleet.outside.metrics import AutoscalerMetrics
+from fleet.outside.own_health import Reason
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.tuner import NoCurve, Tuner
@@ -30,6 +32,7 @@ from fleet_client.flags import Parser, add_flags
 from fleet_client.listening import bind_socket, check_bind
 from policies import POLICIES, make_policy
 from process.errors import ConfigError
+from process.safe_text import safe_text
 from web.answers import JsonAnswer, error, response
 from web.app import body, make_app, query_number, requires
 from web.bridge import serve_flask
@@ -85,10 +88,21 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> None:
         last = scaler.last_good_turn
         age = scaler.clock() - (started if last is None else last)
         shown = round(age, 1)
-        if last is not None and age <= max(HEALTHY_FOR[0], HEALTHY_FOR[1] * poll_interval_s):
-            return jsonify(status="ok", last_good_turn_age_s=shown), 200
-        message = f"no listing worked for {age:.0f} s: {scaler.last_error}"
-        return jsonify(error="no_good_turn", message=message, last_good_turn_age_s=shown), 503
+        market = scaler.instances.market
+        reasons = scaler.own.reasons(market.failed_creates, market.last_failure, scaler.clock())
+        if last is None or age > max(HEALTHY_FOR[0], HEALTHY_FOR[1] * poll_interval_s):
+            message = f"no listing worked for {age:.0f} s: {scaler.last_error}"
+            reasons.insert(0, Reason("no_good_turn", message))
+        more: dict[str, Any] = {"last_good_turn_age_s": shown}
+        if scaler.own.restarts:
+            more["restarted_threads"] = dict(scaler.own.restarts)
+        if scaler.own.clock_steps:
+            more["clock_steps"] = [{"at": at, "by_s": round(by_s, 1)} for at, by_s in scaler.own.clock_steps]
+        if not reasons:
+            return jsonify(status="ok", **more), 200
+        said = [{"reason": r.code, "message": safe_text(r.message)} for r in reasons]
+        message = "; ".join(safe_text(r.message) for r in reasons)
+        return jsonify(error=reasons[0].code, message=message, reasons=said, **more), 503
 
 
 def _add_loadbalancer_routes(
@@ -102,6 +116,7 @@ def _add_loadbalancer_routes(
     @app.get("/hot")
     @control
     def hot() -> Response:
+        scaler.own.note_contact(scaler.clock())
         found = current_hot_set(scaler, master_token)
         if found is None:
             return error(503, "not_ready", "the fleet is not known yet: just started")
@@ -110,6 +125,7 @@ def _add_loadbalancer_routes(
     @app.post("/busy")
     @control
     def busy() -> Response:
+        scaler.own.note_contact(scaler.clock())
         scaler.record_report(body(BusyReport))
         with scaler.lock:
             version = scaler.instances.hot_version
@@ -131,7 +147,7 @@ def _add_ready(
             return error(401, "unauthorized", "wanted the signature of an instance of the fleet")
         label = next(label for label, one in signers.items() if one[0] == name)
         said = decode(raw, ReadyBody)
-        why = f"{said.state}: {said.why}" if said.why else said.state
+        why = safe_text(f"{said.state}: {said.why}" if said.why else said.state)
         if not scaler.record_message(label, said.boot_id, said.number, why):
             return error(409, "heard_before", "this message, or one after it, was heard before")
         log.info("%s says: %s", label, why)

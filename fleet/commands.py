@@ -7,7 +7,7 @@ reply given to `finish`. Its failure costs only itself: what became of it is see
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from vast.rows import Offer
+from vast.rows import Offer, Row
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Create:
     offer: Offer
     why: str
     label: str = ""
+    evidence: str = ""  # what it follows from
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Destroy:
     label: str
     id: int
     why: str
+    evidence: str = ""  # what it follows from
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,16 @@ class LookForOffers:
     why: str
 
 
-Command = Create | Start | Stop | Destroy | Drain | Undrain | LookForOffers
+@dataclass(frozen=True)
+class AskPage:
+    """Ask for the instance's own page: the listings lack it, and only its page says that it is gone."""
+
+    label: str
+    id: int
+    why: str
+
+
+Command = Create | Start | Stop | Destroy | Drain | Undrain | LookForOffers | AskPage
 
 
 class Reply(StrEnum):
@@ -80,6 +91,7 @@ class Reply(StrEnum):
     DONE = "done"
     REFUSED = "refused"  # the cloud said no: nothing happened
     UNKNOWN = "unknown"  # no reply, or one that may hide an effect
+    UNSENT = "unsent"  # a fault of ours: it was not sent
 
 
 def with_label(command: Create, label: str) -> Create:
@@ -92,6 +104,7 @@ class Performed:
     """How a command went. why: it was not done. new_id: of a created instance.
 
     offers: what a search found. offer_gone: another customer has the offer; the next one may still be free.
+    row: what the instance's own page shows, None when it says that there is none.
     """
 
     reply: Reply
@@ -99,3 +112,4 @@ class Performed:
     new_id: int | None = None
     offers: tuple[Offer, ...] | None = None
     offer_gone: bool = False
+    row: Row | None = None

@@ -17,6 +17,7 @@ FLOORS_S = {
     "vanished_s": 60.0,
     "absent_s": 12.0,
     "patience_s": 20.0,
+    "together_s": 300.0,
     "broken_host_s": 5.0,
     "repeat_s": 8.0,
     "no_gpu_rest_s": 30.0,
@@ -47,6 +48,7 @@ class Deadlines:
         120.0  # a listing that lacks most of the fleet counts as an outage; those last a minute
     )
     patience_s: float = 60.0  # after a time without a believed listing every instance is looked at first
+    together_s: float = 600.0  # no machine answers our checks: outages of our own network last minutes
     broken_host_s: float = 10.0  # a docker error in status_msg that stays
     repeat_s: float = 15.0  # a stop or destroy without effect is sent again
     no_gpu_rest_s: float = 600.0  # a cold instance whose GPU was taken is not started again

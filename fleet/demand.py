@@ -24,6 +24,12 @@ from web.messages.busy import BusyReport
 SILENT_S = 10.0
 """Seconds without a report, which comes each second, after which a loadbalancer is not counted any more."""
 
+SETTLED_S = 10.0
+"""Seconds of reports after which the demand is known: the first comes before the clients have come back."""
+
+DEAF_S = 120.0
+"""Seconds after the start of this process from which demand counts as known although nobody reports any."""
+
 KNOWN_S = 86_400.0
 """Seconds for which its cumulative figures are kept: if it comes back it must not be counted from 0 again."""
 
@@ -57,6 +63,7 @@ class Demand:
         self._no_balancers = no_balancers
         self._memory_s = memory_s
         self._began = began
+        self._first_report_at: float | None = None
         self._last: dict[str, tuple[float, BusyReport]] = {}  # of those heard of lately
         self._known: dict[str, tuple[float, BusyReport]] = {}
         self._series: list[tuple[float, float]] = []
@@ -64,6 +71,7 @@ class Demand:
 
     def add_report(self, report: BusyReport, now: float) -> tuple[dict[int, float], list[int]]:
         """Take in a report; return seconds newly worked by instance, and instances with new failures."""
+        self._first_report_at = now if self._first_report_at is None else self._first_report_at
         at, before = self._known.get(report.loadbalancer, (now, None))
         most_s = float("inf")
         if before is None:
@@ -158,6 +166,12 @@ class Demand:
     def reporting(self) -> bool:
         """Whether it is known where leases are out."""
         return self._no_balancers or bool(self._last)
+
+    def heard(self, now: float) -> bool:
+        """Return whether demand is known: until then a fleet that was found hot stays hot."""
+        first = self._first_report_at
+        settled = first is not None and now - first >= SETTLED_S
+        return self._no_balancers or settled or now - self._began >= DEAF_S
 
     def no_lease_on(self, instance_id: int, version: int) -> bool:
         """Return whether every loadbalancer heard of lately knows that hot set and has no lease out on it.

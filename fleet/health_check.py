@@ -16,6 +16,7 @@ class Verdict(StrEnum):
     LOADING = "loading"  # reachable, but the ready line is not there yet
     FATAL = "fatal"  # the log of this boot holds a fatal line, or the host key changed
     FAILED = "failed"  # did not answer as a hot instance must
+    UNKNOWN = "unknown"  # a fault of ours: the check could not be made
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class HealthCheck:
     """One finished health check.
 
     in_flight: requests that the instance itself says it is working on. certificate: the machine's (PEM), when
-    the check read it over ssh.
+    the check read it over ssh. answered: the machine itself did, although the check failed. stranger:
+    somebody else did.
     """
 
     label: str
@@ -32,6 +34,14 @@ class HealthCheck:
     why: str
     in_flight: int | None = None
     certificate: str | None = None
+    answered: bool = False
+    stranger: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether it was the machine itself that answered, and not nobody or a stranger."""
+        by_verdict = self.verdict not in (Verdict.FAILED, Verdict.UNKNOWN)
+        return not self.stranger and (self.answered or by_verdict)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from engine.profiles import Profile
 from fleet.deadlines import Deadlines
+from fleet.evidence import Trouble
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.journal import BillingInterval, SavedInstance
-from fleet.states import BILLS_GPU, SERVING, State, check_transition
+from fleet.states import BILLS_GPU, CHECKED, SERVING, State, check_transition
 from fleet_client.back_off import back_off_s
 from vast.rows import Offer, Row
 from web.replay_guard import ReplayGuard
@@ -20,6 +21,9 @@ from web.replay_guard import ReplayGuard
 UP = frozenset({"running"})
 DOWN = frozenset({"stopped", "exited"})
 LOST = frozenset({"offline", "unknown", "frozen"})
+
+RUNS = CHECKED | {State.LOADING}
+"""States in which a container that is down has ended by itself."""
 
 HOST_ERRORS = (
     "error response from daemon",
@@ -34,6 +38,12 @@ READ_LOG_EVERY = 4
 """Health checks of a hot instance to one that also reads its log: that costs an ssh handshake, and the test
 prompt finds more."""
 
+STUCK_S = 300.0
+"""Seconds after which an order that was begun and not answered is lost: no call of the CLI lasts so long."""
+
+PAGE_TURNS = 2
+"""Listings in a row that lack an instance before its own page is asked for: one may be late."""
+
 THROUGHPUT_NOISE = 0.02
 """Share by which a measured throughput must differ from the known one to count."""
 
@@ -43,6 +53,7 @@ class Orders:
     """The orders to the cloud about one instance."""
 
     out: int = 0  # begun and not answered
+    begun_at: float = float("-inf")
     asked_at: float = 0.0  # when its creation, its stop or its end was asked for
     answered_at: float = float("-inf")
     destroyed: bool = False  # the cloud has confirmed its end
@@ -51,9 +62,14 @@ class Orders:
         """Begin to wait for the effect of a stop or destroy."""
         self.asked_at = now
 
-    def begin(self) -> None:
-        """Count an order as begun."""
-        self.out += 1
+    def begin(self, now: float) -> None:
+        """Count an order as begun; what has been out for too long is lost."""
+        self.out = (0 if self.is_stuck(now) else self.out) + 1
+        self.begun_at = now
+
+    def is_stuck(self, now: float) -> bool:
+        """Return whether an order is out that cannot be on its way any more."""
+        return self.out > 0 and now - self.begun_at > STUCK_S
 
     def answer(self, now: float, *, destroyed: bool = False) -> None:
         """Count an order as answered; destroyed: the cloud confirms the end of the instance."""
@@ -61,8 +77,44 @@ class Orders:
         self.destroyed = self.destroyed or destroyed
 
     def unheeded(self, repeat_s: float, now: float) -> bool:
-        """Return whether the last was answered a while ago; one that waits to be sent is not sent twice."""
-        return not self.out and now - self.answered_at >= repeat_s
+        """Return whether the last was answered a while ago, or is lost; one that waits is not sent twice."""
+        return self.is_stuck(now) or (not self.out and now - self.answered_at >= repeat_s)
+
+
+@dataclass
+class Absence:
+    """The listings in a row that lack one instance, and what became of asking for its own page."""
+
+    since: float | None = None
+    turns: int = 0
+    asking: bool = False
+    asked_at: float = float("-inf")
+    shown_at: float = float("-inf")  # when its own page last said that it is there
+
+    def miss(self, now: float) -> float:
+        """Count a listing that lacks it; return for how many seconds they have."""
+        self.since = now if self.since is None else self.since
+        self.turns += 1
+        return now - self.since
+
+    def end(self) -> None:
+        """Note that it was seen."""
+        self.since, self.turns = None, 0
+
+    def ask(self, now: float) -> None:
+        """Note that its page is asked for."""
+        self.asking, self.asked_at = True, now
+
+    def answer(self, now: float, *, shown: bool) -> None:
+        """Note that the page came, or did not."""
+        self.asking = False
+        if shown:
+            self.shown_at = now
+
+    def page_due(self, repeat_s: float, now: float) -> bool:
+        """Return whether its own page is to be asked for."""
+        waiting = self.asking and now - self.asked_at <= STUCK_S
+        return self.turns >= PAGE_TURNS and not waiting and now - self.asked_at >= repeat_s
 
 
 @dataclass
@@ -126,8 +178,7 @@ class Instance:
     ssh: tuple[str, int] | None = None
     listed: bool = False  # to this process
     intended: str | None = None  # intended_status
-    absent_since: float | None = None  # in the listings
-    absent_turns: int = 0
+    odd: str | None = None  # what its row does not say, or says wrongly
     lost_since: float | None = None  # host offline
     broken_since: float | None = None  # error in status_msg
     patience_until: float = float("-inf")  # no deadline passes before
@@ -143,6 +194,10 @@ class Instance:
     in_flight: int | None = None  # requests, as it said itself in this boot
     in_flight_at: float = 0.0
     drain_version: int = 0  # of the first hot set in which it is draining
+    evidence: str = ""  # on which it was given up
+    suspected: bool = False  # silent for so long that another takes its place meanwhile
+    absence: Absence = field(default_factory=Absence)
+    trouble: Trouble = field(default_factory=Trouble)
     boot: BootRecord = field(default_factory=BootRecord)
     orders: Orders = field(default_factory=Orders)
     replay_guard: ReplayGuard = field(default_factory=ReplayGuard)
@@ -223,7 +278,7 @@ class Instance:
         """Change the state; raise IllegalTransition, and change nothing, where the table has no such edge."""
         check_transition(self.state, state)
         self.state, self.since, self.why = state, now, why
-        self.unverified = False
+        self.unverified = self.suspected = False
 
     def explain(self, why: str) -> None:
         """Say better why it is in its state."""
@@ -231,39 +286,42 @@ class Instance:
 
     def read_row(self, row: Row, profile: Profile, now: float) -> bool:
         """Copy what the listing shows; return whether its address is another one."""
-        self.absent_since, self.absent_turns = None, 0
-        self.listed, self.intended = True, row.intended_status
-        self.id, self.machine_id = row.id, row.machine_id
-        self.gpu_name, self.num_gpus = row.gpu_name, row.num_gpus
+        self.absence.end()
+        self.listed, self.intended, self.odd = True, row.intended_status, row.odd
+        self.id, self.machine_id = row.id, row.machine_id or self.machine_id
+        self.gpu_name, self.num_gpus = row.gpu_name or self.gpu_name, row.num_gpus
         if self.throughput_work_s <= 1.0:
             self.throughput_work_s = profile.throughput_on(row.gpu_name, row.num_gpus)
-        self.price_usd_h = row.price_now_usd_h
-        self.running_usd_h, self.stopped_usd_h = row.dph_total, row.storage_usd_h
+        if row.priced:
+            self.price_usd_h = row.price_now_usd_h
+            self.running_usd_h, self.stopped_usd_h = row.dph_total, row.storage_usd_h
         self.ssh = _ssh_address(row)
         self.lost_since = _since(self.lost_since, now, row.actual_status in LOST)
         self.broken_since = _since(self.broken_since, now, _has_host_error(row.status_msg))
+        ended = row.actual_status in DOWN and row.intended_status != "stopped" and self.state in RUNS
+        self.trouble.note_ended(now, ended=ended)
         moved = (self.host, self.ports) != (row.public_ip, row.ports)
         if moved:
             self.host, self.ports = row.public_ip, row.ports
         return moved
 
-    def miss(self, now: float) -> float:
-        """Count a listing that lacks it; return for how many seconds they have."""
-        self.absent_since = now if self.absent_since is None else self.absent_since
-        self.absent_turns += 1
-        return now - self.absent_since
-
     def spare_until(self, until: float) -> None:
         """Let no deadline of it pass before then."""
-        self.patience_until = until
+        self.patience_until = max(until, self.patience_until)
 
-    def condemn(self) -> None:
-        """Give it up for good: if its label reappears it is destroyed."""
+    def suspect(self) -> None:
+        """Count no more on it, without giving it up."""
+        self.suspected = True
+
+    def condemn(self, evidence: str = "") -> None:
+        """Give it up for good, on that evidence: if its label reappears it is destroyed."""
         self.condemned = True
+        self.evidence = evidence or self.evidence
 
     def come_up(self, now: float) -> None:
         """Begin a boot: its container is up."""
         self.boot.come_up(now)
+        self.trouble.forget()
         self.in_flight = None
 
     def warm_up(self) -> None:
@@ -357,7 +415,7 @@ class Instance:
     def is_coming(self) -> bool:
         """Whether it is on its way to hot with the model on its disk, as far as is known."""
         return self.state is State.STARTING or (
-            self.state is State.RUNNING and (self.loaded or self.unverified)
+            self.state is State.RUNNING and (self.loaded or self.unverified) and not self.suspected
         )
 
     def saved(self) -> SavedInstance:

@@ -55,7 +55,9 @@ class SavedFleet:
     """What a restarted autoscaler must know.
 
     bad_machines: until when they are not rented, by machine_id. vanished: until when they count against the
-    limits, and $/h, by label. start_times_s, load_times_s: the last ones to hot, oldest first.
+    limits, and $/h, by label. lacking: since when the listings lack most of the fleet, and when that was last
+    so. host_keys: the ssh host key that an instance showed first, by label.
+    start_times_s, load_times_s: the last ones to hot, oldest first.
     """
 
     instances: Sequence[SavedInstance] = ()
@@ -63,6 +65,8 @@ class SavedFleet:
     vanished: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     start_times_s: Sequence[float] = ()
     load_times_s: Sequence[float] = ()
+    lacking: tuple[float | None, float] = (None, float("-inf"))
+    host_keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Entries:
     """What happened in a while: rows for the ledger, and lines for the log.
 
     instances: by label, as they are now. durations: (kind, at, seconds). bad_machines: (until, why) by
-    machine_id. vanished: (until, $/h) by label.
+    machine_id. vanished: (until, $/h) by label. lacking: as in SavedFleet. host_keys: by label.
     """
 
     intervals: list[BillingInterval] = field(default_factory=list)
@@ -93,11 +97,18 @@ class Entries:
     durations: list[tuple[str, float, float]] = field(default_factory=list)
     bad_machines: dict[int, tuple[float, str]] = field(default_factory=dict)
     vanished: dict[str, tuple[float, float]] = field(default_factory=dict)
+    host_keys: dict[str, str] = field(default_factory=dict)
+    lacking: tuple[float | None, float] | None = None
     lines: list[str] = field(default_factory=list)
+
+    def note_lacking(self, since: float | None, now: float) -> None:
+        """Add since when the listings lack most of the fleet."""
+        self.lacking = since, now
 
     def __bool__(self) -> bool:
         """Return whether there is anything for the ledger."""
-        return bool(self.intervals or self.instances or self.durations or self.bad_machines or self.vanished)
+        rows = (self.intervals, self.instances, self.durations, self.bad_machines, self.vanished)
+        return any(rows) or bool(self.host_keys) or self.lacking is not None
 
 
 class Journal:
@@ -106,6 +117,7 @@ class Journal:
     def __init__(self) -> None:
         """Begin with nothing."""
         self._entries = Entries()
+        self._lacked = False
 
     def log(self, line: str) -> None:
         """Add a line for the log."""
@@ -131,6 +143,16 @@ class Journal:
         """Add an instance that the cloud does not list any more; until then it counts against the limits."""
         self._entries.vanished[label] = (until, usd_h)
 
+    def add_host_key(self, label: str, key: str) -> None:
+        """Add the host key that an instance has shown first."""
+        self._entries.host_keys[label] = key
+
+    def note_lacking(self, since: float | None, now: float) -> None:
+        """Add since when the listings lack most of the fleet, while they do; None: they do not."""
+        if since is not None or self._lacked:
+            self._entries.note_lacking(since, now)
+        self._lacked = since is not None
+
     def take(self) -> Entries:
         """Return what was added since the last call."""
         taken, self._entries = self._entries, Entries()
@@ -145,5 +167,7 @@ class Journal:
             taken.durations + later.durations,
             taken.bad_machines | later.bad_machines,
             taken.vanished | later.vanished,
+            taken.host_keys | later.host_keys,
+            later.lacking or taken.lacking,
             later.lines,
         )

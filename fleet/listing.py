@@ -13,30 +13,39 @@ from vast.rows import Row
 class ListingTrust:
     """Weighs each listing against what was expected in it."""
 
-    def __init__(self, disbelief_s: float) -> None:
-        """disbelief_s: a listing that lacks most of the fleet for so long is believed."""
+    def __init__(self, disbelief_s: float, short_s: float) -> None:
+        """disbelief_s: a listing that lacks most of the fleet for so long is believed.
+
+        short_s: the same where all that it lacks does not answer our checks, either.
+        """
         self.believed = False
         self.read_at: float | None = None  # when one was last read, believed or not
-        self._disbelief_s = disbelief_s
-        self._lacking_since: float | None = None
+        self.lacking_since: float | None = None  # since when they lack most of the fleet
+        self._disbelief_s, self._short_s = disbelief_s, short_s
         self._blind_since: float | None = float("-inf")  # since when none was believed
 
     def fail(self, now: float) -> None:
         """Note that there is no listing."""
         self._note(False, now)
 
-    def weigh(self, found: int, expected: int, now: float) -> bool:
+    def restore(self, lacking_since: float | None) -> None:
+        """Go on from the disbelief of the last process: it must not begin anew with each restart."""
+        self.lacking_since = lacking_since
+
+    def weigh(self, found: int, expected: int, now: float, *, dead: bool) -> bool:
         """Say whether the listing is believed that shows so many of the expected instances.
 
-        Return whether it is the first of a row that lacks more than half of them.
+        dead: what it lacks does not answer our checks. Return whether it is the first of a row that lacks
+        more than half of them.
         """
         lacks = 2 * found < expected
-        first = lacks and self._lacking_since is None
+        first = lacks and self.lacking_since is None
         if not lacks:
-            self._lacking_since = None
+            self.lacking_since = None
         elif first:
-            self._lacking_since = now
-        self._note(self._lacking_since is None or now - self._lacking_since >= self._disbelief_s, now)
+            self.lacking_since = now
+        patience_s = self._short_s if dead else self._disbelief_s
+        self._note(self.lacking_since is None or now - self.lacking_since >= patience_s, now)
         return first
 
     def _note(self, believed: bool, now: float) -> None:

@@ -38,6 +38,8 @@ class Market:
         self._offers: tuple[Offer, ...] = ()  # the cheapest for its work first
         self._offers_at = float("-inf")
         self._searching_since = float("-inf")
+        self.bad_reasons: dict[int, str] = {}  # machine_id: on what evidence, as far as this process knows
+        self.last_failure = ""  # of a create
         self._failed_creates = 0
         self._no_create_before = float("-inf")
 
@@ -78,8 +80,9 @@ class Market:
 
     # -- what became of creates ------------------------------------------------------------------------
 
-    def note_create_failed(self, now: float) -> None:
+    def note_create_failed(self, now: float, why: str = "") -> None:
         """Count a create that failed; those ordered together count once: it is the same trouble."""
+        self.last_failure = why
         if now < self._no_create_before:
             return
         self._failed_creates += 1
@@ -91,8 +94,14 @@ class Market:
         """Note that a rented machine became hot."""
         self._failed_creates = 0
 
-    def avoid(self, machine_id: int, now: float) -> float:
-        """Rent that machine no more for a while; return until when."""
+    @property
+    def failed_creates(self) -> int:
+        """Creates in a row that failed."""
+        return self._failed_creates
+
+    def avoid(self, machine_id: int, why: str, now: float) -> float:
+        """Rent that machine no more for a while, on that evidence; return until when."""
+        self.bad_reasons[machine_id] = why
         until = self.bad_machines[machine_id] = now + self._deadlines.bad_machine_s
         return until
 

@@ -10,13 +10,25 @@
 
 - Every order that costs more passes `LimitGuard` (fleet/limits.py).
 - Nothing with requests is stopped here before its drain has ended (fleet/drain.py).
-- On a listing that is not believed nothing is decided.
+- On a listing that is not believed nothing is decided; only own pages are asked for.
+- While the ledger cannot be written, only what is drained is stopped: that need not be written down first.
+- Until demand has been heard of, a fleet that was found hot stays hot.
 """
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from fleet.commands import Command, Create, Destroy, Drain, LookForOffers, Start, Stop, Undrain
+from fleet.commands import (
+    AskPage,
+    Command,
+    Create,
+    Destroy,
+    Drain,
+    LookForOffers,
+    Start,
+    Stop,
+    Undrain,
+)
 from fleet.deadlines import Deadlines
 from fleet.drain import drain_order, end_of_drain
 from fleet.instance import Instance
@@ -26,6 +38,12 @@ from fleet.market import MarketSnapshot
 from fleet.states import GIVEN_UP, State
 from policies import FleetSnapshot, Policy
 
+NOT_WRITABLE = "the ledger cannot be written: only what is drained is stopped"
+NOT_HEARD = "no loadbalancer has been heard for long enough: nothing is taken out of service"
+
+MOST_PAGES = 3
+"""Own pages that are asked for in one turn: each is a call of the CLI, two seconds from the next."""
+
 NOT_BELIEVED = "the listing failed or is not believed: nothing decided"
 
 
@@ -34,7 +52,7 @@ class Situation:
     """All that a decision depends on. The instances are the live ones: they are read, never written.
 
     believed: the listing is. drained: labels of those whose drain has ended. manage: whether anything new may
-    be ordered.
+    be ordered. writable: the ledger is. heard: demand is known.
     """
 
     now: float
@@ -47,13 +65,24 @@ class Situation:
     limits: Limits
     deadlines: Deadlines
     manage: bool
+    writable: bool = True
+    heard: bool = True
 
 
 def decide(situation: Situation, policy: Policy) -> Decision:
     """Return what to ask of the cloud so that capacity meets demand; change nothing."""
     if not situation.believed:
-        return Decision(situation.now, None, None, (), (NOT_BELIEVED,))
+        return Decision(situation.now, None, None, tuple(_pages(situation)), (NOT_BELIEVED,))
     return Planner(situation).decide(policy)
+
+
+def _pages(situation: Situation) -> Iterator[AskPage]:
+    """Ask for the own pages of instances that the listings lack, the longest missing first."""
+    repeat_s, now = situation.deadlines.repeat_s, situation.now
+    due = [i for i in situation.instances if i.id is not None and i.absence.page_due(repeat_s, now)]
+    for i in sorted(due, key=lambda i: (i.absence.asked_at, i.label))[:MOST_PAGES]:
+        if i.id is not None and not (i.state is State.DESTROYING and i.orders.destroyed):
+            yield AskPage(i.label, i.id, f"{i.absence.turns} listings in a row lack it")
 
 
 class Planner:
@@ -69,6 +98,7 @@ class Planner:
         self._notes: list[str] = []
         self._clamped: list[str] = []
         self._commands: list[Command] = []
+        self._evidence = ""
         self._guard = LimitGuard(situation.limits, situation.committed, self._notes)
 
     def decide(self, policy: Policy) -> Decision:
@@ -77,13 +107,25 @@ class Planner:
         targets = policy.targets(snapshot)
         hot = self._clamp("hot", targets.hot)
         total = max(hot, self._clamp("total", targets.total))
+        if not self._situation.writable:
+            self._commands += (c for c in self._follow_up() if isinstance(c, Stop))
+            self._commands += self._pages()
+            self._notes.append(NOT_WRITABLE)
+            return Decision(self._now, snapshot, targets, tuple(self._commands), tuple(self._notes))
         self._commands += self._follow_up()
         if self._situation.manage:
+            self._evidence = _evidence(snapshot, hot, total)
             self._reach_hot(hot)
             self._reach_total(total)
+        self._commands += self._pages()
         return Decision(
             self._now, snapshot, targets, tuple(self._commands), tuple(self._notes), tuple(self._clamped)
         )
+
+    def _pages(self) -> list[AskPage]:
+        """Ask for own pages, but for those of instances about which something else is ordered."""
+        ordered = {c.label for c in self._commands if not isinstance(c, LookForOffers)}
+        return [page for page in _pages(self._situation) if page.label not in ordered]
 
     def _clamp(self, what: str, wanted: int) -> int:
         """Return the wanted number inside 0 … max_instances, and note when it was not."""
@@ -102,9 +144,9 @@ class Planner:
             if i.id is None:
                 continue
             if i.state is State.FAILED and self._situation.manage:
-                yield Destroy(i.label, i.id, i.why)
+                yield Destroy(i.label, i.id, i.why, f"broken: {i.evidence or i.why}")
             elif i.state is State.DESTROYING and i.orders.unheeded(repeat_s, self._now):
-                yield Destroy(i.label, i.id, "still listed")
+                yield Destroy(i.label, i.id, "still listed", f"asked for before: {i.why}")
             elif i.state is State.STOPPING and i.orders.unheeded(repeat_s, self._now):
                 yield Stop(i.label, i.id, "not stopped yet")
             elif i.state is State.DRAINING:
@@ -120,6 +162,9 @@ class Planner:
         missing = wanted - len(self._by_state[State.HOT]) - len(coming)
         if missing > 0:
             self._start(self._undrain(missing))
+        elif not self._situation.heard:
+            if missing:
+                self._notes.append(NOT_HEARD)
         else:
             self._drain(self._cancel(-missing, coming))
         stopped = self._labels(Stop)
@@ -146,6 +191,8 @@ class Planner:
             # An earlier order that is still to be sent would follow the start.
             if i.id is None or i.orders.out or self._now < i.boot.no_start_before or i.lost_since is not None:
                 continue
+            if i.odd is not None and not i.running_usd_h:
+                continue  # nobody knows what it would cost
             if self._guard.admit_start(i.running_usd_h - i.stopped_usd_h):
                 self._commands.append(Start(i.label, i.id, f"{missing} more wanted hot"))
                 missing -= 1
@@ -177,7 +224,8 @@ class Planner:
             spare.sort(key=lambda i: (i.loaded, -i.usd_per_work, i.label))
             for i in spare[:-missing]:
                 if i.id is not None:
-                    self._commands.append(Destroy(i.label, i.id, "more stopped instances than wanted"))
+                    why = "more stopped instances than wanted"
+                    self._commands.append(Destroy(i.label, i.id, why, self._evidence))
 
     def _create(self, missing: int) -> None:
         """Rent the cheapest for their work; search the market first where the offers are too old."""
@@ -200,7 +248,7 @@ class Planner:
             if offer.machine_id in failed or offer.id in taken:
                 continue
             if self._guard.admit_create(offer.dph_total):
-                self._commands.append(Create(offer, why))
+                self._commands.append(Create(offer, why, evidence=self._evidence))
                 taken.add(offer.id)
         if not taken and not self._notes:
             self._notes.append("no suitable offer on the market")
@@ -208,6 +256,15 @@ class Planner:
     def _labels(self, kind: type[Start] | type[Stop]) -> set[str]:
         """Return the labels of the instances that are started, or stopped, by the commands so far."""
         return {c.label for c in self._commands if isinstance(c, kind)}
+
+
+def _evidence(seen: FleetSnapshot, hot: int, total: int) -> str:
+    """Return what an order to rent or to end what is not needed follows from."""
+    demand = seen.demand[-1][1] if seen.demand else 0.0
+    return (
+        f"demand {demand:.2f}, wanted {hot} hot and {total} in all; there are {seen.hot} hot, "
+        f"{seen.coming} coming, {seen.loading} loading, {seen.cold} cold, {seen.draining} draining"
+    )
 
 
 def _cheapest_first(i: Instance) -> tuple[float, str]:

@@ -9,15 +9,19 @@ Passive transitions, which copy what the world says, come before active ones.
 
 - On a listing that is not believed (fleet/listing.py) no deadline passes.
 - An instance that passes its checks exists, whatever the listing says.
+- What was seen once is gone when its own page says so (fleet/commands.py: AskPage); a listing may lack rows.
+- What is broken and what is only unknown is decided by fleet/evidence.py, and by nothing else.
 - An instance that is given up is condemned: if its label reappears later it is destroyed.
-- One that vanished goes on counting against the hard limits for a while: it may still exist, and bill.
+- An order that was never seen goes on counting against the hard limits for a while: it may still bill.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from engine.profiles import Profile
+from fleet.accusations import final_accusation, lost_host, overdue
 from fleet.commands import (
+    AskPage,
     Create,
     Destroy,
     Drain,
@@ -29,9 +33,18 @@ from fleet.commands import (
 )
 from fleet.deadlines import Deadlines
 from fleet.durations import MeasuredDurations
+from fleet.evidence import (
+    Accusation,
+    Circumstances,
+    Health,
+    Reachability,
+    Ruling,
+    Source,
+    weigh,
+)
 from fleet.health_check import HealthCheck, Verdict
 from fleet.instance import DOWN, UP, Instance
-from fleet.journal import Journal, SavedInstance
+from fleet.journal import Journal, SavedFleet
 from fleet.listing import ListingTrust, rows_by_label
 from fleet.market import Market
 from fleet.states import CHECKED, GIVEN_UP, SERVING, IllegalTransition, State
@@ -41,20 +54,20 @@ from vast.rows import Row
 FAILED_STARTS = 3
 """Starts in a row without a GPU after which an instance is given up."""
 
-ABSENT_TURNS = 3
-"""Believed listings in a row that must lack an instance before it counts as gone."""
-
 DESTROYED_TURNS = 2
-"""The same for one that is being destroyed; to forget another, which may bill, is the costlier mistake."""
+"""Listings in a row that must lack an instance whose end the cloud has confirmed, before it is gone."""
 
 GONE_KEPT = 50
 """Instances that are gone and can still be asked why."""
 
-OrderToInstance = Create | Start | Stop | Destroy | Drain | Undrain
+NOT_DONE = frozenset({Reply.REFUSED, Reply.UNSENT})
+"""Replies after which it is certain that nothing happened."""
+
+OrderToInstance = Create | Start | Stop | Destroy | Drain | Undrain | AskPage
 
 
-class Reconciler:
-    """Owns the instances by label, and moves them from state to state."""
+class InstanceBook:
+    """The instances by label, and how one moves from state to state; each move is written down."""
 
     def __init__(
         self,
@@ -70,7 +83,6 @@ class Reconciler:
         self.vanished: dict[str, tuple[float, float]] = {}  # until when it counts against the limits, $/h
         self.gone: deque[Instance] = deque(maxlen=GONE_KEPT)
         self.hot_version = 0  # grows with each change of the hot set
-        self.listing = ListingTrust(deadlines.disbelief_s)
         self._prefix = fleet_name + "/"
         self._profile = profile
         self._deadlines = deadlines
@@ -79,122 +91,66 @@ class Reconciler:
         self._journal = journal
         self._condemned: set[str] = set()  # labels, also of instances that are gone
 
-    def restore(
-        self, saved: Iterable[SavedInstance], vanished: Mapping[str, tuple[float, float]], now: float
-    ) -> None:
-        """Take over what the ledger knows of the last process; what was hot is to be verified.
-
-        Labels of another fleet are left alone: a state directory may have served two.
-        """
-        self.vanished.update(vanished)
-        for s in saved:
-            if not s.label.startswith(self._prefix):
-                continue
-            if s.condemned:
-                self._condemned.add(s.label)
-            if s.state is not None and s.since is not None:
-                self.instances[s.label] = Instance.restored(s, State(s.state), s.since, self._profile, now)
-
-    def observe(self, rows: Sequence[Row] | None, checks: Iterable[HealthCheck], now: float) -> None:
-        """Copy the listing (None when it failed), apply the checks, let deadlines pass."""
-        if rows is None:
-            self.listing.fail(now)
-        else:
-            self._read(rows, now)
-        for check in checks:
-            self.judge(check, now)
-        if self.listing.believed:
-            for i in list(self.instances.values()):
-                if now >= i.patience_until:
-                    self._pass_deadline(i, now)
-
-    def _read(self, rows: Sequence[Row], now: float) -> None:
-        """Take over a listing."""
-        ours, twins = rows_by_label(rows, self._prefix, self.instances)
-        self._condemned |= twins
-        expected = [
-            i.label in ours
-            for i in self.instances.values()
-            if i.id is not None and i.state not in (State.ORDERED, State.DESTROYING)
-        ]
-        found, first = sum(expected), self.listing.read_at is None
-        if self.listing.weigh(found, len(expected), now):
-            lacking = len(expected) - found
-            self._journal.log(f"the listing lacks {lacking} of {len(expected)}: not believed for now")
-        if self.listing.believed and self.listing.end_outage(now) > self._deadlines.absent_s:
-            for i in self.instances.values():
-                i.spare_until(now + self._deadlines.patience_s)
-        missing = [i for i in self.instances.values() if i.label not in ours]
-        for i in missing:
-            if i.state is not State.ORDERED:
-                self._miss(i, now)
-        self.vanished = {
-            label: v for label, v in self.vanished.items() if v[0] > now and label not in self.instances
-        }
-        for label, row in ours.items():
-            i = self.instances.get(label) or self._adopt(label, row, now, first=first)
-            self._read_row(i, row, now)
-        self.listing.note_read(now)
-
-    def _miss(self, i: Instance, now: float) -> None:
-        """Give up an instance that the listings lack for too long."""
-        absent_s = i.miss(now)
-        if not self.listing.believed:
-            return
-        away = absent_s >= self._deadlines.absent_s
-        if i.state is State.DESTROYING:
-            if i.absent_turns >= DESTROYED_TURNS and (i.orders.destroyed or away):
-                self._move(i, State.GONE, "destroyed", now)
-        elif i.absent_turns >= ABSENT_TURNS and away and i.state not in SERVING:
-            self._vanish(i, "the cloud does not list it any more", now)
-
-    def _adopt(self, label: str, row: Row, now: float, *, first: bool) -> Instance:
-        """Take in a listed instance that is not known; first: this process has read no listing before."""
-        i = self.instances[label] = Instance.found(label, row, now, first=first)
-        if label in self._condemned:
-            i.condemn()
-            self._move(i, State.DESTROYING, "given up earlier, and still listed", now)
-        else:
-            self._record(i, now)
-        return i
-
-    def _read_row(self, i: Instance, row: Row, now: float) -> None:
-        """Copy one row, then make the transitions it causes."""
-        before, repriced = i.state, i.price_usd_h != row.price_now_usd_h
-        if i.read_row(row, self._profile, now) and i.state in SERVING:
+    def _move(self, i: Instance, to: State, why: str, now: float) -> None:
+        """Move an instance: the only caller of `Instance.enter`."""
+        before, why_before, spent_s = i.state, i.why, now - i.since
+        i.enter(to, why, now)
+        self._journal.log(f"{i.id or i.label} {before} -> {to}: {why} (after {spent_s:.0f} s)")
+        if before in SERVING or to in SERVING:
             self.hot_version += 1
-        if i.state is State.ORDERED:
-            self._move(i, State.LOADING, "listed", now)
-        if row.actual_status in UP:
-            if i.state in (State.LOADING, State.STARTING):
-                self._come_up(i, "container up", now)
-            elif i.state is State.COLD:
-                i.boot.order(now)
-                self._come_up(i, "runs without our asking", now)
-        elif row.actual_status in DOWN:
-            self._go_down(i, now)
-        if repriced and i.state is before:
-            self._record(i, now)
+        if to is State.GONE:
+            if before is State.DESTROYING:
+                self._journal.add_duration("destroyed", i.orders.asked_at, now)
+            i.explain(f"{why} (was {before}: {why_before})")
+            self.gone.append(i)
+            del self.instances[i.label]
+        self._record(i, now)
 
-    def _come_up(self, i: Instance, why: str, now: float) -> None:
-        kind = "start" if i.state is State.STARTING else "create"
-        since = i.ordered_at if i.boot.ordered_at is None else i.boot.ordered_at
-        self._journal.add_duration(kind, since, now)
-        i.come_up(now)
-        self._move(i, State.RUNNING, why, now)
+    def _fail(self, i: Instance, ruling: Ruling, now: float) -> None:
+        """Give the instance up, and its machine for a while, on the evidence of that ruling."""
+        if i.state in GIVEN_UP:
+            return
+        why, evidence = ruling.why, ruling.evidence
+        if not i.loaded:
+            self._market.note_create_failed(now, why)
+        if i.machine_id is not None:
+            until = self._market.avoid(i.machine_id, evidence, now)
+            self._journal.add_bad_machine(i.machine_id, until, evidence)
+        self._condemn(i, evidence)
+        self._move(i, State.FAILED, why, now)
 
-    def _go_down(self, i: Instance, now: float) -> None:
-        if i.state is State.STOPPING:
-            self._journal.add_duration("stop", i.orders.asked_at, now)
-            self._move(i, State.COLD, "stopped", now)
-        elif i.state is State.LOADING or i.state in CHECKED:
-            if i.intended != "stopped":
-                self._fail(i, "its container ended by itself", now)
-            elif i.loaded:
-                why = "stopped without our asking: outbid, out of credit, or by hand"
-                self._move(i, State.COLD, why, now)
-            else:
-                self._fail(i, "stopped before its model was loaded", now)
+    def _vanish(self, i: Instance, why: str, now: float) -> None:
+        """Count the instance as gone, as far as the listing can be trusted."""
+        until, usd_h = now + self._deadlines.vanished_s, max(i.price_usd_h, i.running_usd_h)
+        self.vanished[i.label] = (until, usd_h)
+        self._journal.add_vanished(i.label, until, usd_h)
+        self._move(i, State.GONE, why, now)
+
+    def _condemn(self, i: Instance, evidence: str = "") -> None:
+        i.condemn(evidence)
+        self._condemned.add(i.label)
+
+    def _record(self, i: Instance, now: float) -> None:
+        self._journal.open_interval(i.interval(now))
+        self._journal.save(i.saved())
+
+
+class Judge(InstanceBook):
+    """Weighs health checks, and what else speaks for or against an instance; fleet/evidence.py is the law."""
+
+    def __init__(
+        self,
+        fleet_name: str,
+        profile: Profile,
+        deadlines: Deadlines,
+        market: Market,
+        durations: MeasuredDurations,
+        journal: Journal,
+    ) -> None:
+        """Begin without instances; labels of this fleet are `<fleet_name>/<something>`."""
+        super().__init__(fleet_name, profile, deadlines, market, durations, journal)
+        self.listing = ListingTrust(deadlines.disbelief_s, deadlines.absent_s)
+        self.reach = Reachability()
 
     def judge(self, check: HealthCheck, now: float) -> None:
         """Apply one health check of the present boot. The only place that makes an instance hot."""
@@ -203,16 +159,52 @@ class Reconciler:
             return
         if i.read_check(check) and i.state in SERVING:
             self.hot_version += 1
-        if check.verdict is Verdict.FATAL:
-            self._fail(i, check.why, now)
-        elif check.verdict is Verdict.PASSED:
-            if i.state is State.RUNNING and i.lost_since is None:
+        if check.verdict is Verdict.PASSED:
+            i.trouble.note_pass(check.started_at)
+            if i.state is State.RUNNING and i.lost_since is None and i.trouble.ended_since is None:
                 self._warm_up(i, now)
                 self._move(i, State.HOT, check.why, now)
-        elif i.state in SERVING:
+            return
+        if i.state in SERVING:
             self._move(i, State.RUNNING, check.why, now)
         else:
             i.explain(check.why)
+        i.trouble.note_trouble(now, met=check.met)
+        if check.verdict is Verdict.FATAL:
+            i.trouble.accuse(check.why)
+        if self.listing.believed:
+            self._accuse(i, final_accusation(i, self._deadlines, now), now)
+
+    # -- what speaks against it ------------------------------------------------------------------------
+
+    def _accuse(self, i: Instance, accusation: Accusation | None, now: float) -> None:
+        """Give it up if it is broken."""
+        if accusation is None or i.state in GIVEN_UP:
+            return
+        ruling = weigh(accusation, self._circumstances(i, now))
+        if ruling.health is Health.BROKEN:
+            self._fail(i, ruling, now)
+        elif i.state is State.RUNNING and accusation.lasts_s > accusation.deadline_s:
+            i.explain(ruling.evidence)
+            # One silent machine may be broken, and another takes its place; several show our own network.
+            if sum(o.trouble.silent_since is not None for o in self.instances.values()) == 1:
+                i.suspect()
+
+    def _circumstances(self, i: Instance, now: float) -> Circumstances:
+        """Return what is known beside that instance."""
+        since = i.trouble.silent_since or now - self._deadlines.absent_s
+        others_well = any(
+            o.trouble.shows_well_since(since)
+            for o in self.instances.values()
+            if o is not i and o.state in CHECKED
+        )
+        return Circumstances(
+            self.listing.believed, others_well, self.reach.at(now), self._deadlines.together_s
+        )
+
+    def wants_reach(self) -> bool:
+        """Return whether our own reachability is in question: a machine does not answer."""
+        return any(i.trouble.silent_since is not None for i in self.instances.values() if i.state in CHECKED)
 
     def _warm_up(self, i: Instance, now: float) -> None:
         """Note how long it took to become hot, and that its disk holds the model."""
@@ -232,23 +224,198 @@ class Reconciler:
         if i.lost_since is not None and i.state not in GIVEN_UP:
             if i.state in SERVING:
                 self._move(i, State.RUNNING, "its host is offline", now)
-            # A stopped machine that is offline costs nothing and may come back with the model.
-            lost_s = now - i.lost_since
-            if lost_s > (d.lost_cold_s if i.state is State.COLD else d.lost_s):
-                self._fail(i, f"host offline for {lost_s:.0f} s", now)
+            self._accuse(i, lost_host(i, d, now), now)
         elif i.state is State.STARTING:
-            if not i.orders.out and now - i.orders.answered_at > d.starting_s:
+            if (not i.orders.out or i.orders.is_stuck(now)) and now - i.orders.answered_at > d.starting_s:
                 i.boot.miss_gpu(d.no_gpu_rest_s, now)
                 if i.boot.failed_starts >= FAILED_STARTS:
-                    self._fail(i, "three starts found no GPU", now)
+                    self._fail(i, _shown("three starts found no GPU"), now)
                 else:
                     self._move(i, State.STOPPING, f"its GPU was not free within {d.starting_s:.0f} s", now)
-        elif why := _overdue(i, d, now):
+        elif final := final_accusation(i, self._deadlines, now):
+            self._accuse(i, final, now)
+        elif late := overdue(i, d, now):
             if i.state is State.ORDERED and i.id is None:
                 self._condemn(i)
                 self._vanish(i, "its order was never seen", now)
             else:
-                self._fail(i, why, now)
+                self._accuse(i, late, now)
+
+    def excuse(self, now: float) -> None:
+        """Let no deadline pass for a while: for some time the fault was ours."""
+        for i in self.instances.values():
+            i.spare_until(now + self._deadlines.patience_s)
+
+
+class Reconciler(Judge):
+    """Copies what the world says, and notes what was ordered."""
+
+    def __init__(
+        self,
+        fleet_name: str,
+        profile: Profile,
+        deadlines: Deadlines,
+        market: Market,
+        durations: MeasuredDurations,
+        journal: Journal,
+    ) -> None:
+        """Begin without instances; labels of this fleet are `<fleet_name>/<something>`."""
+        super().__init__(fleet_name, profile, deadlines, market, durations, journal)
+        self._observed_at = float("inf")
+        self._gap_s = 0.0  # between the last two looks
+
+    def restore(self, saved: SavedFleet, now: float) -> None:
+        """Take over what the ledger knows of the last process; what was hot is to be verified.
+
+        Labels of another fleet are left alone: a state directory may have served two.
+        """
+        self.vanished.update(saved.vanished)
+        lacking_since, seen_at = saved.lacking
+        if 0.0 <= now - seen_at <= self._deadlines.disbelief_s:
+            self.listing.restore(lacking_since)
+        for s in saved.instances:
+            if not s.label.startswith(self._prefix):
+                continue
+            if s.condemned:
+                self._condemned.add(s.label)
+            if s.state is not None and s.since is not None:
+                self.instances[s.label] = Instance.restored(s, State(s.state), s.since, self._profile, now)
+
+    def observe(self, rows: Sequence[Row] | None, checks: Iterable[HealthCheck], now: float) -> None:
+        """Copy the listing (None when it failed), apply the checks, let deadlines pass."""
+        gap_s, usual_s = now - self._observed_at, self._gap_s
+        self._observed_at, self._gap_s = now, gap_s
+        if gap_s > max(self._deadlines.absent_s, 3.0 * usual_s):
+            self.excuse(now)  # the computer slept, or we hung: no machine has been looked at meanwhile
+        if rows is None:
+            self.listing.fail(now)
+        else:
+            self._read(rows, now)
+        for check in checks:
+            self.judge(check, now)
+        if self.listing.believed:
+            for i in list(self.instances.values()):
+                if now >= i.patience_until:
+                    self._pass_deadline(i, now)
+
+    def _read(self, rows: Sequence[Row], now: float) -> None:
+        """Take over a listing."""
+        ours, twins = rows_by_label(rows, self._prefix, self.instances)
+        self._condemned |= twins
+        expected = [
+            i
+            for i in self.instances.values()
+            if i.id is not None and i.state not in (State.ORDERED, State.DESTROYING)
+        ]
+        shown_after = now - self._deadlines.absent_s
+        lacking = [i for i in expected if i.label not in ours and i.absence.shown_at <= shown_after]
+        dead = all(i.state in CHECKED and i.trouble.silent_since is not None for i in lacking)
+        first = self.listing.read_at is None
+        if self.listing.weigh(len(expected) - len(lacking), len(expected), now, dead=dead):
+            self._journal.log(f"the listing lacks {len(lacking)} of {len(expected)}: not believed for now")
+        self._journal.note_lacking(self.listing.lacking_since, now)
+        if self.listing.believed and self.listing.end_outage(now) > self._deadlines.absent_s:
+            self.excuse(now)
+        missing = [i for i in self.instances.values() if i.label not in ours]
+        for i in missing:
+            if i.state is not State.ORDERED or i.id is not None:
+                self._miss(i, now)
+        self.vanished = {
+            label: v for label, v in self.vanished.items() if v[0] > now and label not in self.instances
+        }
+        for label, row in ours.items():
+            i = self.instances.get(label) or self._adopt(label, row, now, first=first)
+            self._read_row(i, row, now)
+        self.listing.note_read(now)
+
+    def _miss(self, i: Instance, now: float) -> None:
+        """Note that the listing lacks it; give it up where its own page cannot be had for too long."""
+        absent_s = i.absence.miss(now)
+        if not self.listing.believed:
+            return
+        if i.state is State.DESTROYING and i.orders.destroyed:
+            if i.absence.turns >= DESTROYED_TURNS:
+                self._move(i, State.GONE, "destroyed", now)
+        elif (
+            absent_s >= self._deadlines.vanished_s
+            and now - i.absence.shown_at >= self._deadlines.vanished_s
+            and i.state not in SERVING
+        ):
+            self._vanish(i, f"not listed for {absent_s:.0f} s, and its page cannot be had", now)
+
+    def finish_page(self, command: AskPage, done: Performed, now: float) -> None:
+        """Take over what an instance's own page says; without an answer nothing is known."""
+        i = self.instances.get(command.label)
+        if i is None:
+            return
+        i.absence.answer(now, shown=done.reply is Reply.DONE and done.row is not None)
+        if done.reply is not Reply.DONE or i.id != command.id or i.absence.since is None:
+            return
+        if done.row is not None:
+            self._read_row(i, done.row, now)
+        elif i.state is State.DESTROYING:
+            self._move(i, State.GONE, "destroyed", now)
+        else:
+            self._move(i, State.GONE, "the listings lack it, and its own page says that it is gone", now)
+
+    def _adopt(self, label: str, row: Row, now: float, *, first: bool) -> Instance:
+        """Take in a listed instance that is not known; first: this process has read no listing before."""
+        i = self.instances[label] = Instance.found(label, row, now, first=first)
+        if label in self._condemned:
+            i.condemn()
+            self._move(i, State.DESTROYING, "given up earlier, and still listed", now)
+        else:
+            self._record(i, now)
+        return i
+
+    def _read_row(self, i: Instance, row: Row, now: float) -> None:
+        """Copy one row, then make the transitions it causes."""
+        before, price, odd, ended = i.state, i.price_usd_h, i.odd, i.trouble.ended_since
+        if i.read_row(row, self._profile, now) and i.state in SERVING:
+            self.hot_version += 1
+        if i.odd not in (None, odd):
+            self._journal.log(f"{i.id} {i.label}: its row is odd: {i.odd}")
+        if i.state is State.ORDERED:
+            self._move(i, State.LOADING, "listed", now)
+        if row.actual_status in UP:
+            if i.state in (State.LOADING, State.STARTING):
+                self._come_up(i, "container up", now)
+            elif i.state is State.COLD:
+                i.boot.order(now)
+                self._come_up(i, "runs without our asking", now)
+            elif ended is not None:
+                i.come_up(now)  # its container was started again: what a check found before says nothing
+        elif row.actual_status in DOWN:
+            self._go_down(i, now)
+        if price != i.price_usd_h and i.state is before:
+            self._record(i, now)
+
+    def _come_up(self, i: Instance, why: str, now: float) -> None:
+        kind = "start" if i.state is State.STARTING else "create"
+        since = i.ordered_at if i.boot.ordered_at is None else i.boot.ordered_at
+        self._journal.add_duration(kind, since, now)
+        i.come_up(now)
+        self._move(i, State.RUNNING, why, now)
+
+    def _go_down(self, i: Instance, now: float) -> None:
+        if i.state is State.STOPPING:
+            self._journal.add_duration("stop", i.orders.asked_at, now)
+            self._move(i, State.COLD, "stopped", now)
+        elif i.state is State.LOADING or i.state in CHECKED:
+            if i.intended != "stopped":
+                self._end(i, now)
+            elif i.loaded:
+                why = "stopped without our asking: outbid, out of credit, or by hand"
+                self._move(i, State.COLD, why, now)
+            else:
+                self._fail(i, _shown("stopped before its model was loaded"), now)
+
+    def _end(self, i: Instance, now: float) -> None:
+        """Take out of service what the listing shows as ended, and ask the machine whether it is so."""
+        if i.state in SERVING:
+            self._move(i, State.RUNNING, "its container ended by itself, says the listing", now)
+        if i.trouble.ended_since == now:
+            i.check_at_once()
 
     def begin(self, command: OrderToInstance, now: float) -> None:
         """Write the order down before it is sent, so that it counts and can be found again.
@@ -262,6 +429,9 @@ class Reconciler:
         if i is None or i.id != command.id:
             raise IllegalTransition(f"{command.label}: not there any more")
         match command:
+            case AskPage():
+                i.absence.ask(now)
+                return
             case Drain():
                 self._move(i, State.DRAINING, command.why, now)
                 i.drain_from(self.hot_version)
@@ -282,7 +452,7 @@ class Reconciler:
                     self._condemn(i)
                     self._move(i, State.DESTROYING, command.why, now)
                     i.orders.ask(now)
-        i.orders.begin()
+        i.orders.begin(now)
 
     def _begin_create(self, create: Create, now: float) -> None:
         if not create.label.startswith(self._prefix) or create.label in self.instances:
@@ -299,78 +469,24 @@ class Reconciler:
             return
         destroyed = isinstance(command, Destroy) and done.reply is Reply.DONE
         i.orders.answer(now, destroyed=destroyed)
+        if done.reply is Reply.UNSENT:
+            i.orders.ask(now)  # it cannot be late with what it was not asked for
         if destroyed:
             self._journal.add_duration("destroy", i.orders.asked_at, now)
         elif isinstance(command, Create) and done.reply is Reply.DONE:
             i.accept_id(done.new_id)
             self._journal.save(i.saved())
-        elif isinstance(command, Create) and done.reply is Reply.REFUSED and i.state is State.ORDERED:
-            if not done.offer_gone:
-                self._market.note_create_failed(now)
+        elif isinstance(command, Create) and done.reply in NOT_DONE and i.state is State.ORDERED:
+            if done.reply is Reply.REFUSED and not done.offer_gone:
+                self._market.note_create_failed(now, done.why)
             self._condemn(i)
             self._move(i, State.GONE, done.why, now)
-        elif isinstance(command, Start) and done.reply is Reply.REFUSED and i.state is State.STARTING:
-            i.boot.be_refused(self._deadlines, now)
-            self._move(i, State.COLD, f"start refused: {done.why}", now)
-
-    def _move(self, i: Instance, to: State, why: str, now: float) -> None:
-        """Move an instance: the only caller of `Instance.enter`."""
-        before, why_before, spent_s = i.state, i.why, now - i.since
-        i.enter(to, why, now)
-        self._journal.log(f"{i.id or i.label} {before} -> {to}: {why} (after {spent_s:.0f} s)")
-        if before in SERVING or to in SERVING:
-            self.hot_version += 1
-        if to is State.GONE:
-            if before is State.DESTROYING:
-                self._journal.add_duration("destroyed", i.orders.asked_at, now)
-            i.explain(f"{why} (was {before}: {why_before})")
-            self.gone.append(i)
-            del self.instances[i.label]
-        self._record(i, now)
-
-    def _fail(self, i: Instance, why: str, now: float) -> None:
-        """Give the instance up, and its machine for a while."""
-        if i.state in GIVEN_UP:
-            return
-        if not i.loaded:
-            self._market.note_create_failed(now)
-        if i.machine_id is not None:
-            self._journal.add_bad_machine(i.machine_id, self._market.avoid(i.machine_id, now), why)
-        self._condemn(i)
-        self._move(i, State.FAILED, why, now)
-
-    def _vanish(self, i: Instance, why: str, now: float) -> None:
-        """Count the instance as gone, as far as the listing can be trusted."""
-        until, usd_h = now + self._deadlines.vanished_s, max(i.price_usd_h, i.running_usd_h)
-        self.vanished[i.label] = (until, usd_h)
-        self._journal.add_vanished(i.label, until, usd_h)
-        self._move(i, State.GONE, why, now)
-
-    def _condemn(self, i: Instance) -> None:
-        i.condemn()
-        self._condemned.add(i.label)
-
-    def _record(self, i: Instance, now: float) -> None:
-        self._journal.open_interval(i.interval(now))
-        self._journal.save(i.saved())
+        elif isinstance(command, Start) and done.reply in NOT_DONE and i.state is State.STARTING:
+            if done.reply is Reply.REFUSED:  # what we could not send is no fault of the machine
+                i.boot.be_refused(self._deadlines, now)
+            self._move(i, State.COLD, f"start {done.reply}: {done.why}", now)
 
 
-def _overdue(i: Instance, deadlines: Deadlines, now: float) -> str | None:
-    """Return why the instance's time in its state is over, for good; None while it is not."""
-    d, age = deadlines, now - i.since
-    if (
-        i.state is State.ORDERED
-        and not i.orders.out
-        and now - max(i.since, i.orders.answered_at) > d.ordered_s
-    ):
-        return "ordered, but never listed"
-    if i.state is State.LOADING:
-        if i.broken_since and now - i.broken_since >= d.broken_host_s:
-            return "docker or host error in status_msg"
-        return f"its container was not up after {age:.0f} s" if age > d.loading_s else None
-    if i.state is State.RUNNING:
-        limit_s = d.recover_s if i.boot.was_hot else d.reload_s if i.loaded else d.first_load_s
-        return f"not hot after {age:.0f} s: {i.why}" if age > limit_s else None
-    if i.state is State.STOPPING and not i.orders.out and age > 3 * d.stopping_s:
-        return f"would not stop in {age:.0f} s"
-    return None
+def _shown(why: str) -> Ruling:
+    """Return the ruling on what several listings in a row have shown."""
+    return Ruling(Health.BROKEN, why, f"{why} ({Source.LISTING})")

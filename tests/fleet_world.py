@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from autoscaler import InstanceSet
 from engine.profiles import get_profile
 from fleet.commands import (
+    AskPage,
     Command,
     Create,
     Destroy,
@@ -25,6 +26,7 @@ from fleet.commands import (
 )
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
+from fleet.evidence import Health
 from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import SavedFleet
 from fleet.limits import Limits
@@ -126,6 +128,8 @@ class FakeVast:
         self.sent.append(command)
         if self.error is not None:
             raise self.error
+        if isinstance(command, AskPage):
+            return Performed(Reply.DONE, row=next((r for r in self.rows() if r.id == command.id), None))
         offers = (make_offer(1),) if isinstance(command, LookForOffers) else None
         return Performed(Reply.DONE, offers=offers, new_id=1 if isinstance(command, Create) else None)
 
@@ -149,11 +153,14 @@ class World:
     check_hook: Callable[[str], Verdict | None] = lambda label: None
     busy: set[str] = field(default_factory=set)
     loadbalancer: bool = True
+    reach: Health = Health.WELL
+    pages_work: bool = True
 
     def __post_init__(self) -> None:
         self.offers = [make_offer(n) for n in range(1, 20)]
         self.contracts: dict[str, Contract] = {}
         self.ordered: list[Command] = []
+        self.pages: list[str] = []  # labels whose own page was asked for
         self.fleet = self.new_set()
         self.demand = Demand("e1")
         self.next_id = 1001
@@ -165,7 +172,11 @@ class World:
 
     def saved(self) -> SavedFleet:
         """What the ledger has learnt since the last call."""
-        return SavedFleet([*self.fleet.journal.take().instances.values()])
+        entries = self.fleet.journal.take()
+        return SavedFleet(
+            [r for r in entries.instances.values() if r.state != "gone"],
+            lacking=entries.lacking or (None, float("-inf")),
+        )
 
     def restart(self, saved: SavedFleet | None = None) -> "World":
         """Put a process just started in the place of this one; it knows what the ledger holds."""
@@ -191,6 +202,7 @@ class World:
     def turn(self) -> None:
         """One turn at the present time."""
         self._advance()
+        self.fleet.record_reach(self.reach, self.now)
         rows = self.listing_hook(self.listing())
         self.fleet.observe(rows if self.listing_works else None, (), self.now)
         for check in self._checks():
@@ -234,6 +246,12 @@ class World:
     # -- the fake cloud -----------------------------------------------------------------------------
 
     def perform(self, command: Command) -> None:
+        if isinstance(command, AskPage):
+            self.pages.append(command.label)
+            there = next((c.row() for c in self.contracts.values() if c.id == command.id), None)
+            found = Performed(Reply.DONE, row=there) if self.pages_work else Performed(Reply.UNKNOWN)
+            self.fleet.finish(command, found, self.now)
+            return
         reply = self.reply_hook(command)
         self.ordered.append(command)
         if isinstance(command, LookForOffers):
@@ -289,6 +307,13 @@ class World:
             if verdict is None:
                 ready = c is not None and c.ready_at is not None and self.now >= c.ready_at
                 verdict = Verdict.PASSED if ready else Verdict.LOADING
+            up = c is not None and c.status == "running"
+            if (
+                verdict in (Verdict.PASSED, Verdict.LOADING)
+                and not up
+                and self.check_hook(order.label) is None
+            ):
+                verdict = Verdict.FAILED  # nobody answers where nothing runs
             found.append(
                 HealthCheck(order.label, self.now, verdict, str(verdict), int(order.label in self.busy))
             )

@@ -4,12 +4,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from engine.profiles import PROFILES
 from fleet_client import private_files
 from fleet_client.flags import check_flags, flag, server_url
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
+
+PRODUCTION_URL = "https://console.vast.ai"
+"""The service that the vastai command asks unless it is told another (vast-contract 0)."""
 
 SERVE_ONLY = frozenset(
     {
@@ -63,6 +67,12 @@ class AutoscalerConfig:
     )
     # ssh and prompt together.
     check_timeout_s: float = flag(15.0, "seconds for one health check in all", least=1.0, most=300.0)
+    reach: tuple[str, ...] = flag(
+        (),
+        "a place whose port shows that our own network works, before machines that do not answer are given "
+        "up; may be repeated (default: the cloud itself)",
+        metavar="HOST:PORT",
+    )
     host: str = flag("127.0.0.1", "address to listen on")
     port: int = flag(8100, "port to listen on", least=1, most=65535)
     loadbalancer: tuple[str, ...] = flag(
@@ -111,6 +121,20 @@ class AutoscalerConfig:
             return f"{self.public_url.rstrip('/')}/ready"
         return f"http://127.0.0.1:{self.port}/ready" if self.local else None
 
+    @property
+    def reach_places(self) -> list[tuple[str, int]]:
+        """Where connections show that our own network works; raises ConfigError."""
+        if not self.reach:
+            cloud = urlsplit(self.cloud_url if self.local else PRODUCTION_URL)
+            return [(cloud.hostname or "", cloud.port or (443 if cloud.scheme == "https" else 80))]
+        found = []
+        for place in self.reach:
+            host, _, port = place.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ConfigError(f"--reach {place!r}: wanted HOST:PORT")
+            found.append((host.strip("[]"), int(port)))
+        return found
+
     def checked(self) -> "AutoscalerConfig":
         """Return itself, or raise ConfigError naming the flag, the value and the range."""
         check_flags(self)
@@ -119,6 +143,7 @@ class AutoscalerConfig:
         # Narrower than what the cloud allows, so that a label is one word in every message and command.
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", self.label):
             raise ConfigError(f"--label {self.label!r}: wanted 1 to 64 of A-Z a-z 0-9 _ . -, first no . or -")
+        _ = self.reach_places  # raises where one is wrong
         for url in self.loadbalancer:
             server_url("--loadbalancer", url)
         if self.public_url is not None:

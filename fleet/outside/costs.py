@@ -7,7 +7,7 @@ from fleet.outside.turns import Autoscaler
 
 def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any]:
     """Return dollars of the window, the intervals behind them, and what is being spent now."""
-    scaler.write_counts()
+    unwritten = not scaler.try_write_counts()
     costs = scaler.ledger.costs(from_s, to_s)
     took = scaler.ledger.durations(from_s, to_s)
     with scaler.lock:
@@ -20,6 +20,8 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
 
     return {
         "from": from_s,
+        "known_from": scaler.ledger.begins_at(),
+        "unwritten": unwritten,
         "to": to_s,
         "usd": {
             "total": costs.total,

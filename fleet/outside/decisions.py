@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from fleet.commands import Command, LookForOffers
+from fleet.commands import Command, Create, Destroy, LookForOffers
 from fleet.outside.turns import Autoscaler
 
 
@@ -11,7 +11,14 @@ def decisions_answer(scaler: Autoscaler) -> dict[str, Any]:
     """Return what was seen, wanted and ordered, newest first, and the commands that failed."""
     with scaler.lock:
         found, failures = list(scaler.decisions), list(scaler.failures)
+        market, now = scaler.instances.market, scaler.clock()
+        bans = [
+            {"machine": m, "until": until, "evidence": market.bad_reasons.get(m, "before the last restart")}
+            for m, until in market.bad_machines.items()
+            if until > now
+        ]
     return {
+        "bans": bans,
         "failures": [
             {"at": f.at, **_shown(f.command), "reply": f.reply, "why": f.why} for f in failures[::-1]
         ],
@@ -33,4 +40,6 @@ def decisions_answer(scaler: Autoscaler) -> dict[str, Any]:
 def _shown(command: Command) -> dict[str, str]:
     """Return a command for people."""
     shown = {"do": type(command).__name__.lower()}
+    if isinstance(command, Create | Destroy):
+        shown["evidence"] = command.evidence
     return shown if isinstance(command, LookForOffers) else shown | {"label": command.label}

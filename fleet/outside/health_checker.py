@@ -4,20 +4,28 @@ A running instance becomes hot when its log has the ready line and no fatal one,
 prompt, sent to the public address with a real token, brought back at least one token. A hot one
 is sent a prompt again and again, and now and then its log is read. A draining one is only
 asked how many requests it still has.
+
+A check says what it met: the machine itself, nobody, or that a fault of ours kept it from being made
+(UNKNOWN). It writes nothing: what was found is for the turn to write down.
 """
 
 import asyncio
 import contextlib
+import errno
 import logging
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+import aiohttp
+import paramiko
+
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.ssh_log import HostKeyChanged, LogView, SshLog
 from fleet.states import State
-from instance_client import InstanceClient
+from instance_client import InstanceClient, WrongCertificate
 from process.errors import InstanceError
+from process.safe_text import safe_text
 from web.messages.reports import LoadReport
 
 log = logging.getLogger("autoscaler")
@@ -60,10 +68,13 @@ class HealthChecker:
         except TimeoutError:
             return found(Verdict.FAILED, f"health check took over {self._timeout_s:g} s")
         except InstanceError as e:
+            if _is_ours(e):
+                return found(Verdict.UNKNOWN, f"a fault of ours: {e}")
+            found.read_answer(e)
             return found(Verdict.FAILED, str(e))
         except Exception as e:  # an instance may answer anything: that must not keep it hot, nor end the loop
             log.exception("health check of %s: a fault of ours", order.label)
-            return found(Verdict.FAILED, f"health check: {type(e).__name__}")
+            return found(Verdict.UNKNOWN, f"health check: {type(e).__name__}, a fault of ours")
 
     async def _look(self, order: HealthCheckOrder, found: "_Found") -> HealthCheck:
         if order.auth_url is None or order.address is None:
@@ -76,6 +87,7 @@ class HealthChecker:
             return found(Verdict.PASSED, "draining", _in_flight(load))
         if order.read_log:
             view = await self._read_log(order)
+            found.read_log(view)
             if view.changed_host_key:
                 return found(Verdict.FATAL, "its ssh host key changed: refused")
             if view.fatal is not None:
@@ -104,6 +116,8 @@ class HealthChecker:
         except HostKeyChanged:
             return LogView(reached=True, changed_host_key=True)
         except InstanceError as e:
+            if _is_ours(e):
+                raise
             return LogView(reached=False, why=str(e))
 
 
@@ -112,6 +126,7 @@ class _Found:
 
     def __init__(self, order: HealthCheckOrder, started_at: float) -> None:
         self.certificate: str | None = None
+        self._answered = self._stranger = False
         self._label = order.label
         self._started_at = started_at
 
@@ -119,8 +134,46 @@ class _Found:
         """Say in the result which certificate the machine has."""
         self.certificate = certificate
 
+    def read_log(self, view: LogView) -> None:
+        """Note that the machine itself was met over ssh, or somebody with another key."""
+        self._answered = view.reached and not view.changed_host_key
+        self._stranger = view.changed_host_key
+
+    def read_answer(self, error: InstanceError) -> None:
+        """Note whether it was an answer of the machine that was not as it should be."""
+        broken = (OSError, aiohttp.ClientError, EOFError, paramiko.SSHException, WrongCertificate)
+        self._answered = self._answered or not any(isinstance(e, broken) for e in _causes(error))
+
     def __call__(self, verdict: Verdict, why: str, in_flight: int | None = None) -> HealthCheck:
-        return HealthCheck(self._label, self._started_at, verdict, why, in_flight, self.certificate)
+        return HealthCheck(
+            self._label,
+            self._started_at,
+            verdict,
+            safe_text(why),
+            in_flight,
+            self.certificate,
+            self._answered,
+            self._stranger,
+        )
+
+
+OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
+"""What the system says when this process or this computer has no more files, memory or ports."""
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return the error, what it was raised from, and so on."""
+    found: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in found:
+        found.append(at)
+        at = at.__cause__
+    return found
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Say whether the fault is certainly of this computer, and says nothing about the machine."""
+    return any(isinstance(e, OSError) and e.errno in OUR_LIMITS for e in _causes(error))
 
 
 def _secure(url: str, certificate: str | None) -> str:

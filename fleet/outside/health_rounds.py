@@ -1,11 +1,12 @@
 """Make the health checks that are due, all at once."""
 
 import asyncio
+import contextlib
 import logging
-import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from fleet.evidence import Health
 from fleet.health_check import HealthCheckOrder
 from fleet.outside.health_checker import HealthChecker
 from fleet.outside.turns import Autoscaler
@@ -14,8 +15,30 @@ from instance_client import InstanceClient
 
 log = logging.getLogger("autoscaler")
 
+REACH_EVERY_S = 15.0
+"""Seconds between two checks of our own network, while a machine does not answer."""
+
+REACH_TIMEOUT_S = 5.0
+"""Seconds for a connection: one round trip."""
+
+REACH = ""
+"""Stands among the checks under way for that of our own network; labels are never empty."""
+
 CHECK_TICK_S = 0.25
 """Seconds between two looks for due checks; a message of an instance makes one due at once."""
+
+
+async def _connects(host: str, port: int) -> bool:
+    """Return whether a connection can be made there; nothing is sent."""
+    try:
+        async with asyncio.timeout(REACH_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
 
 
 class HealthRounds:
@@ -26,12 +49,15 @@ class HealthRounds:
         scaler: Autoscaler,
         make_checker: Callable[[InstanceClient], HealthChecker],
         judged: Callable[[], None],
+        reach: Sequence[tuple[str, int]] = (),
     ) -> None:
-        """judged: called in the event loop after each check."""
+        """judged: called in the event loop after each check. reach: (host, port) that show our network."""
         self.wakeup = Wakeup()  # to look for due checks now
         self._scaler = scaler
         self._make_checker = make_checker
         self._judged = judged
+        self._places = reach
+        self._reach_at = float("-inf")
         self._under_way: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -43,6 +69,7 @@ class HealthRounds:
                     # One at a time of each: a machine that hangs would gather more and more of them.
                     for order in self._scaler.checks_due(self._under_way.keys()):
                         self._under_way[order.label] = asyncio.create_task(self._check(checker, order))
+                    self._check_reach()
                     await self.wakeup.wait(CHECK_TICK_S)
             finally:
                 tasks = list(self._under_way.values())
@@ -54,12 +81,27 @@ class HealthRounds:
         try:
             check = await checker.check(order)
             await asyncio.get_running_loop().run_in_executor(None, self._scaler.judge, check)
-        except sqlite3.Error:
-            log.exception("what a health check changed is not written down yet")
+        except Exception:
+            log.exception("health check of %s: a fault of ours, nothing is known", order.label)
         finally:
             del self._under_way[order.label]
             self.wakeup.wake()
             self._judged()
+
+    def _check_reach(self) -> None:
+        """Begin a check of our own network where it is in question."""
+        now = asyncio.get_running_loop().time()
+        if REACH in self._under_way or now - self._reach_at < REACH_EVERY_S or not self._scaler.wants_reach():
+            return
+        self._reach_at = now
+        self._under_way[REACH] = asyncio.create_task(self._look_around())
+
+    async def _look_around(self) -> None:
+        try:
+            found = await asyncio.gather(*(_connects(host, port) for host, port in self._places))
+            self._scaler.record_reach(Health.WELL if any(found) else Health.BROKEN)
+        finally:
+            del self._under_way[REACH]
 
     def run_until(self, stopped: threading.Event) -> None:
         """Make checks in an event loop of its own, where there is no server's; begin again after a fault."""

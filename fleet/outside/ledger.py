@@ -13,21 +13,30 @@ last seen: the next process goes on from them, and no dollar between is lost.
     bad_machine  machine_id, and until when it is not rented again
     took         how long orders, starts and loads took
     host_key     the ssh host key that an instance showed first
+    noted        single values by name: since when listings lack most of the fleet, the clock's offset
+    clock_step   when the wall clock was set, and by how many seconds
 
 Times are epoch seconds. Any thread may call.
 """
 
+import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 from fleet.arrivals import Arrived
 from fleet.costs import CostBreakdown, break_down
 from fleet.durations import KEPT
 from fleet.journal import BillingInterval, Entries, SavedFleet, SavedInstance
+from fleet.outside.ledger_mending import in_order
+from fleet.states import State
 from process.errors import ConfigError
+from process.safe_text import safe_text
+
+log = logging.getLogger("autoscaler")
 
 BUCKET_S = 15.0
 """Width of a `worked` bucket: fine enough to clip to a run of a minute, 5,760 rows an instance and day."""
@@ -63,12 +72,22 @@ CREATE TABLE IF NOT EXISTS took(kind TEXT NOT NULL, at_s REAL NOT NULL, seconds 
 CREATE INDEX IF NOT EXISTS took_at ON took(at_s);
 """
 
-MIGRATIONS = ((1, _VERSION_1),)
+_VERSION_2 = """
+CREATE TABLE IF NOT EXISTS noted(name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS clock_step(at_s REAL NOT NULL, by_s REAL NOT NULL);
+"""
+
+MIGRATIONS = ((1, _VERSION_1), (2, _VERSION_2))
 """(version, SQL that brings a ledger of the version before to it), oldest first; released ones never change.
 
 Version 0 is an empty file, or a ledger from before versions (commit 0abccd6), which has these tables, or all
 but the youngest of them.
 """
+
+
+BUSY_S = 2.0
+"""Seconds for which somebody else's lock is waited for: a backup of a small file is over by then, and a turn
+may not wait for long."""
 
 
 class Ledger:
@@ -77,23 +96,29 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         """Open or make the file (0600) and bring it to the newest version.
 
+        A damaged one is kept beside it, and a new one begun: what is rented is found again by its label.
         Raises OSError too, and ConfigError when a newer autoscaler wrote it.
         """
         path.touch(mode=0o600, exist_ok=True)
         self._lock = threading.Lock()
         self._prune_at = float("-inf")
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
-            self._migrate(path)
-            # WAL with NORMAL survives kill -9 of the process; only a power cut may lose the last transaction.
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-        except BaseException:
-            self._db.close()
-            raise
+            self._db = _opened(path)
+        except sqlite3.DatabaseError as e:
+            if not _is_damage(e):
+                raise
+            kept = _set_aside(path)
+            log.warning("%s is damaged (%s): kept as %s, a new one begins", path, e, kept.name)
+            path.touch(mode=0o600, exist_ok=True)
+            self._db = _opened(path)
+        # Readers have a connection of their own: they wait for nobody who writes.
+        self._reading = threading.Lock()
+        self._reader = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
 
     def close(self) -> None:
         """Close the file; open intervals stay open."""
+        with self._reading:
+            self._reader.close()
         with self._lock:
             self._db.close()
 
@@ -109,10 +134,12 @@ class Ledger:
         with self._lock, self._transaction():
             for i in entries.intervals:
                 self._db.execute(
-                    "UPDATE stretch SET to_s = ? WHERE label = ? AND to_s IS NULL", (i.from_s, i.label)
+                    "UPDATE stretch SET to_s = MAX(from_s, ?) WHERE label = ? AND to_s IS NULL",
+                    (i.from_s, i.label),
                 )
                 if i.state != "gone":
-                    self._db.execute("INSERT INTO stretch VALUES (?,?,?,?,?,?,?,?,?)", astuple(i))
+                    written = replace(i, why=safe_text(i.why))  # the last gate: a text never stops a write
+                    self._db.execute("INSERT INTO stretch VALUES (?,?,?,?,?,?,?,?,?)", astuple(written))
             self._db.executemany(
                 "INSERT OR REPLACE INTO fleet VALUES (?,?,?,?,?,?,?)",
                 [
@@ -123,12 +150,16 @@ class Ledger:
             self._db.executemany("INSERT INTO took VALUES (?,?,?)", entries.durations)
             self._db.executemany(
                 "INSERT OR REPLACE INTO bad_machine VALUES (?,?,?)",
-                [(machine, until_s, why) for machine, (until_s, why) in entries.bad_machines.items()],
+                [(m, until_s, safe_text(why)) for m, (until_s, why) in entries.bad_machines.items()],
             )
             self._db.executemany(
                 "INSERT OR REPLACE INTO mourned VALUES (?,?,?)",
                 [(label, until_s, usd_h) for label, (until_s, usd_h) in entries.vanished.items()],
             )
+            self._db.executemany("INSERT OR IGNORE INTO host_key VALUES (?,?)", entries.host_keys.items())
+            if entries.lacking is not None:
+                since, seen_at = entries.lacking
+                self._note({"lacking_since": since, "lacking_seen_at": seen_at})
 
     def add_counts(
         self, worked: Mapping[tuple[str, int], float], arrived: Iterable[Arrived], now: float
@@ -166,12 +197,40 @@ class Ledger:
         )
         self._db.execute("DELETE FROM worked WHERE bucket < ?", (old,))
 
-    def remember_host_key(self, label: str, key: str) -> str:
-        """Return the host key first seen for that label; store this one when there was none."""
+    def note(self, values: Mapping[str, str | float | None]) -> None:
+        """Write down single values by name; None forgets one."""
         with self._lock, self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO host_key VALUES (?,?)", (label, key))
-            row = self._db.execute("SELECT key FROM host_key WHERE label = ?", (label,)).fetchone()
-        return str(row[0])
+            self._note(values)
+
+    def _note(self, values: Mapping[str, str | float | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                self._db.execute("DELETE FROM noted WHERE name = ?", (name,))
+            else:
+                self._db.execute("INSERT OR REPLACE INTO noted VALUES (?,?)", (name, str(value)))
+
+    def add_clock_step(self, at_s: float, by_s: float) -> None:
+        """Record that the wall clock was set."""
+        with self._lock, self._transaction():
+            self._db.execute("INSERT INTO clock_step VALUES (?,?)", (at_s, by_s))
+
+    def mend(self, now: float) -> int:
+        """Put right what a clock that was set has left; return how many intervals were changed.
+
+        Intervals that end before they begin, arrivals and durations of a time that has not come.
+        """
+        with self._lock, self._transaction():
+            rows = self._db.execute(
+                "SELECT rowid, label, from_s, to_s FROM stretch ORDER BY rowid"
+            ).fetchall()
+            changed = in_order(rows)
+            self._db.executemany(
+                "UPDATE stretch SET from_s = ?, to_s = ? WHERE rowid = ?",
+                [(from_s, to_s, rowid) for rowid, (from_s, to_s) in changed.items()],
+            )
+            self._db.execute("DELETE FROM arrived WHERE second > ?", (now,))
+            self._db.execute("DELETE FROM took WHERE seconds < 0 OR at_s > ?", (now,))
+        return len(changed)
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -180,42 +239,61 @@ class Ledger:
 
         Of the instances those that were not gone when it ended, and the condemned ones.
         """
-        with self._lock:
-            instances = self._db.execute(
+        with self._reading:
+            db = self._reader
+            instances = db.execute(
                 "SELECT f.label, f.instance, f.machine, f.loaded, f.doomed, f.ordered_s, f.throughput,"
                 " s.state, s.from_s, COALESCE(s.usd_h, 0.0), COALESCE(s.running_usd_h, 0.0)"
                 " FROM fleet f LEFT JOIN stretch s ON s.label = f.label AND s.to_s IS NULL"
                 " WHERE s.state IS NOT NULL OR f.doomed"
             ).fetchall()
-            bad = self._db.execute("SELECT machine, until_s FROM bad_machine WHERE until_s > ?", (now,))
-            vanished = self._db.execute("SELECT label, until_s, usd_h FROM mourned WHERE until_s > ?", (now,))
+            bad = db.execute("SELECT machine, until_s FROM bad_machine WHERE until_s > ?", (now,))
+            vanished = db.execute("SELECT label, until_s, usd_h FROM mourned WHERE until_s > ?", (now,))
+            noted = dict(db.execute("SELECT name, value FROM noted").fetchall())
+            since = noted.get("lacking_since")
             return SavedFleet(
-                [SavedInstance(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:]) for r in instances],
+                [
+                    SavedInstance(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:])
+                    for r in filter(_sound, instances)
+                ],
                 dict(bad.fetchall()),
                 {label: (until_s, usd_h) for label, until_s, usd_h in vanished},
                 self._last_durations("boot"),
                 self._last_durations("load"),
+                (None if since is None else float(since), float(noted.get("lacking_seen_at", "-inf"))),
+                dict(db.execute("SELECT label, key FROM host_key").fetchall()),
             )
+
+    def noted(self, name: str) -> str | None:
+        """Return a value that was noted; None when there is none."""
+        with self._reading:
+            row = self._reader.execute("SELECT value FROM noted WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def begins_at(self) -> float | None:
+        """Return when its first interval begins: what was spent before is not known."""
+        with self._reading:
+            return self._reader.execute("SELECT MIN(from_s) FROM stretch").fetchone()[0]  # type: ignore[no-any-return]
 
     def _last_durations(self, kind: str) -> list[float]:
         """Return the seconds of the last ones of a kind, oldest first; the caller holds the lock."""
-        rows = self._db.execute(
+        rows = self._reader.execute(
             "SELECT seconds FROM took WHERE kind = ? ORDER BY at_s DESC LIMIT ?", (kind, KEPT)
         ).fetchall()
         return [float(seconds) for (seconds,) in reversed(rows)]
 
     def durations(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
         """Return (kind, at, seconds) of what ended inside the window."""
-        with self._lock:
-            return self._db.execute(
+        with self._reading:
+            return self._reader.execute(
                 "SELECT kind, at_s, seconds FROM took WHERE at_s >= ? AND at_s < ? ORDER BY at_s",
                 (from_s, to_s),
             ).fetchall()
 
     def arrived(self, from_s: float, to_s: float) -> list[Arrived]:
         """Return what arrived in the seconds that begin in the window, oldest first, without empty ones."""
-        with self._lock:
-            rows = self._db.execute(
+        with self._reading:
+            rows = self._reader.execute(
                 "SELECT second, requests, work, prompt_tokens FROM arrived"
                 " WHERE second >= ? AND second < ? ORDER BY second",
                 (from_s, to_s),
@@ -224,14 +302,14 @@ class Ledger:
 
     def costs(self, from_s: float, to_s: float) -> CostBreakdown:
         """Return what was spent inside the window, to_s being at most now."""
-        with self._lock:
-            rows = self._db.execute(
+        with self._reading:
+            rows = self._reader.execute(
                 "SELECT label, instance, machine, state, from_s, to_s, usd_h, running_usd_h, why FROM stretch"
                 " WHERE from_s < ? AND (to_s IS NULL OR to_s > ?) ORDER BY from_s",
                 (to_s, from_s),
             ).fetchall()
             worked = dict(
-                self._db.execute(
+                self._reader.execute(
                     "SELECT label,"
                     " SUM(seconds * MAX(0.0, MIN(from_s + wide_s, ?2) - MAX(from_s, ?1)) / wide_s) FROM ("
                     "SELECT label, bucket * ?3 AS from_s, ?3 AS wide_s, seconds FROM worked"
@@ -244,23 +322,98 @@ class Ledger:
             )
         return break_down([BillingInterval(*row) for row in rows], worked, from_s, to_s)
 
-    # -- inside -------------------------------------------------------------------------------------
-
-    def _migrate(self, path: Path) -> None:
-        """Run the migrations that the file has not had, each in one transaction with its version."""
-        [(version,)] = self._db.execute("PRAGMA user_version").fetchall()
-        newest = MIGRATIONS[-1][0]
-        if version > newest:
-            raise ConfigError(
-                f"{path} was written by a newer autoscaler: it has version {version}, and this one knows "
-                f"versions up to {newest}"
-            )
-        for to_version, sql in MIGRATIONS:
-            if to_version > version:
-                self._db.executescript(f"BEGIN IMMEDIATE;{sql}PRAGMA user_version={to_version};COMMIT;")
-
     def _transaction(self) -> "_Transaction":
         return _Transaction(self._db)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """Open the file, look through it, and bring it to the newest version."""
+    db = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
+    try:
+        [(found,)] = db.execute("PRAGMA quick_check(1)").fetchall()
+        if found != "ok":
+            raise sqlite3.DatabaseError(str(found)[:200])  # noqa: TRY301 as a damaged page raises it
+        _migrate(db, path)
+        _check_tables(db)
+        # WAL with NORMAL survives kill -9 of the process; only a power cut may lose the last transaction.
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _check_tables(db: sqlite3.Connection) -> None:
+    """Raise DatabaseError where a table or a column is lost: then a page that named it is damaged."""
+    for table, columns in _TABLES.items():
+        try:
+            db.execute(f"SELECT {columns} FROM {table} LIMIT 1").fetchall()  # noqa: S608 names of this file
+        except sqlite3.OperationalError as e:
+            if "no such" not in str(e):
+                raise
+            raise sqlite3.DatabaseError(str(e)) from e
+
+
+_TABLES = {
+    "stretch": "label, instance, machine, state, from_s, to_s, usd_h, running_usd_h, why",
+    "worked": "label, bucket, seconds",
+    "worked_day": "label, day, seconds",
+    "arrived": "second, requests, work, prompt_tokens",
+    "fleet": "label, instance, machine, loaded, doomed, ordered_s, throughput",
+    "bad_machine": "machine, until_s, why",
+    "mourned": "label, until_s, usd_h",
+    "host_key": "label, key",
+    "took": "kind, at_s, seconds",
+    "noted": "name, value",
+    "clock_step": "at_s, by_s",
+}
+"""What a sound ledger has."""
+
+
+def _migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Run the migrations that the file has not had, each in one transaction with its version."""
+    [(version,)] = db.execute("PRAGMA user_version").fetchall()
+    newest = MIGRATIONS[-1][0]
+    if version > newest:
+        raise ConfigError(
+            f"{path} was written by a newer autoscaler: it has version {version}, and this one knows "
+            f"versions up to {newest}"
+        )
+    for to_version, sql in MIGRATIONS:
+        if to_version > version:
+            db.executescript(f"BEGIN IMMEDIATE;{sql}PRAGMA user_version={to_version};COMMIT;")
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Say whether the file itself is at fault, and not a lock, a full disk or a missing right."""
+    # What SQLite calls corrupt or no database comes as plain DatabaseError, those as kinds of it.
+    return type(error) is sqlite3.DatabaseError
+
+
+def _set_aside(path: Path) -> Path:
+    """Give the damaged file, and what belongs to it, another name; return that of the file."""
+    number = 1
+    while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    for end in ("-wal", "-shm", ""):
+        found = path.with_name(path.name + end)
+        if found.exists():
+            os.replace(found, path.with_name(kept.name + end))
+    return kept
+
+
+def _sound(row: tuple[object, ...]) -> bool:
+    """Say whether a row of the fleet can be believed; what is left out is found by its label."""
+    label, instance, machine, _, _, ordered_s, throughput, state, since, *prices = row
+    wholes = all(value is None or isinstance(value, int) for value in (instance, machine))
+    numbers = [value for value in (ordered_s, throughput, since, *prices) if value is not None]
+    known = state is None or (state in set(State) and since is not None)
+    sound = isinstance(label, str) and wholes and known and ordered_s is not None
+    if not sound or not all(isinstance(value, int | float) for value in numbers):
+        log.warning("a row of the ledger left out, it cannot be: %.100r", label)
+        return False
+    return True
 
 
 class _Transaction:

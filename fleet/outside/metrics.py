@@ -35,7 +35,7 @@ class AutoscalerMetrics(Collector):
         """Yield instances by state, demand, dollars, age of the last turn, and how long orders took."""
         scaler = self._scaler
         now = scaler.clock()
-        scaler.write_counts()
+        scaler.try_write_counts()
         costs = scaler.ledger.costs(0.0, now)
         with scaler.lock:
             states = dict.fromkeys(State, 0)

@@ -4,9 +4,9 @@ import itertools
 import queue
 from collections.abc import Mapping
 
-from fleet.commands import Command, Create, Destroy, LookForOffers, Start, Stop
+from fleet.commands import AskPage, Command, Create, Destroy, LookForOffers, Start, Stop
 
-URGENCY: Mapping[type, int] = {Start: 0, Stop: 0, Destroy: 1, LookForOffers: 2, Create: 2}
+URGENCY: Mapping[type, int] = {Start: 0, Stop: 0, Destroy: 1, AskPage: 1, LookForOffers: 2, Create: 2}
 """Rank in which orders are sent: a create must wait 4.5 s for the one before, and may wait 12 (vast-contract
 1.3), so what costs money or serves does not wait behind it."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from engine.profiles import Profile
-from fleet.commands import Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
+from fleet.commands import AskPage, Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
 from fleet.outside import start_script
 from process.errors import CloudError, ConfigError
 from vast.client import Vast
@@ -73,4 +73,6 @@ class Performer:
         elif isinstance(command, LookForOffers):
             offers = self._vast.search_offers(p.offer_query, storage_gb=p.disk_gb)
             return Performed(Reply.DONE, offers=tuple(offers))
+        elif isinstance(command, AskPage):
+            return Performed(Reply.DONE, row=self._vast.show_instance(command.id))
         return Performed(Reply.DONE)

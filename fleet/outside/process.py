@@ -1,7 +1,9 @@
 """The autoscaler as a process: state directory, keys, ledger and threads."""
 
+import contextlib
 import fcntl
 import logging
+import math
 import os
 import secrets
 import sqlite3
@@ -21,6 +23,7 @@ from fleet.outside.health_rounds import HealthRounds
 from fleet.outside.hot_set_push import HotSetPush, current_hot_set
 from fleet.outside.keys import FleetKeys
 from fleet.outside.ledger import Ledger
+from fleet.outside.own_health import keep_alive
 from fleet.outside.performer import Performer
 from fleet.outside.replay_process import ReplayProcess
 from fleet.outside.ssh_log import SshLog
@@ -29,13 +32,16 @@ from fleet.outside.turns import Autoscaler
 from fleet_client import private_files
 from instance_client import InstanceClient
 from policies import Policy
-from process.clock import steady_clock
+from process.clock import STEP_S, StepDetector, boot_id, steady_clock, wall_offset
 from process.errors import CloudError, ConfigError
 from vast.cli import Cli
 from vast.client import Vast
 from vast.settings import VastSettings, find_api_key
 
 log = logging.getLogger("autoscaler")
+
+CREDIT_EVERY_S = 300.0
+"""Seconds between two looks at the account's credit: a call of the CLI."""
 
 MIN_TURN_S = 1.0
 """Least seconds between two listings."""
@@ -72,7 +78,7 @@ class AutoscalerProcess:
             self.ledger = Ledger(self.state_dir / "ledger.sqlite")
         except (sqlite3.Error, OSError) as e:
             raise ConfigError(f"{self.state_dir / 'ledger.sqlite'} cannot be used: {e}") from e
-        clock = steady_clock()
+        clock = _clock(self.ledger)
         self.scaler = scaler = Autoscaler(
             self._instances(),
             policy or config.make_policy(),
@@ -91,7 +97,11 @@ class AutoscalerProcess:
             config.loadbalancer,
             self.control_key,
         )
-        self.health_rounds = HealthRounds(scaler, self._checker, self.hot_push.wakeup.wake)
+        self.health_rounds = HealthRounds(
+            scaler, self._checker, self.hot_push.wakeup.wake, config.reach_places
+        )
+        self._steps = StepDetector()
+        self._credit_at = float("-inf")
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -122,7 +132,7 @@ class AutoscalerProcess:
     def _checker(self, client: InstanceClient) -> HealthChecker:
         return HealthChecker(
             client,
-            SshLog(self.keys.ssh_key, self.ledger.remember_host_key),
+            SshLog(self.keys.ssh_key, self.scaler.remember_host_key),
             self.keys.master_token,
             self.profile.name,
             self.config.check_timeout_s,
@@ -148,7 +158,11 @@ class AutoscalerProcess:
         self._start(lambda: self.health_rounds.run_until(self._stopped))
 
     def _start(self, target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=target, name=target.__qualname__, daemon=True)
+        name = target.__qualname__
+        own, clock = self.scaler.own, self.scaler.clock
+        thread = threading.Thread(
+            target=lambda: keep_alive(target, name, own, clock, self._stopped), name=name, daemon=True
+        )
         thread.start()
         self._threads.append(thread)
 
@@ -162,7 +176,7 @@ class AutoscalerProcess:
             thread.join(timeout=30.0)
         try:
             self.scaler.write_counts()
-        except sqlite3.Error:
+        except Exception:
             log.exception("the arrivals of the last seconds are lost")
 
     def close(self) -> None:
@@ -177,11 +191,29 @@ class AutoscalerProcess:
                 self.scaler.turn()
             except Exception as e:  # the loop must live: what it does not do now it does next turn
                 self.scaler.note_failed_turn(e)
-                log.exception("a turn failed")
+                if self.scaler.own.may_complain(f"turn {type(e).__name__}", self.scaler.clock()):
+                    log.exception("a turn failed")
+            self._look_at_ourselves()
             # An instance that reports before the listing shows it makes a turn due, but not without a pause.
             self._stopped.wait(min(MIN_TURN_S, self.config.poll_interval_s))
             self.scaler.turn_due.wait(max(0.0, self.config.poll_interval_s - (time.monotonic() - begun)))
             self.scaler.turn_due.clear()
+
+    def _look_at_ourselves(self) -> None:
+        """Notice that the wall clock was set, and now and then what credit is left."""
+        now = self.scaler.clock()
+        by_s = self._steps.step_s()
+        if by_s:
+            log.warning("the clock of this computer was set by %+.0f s; nothing here follows it", by_s)
+            self.scaler.own.note_step(by_s, now)
+            with contextlib.suppress(sqlite3.Error):
+                self.ledger.add_clock_step(now, by_s)
+        if now - self._credit_at >= CREDIT_EVERY_S:
+            self._credit_at = now
+            try:
+                self.scaler.own.note_credit(self.vast.credit())
+            except CloudError as e:
+                log.warning("the credit is not known: %s", e)
 
     def _run_orders(self) -> None:
         while True:
@@ -190,6 +222,30 @@ class AutoscalerProcess:
                     return
             except Exception:
                 log.exception("an order failed; the listing will show what became of it")
+
+
+def _clock(ledger: Ledger) -> Callable[[], float]:
+    """Return the clock of this process: it goes on from the last one's, whatever the wall clock was set to.
+
+    After a start of the machine the wall clock is all there is.
+    """
+    boot = boot_id()
+    try:
+        known = boot is not None and ledger.noted("boot_id") == boot
+        offset = float(ledger.noted("clock_offset") or "nan") if known else wall_offset()
+        if not math.isfinite(offset):
+            offset = wall_offset()
+        ledger.note({"boot_id": boot, "clock_offset": repr(offset)})
+        clock = steady_clock(offset)
+        changed = ledger.mend(clock())
+    except (sqlite3.Error, ValueError) as e:
+        log.warning("the ledger says nothing of the clock: %s", e)
+        return steady_clock()
+    if changed:
+        log.warning("%d intervals of the ledger were put right: the clock had been set meanwhile", changed)
+    if abs(offset - wall_offset()) >= STEP_S:
+        log.warning("the clock was set while this ledger's fleet ran: its own time goes on")
+    return clock
 
 
 def _only_one(path: Path) -> int:

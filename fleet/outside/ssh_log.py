@@ -17,9 +17,14 @@ from dataclasses import dataclass
 import paramiko
 
 from process.errors import InstanceError
+from process.safe_text import safe_text
 
 MAX_OUTPUT = 65_536
 """Bytes of an answer: a certificate, a line of 300 characters and two words are expected."""
+
+MAX_RECEIVED = 2 * MAX_OUTPUT
+"""Bytes that one check takes in, with the handshake (about 3,000): each packet costs processor time, and a
+banner or an answer without an end would cost it until the deadline."""
 
 READY_LINE = "Application startup complete."
 
@@ -86,7 +91,33 @@ def parse(output: str) -> LogView:
     return LogView(ready=ready, fatal=rest[0].strip() if at else None, certificate=pem or None)
 
 
+def safe_lines(output: bytes | bytearray) -> str:
+    """Return the output with nothing in its lines that cannot be written down, as long as they may be."""
+    text = bytes(output).decode(errors="replace")
+    return "\n".join(safe_text(line, MAX_OUTPUT) for line in text.split("\n"))
+
+
 # --- outside world ---------------------------------------------------------------------------------
+
+
+class _Metered:
+    """A socket that ends after MAX_RECEIVED bytes; it has what paramiko uses of one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._left = MAX_RECEIVED
+
+    def recv(self, most: int) -> bytes:
+        """Receive as a socket does; the end when there was too much."""
+        if self._left <= 0:
+            return b""
+        received = self._sock.recv(min(most, self._left))
+        self._left -= len(received)
+        return received
+
+    def __getattr__(self, name: str) -> object:
+        """Do all else as the socket does."""
+        return getattr(self._sock, name)
 
 
 class SshLog:
@@ -98,7 +129,10 @@ class SshLog:
         self._remember = remember_host_key
 
     def read(self, label: str, host: str, port: int, hot: bool, timeout_s: float) -> LogView:
-        """Look into the log; raise InstanceError or HostKeyChanged. Takes at most timeout_s."""
+        """Look into the log; raise InstanceError or HostKeyChanged.
+
+        Takes at most timeout_s, and MAX_RECEIVED bytes.
+        """
         until = time.monotonic() + timeout_s
 
         def left() -> float:
@@ -108,7 +142,7 @@ class SshLog:
         transport: paramiko.Transport | None = None
         try:
             sock = socket.create_connection((host, port), timeout=left())
-            transport = paramiko.Transport(sock)
+            transport = paramiko.Transport(_Metered(sock))  # type: ignore[arg-type]
             transport.banner_timeout = transport.handshake_timeout = left()
             transport.auth_timeout = transport.channel_timeout = left()
             transport.start_client(timeout=left())
@@ -130,7 +164,7 @@ class SshLog:
                         f"{where}: expected a line or two, got {len(output)} bytes and no end"
                     )
                 channel.settimeout(left())
-            return parse(output.decode(errors="replace"))
+            return parse(safe_lines(output))
         except (OSError, EOFError, paramiko.SSHException) as e:
             raise InstanceError(f"{where}: {type(e).__name__}: {e}") from e
         finally:

@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import sqlite3
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from autoscaler import InstanceSet
 from fleet.arrivals import ARRIVING_S, MIX_S
 from fleet.commands import (
+    AskPage,
     Command,
     Create,
     Destroy,
@@ -18,13 +18,16 @@ from fleet.commands import (
     Performed,
     Reply,
     Start,
+    Stop,
     with_label,
 )
 from fleet.demand import Demand
+from fleet.evidence import Health
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.journal import Decision
 from fleet.outside.ledger import BUCKET_S, Ledger
 from fleet.outside.order_queue import OrderQueue
+from fleet.outside.own_health import OwnHealth
 from fleet.outside.performer import Performer
 from fleet.states import CHECKED, IllegalTransition, State
 from policies import Policy
@@ -95,6 +98,7 @@ class Autoscaler:
         self._vast = vast
         self._performer = performer
         self.ledger = ledger
+        self.own = OwnHealth()
         self.clock = clock or steady_clock()
         self._writing = threading.Lock()
         self.orders = OrderQueue()
@@ -114,13 +118,15 @@ class Autoscaler:
         return self.demand.epoch
 
     def turn(self) -> Decision:
-        """Make one turn; raise sqlite3.Error only. When the listing fails nothing is decided."""
+        """Make one turn; raise when the ledger cannot be written. Without a listing nothing is decided."""
         rows, trouble = self._list()
+        if not self.own.writable:
+            self._try_ledger()
         now = self.clock()
         with self.lock:
             self.instances.observe(rows, (), now)
             self.demand.tick(now, self.instances.hot)
-            decision = self.instances.decide(self.demand, self.policy, now)
+            decision = self.instances.decide(self.demand, self.policy, now, writable=self.own.writable)
             if trouble is not None:
                 decision = replace(decision, notes=(*decision.notes, trouble))
             begun = self._begin(decision, now)
@@ -160,15 +166,18 @@ class Autoscaler:
         """Queue what was begun, once it is written down.
 
         After a kill in between the label is known, and its order is looked for. What cannot be written
-        down is not sent.
+        down is not sent, but the stop of what is drained: to go on costs money, to stop unrecorded does not.
         """
         try:
             self._flush()
-        except sqlite3.Error as e:
-            with self.lock:
-                for command in begun:
-                    refused = Performed(Reply.REFUSED, f"not sent, the ledger cannot be written: {e}")
-                    self.instances.finish(command, refused, self.clock())
+        except Exception as e:  # whatever it was: what was begun is either sent or known not to be
+            unsent = Performed(Reply.UNSENT, f"not sent, the ledger cannot be written: {e}")
+            for command in begun:
+                if isinstance(command, Stop | AskPage):
+                    self.orders.put(command)
+                else:
+                    with self.lock:
+                        self.instances.finish(command, unsent, self.clock())
             raise
         for command in begun:
             self.orders.put(command)
@@ -192,7 +201,7 @@ class Autoscaler:
         if command is None:
             return False
         if self._ending and isinstance(command, Create | Start | LookForOffers):
-            self._noted(command, Performed(Reply.REFUSED, "not sent: the autoscaler ends"))
+            self._noted(command, Performed(Reply.UNSENT, "not sent: the autoscaler ends"))
             return True
         try:
             done = self._performer.perform(command)
@@ -218,7 +227,7 @@ class Autoscaler:
             if done.reply is not Reply.DONE:
                 self.failures.append(Failure(now, command, done.reply, done.why))
             self.instances.finish(command, done, now)
-        self._flush()
+        self._flush_soon()
 
     def checks_due(self, under_way: Collection[str] = ()) -> list[HealthCheckOrder]:
         """Return the health checks to make now, except of labels that are being checked."""
@@ -229,7 +238,22 @@ class Autoscaler:
         """Apply one finished health check at once: a new hot instance should not wait for the next turn."""
         with self.lock:
             self.instances.judge(check, self.clock())
-        self._flush()
+        self._flush_soon()
+
+    def remember_host_key(self, label: str, key: str) -> str:
+        """Return the ssh host key that the instance showed first; the next write has a new one in it."""
+        with self.lock:
+            return self.instances.remember_host_key(label, key)
+
+    def wants_reach(self) -> bool:
+        """Return whether it is to be known whether our own network works."""
+        with self.lock:
+            return self.instances.wants_reach
+
+    def record_reach(self, health: Health) -> None:
+        """Take in a reachability check of our own."""
+        with self.lock:
+            self.instances.record_reach(health, self.clock())
 
     def record_message(self, label: str, boot_id: str, number: int, why: str) -> bool:
         """Take in what an instance says of itself; return False when that was heard before."""
@@ -244,6 +268,7 @@ class Autoscaler:
         """Take in a loadbalancer's report."""
         now = self.clock()
         measured = {i: u.throughput_work_s for i, u in report.instances.items() if u.throughput_work_s > 0.0}
+        self.own.note_report(now)
         with self.lock:
             worked, failing = self.demand.add_report(report, now)
             self.instances.record_report(measured, failing)
@@ -265,12 +290,23 @@ class Autoscaler:
                 self._counts_at = now + COUNTS_EVERY_S
             try:
                 self.ledger.add_counts(worked, arrived, now)
-            except sqlite3.Error:
+            except Exception as e:
+                self.own.note_unwritten(e, now)
                 with self.lock:
                     for where, seconds in worked.items():
                         self._worked[where] = self._worked.get(where, 0.0) + seconds
                     self.demand.history.put_back(arrived)
                 raise
+
+    def try_write_counts(self) -> bool:
+        """Write them down if that can be done; return whether it could: figures are told either way."""
+        try:
+            self.write_counts()
+        except Exception:
+            if self.own.may_complain("ledger", self.clock()):
+                log.exception("not written down yet")
+            return False
+        return True
 
     def destroy_all(self, why: str) -> None:
         """Order the end of every instance of the fleet, busy ones too: a person asked."""
@@ -295,10 +331,32 @@ class Autoscaler:
                 return
             try:
                 self.ledger.write(entries)
-            except sqlite3.Error:
+            except Exception as e:
+                self.own.note_unwritten(e, self.clock())
                 with self.lock:
                     self.instances.journal.put_back(entries)
                 raise
+
+    def _flush_soon(self) -> None:
+        """Write down what has happened, or leave it to the next turn, which says what is wrong."""
+        try:
+            self._flush()
+        except Exception:
+            if self.own.may_complain("ledger", self.clock()):
+                log.exception("not written down yet")
+
+    def _try_ledger(self) -> None:
+        """See whether the ledger can be written again; if so, no machine is late by what we could not do."""
+        now = self.clock()
+        try:
+            self.ledger.note({"tried_at": now})
+        except Exception as e:  # noqa: BLE001 it is noted, and said by GET /health
+            self.own.note_unwritten(e, now)
+            return
+        if self.own.note_written():
+            log.info("the ledger can be written again")
+            with self.lock:
+                self.instances.excuse(now)
 
 
 def _words(command: Command) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.profiles import Profile
-from fleet.commands import Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
+from fleet.commands import AskPage, Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
 from localcloud.cloud import Cloud
 from localcloud.effects import Boot, Effect
 from localcloud.faults import Faults
@@ -208,6 +208,9 @@ class SimulatedCloud:
                     rental.stop(now)
             elif isinstance(command, Destroy):
                 self.model.destroy(command.id, now)
+            elif isinstance(command, AskPage):
+                found = self.model.rentals.get(command.id)
+                return Performed(Reply.DONE, row=None if found is None else _row(found))
         except CloudRefusal as e:
             done = isinstance(command, Destroy) and e.status == 404
             return Performed(Reply.DONE if done else Reply.REFUSED, e.msg, offer_gone=e.status == 410)

@@ -5,6 +5,7 @@ short prompt. A machine that is ready before the listing showed it makes the aut
 """
 
 from fleet.commands import Create
+from fleet.evidence import Health
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
@@ -82,6 +83,7 @@ class VirtualTurns:
         if now >= self._tune_at:
             self._tune_at = now + s.replay_every_s
             self._tuner.tune()
+        scaler.record_reach(Health.WELL)
         scaler.turn()
         self._balancer.expect_hot(scaler.instances.expected_hot_s(now), now)
         self._check()

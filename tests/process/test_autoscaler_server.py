@@ -1013,9 +1013,7 @@ def test_two_autoscalers_do_not_run_on_one_fleet(tmp_path: Path, cloud: QuickClo
 
 def test_a_ledger_that_cannot_be_used_is_said_in_one_line(tmp_path: Path, cloud: QuickCloud) -> None:
     (tmp_path / "state").mkdir(mode=0o700)
-    (tmp_path / "state" / "ledger.sqlite").write_text(
-        "this is not a database, and long enough to be read" * 20
-    )
+    (tmp_path / "state" / "ledger.sqlite").mkdir()
     with pytest.raises(ConfigError, match=r"ledger\.sqlite cannot be used"):
         process.AutoscalerProcess(quick(tmp_path))
 

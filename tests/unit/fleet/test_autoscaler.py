@@ -61,7 +61,7 @@ def test_nothing_is_checked_before_a_listing_said_where_it_is() -> None:
 
 
 def test_a_hot_set_is_not_told_while_the_first_listings_lack_what_was_hot() -> None:
-    w = World().with_pool(hot=2, total=2).restart()
+    w = World(pages_work=False).with_pool(hot=2, total=2).restart()
     w.listing_hook = lambda rows: []
     w.tick(60)
     assert not w.fleet.knows_hot_set()

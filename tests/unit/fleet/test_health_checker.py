@@ -1,7 +1,10 @@
 """Health checks: what a log and a prompt say, and that one dead machine delays no other."""
 
 import asyncio
+import contextlib
+import errno
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -162,7 +165,7 @@ def test_an_engine_that_does_not_say_how_much_it_has_is_not_taken_for_idle() -> 
 
 def test_an_answer_nobody_thought_of_fails_the_check_and_only_that(caplog: pytest.LogCaptureFixture) -> None:
     found = check(order(), Log(KeyError("odd")), Client())
-    assert (found.verdict, found.why) == (Verdict.FAILED, "health check: KeyError")
+    assert (found.verdict, found.why) == (Verdict.UNKNOWN, "health check: KeyError, a fault of ours")
     assert "a fault of ours" in caplog.text
 
 
@@ -175,6 +178,53 @@ def test_as_many_checks_as_hang_in_ssh_leave_others_their_turn() -> None:
         return list(await asyncio.gather(*(checker.check(order(n)) for n in [*range(1, 151), 151])))
 
     assert [c.verdict for c in asyncio.run(run())].count(Verdict.PASSED) == 1
+
+
+def caused(by: BaseException) -> InstanceError:
+    error = InstanceError("said the test")
+    error.__cause__ = by
+    return error
+
+
+@pytest.mark.parametrize(
+    ("trouble", "verdict", "met"),
+    [
+        (caused(TimeoutError()), Verdict.FAILED, False),
+        (caused(ConnectionRefusedError(111, "refused")), Verdict.FAILED, False),
+        (caused(socket.gaierror(-3, "Temporary failure in name resolution")), Verdict.FAILED, False),
+        (caused(OSError(errno.ENETUNREACH, "no route")), Verdict.FAILED, False),
+        (caused(OSError(errno.EMFILE, "too many open files")), Verdict.UNKNOWN, False),
+        (sqlite3.OperationalError("database is locked"), Verdict.UNKNOWN, False),
+        (RuntimeError("can't start new thread"), Verdict.UNKNOWN, False),
+        (InstanceError("wanted 200, got 500"), Verdict.FAILED, True),
+    ],
+)
+def test_a_check_says_whom_it_met_and_a_fault_of_ours_is_unknown(
+    trouble: Exception, verdict: Verdict, met: bool
+) -> None:
+    """Field fault C2: a locked ledger made healthy instances fail."""
+
+    class Troubled(Client):
+        async def fetch_tokens(
+            self, auth_url: str, master: str, count: int, timeout_s: float, certificate: str | None = None
+        ) -> TokenBatch:
+            raise trouble
+
+    found = check(order(state=State.HOT, read_log=False), Log(READY), Troubled())
+    assert (found.verdict, found.met) == (verdict, met)
+
+
+def test_a_reason_of_a_check_is_safe_to_write_down() -> None:
+    """Field fault A1: a lone surrogate in an error text ended the turn's journal."""
+    found = check(order(), Log(InstanceError("\ud800\x1b[2J" + "x" * 100_000)), Client())
+    found.why.encode()
+    assert len(found.why) <= 300
+    assert "\x1b" not in found.why
+
+
+def test_a_stranger_behind_the_address_is_not_the_machine() -> None:
+    found = check(order(), Log(HostKeyChanged("changed")), Client())
+    assert (found.verdict, found.met) == (Verdict.FATAL, False)
 
 
 # -- the log -------------------------------------------------------------------------------------------
@@ -306,3 +356,29 @@ def test_an_ssh_that_never_stops_talking_is_not_listened_to_for_ever() -> None:
         pytest.raises(InstanceError, match="no end"),
     ):
         reader.read("f/1", "127.0.0.1", port, False, 10.0)
+
+
+@pytest.mark.parametrize(
+    "first", [b"SSH-2.0-" + b"x" * 1000, b"x" * 1000, b"line\n" * 200, b"SSH-2.0-a\r\n\0"]
+)
+def test_a_host_that_talks_without_end_costs_little(first: bytes) -> None:
+    """Field fault A4: a banner without a newline took 0.7 of a core until the deadline."""
+
+    def talk(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            peer, _ = listener.accept()
+            with peer:
+                while True:
+                    peer.sendall(first)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        talker = threading.Thread(target=talk, args=(listener,), daemon=True)
+        talker.start()
+        reader = SshLog(paramiko.ECDSAKey.generate(), lambda label, key: key)
+        begun = time.monotonic()
+        with pytest.raises(InstanceError):
+            reader.read("f/1", "127.0.0.1", listener.getsockname()[1], False, 15.0)
+        took_s = time.monotonic() - begun
+        talker.join(10)
+    assert took_s < 8.0, "it ended because of the bytes, not at the deadline"
+    assert not talker.is_alive()

@@ -119,9 +119,10 @@ def test_bad_machines_are_forgotten_when_their_time_is_up(ledger: Ledger) -> Non
     assert ledger.saved_fleet(60.0).bad_machines == {7: 100.0}
 
 
-def test_a_host_key_is_the_one_seen_first(ledger: Ledger) -> None:
-    assert ledger.remember_host_key("f/a", "ed25519 AAA") == "ed25519 AAA"
-    assert ledger.remember_host_key("f/a", "ed25519 BBB") == "ed25519 AAA"
+def test_the_host_key_first_seen_is_kept(ledger: Ledger) -> None:
+    ledger.write(Entries(host_keys={"f/a": "ed25519 AAA"}))
+    ledger.write(Entries(host_keys={"f/a": "ed25519 BBB", "f/b": "ed25519 CCC"}))
+    assert ledger.saved_fleet(0.0).host_keys == {"f/a": "ed25519 AAA", "f/b": "ed25519 CCC"}
 
 
 def test_a_write_that_fails_changes_nothing(ledger: Ledger) -> None:
@@ -299,3 +300,72 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     again = Ledger(path)
     assert again.durations(0.0, 1e9) == []
     again.close()
+
+
+def damage(path: Path, at: int, what: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(what)
+
+
+@pytest.mark.parametrize(
+    ("at", "what"),
+    [
+        (0, b"no database at all"),
+        (20, b"\0" * 80),
+        (100, b"\xff" * 3000),
+        (4096, b"\0" * 4096),
+        (4096, b"\xff" * 4096),
+        (8192, b"\x5a" * 2000),
+        (5000, b"\xff" * 8000),
+        (4096, b"\x0d" + b"\xff" * 20),
+    ],
+)
+def test_a_damaged_ledger_is_kept_aside_and_a_new_one_begun(tmp_path: Path, at: int, what: bytes) -> None:
+    """Field fault C8: a traceback and a crash loop, with the fleet unmanaged and billing; or silence."""
+    path = tmp_path / "ledger.sqlite"
+    made = Ledger(path)
+    for n in range(200):
+        made.write(Entries([interval(f"f/{n}", "hot", float(n), 1.0)], {}, [("boot", float(n), 60.0)]))
+    made.close()
+    before = path.read_bytes()
+    damage(path, at, what)
+    damaged = path.read_bytes()
+    assert damaged != before
+    again = Ledger(path)
+    try:
+        again.write(Entries([interval("f/new", "hot", 1000.0, 1.0)]))
+        assert again.saved_fleet(2000.0) is not None
+        assert "f/new" in {i.label for i in again.costs(0.0, 1e9).intervals}
+    finally:
+        again.close()
+    [kept] = tmp_path.glob("ledger.sqlite.damaged-1")
+    assert kept.read_bytes() == damaged
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_row_of_the_fleet_that_cannot_be_is_left_out_and_found_by_its_label(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    made = Ledger(path)
+    for label in ("f/a", "f/b"):
+        saved = SavedInstance(label, 1, 7, True, False, 0.0, 900.0, "hot", 5.0)
+        made.write(Entries([interval(label, "hot", 5.0, 1.0)], {label: saved}))
+    made.close()
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE stretch SET state = 'h\x07t' WHERE label = 'f/a'")
+    again = Ledger(path)
+    assert [i.label for i in again.saved_fleet(9.0).instances] == ["f/b"]
+    again.close()
+
+
+def test_a_locked_ledger_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode=DELETE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.OperationalError):
+            Ledger(path)
+        other.execute("ROLLBACK")
+    Ledger(path).close()
+    assert [p.name for p in tmp_path.glob("*damaged*")] == []

@@ -67,7 +67,7 @@ def test_a_start_is_no_new_instance_for_the_limit() -> None:
 
 
 def test_a_failed_order_that_was_never_listed_counts_with_its_price() -> None:
-    w = World(policy=Fixed(1, 1)).tick(10)
+    w = World(policy=Fixed(1, 1), pages_work=False).tick(10)
     (c,) = w.contracts.values()
     c.hidden = True
     w.fleet.set_manage(False)

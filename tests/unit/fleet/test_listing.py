@@ -75,26 +75,26 @@ def test_what_answers_a_test_prompt_exists_whatever_the_listing_says() -> None:
     assert w.ordered == []
 
 
-def test_what_is_neither_listed_nor_answers_counts_for_a_while_and_is_then_replaced() -> None:
+def test_what_is_neither_listed_nor_answers_counts_until_its_own_page_says_that_it_is_gone() -> None:
     w = World(limits=Limits(max_instances=3, max_usd_h=10)).with_pool(hot=3, total=3)
     hidden = next(iter(w.contracts.values()))
     hidden.hidden = True
     w.check_hook = lambda label: Verdict.FAILED if label == hidden.label else None
     w.tick(120)
-    assert w.states() == {"hot": 2}
-    assert w.kinds() == [], "it may still exist, so the limit is reached"
+    assert w.states() == {"hot": 2, "running": 1}
+    assert w.kinds() == [], "it exists, so the limit is reached"
     del w.contracts[hidden.label]
-    w.tick(w.deadlines.vanished_s)
+    w.tick(30)
     assert w.kinds() == ["Create"]
 
 
-def test_a_whole_fleet_destroyed_by_hand_is_replaced() -> None:
+def test_a_whole_fleet_destroyed_by_hand_is_replaced_once_its_own_pages_say_so() -> None:
     w = World().with_pool(hot=1, total=2)
     w.contracts.clear()
     w.check_hook = lambda label: Verdict.FAILED if label not in w.contracts else None
-    w.tick(w.deadlines.disbelief_s - 10)
+    w.tick(5)
     assert w.ordered == []
-    w.tick(60)
+    w.tick(25)
     assert "Create" in w.kinds()
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from fleet.arrivals import Arrived
-from fleet.commands import Create, LookForOffers, Performed, Reply, Stop
+from fleet.commands import Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
 from fleet.demand import Demand
 from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import Entries
 from fleet.outside.ledger import Ledger
+from fleet.outside.own_health import keep_alive
 from fleet.outside.turns import COUNTS_EVERY_S, Autoscaler
 from fleet.states import State
 from policies import Fixed
@@ -42,13 +43,14 @@ class Loop:
         world: World | None = None,
         policy: Fixed | None = None,
         new_label: Callable[[], str] = lambda: secrets.token_hex(6),
+        began: float = float("-inf"),
     ) -> None:
         self.world = world or World()
         self.cloud = FakeVast(lambda: self.world.listing())
         self.scaler = Autoscaler(
             self.world.new_set(),
             policy or Fixed(0, 0),
-            Demand("e1"),
+            Demand("e1", began=began),
             self.cloud,  # type: ignore[arg-type]
             self.cloud,  # type: ignore[arg-type]
             ledger,
@@ -279,3 +281,205 @@ def test_counts_are_written_every_half_minute_and_what_fails_is_written_later(
     assert ledger.arrived(0.0, 1e9) == [Arrived(int(start + 1.0), 3.0, 600.0, 1500.0)]
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
         assert db.execute("SELECT SUM(seconds) FROM worked").fetchone() == (1.0,)
+
+
+# -- faults of ours --------------------------------------------------------------------------------------
+
+
+def hot_loop(ledger: Ledger) -> tuple[Loop, str]:
+    """One hot instance, as its process knows it."""
+    world = World().with_pool(hot=1, total=1)
+    (label,) = world.contracts
+    loop = Loop(ledger, world, Fixed(1, 1))
+    loop.scaler.turn()
+    loop.world.now += 1.0
+    loop.scaler.judge(HealthCheck(label, loop.world.now, Verdict.PASSED, "ok"))
+    assert loop.scaler.instances[label].state is State.HOT
+    return loop, label
+
+
+@contextlib.contextmanager
+def locked(tmp_path: Path) -> Iterator[None]:
+    """Somebody else holds the ledger, as a backup or a sqlite shell does."""
+    other = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+
+
+def test_a_locked_ledger_is_no_verdict_on_a_machine(tmp_path: Path, ledger: Ledger) -> None:
+    """Field fault C2: 40 s of a backup destroyed healthy machines, because a check wrote."""
+    loop, label = hot_loop(ledger)
+    with locked(tmp_path):
+        for _ in range(3):
+            loop.world.now += 15.0
+            assert loop.scaler.remember_host_key(label, "ssh-ed25519 AAA") == "ssh-ed25519 AAA"
+            loop.scaler.judge(HealthCheck(label, loop.world.now, Verdict.PASSED, "ok"))
+            with contextlib.suppress(sqlite3.Error):
+                loop.scaler.turn()
+        assert loop.scaler.instances[label].state is State.HOT
+        assert [r.code for r in loop.scaler.own.reasons(0, "", loop.world.now)] == ["ledger_not_writable"]
+        assert ledger.costs(0.0, loop.world.now).total >= 0.0, "who reads does not wait for who writes"
+    loop.world.now += 5.0
+    loop.scaler.turn()
+    loop.send_all()
+    assert loop.cloud.sent == []
+    assert loop.scaler.own.reasons(0, "", loop.world.now) == []
+    assert ledger.saved_fleet(loop.world.now).host_keys == {label: "ssh-ed25519 AAA"}
+
+
+def test_with_a_full_disk_what_is_drained_is_stopped_and_nothing_fails(ledger: Ledger) -> None:
+    """Field fault C3: the stop was not sent, and the machine was destroyed for it afterwards."""
+    loop, label = hot_loop(ledger)
+    loop.scaler.set_policy(Fixed(0, 1))
+    loop.world.now += 5.0
+    loop.scaler.turn()
+    loop.world.now += loop.world.deadlines.lease_s + 20.0
+    write, note = ledger.write, ledger.note
+    ledger.write = ledger.note = full_disk  # type: ignore[method-assign, assignment]
+    loop.scaler.judge(HealthCheck(label, loop.world.now, Verdict.PASSED, "idle", in_flight=0))
+    with pytest.raises(sqlite3.Error):
+        loop.scaler.turn()
+    loop.send_all()
+    assert [type(c) for c in loop.cloud.sent] == [Stop]
+    loop.world.contracts[label].status = "exited"
+    loop.world.contracts[label].intended = "stopped"
+    for _ in range(24):
+        loop.world.now += 5.0
+        with pytest.raises(sqlite3.Error):
+            loop.scaler.turn()
+    ledger.write, ledger.note = write, note  # type: ignore[method-assign]
+    loop.world.now += 5.0
+    loop.scaler.turn()
+    loop.send_all()
+    assert loop.scaler.instances[label].state is State.COLD
+    assert not any(isinstance(c, Destroy) for c in loop.cloud.sent)
+
+
+def test_with_a_full_disk_nothing_is_started_and_the_machine_is_not_blamed(ledger: Ledger) -> None:
+    world = World().with_pool(hot=0, total=1)
+    (label,) = world.contracts
+    loop = Loop(ledger, world, Fixed(0, 1))
+    loop.scaler.turn()
+    loop.scaler.set_policy(Fixed(1, 1))
+    write = ledger.write
+    ledger.write = full_disk  # type: ignore[method-assign]
+    with pytest.raises(sqlite3.Error):
+        loop.scaler.turn()
+    loop.send_all()
+    assert loop.cloud.sent == []
+    i = loop.scaler.instances[label]
+    assert (i.state, i.boot.refused_starts) == (State.COLD, 0)
+    ledger.write = write  # type: ignore[method-assign]
+    loop.world.now += 5.0
+    loop.scaler.turn()
+    loop.send_all()
+    assert [type(c) for c in loop.cloud.sent] == [Start]
+
+
+def broken_write(entries: Entries) -> None:
+    raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+
+
+def test_any_fault_in_writing_keeps_the_journal_and_answers_what_was_begun(ledger: Ledger) -> None:
+    """Field fault A1: an error that was no sqlite3.Error left orders for ever begun."""
+    loop, label = hot_loop(ledger)
+    write = ledger.write
+    ledger.write = broken_write  # type: ignore[method-assign]
+    with pytest.raises(UnicodeEncodeError):
+        loop.scaler.destroy_all("a person asked")
+    i = loop.scaler.instances[label]
+    assert (i.state, i.orders.out) == (State.DESTROYING, 0)
+    ledger.write = write  # type: ignore[method-assign]
+    loop.world.now += loop.world.deadlines.repeat_s + 1.0
+    loop.scaler.turn()
+    loop.send_all()
+    assert [type(c) for c in loop.cloud.sent if not isinstance(c, LookForOffers)] == [Destroy]
+    assert "destroying" in {s.state for s in ledger.costs(0.0, 1e12).intervals}
+
+
+def test_a_text_that_cannot_be_encoded_stops_no_write(ledger: Ledger) -> None:
+    loop, label = hot_loop(ledger)
+    loop.world.now += 5.0
+    loop.scaler.judge(HealthCheck(label, loop.world.now, Verdict.FAILED, "engine: \ud800"))
+    loop.scaler.turn()
+    assert "engine: \ufffd" in {s.why for s in ledger.costs(0.0, 1e12).intervals}
+
+
+def test_an_order_that_got_lost_is_sent_again(ledger: Ledger) -> None:
+    """Its thread ended with it: the instance must not be destroying, and billed, for ever."""
+    loop, label = hot_loop(ledger)
+    loop.scaler.instances.set_manage(False)
+    loop.scaler.destroy_all("a person asked")
+    assert loop.scaler.orders.take() is not None  # and never performed
+    loop.world.now += 120.0
+    loop.scaler.turn()
+    loop.send_all()
+    assert loop.cloud.sent == [], "it may be on its way"
+    loop.world.now += 240.0
+    loop.scaler.turn()
+    loop.send_all()
+    assert [type(c) for c in loop.cloud.sent] == [Destroy]
+    assert loop.scaler.instances[label].orders.out == 0
+
+
+def test_a_thread_that_dies_begins_again_and_that_is_said(ledger: Ledger) -> None:
+    loop = Loop(ledger)
+    runs: list[int] = []
+
+    def dies_twice() -> None:
+        runs.append(1)
+        if len(runs) < 3:
+            raise KeyError("a bug")
+
+    keep_alive(dies_twice, "turns", loop.scaler.own, loop.scaler.clock, threading.Event(), rest_s=0.0)
+    assert len(runs) == 3
+    assert loop.scaler.own.restarts == {"turns": 2}
+
+
+def test_a_loadbalancer_that_is_there_and_not_understood_is_a_reason(ledger: Ledger) -> None:
+    own = Loop(ledger).scaler.own
+    for n in range(40):
+        own.note_contact(1000.0 + n)
+    assert [r.code for r in own.reasons(0, "", 1040.0)] == ["no_reports"]
+    own.note_report(1041.0)
+    assert own.reasons(0, "", 1042.0) == []
+    assert own.reasons(0, "", 2000.0) == [], "one that has gone is no fault of ours"
+
+
+def test_no_credit_and_creates_that_all_fail_are_reasons(ledger: Ledger) -> None:
+    own = Loop(ledger).scaler.own
+    own.note_credit(-0.1)
+    found = own.reasons(3, "spend_rate_limit", 0.0)
+    assert [r.code for r in found] == ["no_credit", "creates_fail"]
+    assert "spend_rate_limit" in found[1].message
+
+
+def test_a_fleet_found_hot_stays_hot_until_demand_was_heard(ledger: Ledger) -> None:
+    """Field fault C8: without a ledger two of three were drained 2 s after the start, and needed again."""
+    world = World().with_pool(hot=3, total=3)
+    loop = Loop(ledger, world, Fixed(1, 3), began=world.now)
+    loop.scaler.turn()
+    for label in world.contracts:
+        loop.scaler.judge(HealthCheck(label, world.now, Verdict.PASSED, "ok"))
+    world.now += 5.0
+    assert loop.scaler.turn().commands == ()
+    for _ in range(3):
+        loop.scaler.record_report(busy_report(demand=0.5))
+        world.now += 6.0
+    assert len(loop.scaler.turn().commands) == 2
+
+
+def test_without_any_loadbalancer_the_fleet_does_not_stay_hot_for_ever(ledger: Ledger) -> None:
+    world = World().with_pool(hot=2, total=2)
+    loop = Loop(ledger, world, Fixed(0, 2), began=world.now)
+    loop.scaler.turn()
+    for _ in range(30):
+        world.now += 5.0
+        for label in world.contracts:
+            loop.scaler.judge(HealthCheck(label, world.now, Verdict.PASSED, "ok"))
+        loop.scaler.turn()
+    assert {str(i.state) for i in loop.scaler.instances} == {"draining"}

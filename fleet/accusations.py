@@ -1,0 +1,64 @@
+"""What speaks against one instance, put together for fleet/evidence.py from what is known of it."""
+
+from dataclasses import replace
+
+from fleet.deadlines import Deadlines
+from fleet.evidence import Accusation, Source
+from fleet.instance import Instance
+from fleet.states import State
+
+
+def final_accusation(i: Instance, d: Deadlines, now: float) -> Accusation | None:
+    """Return what is wrong with it and does not pass by itself."""
+    t = i.trouble
+    against = set()
+    if t.fatal is not None:
+        # Over ssh with its own host key it is the machine that says so, and we that have read it.
+        against = {Source.CHECK} if t.silent_since is not None else {Source.CHECK, Source.WORD}
+        why, lasts_s, deadline_s = t.fatal, now - i.since, d.recover_s
+    elif t.ended_since is not None:
+        against = {Source.LISTING, Source.CHECK} if t.silent_since is not None else {Source.LISTING}
+        why, lasts_s, deadline_s = "its container ended by itself", now - t.ended_since, d.broken_host_s
+    else:
+        return None
+    return Accusation(why, frozenset(against), lasts_s, deadline_s, final=True)
+
+
+def lost_host(i: Instance, d: Deadlines, now: float) -> Accusation | None:
+    """Return what the listing says of a host that is offline; None when it is there."""
+    if i.lost_since is None:
+        return None
+    # A stopped machine that is offline costs nothing and may come back with the model.
+    most_s = d.lost_cold_s if i.state is State.COLD else d.lost_s
+    against = {Source.LISTING, Source.CHECK} if i.trouble.silent_since is not None else {Source.LISTING}
+    lost_s = now - i.lost_since
+    return Accusation(f"host offline for {lost_s:.0f} s", frozenset(against), lost_s, most_s)
+
+
+def overdue(i: Instance, d: Deadlines, now: float) -> Accusation | None:
+    """Return what its state's deadline says against the instance; None while it has time."""
+    age = now - i.since
+    listing = frozenset({Source.LISTING})
+    if i.state is State.ORDERED and (not i.orders.out or i.orders.is_stuck(now)):
+        waited_s = now - max(i.since, i.orders.answered_at)
+        return _late("ordered, but never listed", listing, waited_s, d.ordered_s)
+    if i.state is State.LOADING:
+        if i.broken_since and now - i.broken_since >= d.broken_host_s:
+            why = "docker or host error in status_msg"
+            return Accusation(why, listing, now - i.broken_since, 0.0, final=True)
+        return _late(f"its container was not up after {age:.0f} s", listing, age, d.loading_s)
+    if i.state is State.RUNNING:
+        limit_s = d.recover_s if i.boot.was_hot else d.reload_s if i.loaded else d.first_load_s
+        silent_since = i.trouble.silent_since
+        found = _late(f"not hot after {age:.0f} s: {i.why}", frozenset({Source.CHECK}), age, limit_s)
+        if found is None or silent_since is None:
+            return found
+        return replace(found, why=f"not hot after {age:.0f} s", silent=True, silent_s=now - silent_since)
+    if i.state is State.STOPPING and not i.orders.out:
+        asked_s = now - max(i.since, i.orders.asked_at)
+        return _late(f"would not stop in {asked_s:.0f} s", listing, asked_s, 3 * d.stopping_s)
+    return None
+
+
+def _late(why: str, against: frozenset[Source], lasts_s: float, deadline_s: float) -> Accusation | None:
+    return Accusation(why, against, lasts_s, deadline_s) if lasts_s > deadline_s else None

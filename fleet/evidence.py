@@ -1,0 +1,170 @@
+"""Whether a machine is well, and what it takes to call it broken: the whole rule, to be read in one place.
+
+    well      its log has the ready line and a test prompt came back
+    broken    it is given up: destroyed, and its machine not rented again for a while
+    unknown   everything else: it gets no requests, and it stays in the fleet
+
+A fault of ours (ledger, files, threads, DNS, network, an exception in our code) is never more than unknown.
+Broken needs one of:
+
+    two kinds of evidence of what does not pass by itself              a fatal line that we read in its log
+    one kind, while another machine is well                            its container ended; the others run
+    a deadline of its state that has passed                            while the listing is believed, and what
+                                                                       accuses it is not our own network
+
+A check that met nobody says nothing about whose fault that is. It counts against the machine when another
+machine passed a check that began after it, or when the listing accuses the machine, too. Where neither is so,
+all that we see may be our own network: then the silence must have lasted `together_s`, and a reachability
+check of our own must have passed.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Health(StrEnum):
+    """The three answers to "is it well?"."""
+
+    WELL = "well"
+    BROKEN = "broken"
+    UNKNOWN = "unknown"
+
+
+class Source(StrEnum):
+    """The kinds of evidence."""
+
+    CHECK = "our check"
+    WORD = "its own word"
+    CLIENTS = "its clients"
+    LISTING = "the listing"
+
+
+@dataclass(frozen=True)
+class Accusation:
+    """What speaks against one machine.
+
+    against: the kinds of evidence. lasts_s: for how long it has. deadline_s: how long it may. final: it does
+    not pass by itself. silent: our checks met nobody there, or could not be made. silent_s: for how long.
+    """
+
+    why: str
+    against: frozenset[Source]
+    lasts_s: float = 0.0
+    deadline_s: float = float("inf")
+    final: bool = False
+    silent: bool = False
+    silent_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What is known beside it.
+
+    believed: the listing is. others_well: another machine passed a check that began after this one's trouble.
+    reach: what our own reachability check found. together_s: how long we wait where all may be our network.
+    """
+
+    believed: bool
+    others_well: bool
+    reach: Health
+    together_s: float
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """The answer, why in short, and the evidence in a sentence."""
+
+    health: Health
+    why: str
+    evidence: str
+
+
+def weigh(accusation: Accusation, around: Circumstances) -> Ruling:
+    """Say whether that machine is broken; it is unknown otherwise."""
+    a = accusation
+    kinds = " and ".join(sorted(a.against))
+    if not around.believed:
+        return Ruling(Health.UNKNOWN, a.why, f"{a.why}: the listing is not believed")
+    if a.silent and not around.others_well and Source.LISTING not in a.against:
+        return _weigh_silence(a, around)
+    if a.final and len(a.against) > 1:
+        return Ruling(Health.BROKEN, a.why, f"{a.why} ({kinds})")
+    if a.final and around.others_well:
+        return Ruling(Health.BROKEN, a.why, f"{a.why} ({kinds}, while others are well)")
+    if a.lasts_s > a.deadline_s:
+        beside = ", while others are well" if around.others_well else ""
+        return Ruling(Health.BROKEN, a.why, f"{a.why} ({kinds} for {a.lasts_s:.0f} s{beside})")
+    return Ruling(Health.UNKNOWN, a.why, f"{a.why} ({kinds})")
+
+
+def _weigh_silence(a: Accusation, around: Circumstances) -> Ruling:
+    """Weigh where nothing but our own network connects what we see."""
+    if a.lasts_s <= a.deadline_s:
+        return Ruling(Health.UNKNOWN, a.why, f"{a.why}: not for long enough to tell")
+    if around.reach is not Health.WELL:
+        return Ruling(Health.UNKNOWN, a.why, f"{a.why}: our own network is not known to work")
+    if a.silent_s <= around.together_s:
+        return Ruling(Health.UNKNOWN, a.why, f"{a.why}: no other machine shows that our own network works")
+    return Ruling(
+        Health.BROKEN,
+        a.why,
+        f"{a.why} (nobody answered for {a.silent_s:.0f} s, and our own network works: our check)",
+    )
+
+
+@dataclass
+class Trouble:
+    """What our checks and the listing say of one machine in its present boot, and since when."""
+
+    passed_at: float = float("-inf")  # when the last check that passed began
+    failing: bool = False  # the last check did not pass
+    silent_since: float | None = None  # when the first of an unbroken row that met nobody had ended
+    ended_since: float | None = None  # the listing says that its container ended by itself
+    fatal: str | None = None  # what does not pass by itself, as our check found it
+
+    def note_pass(self, started_at: float) -> None:
+        """Note a check that passed."""
+        self.passed_at = max(self.passed_at, started_at)
+        self.failing, self.silent_since, self.fatal = False, None, None
+
+    def note_trouble(self, now: float, *, met: bool) -> None:
+        """Note a check that did not pass; met: the machine itself answered."""
+        self.failing = True
+        self.silent_since = None if met else now if self.silent_since is None else self.silent_since
+
+    def note_ended(self, now: float, *, ended: bool) -> None:
+        """Note whether the listing shows its container as ended by itself."""
+        self.ended_since = None if not ended else now if self.ended_since is None else self.ended_since
+
+    def accuse(self, fatal: str) -> None:
+        """Note what does not pass by itself."""
+        self.fatal = fatal
+
+    def forget(self) -> None:
+        """Begin a new boot."""
+        self.passed_at = float("-inf")
+        self.failing, self.silent_since, self.ended_since, self.fatal = False, None, None, None
+
+    def shows_well_since(self, at: float) -> bool:
+        """Return whether it is well by a check that began after that time."""
+        return not self.failing and self.passed_at > at
+
+
+REACH_LASTS_S = 90.0
+"""Seconds for which a reachability check of our own says something."""
+
+
+class Reachability:
+    """What our own reachability check found last."""
+
+    def __init__(self) -> None:
+        """Begin with nothing known."""
+        self._health, self._at = Health.UNKNOWN, float("-inf")
+
+    def note(self, health: Health, now: float) -> None:
+        """Take in a check."""
+        self._health, self._at = health, now
+
+    def at(self, now: float) -> Health:
+        """Return what is known of it now."""
+        return self._health if now - self._at <= REACH_LASTS_S else Health.UNKNOWN

@@ -1,0 +1,170 @@
+"""Whether this process can do its job, with the reason when it cannot: what `GET /health` says."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+log = logging.getLogger("autoscaler")
+
+LEDGER_FAILS_S = 5.0
+"""Seconds for which the ledger may be locked by somebody else before it is a reason."""
+
+DEAF_S = 30.0
+"""Seconds without a report from a loadbalancer that is heard otherwise."""
+
+REFUSED_CREATES = 3
+"""Creates in a row that failed, from which on nothing can be rented."""
+
+CRASH_LOOP = 3, 60.0
+"""Ends of one thread, within so many seconds, from which on its work is not done."""
+
+COMPLAIN_EVERY_S = 60.0
+"""Seconds between two lines of log about the same trouble."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why the process cannot do its job: a word for programs, and a sentence."""
+
+    code: str
+    message: str
+
+
+class OwnHealth:
+    """What went wrong in this process. Any thread may call; times are the caller's seconds."""
+
+    def __init__(self) -> None:
+        """Begin with nothing wrong."""
+        self.credit_usd: float | None = None
+        self.restarts: Counter[str] = Counter()  # of threads that ended by an error
+        self.clock_steps: list[tuple[float, float]] = []  # when, and by how many seconds
+        self._lock = threading.Lock()
+        self._ledger: tuple[float, float, str] | None = None  # since, last seen, why
+        self._contact_at: float | None = None  # a loadbalancer asked or answered
+        self._deaf_since: float | None = None  # the first contact after the last report
+        self._deaths: dict[str, list[float]] = {}
+        self._last_death = ""
+        self._complained: dict[str, float] = {}
+
+    # -- what is noted ---------------------------------------------------------------------------------
+
+    def note_unwritten(self, error: Exception, now: float) -> None:
+        """Note that the ledger could not be written."""
+        with self._lock:
+            since = now if self._ledger is None else self._ledger[0]
+            self._ledger = since, now, f"{type(error).__name__}: {error}"
+
+    def note_written(self) -> bool:
+        """Note that the ledger was written; return whether it could not be before."""
+        with self._lock:
+            failed, self._ledger = self._ledger is not None, None
+        return failed
+
+    def note_contact(self, now: float) -> None:
+        """Note that a loadbalancer was heard of, by whatever it did."""
+        with self._lock:
+            if self._deaf_since is None or self._contact_at is None or now - self._contact_at > DEAF_S:
+                self._deaf_since = now
+            self._contact_at = now
+
+    def note_report(self, now: float) -> None:
+        """Note that a loadbalancer's report was understood."""
+        with self._lock:
+            self._contact_at, self._deaf_since = now, None
+
+    def note_credit(self, usd: float) -> None:
+        """Note the credit that is left."""
+        self.credit_usd = usd
+
+    def note_death(self, thread: str, error: BaseException, now: float) -> None:
+        """Note that a thread ended by an error; it begins again."""
+        with self._lock:
+            self.restarts[thread] += 1
+            times = self._deaths.setdefault(thread, [])
+            times.append(now)
+            del times[: -CRASH_LOOP[0]]
+            self._last_death = f"{thread}: {type(error).__name__}: {error}"
+
+    def note_step(self, by_s: float, now: float) -> None:
+        """Note that the wall clock was set."""
+        with self._lock:
+            self.clock_steps = [*self.clock_steps[-9:], (now, by_s)]
+
+    # -- what is asked ---------------------------------------------------------------------------------
+
+    @property
+    def writable(self) -> bool:
+        """Whether the ledger could be written when that was last tried."""
+        return self._ledger is None
+
+    def may_complain(self, about: str, now: float) -> bool:
+        """Return whether to log about that trouble again; once a minute."""
+        with self._lock:
+            if now - self._complained.get(about, float("-inf")) < COMPLAIN_EVERY_S:
+                return False
+            self._complained[about] = now
+            return True
+
+    def reasons(self, failed_creates: int, last_failure: str, now: float) -> list[Reason]:
+        """Return why the process cannot do its job now; nothing when it can."""
+        with self._lock:
+            ledger, deaf_since, contact_at = self._ledger, self._deaf_since, self._contact_at
+            looping = [
+                name
+                for name, times in self._deaths.items()
+                if len(times) >= CRASH_LOOP[0] and now - times[0] <= CRASH_LOOP[1]
+            ]
+        found = []
+        if ledger is not None and now - ledger[0] >= LEDGER_FAILS_S:
+            found.append(
+                Reason(
+                    "ledger_not_writable",
+                    f"the ledger could not be written for {now - ledger[0]:.0f} s: {ledger[2]}",
+                )
+            )
+        if (
+            deaf_since is not None
+            and contact_at is not None
+            and now - deaf_since >= DEAF_S > now - contact_at
+        ):
+            found.append(
+                Reason(
+                    "no_reports",
+                    f"a loadbalancer is there, but no report was understood for {now - deaf_since:.0f} s",
+                )
+            )
+        if self.credit_usd is not None and self.credit_usd <= 0.0:
+            found.append(
+                Reason("no_credit", f"the account has {self.credit_usd:.2f} $ left: the cloud stops all")
+            )
+        if failed_creates >= REFUSED_CREATES:
+            found.append(
+                Reason("creates_fail", f"{failed_creates} creates in a row failed, the last: {last_failure}")
+            )
+        if looping:
+            found.append(Reason("thread_dies", f"it ends again and again: {self._last_death}"))
+        return found
+
+
+def keep_alive(
+    run: Callable[[], None],
+    name: str,
+    own: OwnHealth,
+    clock: Callable[[], float],
+    stopped: threading.Event,
+    rest_s: float = 1.0,
+) -> None:
+    """Run it until it returns; begin again after an error, which is logged and noted."""
+    while True:
+        try:
+            run()
+        except BaseException as e:
+            own.note_death(name, e, clock())
+            if own.may_complain(f"thread {name}", clock()):
+                log.exception("thread %s ended, it begins again", name)
+            if stopped.wait(rest_s):
+                return
+        else:
+            return

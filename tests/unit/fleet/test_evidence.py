@@ -1,0 +1,159 @@
+"""What it takes to call a machine broken: a fault of ours is never a verdict on it."""
+
+from dataclasses import replace
+
+import pytest
+
+from fleet.commands import Create, Destroy, Start
+from fleet.evidence import Accusation, Circumstances, Health, Source, weigh
+from fleet.health_check import Verdict
+from fleet.states import State
+from policies import Fixed
+from tests.fleet_world import World
+
+CHECK, LISTING, WORD = Source.CHECK, Source.LISTING, Source.WORD
+ALONE = Circumstances(believed=True, others_well=False, reach=Health.WELL, together_s=600.0)
+OTHERS_WELL = replace(ALONE, others_well=True)
+BLIND = replace(OTHERS_WELL, believed=False)
+CUT_OFF = replace(ALONE, reach=Health.UNKNOWN)
+
+FATAL = Accusation("a fatal line", frozenset({CHECK, WORD}), 1.0, 180.0, final=True)
+ENDED = Accusation("ended", frozenset({LISTING}), 1.0, 10.0, final=True)
+SLOW = Accusation("not hot", frozenset({CHECK}), 181.0, 180.0)
+SILENT = Accusation("silent", frozenset({CHECK}), 181.0, 180.0, silent=True, silent_s=181.0)
+
+
+@pytest.mark.parametrize(
+    ("accusation", "around", "health"),
+    [
+        (FATAL, ALONE, Health.BROKEN),  # two kinds
+        (FATAL, BLIND, Health.UNKNOWN),
+        (ENDED, ALONE, Health.UNKNOWN),  # one kind
+        (ENDED, OTHERS_WELL, Health.BROKEN),  # one kind, while others are well
+        (replace(ENDED, against=frozenset({LISTING, CHECK})), ALONE, Health.BROKEN),
+        (replace(ENDED, lasts_s=11.0), ALONE, Health.BROKEN),  # its deadline has passed
+        (SLOW, ALONE, Health.BROKEN),
+        (replace(SLOW, lasts_s=179.0), OTHERS_WELL, Health.UNKNOWN),
+        (SILENT, OTHERS_WELL, Health.BROKEN),
+        (SILENT, ALONE, Health.UNKNOWN),  # it may be our own network
+        (replace(SILENT, silent_s=601.0), ALONE, Health.BROKEN),  # a fleet of one must not bill for ever
+        (replace(SILENT, silent_s=6e9), CUT_OFF, Health.UNKNOWN),  # until our own check says so
+        (replace(SILENT, against=frozenset({CHECK, LISTING})), CUT_OFF, Health.BROKEN),
+        (SILENT, BLIND, Health.UNKNOWN),
+    ],
+)
+def test_broken_needs_two_kinds_or_others_that_are_well_or_a_deadline(
+    accusation: Accusation, around: Circumstances, health: Health
+) -> None:
+    ruling = weigh(accusation, around)
+    assert ruling.health is health
+    assert accusation.why in ruling.evidence
+
+
+def all_silent(_: str) -> Verdict:
+    return Verdict.FAILED
+
+
+def test_checks_that_all_fail_together_destroy_ban_and_rent_nothing() -> None:
+    """Field fault C1: ports dropped and ssh hanging for 130 s, and for ten minutes."""
+    w = World().with_pool(hot=2, total=4)
+    w.check_hook = all_silent
+    w.tick(w.deadlines.together_s - 60)
+    assert w.states().get("hot", 0) == 0, "out of the queue"
+    assert not any(isinstance(c, Create | Destroy) for c in w.ordered)
+    assert w.fleet.market.bad_machines == {}
+    assert len(w.contracts) == 4
+    w.check_hook = lambda _: None
+    w.tick(120)
+    assert w.states() == {"hot": 2, "cold": 2}
+    assert not any(isinstance(c, Create | Destroy) for c in w.ordered)
+
+
+@pytest.mark.parametrize("reach", [Health.UNKNOWN, Health.BROKEN])
+def test_while_our_own_network_is_not_known_to_work_silence_destroys_nothing(reach: Health) -> None:
+    w = World(reach=reach).with_pool(hot=2, total=2)
+    w.check_hook = all_silent
+    w.tick(6 * 3600)
+    assert w.ordered == []
+    assert w.states() == {"running": 2}
+
+
+def test_a_fleet_of_one_that_is_silent_for_ever_does_not_bill_for_ever() -> None:
+    w = World().with_pool(hot=1, total=1)
+    (label,) = w.contracts
+    w.check_hook = lambda at: Verdict.FAILED if at == label else None
+    w.tick(w.deadlines.together_s - 30)
+    assert w.ordered == []
+    w.tick(120)
+    assert label not in w.contracts
+    [destroy] = [c for c in w.ordered if isinstance(c, Destroy)]
+    assert "nobody answered" in destroy.evidence
+
+
+def test_one_silent_machine_is_replaced_by_a_cold_one_which_then_accuses_it() -> None:
+    w = World().with_pool(hot=1, total=2)
+    sick = w.only()
+    w.check_hook = lambda at: Verdict.FAILED if at == sick else None
+    w.tick(w.deadlines.recover_s + 20)
+    assert [type(c) for c in w.ordered] == [Start]
+    assert sick in w.contracts
+    w.tick(w.start_s + w.reload_s + 30)
+    assert sick not in w.contracts
+    assert w.states()["hot"] == 1
+
+
+def test_a_check_that_began_before_our_network_failed_accuses_nobody() -> None:
+    """One machine was seen well a moment before both became silent: that is no evidence against the other."""
+    w = World().with_pool(hot=2, total=2)
+    first, second = w.contracts
+    w.check_hook = lambda at: Verdict.FAILED if at == first else None
+    w.tick(5)
+    w.check_hook = all_silent
+    w.tick(w.deadlines.recover_s + 60)
+    assert {first, second} == set(w.contracts)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.UNKNOWN])
+def test_a_fault_of_ours_takes_machines_out_of_the_queue_and_never_out_of_the_fleet(verdict: Verdict) -> None:
+    w = World().with_pool(hot=2, total=2)
+    w.check_hook = lambda _: verdict
+    w.tick(w.deadlines.recover_s + 120)
+    assert w.states() == {"running": 2}
+    assert w.ordered == []
+    w.check_hook = lambda _: None
+    w.tick(20)
+    assert w.states() == {"hot": 2}
+
+
+def test_a_computer_that_slept_gives_every_machine_time_to_be_looked_at() -> None:
+    w = World().with_pool(hot=1, total=2)
+    w.policy = Fixed(2, 2)
+    w.tick(w.start_s + 10)
+    assert w.states()["running"] == 1
+    w.check_hook = lambda _: Verdict.LOADING
+    w.now += 3600.0
+    w.turn()
+    assert not any(isinstance(c, Destroy) for c in w.ordered)
+
+
+def test_a_listing_that_says_ended_while_the_machine_answers_destroys_nothing_at_once() -> None:
+    w = World().with_pool(hot=1, total=1)
+    label = w.only()
+    w.contracts[label].status = "exited"
+    w.check_hook = lambda _: Verdict.PASSED
+    w.turn()
+    assert w.fleet[label].state is State.RUNNING
+    assert w.ordered == []
+
+
+def test_what_destroys_and_creates_says_its_evidence() -> None:
+    w = World().with_pool(hot=1, total=1)
+    w.check_hook = lambda _: Verdict.FATAL
+    w.tick(600)
+    destroys = [c for c in w.ordered if isinstance(c, Destroy)]
+    creates = [c for c in w.ordered if isinstance(c, Create)]
+    assert destroys
+    assert creates
+    assert all("broken: " in c.evidence or "asked for before" in c.evidence for c in destroys)
+    assert all("wanted 1 hot and 1 in all" in c.evidence for c in creates)
+    assert all(w.fleet.market.bad_reasons[m] for m in w.fleet.market.bad_machines)
