@@ -248,6 +248,7 @@ def test_the_hot_set_is_what_a_loadbalancer_must_know(face: Face) -> None:
         "version": face.world.fleet.hot_version,
         "model": "vllm-13",
         "prefill_weight": 0.1,
+        "max_model_len": 4096,
         "expected_output_tokens": 180.0,
         "expected_hot_s": None,
     }
