@@ -5,7 +5,7 @@ which can reach loopback, too. A page cannot keep its browser from saying where 
 
     under a name of its own (DNS rebinding)      Host is not this machine          403
     from its own site, in a script or a form     Origin is not this machine        403
-    from its own site, a picture or a link       Sec-Fetch-Site: cross-site        403
+    from its own site, a picture or a link       Sec-Fetch-Site: cross-, same-site 403
 
 With keys (--key-file) the key is the proof, and none of this is looked at. Off loopback it wants keys.
 """
@@ -13,6 +13,7 @@ With keys (--key-file) the key is the proof, and none of this is looked at. Off 
 from collections.abc import Collection, Sequence
 
 from fleet_client.bearer import bearer_is
+from fleet_client.browser_pages import FOREIGN_SITES
 from fleet_client.connection_pool import Header
 from fleet_client.loopback import names_loopback
 from fleet_client.reply import HttpReply, error_reply
@@ -42,7 +43,8 @@ def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool)
     for origin in origins:
         if not from_loopback(origin):
             return error_reply(403, "wrong_origin", f"pages of {_shown(origin)} may not use this gateway")
-    if not origins and b"cross-site" in [value.lower() for value in values_of(headers, b"sec-fetch-site")]:
+    sites = {value.strip().lower() for value in values_of(headers, b"sec-fetch-site")}
+    if not origins and sites & FOREIGN_SITES:
         return error_reply(403, "wrong_origin", "pages of other sites may not use this gateway")
     return None
 

@@ -9,6 +9,7 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from fleet_client.bearer import bearer_is
+from fleet_client.browser_pages import page_refusal
 from web.answers import OUR_FAULT, UNAUTHORIZED, bad_request, error, response
 from web.messages.decoding import BadField, decode
 
@@ -35,8 +36,12 @@ def make_app(name: str, *, large_bodies: Mapping[str, int] | None = None) -> Fla
     app.url_map.merge_slashes = False  # //route is an unknown route, not a redirect
 
     @app.before_request
-    def limit_body() -> None:
+    def limit_body() -> Response | None:
         request.max_content_length = max_body(app, request.path)
+        # FlaskBridge has looked already; the local cloud is served without it.
+        headers = [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in request.headers]
+        why = page_refusal(request.method, request.path, headers)
+        return None if why is None else error(*why)
 
     @app.errorhandler(BadField)
     def bad_field(e: BadField) -> Response:

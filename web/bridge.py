@@ -28,6 +28,7 @@ from urllib.parse import unquote_to_bytes
 from flask import Flask
 
 from fleet_client.asgi_server import AsgiServer, Background
+from fleet_client.browser_pages import page_refusal
 from fleet_client.loopback import is_loopback_host, names_loopback
 from web.answers import CLOSING, OUR_FAULT, JsonAnswer, bad_request, error_answer
 from web.app import max_body
@@ -73,12 +74,12 @@ class FlaskBridge:
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Answer one request."""
         path = scope["path"]
+        refusal = self._refusal(scope)
         most = max_body(self._app, path)
-        raw = await _read(receive, most)
+        raw = b"" if refusal is not None else await _read(receive, most)
         if raw is None:
             return
         direct = self._direct.get(path)
-        refusal = self._refuse_host(scope["headers"])
         if refusal is not None:
             answer = _plain(refusal)
         elif direct is not None:
@@ -95,17 +96,17 @@ class FlaskBridge:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": payload})
 
-    def _refuse_host(self, headers: Sequence[tuple[bytes, bytes]]) -> JsonAnswer | None:
-        """Return a refusal when the request came under a name of another machine.
-
-        A page in the operator's browser can reach loopback under a name of its own (DNS rebinding).
-        """
+    def _refusal(self, scope: Mapping[str, Any]) -> JsonAnswer | None:
+        """Return what is said, before its body is read, to a request that a foreign page may have caused."""
+        headers = scope["headers"]
         if self._loopback:
+            # A page can reach loopback under a name of its own (DNS rebinding).
             for name, value in headers:
                 if name == b"host" and not names_loopback(value):
                     shown = value[:100].decode("latin-1")
                     return error_answer(403, "wrong_host", f"Host: {shown} is not this machine")
-        return None
+        why = page_refusal(scope["method"], scope["path"], headers)
+        return None if why is None else error_answer(*why)
 
     async def _answer_directly(
         self,

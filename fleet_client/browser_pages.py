@@ -1,0 +1,38 @@
+"""Tell pages in somebody's browser from programs.
+
+A browser says where a request comes from, and a page cannot keep it from that:
+
+    Origin of another server                            403
+    Sec-Fetch-Site: cross-site or same-site             403, but for going to the page at /
+    a body that is not JSON, sent by a browser          415: a form of a foreign page can send text, not JSON
+
+A program such as curl sends none of these headers and is not touched.
+"""
+
+from collections.abc import Sequence
+
+from fleet_client.connection_pool import Header
+
+_WATCHED = frozenset((b"host", b"origin", b"sec-fetch-site", b"content-type"))
+FOREIGN_SITES = frozenset((b"cross-site", b"same-site"))
+"""What a browser says of a request that a page of another server caused."""
+
+
+def page_refusal(method: str, path: str, headers: Sequence[Header]) -> tuple[int, str, str] | None:
+    """Return (status, code, message) for what a foreign page may have caused, None for all else."""
+    said: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in _WATCHED and said.setdefault(name, value) != value and name != b"content-type":
+            return 403, "wrong_origin", f"two different headers {name.decode()}"
+    origin, site = said.get(b"origin"), said.get(b"sec-fetch-site")
+    if origin is None and site is None:
+        return None
+    if origin is not None and origin.partition(b"://")[2].lower() != said.get(b"host", b"").lower():
+        return 403, "wrong_origin", f"pages of {origin[:100].decode('latin-1')} may not ask this server"
+    goes_there = method == "GET" and path == "/" and origin is None
+    if site is not None and site.strip().lower() in FOREIGN_SITES and not goes_there:
+        return 403, "wrong_origin", "pages of other sites may not ask this server"
+    kind = said.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if method not in ("GET", "HEAD", "OPTIONS") and kind != b"application/json":
+        return 415, "unsupported_media_type", "from a browser a body is Content-Type: application/json"
+    return None
