@@ -6,6 +6,10 @@ import tempfile
 from pathlib import Path
 
 from fleet_client.errors import ConfigError
+from fleet_client.text_files import read_text, said_in
+
+LEAST_KEY, LONGEST_KEY = 16, 1024
+"""Characters of a key: fewer can be guessed, more do not fit the head of a request beside the rest."""
 
 
 def default_state_dir(label: str) -> Path:
@@ -60,7 +64,7 @@ def load_or_make_key(path: Path) -> str:
 
 
 def load_one_key(path: Path) -> str:
-    """Return the only key (or salt) of a 0600 file; raise ConfigError when there is not one."""
+    """Return the only key of a 0600 file; raise ConfigError when there is not one."""
     keys = load_keys(path)
     if len(keys) != 1:
         raise ConfigError(f"key file {path}: wanted one key, got {len(keys)}")
@@ -68,17 +72,53 @@ def load_one_key(path: Path) -> str:
 
 
 def load_keys(path: Path | None) -> frozenset[str]:
-    """Return the keys of a 0600 file, one a line; none without a file. Raises ConfigError."""
+    """Return the keys of a 0600 file, one a line; none without a file.
+
+    Blank lines, lines that begin with # and a byte order mark are no keys. Raises ConfigError that names the
+    line, and never shows it, for what a client could not send or somebody could guess.
+    """
     if path is None:
         return frozenset()
+    what = "key file"
+    found = set()
+    for number, line in said_in(_read_private(path, what)):
+        where = f"{what} {path}, line {number}"
+        if not line.isascii() or not line.isprintable():
+            raise ConfigError(f"{where}: a key has printable ASCII characters only")
+        if " " in line:
+            raise ConfigError(
+                f"{where}: a key has no spaces; a comment has a line of its own and begins with #"
+            )
+        if not LEAST_KEY <= len(line) <= LONGEST_KEY:
+            raise ConfigError(
+                f"{where}: a key has at least {LEAST_KEY} characters, and {LONGEST_KEY} at most"
+            )
+        found.add(line)
+    if not found:
+        raise ConfigError(
+            f"{what} {path}: wanted keys of at least {LEAST_KEY} characters, one a line; got none"
+        )
+    return frozenset(found)
+
+
+def load_salt(path: Path) -> str:
+    """Return the salt in a 0600 file: its only line that is no comment, which may have spaces."""
+    what = "salt file"
+    lines = list(said_in(_read_private(path, what)))
+    if len(lines) != 1:
+        raise ConfigError(f"{what} {path}: wanted one line, got {len(lines)}")
+    number, salt = lines[0]
+    if not salt.isprintable() or len(salt) < LEAST_KEY:
+        where = f"{what} {path}, line {number}"
+        raise ConfigError(f"{where}: a salt has at least {LEAST_KEY} printable characters")
+    return salt
+
+
+def _read_private(path: Path, what: str) -> str:
+    """Return the text of a file that only its owner can read; raise ConfigError."""
     try:
         if path.stat().st_mode & 0o077:
-            raise ConfigError(f"key file {path} can be read by others: chmod 600 it")
-        keys = frozenset(line.strip() for line in path.read_text().splitlines() if line.strip())
+            raise ConfigError(f"{what} {path} can be read by others: chmod 600 it")
     except OSError as e:
-        raise ConfigError(f"key file {path} cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError:
-        raise ConfigError(f"key file {path} is not text") from None
-    if not keys or any(len(key) < 16 for key in keys):
-        raise ConfigError(f"key file {path}: wanted keys of at least 16 characters, one a line")
-    return keys
+        raise ConfigError(f"{what} {path} cannot be read: {e.strerror}") from e
+    return read_text(path, what)

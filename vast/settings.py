@@ -9,7 +9,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fleet_client.loopback import is_loopback_url
+from fleet_client.text_files import read_text, said_in
 from process.errors import ConfigError
+
+KEY = re.compile("[!-~]+")
+"""The key of an account: it goes into a header and an argument."""
+
+KEY_FILE = "the Vast.ai key file"
+"""What `vastai set api-key` writes, in errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +39,7 @@ class VastSettings:
 
     def __post_init__(self) -> None:
         """Refuse what would ask the wrong service, or the right one wrongly, with ConfigError."""
-        if not re.fullmatch(r"[!-~]+", self.api_key):
+        if not KEY.fullmatch(self.api_key):
             raise ConfigError("the cloud's API key must be printable characters without spaces")
         if self.url is not None:
             _check_url(self.url)
@@ -68,14 +75,15 @@ def find_api_key(environ: Mapping[str, str], home: Path) -> str:
         return key
     config = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
     for path in (config / "vastai" / "vast_api_key", home / ".vast_api_key"):
-        try:
-            key = path.read_text().strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"cannot read the Vast.ai key in {path}: {e}") from e
-        if key:
-            return key
+        keys = list(said_in(read_text(path, KEY_FILE))) if path.exists() else []
+        for number, key in keys:
+            if not KEY.fullmatch(key):
+                wrong = "wanted one key of printable ASCII characters, without spaces"
+                raise ConfigError(f"{KEY_FILE} {path}, line {number}: {wrong}")
+        if len(keys) > 1:
+            raise ConfigError(f"{KEY_FILE} {path}: wanted one key, got {len(keys)}")
+        if keys:
+            return keys[0][1]
     raise ConfigError(
         "no Vast.ai API key: run `vastai set api-key KEY` or set VAST_API_KEY "
         "(keys are made at https://console.vast.ai/manage-keys/)"

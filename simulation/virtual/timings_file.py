@@ -13,6 +13,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from engine.step_time_constants import Key, Timing
+from fleet_client.text_files import read_text
 from process.errors import ConfigError
 from web.messages.decoding import BadField, decode
 from web.messages.hot_set import Count, StepConstant
@@ -46,8 +47,8 @@ class OwnTiming(Struct, frozen=True, forbid_unknown_fields=True):
 def read_timings(path: Path) -> Mapping[Key, Timing]:
     """Return the constants of a file; raise ConfigError naming file, entry and field."""
     try:
-        entries = decode(path.read_bytes(), list[OwnTiming])
-    except (OSError, BadField) as wrong:
+        entries = decode(read_text(path, "--timings").encode(), list[OwnTiming])
+    except BadField as wrong:
         raise ConfigError(f"{path}: {wrong}") from None
     if not entries:
         raise ConfigError(f"{path}: wanted a list of at least one object")

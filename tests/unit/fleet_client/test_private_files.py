@@ -40,17 +40,79 @@ def test_processes_that_make_a_key_at_once_get_the_same_one(tmp_path: Path) -> N
         (KEY, 0o604, "can be read by others"),
         ("", 0o600, "at least 16"),
         ("short", 0o600, "at least 16"),
-        (f"{KEY}\nshort", 0o600, "at least 16"),
+        (f"{KEY}\nshort", 0o600, "line 2: a key has at least 16"),
+        (f"# keys of the team\n\n{KEY}\n{'k' * 1025}", 0o600, "line 4: a key has at least 16 .*1024 at most"),
+        ("# keys of the team\n", 0o600, "at least 16 characters, one a line; got none"),
+        (f"{KEY}\n{KEY} # of Alice", 0o600, "line 2: a key has no spaces; a comment has a line of its own"),
+        (f"{KEY}\nclé-de-l-équipe-16", 0o600, "line 2: a key has printable ASCII characters only"),
+        (f"{KEY}\n\u200b{KEY}", 0o600, "line 2: a key has printable ASCII"),
+        (f"{KEY}\n{KEY}\t{KEY}", 0o600, "line 2: a key has printable ASCII"),
+        (f"{KEY}\n{KEY}\x00", 0o600, "line 2: a key has printable ASCII"),
+        (f"{KEY}\r{KEY}", 0o600, "line 1: a key has printable ASCII"),
     ],
 )
 def test_a_key_file_that_is_open_or_weak_is_refused(
     tmp_path: Path, content: str, mode: int, what: str
 ) -> None:
     path = tmp_path / "keys"
-    path.write_text(content)
+    path.write_text(content, "utf-8", newline="")
     path.chmod(mode)
-    with pytest.raises(ConfigError, match=what):
+    with pytest.raises(ConfigError, match=what) as refused:
         private_files.load_keys(path)
+    assert KEY not in str(refused.value)
+    assert "quipe" not in str(refused.value)
+
+
+def private(path: Path, raw: bytes) -> Path:
+    path.write_bytes(raw)
+    path.chmod(0o600)
+    return path
+
+
+TWO_KEYS = f"# keys of the team\n{KEY}\n\n  # of Bob\n {'b' * 32} \n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        TWO_KEYS.encode(),
+        TWO_KEYS.replace("\n", "\r\n").encode(),
+        TWO_KEYS.encode("utf-8-sig"),
+        TWO_KEYS.replace("keys of the team", "clés de l'équipe").encode("utf-8-sig"),
+        f"{KEY}\n{'b' * 32}".encode("utf-8-sig"),
+    ],
+    ids=["comments", "crlf", "byte order mark", "accents in a comment", "byte order mark before a key"],
+)
+def test_keys_are_what_is_no_comment(tmp_path: Path, raw: bytes) -> None:
+    assert private_files.load_keys(private(tmp_path / "keys", raw)) == {KEY, "b" * 32}
+
+
+@pytest.mark.parametrize(
+    ("raw", "what"),
+    [
+        (f"{KEY}\n".encode("utf-16"), "line 1: it is UTF-16 or UTF-32: save it as UTF-8"),
+        (f"{KEY}\ncl\xe9-de-l-equipe-16\n".encode("latin-1"), "line 2: not text in UTF-8"),
+    ],
+)
+def test_a_key_file_in_another_encoding_is_refused_with_its_line(
+    tmp_path: Path, raw: bytes, what: str
+) -> None:
+    for load in (private_files.load_keys, private_files.load_one_key, private_files.load_salt):
+        with pytest.raises(ConfigError, match=f"file {tmp_path / 'keys'}, {what}"):
+            load(private(tmp_path / "keys", raw))
+
+
+def test_a_salt_is_one_line_that_may_have_spaces_and_accents(tmp_path: Path) -> None:
+    raw = "\ufeff# of all clients\r\nle sel de l'équipe\r\n".encode()
+    assert private_files.load_salt(private(tmp_path / "salt", raw)) == "le sel de l'équipe"
+    for raw, what in (
+        (b"too short\n", "line 1: a salt has at least 16 printable characters"),
+        (b"# only a comment\n", "wanted one line, got 0"),
+        (b"one salt of the team\nand another one\n", "wanted one line, got 2"),
+        (b"a bell\x07in the salt\n", "line 1: a salt has at least 16 printable"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            private_files.load_salt(private(tmp_path / "salt", raw))
 
 
 def test_a_key_file_that_is_missing_binary_or_unwritable_is_a_config_error(tmp_path: Path) -> None:

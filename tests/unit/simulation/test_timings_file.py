@@ -61,3 +61,12 @@ def test_constants_that_are_given_twice_and_files_that_are_none_are_refused(tmp_
         assert str(refused.value).startswith(f"{path}: {wrong}")
     with pytest.raises(ConfigError, match="No such file"):
         read_timings(tmp_path / "none.json")
+    path.write_bytes(b"[\n\xff]")
+    with pytest.raises(ConfigError, match="line 2: not text in UTF-8"):
+        read_timings(path)
+
+
+def test_a_byte_order_mark_before_constants_is_no_part_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text("\ufeff" + json.dumps([OWN]))
+    assert len(read_timings(path)) == 1

@@ -65,6 +65,31 @@ def test_the_key_is_found_where_the_cli_keeps_it(tmp_path: Path) -> None:
     assert find_api_key({"XDG_CONFIG_HOME": str(tmp_path / "xdg")}, tmp_path) == "xdg"
 
 
+@pytest.mark.parametrize(
+    "raw", [b"\xef\xbb\xbfk3y\r\n", b"# of the team's account\n\nk3y\n"], ids=["mark", "comment"]
+)
+def test_a_key_file_that_an_editor_wrote_is_understood(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / ".vast_api_key").write_bytes(raw)
+    assert find_api_key({}, tmp_path) == "k3y"
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ("clé\n".encode(), "line 1: wanted one key of printable ASCII"),
+        (b"k3y # mine\n", "line 1: wanted one key of printable ASCII"),
+        (b"k3y\nother\n", "wanted one key, got 2"),
+        ("k3y".encode("utf-16"), "line 1: it is UTF-16"),
+        (b"\n\xff\n", "line 2: not text in UTF-8"),
+    ],
+)
+def test_what_is_no_key_is_refused_with_file_and_line(tmp_path: Path, raw: bytes, said: str) -> None:
+    file = tmp_path / ".vast_api_key"
+    file.write_bytes(raw)
+    with pytest.raises(ConfigError, match=f"the Vast.ai key file {file}(, |: ){said}"):
+        find_api_key({}, tmp_path)
+
+
 def test_a_key_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / ".vast_api_key").mkdir()
     with pytest.raises(ConfigError, match="vast_api_key"):
