@@ -15,7 +15,7 @@ WHEEL := build/wheel
 WHEEL_READY := $(WHEEL)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers flags picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -97,6 +97,10 @@ bench-dispatch: $(READY)
 # Against real routers, which have an environment of their own (0.9 GB): about 20 minutes.
 bench-routers: $(READY) $(ROUTERS_READY)
 	$(BIN)/python -m bench.routers --json build/bench-routers.json --plot build/bench-routers.png
+
+# docs/flags.md, from the declarations of the flags.
+flags: $(READY)
+	$(BIN)/python -m tests.flags_page
 
 # The picture of the system in docs/, drawn from its text (needs graphviz: apt-get install graphviz).
 picture:

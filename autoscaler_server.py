@@ -46,6 +46,9 @@ from web.signatures import name_and_key, signer
 
 log = logging.getLogger("autoscaler")
 
+ENVIRONMENT = "AUTOSCALER_"
+"""Beginning of the flags' names in the environment, for all commands."""
+
 REPLAY = (sys.executable, "-m", "simulation.virtual.replay")
 """What replays the fleet's last day for the tuner, in a process of its own."""
 
@@ -262,29 +265,42 @@ def serve(config: AutoscalerConfig) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    common = Parser(add_help=False)
-    add_flags(common, AutoscalerConfig, without=SERVE_ONLY)
     found = Parser(prog="autoscaler_server.py", description=(__doc__ or "").split("\n")[0])
     commands = found.add_subparsers(dest="command", metavar="COMMAND")
     serve_it = commands.add_parser(
         "serve",
+        environment=ENVIRONMENT,
         description="Keep the fleet as the policy wants it. This is what runs without a command.",
         epilog="Other commands: prepare, destroy-fleet; each has a --help of its own.",
         help="keep the fleet as the policy wants it (default)",
     )
     add_flags(serve_it, AutoscalerConfig)
-    prepare_it = commands.add_parser("prepare", parents=[common], help="rent, load the model, stop")
+    prepare_it = commands.add_parser(
+        "prepare",
+        environment=ENVIRONMENT,
+        description="Rent instances, load the model onto their disks, and stop them.",
+        epilog="--count is for the command line only.",
+        help="rent, load the model, stop",
+    )
+    add_flags(prepare_it, AutoscalerConfig, without=SERVE_ONLY)
     prepare_it.add_argument(
         "--count", type=int, required=True, metavar="N", help="how many loaded instances to add (no default)"
     )
-    destroy_it = commands.add_parser("destroy-fleet", parents=[common], help="end all that carries the label")
+    destroy_it = commands.add_parser(
+        "destroy-fleet",
+        environment=ENVIRONMENT,
+        description="End every instance that carries the label, with its disk, after asking.",
+        epilog="--yes is for the command line only.",
+        help="end all that carries the label",
+    )
+    add_flags(destroy_it, AutoscalerConfig, without=SERVE_ONLY)
     destroy_it.add_argument("--yes", action="store_true", help="do not ask (default: ask)")
     return found
 
 
 def _config(args: argparse.Namespace) -> AutoscalerConfig:
     given = vars(args)
-    if given.get("goal") is not None and given["policy"] not in (None, "objective"):
+    if given.get("goal") is not None and given.get("policy", "objective") != "objective":
         raise ConfigError(f"--goal and --policy {given['policy']}: only objective has a goal")
     return AutoscalerConfig(**{f.name: given[f.name] for f in fields(AutoscalerConfig) if f.name in given})
 

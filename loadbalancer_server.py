@@ -58,59 +58,75 @@ more than it can take. All else says that it refuses, times out or breaks."""
 class LoadBalancerConfig:
     """Everything an operator may set. Times in seconds."""
 
-    host: str = flag("127.0.0.1", "address to listen on")
+    host: str = flag("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = flag(8200, "port to listen on", least=1, most=65535)
-    autoscaler: str = flag("http://127.0.0.1:8100", "the autoscaler", metavar="URL")
-    label: str = flag("fleet", "label of the fleet, as given to the autoscaler; names the state directory")
+    autoscaler: str = flag("http://127.0.0.1:8100", "where the autoscaler is", metavar="URL")
+    label: str = flag(
+        "fleet",
+        "label of the fleet, as given to the autoscaler; names the state directory",
+        metavar="LABEL",
+    )
     state_dir: Path | None = flag(
         None,
-        "holds the control key, shared with the autoscaler (default ~/.local/state/autoscaler-py/LABEL)",
+        "directory of the control key, shared with the autoscaler",
         metavar="DIR",
+        shown="~/.local/state/autoscaler-py/LABEL",
     )
     client_keys_file: Path | None = flag(
-        None, "keys that /route and /done then want, one a line, mode 0600 (default: open on loopback)"
+        None, "file of keys that /route and /done then want, one a line, mode 0600", shown="open on loopback"
     )
     operator_key_file: Path | None = flag(
-        None, "keys that /status and /metrics then want, one a line, mode 0600 (default: open on loopback)"
+        None,
+        "file of keys that /status and /metrics then want, one a line, mode 0600",
+        shown="open on loopback",
     )
     public_url: str | None = flag(
         None,
-        "this server as instances reach it, so that they report by themselves (default: none but for "
-        "instances on this machine)",
+        "this server as instances reach it, so that they report by themselves",
         metavar="URL",
+        shown="none but for instances on this machine",
     )
     # Clients start their requests within a second or so.
     lease_s: float = flag(
         60.0, "seconds after which a lease that was not started is void", least=1.0, most=600.0
     )
     max_held: int = flag(  # about 10 kB each
-        5000, "requests with wait_s that wait at once; beyond it 503", least=0, most=100_000
+        5000,
+        "requests with wait_s that wait at once; beyond it 503",
+        least=0,
+        most=100_000,
+        unit="requests",
     )
     max_unused: int = flag(
         MOST_UNUSED,
         "leases that one client may have and not have used; beyond it 429",
         least=1,
         most=200_000,
+        unit="leases",
     )
     late_lane: bool = flag(
         True,
-        "requests that cannot be in time any more wait behind those that can; without it all wait in one "
-        "line (default --late-lane)",
+        "requests that cannot be in time any more wait behind those that can; without it all wait in "
+        "one line",
     )
     late_bound_s: float = flag(
         LATE_BOUND_S, "seconds after which a late request goes before all others", least=0.0, most=86_400.0
     )
     first_token_weight: float = flag(
         FIRST_TOKEN_WEIGHT,
-        "seconds of whole latency that a second of first token is worth in a choice",
+        "seconds of whole latency that a second of first token is worth when an instance is chosen",
         least=0.0,
         most=1000.0,
+        unit="s/s",
     )
     first_token_s: float = flag(
-        Slo().first_token_s, "in time is a first token within so many seconds", least=1e-3, most=3600.0
+        Slo().first_token_s,
+        "a request is in time when its first token comes within so many seconds",
+        least=1e-3,
+        most=3600.0,
     )
     prompt_token_s: float = flag(
-        Slo().prompt_token_s, "and so many more for each token of the prompt", least=0.0, most=1.0
+        Slo().prompt_token_s, "seconds more for each token of its prompt", least=0.0, most=1.0, unit="s/token"
     )
     # With up to 200 working instances; with more they get older.
     poll_interval_s: float = flag(
@@ -253,6 +269,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     found = Parser(
         prog="loadbalancer_server.py",
+        environment="LOADBALANCER_",
         description=(__doc__ or "").split("\n")[0],
         epilog="Listening off loopback needs both key files.",
     )

@@ -12,14 +12,13 @@ rest: workload.py what is sent, users.py how it is tried again, measure.py the r
 local_stack.py what --local starts. simulation/report.py says what the report means.
 """
 
-import argparse
 import asyncio
 import resource
 import secrets
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -29,17 +28,17 @@ from fleet_client.flags import Parser, add_flags, flag_of, server_url
 from process.errors import ConfigError
 from simulation import report_table
 from simulation.live import measure
-from simulation.live.config import SimConfig, parse_schedule
+from simulation.live.config import SimConfig
 from simulation.live.local_stack import ChildFailed, LocalStack
 from simulation.live.progress import say
 from simulation.live.stack_config import ENGINES, StackConfig
+from simulation.live.workload import LOCAL_SCHEDULE
 from simulation.report_file import write_report
 from simulation.virtual import command
 
 LOCAL_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # Grows beyond one instance and falls again, in a minute.
-        "paced": {"load_schedule": (1.0, 3.0, 4.0, 1.0, 0.5, 0.5)},
+        "paced": {"load_schedule": LOCAL_SCHEDULE},
         # vLLM takes 20 to 30 s to start, so the run is longer than with paced. One instance answers 5 to 6 of
         # these requests a second.
         "vllm": {
@@ -56,48 +55,33 @@ ONLY_LOCAL = ("engine", "instances", "speedup")
 NOT_LOCAL = ("loadbalancer", "autoscaler", "client_key_file")
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Return the parser; a flag that was not given is None, so that --local may have its own defaults."""
-    parser = Parser(
+def parser() -> Parser:
+    """Return the parser of the flags of a live run."""
+    found = Parser(
         prog="sim.py",
+        environment="SIM_",
         description=(__doc__ or "").split("\n")[0],
         epilog="Exit status: 0 all requests completed; 1 some failed, or something was left behind; "
         "2 it could not be run as asked; 130 interrupted.",
     )
-    add_flags(parser, SimConfig)
-    parser.set_defaults(**{f.name: None for f in fields(SimConfig) if not isinstance(f.default, bool)})
-    schedule = ",".join(f"{m:g}" for m in LOCAL_DEFAULTS["paced"]["load_schedule"])
-    parser.add_argument(
-        "--load-schedule",
-        metavar="M,M,…",
-        help=f"users over equal slices, times N (default 1; with --local {schedule})",
+    add_flags(found, SimConfig)
+    found.add_argument(
+        "--virtual", action="store_true", help="run in virtual time: has flags of its own, --virtual --help"
     )
-    parser.add_argument(
-        "--manage",
-        action=argparse.BooleanOptionalAction,
-        help="have the autoscaler manage the fleet or not, for the run (default: as it is)",
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="everything is drawn from it (default random, and printed)"
-    )
-    parser.add_argument(
-        "--virtual", action="store_true", help="in virtual time: has flags of its own, --virtual --help"
-    )
-    return parser
+    return found
 
 
 def parse(argv: Sequence[str]) -> SimConfig:
     """Return the flags as a SimConfig; raise ConfigError."""
-    given = {k: v for k, v in vars(_parser().parse_args(argv)).items() if v is not None and k != "virtual"}
-    local = given["local"]
+    given = vars(parser().parse_args(argv))
+    del given["virtual"]
+    local = given.get("local", False)
     for name in NOT_LOCAL if local else ONLY_LOCAL:
         if name in given:
             raise ConfigError(f"{flag_of(name)} goes {'not' if local else 'only'} with --local")
     for name in ("loadbalancer", "autoscaler"):
         if name in given:
             given[name] = server_url(flag_of(name), given[name])
-    if "load_schedule" in given:
-        given["load_schedule"] = parse_schedule(given["load_schedule"])
     if local:
         given = _local_defaults(given.get("engine", "paced")) | given
     given.setdefault("seed", secrets.randbelow(2**32))
@@ -105,9 +89,7 @@ def parse(argv: Sequence[str]) -> SimConfig:
 
 
 def _local_defaults(engine: str) -> dict[str, Any]:
-    """Return what a run on that engine of a local cloud is like; raise ConfigError."""
-    if engine not in ENGINES:
-        raise ConfigError(f"--engine {engine}: wanted {' or '.join(ENGINES)}")
+    """Return what a run on that engine of a local cloud is like."""
     kind = ENGINES[engine]
     return {"model": kind.model, "instances": kind.instances, **LOCAL_DEFAULTS[engine]}
 

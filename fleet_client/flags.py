@@ -4,22 +4,49 @@
     class GatewayConfig:
         port: int = flag(8300, "port to listen on", least=1, most=65535)      --port N
 
-A flag is declared once: name, type, default, meaning and range. `add_flags` gives it to a parser and
-`check_flags` looks at the values; a wrong flag or value is a ConfigError that names it.
+A flag is declared once: name, type, default, meaning, unit and range. `add_flags` gives it to a parser, which
+takes its value from the first of these that has one, and leaves it out where none has (the dataclass knows
+the default):
+
+    command line         --port 8301
+    environment          FLEET_GATEWAY_PORT=8301
+    file of --config     port = 8301
+    default              8300
+
+`check_flags` looks at the values of a settings object. A wrong name or value is a ConfigError that says where
+it was given. docs/flags.md is made of the declarations, by `make flags`.
 """
 
 import argparse
 import dataclasses
+import functools
+import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from fleet_client.errors import ConfigError
+from fleet_client.flag_sources import read_environment, read_file
 
 METAVARS: dict[type | str, str] = {int: "N", float: "X", Path: "FILE", "s": "S"}
 """Stand-ins for a flag's value in --help, by type; "s": of a field in seconds, whose name ends in _s."""
+
+SWITCH = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
+"""What may be said of a switch in the environment, in small letters."""
+
+LONGEST_SHOWN = 80
+"""Most characters of a wrong value that an error repeats."""
 
 
 def flag(
@@ -30,17 +57,149 @@ def flag(
     most: float | None = None,
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
+    unit: str | None = None,
+    shown: str | None = None,
+    read: Callable[[str], Any] | None = None,
 ) -> Any:
-    """Declare a field that is a flag, too. meaning: with the unit; least, most: the allowed range."""
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "meaning": meaning,
-            "range": None if least is None or most is None else (least, most),
-            "choices": choices,
-            "metavar": metavar,
-        },
-    )
+    """Declare a field that is a flag, too.
+
+    least, most: the allowed range. unit: of a number; that of a name which ends in _s is seconds. shown: the
+    default in words, where the value itself says little. read: makes the value of a text, or raises
+    ValueError or ConfigError, whose text then says what was wanted.
+    """
+    declared = {
+        "meaning": meaning,
+        "bounds": None if least is None or most is None else (least, most),
+        "choices": choices,
+        "metavar": metavar,
+        "unit": unit,
+        "shown": shown,
+        "read": read,
+    }
+    return dataclasses.field(default=default, metadata={"flag": declared})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One flag as it was declared. Of a flag that may be repeated (many) kind is the type of one value."""
+
+    name: str
+    kind: type[Any]
+    default: Any
+    many: bool
+    meaning: str
+    bounds: tuple[float, float] | None
+    choices: Sequence[str] | None
+    metavar: str | None
+    unit: str | None
+    shown: str | None
+    read: Callable[[str], Any] | None
+
+    @property
+    def option(self) -> str:
+        """The flag on the command line."""
+        return flag_of(self.name)
+
+    @property
+    def key(self) -> str:
+        """The flag in a file."""
+        return self.name.replace("_", "-")
+
+    def from_text(self, before: str, text: str) -> Any:
+        """Return the value of a text; several have spaces between. A ConfigError begins with `before`."""
+        if self.many:
+            return tuple(self.one_value(before, part) for part in text.split())
+        return self.one_value(before, text)
+
+    def from_toml(self, before: str, value: Any) -> Any:
+        """Return the value of what a TOML file has; raise ConfigError."""
+        if self.many and isinstance(value, list):
+            return tuple(self._from_toml(before, one) for one in value)
+        found = self._from_toml(before, value)
+        return (found,) if self.many else found
+
+    def _from_toml(self, before: str, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        text = isinstance(value, str) and self.kind not in (bool, int, float)
+        if text or (self.read is not None and (number or isinstance(value, str))):
+            return self.one_value(before, str(value))
+        if self.kind is bool and isinstance(value, bool):
+            return value
+        if self.kind is int and number and isinstance(value, int):
+            return self.checked(before, value)
+        if self.kind is float and number:
+            return self.checked(before, float(value))
+        raise ConfigError(f"{before}{_shown(value)}: wanted {self._wanted}")
+
+    def one_value(self, before: str, text: str) -> Any:
+        """Return the value of a text, of a flag that may be repeated one value; raise ConfigError."""
+        try:
+            if self.read is not None:
+                return self.read(text)
+            if self.kind is bool:
+                return SWITCH[text.strip().lower()]
+            value = Path(text).expanduser() if self.kind is Path else self.kind(text)
+        except ConfigError as e:
+            raise ConfigError(f"{before}{_shown(text)}: {e}") from None
+        except (ValueError, KeyError, RuntimeError):  # RuntimeError: ~ of somebody who is not there
+            raise ConfigError(f"{before}{_shown(text)}: wanted {self._wanted}") from None
+        return self.checked(before, value)
+
+    @property
+    def _wanted(self) -> str:
+        if self.choices:
+            return f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", Path: "the path of a file"}
+        return kinds.get(self.kind, "a text")
+
+    def checked(self, before: str, value: Any) -> Any:
+        """Return the value; raise ConfigError when it is out of its range or none of its choices."""
+        if self.bounds and not self.bounds[0] <= value <= self.bounds[1]:  # not a number is in no range
+            raise ConfigError(f"{before}{value:g}: wanted {self.bounds[0]:g} to {self.bounds[1]:g}")
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"{before}{_shown(value)}: wanted {self._wanted}")
+        return value
+
+    @property
+    def unit_shown(self) -> str:
+        """The unit, "" for none."""
+        return self.unit or ("s" if self.name.endswith("_s") else "")
+
+    @property
+    def bounds_shown(self) -> str:
+        """The range or the choices, "" without one."""
+        if self.choices:
+            return ", ".join(self.choices)
+        return " to ".join(map(_number, self.bounds)) if self.bounds else ""
+
+    @property
+    def default_shown(self) -> str:
+        """The default in words."""
+        if self.shown is not None:
+            return self.shown
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        if isinstance(self.default, tuple):
+            return " ".join(map(str, self.default)) or "none"
+        if isinstance(self.default, int | float):
+            return _number(self.default)
+        return "none" if self.default is None else str(self.default)
+
+    @property
+    def stand_in(self) -> str | None:
+        """What stands for the value in --help; None for a switch."""
+        if self.kind is bool:
+            return None
+        if self.choices:
+            return "|".join(self.choices)
+        return self.metavar or METAVARS.get("s" if self.name.endswith("_s") else self.kind, "TEXT")
+
+    def help(self) -> str:
+        """Return the flag's text in --help."""
+        said = "; ".join(
+            filter(None, ("" if self.choices else self.bounds_shown, f"default {self.default_shown}"))
+        )
+        return f"{self.meaning} ({said})".replace("%", "%%")
 
 
 def flag_of(name: str) -> str:
@@ -48,41 +207,53 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type[Any], without: Collection[str] = ()) -> None:
+def flags_in(settings: type[Any]) -> Iterator[Flag]:
+    """Yield the flags of a settings class: its fields that are declared with `flag`."""
+    types = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if "flag" in field.metadata:
+            hint = types[field.name]
+            kind = next((one for one in get_args(hint) if one is not type(None)), hint)
+            declared = field.metadata["flag"]
+            many = get_origin(hint) is tuple and declared["read"] is None
+            yield Flag(name=field.name, kind=kind, default=field.default, many=many, **declared)
+
+
+def check_flags(settings: Any) -> None:
+    """Raise ConfigError for the first field outside its range, or that is none of its choices."""
+    for one in flags_in(type(settings)):
+        value = getattr(settings, one.name)
+        if value is not None and not one.many:
+            one.checked(f"{one.option} ", value)
+
+
+def add_flags(parser: "Parser", settings: type[Any], without: Collection[str] = ()) -> None:
     """Add a flag for each field of a settings class that is declared with `flag`, but for those without.
 
     A field of type bool is a switch: --name where the default is False, else --name and --no-name. One that
-    is a tuple of texts may be repeated.
+    is a tuple of texts may be repeated. What is without may be in a file: it is another command's.
     """
-    types = get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        if "meaning" not in field.metadata or field.name in without:
+    for one in flags_in(settings):
+        if one.name in without:
+            parser.passed_over.add(one.name)
             continue
-        meaning, choices = field.metadata["meaning"], field.metadata["choices"]
-        kind = next((one for one in get_args(types[field.name]) if one is not type(None)), types[field.name])
-        if kind is bool:
-            action: Any = argparse.BooleanOptionalAction if field.default else "store_true"
-            parser.add_argument(flag_of(field.name), action=action, default=field.default, help=meaning)
+        parser.flags[one.name] = one
+        if one.kind is bool:
+            action: Any = "store_true" if one.default is False else argparse.BooleanOptionalAction
+            parser.add_argument(one.option, action=action, default=argparse.SUPPRESS, help=one.help())
             continue
-        default: Any = field.default
-        many = get_origin(types[field.name]) is tuple
-        if many:
-            default = ", ".join(default) or None
-        shown = "" if default is None else f" (default {default:{'g' if kind is float else ''}})"
-        metavar = field.metadata["metavar"] or METAVARS.get("s" if field.name.endswith("_s") else kind)
         parser.add_argument(
-            flag_of(field.name),
-            action=_Repeated if many else "store",
-            type=kind,
-            default=field.default,
-            choices=choices,
-            metavar=None if choices else metavar,
-            help=meaning + shown,
+            one.option,
+            action=_Repeated if one.many else "store",
+            type=functools.partial(one.one_value, f"{one.option} "),
+            default=argparse.SUPPRESS,
+            metavar=one.stand_in,
+            help=one.help(),
         )
 
 
 class _Repeated(argparse.Action):
-    """Collects the values of a flag in a tuple, in place of the default."""
+    """Collects the values of a flag in a tuple."""
 
     def __call__(
         self,
@@ -92,23 +263,47 @@ class _Repeated(argparse.Action):
         option_string: str | None = None,  # noqa: ARG002
     ) -> None:
         """Add one value."""
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, (*(() if before is self.default else before), values))
-
-
-def check_flags(settings: Any) -> None:
-    """Raise ConfigError for the first field outside its range, or that is none of its choices."""
-    for field in dataclasses.fields(settings):
-        value, name = getattr(settings, field.name), flag_of(field.name)
-        choices = field.metadata.get("choices")
-        if field.metadata.get("range"):
-            within(name, value, *field.metadata["range"])
-        if choices and value not in choices:
-            raise ConfigError(f"{name} {value}: wanted {', '.join(choices[:-1])} or {choices[-1]}")
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), values))
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError for a wrong flag, so that it is one line like every other operator's error."""
+    """Raises ConfigError for a wrong flag, so that it is one line like every other operator's error.
+
+    With the beginning of names in the environment, as "AUTOSCALER_", it takes the flags of `add_flags` from
+    there, too, and from the file that --config names. What it returns has only what was given somewhere.
+    """
+
+    def __init__(self, *, environment: str = "", **more: Any) -> None:
+        """Take argparse's own arguments beside."""
+        self.environment = environment
+        self.flags: dict[str, Flag] = {}
+        self.passed_over: set[str] = set()
+        if environment:
+            more.setdefault("usage", "%(prog)s [flags]")
+        super().__init__(**more)
+        if environment:
+            self.add_argument(
+                "--config",
+                type=Path,
+                metavar="FILE",
+                default=argparse.SUPPRESS,
+                help="take flags from this TOML file, too, as port = 8000; each may also be in the "
+                f"environment, as {environment}PORT; command line goes before environment before file "
+                f"(default {environment}CONFIG, else none)",
+            )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse the command line, and add what environment and file say beside it."""
+        found, rest = super().parse_known_args(args, namespace)
+        if self.environment:
+            said = read_environment(self.environment, self.flags, os.environ)
+            path = vars(found).pop("config", None) or os.environ.get(f"{self.environment}CONFIG")
+            if path:
+                said = read_file(Path(path), self.flags, self.passed_over) | said
+            for name, value in said.items():
+                if not hasattr(found, name):
+                    setattr(found, name, value)
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
@@ -131,6 +326,15 @@ def server_url(flag: str, text: str) -> str:
     if not good or url.path.strip("/") or url.query or url.fragment:
         raise ConfigError(f"{flag} {text!r}: wanted http://HOST:PORT")
     return text.rstrip("/")
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == value // 1 and abs(value) < 1e15 else f"{value:g}"
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if text.isprintable() and 0 < len(text) <= LONGEST_SHOWN else repr(text[:LONGEST_SHOWN])
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:

@@ -31,7 +31,7 @@ from fleet_client.leases import NORMAL, PRIORITIES
 from fleet_client.listening import bind_socket, check_bind
 from fleet_client.loopback import is_loopback_host
 from fleet_client.options import LOADBALANCER
-from fleet_client.private_files import load_keys, load_one_key
+from fleet_client.private_files import load_keys, load_one_key, load_salt
 from fleet_client.reply import HttpReply, error_reply, json_reply
 from fleet_client.transport import MAX_BODY
 
@@ -45,31 +45,36 @@ TIMEOUTS = Timeouts(read=600.0)
 class GatewayConfig:
     """Everything that may be set. Times in seconds."""
 
-    host: str = flag("127.0.0.1", "address to listen on")
+    host: str = flag("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = flag(8300, "port to listen on", least=1, most=65535)
-    loadbalancer: str = flag(LOADBALANCER, "the loadbalancer", metavar="URL")
+    loadbalancer: str = flag(LOADBALANCER, "where the loadbalancer is", metavar="URL")
     trust_network: bool = flag(
         False,
         "allow a loadbalancer over plain http elsewhere than on loopback: whoever can change what it says "
         "can read the prompts",
     )
     client_key_file: Path | None = flag(
-        None, "our key for a loadbalancer that wants one, mode 0600 (default: FLEET_CLIENT_KEY)"
+        None,
+        "file of our key for a loadbalancer that wants one, mode 0600",
+        shown="FLEET_CLIENT_KEY, else none",
     )
     key_file: Path | None = flag(
-        None, "keys that requests then want, one a line, mode 0600 (default: open on loopback)"
+        None, "file of keys that requests then want, one a line, mode 0600", shown="open on loopback"
     )
-    ahead: int = flag(0, "leases fetched before they are needed, while requests come", least=0, most=256)
+    ahead: int = flag(
+        0, "leases fetched before they are needed, while requests come", least=0, most=256, unit="leases"
+    )
     wait_s: float = flag(
         30.0, "seconds a request waits for a lease before it gets 503", least=0.0, most=600.0
     )
-    max_tries: int = flag(4, "instances a request is tried on", least=1, most=32)
-    priority: str = flag(NORMAL, "of requests without a header X-Fleet-Priority", choices=PRIORITIES)
+    max_tries: int = flag(4, "instances a request is tried on", least=1, most=32, unit="instances")
+    priority: str = flag(NORMAL, "priority of requests without a header X-Fleet-Priority", choices=PRIORITIES)
     affinity_salt_file: Path | None = flag(
         None,
-        "salt of the hashes by which the loadbalancer sends a conversation where it was read before: one "
-        "line of 16 or more characters, mode 0600, the same for all clients that are to profit from each "
-        "other's prompts (default: FLEET_AFFINITY_SALT, or a random one)",
+        "file of the salt of the hashes by which the loadbalancer sends a conversation where it was read "
+        "before: one line of 16 or more characters, mode 0600, the same for all clients that are to profit "
+        "from each other's prompts",
+        shown="FLEET_AFFINITY_SALT, else a random one",
     )
     no_affinity: bool = flag(False, "tell the loadbalancer no hashes of prompts' beginnings")
 
@@ -249,10 +254,8 @@ def serve(config: GatewayConfig) -> None:
     config = config.checked()
     keys = load_keys(config.key_file)
     check_bind(config.host, config.port, keys_present=bool(keys))
-    client_key, salt = (
-        None if path is None else load_one_key(path)
-        for path in (config.client_key_file, config.affinity_salt_file)
-    )
+    client_key = None if config.client_key_file is None else load_one_key(config.client_key_file)
+    salt = None if config.affinity_salt_file is None else load_salt(config.affinity_salt_file)
     try:
         transport = AsyncFleetTransport(
             config.loadbalancer,
@@ -282,10 +285,12 @@ def serve(config: GatewayConfig) -> None:
 
 def parser() -> Parser:
     """Return the parser of the command line."""
-    made = Parser(
-        prog="gateway.py",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="Listening off loopback needs --key-file.",
+    made = (
+        Parser(  # called by the name it was started with: gateway.py, or fleet-gateway where it is installed
+            environment="FLEET_GATEWAY_",
+            description=(__doc__ or "").split("\n")[0],
+            epilog="Listening off loopback needs --key-file.",
+        )
     )
     add_flags(made, GatewayConfig)
     return made

@@ -35,27 +35,43 @@ SERVE_ONLY = frozenset(
 class AutoscalerConfig:
     """Everything an operator may set. Times in seconds, money in dollars per hour."""
 
-    model: str = flag("vllm-13", f"profile, one of {', '.join(PROFILES)}", metavar="NAME")
+    model: str = flag(
+        "vllm-13", f"profile of the model that is served, one of {', '.join(PROFILES)}", metavar="NAME"
+    )
     # Nothing but instances with this label is ever touched.
-    label: str = flag("fleet", "of the fleet's instances, LABEL/…")
+    label: str = flag(
+        "fleet",
+        "name of the fleet: its instances are called LABEL/…, and no other is ever touched",
+        metavar="LABEL",
+    )
     state_dir: Path | None = flag(
         None,
-        "keys, ledger and vastai's configuration (default ~/.local/state/autoscaler-py/LABEL)",
+        "directory of keys, ledger and vastai's configuration",
         metavar="DIR",
+        shown="~/.local/state/autoscaler-py/LABEL",
     )
-    local: bool = flag(False, "a localcloud instead of Vast.ai (default: Vast.ai)")
+    local: bool = flag(False, "rent from a localcloud instead of Vast.ai")
     public_url: str | None = flag(
-        None,
-        "this server as instances reach it, so that they say when they are ready (default: none)",
-        metavar="URL",
+        None, "this server as instances reach it, so that they say when they are ready", metavar="URL"
     )
-    cloud_url: str = flag("http://127.0.0.1:8500", "the localcloud", metavar="URL")
+    cloud_url: str = flag("http://127.0.0.1:8500", "where the localcloud is", metavar="URL")
     speedup: float = flag(
-        1.0, "of the localcloud, a factor: divides deadlines and times of policies", least=1.0, most=10_000.0
+        1.0,
+        "the localcloud's --speedup: deadlines and times of policies are divided by it",
+        least=1.0,
+        most=10_000.0,
+        unit="factor",
     )
-    max_instances: int = flag(8, "hard limit on instances, stopped ones counted", least=1, most=10_000)
+    max_instances: int = flag(
+        8, "hard limit on instances, stopped ones counted", least=1, most=10_000, unit="instances"
+    )
     max_dollars_per_hour: float = flag(
-        10.0, "hard limit on all orders together, $/h", least=0.0, most=100_000.0, metavar="USD"
+        10.0,
+        "hard limit on what all instances cost together",
+        least=0.0,
+        most=100_000.0,
+        metavar="USD",
+        unit="$/h",
     )
     # One listing each; the CLI takes 0.5 s of processor a call.
     poll_interval_s: float = flag(5.0, "seconds between listings", least=0.5, most=600.0)
@@ -70,28 +86,33 @@ class AutoscalerConfig:
     reach: tuple[str, ...] = flag(
         (),
         "a place whose port shows that our own network works, before machines that do not answer are given "
-        "up; may be repeated (default: the cloud itself)",
+        "up; may be repeated",
         metavar="HOST:PORT",
+        shown="the cloud itself",
     )
-    host: str = flag("127.0.0.1", "address to listen on")
+    host: str = flag("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = flag(8100, "port to listen on", least=1, most=65535)
     loadbalancer: tuple[str, ...] = flag(
-        ("http://127.0.0.1:8200",), "where to tell the hot set; may be repeated", metavar="URL"
+        ("http://127.0.0.1:8200",),
+        "a loadbalancer, which is told the hot set; may be repeated",
+        metavar="URL",
     )
-    manage: bool = flag(
-        True, "start, stop, create and destroy instances, or only watch them (default --manage)"
+    manage: bool = flag(True, "start, stop, create and destroy instances, or only watch them")
+    policy: str = flag(
+        "objective", f"what says how many instances are hot, one of {', '.join(POLICIES)}", metavar="NAME"
     )
-    policy: str = flag("objective", ", ".join(POLICIES), metavar="NAME")
     policy_param: tuple[str, ...] = flag(
         (),
-        "a parameter of the policy; may be repeated (default: the policy's own)",
+        "a parameter of the policy; may be repeated",
         metavar="NAME=NUMBER",
+        shown="the policy's own",
     )
     goal: float | None = flag(
         None,
         "short for --policy objective --policy-param goal=SHARE: the share of requests that shall be in "
-        "time, as 0.99 (default: none)",
+        "time, as 0.99",
         metavar="SHARE",
+        shown="the policy's own",
     )
     replay_every_s: float = flag(
         1800.0,
@@ -102,7 +123,8 @@ class AutoscalerConfig:
     )
     operator_key_file: Path | None = flag(
         None,
-        "keys of the operator's routes, one a line, mode 0600; needed off loopback (default: none)",
+        "file of keys that the operator's routes then want, one a line, mode 0600",
+        shown="open on loopback",
     )
 
     def make_policy(self) -> Policy:
@@ -162,7 +184,4 @@ def local_cloud_key(environ: Mapping[str, str], home: Path) -> str:
             f"no key of the local cloud in {path}: `python -m localcloud` makes it when it starts; "
             "for one with another --root set LOCALCLOUD_API_KEY"
         )
-    keys = private_files.load_keys(path)
-    if len(keys) != 1:
-        raise ConfigError(f"key file {path}: wanted one key, got {len(keys)}")
-    return next(iter(keys))
+    return private_files.load_one_key(path)

@@ -23,23 +23,32 @@ class SimConfig(Workload):
     needs_autoscaler: it was named on the command line, so that it is an error when it does not answer.
     """
 
-    manage: bool | None = None
-    loadbalancer: str = flag("http://127.0.0.1:8200", "the server that gives leases", metavar="URL")
-    autoscaler: str = flag("http://127.0.0.1:8100", "the server that knows costs and states", metavar="URL")
+    manage: bool | None = flag(
+        None, "have the autoscaler manage the fleet, or not, for the run", shown="as it is"
+    )
+    loadbalancer: str = flag("http://127.0.0.1:8200", "where the loadbalancer is", metavar="URL")
+    autoscaler: str = flag("http://127.0.0.1:8100", "where the autoscaler is", metavar="URL")
     needs_autoscaler: bool = False
     state_dir: Path | None = flag(
-        None, "holds the control key (default ~/.local/state/autoscaler-py/fleet)", metavar="DIR"
+        None,
+        "directory of the control key",
+        metavar="DIR",
+        shown="~/.local/state/autoscaler-py/fleet; with --local a temporary one",
     )
-    client_key_file: Path | None = flag(None, "a key of the loadbalancer's clients, mode 0600")
+    client_key_file: Path | None = flag(None, "file of a key of the loadbalancer's clients, mode 0600")
     trace: Path | None = flag(
-        None, "send the requests of a log instead, at its times (simulation/traces/logs.py)"
+        None, "send the requests of this log at its times, instead of drawn ones (simulation/traces/logs.py)"
     )
-    json: Path | None = flag(None, "write the report there")
-    local: bool = flag(False, "start everything on this machine, and end it")
-    engine: str = flag("paced", f"with --local: what answers, {' or '.join(ENGINES)}", metavar="NAME")
-    instances: int = flag(4, "with --local: stopped instances prepared first; 2 with vllm")
-    speedup: float = flag(60.0, "with --local: the cloud's times, not real vLLM's, are divided by it")
-    quiet: bool = flag(False, "no progress, only the report")
+    json: Path | None = flag(None, "write the report to this file, as JSON")
+    local: bool = flag(False, "start everything on this machine, and end it after the run")
+    engine: str = flag("paced", "with --local: what answers", choices=tuple(ENGINES))
+    instances: int = flag(
+        4, "with --local: stopped instances prepared first", unit="instances", shown="4; with vllm 2"
+    )
+    speedup: float = flag(
+        60.0, "with --local: times of the cloud, not of real vLLM, are divided by it", unit="factor"
+    )
+    quiet: bool = flag(False, "print no progress, only the report")
 
     def checked(self) -> "SimConfig":
         """Return this configuration; raise ConfigError naming the flag, the value and the range."""
@@ -47,7 +56,6 @@ class SimConfig(Workload):
         check_flags(self)
         within("--prompt-tokens", self.prompt_tokens, 1.0, longest)
         within("--max-tokens", self.max_tokens, 1.0, longest)
-        within("--seed", self.seed, 0, 2**63 - 1)
         if self.prompt_tokens + self.max_tokens > longest:
             raise ConfigError(
                 f"--prompt-tokens {self.prompt_tokens:g} and --max-tokens {self.max_tokens:g}: "
@@ -57,14 +65,3 @@ class SimConfig(Workload):
             raise ConfigError("--base-num-users × --num-iterations: wanted at most 100 million draws in all")
         check_output("--json", self.json)
         return self
-
-
-def parse_schedule(text: str) -> tuple[float, ...]:
-    """Return multiples of the base number of users over equal slices of the run; raise ConfigError."""
-    try:
-        multiples = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        multiples = ()
-    if not multiples or not all(0.0 <= m <= 1000.0 for m in multiples):
-        raise ConfigError(f"--load-schedule {text!r}: wanted numbers from 0 to 1000 with commas between")
-    return multiples

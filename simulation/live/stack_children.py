@@ -29,6 +29,9 @@ SETTLED_S = 10.0
 """Seconds after which a child counts as well started; its next death is answered with the short pause
 again."""
 
+NOT_FOR_CHILDREN = ("VAST_", "LOCALCLOUD_", "AUTOSCALER_", "LOADBALANCER_")
+"""Beginnings of names in the environment that are for other processes than the stack's."""
+
 TAIL_LINES = 20
 """Lines of a log that are shown when something failed."""
 
@@ -94,8 +97,11 @@ class StackChild:
 
 
 def child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
-    """Return our environment without a real Vast.ai key or URL, and with the local cloud's own key."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VAST_", "LOCALCLOUD_"))}
+    """Return ours without a real Vast.ai key or URL, and with a key that only this local cloud takes.
+
+    Without flags for servers of the operator's, too: those of the stack are told all on their command lines.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(NOT_FOR_CHILDREN)}
     local = "127.0.0.1,localhost"
     return kept | {
         "LOCALCLOUD_API_KEY": cloud_key,

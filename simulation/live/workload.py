@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.profiles import PROFILES, get_profile
 from fleet_client.flags import flag
+from process.errors import ConfigError
 
 LENGTH_SIGMA = (0.81, 0.68)
 """Sigma of the log-normal lengths of prompts and answers: the spread (standard deviation over mean, 0.96 and
@@ -21,6 +22,21 @@ TOKEN_IDS = (3, 256)
 special."""
 
 
+LOCAL_SCHEDULE = (1.0, 3.0, 4.0, 1.0, 0.5, 0.5)
+"""Multiples of the users with --local: the fleet grows beyond one instance and falls again, in a minute."""
+
+
+def parse_schedule(text: str) -> tuple[float, ...]:
+    """Return the multiples in a text; raise ConfigError that says what was wanted."""
+    try:
+        multiples = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        multiples = ()
+    if not multiples or not all(0.0 <= m <= 1000.0 for m in multiples):
+        raise ConfigError("wanted numbers from 0 to 1000 with commas between")
+    return multiples
+
+
 @dataclass(frozen=True)
 class Workload:
     """What users send, and how long they wait for it, as flags of sim.py. Lengths in tokens.
@@ -29,19 +45,31 @@ class Workload:
     bound. request_timeout_s: from the moment a request is due to the end of its answer.
     """
 
-    num_iterations: int = flag(60, "rounds", least=1, most=1_000_000)
+    num_iterations: int = flag(60, "rounds of the run", least=1, most=1_000_000, unit="rounds")
     round_s: float = flag(1.0, "seconds of a round", least=0.01, most=3600.0)
-    base_num_users: int = flag(20, "users", least=0, most=1_000_000)
+    base_num_users: int = flag(20, "users, before the schedule", least=0, most=1_000_000, unit="users")
     # 20 users: 2 requests/s, half of what one RTX 4090 can do with vllm-13
-    request_probability: float = flag(0.1, "that a user sends a request in a round", least=0.0, most=1.0)
-    load_schedule: tuple[float, ...] = (1.0,)
+    request_probability: float = flag(
+        0.1, "probability that a user sends a request in a round", least=0.0, most=1.0
+    )
+    load_schedule: tuple[float, ...] = flag(
+        (1.0,),
+        "multiples of the users, over equal slices of the run",
+        metavar="M,M,…",
+        shown=f"1; with --local and the paced engine {','.join(f'{m:g}' for m in LOCAL_SCHEDULE)}",
+        read=parse_schedule,
+    )
     streaming: bool = flag(True, "have answers streamed")
-    model: str = flag("vllm-13", f"profile: {', '.join(PROFILES)}", metavar="NAME")
-    prompt_tokens: float = flag(300.0, "mean length of prompts, in tokens", metavar="N")
-    max_tokens: float = flag(180.0, "mean length of answers, in tokens", metavar="N")
-    seed: int = 0
-    wait_s: float = flag(30.0, "how long /route may hold a request", least=0.0, most=600.0)
-    request_timeout_s: float = flag(120.0, "for a request, all tries together", least=0.1, most=86_400.0)
+    model: str = flag("vllm-13", f"profile of the model, one of {', '.join(PROFILES)}", metavar="NAME")
+    prompt_tokens: float = flag(300.0, "mean length of prompts", metavar="N", unit="tokens")
+    max_tokens: float = flag(180.0, "mean length of answers", metavar="N", unit="tokens")
+    seed: int = flag(
+        0, "number from which everything is drawn", least=0, most=2**63 - 1, shown="random, and printed"
+    )
+    wait_s: float = flag(30.0, "seconds that /route may hold a request", least=0.0, most=600.0)
+    request_timeout_s: float = flag(
+        120.0, "seconds for a request, all tries together", least=0.1, most=86_400.0
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,17 +66,17 @@ class Hazards:
 
 
 def parse_hazards(text: str) -> Hazards:
-    """Return `name=number,…` as Hazards; raise ConfigError."""
+    """Return `name=number,…` as Hazards; raise ConfigError that says what was wanted."""
     given: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if name not in Hazards.__dataclass_fields__ or not equals:
             known = ", ".join(Hazards.__dataclass_fields__)
-            raise ConfigError(f"--hazards {part!r:.60}: wanted name=number with a name of {known}")
+            raise ConfigError(f"{part!r:.60}: wanted name=number with a name of {known}")
         try:
             given[name] = float(value)
         except ValueError:
-            raise ConfigError(f"--hazards {name}: wanted a number, got {value!r:.60}") from None
+            raise ConfigError(f"{name}: wanted a number, got {value!r:.60}") from None
     return Hazards(**given)
 
 

@@ -6,16 +6,14 @@
 The same flags and seed give the same report, byte for byte: nothing in it depends on machine or clock.
 """
 
-import argparse
 import itertools
-import json
 import logging
 import random
 import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from engine.profiles import PROFILES, get_profile
 from engine.slo import Slo
 from fleet.limits import Limits
 from fleet_client.flags import Parser, add_flags, check_flags, flag, within
-from localcloud.machines import Machine, machines_from
+from localcloud.machines import Machine
+from localcloud.offers_file import read_machines
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
 from simulation import plots, report, report_table
@@ -44,55 +43,109 @@ SHOW_S = 5.0
 class VirtualConfig:
     """The flags of `sim.py --virtual`. Times are seconds of virtual time."""
 
-    trace: str = ""
-    rate_scale: float = flag(
-        1.0, "arrivals are repeated, or thinned, to K times as many", least=0.001, most=10_000.0, metavar="K"
+    trace: str = flag(
+        "", "a log of requests, or synthetic[:NAME=NUMBER,…]; needed", metavar="FILE", shown="none"
     )
-    jitter_s: float = flag(5.0, "each repeat is moved by up to so much", least=0.0, most=3600.0)
+    rate_scale: float = flag(
+        1.0,
+        "arrivals are repeated, or thinned, to so many times as many",
+        least=0.001,
+        most=10_000.0,
+        metavar="K",
+        unit="factor",
+    )
+    jitter_s: float = flag(5.0, "seconds by which a repeat is moved at most", least=0.0, most=3600.0)
     tick_s: float = flag(
-        0.0, "times of the log are rounded to so much: spread them; 0 for no", least=0.0, most=3600.0
+        0.0, "seconds to which the log's times are rounded: spread them; 0 for no", least=0.0, most=3600.0
     )
     days: float | None = flag(
-        None, "the log is tiled under a daily profile for so long (default as it is)", metavar="N"
+        None,
+        "tile the log under a daily profile for so long",
+        least=0.01,
+        most=366.0,
+        metavar="N",
+        unit="days",
+        shown="as it is",
     )
-    policy: str = flag("objective", ", ".join(POLICIES), metavar="NAME")
-    policy_params: tuple[str, ...] = ()
-    profile: str = flag("vllm-13", ", ".join(PROFILES), metavar="NAME")
-    gpu: str | None = flag(None, "only machines of the market with that GPU (default all)", metavar="NAME")
+    policy: str = flag(
+        "objective", f"what says how many instances are hot, one of {', '.join(POLICIES)}", metavar="NAME"
+    )
+    policy_param: tuple[str, ...] = flag(
+        (),
+        "a parameter of the policy; may be repeated",
+        metavar="NAME=NUMBER",
+        shown="the policy's own",
+    )
+    goal: float | None = flag(
+        None,
+        "share of requests that shall be in time: the parameter of policy objective",
+        metavar="SHARE",
+        shown="0.99",
+    )
+    profile: str = flag("vllm-13", f"model and its times, one of {', '.join(PROFILES)}", metavar="NAME")
+    gpu: str | None = flag(
+        None, "take only machines of the market with that GPU", metavar="NAME", shown="all"
+    )
     offers: Path | None = flag(
-        None, "machines for rent, JSON as for localcloud (default localcloud's, deeper)"
+        None, "machines for rent, JSON as for localcloud", shown="localcloud's, and more of each kind"
     )
-    timings: Path | None = flag(None, "step-time constants of your own (simulation/virtual/timings_file.py)")
-    hazards: Hazards = field(default_factory=Hazards)
-    pool: int = flag(4, "loaded instances when the trace begins")
-    hot: int = flag(1, "of them hot")
-    max_instances: int = flag(200, "hard limit", least=1, most=100_000)
-    max_usd_h: float = flag(1000.0, "hard limit", least=0.01, most=1e6, metavar="USD")
+    timings: Path | None = flag(
+        None,
+        "step-time constants of your own (simulation/virtual/timings_file.py)",
+        shown="the built-in ones",
+    )
+    hazards: Hazards = flag(
+        Hazards(),
+        f"what goes wrong, of {', '.join(Hazards.__dataclass_fields__)}",
+        metavar="NAME=NUMBER,…",
+        shown="nothing",
+        read=parse_hazards,
+    )
+    pool: int = flag(4, "loaded instances when the trace begins", unit="instances")
+    hot: int = flag(1, "how many of them are hot", unit="instances")
+    max_instances: int = flag(200, "hard limit on instances", least=1, most=100_000, unit="instances")
+    max_usd_h: float = flag(
+        1000.0, "hard limit on what all cost together", least=0.01, most=1e6, metavar="USD", unit="$/h"
+    )
     late_lane: bool = flag(True, "requests that cannot be in time any more let the others pass")
-    late_bound_s: float = flag(300.0, "but wait no longer than so", least=0.0, most=86_400.0)
-    request_timeout_s: float = flag(600.0, "for a request, all tries together", least=0.1, most=86_400.0)
-    score_from_s: float = flag(0.0, "what arrives and is spent before does not count", least=0.0, most=1e9)
-    score_to_s: float = flag(float("inf"), "nor what comes after")
-    replay_every_s: float = flag(1800.0, "between two tunings by replay; 0 for none", least=0.0, most=1e9)
-    seed: int = 0
-    json: Path | None = flag(None, "write the report there")
-    plot: Path | None = flag(None, "draw the fleet over time there, PNG")
-    quiet: bool = flag(False, "no progress, only the report")
+    late_bound_s: float = flag(
+        300.0, "seconds after which a late request goes before all others", least=0.0, most=86_400.0
+    )
+    request_timeout_s: float = flag(
+        600.0, "seconds for a request, all tries together", least=0.1, most=86_400.0
+    )
+    score_from_s: float = flag(
+        0.0, "seconds from the first arrival before which nothing counts", least=0.0, most=1e9
+    )
+    score_to_s: float = flag(
+        float("inf"), "seconds from the first arrival after which nothing counts", shown="the end"
+    )
+    replay_every_s: float = flag(
+        1800.0, "seconds between two tunings by replay; 0 for none", least=0.0, most=1e9
+    )
+    seed: int = flag(
+        0, "number from which everything is drawn", least=0, most=2**63 - 1, shown="random, and printed"
+    )
+    json: Path | None = flag(None, "write the report to this file, as JSON")
+    plot: Path | None = flag(None, "draw the fleet over time into this file, as PNG")
+    quiet: bool = flag(False, "print no progress, only the report")
 
     def checked(self) -> "VirtualConfig":
         """Return this configuration; raise ConfigError naming the flag, the value and the range."""
         if not self.trace:
             raise ConfigError("--virtual needs --trace FILE, or --trace synthetic for one that is made up")
         check_flags(self)
-        if self.days is not None:
-            within("--days", self.days, 0.01, 366.0)
         within("--pool", self.pool, 0, self.max_instances)
         within("--hot", self.hot, 0, self.max_instances)
-        within("--seed", self.seed, 0, 2**63 - 1)
         get_profile(self.profile)
         check_output("--json", self.json)
         check_output("--plot", self.plot)
         return self
+
+    def make_policy(self) -> Policy:
+        """Return the policy with its parameters; raise ConfigError."""
+        goal = () if self.goal is None else (f"goal={self.goal:g}",)
+        return make_policy(POLICIES, self.policy, parse_params("--policy-param", self.policy_param + goal))
 
 
 def requests_of(config: VirtualConfig) -> Iterator[Request]:
@@ -144,13 +197,7 @@ def setting_of(config: VirtualConfig) -> Setting:
 
 
 def _market(config: VirtualConfig) -> tuple[Machine, ...]:
-    if config.offers is not None:
-        try:
-            machines = machines_from(json.loads(config.offers.read_text()))
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"--offers {config.offers}: {e}") from None
-    else:
-        machines = deep_market()
+    machines = deep_market() if config.offers is None else read_machines(config.offers)
     if config.gpu is not None:
         machines = tuple(m for m in machines if m.gpu_name == config.gpu)
         if not machines:
@@ -251,56 +298,29 @@ def table(found: dict[str, Any]) -> str:
 # --- outside world ---------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="sim.py --virtual", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
+def parser() -> Parser:
+    """Return the parser of the flags of a run in virtual time."""
+    found = Parser(
+        prog="sim.py --virtual", environment="SIM_VIRTUAL_", description=(__doc__ or "").split("\n")[0]
+    )
+    found.add_argument(
         "--virtual", action="store_true", help="this: in virtual time, with simulated machines"
     )
-    parser.add_argument(
-        "--trace", default="", metavar="FILE", help="a log of requests, or synthetic[:NAME=NUMBER,…]"
-    )
-    add_flags(parser, VirtualConfig)
-    parser.add_argument(
-        "--policy-param",
-        action="append",
-        default=[],
-        metavar="NAME=NUMBER",
-        help="a parameter of the policy; may be repeated (default: the policy's own)",
-    )
-    parser.add_argument(
-        "--goal",
-        type=float,
-        metavar="SHARE",
-        help="of requests in time: the parameter of policy objective (default 0.99)",
-    )
-    parser.add_argument(
-        "--hazards",
-        type=parse_hazards,
-        default=Hazards(),
-        metavar="NAME=NUMBER,…",
-        help="what goes wrong (default none): " + ", ".join(Hazards.__dataclass_fields__),
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="everything is drawn from it (default random, and printed)"
-    )
-    return parser
+    add_flags(found, VirtualConfig)
+    return found
 
 
 def parse(argv: Sequence[str]) -> VirtualConfig:
-    """Parse the command line; raise ConfigError."""
-    given = vars(_parser().parse_args(argv))
-    params, goal = [*given.pop("policy_param")], given.pop("goal")
-    if goal is not None:
-        params.append(f"goal={goal:g}")
-    if given["seed"] is None:
-        given["seed"] = secrets.randbelow(2**32)
+    """Return the flags as a VirtualConfig; raise ConfigError."""
+    given = vars(parser().parse_args(argv))
     del given["virtual"]
-    return VirtualConfig(**given, policy_params=tuple(params)).checked()
+    given.setdefault("seed", secrets.randbelow(2**32))
+    return VirtualConfig(**given).checked()
 
 
 def carry_out(config: VirtualConfig) -> dict[str, Any]:
-    """Run the simulation that the flags describe; return its report."""
-    policy = make_policy(POLICIES, config.policy, parse_params("--policy-param", config.policy_params))
+    """Return the report of the run."""
+    policy = config.make_policy()
     requests = requests_of(config)
     if not config.quiet:
         requests = _shown(requests)

@@ -760,7 +760,7 @@ def taken_port() -> Iterator[int]:
     ("argv", "says"),
     [
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["--port", "many"], "argument --port: invalid int value: 'many'"),
+        (["--port", "many"], "--port many: wanted a whole number"),
         (["--model", "vllm-9000", "--local"], "unknown model 'vllm-9000': known are tiny, vllm-13, vllm-70"),
         (["--port", "TAKEN"], "cannot listen on 127.0.0.1:TAKEN: Address already in use"),
         (["--host", "0.0.0.0"], "listening on 0.0.0.0:8100 needs keys"),
@@ -789,6 +789,29 @@ def test_what_an_operator_gets_wrong_is_one_line_and_exit_2(
     assert says.replace("TAKEN", str(taken_port)) in ended.err
     assert "x" * 32 not in ended.err
     assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "says"),
+    [
+        ([], "max-instance = 4", "max-instance is not known; the nearest name is max-instances"),
+        ([], "port = 0", "port = 0: wanted 1 to 65535"),
+        ([], "count = 2", "count is not known"),  # an order, no setting
+        (["prepare", "--count", "9"], "max-instances = 4\nport = 8100", "--count 9: wanted 1 to 4"),
+        (["destroy-fleet"], "yes = true", "yes is not known"),
+        (["destroy-fleet"], "speedup = 2\nmanage = false", "--speedup is for --local only"),
+    ],
+)
+def test_one_file_is_for_all_commands_and_its_mistakes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], text: str, says: str
+) -> None:
+    file = tmp_path / "fleet.toml"
+    file.write_text(text)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AUTOSCALER_CONFIG", str(file))
+    ended = run_command("autoscaler_server.py", autoscaler_server.main, *command)
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1), ended.err
+    assert says in ended.err
 
 
 def test_the_process_says_what_is_wrong_in_one_line_and_exits_2(tmp_path: Path) -> None:

@@ -617,6 +617,12 @@ def test_a_wrong_flag_is_one_line(flags: list[str], message: str) -> None:
     assert message in ended.err
 
 
+@pytest.mark.parametrize("program", ["gateway.py", "fleet-gateway"])
+def test_help_calls_the_program_by_the_name_it_was_started_with(program: str) -> None:
+    told = run_command(f"/somewhere/bin/{program}", gateway.main, "--help")
+    assert told.out.startswith(f"usage: {program} [flags]\n\nThe fleet as a small server")
+
+
 def test_a_port_in_use_is_one_line(fleet: FakeFleet) -> None:
     with process("--port", str(fleet.loadbalancer.port)) as (one, lines):
         assert one.wait(20) == 2

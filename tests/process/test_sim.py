@@ -21,10 +21,10 @@ from engine.profiles import get_profile
 from process.errors import ConfigError
 from sim import parse
 from simulation.live import measure, users
-from simulation.live.config import SimConfig, parse_schedule
+from simulation.live.config import SimConfig
 from simulation.live.local_stack import LocalStack
 from simulation.live.operator import NoAnswer, Operator
-from simulation.live.workload import body_of, plan
+from simulation.live.workload import body_of, parse_schedule, plan
 from simulation.report import FAILURES
 from tests.paths import ROOT
 from tests.ports import free_port
@@ -614,6 +614,19 @@ def test_what_is_said_on_the_command_line_goes_before_what_suits_the_engine() ->
 def test_without_a_seed_one_is_drawn_and_shown() -> None:
     assert parse([]).seed != parse([]).seed
     assert parse(["--seed", "5"]).seed == 5
+
+
+def test_file_and_environment_say_what_the_command_line_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('local = true\nload-schedule = "1,2"\nseed = 7\nnum-iterations = 10\nmanage = false\n')
+    monkeypatch.setenv("SIM_NUM_ITERATIONS", "11")
+    config = parse(["--config", str(file), "--engine", "vllm"])
+    assert (config.local, config.load_schedule, config.seed, config.manage) == (True, (1.0, 2.0), 7, False)
+    assert (config.num_iterations, config.instances) == (11, 2)  # the engine's, where nothing was said
+    with pytest.raises(ConfigError, match="--loadbalancer goes not with --local"):
+        parse(["--config", str(file), "--loadbalancer", "http://127.0.0.1:1"])
 
 
 def test_a_schedule_is_numbers_with_commas() -> None:

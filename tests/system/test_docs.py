@@ -24,6 +24,7 @@ from localcloud.api import create_app as cloud_app
 from localcloud.cloud import Cloud
 from localcloud.machines import MACHINES
 from localcloud.world import World
+from tests import flags_page
 from tests.commands import run_command
 from tests.paths import ROOT
 from web.direct import DirectRoutes
@@ -64,6 +65,10 @@ OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps"}
 def test_every_flag_is_in_the_docs(program: str) -> None:
     missing = {flag for flag in FLAGS[program] if not re.search(rf"{re.escape(flag)}(?![\w-])", DOCS)}
     assert missing == set()
+
+
+def test_the_page_of_flags_is_made_from_their_declarations() -> None:
+    assert flags_page.PAGE.read_text() == flags_page.page(), "run `make flags`"
 
 
 def test_every_flag_in_the_docs_exists() -> None:

@@ -526,6 +526,6 @@ def test_help_shows_each_setting_with_its_default() -> None:
     for name in LoadBalancerConfig.__dataclass_fields__:
         flag = "--" + name.removesuffix("_file").replace("_", "-")
         assert flag in ended.out
-    assert "seconds after which a lease that was not started is void (default 60)" in " ".join(
+    assert "seconds after which a lease that was not started is void (1 to 600; default 60)" in " ".join(
         ended.out.split()
     )
