@@ -30,6 +30,8 @@ from fleet.outside.turns import Autoscaler
 from fleet_client import flags, private_files
 from fleet_client.flags import Parser, add_flags
 from fleet_client.listening import bind_socket, check_bind
+from fleet_client.network_trust import allow
+from fleet_client.own_tls import scheme, server_tls
 from policies import POLICIES, make_policy
 from process.errors import ConfigError
 from process.safe_text import safe_text
@@ -235,6 +237,8 @@ def serve(config: AutoscalerConfig) -> None:
     """Run until SIGTERM or Ctrl-C. The fleet goes on running: it is found again at the next start."""
     operator_keys = private_files.load_keys(config.operator_key_file)
     check_bind(config.host, config.port, keys_present=bool(operator_keys))
+    allow(config.in_the_clear(), trust_network=config.trust_network)
+    tls = server_tls(config.tls_cert, config.tls_key)
     sock = bind_socket(config.host, config.port)
     process = AutoscalerProcess(config, replay=REPLAY)
     process.check_account()
@@ -246,9 +250,8 @@ def serve(config: AutoscalerConfig) -> None:
         process.health_rounds.wakeup.wake,
         process.tuner,
     )
-    log.info(
-        "autoscaler of fleet %s (%s) on http://%s:%d", config.label, config.model, config.host, config.port
-    )
+    url = f"{scheme(tls)}://{config.host}:{config.port}"
+    log.info("autoscaler of fleet %s (%s) on %s", config.label, config.model, url)
     process.start()
     try:
         serve_flask(
@@ -257,6 +260,7 @@ def serve(config: AutoscalerConfig) -> None:
             background=[process.health_rounds.run, process.hot_push.run],
             blocking=SLOW_ROUTES,
             any_host=bool(operator_keys),
+            tls=tls,
         )
     finally:
         process.stop()

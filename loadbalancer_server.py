@@ -32,6 +32,8 @@ from engine.slo import Slo
 from fleet_client import flags, private_files
 from fleet_client.flags import Parser, add_flags, check_flags, flag, server_url
 from fleet_client.listening import bind_socket, check_bind
+from fleet_client.network_trust import InTheClear, allow, clear_bind, clear_call
+from fleet_client.own_tls import TrustedServer, scheme, server_tls
 from instance_client import request_id
 from loadbalancer import LoadBalancer
 from process.clock import steady_clock
@@ -85,6 +87,20 @@ class LoadBalancerConfig:
         "this server as instances reach it, so that they report by themselves",
         metavar="URL",
         shown="none but for instances on this machine",
+    )
+    tls_cert: Path | None = flag(
+        None, "certificate to show, PEM, with its chain if it has one; the server then speaks https only"
+    )
+    tls_key: Path | None = flag(None, "its key, PEM, mode 0600")
+    autoscaler_cert: Path | None = flag(
+        None,
+        "certificates that an https autoscaler may show, PEM, and no others",
+        shown="what this machine's authorities vouch for",
+    )
+    trust_network: bool = flag(
+        False,
+        "speak plain HTTP beyond this machine, too: all who can listen there have the keys and the master "
+        "tokens, and who can change what passes can read prompts",
     )
     # Clients start their requests within a second or so.
     lease_s: float = flag(
@@ -152,7 +168,17 @@ class LoadBalancerConfig:
             return f"{self.public_url.rstrip('/')}/report"
         # Beside us on one machine, as with a local cloud; a rented one would talk to itself.
         near = urlsplit(auth_url).hostname == "127.0.0.1" and self.host in ("127.0.0.1", "0.0.0.0")  # noqa: S104
-        return f"http://127.0.0.1:{self.port}/report" if near else None
+        return f"{scheme(self.tls_cert)}://127.0.0.1:{self.port}/report" if near else None
+
+    def in_the_clear(self) -> list[InTheClear]:
+        """Return what goes over a network unencrypted."""
+        keys = "the control key and all master tokens"
+        clients = f"{keys}, the clients' keys and their leases, by which prompts find their way,"
+        return [
+            *clear_bind(self.host, clients, encrypted=self.tls_cert is not None),
+            *clear_call("--autoscaler", self.autoscaler, keys),
+            *clear_call("--public-url", self.public_url or "", "how busy each instance is"),
+        ]
 
 
 # -- the routes ------------------------------------------------------------------------------------------
@@ -249,19 +275,23 @@ def serve(config: LoadBalancerConfig) -> None:
     clients = private_files.load_keys(config.client_keys_file)
     operator = private_files.load_keys(config.operator_key_file)
     check_bind(config.host, config.port, keys_present=bool(clients) and bool(operator))
+    allow(config.in_the_clear(), trust_network=config.trust_network)
+    tls = server_tls(config.tls_cert, config.tls_key)
+    trusted = TrustedServer("--autoscaler-cert", config.autoscaler_cert)
     state_dir = private_files.make_private_dir(
         config.state_dir or private_files.default_state_dir(config.label)
     )
     keys = AccessKeys(private_files.load_or_make_key(state_dir / "control.key"), clients, operator)
     sock = bind_socket(config.host, config.port)
     service = LoadBalancerService(make_balancer(config), steady_clock())
-    tasks = BackgroundTasks(service, config.autoscaler, keys.control, config.report_to)
-    log.info("loadbalancer of fleet %s on http://%s:%d", config.label, config.host, config.port)
+    tasks = BackgroundTasks(service, config.autoscaler, keys.control, config.report_to, trusted)
+    log.info("loadbalancer of fleet %s on %s://%s:%d", config.label, scheme(tls), config.host, config.port)
     serve_flask(
         create_app(service, keys),
         sock,
         background=[tasks.clockwork, tasks.ticks, tasks.autoscaler],
         any_host=bool(clients and operator),
+        tls=tls,
     )
 
 

@@ -20,6 +20,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from fleet_client.bounded_http import BoundedHttp
 from fleet_client.listening import allow_many_files
+from fleet_client.own_tls import ServerTls
 
 log = logging.getLogger("http")
 
@@ -28,6 +29,9 @@ KEEP_ALIVE_S = 120.0
 
 ACCEPT_AT_ONCE = 64
 """Connections accepted in one turn of the loop; each takes 0.1 ms, in which nothing is answered."""
+
+HANDSHAKE_S = 10.0
+"""Seconds for the handshake of TLS."""
 
 GRACE_S = 3.0
 """Seconds the server's end waits for answers that are still being made."""
@@ -76,12 +80,15 @@ class UvicornServer(uvicorn.Server):
         on_end: Callable[[], None] = lambda: None,
         *,
         break_off: bool = False,
+        tls: ServerTls | None = None,
     ) -> None:
         """on_end: called when the server is told to end. break_off: then cut the answers that are being made.
 
-        Without break_off they have the graceful timeout of the config to end.
+        Without break_off they have the graceful timeout of the config to end. tls: what it shows, where that
+        may change; else the config says it.
         """
         super().__init__(config)
+        self._tls = tls
         self._on_end = on_end
         self._break_off = break_off
         self._connecting: set[asyncio.Future[Any]] = set()
@@ -137,7 +144,11 @@ class UvicornServer(uvicorn.Server):
                 return
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            accepted = loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+            context = self.config.ssl if self._tls is None else self._tls.value
+            handshake_s = None if context is None else HANDSHAKE_S
+            accepted = loop.connect_accepted_socket(
+                self._protocol, connection, ssl=context, ssl_handshake_timeout=handshake_s
+            )
             task = loop.create_task(accepted)
             self._connecting.add(task)
             task.add_done_callback(self._connected)
@@ -191,14 +202,22 @@ class UvicornServer(uvicorn.Server):
 class AsgiServer:
     """One application on one socket; `run` returns when SIGTERM, Ctrl-C or `stop` has ended it."""
 
-    def __init__(self, app: AsgiApp, sock: socket.socket, background: Sequence[Background] = ()) -> None:
+    def __init__(
+        self,
+        app: AsgiApp,
+        sock: socket.socket,
+        background: Sequence[Background] = (),
+        tls: ServerTls | None = None,
+    ) -> None:
         """Start nothing yet.
 
-        background: coroutine functions that run on the same loop as long as the server does.
+        background: coroutine functions that run on the same loop as long as the server does. tls: what it
+        shows; None for plain HTTP.
         """
         self._app = app
         self._sock = sock
-        self._background = background
+        self._background = background if tls is None else [*background, tls.watch]
+        self._tls = tls
         self._loop: asyncio.AbstractEventLoop | None = None
         self._uvicorn: UvicornServer | None = None
         self._stopped = threading.Event()
@@ -227,7 +246,7 @@ class AsgiServer:
         # uvicorn logs each malformed request at WARNING; those are the clients' affair.
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         # uvicorn waits for connections to end: with clients parked that took over 12 s (measured 2026-11).
-        self._uvicorn = UvicornServer(config, self._app.close)
+        self._uvicorn = UvicornServer(config, self._app.close, tls=self._tls)
         with self._sock, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run(self._uvicorn))
 

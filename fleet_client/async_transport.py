@@ -311,6 +311,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                 data=json.dumps(body),
                 headers=self._core.headers,
                 timeout=aiohttp.ClientTimeout(total=limit_s, sock_connect=options.connect_s),
+                ssl=self._core.trusted.context() or True,
                 allow_redirects=False,
             ) as reply:
                 return reply.status, await reply.read(), reply.headers.get("Retry-After")

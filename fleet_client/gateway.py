@@ -30,7 +30,9 @@ from fleet_client.gateway_access import preflight, readable_by, refusal, values_
 from fleet_client.leases import NORMAL, PRIORITIES
 from fleet_client.listening import bind_socket, check_bind
 from fleet_client.loopback import is_loopback_host
+from fleet_client.network_trust import InTheClear, allow, clear_bind, clear_call
 from fleet_client.options import LOADBALANCER
+from fleet_client.own_tls import scheme, server_tls
 from fleet_client.private_files import load_keys, load_one_key, load_salt
 from fleet_client.reply import HttpReply, error_reply, json_reply
 from fleet_client.transport import MAX_BODY
@@ -48,10 +50,19 @@ class GatewayConfig:
     host: str = flag("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = flag(8300, "port to listen on", least=1, most=65535)
     loadbalancer: str = flag(LOADBALANCER, "where the loadbalancer is", metavar="URL")
+    loadbalancer_cert: Path | None = flag(
+        None,
+        "certificates that an https loadbalancer may show, PEM, and no others",
+        shown="what this machine's authorities vouch for",
+    )
+    tls_cert: Path | None = flag(
+        None, "certificate to show, PEM, with its chain if it has one; the server then speaks https only"
+    )
+    tls_key: Path | None = flag(None, "its key, PEM, mode 0600")
     trust_network: bool = flag(
         False,
-        "allow a loadbalancer over plain http elsewhere than on loopback: whoever can change what it says "
-        "can read the prompts",
+        "speak plain HTTP beyond this machine, too: all who can listen there have prompts, answers and keys, "
+        "and who can change what a loadbalancer says can read the prompts",
     )
     client_key_file: Path | None = flag(
         None,
@@ -83,6 +94,14 @@ class GatewayConfig:
         check_flags(self)
         server_url("--loadbalancer", self.loadbalancer)
         return self
+
+    def in_the_clear(self) -> list[InTheClear]:
+        """Return what goes over a network unencrypted."""
+        leases = "our key for it and the leases, by which prompts find their way,"
+        return [
+            *clear_bind(self.host, "prompts, answers and keys", encrypted=self.tls_cert is not None),
+            *clear_call("--loadbalancer", self.loadbalancer, leases),
+        ]
 
 
 def failure_reply(error: httpx2.RequestError) -> HttpReply:
@@ -254,6 +273,8 @@ def serve(config: GatewayConfig) -> None:
     config = config.checked()
     keys = load_keys(config.key_file)
     check_bind(config.host, config.port, keys_present=bool(keys))
+    allow(config.in_the_clear(), trust_network=config.trust_network)
+    tls = server_tls(config.tls_cert, config.tls_key)
     client_key = None if config.client_key_file is None else load_one_key(config.client_key_file)
     salt = None if config.affinity_salt_file is None else load_salt(config.affinity_salt_file)
     try:
@@ -264,23 +285,20 @@ def serve(config: GatewayConfig) -> None:
             wait_s=config.wait_s,
             ahead=config.ahead,
             trust_network=config.trust_network,
+            loadbalancer_cert=config.loadbalancer_cert,
             priority=config.priority,
             affinity=not config.no_affinity,
             affinity_salt=salt,
         )
     except ValueError as e:
-        raise ConfigError(str(e).replace("trust_network=True", "--trust-network")) from None
+        raise ConfigError(str(e)) from None
     sock = bind_socket(config.host, config.port)
     loopback = is_loopback_host(sock.getsockname()[0])
     # It says there that an answer was left incomplete, which is how a broken one is passed on.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     gateway = Gateway(transport, keys, loopback=loopback)
-    log.info("gateway to %s on http://%s:%d/v1", config.loadbalancer, config.host, config.port)
-    if not loopback:
-        log.warning(
-            "prompts and keys come here in the clear: only for a network where nobody else can listen"
-        )
-    AsgiServer(gateway, sock, background=[gateway.leases]).run()
+    log.info("gateway to %s on %s://%s:%d/v1", config.loadbalancer, scheme(tls), config.host, config.port)
+    AsgiServer(gateway, sock, [gateway.leases], tls).run()
 
 
 def parser() -> Parser:

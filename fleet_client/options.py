@@ -1,6 +1,7 @@
 """What a transport can be told: one list for threads and asyncio."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypedDict
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ class OptionFields(TypedDict, total=False):
     ahead: int
     connect_s: float
     trust_network: bool
+    loadbalancer_cert: str | Path | None
     priority: str
     affinity: bool
     affinity_salt: bytes | str | None
@@ -41,6 +43,9 @@ class FleetOptions:
     # For a connection to an instance: packets cross an ocean in 0.2 s, a lost SYN repeats after 1 and 3 s.
     connect_s: float = 5.0
     trust_network: bool = False  # allow a loadbalancer over plain http elsewhere than on loopback
+    # File of certificates that an https loadbalancer may show, and no others; None: what the machine's
+    # authorities vouch for.
+    loadbalancer_cert: str | Path | None = None
     priority: str = NORMAL  # high, normal or low, of requests without a header X-Fleet-Priority
     # Tell the loadbalancer salted hashes of prompts' prefixes, so that a conversation goes where it was read
     # before (prefix_hashes.py says what they reveal).

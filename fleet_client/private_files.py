@@ -114,11 +114,16 @@ def load_salt(path: Path) -> str:
     return salt
 
 
-def _read_private(path: Path, what: str) -> str:
-    """Return the text of a file that only its owner can read; raise ConfigError."""
+def check_private(path: Path, what: str) -> None:
+    """Raise ConfigError unless the file is there and only its owner can read it."""
     try:
         if path.stat().st_mode & 0o077:
             raise ConfigError(f"{what} {path} can be read by others: chmod 600 it")
     except OSError as e:
         raise ConfigError(f"{what} {path} cannot be read: {e.strerror}") from e
+
+
+def _read_private(path: Path, what: str) -> str:
+    """Return the text of a file that only its owner can read; raise ConfigError."""
+    check_private(path, what)
     return read_text(path, what)

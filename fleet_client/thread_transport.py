@@ -44,7 +44,7 @@ class _Loadbalancer:
         self.core = TransportCore(options, self._awake, self._start)
         self._key = (options.url, None)
         secure = options.url.startswith("https:")
-        self._context = httpx2.create_ssl_context(trust_env=False) if secure else None
+        self._authorities = httpx2.create_ssl_context(trust_env=False) if secure else None
         self._headers = [(name.encode(), value.encode()) for name, value in self.core.headers.items()]
         self._connections = ConnectionPool(ROUTE_KEEP_ALIVE_S)
         self._thread: threading.Thread | None = None
@@ -61,7 +61,8 @@ class _Loadbalancer:
         connection = self._connections.take(self._key)
         if connection is None:
             connect_s = min(limit_s, self.core.options.connect_s)
-            connection = self._connections.connect(self._key, self._context, connect_s)
+            context = self._authorities and (self.core.trusted.context() or self._authorities)
+            connection = self._connections.connect(self._key, context, connect_s)
         try:
             connection.limit(limit_s)
             connection.send("POST", path, self._headers, body)

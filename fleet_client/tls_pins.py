@@ -32,16 +32,29 @@ class BadAddress(ValueError):
 def pinned_context(certificate: str) -> ssl.SSLContext:
     """Return a client's context that trusts only that certificate (PEM); raises ValueError."""
     _parsed(certificate)
+    return _anchored_in(certificate)
+
+
+def trusting(certificates: str) -> ssl.SSLContext:
+    """Return a client's context that trusts only these certificates, at least one; raises ValueError."""
+    try:
+        x509.load_pem_x509_certificates(certificates.encode())
+    except ValueError:
+        raise ValueError("wanted certificates in PEM") from None
+    return _anchored_in(certificates)
+
+
+def _anchored_in(certificates: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
-    # It is the anchor itself, whoever signed it, and however it was made.
+    # Each is the anchor itself, whoever signed it, and however it was made.
     # As numbers: ~ of a flag has the bits that Python knows, so &= would take the one it does not know away.
     flags = int(context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) | _NO_CHECK_TIME
     context.verify_flags = ssl.VerifyFlags(flags & ~int(ssl.VERIFY_X509_STRICT))
     context.set_alpn_protocols(["http/1.1"])
     try:
-        context.load_verify_locations(cadata=certificate)
+        context.load_verify_locations(cadata=certificates)
     except ssl.SSLError as e:
         raise ValueError(f"not a certificate that TLS can use: {e.reason}") from None
     return context

@@ -7,15 +7,18 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from fleet_client.call import NO_TIMEOUTS, PRIORITY_HEADER, Call, Timeouts, priority_in
 from fleet_client.connection_pool import Header
+from fleet_client.errors import ConfigError
 from fleet_client.lease_keeper import LeaseKeeper
 from fleet_client.leases import ClientLease
 from fleet_client.options import FleetOptions
+from fleet_client.own_tls import TrustedServer
 from fleet_client.prefix_hashes import Hasher
 from fleet_client.reply import HttpReply, error_reply
 from fleet_client.retry import Attempt, Setback, attempt
@@ -48,6 +51,7 @@ class TransportCore:
         if options.api_key is None:
             options = replace(options, api_key=os.environ.get("FLEET_CLIENT_KEY"))
         self.options = options
+        self.trusted = _trusted(options.loadbalancer_cert)
         self.leases = LeaseKeeper(options, lock, wake)
         self.headers = {"Content-Type": "application/json"}  # of what the loadbalancer is asked
         if options.api_key:
@@ -91,6 +95,13 @@ class TransportCore:
     def attempt(self, call: Call, now: float) -> Attempt:
         """Begin to serve it: what is yielded is to be done."""
         return attempt(call, self.leases, now, self._rng)
+
+
+def _trusted(certificates: str | Path | None) -> TrustedServer:
+    try:
+        return TrustedServer("loadbalancer_cert", None if certificates is None else Path(certificates))
+    except ConfigError as e:
+        raise ValueError(str(e)) from None
 
 
 def _hasher(salt: bytes | str | None) -> Hasher:

@@ -30,6 +30,7 @@ from flask import Flask
 from fleet_client.asgi_server import AsgiServer, Background
 from fleet_client.browser_pages import page_refusal
 from fleet_client.loopback import is_loopback_host, names_loopback
+from fleet_client.own_tls import ServerTls
 from web.answers import CLOSING, OUR_FAULT, JsonAnswer, bad_request, error_answer
 from web.app import max_body
 from web.direct import DirectRoutes, Handler, Held
@@ -146,7 +147,7 @@ class FlaskBridge:
             "SERVER_PROTOCOL": "HTTP/1.1",
             "REMOTE_ADDR": (scope.get("client") or ("",))[0],
             "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
+            "wsgi.url_scheme": scope["scheme"],
             "wsgi.input": io.BytesIO(raw),
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": False,
@@ -254,11 +255,13 @@ def serve_flask(
     blocking: Collection[str] = (),
     *,
     any_host: bool = False,
+    tls: ServerTls | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then return; for background see AsgiServer, for blocking FlaskBridge.
 
-    any_host: answer on loopback also under names of other machines (a proxy in front, with keys).
+    any_host: answer on loopback also under names of other machines (a proxy in front, with keys). tls: what
+    the server shows, None for plain HTTP.
     """
     loopback = is_loopback_host(sock.getsockname()[0]) and not any_host
     with FlaskBridge(app, blocking, loopback=loopback) as bridge:
-        AsgiServer(bridge, sock, background).run()
+        AsgiServer(bridge, sock, background, tls).run()

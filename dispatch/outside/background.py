@@ -13,6 +13,7 @@ import msgspec
 from dispatch.load_reports import Poll
 from dispatch.outside.service import LoadBalancerService
 from dispatch.token_refills import Refill
+from fleet_client.own_tls import ANY_AUTHORITY, TrustedServer
 from instance_client import InstanceClient
 from process.errors import InstanceError
 from web.messages.busy import BusyAnswer
@@ -47,11 +48,14 @@ class BackgroundTasks:
         autoscaler: str,
         control_key: str,
         report_to: Callable[[str], str | None] = lambda _: None,
+        trusted: TrustedServer = ANY_AUTHORITY,
     ) -> None:
         """Start nothing yet.
 
-        autoscaler: its URL. report_to: where the instance with that auth_server is to send reports.
+        autoscaler: its URL. report_to: where the instance with that auth_server is to send reports. trusted:
+        what the autoscaler may show.
         """
+        self._trusted = trusted
         self._service = service
         self._report_to = report_to
         self._autoscaler = autoscaler.rstrip("/")
@@ -182,7 +186,9 @@ class BackgroundTasks:
                 await asyncio.sleep(max(0.05, REPORT_S - (time.monotonic() - begun)))
 
     async def _fetch_hot(self, session: aiohttp.ClientSession) -> None:
-        async with session.get(f"{self._autoscaler}/hot", allow_redirects=False) as reply:
+        async with session.get(
+            f"{self._autoscaler}/hot", allow_redirects=False, ssl=self._trusted.context() or True
+        ) as reply:
             if reply.status == 503:
                 return  # it does not know its fleet yet: what is known here stays as it is
             raw = await _read(reply)
@@ -196,6 +202,7 @@ class BackgroundTasks:
             data=msgspec.json.encode(report),
             headers={"Content-Type": "application/json"},
             allow_redirects=False,
+            ssl=self._trusted.context() or True,
         ) as reply:
             said = decode(await _read(reply), BusyAnswer)
         balancer = self._service.balancer

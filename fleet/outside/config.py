@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from engine.profiles import PROFILES
 from fleet_client import private_files
 from fleet_client.flags import check_flags, flag, server_url
+from fleet_client.network_trust import InTheClear, clear_bind, clear_call
+from fleet_client.own_tls import scheme
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
 
@@ -26,6 +28,10 @@ SERVE_ONLY = frozenset(
         "goal",
         "replay_every_s",
         "operator_key_file",
+        "tls_cert",
+        "tls_key",
+        "loadbalancer_cert",
+        "trust_network",
     }
 )
 """Fields that only `serve` needs; the others are for `prepare` and `destroy-fleet`, too."""
@@ -127,6 +133,21 @@ class AutoscalerConfig:
         shown="open on loopback",
     )
 
+    tls_cert: Path | None = flag(
+        None, "certificate to show, PEM, with its chain if it has one; the server then speaks https only"
+    )
+    tls_key: Path | None = flag(None, "its key, PEM, mode 0600")
+    loadbalancer_cert: Path | None = flag(
+        None,
+        "certificates that https loadbalancers may show, PEM, and no others",
+        shown="what this machine's authorities vouch for",
+    )
+    trust_network: bool = flag(
+        False,
+        "speak plain HTTP beyond this machine, too: all who can listen there have the keys, and with "
+        "them the fleet and its master tokens",
+    )
+
     def make_policy(self) -> Policy:
         """Return the policy with its parameters; raise ConfigError."""
         params = parse_params("--policy-param", self.policy_param)
@@ -141,7 +162,16 @@ class AutoscalerConfig:
         """Where an instance says that it is ready, if it can reach us at all."""
         if self.public_url is not None:
             return f"{self.public_url.rstrip('/')}/ready"
-        return f"http://127.0.0.1:{self.port}/ready" if self.local else None
+        return f"{scheme(self.tls_cert)}://127.0.0.1:{self.port}/ready" if self.local else None
+
+    def in_the_clear(self) -> list[InTheClear]:
+        """Return what of `serve` goes over a network unencrypted."""
+        keys = "the control key, and with it the fleet and its master tokens"
+        return [
+            *clear_bind(self.host, f"the operator's keys and {keys}", encrypted=self.tls_cert is not None),
+            *(way for url in self.loadbalancer for way in clear_call("--loadbalancer", url, keys)),
+            *clear_call("--public-url", self.public_url or "", "which instance is ready when"),
+        ]
 
     @property
     def reach_places(self) -> list[tuple[str, int]]:

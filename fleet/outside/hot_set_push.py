@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from engine.step_time_constants import PROFILE_MODELS, Timing, timing_for
 from fleet.hot_set import make_hot_set
 from fleet.outside.turns import Autoscaler
 from fleet.outside.wakeup import Wakeup
+from fleet_client.own_tls import ANY_AUTHORITY, TrustedServer
 from web.messages.hot_set import HotSet
 
 log = logging.getLogger("autoscaler")
@@ -50,12 +52,14 @@ class HotSetPush:
         hot_set: Callable[[], HotSet | None],
         loadbalancers: Sequence[str],
         control_key: str,
+        trusted: TrustedServer = ANY_AUTHORITY,
     ) -> None:
-        """version, hot_set: return the present ones. loadbalancers: their URLs."""
+        """version, hot_set: return the present ones. loadbalancers: their URLs; trusted: what they show."""
         self.wakeup = Wakeup()  # to look for a new version now
         self._version = version
         self._hot_set = hot_set
         self._loadbalancers = loadbalancers
+        self._trusted = trusted
         self._headers = {"Authorization": f"Bearer {control_key}", "Content-Type": "application/json"}
 
     async def run(self) -> None:
@@ -70,7 +74,7 @@ class HotSetPush:
         while True:
             hot_set = self._hot_set() if told != self._version() else None
             if hot_set is not None:
-                trouble = await _push(session, url, hot_set)
+                trouble = await _push(session, url, hot_set, self._trusted.context() or True)
                 if trouble is None:
                     told = hot_set.version
                 elif trouble != complaint:
@@ -79,11 +83,15 @@ class HotSetPush:
             await self.wakeup.wait(HOT_PUSH_S)
 
 
-async def _push(session: aiohttp.ClientSession, url: str, hot_set: HotSet) -> str | None:
+async def _push(
+    session: aiohttp.ClientSession, url: str, hot_set: HotSet, trusted: ssl.SSLContext | bool
+) -> str | None:
     """Send the hot set; return why it was not taken, or None when it was."""
     data = msgspec.json.encode(hot_set)
     try:
-        async with session.put(f"{url}/hot", data=data, allow_redirects=False) as reply:
+        async with session.put(f"{url}/hot", data=data, allow_redirects=False, ssl=trusted) as reply:
             return None if reply.status == 200 else f"refused the hot set: {reply.status}"
+    except aiohttp.ClientSSLError as e:
+        return f"cannot be spoken to under TLS (--loadbalancer-cert): {e}"
     except (aiohttp.ClientError, TimeoutError, OSError) as e:
         return f"is not there: {type(e).__name__}"

@@ -30,6 +30,7 @@ from fleet.outside.ssh_log import SshLog
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
 from fleet_client import private_files
+from fleet_client.own_tls import TrustedServer
 from instance_client import InstanceClient
 from policies import Policy
 from process.clock import STEP_S, StepDetector, boot_id, steady_clock, wall_offset
@@ -96,6 +97,7 @@ class AutoscalerProcess:
             lambda: current_hot_set(scaler, self.keys.master_token),
             config.loadbalancer,
             self.control_key,
+            TrustedServer("--loadbalancer-cert", config.loadbalancer_cert),
         )
         self.health_rounds = HealthRounds(
             scaler, self._checker, self.hot_push.wakeup.wake, config.reach_places

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engine.profiles import get_profile
 from fleet_client.flags import check_flags, flag, within
+from fleet_client.network_trust import InTheClear, clear_call
 from process.errors import ConfigError
 from simulation.live.stack_config import ENGINES
 from simulation.live.workload import Workload
@@ -36,6 +37,19 @@ class SimConfig(Workload):
         shown="~/.local/state/autoscaler-py/fleet; with --local a temporary one",
     )
     client_key_file: Path | None = flag(None, "file of a key of the loadbalancer's clients, mode 0600")
+    loadbalancer_cert: Path | None = flag(
+        None,
+        "certificates that an https loadbalancer may show, PEM, and no others",
+        shown="what this machine's authorities vouch for",
+    )
+    autoscaler_cert: Path | None = flag(
+        None, "the same of an https autoscaler", shown="what this machine's authorities vouch for"
+    )
+    trust_network: bool = flag(
+        False,
+        "speak plain HTTP beyond this machine, too: all who can listen there have the keys, and with the "
+        "control key the fleet",
+    )
     trace: Path | None = flag(
         None, "send the requests of this log at its times, instead of drawn ones (simulation/traces/logs.py)"
     )
@@ -49,6 +63,13 @@ class SimConfig(Workload):
         60.0, "with --local: times of the cloud, not of real vLLM, are divided by it", unit="factor"
     )
     quiet: bool = flag(False, "print no progress, only the report")
+
+    def in_the_clear(self) -> list[InTheClear]:
+        """Return what goes over a network unencrypted."""
+        return [
+            *clear_call("--loadbalancer", self.loadbalancer, "the keys and the leases"),
+            *clear_call("--autoscaler", self.autoscaler, "the control key, and with it the fleet"),
+        ]
 
     def checked(self) -> "SimConfig":
         """Return this configuration; raise ConfigError naming the flag, the value and the range."""

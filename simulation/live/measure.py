@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import ssl
 import time
 from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import aiohttp
 from engine.profiles import get_profile
 from fleet_client import AsyncFleetTransport
 from fleet_client.loopback import is_loopback_url
+from fleet_client.network_trust import allow
+from fleet_client.own_tls import TrustedServer
 from fleet_client.private_files import default_state_dir, load_keys
 from process.errors import ConfigError
 from simulation import report
@@ -45,18 +48,33 @@ async def run(config: SimConfig, stop: asyncio.Event, engine: str | None) -> dic
     """
     arrivals = plan(config) if config.trace is None else _traced(config.trace, config)
     control_key = _control_key(config)
+    allow(config.in_the_clear(), trust_network=config.trust_network)
+    trusted = _Trusted(config)
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
     ) as session:
         client_key = None if config.client_key_file is None else _key(config.client_key_file)
-        operator = Operator(session, config.autoscaler, config.loadbalancer, control_key)
-        await _check_loadbalancer(session, client_key, operator, config)
+        operator = Operator(session, config.autoscaler, config.loadbalancer, control_key, trusted)
+        await _check_loadbalancer(session, client_key, operator, config, trusted)
         managed = await _check_autoscaler(operator, config)
         try:
             return await _measure(config, arrivals, stop, engine, operator, client_key)
         finally:
             if config.manage is not None and managed is not None and managed != config.manage:
                 await _manage_as_before(operator, managed)
+
+
+class _Trusted:
+    """What each of the two servers may show, by URL."""
+
+    def __init__(self, config: SimConfig) -> None:
+        self._autoscaler = config.autoscaler
+        self._of_autoscaler = TrustedServer("--autoscaler-cert", config.autoscaler_cert)
+        self._of_loadbalancer = TrustedServer("--loadbalancer-cert", config.loadbalancer_cert)
+
+    def __call__(self, url: str) -> ssl.SSLContext | bool:
+        ours = url == self._autoscaler or url.startswith(f"{self._autoscaler}/")
+        return (self._of_autoscaler if ours else self._of_loadbalancer).context() or True
 
 
 def _traced(path: Path, config: SimConfig) -> list[Arrival]:
@@ -85,7 +103,8 @@ async def _measure(
         api_key=client_key or "",
         max_tries=1,  # the driver tries again itself, and keeps a record of it
         wait_s=config.wait_s,
-        trust_network=True,  # an operator's own measurement
+        trust_network=config.trust_network,
+        loadbalancer_cert=config.loadbalancer_cert,
     )
     driver = Driver(config, transport)
     sampler = FleetSampler(operator, lambda: time.perf_counter() - driver.begun)
@@ -178,7 +197,11 @@ async def _manage_as_before(operator: Operator, managed: bool) -> None:
 
 
 async def _check_loadbalancer(
-    session: aiohttp.ClientSession, client_key: str | None, operator: Operator, config: SimConfig
+    session: aiohttp.ClientSession,
+    client_key: str | None,
+    operator: Operator,
+    config: SimConfig,
+    trusted: "_Trusted",
 ) -> None:
     """Raise ConfigError unless the loadbalancer answers, takes our key, and serves the model of the run."""
     # An end of a lease that it never gave is answered 200 and changes nothing.
@@ -191,8 +214,13 @@ async def _check_loadbalancer(
             headers=bearer(client_key),
             timeout=timeout,
             allow_redirects=False,
+            ssl=trusted(config.loadbalancer),
         ) as reply:
             status = reply.status
+    except aiohttp.ClientSSLError as e:
+        raise ConfigError(
+            f"the loadbalancer {config.loadbalancer} cannot be spoken to under TLS: {e}"
+        ) from None
     except (aiohttp.ClientError, TimeoutError, OSError):
         raise ConfigError(f"the loadbalancer {config.loadbalancer} does not answer") from None
     if status in (401, 403):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
@@ -30,9 +31,18 @@ class Operator:
     """The autoscaler's routes, and the loadbalancer's `GET /status`. Every call raises NoAnswer."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, autoscaler: str, loadbalancer: str, key: str | None
+        self,
+        session: aiohttp.ClientSession,
+        autoscaler: str,
+        loadbalancer: str,
+        key: str | None,
+        trusted: Callable[[str], ssl.SSLContext | bool] = lambda _: True,
     ) -> None:
-        """autoscaler, loadbalancer: their URLs. key: the control key, where there is one."""
+        """autoscaler, loadbalancer: their URLs. key: the control key, where there is one.
+
+        trusted: what the server of a URL may show.
+        """
+        self._trusted = trusted
         self._session = session
         self._autoscaler = autoscaler
         self._loadbalancer = loadbalancer
@@ -77,7 +87,13 @@ class Operator:
         timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)
         try:
             async with self._session.request(
-                method, url, json=body, headers=self._headers, timeout=timeout, allow_redirects=False
+                method,
+                url,
+                json=body,
+                headers=self._headers,
+                timeout=timeout,
+                allow_redirects=False,
+                ssl=self._trusted(url),
             ) as reply:
                 raw = await reply.read()
                 status = reply.status
