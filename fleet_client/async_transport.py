@@ -36,6 +36,9 @@ from fleet_client.transport import (
     response_of,
 )
 
+HEALTH_S = 2.0
+"""Seconds that the loadbalancer has to say how it is."""
+
 ENDS_AT_ONCE = 8
 """Ends of leases that are told at the same time."""
 
@@ -317,6 +320,23 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                 return reply.status, await reply.read(), reply.headers.get("Retry-After")
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
             return Refusal(0, named(e))
+
+    async def why_unwell(self) -> str | None:
+        """Return why the loadbalancer cannot serve, by its GET /health; None when it can."""
+        self._open()
+        options, timeout = self._core.options, aiohttp.ClientTimeout(total=HEALTH_S)
+        where = f"loadbalancer {options.url}"
+        try:
+            async with self._route.get(
+                options.url + "/health",
+                timeout=timeout,
+                ssl=self._core.trusted.context() or True,
+                allow_redirects=False,
+            ) as reply:
+                said = (await reply.content.read(1000)).decode(errors="replace")
+                return None if reply.status == 200 else f"{where}: status {reply.status}: {said[:300]}"
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            return f"{where} does not answer: {named(e)}"
 
     def _start_jobs(self) -> None:
         """Do the jobs that are due; look again when it is time to."""

@@ -13,6 +13,7 @@ decided in gateway_access.py.
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,27 @@ from fleet_client.options import LOADBALANCER
 from fleet_client.own_tls import scheme, server_tls
 from fleet_client.private_files import load_keys, load_one_key, load_salt
 from fleet_client.reply import HttpReply, error_reply, json_reply
+from fleet_client.retry import NoLoadbalancer
 from fleet_client.transport import MAX_BODY
 
 log = logging.getLogger("gateway")
 
 TIMEOUTS = Timeouts(read=600.0)
 """An instance that is silent for 600 s has died; openai's own limit."""
+
+
+OK = json_reply(200, {"status": "ok"})
+
+HEALTH_KEPT_S = 1.0
+"""Seconds for which what GET /health says is good: it needs no key, and must not flood the loadbalancer."""
+
+NO_KEY = error_reply(
+    502,
+    "loadbalancer_key",
+    "the loadbalancer wants another key of this gateway than it has, or any: --client-key-file of the "
+    "gateway, or FLEET_CLIENT_KEY. The key of this request has nothing to do with it",
+)
+"""What a program is told instead of a 401, which would be about its own key."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,8 @@ class GatewayConfig:
 
 def failure_reply(error: httpx2.RequestError) -> HttpReply:
     """Return what a program is told when no instance answered."""
+    if isinstance(error, NoLoadbalancer):
+        return error_reply(503, "loadbalancer_unreachable", str(error), retry_after_s=1.0)
     if isinstance(error, httpx2.LocalProtocolError):
         return error_reply(400, "bad_request", str(error))
     if isinstance(error, httpx2.TimeoutException):
@@ -126,6 +144,8 @@ class Gateway:
         self._loopback = loopback
         self._waiting: set[asyncio.Task[Any]] = set()
         self._closing = False
+        self._health_until = float("-inf")  # is known until then, on the monotonic clock
+        self._health_said = OK
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Serve one request."""
@@ -136,7 +156,7 @@ class Gateway:
         if reply is None:
             reply = refusal(headers, () if health else self._keys, loopback=self._loopback)
         if reply is None and health:
-            reply = json_reply(200, {"status": "ok"})
+            reply = await self._health()
         origin = values_of(headers, b"origin")
         if reply is not None:
             await _send(send, reply, origin)
@@ -152,6 +172,15 @@ class Gateway:
         if scope["query_string"]:
             target += "?" + scope["query_string"].decode("latin-1")
         await self._pass_on(method, target, headers, body, origin, receive, send)
+
+    async def _health(self) -> HttpReply:
+        """Say whether requests can be served, as far as that is known without one."""
+        now = time.monotonic()
+        if now >= self._health_until:
+            why = await self._transport.why_unwell()
+            self._health_until = now + HEALTH_KEPT_S
+            self._health_said = OK if why is None else error_reply(503, "loadbalancer_unwell", why)
+        return self._health_said
 
     async def _pass_on(
         self,
@@ -173,6 +202,8 @@ class Gateway:
                 else:
                     self._waiting.add(gone.task)
                     answer = await self._transport.exchange(call)
+                    if answer.lease is None and answer.status == 401:
+                        answer, reply = None, NO_KEY
             except httpx2.RequestError as e:
                 log.warning("%s %s failed: %s", method, target.partition("?")[0][:100], e)
                 reply = failure_reply(e)

@@ -60,6 +60,10 @@ class Setback:
     again: bool = False
 
 
+class NoLoadbalancer(httpx2.ConnectError):
+    """The loadbalancer did not answer; no instance is to blame."""
+
+
 @dataclass(frozen=True, slots=True)
 class AcquireLease:
     """Do: POST /route, whose body says how long it may hold it. What came: ClientLease or Refusal.
@@ -248,9 +252,13 @@ def _check_origin(address: str) -> None:
 def _no_lease(refusal: Refusal, url: str) -> HttpReply:
     """Return the answer when there is no lease; raises when the loadbalancer did not answer."""
     if refusal.status == 0:
-        raise httpx2.ConnectError(f"loadbalancer {url}: {refusal.message}")
+        raise NoLoadbalancer(f"loadbalancer {url} does not answer: {refusal.message}")
     if refusal.code == PROMPT_TOO_LONG:
         return error_reply(refusal.status, "context_length_exceeded", refusal.message)
+    if refusal.status == 401:
+        keys = "api_key= of the transport, --client-key-file of the gateway, or FLEET_CLIENT_KEY"
+        message = f"loadbalancer {url} wants another key than it was given, {keys}: {refusal.message}"
+        return error_reply(401, "loadbalancer_key", message)
     if refusal.final:
         return error_reply(refusal.status, "loadbalancer_refused", f"loadbalancer {url}: {refusal.message}")
     wait_s = max(1.0, refusal.retry_after_s)

@@ -174,7 +174,11 @@ def response_of(call: Call | HttpReply, reply: HttpReply, stream: Any = None) ->
 
 
 def named(error: BaseException) -> str:
-    """Return the error's type and text; a timeout's own text is empty."""
+    """Return the error's type and text; a timeout's own text is empty.
+
+    aiohttp's are said by their cause: "Cannot connect to host … ssl:default" seems to be about TLS.
+    """
+    error = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -36,12 +36,15 @@ ROUTE_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.0
 """The same for the time that a lease takes to give, of which all others wait."""
 
 REFUSALS = {
-    "nothing_hot": "no instance is hot; the fleet has been told",
-    "all_busy": "every hot instance is at its capacity or not to be used; wait_s holds a request",
-    "too_many_unused": "{} leases of {:.0f} work are yours and unused, and others ask, too, or it is as many "
-    "as may be: use them, or give them back with POST /done",
+    "nothing_hot": "no instance is hot; {autoscaler}{waited}",
+    "all_busy": "every hot instance is at its capacity or not to be used; {waited}",
+    "too_many_unused": "{unused[0]} leases of {unused[1]:.0f} work are yours and unused, and others ask, "
+    "too, or it is as many as may be: use them, or give them back with POST /done",
 }
 """What a refused client is told, by RouteRefused.why."""
+
+SILENT_S = 10.0
+"""Seconds without an answer of the autoscaler, which is asked each second, after which a client is told."""
 
 
 class LoadBalancerService:
@@ -112,7 +115,8 @@ class LoadBalancerService:
             answer = self._granted(outcome.leases, count, now)
             self._leased_after(0.0)
         else:
-            answer = _refused(outcome)
+            why_now = "as many wait as may" if wait_s > 0.0 else "wait_s would let it wait"
+            answer = self._refused(outcome, why_now)
             self._refused_after(0.0)
         self.route_times.add(time.perf_counter() - begun)
         return answer
@@ -152,10 +156,28 @@ class LoadBalancerService:
             self._parked.pop(queued, None)
             now = self.clock()
             self._refused_after(now - queued.since)
-            return _refused(self.balancer.time_out(queued, now))
+            return self._refused(self.balancer.time_out(queued, now), f"the request waited {wait_s:g} s")
 
         held = self._parked[queued] = Held(wait_s, time_out, leave)
         return held
+
+    def _refused(self, refused: RouteRefused, waited: str) -> JsonAnswer:
+        """Say why there is no lease. waited: what waiting did, or would do."""
+        message = REFUSALS[refused.why].format(
+            autoscaler=self._news_of_autoscaler(), waited=waited, unused=refused.unused
+        )
+        said = {"error": refused.why, "message": message, "retry_after_s": round(refused.retry_after_s, 1)}
+        status = 429 if refused.why == "too_many_unused" else 503
+        return JsonAnswer(said, status, (("Retry-After", str(math.ceil(refused.retry_after_s))),))
+
+    def _news_of_autoscaler(self) -> str:
+        """Say whether somebody hears that an instance is wanted."""
+        if self.heard_at is None:
+            return "no autoscaler has answered since the loadbalancer started; "
+        silent_s = self.clock() - self.heard_at
+        if silent_s > SILENT_S:
+            return f"the autoscaler has not answered for {silent_s:.0f} s; "
+        return "the autoscaler has been told; "
 
     def _take_back(self, leases: list[Lease]) -> None:
         for lease in leases:
@@ -212,13 +234,3 @@ class LoadBalancerService:
             log.warning("instance %d says that its model server is down: it gets no requests", instance_id)
         self.serve_waiting()
         return JsonAnswer(ReportTaken(round(next_in_s, 3)))
-
-
-def _refused(refused: RouteRefused) -> JsonAnswer:
-    said = {
-        "error": refused.why,
-        "message": REFUSALS[refused.why].format(*refused.unused),
-        "retry_after_s": round(refused.retry_after_s, 1),
-    }
-    status = 429 if refused.why == "too_many_unused" else 503
-    return JsonAnswer(said, status, (("Retry-After", str(math.ceil(refused.retry_after_s))),))

@@ -145,7 +145,7 @@ def test_it_does_not_listen_off_loopback_without_a_key(host: str) -> None:
 
 
 def test_leases_in_the_clear_need_a_word_of_the_user() -> None:
-    with pytest.raises(ConfigError, match=r"leases in the clear.*--trust-network"):
+    with pytest.raises(ConfigError, match=r"plain HTTP beyond.* the leases.*--trust-network"):
         gateway.serve(GatewayConfig(loadbalancer="http://192.0.2.1:8200"))
 
 
@@ -357,6 +357,27 @@ def test_what_no_instance_answers_is_openais_own_error(fleet: FakeFleet) -> None
         assert (e.value.status_code, e.value.response.headers["retry-after"]) == (503, "40")
 
 
+def test_a_missing_key_of_the_gateway_is_not_the_users(fleet: FakeFleet) -> None:
+    fleet.loadbalancer.key = KEY
+    with running(fleet, wait_s=0.5) as port, client(port) as one:
+        with pytest.raises(openai.InternalServerError, match="--client-key-file of the gateway") as e:
+            chat(one)
+        assert (e.value.status_code, e.value.code) == (502, "loadbalancer_key")
+
+
+def test_a_loadbalancer_that_is_not_there_is_called_so_and_can_be_tried_again(fleet: FakeFleet) -> None:
+    with running(fleet, wait_s=0.2) as port, client(port) as one:
+        fleet.loadbalancer.stop()
+        with pytest.raises(
+            openai.InternalServerError, match=f"loadbalancer {fleet.url} does not answer"
+        ) as e:
+            chat(one)
+        assert (e.value.status_code, e.value.code) == (503, "loadbalancer_unreachable")
+        assert e.value.response.headers["retry-after"] == "1"
+        assert "ssl" not in str(e.value)
+        assert "ConnectionRefusedError" in str(e.value)
+
+
 def test_another_instance_is_tried_before_the_first_byte(fleet: FakeFleet) -> None:
     async def full(seen: Seen, out: Out) -> None:
         await out.answer(503, {"error": {"message": "no room"}})
@@ -406,10 +427,17 @@ def test_with_a_key_requests_need_it(fleet: FakeFleet) -> None:
         assert all(KEY.encode() not in instance.received for instance in fleet.instances)
 
 
-def test_health_is_its_own(fleet: FakeFleet) -> None:
+def test_health_is_its_own_and_the_loadbalancers(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(fleet) as port:
         got, _, body = ask(port, "GET", "/health")
         assert (got, json.loads(body)) == (200, {"status": "ok"})
+        fleet.loadbalancer.stop()
+        assert ask(port, "GET", "/health")[0] == 200, "it was asked a moment ago"
+        monkeypatch.setattr(gateway, "HEALTH_KEPT_S", 0.0)
+        wait_for("it is asked again", lambda: ask(port, "GET", "/health")[0] == 503)
+        said = json.loads(ask(port, "GET", "/health")[2])["error"]
+    assert said["code"] == "loadbalancer_unwell"
+    assert said["message"].startswith(f"loadbalancer {fleet.url} does not answer: ")
     assert fleet.loadbalancer.routes == []
 
 

@@ -308,14 +308,14 @@ def test_a_server_that_trusts_its_network_says_at_the_start_what_it_shows(machin
 
 def test_the_gateway_speaks_tls(machines: Machines) -> None:
     keys = str(private(machines.state / "keys", "k" * 32))
-    with running("gateway.py", *machines.shows("other"), "--host", "0.0.0.0", "--key-file", keys) as (
-        port,
-        log,
-    ):
+    nobody = f"http://127.0.0.1:{free_port()}"
+    flags = ["--host", "0.0.0.0", "--key-file", keys, "--loadbalancer", nobody]
+    with running("gateway.py", *machines.shows("other"), *flags) as (port, log):
         trusted = TrustedServer("--x", machines.cert["other"])
         https = http.client.HTTPSConnection("127.0.0.1", port, timeout=10.0, context=trusted.context())
         with closing(https):
             https.request("GET", "/health")
-            assert https.getresponse().status == 200
+            said = json.loads(https.getresponse().read())["error"]
+        assert said["code"] == "loadbalancer_unwell"
         assert not any("plain HTTP" in line for line in log)
         assert any(f"on https://0.0.0.0:{port}/v1" in line for line in log)

@@ -233,7 +233,9 @@ def test_a_loadbalancer_that_is_silent_is_asked_again_for_a_while() -> None:
     assert script.run() is OK
     assert 0.3 <= script.now <= 0.4
     script = Script(*[silent] * 6)
-    with pytest.raises(httpx2.ConnectError, match="loadbalancer https://lb: ConnectionRefused"):
+    with pytest.raises(
+        httpx2.ConnectError, match="loadbalancer https://lb does not answer: ConnectionRefused"
+    ):
         script.run()
     assert 3.0 <= script.now <= 7.0
 
@@ -362,7 +364,11 @@ def test_a_key_that_the_loadbalancer_refuses_is_the_users_to_set_right() -> None
     assert reply.status == 401
     assert reply.body is not None
     said = json.loads(reply.body)["error"]
-    assert said["message"] == "loadbalancer https://lb: this route needs a key"
+    assert said["message"] == (
+        "loadbalancer https://lb wants another key than it was given, api_key= of the transport, "
+        "--client-key-file of the gateway, or FLEET_CLIENT_KEY: this route needs a key"
+    )
+    assert said["code"] == "loadbalancer_key"
     assert said["type"] == "invalid_request_error"
 
 
