@@ -11,7 +11,6 @@ Everything runs on one event loop and one thread: the views, and three backgroun
 Nothing is locked because nothing is shared between threads; `LoadBalancerService` refuses every other thread.
 """
 
-import argparse
 import logging
 import random
 import re
@@ -295,7 +294,7 @@ def serve(config: LoadBalancerConfig) -> None:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of the flags."""
     found = Parser(
         prog="loadbalancer_server.py",

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 import uvloop
@@ -20,7 +20,9 @@ from uvicorn.config import STARTUP_FAILURE
 
 from fleet_client.bounded_http import BoundedHttp
 from fleet_client.listening import allow_many_files
-from fleet_client.own_tls import ServerTls
+
+if TYPE_CHECKING:  # it takes 5 MB of memory, and the paced engine serves without
+    from fleet_client.own_tls import ServerTls
 
 log = logging.getLogger("http")
 
@@ -80,7 +82,7 @@ class UvicornServer(uvicorn.Server):
         on_end: Callable[[], None] = lambda: None,
         *,
         break_off: bool = False,
-        tls: ServerTls | None = None,
+        tls: "ServerTls | None" = None,
     ) -> None:
         """on_end: called when the server is told to end. break_off: then cut the answers that are being made.
 
@@ -207,7 +209,7 @@ class AsgiServer:
         app: AsgiApp,
         sock: socket.socket,
         background: Sequence[Background] = (),
-        tls: ServerTls | None = None,
+        tls: "ServerTls | None" = None,
     ) -> None:
         """Start nothing yet.
 

@@ -292,12 +292,12 @@ class Parser(argparse.ArgumentParser):
                 f"(default {environment}CONFIG, else none)",
             )
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the command line, and add what environment and file say beside it."""
         found, rest = super().parse_known_args(args, namespace)
         if self.environment:
             said = read_environment(self.environment, self.flags, os.environ)
-            path = vars(found).pop("config", None) or os.environ.get(f"{self.environment}CONFIG")
+            path: Any = found.__dict__.pop("config", None) or os.environ.get(f"{self.environment}CONFIG")
             if path:
                 said = read_file(Path(path), self.flags, self.passed_over) | said
             for name, value in said.items():

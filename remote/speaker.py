@@ -232,20 +232,19 @@ class _Line:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        self.path = parts.path or "/"
+        self.path = parts.path
         self._host = parts.netloc
-        where: Any = parts.hostname or "", parts.port
-        self._connection = http.client.HTTPConnection(*where, timeout=_POST_S)
+        self._connection = http.client.HTTPConnection(self._host, timeout=_POST_S)
         if parts.scheme == "https":
             # Its certificate may be one that nobody vouches for. A message is signed, and holds no secret.
-            context = ssl._create_unverified_context()  # noqa: S323
-            self._connection = http.client.HTTPSConnection(*where, timeout=_POST_S, context=context)
+            any_of_them = ssl._create_unverified_context()  # noqa: S323
+            self._connection = http.client.HTTPSConnection(self._host, context=any_of_them, timeout=_POST_S)
 
     def post(self, body: bytes, authorization: str) -> tuple[int, dict[str, Any]]:
         """(status, answer); status 0 when there was none."""
         # By hand, and at once: http.client takes 0.1 ms to write a head, and wakes who reads it once more.
         head = f"POST {self.path} HTTP/1.1\r\nHost: {self._host}\r\nAuthorization: {authorization}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         for _ in range(2):  # a connection that was idle may just have been closed by the other side
             try:
                 self._connection.send(head.encode() + body)

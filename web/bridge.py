@@ -147,7 +147,7 @@ class FlaskBridge:
             "SERVER_PROTOCOL": "HTTP/1.1",
             "REMOTE_ADDR": (scope.get("client") or ("",))[0],
             "wsgi.version": (1, 0),
-            "wsgi.url_scheme": scope["scheme"],
+            "wsgi.url_scheme": scope.get("scheme", "http"),
             "wsgi.input": io.BytesIO(raw),
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": False,

@@ -68,7 +68,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         (("--trace", SMALL, "--goal", "2"), "goal 2"),
         (("--trace", SMALL, "--profile", "gpt"), "unknown model 'gpt'"),
         (("--trace", SMALL, "--gpu", "TPU"), "--gpu 'TPU': no machine"),
-        (("--trace", SMALL, "--hazards", "dies=1"), "--hazards 'dies=1': wanted name=number"),
+        (("--trace", SMALL, "--hazards", "dies=1"), "--hazards dies=1: 'dies=1': wanted name=number"),
         (("--trace", SMALL, "--hazards", "outbid_h=1"), "only interruptible instances are outbid"),
         (("--trace", SMALL, "--pool", "999"), "--pool 999: wanted 0 to 200"),
         (("--trace", SMALL, "--json", "/no/where.json"), "--json /no/where.json: there is no directory /no"),

@@ -186,7 +186,7 @@ def test_a_file_may_have_flags_of_other_commands_of_the_program(file: Callable[[
         ("shape = '1,x'", "{}: shape = 1,x: wanted "),
         ("[cups]\nx = 1", "{}: cups = {{'x': 1}}: wanted a whole number"),
         ("boil-s = 1\nboil_s = 2", "{}: boil-s and boil_s are the same name"),
-        ("cups = 3\ncups = 4", "{}: Cannot overwrite a value (at line 2, column 9)"),
+        ("cups = 3\ncups = 4", "{}: Cannot overwrite a value (at "),
         ("cups = ", "{}: Invalid value (at end of document)"),
         (b"cups = 3\ncolour = '\xff'", "the file of --config {}, line 2: not text in UTF-8"),
         ("cups = 3".encode("utf-16"), "the file of --config {}, line 1: it is UTF-16 or UTF-32"),

@@ -39,8 +39,8 @@ def test_a_file_of_offers_is_named_with_what_is_wrong(tmp_path: Path) -> None:
         ended = run_command("localcloud", main, "--root", str(tmp_path / "c"), "--offers", str(offers))
         assert (ended.status, ended.err.count("\n")) == (2, 1)
         assert words in ended.err
-    offers.write_text('\ufeff[{"machine_id": 1, "gpu_name": "L4", "usd_gpu_h": 0.3}]', "utf-8")
-    assert [m.gpu_name for m in read_machines(offers)] == ["L4"]
+    offers.write_text('\ufeff[{"machine_id": 1, "gpu_name": "L40S", "usd_gpu_h": 0.3}]', "utf-8")
+    assert [m.gpu_name for m in read_machines(offers)] == ["L40S"]
 
 
 def test_flags_may_be_in_a_file(tmp_path: Path) -> None:
