@@ -1,7 +1,7 @@
 """Durations counted by size, for an operator's histograms.
 
 Our own count, because the library that writes the metrics page takes a lock and walks along the buckets for
-each value, which is 2 µs of a lease's 40; one thread needs no lock, and a bisection takes 0.2 µs.
+each value: 0.5 to 0.7 µs. One thread needs no lock, and a bisection takes 0.1 µs (2026-11).
 """
 
 from bisect import bisect_left
