@@ -39,7 +39,7 @@ from web.answers import JsonAnswer, error, response
 from web.app import body, make_app, query_number, requires
 from web.bridge import serve_flask
 from web.keys import AccessKeys
-from web.messages.busy import MAX_BUSY_BODY, BusyAnswer, BusyReport
+from web.messages.busy import MAX_BUSY_BODY, BusyAnswer, read_busy
 from web.messages.decoding import BadField, decode
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import ReadyBody
@@ -131,7 +131,7 @@ def _add_loadbalancer_routes(
     @control
     def busy() -> Response:
         scaler.own.note_contact(scaler.clock())
-        scaler.record_report(body(BusyReport))
+        scaler.record_report(read_busy(request.get_data(cache=False)))
         with scaler.lock:
             version = scaler.instances.hot_version
             expected_s = scaler.instances.expected_hot_s(scaler.clock())

@@ -17,7 +17,7 @@ import hashlib
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Annotated, Any, Self, TypeVar
@@ -29,7 +29,7 @@ from msgspec import Meta, Struct
 from fleet_client.tls_pins import BadAddress, context_for
 from process.errors import InstanceError
 from web.messages.decoding import BadField, decode
-from web.messages.reports import LoadReport, TokenBatch, TokenOrder
+from web.messages.reports import LoadReport, TokenBatch, TokenOrder, read_report
 
 T = TypeVar("T")
 
@@ -221,7 +221,9 @@ class InstanceClient:
     ) -> LoadReport:
         """Return the load report with the events numbered above `after`; raise InstanceError."""
         url = f"{auth_url}/load?after={after}"
-        return await self._ask("GET", url, master_token, None, timeout_s, certificate, LoadReport)
+        return await self._ask(
+            "GET", url, master_token, None, timeout_s, certificate, LoadReport, read_report
+        )
 
     async def test_prompt(
         self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
@@ -283,6 +285,7 @@ class InstanceClient:
         timeout_s: float,
         certificate: str | None,
         kind: type[T],
+        read: Callable[[bytes, type[T]], T] = decode,
     ) -> T:
         """Return the answer of an auth_server, which is of that kind; raise InstanceError."""
         assert self._auth is not None, "used outside its context"  # noqa: S101 a mistake of ours
@@ -306,7 +309,7 @@ class InstanceClient:
         if status != 200:
             raise InstanceError(f"{shown}: wanted 200, got {status}: {error_message(raw)}")
         try:
-            return decode(raw, kind)
+            return read(raw, kind)
         except BadField as e:
             raise InstanceError(f"{shown}: {e}") from None
 

@@ -37,6 +37,10 @@ READING_S = 1.0
 READ_LEAST = 0.1
 """Least share of an instance's time that must be left for prompts, or it is given no more requests."""
 
+MOST_OTHERS = 1024
+"""Requests of other loadbalancers that are believed of an instance, and no more than twice what it can run at
+once where that is known: what it says beyond that it cannot hold."""
+
 KV_SHARE = 0.96
 """Admit until predicted peak KV use reaches this share of the memory: an instance that runs full puts
 requests back and reads their prompts again. By present use first tokens came 1.6 times later at 95 % load on
@@ -181,6 +185,16 @@ class ServingInstance:
         self.other_work = left if left > 1e-6 else 0.0  # exactly 0 where nothing is left: then it is idle
         self._cap_work(now)
 
+    @property
+    def most_others(self) -> int:
+        """How many requests of other loadbalancers it can hold, with those that wait inside."""
+        return min(MOST_OTHERS, 2 * int(self.step_times.told.max_seqs)) if self.timed else MOST_OTHERS
+
+    @property
+    def takes_others(self) -> bool:
+        """Whether one more request of another loadbalancer is believed."""
+        return len(self.other_requests) < self.most_others
+
     def count_requests(self, load: LoadReport, mean_work: float, now: float) -> None:
         """Let the work be that of the requests that a report counts, each from its beginning.
 
@@ -188,6 +202,7 @@ class ServingInstance:
         """
         present = load.running + load.waiting
         unknown = max(0, present - len(self.leases) - len(self.other_requests))
+        unknown = min(unknown, self.most_others - min(self.most_others, len(self.other_requests)))
         self.other_work = sum(self.other_requests.values()) + unknown * mean_work
         self.free_at = now + (self.leased_work + self.other_work) / self.throughput
 
@@ -325,6 +340,7 @@ class ServingInstance:
             "tokens_in_stock": self.stock.size,
             "reports_pushed": self.reports.pushes,
             "failures": self.circuit.failures,
+            "out": self.reports.budget.why if self.reports.budget.excludes(now) else None,
             "avoided": self.circuit.state is CircuitState.OPEN,
             "circuit": self.circuit.state.value,
             "working_s": round(self.working_s(now), 1),

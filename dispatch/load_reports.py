@@ -17,7 +17,7 @@ from dispatch.instance_failures import InstanceFailures
 from dispatch.lease_book import ENDS, LeaseBook
 from dispatch.request_estimates import RequestEstimates
 from dispatch.token_refills import TokenRefills
-from engine.forward import KIND
+from engine.forward import KIND, MOST
 from web.messages.hot_set import HotInstance
 from web.messages.reports import LoadReport, PushedReport, RequestEnd
 
@@ -96,7 +96,7 @@ class LoadReports:
             reports = inst.reports
             if reports.look_at > now or reports.polling or inst.boot_id is None:
                 continue
-            due_at = reports.polled_at + self._interval_s(inst)
+            due_at = max(reports.polled_at + self._interval_s(inst), reports.budget.out_until)
             if due_at > now:
                 reports.look_again(min(due_at, now + self.poll_interval_s))
             elif self.instances.by_id.get(inst.id) is inst:
@@ -130,8 +130,11 @@ class LoadReports:
             inst.circuit.trip(now)
             if in_a_row >= SILENT:
                 self.leases.lose_all(inst, now)
-        else:
+        elif inst.reports.budget.take(len(load.started) + len(load.ended), now):
             self._take(inst, load, now)
+        else:
+            inst.reports.fail_poll(now)
+            inst.circuit.trip(now)
         self.instances.index.update(inst, now)
 
     def _take(self, inst: ServingInstance, load: LoadReport, now: float) -> None:
@@ -170,10 +173,17 @@ class LoadReports:
     def take_push(self, instance_id: int, push: PushedReport, now: float) -> float | None:
         """Take in a pushed report; return the least seconds until the next one.
 
-        None when it is not believed: of a boot that is not known, or not newer than the last one.
+        None when it is not believed: of a boot that is not known, not newer than the last one, or of an
+        instance that says too much (dispatch/report_budget.py).
         """
         inst = self.instances.by_id.get(instance_id)
-        if inst is None or inst.boot_id != push.boot_id or not inst.reports.take_push(push):
+        if inst is None or inst.boot_id != push.boot_id or inst.reports.budget.excludes(now):
+            return None
+        if not inst.reports.budget.take_push(len(push.started) + len(push.ended), now):
+            inst.circuit.trip(now)
+            self.instances.index.update(inst, now)
+            return None
+        if not inst.reports.take_push(push):
             return None
         self._take_events(inst, push, inst.reports.count + 1, now)
         inst.load.mark_reported(now)
@@ -182,8 +192,11 @@ class LoadReports:
             inst.circuit.trip(now)
         self.instances.index.update(inst, now)
         if inst.other_requests:
-            return max(PUSH_SOON_S, self.leases.working / MAX_PUSHES_SOON_S)
-        return max(PUSH_INTERVAL_S, self.leases.working / MAX_PUSHES_S)
+            next_in_s = max(PUSH_SOON_S, self.leases.working / MAX_PUSHES_SOON_S)
+        else:
+            next_in_s = max(PUSH_INTERVAL_S, self.leases.working / MAX_PUSHES_S)
+        inst.reports.budget.promise(next_in_s)
+        return next_in_s
 
     # -- starts and ends --
 
@@ -194,7 +207,7 @@ class LoadReports:
         for request_id, body_bytes in zip(report.started, report.started_bytes or repeat(0), strict=False):
             lease = inst.leases.get(request_id)
             if lease is None:
-                if request_id not in inst.other_requests:
+                if request_id not in inst.other_requests and inst.takes_others:
                     self.demand.started()
                     if not self.leases.ended_early(request_id):
                         row = self.estimates.row_of_other(body_bytes)
@@ -217,7 +230,8 @@ class LoadReports:
                 self.failures.record_client_failure(inst, lease, now)
             self.leases.end(inst, lease, end.status if end.status in ENDS else "failed", now)
             kind: int | None = int(lease.row[KIND])
+            most = float(lease.row[MOST])
         else:
-            kind = self.leases.forget_early(end.id)
+            kind, most = self.leases.forget_early(end.id), math.inf
         if kind is not None and end.status == "finished":
-            self.estimates.finished(kind, end.output_tokens)
+            self.estimates.finished(kind, end.output_tokens, most)

@@ -2,6 +2,7 @@
 
 import math
 
+from dispatch.report_budget import ReportBudget
 from web.messages.reports import LoadReport, PushedReport
 
 
@@ -10,6 +11,7 @@ class ReportHistory:
 
     def __init__(self, now: float) -> None:
         """Nothing has been reported."""
+        self.budget = ReportBudget(now)
         self.seq = 0  # number of the last event that is known
         self.count = 0  # reports that were polled
         self.pushes = 0

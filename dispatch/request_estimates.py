@@ -13,6 +13,10 @@ PROMPT_RANGE = 2
 """Most that the true length of a prompt is shorter than what its client believed, as a ratio: clients count
 bytes, 4 a token, and text of 8 bytes a token is hardly ever met. What may fit is left to the engine."""
 
+ANSWER_RANGE = 32.0
+"""Most that an answer counts, as a ratio to the mean of its kind or the told one: no such answer was met in
+the traces, and one number must not change what is believed of all."""
+
 MIX_MEMORY = 500.0
 """Requests that make up what is usual: prompt and work."""
 
@@ -104,9 +108,16 @@ class RequestEstimates:
         if body_bytes:
             self._prompt_lengths.learn(body_bytes, float(row[PROMPT]))
 
-    def finished(self, kind: int, output_tokens: int) -> None:
-        """Learn from a request that was answered in full."""
-        self.output_lengths.ended(output_tokens, kind)
+    def finished(self, kind: int, output_tokens: int, most: float = math.inf) -> None:
+        """Learn from a request that was answered in full. most: tokens that it may have been answered with.
+
+        What an instance says counts as far as it can be: no longer than was allowed and than the model's
+        context, and no more than ANSWER_RANGE times what is usual.
+        """
+        if self.max_model_len is not None and math.isinf(most):  # else it may be of several answers
+            most = self.max_model_len
+        most = min(most, ANSWER_RANGE * max(self.output_lengths.mean(kind), self.output_lengths.told))
+        self.output_lengths.ended(min(output_tokens, int(most)), kind)
 
     def tick(self) -> None:
         """Let the leases given since the last tick change what is usual."""

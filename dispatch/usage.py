@@ -7,7 +7,7 @@ from dispatch.hot_instances import HotInstances
 from dispatch.lease_book import LeaseBook
 from dispatch.request_queue import RequestQueue
 from engine.slo import Slo
-from web.messages.busy import BusyReport, InstanceUse, TrafficReport
+from web.messages.busy import MAX_INSTANCES, MAX_WORK, BusyReport, InstanceUse, TrafficReport
 
 
 def measure(
@@ -23,22 +23,24 @@ def measure(
     uses: dict[int, InstanceUse] = {}
     shares = 0.0
     for inst in instances:
-        work = max(0.0, inst.work(now))
+        # What others are said to have there counts as far as the machine can hold it.
+        work = max(0.0, min(inst.work(now), max(inst.capacity, inst.leased_work)))
         # Draining instances count with what they have: the work is there, and more like it will come.
         shares += work / inst.capacity
         uses[inst.id] = InstanceUse(
-            len(inst.leases), work, inst.working_s(now), inst.throughput, inst.circuit.failures
+            len(inst.leases), min(work, MAX_WORK), inst.working_s(now), inst.throughput, inst.circuit.failures
         )
     held_work = max(0.0, queue.work)
+    waiting = held_work + demand.refused_work(now)
     hot_set = instances.hot_set
     return BusyReport(
         loadbalancer=name,
         hot_epoch=hot_set.epoch if hot_set else None,
         hot_version=hot_set.version if hot_set else None,
         busy=min(float(instances.hot), shares),
-        demand=shares + (held_work + demand.refused_work(now)) / instances.typical_capacity,
+        demand=min(MAX_INSTANCES, shares + waiting / instances.typical_capacity),
         held=queue.held,
-        held_work=held_work,
+        held_work=min(held_work, MAX_WORK),
         arrivals=demand.arrivals,
         arrived_work=demand.work,
         instances=uses,

@@ -220,6 +220,7 @@ class BackgroundTasks:
         elif why is None and self._complaint is not None:
             log.info("autoscaler %s answers again", self._autoscaler)
         self._complaint = why
+        self._service.note_autoscaler(None if why is None else why[:300])
 
 
 async def _read(reply: aiohttp.ClientResponse) -> bytes:

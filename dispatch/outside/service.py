@@ -18,9 +18,8 @@ from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRe
 from loadbalancer import LoadBalancer
 from web.answers import JsonAnswer, error_answer
 from web.direct import Held
-from web.messages.decoding import decode
 from web.messages.hot_set import HotSet
-from web.messages.reports import PushedReport, ReportTaken
+from web.messages.reports import PushedReport, ReportTaken, read_report
 from web.signatures import name_and_key, signer
 
 log = logging.getLogger("loadbalancer")
@@ -60,6 +59,7 @@ class LoadBalancerService:
         self.clock = clock
         self.name = secrets.token_hex(8)  # of this process, for the autoscaler
         self.heard_at: float | None = None
+        self.autoscaler_problem: str | None = None
         self.activity = asyncio.Event()
         self.reader = HotSetReader()
         self.waits = {outcome: DurationHistogram(WAIT_S) for outcome in ("leased", "refused")}
@@ -89,6 +89,7 @@ class LoadBalancerService:
         return {
             "loadbalancer": self.name,
             "heard_of_autoscaler_s_ago": None if self.heard_at is None else round(now - self.heard_at, 1),
+            "autoscaler_problem": self.autoscaler_problem,
             **self.balancer.describe(now),
         }
 
@@ -214,6 +215,10 @@ class LoadBalancerService:
         self.serve_waiting()
         return True
 
+    def note_autoscaler(self, problem: str | None) -> None:
+        """Note why the last exchange with the autoscaler failed; None: it did not."""
+        self.autoscaler_problem = problem
+
     def confirm_hot_set(self) -> None:
         """Note that the autoscaler says that the hot set is the present one."""
         self.heard_at = self.clock()
@@ -223,7 +228,7 @@ class LoadBalancerService:
         name = signer(authorization, "/report", raw, self._signing_keys)
         if name is None:
             return error_answer(401, "unauthorized", "wanted the signature of an instance that is hot")
-        report = decode(raw, PushedReport)
+        report = read_report(raw, PushedReport)
         instance_id = self._signers[name]
         next_in_s = self.balancer.pushed(instance_id, report, self.clock())
         if next_in_s is None:

@@ -7,15 +7,19 @@ import msgspec
 from msgspec import Meta, Struct
 
 from engine.slo import Slo
+from web.messages.decoding import BadField, decode
 
 MAX_BUSY_BODY = 4 * 2**20
 """Bytes of a report: 10,000 instances at up to 0.2 kB."""
 
+MAX_WORK, MAX_INSTANCES = 1e15, 1e6
+"""Most work and instances' worth of work that are told: more would be refused with all the rest."""
+
 Requests = Annotated[int, Meta(ge=0, le=10**9)]
 Counter = Annotated[int, Meta(ge=0, le=2**53)]
-Work = Annotated[float, Meta(ge=0.0, le=1e15)]
+Work = Annotated[float, Meta(ge=0.0, le=MAX_WORK)]
 WorkCounter = Annotated[float, Meta(ge=0.0, le=1e18)]
-Instances = Annotated[float, Meta(ge=0.0, le=1e6)]
+Instances = Annotated[float, Meta(ge=0.0, le=MAX_INSTANCES)]
 HotEpoch = Annotated[str, Meta(max_length=64)]
 
 
@@ -89,6 +93,29 @@ class BusyReport(Struct, frozen=True):
             msgspec.structs.force_setattr(
                 self, "traffic", msgspec.structs.replace(NO_TRAFFIC, in_flight=under_way)
             )
+
+
+def read_busy(raw: bytes) -> BusyReport:
+    """Return a report; raise BadField. A row that cannot be is left out, and odd traffic: the rest counts."""
+    try:
+        return decode(raw, BusyReport)
+    except BadField:
+        said = decode(raw, dict[str, msgspec.Raw])
+    if "traffic" in said and not _is(said["traffic"], TrafficReport):
+        del said["traffic"]
+    if "instances" in said:
+        rows = decode(said["instances"], dict[str, msgspec.Raw], "instances")
+        good = {name: row for name, row in rows.items() if name.isdecimal() and _is(row, InstanceUse)}
+        said["instances"] = msgspec.Raw(msgspec.json.encode(good))
+    return decode(msgspec.json.encode(said), BusyReport)
+
+
+def _is(raw: msgspec.Raw, kind: type[Struct]) -> bool:
+    try:
+        decode(raw, kind)
+    except BadField:
+        return False
+    return True
 
 
 class BusyAnswer(Struct, frozen=True):

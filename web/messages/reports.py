@@ -1,9 +1,13 @@
 """What an instance says of itself: to whoever asks its auth_server, and by itself (remote/ makes these)."""
 
+import contextlib
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 from msgspec import Meta, Struct
+
+from web.messages.decoding import BadField, decode
 
 MAX_EVENTS = 2_000
 """Events of a report that is pushed; an instance that has more to say is polled."""
@@ -11,13 +15,23 @@ MAX_EVENTS = 2_000
 MAX_REPORT_BODY = 2**18
 """Bytes of a report that is pushed."""
 
-Total = Annotated[int, Meta(ge=0, le=2**62)]
+MAX_REQUESTS = 100_000
+"""Requests that a model server runs or has waiting: far more than fit into any memory."""
+
+MAX_OUTPUT_TOKENS = 10_000_000
+"""Tokens of an answer: ten times the longest context there is."""
+
+MOST_ODD = 16
+"""Values of a report that are left out because they cannot be; with more the report is refused."""
+
+Total = Annotated[int, Meta(ge=0, le=2**53)]
+Requests = Annotated[int, Meta(ge=0, le=MAX_REQUESTS)]
 EventNumber = Annotated[int, Meta(ge=0, le=2**53)]
 RequestId = Annotated[str, Meta(min_length=16, max_length=16)]
 RequestBytes = Annotated[int, Meta(ge=0, le=2**32)]
 BootId = Annotated[str, Meta(min_length=1, max_length=64)]
 MessageNumber = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Token = Annotated[str, Meta(min_length=1)]
+Token = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
 class RequestEnd(Struct, frozen=True, gc=False):
@@ -25,7 +39,7 @@ class RequestEnd(Struct, frozen=True, gc=False):
 
     id: RequestId
     status: Literal["finished", "aborted", "failed"]
-    output_tokens: Annotated[int, Meta(ge=0, le=2**32)]
+    output_tokens: Annotated[int, Meta(ge=0, le=MAX_OUTPUT_TOKENS)]
 
 
 class LoadReport(Struct, frozen=True):
@@ -38,18 +52,18 @@ class LoadReport(Struct, frozen=True):
     engine's start.
     """
 
-    boot_id: str
+    boot_id: BootId
     seq: Total
     started: Sequence[RequestId]
     ended: Sequence[RequestEnd]
-    running: Total
-    waiting: Total
+    running: Requests
+    waiting: Requests
     model_up: bool
     prompt_tokens_total: Total
     generation_tokens_total: Total
     started_bytes: Sequence[RequestBytes] = ()
     missed: bool = False
-    kv_use: float | None = None
+    kv_use: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit, with ValueError."""
@@ -67,8 +81,8 @@ class TokenBatch(Struct, frozen=True):
     """Fresh single-use tokens of one boot, good for expires_in_s from now, and the load at that moment."""
 
     tokens: Annotated[Sequence[Token], Meta(min_length=1)]
-    boot_id: str
-    expires_in_s: float
+    boot_id: BootId
+    expires_in_s: Annotated[float, Meta(ge=0.0, le=1e6)]
     load: LoadReport
 
     def __repr__(self) -> str:
@@ -110,6 +124,64 @@ class ReadyBody(Struct, frozen=True):
     boot_id: BootId
     number: MessageNumber
     why: Annotated[str, Meta(max_length=300)] | None = None
+
+
+Report = TypeVar("Report", LoadReport, PushedReport)
+
+
+class _EndName(Struct, frozen=True, gc=False):
+    """What must be readable of an end, so that the lease is over."""
+
+    id: RequestId
+
+
+def read_report(raw: bytes, kind: type[Report]) -> Report:
+    """Return a report; raise BadField.
+
+    One value that cannot be does not make the rest useless: an end whose length or status is odd is that of a
+    request that was aborted, of which nothing is learned; an odd counter is 0, as after a start.
+    """
+    try:
+        return decode(raw, kind)
+    except BadField:
+        said = decode(raw, dict[str, msgspec.Raw])
+    said["ended"] = msgspec.Raw(msgspec.json.encode(_readable_ends(said.get("ended", msgspec.Raw(b"[]")))))
+    if "started_bytes" in said and not _is(said["started_bytes"], Sequence[RequestBytes]):
+        del said["started_bytes"]
+    for name, wanted, instead in _FORGIVEN:
+        if name in said and not _is(said[name], wanted):
+            said[name] = msgspec.Raw(instead)
+    return decode(msgspec.json.encode(said), kind)
+
+
+_FORGIVEN: tuple[tuple[str, Any, bytes], ...] = (
+    ("prompt_tokens_total", Total, b"0"),
+    ("generation_tokens_total", Total, b"0"),
+    ("kv_use", Annotated[float, Meta(ge=0.0, le=2.0)] | None, b"null"),
+)
+
+
+def _readable_ends(raw: msgspec.Raw) -> list[RequestEnd]:
+    ends: list[RequestEnd] = []
+    odd = 0
+    for one in decode(raw, list[msgspec.Raw], "ended"):
+        try:
+            ends.append(decode(one, RequestEnd))
+        except BadField:
+            odd += 1
+            if odd > MOST_ODD:
+                raise
+            with contextlib.suppress(BadField):
+                ends.append(RequestEnd(decode(one, _EndName).id, "aborted", 0))
+    return ends
+
+
+def _is(raw: msgspec.Raw, kind: Any) -> bool:
+    try:
+        decode(raw, kind)
+    except BadField:
+        return False
+    return True
 
 
 def _check_sizes(started: Sequence[str], sizes: Sequence[int]) -> None:
