@@ -286,15 +286,23 @@ class LoadBalancer:
         return lease
 
     def end_lease(
-        self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False
+        self,
+        request_id: str,
+        outcome: str,
+        now: float,
+        *,
+        blame: bool = True,
+        impostor: bool = False,
+        client: str | None = None,
     ) -> bool:
-        """End a lease as its client says: finished, failed or unused. False when it is not known.
+        """End a lease as its client says: finished, failed or unused. False when it is not that client's.
 
         An unused token goes back into stock, unless a report said that it was taken. blame: whether it failed
         in a way that may be the instance's fault. impostor: what answered there had another certificate.
+        client: who says so; None: this process itself.
         """
         lease = self.leases.get(request_id)
-        if lease is None:
+        if lease is None or (client is not None and lease.client != client):
             return False
         inst = self.instances.by_id[lease.instance_id]
         if outcome == "finished":

@@ -195,7 +195,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
         return service.route(_ask(service.balancer, said, client), said.wait_s or 0.0, said.count)
 
     @direct.post("/done", DoneBody, keys.for_clients)
-    def done(said: DoneBody, _client: str) -> JsonAnswer:
+    def done(said: DoneBody, client: str) -> JsonAnswer:
         why = said.why or ""
         known = service.balancer.end_lease(
             said.request_id,
@@ -203,6 +203,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
             service.clock(),
             blame=not NO_FAULT.fullmatch(why),
             impostor=why == "wrong_certificate",
+            client=client,
         )
         if known and said.outcome == "failed":
             log.warning("a client's request %s failed: %s", said.request_id, why or "no reason given")

@@ -11,6 +11,10 @@ ARRIVALS_WEIGHT = 0.02
 REFUSED_S = 10.0
 """Seconds for which refused work counts as demand, about one request's life: that much would be under way."""
 
+CLIENT_INSTANCES = 2.0
+"""Instances' worth of refused work of one client that counts at least, so that one instance can become three;
+of a larger fleet as much as it holds: one client alone can have it doubled, and again when that is used."""
+
 
 class DemandCounter:
     """Counts from the start of the process; work is in output-token equivalents."""
@@ -24,7 +28,7 @@ class DemandCounter:
         self.refused = 0
         self.impossible = 0  # refused because the model can never take them: no demand
         self.arrivals_s = 0.0  # expected arrivals a second
-        self._refused_work: deque[tuple[int, float]] = deque()  # (second, work)
+        self._refused_work: deque[tuple[int, dict[str, float]]] = deque()  # (second, work by client)
         self._starts = 0  # requests that were seen to start, those of other loadbalancers too
         self._ticks = 0
         self._ticked: tuple[float, int, int] | None = None  # (time, arrivals, starts) at the last tick
@@ -43,20 +47,30 @@ class DemandCounter:
     def refuse(self, ask: RouteRequest, now: float) -> None:
         """Count a refused request."""
         self.refused += 1
-        second, work = math.floor(now), ask.work
-        if self._refused_work and self._refused_work[-1][0] == second:
-            work = self._refused_work.pop()[1] + work
-        self._refused_work.append((second, work))
+        second = math.floor(now)
+        if not self._refused_work or self._refused_work[-1][0] != second:
+            self._refused_work.append((second, {}))
+        by_client = self._refused_work[-1][1]
+        by_client[ask.client] = by_client.get(ask.client, 0.0) + ask.work
 
     def count_impossible(self, impossible: bool) -> None:
         """Count a request that no instance can ever serve, if it is one: neither an arrival nor demand."""
         self.impossible += impossible
 
-    def refused_work(self, now: float) -> float:
-        """Return the work that was refused lately."""
+    def refused_work(self, now: float, instance_work: float, hot: int) -> float:
+        """Return the work that was refused lately, of each client no more than its bound.
+
+        instance_work: what an instance may hold. hot: instances. Requests without a client's name are this
+        process's own (virtual time) and have no bound.
+        """
         while self._refused_work and self._refused_work[0][0] < now - REFUSED_S:
             self._refused_work.popleft()
-        return sum(work for _, work in self._refused_work)
+        by_client: dict[str, float] = {}
+        for _, some in self._refused_work:
+            for client, work in some.items():
+                by_client[client] = by_client.get(client, 0.0) + work
+        most = max(CLIENT_INSTANCES, hot) * instance_work
+        return sum(min(work, most) if client else work for client, work in by_client.items())
 
     def tick(self, now: float) -> None:
         """Follow the rate of arrivals since the last tick."""

@@ -31,7 +31,7 @@ def measure(
             len(inst.leases), min(work, MAX_WORK), inst.working_s(now), inst.throughput, inst.circuit.failures
         )
     held_work = max(0.0, queue.work)
-    waiting = held_work + demand.refused_work(now)
+    waiting = held_work + demand.refused_work(now, instances.typical_capacity, instances.hot)
     hot_set = instances.hot_set
     return BusyReport(
         loadbalancer=name,
