@@ -286,23 +286,15 @@ class LoadBalancer:
         return lease
 
     def end_lease(
-        self,
-        request_id: str,
-        outcome: str,
-        now: float,
-        *,
-        blame: bool = True,
-        impostor: bool = False,
-        client: str | None = None,
+        self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False
     ) -> bool:
-        """End a lease as its client says: finished, failed or unused. False when it is not that client's.
+        """End a lease as its client says: finished, failed or unused. False when it is not known.
 
         An unused token goes back into stock, unless a report said that it was taken. blame: whether it failed
         in a way that may be the instance's fault. impostor: what answered there had another certificate.
-        client: who says so; None: this process itself.
         """
         lease = self.leases.get(request_id)
-        if lease is None or (client is not None and lease.client != client):
+        if lease is None:
             return False
         inst = self.instances.by_id[lease.instance_id]
         if outcome == "finished":

@@ -197,13 +197,12 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     @direct.post("/done", DoneBody, keys.for_clients)
     def done(said: DoneBody, client: str) -> JsonAnswer:
         why = said.why or ""
-        known = service.balancer.end_lease(
+        known = service.balancer.leases.belongs(said.request_id, client) and service.balancer.end_lease(
             said.request_id,
             said.outcome,
             service.clock(),
             blame=not NO_FAULT.fullmatch(why),
             impostor=why == "wrong_certificate",
-            client=client,
         )
         if known and said.outcome == "failed":
             log.warning("a client's request %s failed: %s", said.request_id, why or "no reason given")

@@ -63,6 +63,11 @@ class LeaseBook:
         """Return an unfinished lease."""
         return self._leases.get(request_id)
 
+    def belongs(self, request_id: str, client: str) -> bool:
+        """Return whether that lease is unfinished and was given to that client."""
+        lease = self._leases.get(request_id)
+        return lease is not None and lease.client == client
+
     @property
     def left(self) -> int:
         """Leases that may be given in all."""

@@ -137,7 +137,7 @@ class DispatchWorld:
         """The waiting requests that get a lease now, in that order."""
         return [queued for queued, _ in self.grant()]
 
-    def end(self, lease: Lease, outcome: str = "finished", **more: Any) -> bool:
+    def end(self, lease: Lease, outcome: str = "finished", **more: bool) -> bool:
         """Let a client say how its lease ended."""
         return self.balancer.end_lease(lease.request_id, outcome, self.now, **more)
 

@@ -21,15 +21,13 @@ def test_a_lease_its_client_ends_frees_its_work_once(outcome: str) -> None:
     assert b.work(1) == 0.0
 
 
-@pytest.mark.parametrize("outcome", ["finished", "failed", "unused"])
-def test_only_the_client_that_was_given_a_lease_ends_it(outcome: str) -> None:
+def test_a_lease_belongs_to_the_client_that_was_given_it_until_it_ends() -> None:
     b = world(instance(1))
     lease = b.lease(700.0, client="mine")
-    assert not b.end(lease, outcome, client="another")
-    assert b.work(1) == 700.0
-    assert b.row(1)["circuit"] == "closed"
-    assert b.end(lease, outcome, client="mine")
-    assert b.work(1) == 0.0
+    assert b.balancer.leases.belongs(lease.request_id, "mine")
+    assert not b.balancer.leases.belongs(lease.request_id, "another")
+    b.end(lease)
+    assert not b.balancer.leases.belongs(lease.request_id, "mine")
 
 
 def test_the_end_of_an_unknown_lease_changes_nothing() -> None:
