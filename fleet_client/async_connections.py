@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 from multidict import CIMultiDict
 
-from fleet_client.connection_pool import Header
+from fleet_client.connection_pool import MAX_HEADERS, Header
 from fleet_client.transport import CLOSE_S, KEPT_ANSWER, MOMENT_S
 
 
@@ -78,7 +78,8 @@ def new_session(keep_alive_s: float | None) -> aiohttp.ClientSession:
         trust_env=False,  # a proxy from the environment must not see tokens or prompts
         auto_decompress=False,
         max_line_size=65_536,
-        max_field_size=65_536,
+        max_field_size=16_384,
+        max_headers=MAX_HEADERS,  # 2 MiB a head
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
     )
 
@@ -113,6 +114,19 @@ async def await_end(source: aiohttp.ClientResponse) -> None:
     finally:
         if not source.content.is_eof():
             abort(source)
+
+
+async def read_whole(source: aiohttp.ClientResponse, most: int) -> bytes:
+    """Read the body; raises aiohttp.ClientPayloadError when it is longer than that."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in source.content.iter_any():
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            abort(source)
+            raise aiohttp.ClientPayloadError(f"an answer of over {most} bytes")
+    return b"".join(parts)
 
 
 async def read_some(source: aiohttp.ClientResponse) -> bytes:

@@ -13,7 +13,15 @@ import aiohttp
 import httpx2
 from yarl import URL
 
-from fleet_client.async_connections import abort, await_end, header_texts, new_session, read_some, staged
+from fleet_client.async_connections import (
+    abort,
+    await_end,
+    header_texts,
+    new_session,
+    read_some,
+    read_whole,
+    staged,
+)
 from fleet_client.call import NO_TIMEOUTS, Call, Timeouts, forwarded, returned
 from fleet_client.connection_pool import Header
 from fleet_client.lease_keeper import LoadbalancerJob
@@ -24,6 +32,7 @@ from fleet_client.retry import ELSEWHERE, AcquireLease, Came, Send, Setback, Ste
 from fleet_client.tls_pins import context_for
 from fleet_client.transport import (
     CLOSE_S,
+    MAX_LEASES,
     MODEL_KEEP_ALIVE_S,
     ROUTE_KEEP_ALIVE_S,
     BodyBuffer,
@@ -269,17 +278,18 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
             body = io.BytesIO(body)  # goes in pieces
         with staged() as stage:
             try:
-                source = await session.request(
-                    call.method,
-                    URL(lease.address + call.target, encoded=True),
-                    data=body,
-                    headers=header_texts(forwarded(call.headers, lease.token)),
-                    timeout=aiohttp.ClientTimeout(
-                        total=None, sock_connect=self._core.connect_s(timeouts), sock_read=timeouts.read
-                    ),
-                    ssl=context_for(lease.address, lease.certificate) or True,
-                    allow_redirects=False,
-                )
+                async with asyncio.timeout(self._core.head_s(timeouts)):
+                    source = await session.request(
+                        call.method,
+                        URL(lease.address + call.target, encoded=True),
+                        data=body,
+                        headers=header_texts(forwarded(call.headers, lease.token)),
+                        timeout=aiohttp.ClientTimeout(
+                            total=None, sock_connect=self._core.connect_s(timeouts), sock_read=timeouts.read
+                        ),
+                        ssl=context_for(lease.address, lease.certificate) or True,
+                        allow_redirects=False,
+                    )
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
                 if not stage.connected:
                     return not_connected(lease, e)
@@ -317,7 +327,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                 ssl=self._core.trusted.context() or True,
                 allow_redirects=False,
             ) as reply:
-                return reply.status, await reply.read(), reply.headers.get("Retry-After")
+                return reply.status, await read_whole(reply, MAX_LEASES), reply.headers.get("Retry-After")
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
             return Refusal(0, named(e))
 

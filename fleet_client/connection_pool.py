@@ -18,6 +18,15 @@ import httptools
 
 Header = tuple[bytes, bytes]
 
+MAX_HEAD = 65_536
+"""Bytes of an answer's head, and of its trailer, in all interim answers together."""
+
+MAX_HEADERS = 128
+"""Headers of an answer; aiohttp's bound, too."""
+
+MAX_INTERIM = 16
+"""Interim answers (1xx) before the answer: vLLM sends none, a proxy one or two."""
+
 
 class Connection:
     """One connection, with one request at a time."""
@@ -49,6 +58,9 @@ class Connection:
         self._framed = False
         self.complete = False
         self._reusable = False
+        self._head_size = 0  # bytes that came while no body did
+        self._interim = 0
+        self._over: str | None = None  # which bound was passed
 
     # -- what httptools calls
 
@@ -61,8 +73,10 @@ class Connection:
         self.reason += reason
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Add a header."""
+        """Add a header, also of a trailer."""
         self.headers.append((name, value))
+        if len(self.headers) > MAX_HEADERS:
+            self._break(f"over {MAX_HEADERS} headers")
         low = name.lower()
         self._framed = self._framed or low == b"content-length" or low == b"transfer-encoding"
 
@@ -73,10 +87,21 @@ class Connection:
             self._headed = True
             self._reusable = self._parser.should_keep_alive() and not self._head_only
             self.complete = self._head_only
+            self._head_size = 0
+            return
+        self._interim += 1
+        if self._interim > MAX_INTERIM:
+            self._break(f"over {MAX_INTERIM} interim answers")
+
+    def _break(self, why: str) -> None:
+        """End the parsing from inside of it."""
+        self._over = why
+        raise ValueError(why)
 
     def on_body(self, body: bytes) -> None:
         """Add a piece of the body."""
         self._chunks.append(body)
+        self._head_size = 0
 
     def on_message_complete(self) -> None:
         """End the answer."""
@@ -92,10 +117,38 @@ class Connection:
         first = b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (method.encode(), target.encode(), self._host)
         self._sock.sendall(b"".join((first, *lines, length, b"\r\n", body)))
 
-    def head(self) -> None:
-        """Wait for status and headers; raises OSError."""
+    def head(self, limit_s: float | None) -> None:
+        """Wait for status and headers, which have so long in all; raises OSError.
+
+        Each read of the body may take so long, too.
+        """
+        end = None if limit_s is None else time.monotonic() + limit_s
         while not self._headed:
+            self._limit_until(end)
             self._receive()
+        self.limit(limit_s)
+
+    def whole_body(self, most: int, limit_s: float) -> bytes:
+        """Return the body, which has so many bytes and so long in all; raises OSError."""
+        end = time.monotonic() + limit_s
+        parts: list[bytes] = []
+        size = 0
+        while not self.complete or self._chunks:
+            if not self._chunks:
+                self._limit_until(end)
+                self._receive()
+            size += sum(map(len, self._chunks))
+            parts += self._chunks
+            self._chunks = []
+            if size > most:
+                raise BadHttp(f"an answer of over {most} bytes")
+        return b"".join(parts)
+
+    def _limit_until(self, end: float | None) -> None:
+        left = None if end is None else end - time.monotonic()
+        if left is not None and left <= 0.0:
+            raise TimeoutError("timed out")
+        self.limit(left)
 
     def body(self) -> Iterator[bytes]:
         """Yield the body as it comes; raises OSError."""
@@ -115,12 +168,17 @@ class Connection:
                 raise ConnectionResetError("the connection was closed")
             self.complete, self._reusable = True, False
             return
+        self._head_size += len(data)
         try:
             self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            raise BadHttp(f"an answer with {self._over}") from None
         except httptools.HttpParserUpgrade:
             raise BadHttp("an answer that changes the protocol") from None
         except httptools.HttpParserError as e:
             raise BadHttp(f"an answer that is no HTTP: {e}") from None
+        if self._head_size > MAX_HEAD and not self.complete:
+            raise BadHttp(f"an answer with a head or trailer of over {MAX_HEAD} bytes")
 
     def limit(self, limit_s: float | None) -> None:
         """Let each read and each write take so long from now on."""

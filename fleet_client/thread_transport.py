@@ -21,6 +21,7 @@ from fleet_client.tls_pins import context_for
 from fleet_client.transport import (
     CLOSE_S,
     KEPT_ANSWER,
+    MAX_LEASES,
     MODEL_KEEP_ALIVE_S,
     MOMENT_S,
     ROUTE_KEEP_ALIVE_S,
@@ -64,10 +65,11 @@ class _Loadbalancer:
             context = self._authorities and (self.core.trusted.context() or self._authorities)
             connection = self._connections.connect(self._key, context, connect_s)
         try:
+            end = time.monotonic() + limit_s
             connection.limit(limit_s)
             connection.send("POST", path, self._headers, body)
-            connection.head()
-            raw = b"".join(connection.body())
+            connection.head(max(0.0, end - time.monotonic()))
+            raw = connection.whole_body(MAX_LEASES, max(0.0, end - time.monotonic()))
         except BaseException:
             self._connections.drop(connection)
             raise
@@ -259,8 +261,7 @@ class FleetTransport(httpx2.BaseTransport):
             # A server may answer and close before it has read everything.
             with contextlib.suppress(ConnectionError):
                 connection.send(call.method, call.target, forwarded(call.headers, lease.token), call.body)
-            connection.limit(timeouts.read)
-            connection.head()
+            connection.head(timeouts.read)
         except OSError as e:
             self._connections.drop(connection)
             return not_answered(lease, e, bad_http=isinstance(e, BadHttp), again=not connection.fresh)
@@ -282,12 +283,12 @@ def _close_both(loadbalancer: _Loadbalancer, connections: ConnectionPool) -> Non
 
 def _read_some(connection: Connection) -> bytes:
     """Read the body of an answer that is not wanted, as far as it comes soon and is not long."""
-    raw = b""
+    raw, end = b"", time.monotonic() + CLOSE_S
     connection.limit(CLOSE_S)
     with contextlib.suppress(OSError):
         for part in connection.body():
             raw += part
-            if len(raw) > KEPT_ANSWER:
+            if len(raw) > KEPT_ANSWER or time.monotonic() > end:
                 break
     return raw[:KEPT_ANSWER]
 

@@ -30,6 +30,9 @@ MAX_BODY = 64 * 2**20
 KEPT_ANSWER = 65_536
 """Most bytes kept of an answer that sends a request elsewhere (429, 503): it may become the last word."""
 
+MAX_LEASES = 2**20
+"""Most bytes of an answer of the loadbalancer: 256 leases are some 100 kB."""
+
 MODEL_KEEP_ALIVE_S, ROUTE_KEEP_ALIVE_S = 3.0, 60.0
 """Seconds for which an idle connection is used again: vLLM's uvicorn closes its own after 5 s, the
 loadbalancer after 120 s."""
@@ -68,6 +71,15 @@ class TransportCore:
         """Return the seconds that a connection to an instance may take."""
         given = timeouts.connect
         return self.options.connect_s if given is None else min(given, self.options.connect_s)
+
+    def head_s(self, timeouts: Timeouts) -> float | None:
+        """Return the seconds that connecting, sending and the answer's head may take in all; None: no limit.
+
+        A limit on each read would start again with each byte, so a head that never ends would have no limit.
+        """
+        if timeouts.read is None:
+            return None
+        return self.connect_s(timeouts) + (timeouts.write or timeouts.read) + timeouts.read
 
     def call(
         self, method: str, target: str, headers: Sequence[Header], body: bytes, timeouts: Timeouts

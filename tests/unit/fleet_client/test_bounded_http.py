@@ -1,5 +1,6 @@
 """What a client can make our servers keep is bounded, and what they need not understand they ignore."""
 
+import asyncio
 import socket
 import struct
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from fleet_client import bounded_http
+from fleet_client.bounded_http import Corked
 from tests.sample_app import sample_app
 from tests.web_server import BEARER, call, raw, served
 
@@ -99,6 +101,42 @@ def test_pipelined_requests_are_answered_up_to_a_bound() -> None:
         sock.sendall((ECHO + b"\r\n" + b'{"n": 3}') * 3000)
         answers = all_of(sock).count(b"HTTP/1.1 200 ")
     assert answers == bounded_http.MAX_PIPELINED + 1
+
+
+class ResetInBetween(asyncio.Transport):
+    """A transport whose client resets it in the turn in which something is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+        self.written: list[bytes] = []
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        assert not self.closed, "written to a closed transport"
+        self.written.append(data)
+
+
+def test_what_was_written_before_a_reset_is_not_sent_after_it() -> None:
+    complaints: list[object] = []
+
+    async def reset_between(transport: ResetInBetween, *, reset: bool) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, said: complaints.append(said))
+        Corked(transport).write(b"answer")
+        transport.closed = reset
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    for reset, written in ((False, [b"answer"]), (True, [])):
+        transport = ResetInBetween()
+        asyncio.run(reset_between(transport, reset=reset))
+        assert transport.written == written
+    assert complaints == []
 
 
 def test_a_client_that_resets_its_connection_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
