@@ -156,21 +156,18 @@ class BoundedHttp(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         """Take a piece of the request line."""
         self._calls += 1
-        self._count(len(url))
+        self._head_size += len(url)
+        if self._head_size > MAX_HEAD:
+            raise _OverBound
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header, also of a trailer."""
         self._calls += 1
-        self._count(len(name) + len(value) + 4)
+        self._head_size += len(name) + len(value) + 4
+        if self._head_size > MAX_HEAD or len(self.headers) >= MAX_HEADERS:
+            raise _OverBound
         super().on_header(name, value)
-        if len(self.headers) > MAX_HEADERS:
-            raise _OverBound
-
-    def _count(self, size: int) -> None:
-        self._head_size += size
-        if self._head_size > MAX_HEAD:
-            raise _OverBound
 
     def on_headers_complete(self) -> None:
         """Begin to answer."""
