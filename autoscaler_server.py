@@ -131,11 +131,12 @@ def _add_loadbalancer_routes(
     @control
     def busy() -> Response:
         scaler.own.note_contact(scaler.clock())
-        scaler.record_report(read_busy(request.get_data(cache=False)))
+        report, odd = read_busy(request.get_data(cache=False))
+        scaler.record_report(report)
         with scaler.lock:
             version = scaler.instances.hot_version
             expected_s = scaler.instances.expected_hot_s(scaler.clock())
-        return response(JsonAnswer(BusyAnswer(scaler.epoch, version, expected_s)))
+        return response(JsonAnswer(BusyAnswer(scaler.epoch, version, expected_s, odd)))
 
 
 def _add_ready(

@@ -61,6 +61,7 @@ class BackgroundTasks:
         self._autoscaler = autoscaler.rstrip("/")
         self._bearer = {"Authorization": f"Bearer {control_key}"}
         self._complaint: str | None = None
+        self._odd: str | None = None
         self._not_answering: set[int] = set()
         self._asking: set[asyncio.Task[None]] = set()
 
@@ -205,6 +206,7 @@ class BackgroundTasks:
             ssl=self._trusted.context() or True,
         ) as reply:
             said = decode(await _read(reply), BusyAnswer)
+        self._say_odd(said.odd)
         balancer = self._service.balancer
         balancer.expect_hot(said.expected_hot_s, self._service.clock())
         hot_set = balancer.instances.hot_set
@@ -213,6 +215,12 @@ class BackgroundTasks:
         self._service.confirm_hot_set()
         return True
 
+    def _say_odd(self, odd: str | None) -> None:
+        """Log when the autoscaler begins to leave something of our reports out."""
+        if odd is not None and self._odd is None:
+            log.warning("autoscaler %s leaves out what cannot be: %s", self._autoscaler, odd)
+        self._odd = odd
+
     def _complain(self, why: str | None) -> None:
         """Log when the autoscaler goes away and when it is back, not every second between."""
         if why is not None and self._complaint is None:
@@ -220,7 +228,7 @@ class BackgroundTasks:
         elif why is None and self._complaint is not None:
             log.info("autoscaler %s answers again", self._autoscaler)
         self._complaint = why
-        self._service.note_autoscaler(None if why is None else why[:300])
+        self._service.note_autoscaler(self._odd if why is None else why[:300])
 
 
 async def _read(reply: aiohttp.ClientResponse) -> bytes:

@@ -297,6 +297,7 @@ def test_a_report_is_taken_in_and_answered_with_the_version_of_the_hot_set(face:
         "hot_epoch": "e1",
         "hot_version": face.world.fleet.hot_version,
         "expected_hot_s": None,
+        "odd": None,
     }
     assert (face.scaler.demand.demand, face.scaler.demand.arrivals) == (0.5, 10)
     assert next(i for i in face.world.fleet if i.id == 1001).throughput_work_s == 500.0
@@ -530,21 +531,6 @@ def wrong_instance(**changed: Any) -> str:
         ("POST", "/busy", wrong_report(arrivals=-1), "arrivals"),
         ("POST", "/busy", wrong_report(loadbalancer="x" * 65), "loadbalancer"),
         ("POST", "/busy", wrong_report(instances=[]), "instances"),
-        ("POST", "/busy", wrong_report(instances={"x": {}}), "instances"),
-        ("POST", "/busy", wrong_report(instances={"-1": {}}), "instances"),
-        ("POST", "/busy", wrong_report(instances={"9" * 30: {}}), "instances"),
-        ("POST", "/busy", wrong_report(instances={"1001": 5}), "instances[...]"),
-        ("POST", "/busy", wrong_instance(unfinished=-1), "instances[...].unfinished"),
-        ("POST", "/busy", wrong_instance(working_s="2"), "instances[...].working_s"),
-        ("POST", "/busy", wrong_instance(throughput_work_s=-5), "instances[...].throughput_work_s"),
-        ("POST", "/busy", wrong_instance(failures=None), "instances[...].failures"),
-        ("POST", "/busy", wrong_instance().replace("2.5", "1e999"), "instances[...].working_s"),
-        ("POST", "/busy", wrong_report(traffic=[]), "traffic"),
-        ("POST", "/busy", wrong_report(traffic={}), "traffic.prompt_tokens"),
-        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "in_flight": -1}), "traffic.in_flight"),
-        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "late": 1.5}), "traffic.late"),
-        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "first_token_s": 0}), "traffic.first_token_s"),
-        ("POST", "/busy", wrong_report(traffic={**TRAFFIC, "late_bound_s": -1}), "traffic.late_bound_s"),
         ("POST", "/ready", "{}", "state"),
         ("POST", "/ready", '{"state": "hot"}', "state"),
         ("POST", "/ready", '{"state": "ready", "why": 5}', "why"),
@@ -577,6 +563,34 @@ def test_a_bad_request_is_answered_400_with_the_field_named(
     assert set(answer.get_json()) == {"error", "message"}
     assert answer.get_json()["message"].startswith(f"{field}: ")
     assert face.scaler.policy == Busy()
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (wrong_report(instances={"x": {}}), "instances"),
+        (wrong_report(instances={"-1": {}}), "instances"),
+        (wrong_report(instances={"9" * 30: {}}), "instances"),
+        (wrong_report(instances={"1001": 5}), "instances[...]"),
+        (wrong_instance(unfinished=-1), "instances[...].unfinished"),
+        (wrong_instance(working_s="2"), "instances[...].working_s"),
+        (wrong_instance(throughput_work_s=-5), "instances[...].throughput_work_s"),
+        (wrong_instance(failures=None), "instances[...].failures"),
+        (wrong_instance().replace("2.5", "1e999"), "instances[...].working_s"),
+        (wrong_report(traffic=[]), "traffic"),
+        (wrong_report(traffic={}), "traffic.prompt_tokens"),
+        (wrong_report(traffic={**TRAFFIC, "in_flight": -1}), "traffic.in_flight"),
+        (wrong_report(traffic={**TRAFFIC, "late": 1.5}), "traffic.late"),
+        (wrong_report(traffic={**TRAFFIC, "first_token_s": 0}), "traffic.first_token_s"),
+        (wrong_report(traffic={**TRAFFIC, "late_bound_s": -1}), "traffic.late_bound_s"),
+    ],
+)
+def test_what_is_odd_in_a_report_is_left_out_and_named(face: Face, body: str, field: str) -> None:
+    """One odd value makes the autoscaler deaf to no loadbalancer, which learns what is left out."""
+    answer = face.ask("POST", "/busy", CONTROL, data=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.get_json()["odd"].startswith(f"{field}: ")
+    assert face.ask("POST", "/busy", CONTROL, json=REPORT).get_json()["odd"] is None
 
 
 def test_a_report_of_a_newer_loadbalancer_may_say_more(face: Face) -> None:

@@ -95,11 +95,15 @@ class BusyReport(Struct, frozen=True):
             )
 
 
-def read_busy(raw: bytes) -> BusyReport:
-    """Return a report; raise BadField. A row that cannot be is left out, and odd traffic: the rest counts."""
+def read_busy(raw: bytes) -> tuple[BusyReport, str | None]:
+    """Return a report and what in it could not be; raise BadField where it cannot be used at all.
+
+    A row that cannot be is left out, and so is odd traffic: the rest counts.
+    """
     try:
-        return decode(raw, BusyReport)
-    except BadField:
+        return decode(raw, BusyReport), None
+    except BadField as e:
+        odd = str(e)[:300]
         said = decode(raw, dict[str, msgspec.Raw])
     if "traffic" in said and not _is(said["traffic"], TrafficReport):
         del said["traffic"]
@@ -107,7 +111,7 @@ def read_busy(raw: bytes) -> BusyReport:
         rows = decode(said["instances"], dict[str, msgspec.Raw], "instances")
         good = {name: row for name, row in rows.items() if name.isdecimal() and _is(row, InstanceUse)}
         said["instances"] = msgspec.Raw(msgspec.json.encode(good))
-    return decode(msgspec.json.encode(said), BusyReport)
+    return decode(msgspec.json.encode(said), BusyReport), odd
 
 
 def _is(raw: msgspec.Raw, kind: type[Struct]) -> bool:
@@ -119,8 +123,12 @@ def _is(raw: msgspec.Raw, kind: type[Struct]) -> bool:
 
 
 class BusyAnswer(Struct, frozen=True):
-    """Which hot set is the present one, and when something becomes hot, if that is known."""
+    """Which hot set is the present one, and when something becomes hot, if that is known.
+
+    odd: what in the report could not be, and was left out.
+    """
 
     hot_epoch: Annotated[str, Meta(min_length=1, max_length=64)]
     hot_version: Counter
     expected_hot_s: Annotated[float, Meta(ge=0.0, le=1e6)] | None = None
+    odd: Annotated[str, Meta(max_length=300)] | None = None

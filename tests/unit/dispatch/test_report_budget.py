@@ -130,7 +130,9 @@ def test_one_odd_row_does_not_make_the_others_unheard() -> None:
     b = world(instance(1), instance(2))
     said = json.loads(msgspec.json.encode(b.balancer.usage(b.now, "lb")))
     said["instances"]["1"]["work"] = 1e300
-    found = read_busy(json.dumps(said).encode())
+    found, odd = read_busy(json.dumps(said).encode())
     assert list(found.instances) == [2]
+    assert odd is not None
+    assert odd.startswith("instances[...].work: ")
     with pytest.raises(BadField, match="demand"):
         read_busy(json.dumps(said | {"demand": -1.0}).encode())
