@@ -593,6 +593,15 @@ def test_what_is_odd_in_a_report_is_left_out_and_named(face: Face, body: str, fi
     assert face.ask("POST", "/busy", CONTROL, json=REPORT).get_json()["odd"] is None
 
 
+@pytest.mark.parametrize("name", ["x", "-1", "9" * 30, "\u0661\u0662"])
+def test_a_row_whose_name_is_no_id_is_left_out_and_the_others_are_heard(face: Face, name: str) -> None:
+    before = {i.id: i.throughput_work_s for i in face.world.fleet}
+    row = REPORT["instances"]["1001"]
+    said = wrong_report(instances={"1001": row, name: row})
+    assert face.ask("POST", "/busy", CONTROL, data=said).status_code == 200
+    assert {i.id: i.throughput_work_s for i in face.world.fleet} == before | {1001: 500.0}
+
+
 def test_a_report_of_a_newer_loadbalancer_may_say_more(face: Face) -> None:
     said = {**REPORT, "more": 1, "traffic": {**TRAFFIC, "more": 1}}
     assert face.ask("POST", "/busy", CONTROL, json=said).status_code == 200

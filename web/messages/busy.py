@@ -1,7 +1,7 @@
 """How busy a loadbalancer is, as it tells the autoscaler each second (POST /busy), and the answer."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -34,6 +34,9 @@ class InstanceUse(Struct, frozen=True, gc=False):
     working_s: Annotated[float, Meta(ge=0.0, le=1e12)]
     throughput_work_s: Annotated[float, Meta(ge=0.0, le=1e9)]
     failures: Counter
+
+
+Rows = Mapping[Counter, InstanceUse]
 
 
 class TrafficReport(Struct, frozen=True, gc=False, omit_defaults=True):
@@ -83,7 +86,7 @@ class BusyReport(Struct, frozen=True):
     held_work: Work
     arrivals: Counter
     arrived_work: WorkCounter
-    instances: Mapping[Counter, InstanceUse]
+    instances: Rows
     traffic: TrafficReport = NO_TRAFFIC
 
     def __post_init__(self) -> None:
@@ -109,12 +112,12 @@ def read_busy(raw: bytes) -> tuple[BusyReport, str | None]:
         del said["traffic"]
     if "instances" in said:
         rows = decode(said["instances"], dict[str, msgspec.Raw], "instances")
-        good = {name: row for name, row in rows.items() if name.isdecimal() and _is(row, InstanceUse)}
+        good = {name: row for name, row in rows.items() if _is(msgspec.json.encode({name: row}), Rows)}
         said["instances"] = msgspec.Raw(msgspec.json.encode(good))
     return decode(msgspec.json.encode(said), BusyReport), odd
 
 
-def _is(raw: msgspec.Raw, kind: type[Struct]) -> bool:
+def _is(raw: bytes | msgspec.Raw, kind: Any) -> bool:
     try:
         decode(raw, kind)
     except BadField:
