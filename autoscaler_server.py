@@ -284,7 +284,8 @@ def parser() -> argparse.ArgumentParser:
         "prepare",
         environment=ENVIRONMENT,
         description="Rent instances, load the model onto their disks, and stop them.",
-        epilog="--count is for the command line only.",
+        epilog="--count is for the command line only. --port and --tls-cert are the autoscaler's: local "
+        "instances are told once where they report.",
         help="rent, load the model, stop",
     )
     add_flags(prepare_it, AutoscalerConfig, without=SERVE_ONLY)

@@ -20,7 +20,6 @@ PRODUCTION_URL = "https://console.vast.ai"
 SERVE_ONLY = frozenset(
     {
         "host",
-        "port",
         "loadbalancer",
         "manage",
         "policy",
@@ -28,8 +27,6 @@ SERVE_ONLY = frozenset(
         "goal",
         "replay_every_s",
         "operator_key_file",
-        "tls_cert",
-        "tls_key",
         "loadbalancer_cert",
         "trust_network",
     }

@@ -863,6 +863,7 @@ class QuickCloud:
         self.lies = 0
         self.holds = False
         self.created: list[str] = []
+        self.start_scripts: list[str] = []
 
     def __call__(self, settings: object) -> "QuickCloud":
         return self
@@ -910,7 +911,8 @@ class QuickCloud:
     def search_offers(self, query: str, storage_gb: float) -> list[Offer]:
         return self.offers
 
-    def create(self, offer_id: int, *, label: str, **more: object) -> int:
+    def create(self, offer_id: int, *, label: str, onstart: str, **more: object) -> int:
+        self.start_scripts.append(onstart)
         self.offers = [o for o in self.offers if o.id != offer_id]
         self.rows[offer_id] = {"label": label, "status": None, "intended": "running"}
         self.created.append(label)
@@ -979,6 +981,25 @@ def test_prepare_ends_when_what_it_rented_is_loaded_and_stopped(
     assert len(cloud.rows) == 3
     with pytest.raises(ConfigError, match="3 are loaded already, and --max-instances is 3"):
         prepare(quick(tmp_path, max_instances=3), 1)
+
+
+def test_what_prepare_rents_reports_to_the_autoscaler_that_serves_it(
+    tmp_path: Path, cloud: QuickCloud
+) -> None:
+    """The address is in the start script for good, and one file is for all commands."""
+    file = tmp_path / "fleet.toml"
+    file.write_text(f"""
+        local = true
+        speedup = 1000
+        poll-interval-s = 0.5
+        state-dir = "{tmp_path / "state"}"
+        port = 9000
+        tls-cert = "autoscaler.pem"
+        tls-key = "autoscaler.key"
+    """)
+    autoscaler_server.main(["prepare", "--count", "1", "--config", str(file)])
+    assert len(cloud.start_scripts) == 1
+    assert "FLEET_READY_URL=https://127.0.0.1:9000/ready\n" in cloud.start_scripts[0]
 
 
 def test_prepare_that_is_interrupted_says_what_is_still_rented_and_goes_on_when_called_again(
