@@ -106,7 +106,7 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> None:
         if not reasons:
             return jsonify(status="ok", **more), 200
         said = [{"reason": r.code, "message": safe_text(r.message)} for r in reasons]
-        message = "; ".join(safe_text(r.message) for r in reasons)
+        message = "; ".join(one["message"] for one in said)
         return jsonify(error=reasons[0].code, message=message, reasons=said, **more), 503
 
 

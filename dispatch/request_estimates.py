@@ -116,8 +116,11 @@ class RequestEstimates:
         """
         if self.max_model_len is not None and math.isinf(most):  # else it may be of several answers
             most = self.max_model_len
-        most = min(most, ANSWER_RANGE * max(self.output_lengths.mean(kind), self.output_lengths.told))
-        self.output_lengths.ended(min(output_tokens, int(most)), kind)
+        lengths = self.output_lengths
+        usual = ANSWER_RANGE * lengths.told
+        if output_tokens > usual:  # hardly ever: what is usual of its kind need not be looked up before
+            usual = max(usual, ANSWER_RANGE * lengths.mean(kind))
+        lengths.ended(min(output_tokens, int(min(most, usual))), kind)
 
     def tick(self) -> None:
         """Let the leases given since the last tick change what is usual."""

@@ -17,6 +17,7 @@ Passive transitions, which copy what the world says, come before active ones.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from engine.profiles import Profile
 from fleet.accusations import final_accusation, lost_host, overdue
@@ -66,41 +67,41 @@ NOT_DONE = frozenset({Reply.REFUSED, Reply.UNSENT})
 OrderToInstance = Create | Start | Stop | Destroy | Drain | Undrain | AskPage
 
 
+@dataclass(eq=False, repr=False)
 class InstanceBook:
-    """The instances by label, and how one moves from state to state; each move is written down."""
+    """The instances by label, and how one moves from state to state; each move is written down.
 
-    def __init__(
-        self,
-        fleet_name: str,
-        profile: Profile,
-        deadlines: Deadlines,
-        market: Market,
-        durations: MeasuredDurations,
-        journal: Journal,
-    ) -> None:
-        """Begin without instances; labels of this fleet are `<fleet_name>/<something>`."""
-        self.instances: dict[str, Instance] = {}
-        self.vanished: dict[str, tuple[float, float]] = {}  # until when it counts against the limits, $/h
-        self.gone: deque[Instance] = deque(maxlen=GONE_KEPT)
-        self.hot_version = 0  # grows with each change of the hot set
-        self._prefix = fleet_name + "/"
-        self._profile = profile
-        self._deadlines = deadlines
-        self._market = market
-        self._durations = durations
-        self._journal = journal
-        self._condemned: set[str] = set()  # labels, also of instances that are gone
+    fleet_name: labels of this fleet are `<fleet_name>/<something>`. vanished: by label until when it counts
+    against the limits, and $/h. hot_version: grows with each change of the hot set. _condemned: labels, also
+    of instances that are gone.
+    """
+
+    fleet_name: str
+    profile: Profile
+    deadlines: Deadlines
+    market: Market
+    durations: MeasuredDurations
+    journal: Journal
+    instances: dict[str, Instance] = field(default_factory=dict, init=False)
+    vanished: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
+    gone: deque[Instance] = field(default_factory=lambda: deque(maxlen=GONE_KEPT), init=False)
+    hot_version: int = field(default=0, init=False)
+    _condemned: set[str] = field(default_factory=set, init=False)
+
+    @property
+    def _prefix(self) -> str:
+        return self.fleet_name + "/"
 
     def _move(self, i: Instance, to: State, why: str, now: float) -> None:
         """Move an instance: the only caller of `Instance.enter`."""
         before, why_before, spent_s = i.state, i.why, now - i.since
         i.enter(to, why, now)
-        self._journal.log(f"{i.id or i.label} {before} -> {to}: {why} (after {spent_s:.0f} s)")
+        self.journal.log(f"{i.id or i.label} {before} -> {to}: {why} (after {spent_s:.0f} s)")
         if before in SERVING or to in SERVING:
             self.hot_version += 1
         if to is State.GONE:
             if before is State.DESTROYING:
-                self._journal.add_duration("destroyed", i.orders.asked_at, now)
+                self.journal.add_duration("destroyed", i.orders.asked_at, now)
             i.explain(f"{why} (was {before}: {why_before})")
             self.gone.append(i)
             del self.instances[i.label]
@@ -112,18 +113,18 @@ class InstanceBook:
             return
         why, evidence = ruling.why, ruling.evidence
         if not i.loaded:
-            self._market.note_create_failed(now, why)
+            self.market.note_create_failed(now, why)
         if i.machine_id is not None:
-            until = self._market.avoid(i.machine_id, evidence, now)
-            self._journal.add_bad_machine(i.machine_id, until, evidence)
+            until = self.market.avoid(i.machine_id, evidence, now)
+            self.journal.add_bad_machine(i.machine_id, until, evidence)
         self._condemn(i, evidence)
         self._move(i, State.FAILED, why, now)
 
     def _vanish(self, i: Instance, why: str, now: float) -> None:
         """Count the instance as gone, as far as the listing can be trusted."""
-        until, usd_h = now + self._deadlines.vanished_s, max(i.price_usd_h, i.running_usd_h)
+        until, usd_h = now + self.deadlines.vanished_s, max(i.price_usd_h, i.running_usd_h)
         self.vanished[i.label] = (until, usd_h)
-        self._journal.add_vanished(i.label, until, usd_h)
+        self.journal.add_vanished(i.label, until, usd_h)
         self._move(i, State.GONE, why, now)
 
     def _condemn(self, i: Instance, evidence: str = "") -> None:
@@ -131,25 +132,17 @@ class InstanceBook:
         self._condemned.add(i.label)
 
     def _record(self, i: Instance, now: float) -> None:
-        self._journal.open_interval(i.interval(now))
-        self._journal.save(i.saved())
+        self.journal.open_interval(i.interval(now))
+        self.journal.save(i.saved())
 
 
+@dataclass(eq=False, repr=False)
 class Judge(InstanceBook):
     """Weighs health checks, and what else speaks for or against an instance; fleet/evidence.py is the law."""
 
-    def __init__(
-        self,
-        fleet_name: str,
-        profile: Profile,
-        deadlines: Deadlines,
-        market: Market,
-        durations: MeasuredDurations,
-        journal: Journal,
-    ) -> None:
-        """Begin without instances; labels of this fleet are `<fleet_name>/<something>`."""
-        super().__init__(fleet_name, profile, deadlines, market, durations, journal)
-        self.listing = ListingTrust(deadlines.disbelief_s, deadlines.absent_s)
+    def __post_init__(self) -> None:
+        """Begin without a listing, and with nothing known of our own network."""
+        self.listing = ListingTrust(self.deadlines.disbelief_s, self.deadlines.absent_s)
         self.reach = Reachability()
 
     def judge(self, check: HealthCheck, now: float) -> None:
@@ -173,7 +166,7 @@ class Judge(InstanceBook):
         if check.verdict is Verdict.FATAL:
             i.trouble.accuse(check.why)
         if self.listing.believed:
-            self._accuse(i, final_accusation(i, self._deadlines, now), now)
+            self._accuse(i, final_accusation(i, self.deadlines, now), now)
 
     # -- what speaks against it ------------------------------------------------------------------------
 
@@ -192,14 +185,14 @@ class Judge(InstanceBook):
 
     def _circumstances(self, i: Instance, now: float) -> Circumstances:
         """Return what is known beside that instance."""
-        since = i.trouble.silent_since or now - self._deadlines.absent_s
+        since = i.trouble.silent_since or now - self.deadlines.absent_s
         others_well = any(
             o.trouble.shows_well_since(since)
             for o in self.instances.values()
             if o is not i and o.state in CHECKED
         )
         return Circumstances(
-            self.listing.believed, others_well, self.reach.at(now), self._deadlines.together_s
+            self.listing.believed, others_well, self.reach.at(now), self.deadlines.together_s
         )
 
     def wants_reach(self) -> bool:
@@ -208,19 +201,19 @@ class Judge(InstanceBook):
 
     def _warm_up(self, i: Instance, now: float) -> None:
         """Note how long it took to become hot, and that its disk holds the model."""
-        self._market.note_create_worked()
+        self.market.note_create_worked()
         if not i.boot.was_hot:
             if i.boot.ordered_at is not None:
-                self._journal.add_duration("boot", i.boot.ordered_at, now)
-                self._durations.add_start(now - i.boot.ordered_at)
+                self.journal.add_duration("boot", i.boot.ordered_at, now)
+                self.durations.add_start(now - i.boot.ordered_at)
             elif not i.loaded and not i.adopted:
-                self._journal.add_duration("load", i.ordered_at, now)
-                self._durations.add_load(now - i.ordered_at)
+                self.journal.add_duration("load", i.ordered_at, now)
+                self.durations.add_load(now - i.ordered_at)
         i.warm_up()
 
     def _pass_deadline(self, i: Instance, now: float) -> None:
         """Act on what has lasted too long."""
-        d = self._deadlines
+        d = self.deadlines
         if i.lost_since is not None and i.state not in GIVEN_UP:
             if i.state in SERVING:
                 self._move(i, State.RUNNING, "its host is offline", now)
@@ -232,7 +225,7 @@ class Judge(InstanceBook):
                     self._fail(i, _shown("three starts found no GPU"), now)
                 else:
                     self._move(i, State.STOPPING, f"its GPU was not free within {d.starting_s:.0f} s", now)
-        elif final := final_accusation(i, self._deadlines, now):
+        elif final := final_accusation(i, self.deadlines, now):
             self._accuse(i, final, now)
         elif late := overdue(i, d, now):
             if i.state is State.ORDERED and i.id is None:
@@ -244,25 +237,15 @@ class Judge(InstanceBook):
     def excuse(self, now: float) -> None:
         """Let no deadline pass for a while: for some time the fault was ours."""
         for i in self.instances.values():
-            i.spare_until(now + self._deadlines.patience_s)
+            i.spare_until(now + self.deadlines.patience_s)
 
 
+@dataclass(eq=False, repr=False)
 class Reconciler(Judge):
     """Copies what the world says, and notes what was ordered."""
 
-    def __init__(
-        self,
-        fleet_name: str,
-        profile: Profile,
-        deadlines: Deadlines,
-        market: Market,
-        durations: MeasuredDurations,
-        journal: Journal,
-    ) -> None:
-        """Begin without instances; labels of this fleet are `<fleet_name>/<something>`."""
-        super().__init__(fleet_name, profile, deadlines, market, durations, journal)
-        self._observed_at = float("inf")
-        self._gap_s = 0.0  # between the last two looks
+    _observed_at: float = field(default=float("inf"), init=False)
+    _gap_s: float = field(default=0.0, init=False)  # between the last two looks
 
     def restore(self, saved: SavedFleet, now: float) -> None:
         """Take over what the ledger knows of the last process; what was hot is to be verified.
@@ -271,7 +254,7 @@ class Reconciler(Judge):
         """
         self.vanished.update(saved.vanished)
         lacking_since, seen_at = saved.lacking
-        if 0.0 <= now - seen_at <= self._deadlines.disbelief_s:
+        if 0.0 <= now - seen_at <= self.deadlines.disbelief_s:
             self.listing.restore(lacking_since)
         for s in saved.instances:
             if not s.label.startswith(self._prefix):
@@ -279,13 +262,13 @@ class Reconciler(Judge):
             if s.condemned:
                 self._condemned.add(s.label)
             if s.state is not None and s.since is not None:
-                self.instances[s.label] = Instance.restored(s, State(s.state), s.since, self._profile, now)
+                self.instances[s.label] = Instance.restored(s, State(s.state), s.since, self.profile, now)
 
     def observe(self, rows: Sequence[Row] | None, checks: Iterable[HealthCheck], now: float) -> None:
         """Copy the listing (None when it failed), apply the checks, let deadlines pass."""
         gap_s, usual_s = now - self._observed_at, self._gap_s
         self._observed_at, self._gap_s = now, gap_s
-        if gap_s > max(self._deadlines.absent_s, 3.0 * usual_s):
+        if gap_s > max(self.deadlines.absent_s, 3.0 * usual_s):
             self.excuse(now)  # the computer slept, or we hung: no machine has been looked at meanwhile
         if rows is None:
             self.listing.fail(now)
@@ -299,7 +282,7 @@ class Reconciler(Judge):
                     self._pass_deadline(i, now)
 
     def _read(self, rows: Sequence[Row], now: float) -> None:
-        """Take over a listing."""
+        """Copy the rows of a listing to the instances; note what it lacks, adopt what is new."""
         ours, twins = rows_by_label(rows, self._prefix, self.instances)
         self._condemned |= twins
         expected = [
@@ -307,14 +290,14 @@ class Reconciler(Judge):
             for i in self.instances.values()
             if i.id is not None and i.state not in (State.ORDERED, State.DESTROYING)
         ]
-        shown_after = now - self._deadlines.absent_s
+        shown_after = now - self.deadlines.absent_s
         lacking = [i for i in expected if i.label not in ours and i.absence.shown_at <= shown_after]
         dead = all(i.state in CHECKED and i.trouble.silent_since is not None for i in lacking)
         first = self.listing.read_at is None
         if self.listing.weigh(len(expected) - len(lacking), len(expected), now, dead=dead):
-            self._journal.log(f"the listing lacks {len(lacking)} of {len(expected)}: not believed for now")
-        self._journal.note_lacking(self.listing.lacking_since, now)
-        if self.listing.believed and self.listing.end_outage(now) > self._deadlines.absent_s:
+            self.journal.log(f"the listing lacks {len(lacking)} of {len(expected)}: not believed for now")
+        self.journal.note_lacking(self.listing.lacking_since, now)
+        if self.listing.believed and self.listing.end_outage(now) > self.deadlines.absent_s:
             self.excuse(now)
         missing = [i for i in self.instances.values() if i.label not in ours]
         for i in missing:
@@ -337,8 +320,8 @@ class Reconciler(Judge):
             if i.absence.turns >= DESTROYED_TURNS:
                 self._move(i, State.GONE, "destroyed", now)
         elif (
-            absent_s >= self._deadlines.vanished_s
-            and now - i.absence.shown_at >= self._deadlines.vanished_s
+            absent_s >= self.deadlines.vanished_s
+            and now - i.absence.shown_at >= self.deadlines.vanished_s
             and i.state not in SERVING
         ):
             self._vanish(i, f"not listed for {absent_s:.0f} s, and its page cannot be had", now)
@@ -371,10 +354,10 @@ class Reconciler(Judge):
     def _read_row(self, i: Instance, row: Row, now: float) -> None:
         """Copy one row, then make the transitions it causes."""
         before, price, odd, ended = i.state, i.price_usd_h, i.odd, i.trouble.ended_since
-        if i.read_row(row, self._profile, now) and i.state in SERVING:
+        if i.read_row(row, self.profile, now) and i.state in SERVING:
             self.hot_version += 1
         if i.odd not in (None, odd):
-            self._journal.log(f"{i.id} {i.label}: its row is odd: {i.odd}")
+            self.journal.log(f"{i.id} {i.label}: its row is odd: {i.odd}")
         if i.state is State.ORDERED:
             self._move(i, State.LOADING, "listed", now)
         if row.actual_status in UP:
@@ -393,13 +376,13 @@ class Reconciler(Judge):
     def _come_up(self, i: Instance, why: str, now: float) -> None:
         kind = "start" if i.state is State.STARTING else "create"
         since = i.ordered_at if i.boot.ordered_at is None else i.boot.ordered_at
-        self._journal.add_duration(kind, since, now)
+        self.journal.add_duration(kind, since, now)
         i.come_up(now)
         self._move(i, State.RUNNING, why, now)
 
     def _go_down(self, i: Instance, now: float) -> None:
         if i.state is State.STOPPING:
-            self._journal.add_duration("stop", i.orders.asked_at, now)
+            self.journal.add_duration("stop", i.orders.asked_at, now)
             self._move(i, State.COLD, "stopped", now)
         elif i.state is State.LOADING or i.state in CHECKED:
             if i.intended != "stopped":
@@ -457,9 +440,9 @@ class Reconciler(Judge):
     def _begin_create(self, create: Create, now: float) -> None:
         if not create.label.startswith(self._prefix) or create.label in self.instances:
             raise ConfigError(f"label {create.label!r} is not a new one of fleet {self._prefix[:-1]!r}")
-        i = Instance.ordered(create.label, create.offer, create.why, self._profile, now)
+        i = Instance.ordered(create.label, create.offer, create.why, self.profile, now)
         self.instances[create.label] = i
-        self._market.take(create.offer)
+        self.market.take(create.offer)
         self._record(i, now)
 
     def finish(self, command: Create | Start | Stop | Destroy, done: Performed, now: float) -> None:
@@ -472,18 +455,18 @@ class Reconciler(Judge):
         if done.reply is Reply.UNSENT:
             i.orders.ask(now)  # it cannot be late with what it was not asked for
         if destroyed:
-            self._journal.add_duration("destroy", i.orders.asked_at, now)
+            self.journal.add_duration("destroy", i.orders.asked_at, now)
         elif isinstance(command, Create) and done.reply is Reply.DONE:
             i.accept_id(done.new_id)
-            self._journal.save(i.saved())
+            self.journal.save(i.saved())
         elif isinstance(command, Create) and done.reply in NOT_DONE and i.state is State.ORDERED:
             if done.reply is Reply.REFUSED and not done.offer_gone:
-                self._market.note_create_failed(now, done.why)
+                self.market.note_create_failed(now, done.why)
             self._condemn(i)
             self._move(i, State.GONE, done.why, now)
         elif isinstance(command, Start) and done.reply in NOT_DONE and i.state is State.STARTING:
             if done.reply is Reply.REFUSED:  # what we could not send is no fault of the machine
-                i.boot.be_refused(self._deadlines, now)
+                i.boot.be_refused(self.deadlines, now)
             self._move(i, State.COLD, f"start {done.reply}: {done.why}", now)
 
 

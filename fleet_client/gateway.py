@@ -334,12 +334,11 @@ def serve(config: GatewayConfig) -> None:
 
 def parser() -> Parser:
     """Return the parser of the command line."""
-    made = (
-        Parser(  # called by the name it was started with: gateway.py, or fleet-gateway where it is installed
-            environment="FLEET_GATEWAY_",
-            description=(__doc__ or "").split("\n")[0],
-            epilog="Listening off loopback needs --key-file.",
-        )
+    # Called by the name it was started with: gateway.py, or fleet-gateway where it is installed.
+    made = Parser(
+        environment="FLEET_GATEWAY_",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Listening off loopback needs --key-file.",
     )
     add_flags(made, GatewayConfig)
     return made

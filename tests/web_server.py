@@ -13,6 +13,7 @@ from flask import Flask
 
 from fleet_client.asgi_server import AsgiServer, Background
 from fleet_client.listening import bind_socket
+from fleet_client.own_tls import ServerTls
 from web.bridge import FlaskBridge
 
 KEY = "k" * 32
@@ -34,12 +35,13 @@ def served(
     blocking: Collection[str] = (),
     *,
     loopback: bool = True,
+    tls: ServerTls | None = None,
 ) -> Iterator[int]:
     """The port of a server that runs in a thread; it must end within a few seconds."""
     sock = bind_socket("127.0.0.1", 0)
     port: int = sock.getsockname()[1]
     with FlaskBridge(app, blocking, loopback=loopback) as bridge:
-        server = AsgiServer(bridge, sock, background)
+        server = AsgiServer(bridge, sock, background, tls)
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

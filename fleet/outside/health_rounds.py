@@ -104,17 +104,14 @@ class HealthRounds:
             del self._under_way[REACH]
 
     def run_until(self, stopped: threading.Event) -> None:
-        """Make checks in an event loop of its own, where there is no server's; begin again after a fault."""
+        """Make checks in an event loop of its own, where there is no server's; raise what ends them."""
 
         async def until_stopped() -> None:
-            while not stopped.is_set():
-                task = asyncio.create_task(self.run())
-                while not stopped.is_set() and not task.done():
-                    await asyncio.sleep(0.1)
-                task.cancel()
-                (error,) = await asyncio.gather(task, return_exceptions=True)
-                if not stopped.is_set():
-                    log.error("health checks failed, they start again", exc_info=error)
-                    await asyncio.sleep(1.0)
+            task = asyncio.create_task(self.run())
+            while not stopped.is_set() and not task.done():
+                await asyncio.sleep(0.1)
+            task.cancel()  # one that has ended by an error stays as it is
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
         asyncio.run(until_stopped())

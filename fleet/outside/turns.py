@@ -281,7 +281,10 @@ class Autoscaler:
                         self._worked[where] = self._worked.get(where, 0.0) + seconds
 
     def write_counts(self) -> None:
-        """Write down seconds worked and arrivals; a turn does it by itself every COUNTS_EVERY_S."""
+        """Write the instances' working seconds and the arrived requests to the ledger.
+
+        Every COUNTS_EVERY_S a turn of the autoscaler does it, too.
+        """
         with self._writing:
             now = self.clock()
             with self.lock:
@@ -300,13 +303,7 @@ class Autoscaler:
 
     def try_write_counts(self) -> bool:
         """Write them down if that can be done; return whether it could: figures are told either way."""
-        try:
-            self.write_counts()
-        except Exception:
-            if self.own.may_complain("ledger", self.clock()):
-                log.exception("not written down yet")
-            return False
-        return True
+        return self._try_to(self.write_counts)
 
     def destroy_all(self, why: str) -> None:
         """Order the end of every instance of the fleet, busy ones too: a person asked."""
@@ -339,11 +336,17 @@ class Autoscaler:
 
     def _flush_soon(self) -> None:
         """Write down what has happened, or leave it to the next turn, which says what is wrong."""
+        self._try_to(self._flush)
+
+    def _try_to(self, write: Callable[[], None]) -> bool:
+        """Write something down; return whether that could be done. What could not is logged once a minute."""
         try:
-            self._flush()
+            write()
         except Exception:
             if self.own.may_complain("ledger", self.clock()):
                 log.exception("not written down yet")
+            return False
+        return True
 
     def _try_ledger(self) -> None:
         """See whether the ledger can be written again; if so, no machine is late by what we could not do."""

@@ -23,8 +23,6 @@ import loadbalancer_server
 import sim
 from fleet.outside.hot_set_push import HotSetPush
 from fleet_client import FleetTransport, gateway
-from fleet_client.asgi_server import AsgiServer
-from fleet_client.listening import bind_socket
 from fleet_client.own_tls import TrustedServer, server_tls
 from tests.commands import run_command
 from tests.fake_fleet import make_certificate
@@ -32,9 +30,9 @@ from tests.loadbalancer_app import HOT, INSTANCE
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.waiting import wait_for
+from tests.web_server import served
 from web.answers import JsonAnswer, response
 from web.app import make_app
-from web.bridge import FlaskBridge
 from web.messages.busy import BusyAnswer
 from web.messages.hot_set import HotSet
 
@@ -87,16 +85,9 @@ def autoscaler(machines: Machines, heard: list[str]) -> Iterator[int]:
     def busy() -> Any:
         return response(JsonAnswer(BusyAnswer(HOT["epoch"], HOT["version"], None)))
 
-    sock = bind_socket("127.0.0.1", 0)
-    with FlaskBridge(app) as bridge:
-        server = AsgiServer(bridge, sock, tls=server_tls(machines.cert["scaler"], machines.key["scaler"]))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            yield sock.getsockname()[1]
-        finally:
-            server.stop()
-            thread.join(timeout=10.0)
+    tls = server_tls(machines.cert["scaler"], machines.key["scaler"])
+    with served(app, loopback=False, tls=tls) as port:
+        yield port
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """How busy a loadbalancer is, as it tells the autoscaler each second (POST /busy), and the answer."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
 from engine.slo import Slo
-from web.messages.decoding import BadField, decode
+from web.messages.decoding import BadField, decode, fits
 
 MAX_BUSY_BODY = 4 * 2**20
 """Bytes of a report: 10,000 instances at up to 0.2 kB."""
@@ -108,21 +108,13 @@ def read_busy(raw: bytes) -> tuple[BusyReport, str | None]:
     except BadField as e:
         odd = str(e)[:300]
         said = decode(raw, dict[str, msgspec.Raw])
-    if "traffic" in said and not _is(said["traffic"], TrafficReport):
+    if "traffic" in said and not fits(said["traffic"], TrafficReport):
         del said["traffic"]
     if "instances" in said:
         rows = decode(said["instances"], dict[str, msgspec.Raw], "instances")
-        good = {name: row for name, row in rows.items() if _is(msgspec.json.encode({name: row}), Rows)}
+        good = {name: row for name, row in rows.items() if fits(msgspec.json.encode({name: row}), Rows)}
         said["instances"] = msgspec.Raw(msgspec.json.encode(good))
     return decode(msgspec.json.encode(said), BusyReport), odd
-
-
-def _is(raw: bytes | msgspec.Raw, kind: Any) -> bool:
-    try:
-        decode(raw, kind)
-    except BadField:
-        return False
-    return True
 
 
 class BusyAnswer(Struct, frozen=True):

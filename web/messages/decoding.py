@@ -34,6 +34,15 @@ def decode(raw: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
     return found
 
 
+def fits(raw: bytes | msgspec.Raw, kind: Any) -> bool:
+    """Return whether that is a message, or a value, of that kind."""
+    try:
+        decode(raw, kind)
+    except BadField:
+        return False
+    return True
+
+
 _DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {}
 
 _WHERE = re.compile(r"(?P<what>.*) - at (?P<key>`key` in )?`\$\.?(?P<path>[^`]*)`", re.DOTALL)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from web.messages.decoding import BadField, decode
+from web.messages.decoding import BadField, decode, fits
 
 MAX_EVENTS = 2_000
 """Events of a report that is pushed; an instance that has more to say is polled."""
@@ -146,10 +146,10 @@ def read_report(raw: bytes, kind: type[Report]) -> Report:
     except BadField:
         said = decode(raw, dict[str, msgspec.Raw])
     said["ended"] = msgspec.Raw(msgspec.json.encode(_readable_ends(said.get("ended", msgspec.Raw(b"[]")))))
-    if "started_bytes" in said and not _is(said["started_bytes"], Sequence[RequestBytes]):
+    if "started_bytes" in said and not fits(said["started_bytes"], Sequence[RequestBytes]):
         del said["started_bytes"]
     for name, wanted, instead in _FORGIVEN:
-        if name in said and not _is(said[name], wanted):
+        if name in said and not fits(said[name], wanted):
             said[name] = msgspec.Raw(instead)
     return decode(msgspec.json.encode(said), kind)
 
@@ -174,14 +174,6 @@ def _readable_ends(raw: msgspec.Raw) -> list[RequestEnd]:
             with contextlib.suppress(BadField):
                 ends.append(RequestEnd(decode(one, _EndName).id, "aborted", 0))
     return ends
-
-
-def _is(raw: msgspec.Raw, kind: Any) -> bool:
-    try:
-        decode(raw, kind)
-    except BadField:
-        return False
-    return True
 
 
 def _check_sizes(started: Sequence[str], sizes: Sequence[int]) -> None:

@@ -4,7 +4,6 @@ import http.client
 import logging
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,15 +13,12 @@ import pytest
 from flask import jsonify, request
 
 from fleet_client import own_tls
-from fleet_client.asgi_server import AsgiServer
-from fleet_client.listening import bind_socket
 from fleet_client.network_trust import InTheClear, allow, clear_bind, clear_call
 from fleet_client.own_tls import ServerTls, TrustedServer, server_tls
 from process.errors import ConfigError
 from tests.fake_fleet import make_certificate
-from tests.web_server import call, wait_until
+from tests.web_server import call, served, wait_until
 from web.app import make_app
-from web.bridge import FlaskBridge
 
 Pair = tuple[str, str]
 
@@ -66,17 +62,8 @@ def serving(tls: ServerTls) -> Iterator[int]:
     def said() -> Any:
         return jsonify(scheme=request.scheme)
 
-    sock = bind_socket("127.0.0.1", 0)
-    with FlaskBridge(app) as bridge:
-        server = AsgiServer(bridge, sock, tls=tls)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            yield sock.getsockname()[1]
-        finally:
-            server.stop()
-            thread.join(timeout=10.0)
-            assert not thread.is_alive()
+    with served(app, loopback=False, tls=tls) as port:
+        yield port
 
 
 def trusted(folder: Path, *pairs: Pair) -> TrustedServer:
