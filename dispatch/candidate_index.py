@@ -68,7 +68,7 @@ class CandidateIndex:
 
     @property
     def classes(self) -> int:
-        """Classes of speed."""
+        """The number of classes of speed: instances of one class work equally fast."""
         return len(self._classes)
 
     def update(self, inst: ServingInstance, now: float) -> None:

@@ -213,7 +213,10 @@ class Saturation:
         self._work = self._seconds = 0.0
 
     def note(self, hot: int, traffic: Traffic, now: float) -> None:
-        """Add what so many hot instances have served since the last call, if requests waited meanwhile."""
+        """Learn from the work that the hot instances have served since the last call, if requests waited.
+
+        hot: how many there are. Only while requests wait does the work served show what an instance can do.
+        """
         at, hot_then, arrived, held_work = self._before
         self._before = (now, hot, traffic.work_total, traffic.held_work)
         seconds = now - at

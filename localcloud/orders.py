@@ -10,7 +10,7 @@ class CloudRefusal(Exception):
     """The service refuses a call, with its own status and words; nothing was changed."""
 
     def __init__(self, status: int, error: str, msg: str, **also: Any) -> None:
-        """also: further fields of the answer."""
+        """Refuse an order with this HTTP status. also: further fields of the JSON answer."""
         super().__init__(msg)
         self.status = status
         self.error = error

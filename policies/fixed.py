@@ -18,7 +18,7 @@ class Fixed:
         return 0.0
 
     def targets(self, seen: FleetSnapshot) -> Targets:  # noqa: ARG002 - a fixed fleet looks at nothing
-        """Return the same two numbers, always."""
+        """Return the numbers of hot and of all instances that it was made with, whatever is seen."""
         return Targets(self.hot, max(self.hot, self.total), f"fixed at {self.hot} hot, {self.total} in all")
 
     def scaled(self, speedup: float) -> "Fixed":  # noqa: ARG002 - it has no times

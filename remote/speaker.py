@@ -150,7 +150,7 @@ class Watch(threading.Thread):
 
 
 class Speaker:
-    """Sends what the watch sees to whoever wants to hear it."""
+    """Posts the model server's state to the autoscaler, and ends of requests to loadbalancers that asked."""
 
     def __init__(self, watch: Watch, ring: Events, key: str, boot_id: str) -> None:
         """key: SHA-256 of the master token. Call `begin` to start."""

@@ -143,7 +143,7 @@ class TokenCheck:
     def __init__(
         self, app: App, boot_dir: str | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """boot_dir: default fleet/boot in the home directory, or FLEET_BOOT_DIR."""
+        """boot_dir: where the keys of this boot's tokens are; default $FLEET_BOOT_DIR, else ~/fleet/boot."""
         self._app = app
         self._clock = clock
         boot_dir = boot_dir or os.environ.get("FLEET_BOOT_DIR") or os.path.expanduser("~/fleet/boot")

@@ -27,7 +27,7 @@ class DirectRoutes:
     """The direct routes of one app, by path and method."""
 
     def __init__(self, app: Flask) -> None:
-        """Belong to that app: the bridge finds it there."""
+        """Register the routes with the app, where FlaskBridge looks for them."""
         self._handlers: dict[str, dict[str, Handler]] = {}
         app.extensions[_EXTENSION] = self
 

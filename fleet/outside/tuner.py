@@ -265,7 +265,7 @@ class Tuner:
 
 
 class LevelFile:
-    """The last result, so that a restarted autoscaler goes on with it."""
+    """A file with the last tuned level of the policy, so that a restarted autoscaler goes on with it."""
 
     def __init__(self, path: Path) -> None:
         """path: it need not be there."""

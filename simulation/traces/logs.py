@@ -168,7 +168,7 @@ def _repeated(
     rng: random.Random,
     end: float,
 ) -> Iterator[Request]:
-    """Yield each request as often as factor_at its time says; moved copies wait in a heap."""
+    """Yield factor_at(time) copies of each request in the order of time, each moved by up to jitter_s."""
     salt = _salt(rng)
     waiting: list[tuple[float, int, Request]] = []
     number = count()  # keeps those of one time in their order
@@ -216,7 +216,7 @@ def spread_ticks(requests: Iterable[Request], tick_s: float, rng: random.Random)
 def _spread(
     requests: Iterable[Request], tick_s: float, rng: random.Random, *, alone: bool
 ) -> Iterator[Request]:
-    """Do as `spread_ticks` says; alone: also move a request that has its moment for itself."""
+    """Move requests as `spread_ticks` does. alone: also those whose time no other request has."""
     together: list[Request] = []
     for request in requests:
         if together and request.at_s != together[0].at_s:
