@@ -31,6 +31,7 @@ small files. Where it is:
     leases_ahead    leases fetched before they are needed       connection_pool   HTTP/1.1 for the second
     lease_keeper    leases at hand, and ends to be told         gateway           the same as a small server
     call, reply     what is passed on, and what is for us
+    instance_names  which of it would lead to an instance
     retry           one request: where next, and when to stop
 """
 

@@ -71,7 +71,6 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         """
         self.call = call
         self.status = reply.status
-        self.reason = reply.reason
         self.headers = reply.headers
         self.lease = reply.lease
         self._body = reply.body
@@ -299,10 +298,10 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                 if not stage.connected:
                     self._core.leases.tell(lease, "unused")
                 raise
-        reason = (source.reason or "").encode("latin-1", "replace")
         if source.status not in ELSEWHERE:
-            return HttpReply(source.status, reason, returned(source.raw_headers), source, lease=lease)
-        return kept_reply(source.status, reason, source.raw_headers, await read_some(source), lease)
+            headers = returned(source.raw_headers, lease.address)
+            return HttpReply(source.status, headers, source, lease=lease)
+        return kept_reply(source.status, source.raw_headers, await read_some(source), lease)
 
     def _answer(self, call: Call, reply: HttpReply) -> AsyncAnswer:
         return AsyncAnswer(call, reply, self._core.leases.tell, self._linger)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import httpx2
 
 from fleet_client.connection_pool import Header
+from fleet_client.instance_names import without_address
 from fleet_client.leases import PRIORITIES, ClientLease, Refusal
 from fleet_client.token_estimate import TokenEstimate
 
@@ -22,6 +23,9 @@ _PRIORITY = PRIORITY_HEADER.lower().encode()
 _CREDENTIALS = frozenset((b"authorization", b"proxy-authorization", b"api-key", b"x-api-key"))
 _NOT_FORWARDED = HOP_BY_HOP | _CREDENTIALS | {b"host", b"content-length", b"expect", _PRIORITY}
 
+_NOT_RETURNED = HOP_BY_HOP | {b"alt-svc", b"refresh"}
+"""Refresh is Location by another name; Alt-Svc says where else the same server is."""
+
 _METHOD, _TARGET = re.compile(r"[A-Z]{1,20}"), re.compile(r"/[!-~]*")
 _HEADER_NAME, _NO_HEADER_VALUE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"), re.compile(rb"[\r\n\0]")
 
@@ -36,9 +40,9 @@ def forwarded(headers: Iterable[Header], token: str) -> list[Header]:
     return out
 
 
-def returned(headers: Iterable[Header]) -> list[Header]:
-    """Return an answer's headers without those of the connection it came by."""
-    return _without(headers, HOP_BY_HOP)
+def returned(headers: Iterable[Header], address: str) -> list[Header]:
+    """Return the headers of that instance's answer without what is of its connection, or leads to it."""
+    return without_address(_without(headers, _NOT_RETURNED), address)
 
 
 def _without(headers: Iterable[Header], names: frozenset[bytes]) -> list[Header]:

@@ -51,7 +51,6 @@ class Connection:
         self._parser = httptools.HttpResponseParser(self)
         self._head_only = head_only
         self.status = 0
-        self.reason = b""
         self.headers: list[Header] = []
         self._chunks: list[bytes] = []
         self._headed = False
@@ -66,11 +65,7 @@ class Connection:
 
     def on_message_begin(self) -> None:
         """Begin a status line: the first, or the one after an interim answer."""
-        self.headers, self.reason, self._framed = [], b"", False
-
-    def on_status(self, reason: bytes) -> None:
-        """Add to the words after the status."""
-        self.reason += reason
+        self.headers, self._framed = [], False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Add a header, also of a trailer."""

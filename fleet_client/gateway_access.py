@@ -79,7 +79,7 @@ def preflight(headers: Sequence[Header]) -> HttpReply | None:
     ]
     if asked:
         allow.append((b"Access-Control-Allow-Headers", asked))
-    return HttpReply(204, b"", allow, body=b"")
+    return HttpReply(204, allow, body=b"")
 
 
 def readable_by(origin: Sequence[bytes], headers: Sequence[Header]) -> Sequence[Header]:

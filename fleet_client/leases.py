@@ -50,8 +50,8 @@ class ClientLease:
         return self.expires - STALE_SHARE * (self.expires - self.granted)
 
     def __str__(self) -> str:
-        """Name the instance and its address, for messages."""
-        return f"instance {self.instance_id} ({self.address})"
+        """Name the instance by its number, for messages: its address is not for the client's program."""
+        return f"instance {self.instance_id}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ class HttpReply:
     """An answer from its first byte on. body: all of it, when it was read; source: where it comes from."""
 
     status: int
-    reason: bytes
     headers: Sequence[Header]
     source: Any = None
     body: bytes | None = None
@@ -44,13 +43,13 @@ def json_reply(status: int, said: Mapping[str, Any], *, headers: Sequence[Header
     """Return an answer of ours that says this."""
     body = json.dumps(said).encode()
     own = [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(body))]
-    return HttpReply(status, b"", [*own, *headers], body=body)
+    return HttpReply(status, [*own, *headers], body=body)
 
 
-def kept_reply(
-    status: int, reason: bytes, headers: Iterable[Header], body: bytes, lease: ClientLease
-) -> HttpReply:
+def kept_reply(status: int, headers: Iterable[Header], body: bytes, lease: ClientLease) -> HttpReply:
     """Return an instance's answer that has been read to its end."""
-    kept = [(name, value) for name, value in returned(headers) if name.lower() != b"content-length"]
+    kept = [
+        (name, value) for name, value in returned(headers, lease.address) if name.lower() != b"content-length"
+    ]
     kept.append((b"Content-Length", b"%d" % len(body)))
-    return HttpReply(status, reason, kept, body=body, lease=lease)
+    return HttpReply(status, kept, body=body, lease=lease)

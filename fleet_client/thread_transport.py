@@ -269,11 +269,11 @@ class FleetTransport(httpx2.BaseTransport):
             self._connections.drop(connection)
             raise
         if connection.status not in ELSEWHERE:
-            headers = returned(connection.headers)
-            return HttpReply(connection.status, connection.reason, headers, connection, lease=lease)
+            headers = returned(connection.headers, lease.address)
+            return HttpReply(connection.status, headers, connection, lease=lease)
         body = _read_some(connection)
         self._connections.drop(connection)
-        return kept_reply(connection.status, connection.reason, connection.headers, body, lease)
+        return kept_reply(connection.status, connection.headers, body, lease)
 
 
 def _close_both(loadbalancer: _Loadbalancer, connections: ConnectionPool) -> None:

@@ -15,6 +15,7 @@ import httpx2
 from fleet_client.call import NO_TIMEOUTS, PRIORITY_HEADER, Call, Timeouts, priority_in
 from fleet_client.connection_pool import Header
 from fleet_client.errors import ConfigError
+from fleet_client.instance_names import error_without_address
 from fleet_client.lease_keeper import LeaseKeeper
 from fleet_client.leases import ClientLease
 from fleet_client.options import FleetOptions
@@ -170,7 +171,7 @@ def response_of(call: Call | HttpReply, reply: HttpReply, stream: Any = None) ->
 
     call: the request, or the reply that says what was wrong with it.
     """
-    said: dict[str, Any] = {"http_version": b"HTTP/1.1", "reason_phrase": reply.reason}
+    said: dict[str, Any] = {"http_version": b"HTTP/1.1"}
     if isinstance(call, Call):
         lease = reply.lease
         said["fleet"] = {
@@ -211,7 +212,8 @@ def not_connected(lease: ClientLease, error: BaseException) -> Setback:
         said = f"{lease}: no connection in time"
         return Setback("no_connection", httpx2.ConnectTimeout(said), elsewhere=True)
     why = "no_tls" if any(isinstance(e, ssl.SSLError) for e in causes) else "no_connection"
-    return Setback(why, httpx2.ConnectError(f"{lease}: no connection: {named(error)}"), elsewhere=True)
+    said = error_without_address(named(error), error, lease.address)
+    return Setback(why, httpx2.ConnectError(f"{lease}: no connection: {said}"), elsewhere=True)
 
 
 def not_answered(lease: ClientLease, error: BaseException, *, bad_http: bool, again: bool) -> Setback:

@@ -26,7 +26,7 @@ from fleet_client.gateway_access import from_loopback, preflight, refusal
 from fleet_client.listening import bind_socket
 from process.errors import ConfigError
 from tests.commands import run_command
-from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet
+from tests.fake_fleet import Act, FakeFleet, Out, Seen, fake_fleet, make_certificate
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.waiting import wait_for
@@ -355,6 +355,68 @@ def test_what_no_instance_answers_is_openais_own_error(fleet: FakeFleet) -> None
         with pytest.raises(openai.InternalServerError, match="every instance is busy") as e:
             chat(one)
         assert (e.value.status_code, e.value.response.headers["retry-after"]) == (503, "40")
+
+
+async def redirects_to_itself(seen: Seen, out: Out) -> None:
+    """Say what uvicorn would, and more."""
+    netloc = seen.header("host") or ""
+    headers = {"Location": f"https://{netloc}/v1/models", "Link": f"<https://{netloc}/>", "X-By": netloc}
+    await out.answer(307, b"", {**headers, "Alt-Svc": f'h3="{netloc}"', "Content-Location": f"//{netloc}/"})
+
+
+async def hangs_up(seen: Seen, out: Out) -> None:
+    """End the connection without a word."""
+    out.abort()
+
+
+async def speaks_no_http(seen: Seen, out: Out) -> None:
+    """Answer with a head that is none."""
+    await out.raw(b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n")
+
+
+async def is_full(seen: Seen, out: Out) -> None:
+    """Have no room."""
+    netloc = seen.header("host") or ""
+    await out.answer(503, {"error": {"message": "no room"}}, {"X-By": netloc})
+
+
+def test_no_answer_names_an_instance(fleet: FakeFleet) -> None:
+    """Whatever happens: every byte that a client gets is looked at."""
+    got = b""
+    closed = free_port()
+    ports = [closed, *(instance.port for instance in fleet.instances)]
+    with running(fleet, wait_s=0.2, max_tries=2) as port:
+        for act in (redirects_to_itself, hangs_up, speaks_no_http, is_full):
+            plan(fleet, act)
+            got += b"".join(ask(port, "POST", "/v1/completions/", b"{}")[1:])
+            for instance in fleet.instances:
+                instance.plan.clear()
+        for wrong in (
+            {"address": f"https://127.0.0.1:{closed}"},
+            {"certificate": make_certificate()[0]},
+            {"certificate": None},
+            {"address": f"{fleet.instances[0].address}/v1"},
+            {"token": "wrong"},
+        ):
+            fleet.loadbalancer.wrong = dict.fromkeys((1, 2), wrong)
+            got += b"".join(ask(port, "POST", "/v1/completions", b"{}")[1:])
+    assert got.count(b"307 Temporary Redirect") == 1
+    assert got.count(b"instance_failed") == 6
+    assert [one for one in ports if str(one).encode() in got] == []
+
+
+def test_a_client_that_follows_a_redirect_takes_a_lease_of_its_own(fleet: FakeFleet) -> None:
+    """It sends the prompt on to where Location says, as curl -L does."""
+    for instance in fleet.instances:
+        instance.plan.append(redirects_to_itself)
+    url = "http://127.0.0.1:%d/v1/completions/"
+    with running(fleet) as port, httpx2.Client(trust_env=False, follow_redirects=True) as one:
+        response = one.post(url % port, json={"model": "m", "prompt": "x"})
+        assert response.status_code == 200
+        assert str(response.url) == f"http://127.0.0.1:{port}/v1/models"
+    tokens = [f"Bearer {given.token}" for given in fleet.loadbalancer.given]
+    assert len(tokens) >= 2
+    assert sorted(str(seen.header("authorization")) for seen in fleet.requests) == sorted(tokens)
 
 
 def test_a_missing_key_of_the_gateway_is_not_the_users(fleet: FakeFleet) -> None:

@@ -715,7 +715,7 @@ def test_our_own_driver_tells_the_loadbalancer_nothing_that_a_model_server_said(
         status = 500 if how == "an error" else 200
         event = f'data: {{"error": {{"message": "{canary}"}}}}\n\ndata: [DONE]\n\n'.encode()
         body = b"}" + canary.encode() if how == "a broken answer" else event
-        reply = HttpReply(status, b"", (), body=body, lease=lease)
+        reply = HttpReply(status, (), body=body, lease=lease)
         return AsyncAnswer(call, reply, lambda *args: told.append(args), lambda _: None)
 
     driver = Driver(Workload(request_timeout_s=0.5), cast(Any, SimpleNamespace(exchange=exchange)))

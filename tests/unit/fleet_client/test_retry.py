@@ -89,7 +89,7 @@ class Script(LeaseKeeper):
         return [step.body for step in self.steps if isinstance(step, AcquireLease)]
 
 
-OK = HttpReply(200, b"OK", [])
+OK = HttpReply(200, [])
 REFUSED = Setback("no_connection", httpx2.ConnectError("instance 1"), elsewhere=True)
 IMPOSTOR = Setback("wrong_certificate", httpx2.ConnectError("instance 1"), elsewhere=True)
 BROKE = Setback("broke_off", httpx2.ReadError("instance 1"), elsewhere=False)
@@ -120,9 +120,7 @@ def test_a_lease_fetched_ahead_costs_no_step() -> None:
     assert script.steps == [Send(lease(5), again=False)]
 
 
-@pytest.mark.parametrize(
-    "came", [REFUSED, IMPOSTOR, *(HttpReply(n, b"", []) for n in (401, 429, 503))], ids=str
-)
+@pytest.mark.parametrize("came", [REFUSED, IMPOSTOR, *(HttpReply(n, []) for n in (401, 429, 503))], ids=str)
 def test_what_was_not_taken_goes_elsewhere_and_is_told(came: HttpReply | Setback) -> None:
     why = came.why if isinstance(came, Setback) else f"status_{came.status}"
     script = Script(lease(1), came, lease(2), OK)
@@ -134,7 +132,7 @@ def test_what_was_not_taken_goes_elsewhere_and_is_told(came: HttpReply | Setback
 
 @pytest.mark.parametrize("status", [200, 204, 400, 404, 413, 422, 500, 502])
 def test_every_other_answer_is_the_answer(status: int) -> None:
-    reply = HttpReply(status, b"", [])
+    reply = HttpReply(status, [])
     assert Script(lease(1), reply).run() is reply
 
 
@@ -145,7 +143,7 @@ def test_what_may_have_been_taken_is_not_sent_again() -> None:
     assert script.told == [(1, "failed", "broke_off")]
 
 
-@pytest.mark.parametrize("second", [HttpReply(401, b"", []), REFUSED, BROKE, STALE, IMPOSTOR], ids=str)
+@pytest.mark.parametrize("second", [HttpReply(401, []), REFUSED, BROKE, STALE, IMPOSTOR], ids=str)
 def test_after_a_broken_kept_alive_connection_a_second_failure_is_the_first_one(
     second: HttpReply | Setback,
 ) -> None:
@@ -163,14 +161,14 @@ def test_after_a_broken_kept_alive_connection_the_same_token_may_still_be_served
 
 
 def test_tries_are_bounded_and_the_last_answer_is_passed_on() -> None:
-    full = HttpReply(429, b"", [])
+    full = HttpReply(429, [])
     script = Script(*[one for n in range(3) for one in (lease(n), full)], rules={"max_tries": 3})
     assert script.run() is full
     assert script.asked[2]["avoid"] == [0, 1]
 
 
 def test_refused_tokens_are_not_passed_on_as_the_users_fault() -> None:
-    reply = Script(lease(1), HttpReply(401, b"", []), rules={"max_tries": 1}).run()
+    reply = Script(lease(1), HttpReply(401, []), rules={"max_tries": 1}).run()
     assert reply.status == 503
     assert reply.body is not None
     assert b"refused its token" in reply.body
@@ -222,7 +220,7 @@ def test_an_instance_that_is_somebody_else_is_not_forgotten() -> None:
 
 
 def test_without_a_lease_for_another_try_the_last_answer_counts() -> None:
-    full = HttpReply(503, b"", [])
+    full = HttpReply(503, [])
     script = Script(lease(1), full, Refusal(401, "no key", final=True))
     assert script.run() is full
 
@@ -249,7 +247,7 @@ def avoided(script: Script) -> list[tuple[int, ...]]:
     ]
 
 
-FULL = HttpReply(503, b"", [])
+FULL = HttpReply(503, [])
 
 
 def test_every_try_avoids_all_instances_that_were_tried_before() -> None:
