@@ -280,6 +280,7 @@ class LocalStack:
             states = self._states()
             if states.count("hot") >= self.config.hot:
                 self.say(f"hot: {states.count('hot')} of {len(states)} instances")
+                self.say(f"loadbalancer: {self.loadbalancer_url}  autoscaler: {self.autoscaler_url}")
                 return
             if time.monotonic() > limit:
                 raise ChildFailed(
