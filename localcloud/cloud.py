@@ -15,9 +15,9 @@ Invariants
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from localcloud.account import Account
 from localcloud.effects import Effect, End, Moved
@@ -28,6 +28,8 @@ from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import WAITING, Phase
 from localcloud.query import Query
 from localcloud.rental import RECHECK_S, Rental, Surroundings, Times
+
+T = TypeVar("T")
 
 
 class Cloud:
@@ -62,6 +64,10 @@ class Cloud:
         )
 
     # -- time, and what the outside world reports -----------------------------------------------------
+
+    def sample(self, rows: Sequence[T], count: int) -> list[T]:
+        """Return so many of the rows, drawn anew each time, in their order."""
+        return [rows[n] for n in sorted(self._rng.sample(range(len(rows)), count))]
 
     def take_effects(self) -> list[Effect]:
         """Return what must be done in the world since the last call, in order."""

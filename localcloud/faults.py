@@ -91,8 +91,17 @@ FAULTS: Mapping[str, FaultKind] = MappingProxyType(
             "the listing leaves rows out",
             _CALL,
             {
-                "share": Param(1.0, "of the rows, newest first", least=0.01, most=1.0),
+                "share": Param(1.0, "of the rows", least=0.01, most=1.0),
+                "which": Param("newest", "which rows, or others each time", choices=("newest", "random")),
                 "total": Param("short", "whether the totals leave them out too", choices=("short", "full")),
+            },
+        ),
+        "list-odd": FaultKind(
+            "the row of the oldest rental has a value that cannot be",
+            _CALL,
+            {
+                "column": Param("dph_total", "the name of the value"),
+                "value": Param("null", "the value, as JSON"),
             },
         ),
         "rate-limits": FaultKind("calls faster than the service's thresholds get 429, plain text", _CALL),

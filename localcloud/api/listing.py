@@ -46,12 +46,15 @@ def instances(cloud: Cloud, now: float) -> Any:
         return refuse(500, "internal_error", "the local cloud was told to fail")
     if cloud.faults.strikes("list-empty", now) is not None:
         return jsonify({})
-    found = _rows(cloud, now)
+    found = sorted(_rows(cloud, now), key=lambda row: int(row["id"]))
     total = len(found)
+    odd = cloud.faults.strikes("list-odd", now)
+    if odd is not None and found:
+        found[0][str(odd["column"])] = _value(str(odd["value"]))
     missing = cloud.faults.strikes("list-missing", now)
     if missing is not None:
-        found.sort(key=lambda row: int(row["id"]))
-        found = found[: round(len(found) * (1.0 - float(missing["share"])))]
+        kept = round(len(found) * (1.0 - float(missing["share"])))
+        found = cloud.sample(found, kept) if missing["which"] == "random" else found[:kept]
         total = total if missing["total"] == "full" else len(found)
     return jsonify(_page(found, total, request.args))
 
@@ -69,6 +72,13 @@ def show(cloud: Cloud, now: float, instance_id: int) -> Response:
     cloud.advance(now)
     found = cloud.rentals.get(instance_id)
     return jsonify(instances=None if found is None else rows.row(found, cloud.faults, now))
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _rows(cloud: Cloud, now: float) -> list[dict[str, Any]]:

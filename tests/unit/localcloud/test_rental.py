@@ -137,6 +137,7 @@ AT_THE_FACE = {
         "list-500",
         "list-empty",
         "list-missing",
+        "list-odd",
         "rate-limits",
         "api-error",
         "api-hangs",

@@ -119,3 +119,21 @@ def test_a_listing_loses_its_newest_rows(face: Face, total: str, shown: int) -> 
     assert ([r["id"] for r in said["instances"]], said["total_instances"]) == ([first], shown)
     face.ask("DELETE", "/localcloud/faults/list-missing")
     assert len(face.listing()["instances"]) == 2
+
+
+def test_a_listing_loses_other_rows_each_time(face: Face) -> None:
+    many = [face.rent(offer=m.machine_id * 100) for m in MACHINES[:4]]
+    face.fault("list-missing", share=0.5, which="random")
+    shown = [tuple(row["id"] for row in face.listing()["instances"]) for _ in range(40)]
+    assert {len(ids) for ids in shown} == {2}
+    assert {i for ids in shown for i in ids} == set(many)
+
+
+@pytest.mark.parametrize(("value", "found"), [("null", None), ("-3", -3), ("NaN or so", "NaN or so")])
+def test_the_oldest_row_has_a_value_that_cannot_be(face: Face, value: str, found: Any) -> None:
+    face.rent()
+    face.rent(offer=OFFER + 1)
+    face.fault("list-odd", column="machine_id", value=value)
+    odd, sound = face.listing()["instances"]
+    assert odd["machine_id"] == found
+    assert isinstance(sound["machine_id"], int)
