@@ -35,8 +35,8 @@ from fleet_client.own_tls import scheme, server_tls
 from policies import POLICIES, make_policy
 from process.errors import ConfigError
 from process.safe_text import safe_text
-from web.answers import JsonAnswer, error, response
-from web.app import body, make_app, query_number, requires
+from web.answers import JsonAnswer, error, error_answer, response
+from web.app import admits, body, make_app, query_number, requires
 from web.bridge import serve_flask
 from web.keys import AccessKeys
 from web.messages.busy import MAX_BUSY_BODY, BusyAnswer, read_busy
@@ -44,7 +44,7 @@ from web.messages.decoding import BadField, decode
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import ReadyBody
 from web.metrics import MetricsPage
-from web.signatures import name_and_key, signer
+from web.signatures import claimed_name, name_and_key, signer
 
 log = logging.getLogger("autoscaler")
 
@@ -59,6 +59,8 @@ SLOW_ROUTES = frozenset({"/costs", "/metrics"})
 
 HEALTHY_FOR = 60.0, 5.0
 """Seconds, and listings, without a good turn after which GET /health says so."""
+
+NOT_SIGNED = error_answer(401, "unauthorized", "wanted the signature of an instance of the fleet")
 
 
 # -- the routes ------------------------------------------------------------------------------------------
@@ -142,16 +144,26 @@ def _add_loadbalancer_routes(
 def _add_ready(
     app: Flask, scaler: Autoscaler, master_token: Callable[[str], str], nudge: Callable[[], None]
 ) -> None:
-    @app.post("/ready")
-    def ready() -> Response:
+    def signers() -> dict[str, tuple[str, str]]:
         with scaler.lock:
             labels = [i.label for i in scaler.instances]
-        signers = {label: name_and_key(master_token(label)) for label in labels}
+        found = [(label, *name_and_key(master_token(label))) for label in labels]
+        return {name: (label, key) for label, name, key in found}
+
+    def not_signed(authorization: str | None) -> JsonAnswer | None:
+        name = claimed_name(authorization)
+        return None if name is not None and name in signers() else NOT_SIGNED
+
+    @app.post("/ready")
+    @admits(not_signed)
+    def ready() -> Response:
+        known = signers()
         raw = request.get_data(cache=False)
-        name = signer(request.headers.get("Authorization"), "/ready", raw, dict(signers.values()))
+        keys = {name: key for name, (_, key) in known.items()}
+        name = signer(request.headers.get("Authorization"), "/ready", raw, keys)
         if name is None:
-            return error(401, "unauthorized", "wanted the signature of an instance of the fleet")
-        label = next(label for label, one in signers.items() if one[0] == name)
+            return response(NOT_SIGNED)
+        label = known[name][0]
         said = decode(raw, ReadyBody)
         why = safe_text(f"{said.state}: {said.why}" if said.why else said.state)
         if not scaler.record_message(label, said.boot_id, said.number, why):

@@ -216,8 +216,13 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
         now = service.balancer.instances.hot_set
         return JsonAnswer(HotSetTaken(news, now.epoch if now else None, now.version if now else None))
 
-    # Its body is signed: it is looked who says it before anything else.
-    direct.add("POST", "/report", lambda raw, authorization, _: service.report(raw, authorization))
+    # Its body is signed, so it must be read to be sure; only that of an instance that is known is.
+    direct.add(
+        "POST",
+        "/report",
+        lambda raw, authorization, _: service.report(raw, authorization),
+        service.report_refusal,
+    )
 
     @app.get("/status")
     @operator

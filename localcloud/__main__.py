@@ -33,6 +33,7 @@ from localcloud.engines import ENGINES
 from localcloud.offers_file import read_machines
 from localcloud.world import World
 from process.errors import ConfigError
+from web.app import MAX_BODY
 
 log = logging.getLogger("localcloud")
 
@@ -139,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sockets=[sock],
         threads=THREADS,
         connection_limit=1000,
+        max_request_header_size=MAX_BODY,
+        max_request_body_size=MAX_BODY,  # it reads bodies before the key is looked at
         channel_request_lookahead=1,  # a call that hangs learns that its caller has hung up
         ident=None,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from flask import Flask
 
-from fleet_client.asgi_server import AsgiServer, Background
+from fleet_client.asgi_server import AsgiApp, AsgiServer, Background
 from fleet_client.listening import bind_socket
 from fleet_client.own_tls import ServerTls
 from web.bridge import FlaskBridge
@@ -38,18 +38,29 @@ def served(
     tls: ServerTls | None = None,
 ) -> Iterator[int]:
     """The port of a server that runs in a thread; it must end within a few seconds."""
+    with (
+        FlaskBridge(app, blocking, loopback=loopback) as bridge,
+        served_asgi(bridge, background, tls) as port,
+    ):
+        yield port
+
+
+@contextmanager
+def served_asgi(
+    app: AsgiApp, background: Sequence[Background] = (), tls: ServerTls | None = None
+) -> Iterator[int]:
+    """The same of any application."""
     sock = bind_socket("127.0.0.1", 0)
     port: int = sock.getsockname()[1]
-    with FlaskBridge(app, blocking, loopback=loopback) as bridge:
-        server = AsgiServer(bridge, sock, background, tls)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            yield port
-        finally:
-            server.stop()
-            thread.join(timeout=10.0)
-            assert not thread.is_alive()
+    server = AsgiServer(app, sock, background, tls)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield port
+    finally:
+        server.stop()
+        thread.join(timeout=10.0)
+        assert not thread.is_alive()
 
 
 def call(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, Any]:

@@ -7,10 +7,11 @@ from typing import ParamSpec, TypeVar
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import MapAdapter
 
 from fleet_client.bearer import bearer_is
 from fleet_client.browser_pages import page_refusal
-from web.answers import OUR_FAULT, UNAUTHORIZED, bad_request, error, response
+from web.answers import OUR_FAULT, UNAUTHORIZED, JsonAnswer, bad_request, error, error_answer, response
 from web.messages.decoding import BadField, decode
 
 log = logging.getLogger("http")
@@ -18,6 +19,9 @@ log = logging.getLogger("http")
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+HeadCheck = Callable[[str | None], JsonAnswer | None]
+"""Of the Authorization header, before the body is read: the refusal, None for one that may go on."""
 
 MAX_BODY = 65536
 """Bytes a request body may have: none of our routes takes a prompt, and everything else is small."""
@@ -49,12 +53,7 @@ def make_app(name: str, *, large_bodies: Mapping[str, int] | None = None) -> Fla
 
     @app.errorhandler(HTTPException)
     def http_error(e: HTTPException) -> Response:
-        status = e.code or 500
-        answer = error(status, (e.name or "error").lower().replace(" ", "_"), e.description or e.name)
-        for header, value in e.get_headers():
-            if header.lower() == "allow":
-                answer.headers[header] = value
-        return answer
+        return response(_answer_of(e))
 
     @app.errorhandler(Exception)
     def crashed(e: Exception) -> Response:
@@ -62,6 +61,27 @@ def make_app(name: str, *, large_bodies: Mapping[str, int] | None = None) -> Fla
         return response(OUR_FAULT)
 
     return app
+
+
+def _answer_of(e: HTTPException) -> JsonAnswer:
+    code = (e.name or "error").lower().replace(" ", "_")
+    allow = [(name, value) for name, value in e.get_headers() if name.lower() == "allow"]
+    return error_answer(e.code or 500, code, e.description or e.name, *allow)
+
+
+def refused_by_head(
+    app: Flask, views: MapAdapter, method: str, path: str, authorization: str | None
+) -> JsonAnswer | None:
+    """Return what Flask says to a request whose body was not read: no such view, or its key is missing.
+
+    None: the body is to be read. views: the app's url_map, bound.
+    """
+    try:
+        endpoint, _ = views.match(path, method)
+    except HTTPException as e:
+        return _answer_of(e)
+    check: HeadCheck | None = getattr(app.view_functions[endpoint], _HEAD_CHECK, None)
+    return None if check is None else check(authorization)
 
 
 def max_body(app: Flask, path: str) -> int:
@@ -87,20 +107,40 @@ def query_number(name: str, default: float, least: float, most: float) -> float:
     return value
 
 
-def requires(keys: Callable[[], Collection[str]]) -> Callable[[Callable[P, R]], Callable[P, R | Response]]:
-    """Let a view be reached only with `Authorization: Bearer <one of the keys>`; with no keys it is open.
+def admits(check: HeadCheck) -> Callable[[Callable[P, R]], Callable[P, R | Response]]:
+    """Let a view be reached only by requests that the check lets through, which is before their body is read.
 
-    Compared in constant time; 401 otherwise.
+    Under a server that reads bodies first (the local cloud's) the check is made before the view.
     """
 
     def decorate(view: Callable[P, R]) -> Callable[P, R | Response]:
         @functools.wraps(view)
         def guarded(*args: P.args, **more: P.kwargs) -> R | Response:
-            known = keys()
-            if known and not bearer_is(request.headers.get("Authorization"), known):
-                return response(UNAUTHORIZED)
-            return view(*args, **more)
+            refusal = check(request.headers.get("Authorization"))
+            return view(*args, **more) if refusal is None else response(refusal)
 
+        setattr(guarded, _HEAD_CHECK, check)
         return guarded
 
     return decorate
+
+
+_HEAD_CHECK = "head_check"
+
+
+def key_check(keys: Callable[[], Collection[str]]) -> HeadCheck:
+    """Return the check for `Authorization: Bearer <one of the keys>`; with no keys all may go on.
+
+    Compared in constant time; 401 otherwise.
+    """
+
+    def check(authorization: str | None) -> JsonAnswer | None:
+        known = keys()
+        return UNAUTHORIZED if known and not bearer_is(authorization, known) else None
+
+    return check
+
+
+def requires(keys: Callable[[], Collection[str]]) -> Callable[[Callable[P, R]], Callable[P, R | Response]]:
+    """Let a view be reached only with one of the keys; see `key_check`."""
+    return admits(key_check(keys))

@@ -6,7 +6,8 @@ thread per client took twice to nine times that (measured 2026-11). So all views
 loop's, unless their path is named blocking, and state that only views and background coroutines touch needs
 no lock.
 
-    request ─┬─► Flask view ─────► answer
+    request ─► its head ─► refusal                  who may ask is known before the body is read
+             ├─► Flask view ─────► answer
              └─► direct view ─┬──► answer           without Flask's part of the time
                               └──► Held ─► its answer    from whatever frees capacity,
                                       ├──► late()        when its time is over,
@@ -32,8 +33,8 @@ from fleet_client.browser_pages import page_refusal
 from fleet_client.loopback import is_loopback_host, names_loopback
 from fleet_client.own_tls import ServerTls
 from web.answers import CLOSING, OUR_FAULT, JsonAnswer, bad_request, error_answer
-from web.app import max_body
-from web.direct import DirectRoutes, Handler, Held
+from web.app import max_body, refused_by_head
+from web.direct import DirectRoute, DirectRoutes, Held
 from web.messages.decoding import BadField
 
 log = logging.getLogger("http")
@@ -61,6 +62,7 @@ class FlaskBridge:
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="view")
         self._loopback = loopback
         self._direct = DirectRoutes.of(app).by_path
+        self._views = app.url_map.bind("localhost")
         self._held: set[Held] = set()
         self._closing = False
 
@@ -75,16 +77,22 @@ class FlaskBridge:
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Answer one request."""
         path = scope["path"]
-        refusal = self._refusal(scope)
+        authorization, size = _said_of_itself(scope["headers"])
+        direct = self._direct.get(path)
+        route = None if direct is None else direct.get(scope["method"])
         most = max_body(self._app, path)
+        refusal = self._page_refusal(scope)
+        if refusal is None:
+            refusal = self._refusal(scope, direct, route, authorization)
+        if refusal is None and size > most:
+            refusal = _too_large(most)
         raw = b"" if refusal is not None else await _read(receive, most)
         if raw is None:
             return
-        direct = self._direct.get(path)
         if refusal is not None:
             answer = _plain(refusal)
-        elif direct is not None:
-            found = await self._answer_directly(direct, scope, raw, most, receive)
+        elif route is not None:
+            found = await self._answer_directly(route, scope, raw, authorization, most, receive)
             if found is None:
                 return
             answer = _plain(found)
@@ -97,7 +105,22 @@ class FlaskBridge:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": payload})
 
-    def _refusal(self, scope: Mapping[str, Any]) -> JsonAnswer | None:
+    def _refusal(
+        self,
+        scope: Mapping[str, Any],
+        direct: Mapping[str, DirectRoute] | None,
+        route: DirectRoute | None,
+        authorization: str,
+    ) -> JsonAnswer | None:
+        """Return what is said, before its body is read, to a request that no view would serve."""
+        if route is not None:
+            return route.check(authorization)
+        if direct is not None:
+            allow = ("Allow", ", ".join(sorted(direct)))
+            return error_answer(405, "method_not_allowed", "the method is not allowed here", allow)
+        return refused_by_head(self._app, self._views, scope["method"], scope["path"], authorization)
+
+    def _page_refusal(self, scope: Mapping[str, Any]) -> JsonAnswer | None:
         """Return what is said, before its body is read, to a request that a foreign page may have caused."""
         headers = scope["headers"]
         if self._loopback:
@@ -111,21 +134,18 @@ class FlaskBridge:
 
     async def _answer_directly(
         self,
-        handlers: Mapping[str, Handler],
+        route: DirectRoute,
         scope: Mapping[str, Any],
         raw: bytes,
+        authorization: str,
         most: int,
         receive: Any,
     ) -> JsonAnswer | None:
         """Return the answer of a direct route; None when its client went away while it waited."""
-        handler = handlers.get(scope["method"])
-        if handler is None:
-            allow = ("Allow", ", ".join(sorted(handlers)))
-            return error_answer(405, "method_not_allowed", "the method is not allowed here", allow)
         if len(raw) > most:
-            return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
+            return _too_large(most)
         try:
-            found = handler(raw, _authorization(scope), (scope.get("client") or ("",))[0])
+            found = route.handle(raw, authorization, (scope.get("client") or ("",))[0])
             if isinstance(found, JsonAnswer):
                 return found
             return await (self._wait(found, receive) if isinstance(found, Held) else found)
@@ -226,11 +246,20 @@ async def _read(receive: Any, most: int) -> bytes | None:
     return None if message["type"] == "http.disconnect" else raw
 
 
-def _authorization(scope: Mapping[str, Any]) -> str:
-    # Given twice they are joined, so two Authorization headers match no key.
-    return b",".join([value for name, value in scope["headers"] if name == b"authorization"]).decode(
-        "latin-1"
-    )
+def _said_of_itself(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, int]:
+    """Return the Authorization header and the length of the body, 0 where it is not said."""
+    authorization, size = b"", 0
+    for name, value in headers:
+        if name == b"authorization":
+            # Given twice they are joined, so two Authorization headers match no key.
+            authorization = authorization + b"," + value if authorization else value
+        elif name == b"content-length":
+            size = int(value)  # digits: httptools has looked
+    return authorization.decode("latin-1"), size
+
+
+def _too_large(most: int) -> JsonAnswer:
+    return error_answer(413, "request_entity_too_large", f"a body may have {most} bytes here")
 
 
 def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:

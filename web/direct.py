@@ -7,12 +7,13 @@ registered here only, not with Flask: FlaskBridge serves both.
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from flask import Flask
 
-from fleet_client.bearer import bearer_is
-from web.answers import UNAUTHORIZED, JsonAnswer
+from web.answers import JsonAnswer
+from web.app import HeadCheck, key_check
 from web.messages.decoding import decode
 
 T = TypeVar("T")
@@ -23,12 +24,20 @@ Handler = Callable[[bytes, str | None, str], "JsonAnswer | Held | Awaitable[Json
 _EXTENSION = "direct_routes"
 
 
+@dataclass(frozen=True, slots=True)
+class DirectRoute:
+    """One route. check: who may ask, by the head alone; handle: what is answered, once the body is here."""
+
+    check: HeadCheck
+    handle: Handler
+
+
 class DirectRoutes:
     """The direct routes of one app, by path and method."""
 
     def __init__(self, app: Flask) -> None:
         """Register the routes with the app, where FlaskBridge looks for them."""
-        self._handlers: dict[str, dict[str, Handler]] = {}
+        self._routes: dict[str, dict[str, DirectRoute]] = {}
         app.extensions[_EXTENSION] = self
 
     @staticmethod
@@ -38,13 +47,13 @@ class DirectRoutes:
         return found
 
     @property
-    def by_path(self) -> Mapping[str, Mapping[str, Handler]]:
-        """Path -> method -> handler."""
-        return self._handlers
+    def by_path(self) -> Mapping[str, Mapping[str, DirectRoute]]:
+        """Path -> method -> route."""
+        return self._routes
 
-    def add(self, method: str, path: str, handler: Handler) -> None:
-        """Answer that route with the handler, which checks by itself who asks."""
-        self._handlers.setdefault(path, {})[method] = handler
+    def add(self, method: str, path: str, handler: Handler, check: HeadCheck = lambda _: None) -> None:
+        """Answer that route with the handler. check: who may ask, before the body is read; all by default."""
+        self._routes.setdefault(path, {})[method] = DirectRoute(check, handler)
 
     def post(
         self, path: str, kind: type[T], keys: Callable[[], Collection[str]]
@@ -53,12 +62,9 @@ class DirectRoutes:
 
         def register(view: Callable[[T, str], JsonAnswer | Held]) -> None:
             def handle(raw: bytes, authorization: str | None, peer: str) -> JsonAnswer | Held:
-                known = keys()
-                if known and not bearer_is(authorization, known):
-                    return UNAUTHORIZED
-                return view(decode(raw, kind), client_name(authorization, peer) if known else peer)
+                return view(decode(raw, kind), client_name(authorization, peer) if keys() else peer)
 
-            self.add("POST", path, handle)
+            self.add("POST", path, handle, key_check(keys))
 
         return register
 
@@ -68,13 +74,7 @@ class DirectRoutes:
         """Make a coroutine function of the body a PUT route: for long work that lets others go between."""
 
         def register(view: Callable[[bytes], Awaitable[JsonAnswer]]) -> None:
-            def handle(
-                raw: bytes, authorization: str | None, _peer: str
-            ) -> JsonAnswer | Awaitable[JsonAnswer]:
-                known = keys()
-                return view(raw) if not known or bearer_is(authorization, known) else UNAUTHORIZED
-
-            self.add("PUT", path, handle)
+            self.add("PUT", path, lambda raw, *_: view(raw), key_check(keys))
 
         return register
 

@@ -28,6 +28,12 @@ def name_and_key(master_token: str) -> tuple[str, str]:
     return hashlib.sha256(key.encode()).hexdigest()[:16], key
 
 
+def claimed_name(authorization: str | None) -> str | None:
+    """The name that such a header claims, which only the body can confirm; None for another header."""
+    found = _HEADER.fullmatch(authorization or "")
+    return found[1] if found else None
+
+
 def signer(authorization: str | None, path: str, raw: bytes, keys: Mapping[str, str]) -> str | None:
     """The name of who signed this body for this path, of those whose keys are given; None for nobody."""
     found = _HEADER.fullmatch(authorization or "")

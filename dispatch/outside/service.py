@@ -20,7 +20,7 @@ from web.answers import JsonAnswer, error_answer
 from web.direct import Held
 from web.messages.hot_set import HotSet
 from web.messages.reports import PushedReport, ReportTaken, read_report
-from web.signatures import name_and_key, signer
+from web.signatures import claimed_name, name_and_key, signer
 
 log = logging.getLogger("loadbalancer")
 
@@ -41,6 +41,8 @@ REFUSALS = {
     "too, or it is as many as may be: use them, or give them back with POST /done",
 }
 """What a refused client is told, by RouteRefused.why."""
+
+NOT_SIGNED = error_answer(401, "unauthorized", "wanted the signature of an instance that is hot")
 
 SILENT_S = 10.0
 """Seconds without an answer of the autoscaler, which is asked each second, after which a client is told."""
@@ -223,11 +225,15 @@ class LoadBalancerService:
         """Note that the autoscaler says that the hot set is the present one."""
         self.heard_at = self.clock()
 
+    def report_refusal(self, authorization: str | None) -> JsonAnswer | None:
+        """Return what is said, before its body is read, to a report that no hot instance can have signed."""
+        return None if claimed_name(authorization) in self._signing_keys else NOT_SIGNED
+
     def report(self, raw: bytes, authorization: str | None) -> JsonAnswer:
         """Take in the body of a report that an instance pushes, if its signature is right."""
         name = signer(authorization, "/report", raw, self._signing_keys)
         if name is None:
-            return error_answer(401, "unauthorized", "wanted the signature of an instance that is hot")
+            return NOT_SIGNED
         report = read_report(raw, PushedReport)
         instance_id = self._signers[name]
         next_in_s = self.balancer.pushed(instance_id, report, self.clock())

@@ -377,6 +377,15 @@ def test_calls_that_hang_do_not_stop_the_others(cloud: LocalCloud) -> None:
     wait_for("it answers", cloud.status)
 
 
+def test_a_body_that_is_too_large_is_refused_by_its_head(cloud: LocalCloud) -> None:
+    """It would be kept before the key is looked at, and up to a gigabyte was."""
+    head = f"PUT /api/v0/asks/1/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2**25}\r\n\r\n"
+    port = int(cloud.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+        sock.sendall(head.encode())
+        assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize("script", ["deployed", "leaves others"])
 def test_nothing_outlives_a_killed_cloud(cloud: LocalCloud, tmp_path: Path, script: str) -> None:
     if script == "deployed":
