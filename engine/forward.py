@@ -52,7 +52,7 @@ conv, bench/dispatch), and a choice takes half as long again."""
 
 
 def constants(t: Timing) -> Floats:
-    """Return the row of a server with these constants, in the columns above."""
+    """Return the step-time constants and limits of a server as one row of floats, in the columns COL_…."""
     return np.array(
         [
             t.a / 1e3,
@@ -85,7 +85,7 @@ def _step_s(s: Floats, batch: int, context: float, prompt: float, squares: float
 
 
 class Scratch(NamedTuple):
-    """Memory that is used again by run after run: what a run notes, and the tables that `price` runs."""
+    """Arrays that are allocated once and used by call after call of `run` and `price`."""
 
     order: NDArray[np.int64]
     since: Floats
@@ -99,7 +99,7 @@ class Scratch(NamedTuple):
 
 @njit
 def scratch_for(total: int) -> Scratch:
-    """Return the memory for runs of up to so many rows."""
+    """Allocate the working memory for runs of up to `total` requests."""
     return Scratch(
         np.empty(total, np.int64),
         np.empty(total),
@@ -114,7 +114,10 @@ def scratch_for(total: int) -> Scratch:
 
 @njit
 def behind(gap_s: float) -> int:
-    """Return how many requests are expected within BEHIND_S when one comes every gap_s."""
+    """Return how many requests are expected in BEHIND_S seconds, at most MOST_BEHIND.
+
+    One comes every gap_s seconds.
+    """
     return int(min(BEHIND_S / gap_s, MOST_BEHIND))
 
 
@@ -129,12 +132,13 @@ def run(
     end: Floats,
     scratch: Scratch,
 ) -> float:
-    """Run a server from start_s until all requests have ended; return the time it has come to.
+    """Simulate a model server from start_s until all its requests have ended; return the time of the end.
 
-    rows are changed. come: when each comes (0: it is there); those that come later stand last, in their
-    order. first, end: filled with their times. With an until_s that is not inf it stops at the first step
-    that ends then or later, no request ends, because it is not known which have, and all must be there from
-    start_s on.
+    rows: one request a row, in the order in which they came; changed. come: when each comes (0: it is already
+    there); those that come later stand last, in that order. s: the server's constants. first, end: filled
+    with the times of each request's first token and end. If until_s is finite, the run stops at the first
+    step that ends then or later, no request ends, because which ones end is not known, and all must be there
+    from start_s on.
     """
     total = len(rows)
     endless = until_s < np.inf
@@ -285,7 +289,10 @@ def run(
 
 @njit
 def _steps_until(dt: float, one_s: float, grows_s: float) -> float:
-    """Return how many steps, at least one, end at dt or just after it."""
+    """Return how many steps, at least one, pass until a step ends dt seconds from now or just after.
+
+    The first step takes one_s seconds, and each step grows_s seconds more than the one before.
+    """
     if grows_s <= 0.0:
         return max(1.0, np.ceil(dt / one_s))  # type: ignore[no-any-return]
     half = one_s - grows_s / 2.0
@@ -295,7 +302,7 @@ def _steps_until(dt: float, one_s: float, grows_s: float) -> float:
 
 @njit
 def _settle(rows: Floats, i: int, steps: float) -> None:
-    """Add the tokens that request i makes in these steps, one in each."""
+    """Add to row i of the request table the tokens that the request made in `steps` steps, one in each."""
     rows[i, HELD] += steps
     rows[i, MADE] += steps
     rows[i, LEFT] -= steps
@@ -334,9 +341,10 @@ def price_below(
     most_s: float,
     scratch: Scratch,
 ) -> tuple[float, float, float]:
-    """Return the price (see `price`); inf where the request's own part of it is most_s or more.
+    """Return the same as `price`, but an infinite price if the request alone would cost most_s or more.
 
-    That is found at half the cost. scratch: for the rows, the request and those behind it.
+    The request's own part is its end plus weight times its first token; to see that it is too much costs half
+    a full price. scratch: working memory for the rows, the request and those expected behind it.
     """
     count, later = len(rows), behind(gap_s)
     table, come, first, end = scratch.table, scratch.come, scratch.first, scratch.end
@@ -373,10 +381,12 @@ def price(
     usual: Floats,
     weight: float,
 ) -> tuple[float, float, float]:
-    """Return (price, own first token, own end) of giving a server a request, seconds.
+    """Return (price, own first token, own end), in seconds, of giving one more request to a server.
 
-    rows: its table, as it will be at start_s. ask: the row of the request. usual: the row of one that comes
-    each gap_s, and BEHIND_S long; gap_s inf: none. weight: of a first token.
+    The price is by how much the ends and the weighted first tokens of all requests grow, the new one's
+    included. rows: the server's table of requests, as it will be at start_s. s: the server's constants. ask:
+    the row of the new request. usual: the row of a typical request, one of which is expected each gap_s
+    seconds for BEHIND_S seconds; gap_s inf: none. weight: of the first token against the end.
     """
     scratch = scratch_for(len(rows) + 1 + behind(gap_s))
     return price_below(rows, s, start_s, ask, gap_s, usual, weight, np.inf, scratch)

@@ -81,7 +81,7 @@ Table = Any
 
 
 class ModelServers:
-    """The model servers and requests of a fleet, by number of row; free numbers are given out again."""
+    """The simulated model servers of a fleet and their requests, by row number; free rows are used again."""
 
     def __init__(self) -> None:
         self._servers: Table = np.zeros(ROWS, SERVER)
@@ -97,7 +97,7 @@ class ModelServers:
         )
 
     def add(self, timing: Timing) -> int:
-        """Add an idle server; return its row."""
+        """Add an idle model server with these step-time constants; return its row number."""
         if not self._free_servers:
             old = len(self._servers)
             self._servers = np.concatenate([self._servers, np.zeros(old, SERVER)])
@@ -112,12 +112,12 @@ class ModelServers:
         return server
 
     def remove(self, server: int) -> None:
-        """Remove a server; the caller releases each request that was there."""
+        """Remove a model server; the caller must then release each request that it had."""
         self._servers[server]["due"] = np.inf
         self._free_servers.append(server)
 
     def submit(self, server: int, prompt_tokens: int, output_tokens: int, now: float) -> tuple[int, int]:
-        """Put a request at the end of the queue; return its number, and the first that has ended by now.
+        """Queue a request on a server; return its row, and the first request that ended there by now or 0.
 
         Raises ValueError for counts below 1, and a request that is larger than the KV memory.
         """
@@ -140,7 +140,7 @@ class ModelServers:
         return request, ended
 
     def cancel(self, request: int, server: int, now: float) -> None:
-        """Remove a request and free its row; requests that have ended there by now are not returned."""
+        """Remove a request and free its row; requests that ended on that server by now are not returned."""
         _cancel(self._servers, self._requests, server, request, now)
         self._next_due = -np.inf
         self._free.append(request)
@@ -150,11 +150,11 @@ class ModelServers:
         self._free.append(request)
 
     def after(self, ended: int) -> tuple[float, float, int]:
-        """Return first token and end of a request that has ended, and which ended next in the same call."""
+        """Return an ended request's times of first token and end, and the next one that ended, or 0."""
         return self._first_at.item(ended), self._ended_at.item(ended), self._next.item(ended)
 
     def play(self, until_s: float, every_change: bool) -> tuple[int, float, int]:
-        """Let all servers go on until a request has ended; return (server, time, the first that has ended).
+        """Let all servers run until a request ends; return (server, time, row of the first that ended).
 
         every_change: return also when a request got its first token or was admitted; the third is 0 where
         none has ended. When nothing happens before until_s return (0, until_s, 0).
@@ -165,21 +165,21 @@ class ModelServers:
         return server, at, ended
 
     def look(self, server: int, now: float) -> tuple[int, int, int, int, int]:
-        """Return (the first that has ended by now, running, waiting, prompt tokens read, tokens made)."""
+        """Return of a server (first ended request, running, waiting, prompt tokens read, tokens made)."""
         return _look(self._servers, self._requests, server, now)
 
     def freeze(self, server: int, frozen: bool) -> None:
-        """Keep a server's events back, or give them with their own times when it thaws."""
+        """Hold back a server's events while it is frozen; later they come with the times they had."""
         self._servers[server]["frozen"] = frozen
         _schedule(self._servers, server)
         self._next_due = -np.inf
 
     def kv_tokens_used(self, server: int) -> int:
-        """Return the KV tokens in use on that server at its last event or look."""
+        """Return how many tokens of KV memory a server used at its last event or `look`."""
         return int(self._servers[server]["used"])
 
     def made_tokens(self, server: int) -> int:
-        """Return the tokens made on that server up to its last event or look."""
+        """Return how many tokens a server has made up to its last event or `look`."""
         return int(self._servers[server]["made_total"])
 
 
@@ -190,7 +190,7 @@ class ModelServers:
 def _play(
     servers: Table, requests: Table, until_s: float, every_change: bool
 ) -> tuple[int, float, int, float]:
-    """Do as `ModelServers.play` says; return also a time before which nothing changes."""
+    """Do the compiled part of `ModelServers.play`; return also a time before which nothing changes."""
     while True:
         first, at = 0, np.inf
         for i in range(1, len(servers)):
@@ -212,7 +212,7 @@ def _play(
 def _submit(
     servers: Table, requests: Table, server: int, request: int, prompt: int, wanted: int, now: float
 ) -> tuple[int, float]:
-    """Return (first request that has ended, -1: the new one does not fit; when the server changes)."""
+    """Queue a request; return (first that ended, -1 if the new one does not fit; time of the next change)."""
     s, r = servers[server], requests[request]
     if prompt < 1 or wanted < 1 or prompt + wanted > s.kv_tokens:
         return -1, s.due
@@ -259,7 +259,7 @@ def _look(servers: Table, requests: Table, server: int, now: float) -> tuple[int
 
 @njit
 def _schedule(servers: Table, server: int) -> None:
-    """Enter the time of a server's next change into the schedule."""
+    """Set the time at which the state of a server changes next, infinite for an idle or frozen server."""
     s = servers[server]
     due = _end(s, s.steps) if s.steps and not s.frozen else np.inf
     if due != s.due:
@@ -273,7 +273,7 @@ def _schedule(servers: Table, server: int) -> None:
 
 @njit
 def _end(s: Table, steps: int) -> float:
-    """Return when that step of the stretch ends: from its begin, so that looking changes no digit."""
+    """Return when a server's step ends, counted from its last change so that no rounding adds up."""
     return s.begun + steps * s.first_s + s.longer_s * (steps * (steps - 1) // 2)  # type: ignore[no-any-return]
 
 
@@ -298,7 +298,7 @@ def _catch_up(s: Table, requests: Table, now: float) -> None:
 
 @njit
 def _replan(s: Table, requests: Table, now: float) -> None:
-    """Plan anew: a request came or went. The step under way was planned without it and stays the last."""
+    """Plan a server's steps anew after a request came or went; the step under way stays as it was planned."""
     if s.running and s.steps:
         s.steps = s.done + 1
     else:
@@ -348,7 +348,7 @@ def _complete(s: Table, requests: Table, steps: int, at: float) -> None:
 
 @njit
 def _first_end(s: Table, requests: Table) -> int:
-    """Return the count of steps at which the first of the requests that make tokens ends."""
+    """Return the count of steps at which the first of the requests that make tokens on this server ends."""
     ends = NEVER
     i = s.first
     while i != s.reads:
@@ -372,7 +372,7 @@ def _finish(s: Table, requests: Table, request: int, at: float) -> None:
 
 @njit
 def _leaves(s: Table, requests: Table, request: int) -> None:
-    """Remove a request from those that run and free its memory; the caller updates next_end."""
+    """Take a request off its server's running ones and free its KV memory; the caller updates next_end."""
     r = requests[request]
     if not r.unread and r.made < r.wanted:  # it makes tokens: its last one is not read
         more = s.count - r.since
@@ -396,7 +396,7 @@ def _leaves(s: Table, requests: Table, request: int) -> None:
 
 @njit
 def _unqueue(s: Table, requests: Table, request: int) -> None:
-    """Remove a request from the queue."""
+    """Remove a request from the queue of its server."""
     r = requests[request]
     if r.previous:
         requests[r.previous].next = r.next
@@ -411,7 +411,7 @@ def _unqueue(s: Table, requests: Table, request: int) -> None:
 
 @njit
 def _plan(s: Table, requests: Table, at: float) -> None:
-    """Begin a stretch: preempt, go on reading, admit, and say how long it is."""
+    """Plan a server's next steps, up to a change: preempt, read on, admit, and compute their length."""
     preempted = False
     while s.used + s.batch > s.kv_tokens:
         _preempt(s, requests)
@@ -476,7 +476,7 @@ def _admit(s: Table, requests: Table, request: int, need: int) -> None:
 
 @njit
 def _measure(s: Table, at: float, tokens: int, squares: int) -> None:
-    """Set how many steps this stretch has and how long they take; the next step reads so many tokens."""
+    """Set how many steps a server makes up to its next change and how long; the first reads `tokens`."""
     s.begun, s.done, s.longer_s = at, 0, 0.0
     if not s.batch and not tokens:
         s.steps = 0

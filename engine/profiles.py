@@ -19,13 +19,13 @@ from process.errors import ConfigError
 
 @dataclass(frozen=True)
 class Profile:
-    """What one model needs and what it is expected to give.
+    """What one model needs of a machine, and how fast an instance with it is expected to be.
 
-    prefill_weight: work per prompt token (one output token is 1).
-    throughput_work_s: work per second of one instance with all it can hold; _by_gpu refines it.
-    hold_s: seconds of work an instance may be given before a new request would wait too long.
-    load_time_s: seconds from order to hot on a new machine.
-    start_time_s: seconds from start to hot on a stopped machine that holds the model.
+    Work is counted in output tokens' worth. prefill_weight: work per prompt token (one output token is 1).
+    throughput_work_s: work per second of one instance with all the requests it can hold; throughput_by_gpu
+    has better figures for some GPUs. hold_s: seconds of work an instance may be given before a new request
+    would wait too long. load_time_s: seconds from order to hot on a new machine. start_time_s: seconds from
+    start to hot on a stopped machine that holds the model.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Profile:
     throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def throughput_on(self, gpu_name: str, num_gpus: int = 1) -> float:
-        """Return the expected work per second on that GPU.
+        """Return the expected throughput of an instance with these GPUs, in work per second.
 
         For a GPU that has no number of its own this is the profile's throughput_work_s.
         """
@@ -133,7 +133,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
 
 
 def get_profile(name: str) -> Profile:
-    """Return the profile of that name; raise ConfigError that lists all names."""
+    """Return the model profile of that name; for another name raise a ConfigError with the known ones."""
     try:
         return PROFILES[name]
     except KeyError:

@@ -46,7 +46,7 @@ from engine.step_time_constants import Timing
 
 
 class EventKind(Enum):
-    """The kinds of events of a request."""
+    """What can happen to a request in a model server."""
 
     ADMITTED = "admitted"
     TOKENS = "tokens"
@@ -55,7 +55,11 @@ class EventKind(Enum):
 
 
 class ServerEvent(NamedTuple):
-    """One event of a request. tokens: new ones, the last of them made at `at`; FINISHED has some too."""
+    """One event of a request in a model server, in seconds on the caller's clock.
+
+    tokens: how many it made since its event before, the last one at `at`; an event FINISHED may have tokens
+    too.
+    """
 
     at: float
     id: str
@@ -64,14 +68,20 @@ class ServerEvent(NamedTuple):
 
 
 class _Stretch:
-    """Steps of equally growing length: step k, from 1, ends at end(k). No steps: the server is idle."""
+    """A series of steps in which no request comes or ends, each longer than the one before by the same time.
+
+    Step k, counted from 1, ends at end(k). A stretch without steps stands for an idle server.
+    """
 
     __slots__ = ("_begun", "_first_s", "_longer_s", "done", "steps")
 
     def __init__(
         self, begun: float = 0.0, steps: int = 0, first_s: float = 0.0, longer_s: float = 0.0
     ) -> None:
-        """longer_s: how much longer each step takes than the one before."""
+        """Make a stretch of `steps` steps that begins at `begun`, seconds; the first takes first_s.
+
+        longer_s: by how many seconds each step is longer than the one before.
+        """
         self.steps = steps
         self.done = 0
         self._begun = begun
@@ -79,11 +89,11 @@ class _Stretch:
         self._longer_s = longer_s
 
     def end(self, step: int) -> float:
-        """Return when that step ends, counted from the beginning, so that looking changes no digit."""
+        """Return when a step of this series ends, counted from its begin so that no rounding adds up."""
         return self._begun + step * self._first_s + self._longer_s * (step * (step - 1) // 2)
 
     def advance(self, now: float) -> tuple[int, float]:
-        """Pass the steps that end by now; return how many, and when the last of them ended."""
+        """Count the steps of this series that end by now as done; return how many, and the last one's end."""
         done, last = self.done, self.steps
         if done == last:
             return 0, now
@@ -97,12 +107,12 @@ class _Stretch:
         return last - done, at
 
     def cut(self) -> None:
-        """Make the step under way the last one of the stretch."""
+        """Shorten this series of steps so that the step under way is its last one."""
         self.steps = self.done + 1
 
 
 def _check_size(id: str, prompt_tokens: int, output_tokens: int, kv_tokens: int) -> None:
-    """Raise ValueError for a request that can never be served."""
+    """Raise ValueError for a request that could never be served: empty, or larger than the KV memory."""
     if prompt_tokens < 1 or output_tokens < 1:
         raise ValueError(f"request {id}: wanted counts of 1 or more, got {prompt_tokens}, {output_tokens}")
     if prompt_tokens + output_tokens > kv_tokens:
@@ -112,7 +122,7 @@ def _check_size(id: str, prompt_tokens: int, output_tokens: int, kv_tokens: int)
 
 
 def _decoding(at: float, t: Timing, batch: int, context: int, most: int) -> _Stretch:
-    """Return the stretch of up to `most` steps in which no prompt is read."""
+    """Return the next series of up to `most` steps, in which requests make tokens and none reads."""
     linear_ms = t.a + t.b * batch + t.c * context / 1e3
     step_ms = max(linear_ms, t.bound_ms(batch))
     longer_ms = t.c * batch / 1e3
@@ -125,10 +135,11 @@ def _decoding(at: float, t: Timing, batch: int, context: int, most: int) -> _Str
 
 
 class SteppedModelServer:
-    """One model server in time. A `now` before the last one counts as the last one; belongs to one thread.
+    """A simulated model server in which time passes step by step; to be used by one thread.
 
-    cached_tokens_total: of prompts, not read because they were there. waiting_tokens: what the requests in
-    the queue have to read; how much of it is cached is seen when they are admitted.
+    A `now` before the last one counts as the last one. cached_tokens_total: tokens of prompts that were not
+    read because the prefix cache had them. waiting_tokens: what the requests in the queue have to read,
+    cached or not; how much of it is cached is seen when they are admitted.
     """
 
     def __init__(
@@ -139,10 +150,11 @@ class SteppedModelServer:
         *,
         every_token: bool = True,
     ) -> None:
-        """Begin idle. max_seqs and step_tokens replace the timing's own; ValueError if they fit no token.
+        """Make an idle server. max_seqs and step_tokens replace the limits of the timing.
 
-        every_token: report all tokens. Without it a request has one TOKENS event, of its first token, and one
-        FINISHED, of all the others or of the only one: what a simulator needs, at a fraction of the cost.
+        ValueError if they fit no token. every_token: report all tokens. Without it a request has one TOKENS
+        event, of its first token, and one FINISHED, of all the others or of the only one: what a simulator
+        needs, at a fraction of the cost.
         """
         self.timing = timing
         self.max_seqs = timing.max_seqs if max_seqs is None else max_seqs
@@ -171,22 +183,22 @@ class SteppedModelServer:
 
     @property
     def running(self) -> int:
-        """The number of requests in the batch."""
+        """The number of requests that the server is working on, those in its batch."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """The number of requests in the queue."""
+        """The number of requests in the server's queue."""
         return len(self._waiting)
 
     @property
     def kv_tokens_used(self) -> int:
-        """The KV memory in use, in tokens."""
+        """The server's KV memory in use, in tokens."""
         return self._used
 
     @property
     def kv_use(self) -> float:
-        """The KV memory in use, as a share of the capacity."""
+        """The server's KV memory in use, as a share of its capacity, 0 to 1."""
         return self._used / self.timing.kv_tokens
 
     def submit(
@@ -198,12 +210,12 @@ class SteppedModelServer:
         blocks: Sequence[Hashable] = (),
         block_tokens: int = 16,
     ) -> list[ServerEvent]:
-        """Put a request at the end of the queue, and return what happened until now.
+        """Put a request at the end of the server's queue; return the events since the last call.
 
-        It gets exactly output_tokens. blocks: ids of what is in its first tokens, block_tokens each (always
-        the same number), prompt first and then maybe its answer; those of equal id are of equal tokens, all
-        before them included. Raises ValueError, and changes nothing, for an id that is under way, counts
-        below 1, and a request that is larger than the KV memory.
+        It will make exactly output_tokens. blocks: ids of its first tokens in groups of block_tokens (always
+        the same number), for the prefix cache: the prompt's and then maybe the answer's; equal ids mean that
+        the tokens and all before them are equal. Raises ValueError, and changes nothing, for an id that is
+        under way, counts below 1, and a request that is larger than the KV memory.
         """
         if id in self._running or id in self._waiting:
             raise ValueError(f"request {id}: is under way already")
@@ -220,9 +232,9 @@ class SteppedModelServer:
         return self._take_events()
 
     def cancel(self, id: str, now: float) -> list[ServerEvent]:
-        """Remove a request and free its memory at once; return the events until now.
+        """Remove a request from the server and free its memory; return the events since the last call.
 
-        The step under way takes as long as it would have. A request that is not there any more is ignored.
+        The step under way takes as long as it would have. A request that has already ended is ignored.
         """
         self._catch_up(now)
         if job := self._running.pop(id, None):
@@ -235,7 +247,7 @@ class SteppedModelServer:
         return self._take_events()
 
     def cached_tokens(self, blocks: Sequence[Hashable]) -> int:
-        """Return the tokens of the longest prefix of these blocks that is cached now."""
+        """Return how many tokens at the begin of these blocks are in the server's prefix cache now."""
         cache = self._cache
         if cache is None:
             return 0
@@ -243,20 +255,23 @@ class SteppedModelServer:
         return cache.prefix(blocks) * cache.block_tokens
 
     def next_event(self) -> float | None:
-        """Return when the step under way ends, so when tokens come next; None when idle."""
+        """Return when the step under way ends and gives tokens; None when the server is idle."""
         stretch = self._stretch
         return stretch.end(stretch.done + 1) if stretch.steps else None
 
     def next_change(self) -> float | None:
         """Return when a first token, an end, an admission or a preemption can come next; None when idle.
 
-        For a simulator: until then the requests that run get tokens, and nothing else happens.
+        It is for a simulator: until then the running requests get tokens, and nothing else happens.
         """
         stretch = self._stretch
         return stretch.end(stretch.steps) if stretch.steps else None
 
     def advance(self, now: float) -> list[ServerEvent]:
-        """Let time pass; return the events, oldest first; a stretch's tokens are one event a request."""
+        """Let time pass on the server until now; return what happened since the last call, oldest first.
+
+        The tokens that a request made between two changes of the batch are one event.
+        """
         self._catch_up(now)
         return self._take_events()
 
@@ -279,7 +294,7 @@ class SteppedModelServer:
             self._plan(at)
 
     def _replan(self) -> None:
-        """Plan again because a request came or went; the step under way is finished first, as planned."""
+        """Plan the server's steps anew after a request came or went; the step under way is kept."""
         if self._running and self._stretch.steps:
             self._stretch.cut()
         else:
@@ -305,7 +320,7 @@ class SteppedModelServer:
                 self._has_read(job, at)
 
     def _has_read(self, job: ServerJob, at: float) -> None:
-        """Note that a request has read its whole prompt, which gave it a token."""
+        """Note that a request's prompt has been read whole, which makes a token."""
         del self._unread[job.id]
         if job.made == 1:
             self.prompt_tokens_total += job.prompt
@@ -323,7 +338,7 @@ class SteppedModelServer:
         heappush(self._ends, (job.begin_tokens(self._count), job.place, job))
 
     def _report_all(self, steps: int, at: float) -> None:
-        """Report each request that made tokens in these steps, in the order of their admission."""
+        """Report the tokens that each running request made in these steps, in the order of admission."""
         count = self._count
         for job in list(self._running.values()):
             if job.since < 0:
@@ -339,7 +354,7 @@ class SteppedModelServer:
         self._leaves(job)
 
     def _leaves(self, job: ServerJob) -> None:
-        """Remove a request from those that run: free its memory, and count its tokens no further."""
+        """Remove a request from the running ones: free its KV memory and take it out of the token counts."""
         if job.leave(self._count):
             self._batch -= 1
             self._context -= job.held
@@ -355,7 +370,7 @@ class SteppedModelServer:
             self._cache.shrink(self.timing.kv_tokens - self._used)
 
     def _plan(self, at: float) -> None:
-        """Begin a stretch: preempt, continue to read, admit, and compute how long it lasts."""
+        """Begin the next series of steps at `at`: preempt, read on, admit, and compute how long it lasts."""
         kv_tokens = self.timing.kv_tokens
         preempted = False
         while self._used + self._batch > kv_tokens:
@@ -409,7 +424,7 @@ class SteppedModelServer:
         self._events.append(ServerEvent(at, job.id, EventKind.ADMITTED))
 
     def _next_stretch(self, at: float) -> _Stretch:
-        """Return how many steps come until the next change, and how long they take."""
+        """Return the steps until the next request ends or memory runs out, with the time that they take."""
         t, batch, context, reading, ends = self.timing, self._batch, self._context, self._reading, self._ends
         if not batch and not reading:
             ends.clear()  # of those that were cancelled

@@ -1,15 +1,16 @@
-"""One request in the model server of engine/reference.py: what it holds, has read and has made."""
+"""One request in a simulated model server (engine/reference.py): what it holds, has read and has made."""
 
 from collections.abc import Hashable, Sequence
 
 
 class ServerJob:
-    """A request in a model server.
+    """One request in a simulated model server.
 
-    held: KV tokens it has. unread: tokens to read, of its prompt, and of its own answer after a preemption.
-    While it makes tokens, `since` is the count of steps at which it began, and made and held are what they
-    were then. place: the number of its admission; an entry of the heap with another place is void. blocks:
-    the ids of its blocks. pinned: how many of them are in the cache because it runs.
+    held: tokens of KV memory it has. unread: tokens it still has to read, of its prompt, and after a
+    preemption of its own answer too. While it makes tokens, `since` is the server's count of steps at which
+    it began, and made and held are what they were then. place: the number of its admission; an entry of the
+    server's heap of ends with another place is void. blocks: ids of its blocks of tokens, for the prefix
+    cache. pinned: how many of these stay in the cache because the request runs.
     """
 
     __slots__ = ("blocks", "held", "id", "made", "pinned", "place", "prompt", "since", "unread", "wanted")
@@ -32,32 +33,36 @@ class ServerJob:
         return self.prompt + self.made
 
     def admit(self, place: int, cached: int) -> None:
-        """Reserve KV memory for what it has and for the token that reading gives.
+        """Let the request run: reserve KV memory for its tokens and for the one that reading them gives.
 
-        Cached tokens are not read.
+        cached: how many of its tokens the prefix cache has; these are not read. place: the number of its
+        admission.
         """
         self.place = place
         self.held = self.to_read + 1
         self.unread = self.to_read - cached
 
     def squares(self, tokens: int) -> int:
-        """Return t² - s² for the next `tokens` of the prompt that are read, from position s to t."""
+        """Return t² - s² for the prompt's next `tokens` tokens, from position s to t.
+
+        The time to read them depends on it.
+        """
         read = self.held - 1 - self.unread
         return (read + tokens) ** 2 - read**2
 
     def read(self, tokens: int) -> bool:
-        """Read so many tokens; return whether the prompt is read whole, which gives a token."""
+        """Read the request's next `tokens` tokens; return whether all are read, which makes a token."""
         self.unread -= tokens
         self.made += not self.unread
         return not self.unread
 
     def begin_tokens(self, count: int) -> int:
-        """Begin to make tokens at that count of steps; return the count at which the last one is made."""
+        """Begin to make tokens at the server's step `count`; return the step that makes the last one."""
         self.since = count
         return count + self.wanted - self.made
 
     def leave(self, count: int) -> bool:
-        """Stop to make tokens at that count of steps; return whether it was making any."""
+        """Stop making tokens at the server's step `count`; return whether the request made any."""
         self.place = -1
         if self.since < 0:
             return False
@@ -67,16 +72,16 @@ class ServerJob:
         return True
 
     def put_back(self) -> None:
-        """Give up the KV memory (preemption): everything must be read again."""
+        """Give up the request's KV memory (preemption): all its tokens must be read again."""
         self.held = self.unread = 0
 
     def pin(self, upto: int) -> Sequence[Hashable]:
-        """Note that its first `upto` blocks are pinned in the cache; return those that were not before."""
+        """Note that the prefix cache keeps the request's first `upto` blocks; return the new ones."""
         new = self.blocks[self.pinned : upto]
         self.pinned = max(self.pinned, upto)
         return new
 
     def unpin(self) -> Sequence[Hashable]:
-        """Note that none of its blocks is pinned any more; return those that were."""
+        """Note that the prefix cache keeps no block for this request any more; return those it kept."""
         had, self.pinned = self.blocks[: self.pinned], 0
         return had

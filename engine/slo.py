@@ -12,14 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """The limits of the objective, in seconds, as in the formulas above."""
+    """The limits of the latency objective, in seconds, on the first token and on each later one.
+
+    prompt_token_s: what each prompt token adds to the time allowed for the first token.
+    """
 
     first_token_s: float = 2.0
     prompt_token_s: float = 0.001
     output_token_s: float = 0.1
 
     def __post_init__(self) -> None:
-        """Raise ValueError for limits that no server could keep."""
+        """Refuse limits of the latency objective that no server could keep, with a ValueError."""
         for name in ("first_token_s", "output_token_s"):
             if not 0.0 < getattr(self, name) <= 3600.0:
                 raise ValueError(f"{name}: wanted over 0 to 3600, got {getattr(self, name)!r}")
@@ -27,11 +30,15 @@ class Slo:
             raise ValueError(f"prompt_token_s: wanted 0 to 1, got {self.prompt_token_s!r}")
 
     def first_token_limit_s(self, prompt_tokens: float) -> float:
-        """Return the most seconds from sending a request with such a prompt to its first token."""
+        """Return within how many seconds the first token must come, for a prompt of this length."""
         return self.first_token_s + self.prompt_token_s * prompt_tokens
 
     def met(self, prompt_tokens: int, output_tokens: int, first_token_s: float, end_s: float) -> bool:
-        """Return whether both limits were kept; with one token only the first counts. 1 µs is forgiven."""
+        """Return whether a request was served in time: its first token, and the later ones on average.
+
+        first_token_s, end_s: seconds after it was sent. Of an answer of one token only the first limit
+        counts. 1 µs is forgiven.
+        """
         if first_token_s > self.first_token_limit_s(prompt_tokens) + 1e-6:
             return False
         others = output_tokens - 1

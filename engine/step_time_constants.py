@@ -13,10 +13,10 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Timing:
-    """The constants of one model in one quantization on so many GPUs of a kind.
+    """The step-time constants of one model, in one quantization, on a number of GPUs of one kind.
 
-    a to f: as in the formulas above. kv_tokens: KV memory. max_seqs, step_tokens: vLLM's limits on requests
-    at once and on tokens in a step.
+    a to f: milliseconds, as in the module's formulas. kv_tokens: KV memory. max_seqs, step_tokens: vLLM's
+    limits on requests at once and on tokens in a step.
     """
 
     name: str
@@ -31,9 +31,10 @@ class Timing:
     step_tokens: int = 2048
 
     def step_ms(self, batch: int, context_tokens: int, prompt_tokens: int = 0, squares: int = 0) -> float:
-        """Return the milliseconds of a step that makes `batch` tokens over a context and reads prompt_tokens.
+        """Return the milliseconds of a step in which `batch` requests make a token and prompts are read.
 
-        squares: sum of t² - s² over the parts of prompts read, in tokens².
+        context_tokens: KV tokens of that batch. prompt_tokens: how many are read. squares: sum of t² - s²
+        over the parts of prompts read, from position s to t, in tokens².
         """
         floor = max(self.a if batch else 0.0, self.d if prompt_tokens else 0.0)
         linear = (
@@ -46,11 +47,11 @@ class Timing:
         return max(linear, self.bound_ms(batch + prompt_tokens))
 
     def prefill_ms(self, prompt_tokens: int) -> float:
-        """Return the milliseconds to read a prompt in one step, alone."""
+        """Return the milliseconds to read a prompt alone, in one step."""
         return self.step_ms(0, 0, prompt_tokens, prompt_tokens * prompt_tokens)
 
     def bound_ms(self, tokens: int) -> float:
-        """Return the least milliseconds of a step with so many tokens: what they take to compute."""
+        """Return the least milliseconds that computing this many tokens in one step takes."""
         return self.e * tokens / 1e3
 
 
@@ -112,7 +113,7 @@ Key = tuple[str, str, str, int]
 def timing_for(
     profile: str, gpu_name: str, num_gpus: int = 1, own: Mapping[Key, Timing] = MappingProxyType({})
 ) -> Timing:
-    """Return the constants of a profile on so many of these GPUs; `name` says which were taken.
+    """Return the step-time constants of a model profile on these GPUs; `name` says which were taken.
 
     own: constants that go before the table's, and add to it.
 
@@ -130,9 +131,10 @@ def timing_for(
 
 
 def like(work_s: float) -> Timing:
-    """Return constants for a server of which only the throughput is known, in work/s: an A100's, scaled.
+    """Return step-time constants for a server of which only the throughput is known, in work per second.
 
-    With LIKE_BATCH requests of LIKE_CONTEXT tokens each such a server makes that many tokens a second.
+    They are an A100's, scaled so that LIKE_BATCH requests of LIKE_CONTEXT tokens each make that many tokens a
+    second.
     """
     usual = TIMINGS[("13B", "awq4", "A100 SXM4", 1)]
     ratio = LIKE_BATCH * 1e3 / usual.step_ms(LIKE_BATCH, LIKE_BATCH * LIKE_CONTEXT) / work_s
