@@ -135,11 +135,11 @@ def _decoding(at: float, t: Timing, batch: int, context: int, most: int) -> _Str
 
 
 class SteppedModelServer:
-    """A simulated model server in which time passes step by step; to be used by one thread.
+    """A simulated model server in which time passes step by step; a `now` before the last one counts as that.
 
-    A `now` before the last one counts as the last one. cached_tokens_total: tokens of prompts that were not
-    read because the prefix cache had them. waiting_tokens: what the requests in the queue have to read,
-    cached or not; how much of it is cached is seen when they are admitted.
+    It belongs to one thread. cached_tokens_total: tokens of prompts that were in the prefix cache and not
+    read. waiting_tokens: what the requests in the queue have to read, of which some may turn out to be
+    cached.
     """
 
     def __init__(
@@ -150,11 +150,10 @@ class SteppedModelServer:
         *,
         every_token: bool = True,
     ) -> None:
-        """Make an idle server. max_seqs and step_tokens replace the limits of the timing.
+        """Make an idle server; max_seqs and step_tokens replace the timing's. ValueError: they fit no token.
 
-        ValueError if they fit no token. every_token: report all tokens. Without it a request has one TOKENS
-        event, of its first token, and one FINISHED, of all the others or of the only one: what a simulator
-        needs, at a fraction of the cost.
+        every_token: report all tokens. Without it a request has one TOKENS event, of its first token, and one
+        FINISHED, of all the others or of the only one: what a simulator needs, at a fraction of the cost.
         """
         self.timing = timing
         self.max_seqs = timing.max_seqs if max_seqs is None else max_seqs
@@ -213,9 +212,9 @@ class SteppedModelServer:
         """Put a request at the end of the server's queue; return the events since the last call.
 
         It will make exactly output_tokens. blocks: ids of its first tokens in groups of block_tokens (always
-        the same number), for the prefix cache: the prompt's and then maybe the answer's; equal ids mean that
-        the tokens and all before them are equal. Raises ValueError, and changes nothing, for an id that is
-        under way, counts below 1, and a request that is larger than the KV memory.
+        the same number), for the prefix cache: the prompt's, then maybe the answer's; equal ids are equal
+        tokens with equal ones before. ValueError, and no change, for an id under way, counts below 1, more
+        than the KV memory.
         """
         if id in self._running or id in self._waiting:
             raise ValueError(f"request {id}: is under way already")
@@ -260,18 +259,16 @@ class SteppedModelServer:
         return stretch.end(stretch.done + 1) if stretch.steps else None
 
     def next_change(self) -> float | None:
-        """Return when a first token, an end, an admission or a preemption can come next; None when idle.
+        """Return when a first token, end, admission or preemption can come next; None when the server is
+        idle.
 
-        It is for a simulator: until then the running requests get tokens, and nothing else happens.
+        For a simulator: until then the requests that run get tokens, and nothing else happens.
         """
         stretch = self._stretch
         return stretch.end(stretch.steps) if stretch.steps else None
 
     def advance(self, now: float) -> list[ServerEvent]:
-        """Let time pass on the server until now; return what happened since the last call, oldest first.
-
-        The tokens that a request made between two changes of the batch are one event.
-        """
+        """Let time pass on the server; return what happened, oldest first, a request's tokens together."""
         self._catch_up(now)
         return self._take_events()
 
@@ -338,7 +335,7 @@ class SteppedModelServer:
         heappush(self._ends, (job.begin_tokens(self._count), job.place, job))
 
     def _report_all(self, steps: int, at: float) -> None:
-        """Report the tokens that each running request made in these steps, in the order of admission."""
+        """Report the tokens that running requests made in these steps, in order of admission."""
         count = self._count
         for job in list(self._running.values()):
             if job.since < 0:
