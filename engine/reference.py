@@ -89,7 +89,7 @@ class _Stretch:
         self._longer_s = longer_s
 
     def end(self, step: int) -> float:
-        """Return when a step of this series ends, counted from its begin so that no rounding adds up."""
+        """Return when a step of this series ends, counted from its start so that no rounding adds up."""
         return self._begun + step * self._first_s + self._longer_s * (step * (step - 1) // 2)
 
     def advance(self, now: float) -> tuple[int, float]:
@@ -138,8 +138,7 @@ class SteppedModelServer:
     """A simulated model server in which time passes step by step; a `now` before the last one counts as that.
 
     It belongs to one thread. cached_tokens_total: tokens of prompts that were in the prefix cache and not
-    read. waiting_tokens: what the requests in the queue have to read, of which some may turn out to be
-    cached.
+    read. waiting_tokens: tokens that requests in the queue have to read, some of them maybe cached.
     """
 
     def __init__(
@@ -213,8 +212,8 @@ class SteppedModelServer:
 
         It will make exactly output_tokens. blocks: ids of its first tokens in groups of block_tokens (always
         the same number), for the prefix cache: the prompt's, then maybe the answer's; equal ids are equal
-        tokens with equal ones before. ValueError, and no change, for an id under way, counts below 1, more
-        than the KV memory.
+        tokens with equal ones before. ValueError, without any change: id under way, counts below 1, over KV
+        memory.
         """
         if id in self._running or id in self._waiting:
             raise ValueError(f"request {id}: is under way already")
@@ -246,7 +245,7 @@ class SteppedModelServer:
         return self._take_events()
 
     def cached_tokens(self, blocks: Sequence[Hashable]) -> int:
-        """Return how many tokens at the begin of these blocks are in the server's prefix cache now."""
+        """Return how many tokens at the start of these blocks are in the server's prefix cache now."""
         cache = self._cache
         if cache is None:
             return 0
@@ -259,8 +258,7 @@ class SteppedModelServer:
         return stretch.end(stretch.done + 1) if stretch.steps else None
 
     def next_change(self) -> float | None:
-        """Return when a first token, end, admission or preemption can come next; None when the server is
-        idle.
+        """Return when the next first token, end, admission or preemption can come; None when idle.
 
         For a simulator: until then the requests that run get tokens, and nothing else happens.
         """
