@@ -34,6 +34,9 @@ SETTLE_S = 1.5
 ANSWER_S = 15.0
 """Seconds for which an autoscaler that does not answer is asked again: it may be starting anew."""
 
+START_S = 20.0
+"""Seconds for which a server that does not answer yet is asked again: it may have been started just now."""
+
 MOST_TRACED = 100_000
 """Most requests of a log that a live run sends: each is planned before the run begins."""
 
@@ -204,7 +207,29 @@ async def _check_loadbalancer(
     trusted: "_Trusted",
 ) -> None:
     """Raise ConfigError unless the loadbalancer answers, takes our key, and serves the model of the run."""
-    # An end of a lease that it never gave is answered 200 and changes nothing.
+    try:
+        status = await ask_again(lambda: _end_no_lease(session, client_key, config, trusted), START_S)
+    except NoAnswer:
+        raise ConfigError(
+            f"the loadbalancer {config.loadbalancer} does not answer, for {START_S:.0f} s"
+        ) from None
+    if status in (401, 403):
+        raise ConfigError(f"the loadbalancer {config.loadbalancer} wants a client key: --client-key-file")
+    if status != 200:
+        raise ConfigError(f"{config.loadbalancer} is no loadbalancer: POST /done answered {status}")
+    with contextlib.suppress(NoAnswer):  # its status is for operators, and we may be none
+        served = (await operator.status()).get("model")
+        if served and served != config.model:
+            raise ConfigError(f"--model {config.model}: the loadbalancer serves {served}")
+
+
+async def _end_no_lease(
+    session: aiohttp.ClientSession, client_key: str | None, config: SimConfig, trusted: "_Trusted"
+) -> int:
+    """Return the status of the end of a lease that was never given: 200, and it changes nothing.
+
+    Raise NoAnswer, or ConfigError where TLS fails, which no waiting mends.
+    """
     body = {"request_id": "sim-asks-who-is-there", "outcome": "unused"}
     timeout = aiohttp.ClientTimeout(total=5.0)
     try:
@@ -216,21 +241,13 @@ async def _check_loadbalancer(
             allow_redirects=False,
             ssl=trusted(config.loadbalancer),
         ) as reply:
-            status = reply.status
+            return reply.status
     except aiohttp.ClientSSLError as e:
         raise ConfigError(
             f"the loadbalancer {config.loadbalancer} cannot be spoken to under TLS: {e}"
         ) from None
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        raise ConfigError(f"the loadbalancer {config.loadbalancer} does not answer") from None
-    if status in (401, 403):
-        raise ConfigError(f"the loadbalancer {config.loadbalancer} wants a client key: --client-key-file")
-    if status != 200:
-        raise ConfigError(f"{config.loadbalancer} is no loadbalancer: POST /done answered {status}")
-    with contextlib.suppress(NoAnswer):  # its status is for operators, and we may be none
-        served = (await operator.status()).get("model")
-        if served and served != config.model:
-            raise ConfigError(f"--model {config.model}: the loadbalancer serves {served}")
+    except (aiohttp.ClientError, TimeoutError, OSError) as e:
+        raise NoAnswer(f"{config.loadbalancer}/done: {e or type(e).__name__}") from None
 
 
 async def _check_autoscaler(operator: Operator, config: SimConfig) -> bool | None:
@@ -238,12 +255,13 @@ async def _check_autoscaler(operator: Operator, config: SimConfig) -> bool | Non
 
     Raise ConfigError if it is needed and does not answer.
     """
+    needed = config.needs_autoscaler or config.manage is not None
     try:
-        _, managed = await operator.instances()
+        _, managed = await ask_again(operator.instances, START_S if needed else 0.0)
         if config.manage is not None:
             await operator.manage(config.manage)
     except NoAnswer as e:
-        if config.needs_autoscaler or config.manage is not None:
+        if needed:
             raise ConfigError(f"the autoscaler does not answer: {e}") from None
         return None
     return managed

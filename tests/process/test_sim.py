@@ -1,6 +1,7 @@
 """Users: planned ahead from the seed, sent in time whatever happens, tried elsewhere, and counted."""
 
 import asyncio
+import http.server
 import json
 import signal
 import subprocess
@@ -128,7 +129,7 @@ class Fakes:
             app.add_routes(routes)
             runner = web.AppRunner(app, shutdown_timeout=0.1)
             await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
+            site = web.TCPSite(runner, "127.0.0.1", self.ports[n], backlog=1024)
             await site.start()
             self.ports[n] = runner.addresses[0][1]
             self.runners.append(runner)
@@ -529,6 +530,7 @@ def test_an_autoscaler_that_does_not_tell_costs_leaves_them_unknown_and_says_why
         assert found["requests"]["completed"] == 20
 
 
+@pytest.mark.usefixtures("impatient")
 def test_an_autoscaler_that_was_named_must_be_there_another_need_not() -> None:
     with Fakes(well).running() as fakes:
         config = replace(SMALL, loadbalancer=fakes.url, autoscaler=f"http://127.0.0.1:{free_port()}", **ONE)
@@ -633,6 +635,12 @@ def test_a_schedule_is_numbers_with_commas() -> None:
     assert parse_schedule("1,2.5,0") == (1.0, 2.5, 0.0)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that are not there are not waited for."""
+    monkeypatch.setattr(measure, "START_S", 0.0)
+
+
 def command(*flags: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "sim.py", *flags],
@@ -643,6 +651,7 @@ def command(*flags: str) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -662,11 +671,37 @@ def test_what_cannot_be_run_as_asked_is_one_line_and_exit_2(flags: list[str], wo
 
 
 def test_the_process_says_what_is_wrong_in_one_line_and_exits_2() -> None:
-    process = command("--quiet", "--loadbalancer", f"http://127.0.0.1:{free_port()}")
-    out, err = process.communicate(timeout=30)
+    no_lease_was_given = http.server.BaseHTTPRequestHandler
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), no_lease_was_given) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        process = command("--quiet", "--loadbalancer", f"http://127.0.0.1:{other.server_port}")
+        out, err = process.communicate(timeout=30)
+        other.shutdown()
     assert (process.returncode, out, len(err.splitlines())) == (2, "", 1), err
     assert err.startswith("sim.py: ")
-    assert "does not answer" in err
+    assert "is no loadbalancer: POST /done answered 501" in err
+
+
+def test_servers_that_were_started_just_now_are_waited_for() -> None:
+    """`sim.py` 2 s after the loadbalancer said that it does not answer."""
+    fakes = Fakes(well)
+    fakes.ports[0] = free_port()
+    config = replace(SMALL, loadbalancer=fakes.url, autoscaler=fakes.url, needs_autoscaler=True, **ONE)
+    over = threading.Event()
+
+    def begin_late() -> None:
+        time.sleep(1.0)
+        with fakes.running():
+            over.wait(30.0)
+
+    starter = threading.Thread(target=begin_late)
+    starter.start()
+    try:
+        found = asyncio.run(measure.run(config, asyncio.Event(), "fake engine"))
+    finally:
+        over.set()
+        starter.join()
+    assert found["requests"]["completed"] == 1
 
 
 def test_requests_that_failed_are_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
