@@ -7,19 +7,20 @@ from policies.types import FleetSnapshot, Targets
 
 @dataclass(frozen=True)
 class Fixed:
-    """Keep `hot` instances hot and `total` in all, whatever the load."""
+    """Keep `hot` instances hot and `total` in all, whatever the load; total None: as many as there are."""
 
     hot: int = 1
-    total: int = 1
+    total: int | None = None
 
     @property
     def memory_s(self) -> float:
         """How far it looks back: not at all."""
         return 0.0
 
-    def targets(self, seen: FleetSnapshot) -> Targets:  # noqa: ARG002 - a fixed fleet looks at nothing
-        """Return the numbers of hot and of all instances that it was made with, whatever is seen."""
-        return Targets(self.hot, max(self.hot, self.total), f"fixed at {self.hot} hot, {self.total} in all")
+    def targets(self, seen: FleetSnapshot) -> Targets:
+        """Return the numbers of hot and of all instances that it was made with, whatever the load is."""
+        total = max(self.hot, seen.total if self.total is None else self.total)
+        return Targets(self.hot, total, f"fixed at {self.hot} hot, {total} in all")
 
     def scaled(self, speedup: float) -> "Fixed":  # noqa: ARG002 - it has no times
         """Return itself: it has no times."""

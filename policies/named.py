@@ -26,7 +26,7 @@ def make_policy(
     for key, value in params.items():
         if key not in fields:
             raise ConfigError(f"policy {name} has no parameter {key!r}: it has {', '.join(fields)}")
-        whole = fields[key] is int
+        whole = fields[key] in (int, int | None)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
             raise ConfigError(f"policy parameter {key} {value!r}: wanted a number from 0 to 1e6")
         if whole and value != int(value):

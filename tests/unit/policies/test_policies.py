@@ -2,7 +2,8 @@
 
 import pytest
 
-from policies import Busy, Fixed, FleetSnapshot, Targets
+from policies import POLICIES, Busy, Fixed, FleetSnapshot, Targets, make_policy
+from process.errors import ConfigError
 
 
 def seen(
@@ -75,6 +76,20 @@ def test_scaled_divides_the_waiting_time_but_not_under_ten_seconds() -> None:
 def test_a_fixed_fleet_is_fixed() -> None:
     assert Fixed(2, 5).targets(seen([9.0])) == Targets(2, 5, "fixed at 2 hot, 5 in all")
     assert Fixed(3, 1).targets(seen([9.0])).total == 3
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_policy_that_is_not_told_a_total_destroys_nothing_that_is_loaded(name: str) -> None:
+    """`PUT /policy {"name": "fixed", "params": {"hot": 1}}` destroyed all but one."""
+    for params in ({}, {"hot": 1} if name == "fixed" else {"min_hot": 1}):
+        made = make_policy(POLICIES, name, params)
+        assert made.targets(seen([0.0] * 99, hot=2, coming=1, cold=4)).total == 7
+
+
+def test_a_fixed_total_is_a_whole_number() -> None:
+    assert make_policy(POLICIES, "fixed", {"hot": 1.0, "total": 2.0}) == Fixed(1, 2)
+    with pytest.raises(ConfigError, match=r"total 2\.5: wanted a whole number"):
+        make_policy(POLICIES, "fixed", {"total": 2.5})
 
 
 @pytest.mark.parametrize("wrong", [{"aim": 0.0}, {"aim": 0.9}, {"remove_below": 0.9}, {"add_above": 0.0}])
