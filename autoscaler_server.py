@@ -39,7 +39,7 @@ from web.answers import JsonAnswer, error, error_answer, response
 from web.app import admits, body, make_app, query_number, requires
 from web.bridge import serve_flask
 from web.keys import AccessKeys
-from web.messages.busy import MAX_BUSY_BODY, BusyAnswer, read_busy
+from web.messages.busy import LOADBALANCER, MAX_BUSY_BODY, BusyAnswer, read_busy
 from web.messages.decoding import BadField, decode
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import ReadyBody
@@ -120,10 +120,13 @@ def _add_loadbalancer_routes(
 ) -> None:
     control = requires(keys.for_control)
 
+    def note_contact() -> None:
+        scaler.own.note_contact(safe_text(request.headers.get(LOADBALANCER, ""), 64), scaler.clock())
+
     @app.get("/hot")
     @control
     def hot() -> Response:
-        scaler.own.note_contact(scaler.clock())
+        note_contact()
         found = current_hot_set(scaler, master_token)
         if found is None:
             return error(503, "not_ready", "the fleet is not known yet: just started")
@@ -132,7 +135,7 @@ def _add_loadbalancer_routes(
     @app.post("/busy")
     @control
     def busy() -> Response:
-        scaler.own.note_contact(scaler.clock())
+        note_contact()
         report, odd = read_busy(request.get_data(cache=False))
         scaler.record_report(report)
         with scaler.lock:
@@ -230,7 +233,8 @@ def _add_operator_orders(app: Flask, scaler: Autoscaler, keys: AccessKeys, tuner
         if tuner is not None:
             tuner.policy_was_set()
         params = asdict(made)  # type: ignore[call-overload]
-        return jsonify(name=wanted.name, params={k: v for k, v in params.items() if math.isfinite(v)})
+        said = {k: v for k, v in params.items() if v is not None and math.isfinite(v)}
+        return jsonify(name=wanted.name, params=said)
 
     @app.get("/policy/curve")
     @operator

@@ -16,7 +16,7 @@ from dispatch.token_refills import Refill
 from fleet_client.own_tls import ANY_AUTHORITY, TrustedServer
 from instance_client import InstanceClient
 from process.errors import InstanceError
-from web.messages.busy import BusyAnswer
+from web.messages.busy import LOADBALANCER, BusyAnswer
 from web.messages.decoding import BadField, decode
 
 log = logging.getLogger("loadbalancer")
@@ -59,7 +59,7 @@ class BackgroundTasks:
         self._service = service
         self._report_to = report_to
         self._autoscaler = autoscaler.rstrip("/")
-        self._bearer = {"Authorization": f"Bearer {control_key}"}
+        self._headers = {"Authorization": f"Bearer {control_key}", LOADBALANCER: service.name}
         self._complaint: str | None = None
         self._odd: str | None = None
         self._not_answering: set[int] = set()
@@ -168,7 +168,7 @@ class BackgroundTasks:
     async def autoscaler(self) -> None:
         """Say every second how busy it is; ask what is hot at the start and when it has changed."""
         timeout = aiohttp.ClientTimeout(total=AUTOSCALER_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=self._bearer) as session:
+        async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=self._headers) as session:
             current = False
             while True:
                 begun = time.monotonic()

@@ -14,6 +14,9 @@ LEDGER_FAILS_S = 5.0
 DEAF_S = 30.0
 """Seconds without a report from a loadbalancer that is heard otherwise."""
 
+MOST_HEARD = 100
+"""Loadbalancers that are kept apart; there are a few."""
+
 REFUSED_CREATES = 3
 """Creates in a row that failed, from which on nothing can be rented."""
 
@@ -32,6 +35,14 @@ class Reason:
     message: str
 
 
+@dataclass(frozen=True)
+class Heard:
+    """When a loadbalancer was heard of last, and since when no report of it was understood."""
+
+    contact_at: float
+    deaf_since: float
+
+
 class OwnHealth:
     """What went wrong in this process. Any thread may call; times are the caller's seconds."""
 
@@ -42,8 +53,7 @@ class OwnHealth:
         self.clock_steps: list[tuple[float, float]] = []  # when, and by how many seconds
         self._lock = threading.Lock()
         self._ledger: tuple[float, float, str] | None = None  # since, last seen, why
-        self._contact_at: float | None = None  # a loadbalancer asked or answered
-        self._deaf_since: float | None = None  # the first contact after the last report
+        self._heard: dict[str, Heard] = {}  # loadbalancers, by name
         self._deaths: dict[str, list[float]] = {}
         self._last_death = ""
         self._complained: dict[str, float] = {}
@@ -62,17 +72,22 @@ class OwnHealth:
             failed, self._ledger = self._ledger is not None, None
         return failed
 
-    def note_contact(self, now: float) -> None:
-        """Note that a loadbalancer was heard of, by whatever it did."""
+    def note_contact(self, loadbalancer: str, now: float) -> None:
+        """Note that a loadbalancer was heard of, by whatever it did; "": one that does not name itself."""
         with self._lock:
-            if self._deaf_since is None or self._contact_at is None or now - self._contact_at > DEAF_S:
-                self._deaf_since = now
-            self._contact_at = now
+            self._heard = {n: h for n, h in self._heard.items() if now - h.contact_at <= DEAF_S}
+            before = self._heard.get(loadbalancer)
+            if before is not None:
+                self._heard[loadbalancer] = Heard(now, before.deaf_since)
+            elif len(self._heard) < MOST_HEARD:
+                self._heard[loadbalancer] = Heard(now, now)
 
-    def note_report(self, now: float) -> None:
+    def note_report(self, loadbalancer: str, now: float) -> None:
         """Note that a loadbalancer's report was understood."""
         with self._lock:
-            self._contact_at, self._deaf_since = now, None
+            for name in (loadbalancer, ""):  # before 2026-12 they named themselves in reports only
+                if name in self._heard:
+                    self._heard[name] = Heard(self._heard[name].contact_at, now)
 
     def note_credit(self, usd: float) -> None:
         """Note the credit that is left."""
@@ -110,7 +125,7 @@ class OwnHealth:
     def reasons(self, failed_creates: int, last_failure: str, now: float) -> list[Reason]:
         """Return why the process cannot do its job now; nothing when it can."""
         with self._lock:
-            ledger, deaf_since, contact_at = self._ledger, self._deaf_since, self._contact_at
+            ledger, heard = self._ledger, dict(self._heard)
             looping = [
                 name
                 for name, times in self._deaths.items()
@@ -124,15 +139,14 @@ class OwnHealth:
                     f"the ledger could not be written for {now - ledger[0]:.0f} s: {ledger[2]}",
                 )
             )
-        if (
-            deaf_since is not None
-            and contact_at is not None
-            and now - deaf_since >= DEAF_S > now - contact_at
-        ):
+        deaf = {n: h for n, h in heard.items() if now - h.deaf_since >= DEAF_S > now - h.contact_at}
+        if deaf:
+            longest_s = now - min(h.deaf_since for h in deaf.values())
             found.append(
                 Reason(
                     "no_reports",
-                    f"a loadbalancer is there, but no report was understood for {now - deaf_since:.0f} s",
+                    f"no report was understood for {longest_s:.0f} s from {len(deaf)} of {len(heard)} "
+                    f"loadbalancers that are there: {', '.join(name or 'unnamed' for name in sorted(deaf))}",
                 )
             )
         if self.credit_usd is not None and self.credit_usd <= 0.0:

@@ -268,7 +268,7 @@ class Autoscaler:
         """Take in a loadbalancer's report."""
         now = self.clock()
         measured = {i: u.throughput_work_s for i, u in report.instances.items() if u.throughput_work_s > 0.0}
-        self.own.note_report(now)
+        self.own.note_report(report.loadbalancer, now)
         with self.lock:
             worked, failing = self.demand.add_report(report, now)
             self.instances.record_report(measured, failing)

@@ -27,6 +27,7 @@ from autoscaler_server import REPLAY, create_app
 from engine.slo import Slo
 from engine.step_time_constants import timing_for
 from fleet.arrivals import Arrived
+from fleet.commands import Destroy
 from fleet.demand import Demand
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.journal import Entries
@@ -52,7 +53,7 @@ from tests.ports import free_port
 from vast.rows import Offer, Row
 from web.app import MAX_BODY
 from web.keys import AccessKeys
-from web.messages.busy import MAX_BUSY_BODY
+from web.messages.busy import LOADBALANCER, MAX_BUSY_BODY
 from web.messages.hot_set import HotSet, HotTiming
 from web.signatures import instance_key
 
@@ -452,6 +453,26 @@ def test_health_is_open_and_says_how_old_the_last_good_turn_is(face: Face) -> No
     answer = face.ask("GET", "/health")
     assert (answer.status_code, answer.get_json()["last_good_turn_age_s"]) == (503, 61.0)
     assert "vastai show instances: 500" in answer.get_json()["message"]
+
+
+def test_health_names_the_loadbalancer_whose_reports_are_not_understood(face: Face) -> None:
+    bearer = {"Authorization": f"Bearer {CONTROL}"}
+    for _ in range(40):
+        assert face.ask("POST", "/busy", CONTROL, json=REPORT).status_code == 200
+        deaf = face.client.post("/busy", headers=bearer | {LOADBALANCER: "lb2"}, data=b'{"odd')
+        assert deaf.status_code == 400
+        face.world.now += 1.0
+    face.scaler.turn()
+    answer = face.ask("GET", "/health")
+    assert (answer.status_code, answer.get_json()["error"]) == (503, "no_reports")
+    assert answer.get_json()["message"].endswith("loadbalancers that are there: lb2")
+
+
+def test_a_fixed_policy_that_is_told_no_total_destroys_nothing(face: Face) -> None:
+    answer = face.ask("PUT", "/policy", json={"name": "fixed", "params": {"hot": 1}})
+    assert answer.get_json() == {"name": "fixed", "params": {"hot": 1}}
+    assert not [c for c in face.scaler.turn().commands if isinstance(c, Destroy)]
+    assert len(face.world.fleet) == 3
 
 
 def test_manage_and_policy_are_what_was_put(face: Face) -> None:

@@ -15,6 +15,9 @@ MAX_BUSY_BODY = 4 * 2**20
 MAX_WORK, MAX_INSTANCES = 1e15, 1e6
 """Most work and instances' worth of work that are told: more would be refused with all the rest."""
 
+LOADBALANCER = "X-Loadbalancer"
+"""The header in which a loadbalancer names itself as in its reports, also where those cannot be read."""
+
 Requests = Annotated[int, Meta(ge=0, le=10**9)]
 Counter = Annotated[int, Meta(ge=0, le=2**53)]
 Work = Annotated[float, Meta(ge=0.0, le=MAX_WORK)]

@@ -17,7 +17,7 @@ from fleet.demand import Demand
 from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import Entries
 from fleet.outside.ledger import Ledger
-from fleet.outside.own_health import keep_alive
+from fleet.outside.own_health import Reason, keep_alive
 from fleet.outside.turns import COUNTS_EVERY_S, Autoscaler
 from fleet.states import State
 from policies import Fixed
@@ -443,11 +443,27 @@ def test_a_thread_that_dies_begins_again_and_that_is_said(ledger: Ledger) -> Non
 def test_a_loadbalancer_that_is_there_and_not_understood_is_a_reason(ledger: Ledger) -> None:
     own = Loop(ledger).scaler.own
     for n in range(40):
-        own.note_contact(1000.0 + n)
+        own.note_contact("one", 1000.0 + n)
     assert [r.code for r in own.reasons(0, "", 1040.0)] == ["no_reports"]
-    own.note_report(1041.0)
+    own.note_report("one", 1041.0)
     assert own.reasons(0, "", 1042.0) == []
     assert own.reasons(0, "", 2000.0) == [], "one that has gone is no fault of ours"
+
+
+def test_a_loadbalancer_that_is_understood_hides_no_other(ledger: Ledger) -> None:
+    """Any report ended the silence of all."""
+    own = Loop(ledger).scaler.own
+    for n in range(40):
+        for name in ("one", "other", ""):
+            own.note_contact(name, 1000.0 + n)
+        own.note_report("one", 1000.0 + n)
+    (reason,) = own.reasons(0, "", 1040.0)
+    assert reason == Reason(
+        "no_reports",
+        "no report was understood for 40 s from 1 of 3 loadbalancers that are there: other",
+    )
+    own.note_contact("one", 1100.0)
+    assert own.reasons(0, "", 1100.0) == [], "the other has gone"
 
 
 def test_no_credit_and_creates_that_all_fail_are_reasons(ledger: Ledger) -> None:
