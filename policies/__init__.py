@@ -1,7 +1,8 @@
-"""Management policies: pure functions from a snapshot of the fleet to how many hot and how many in all.
+"""Management policies: pure functions from a snapshot of the fleet to two targets.
 
-A policy never says *which* instance, and knows no hard limits: that is fleet/planner.py. The types are in
-types.py; each policy has a file of its own and one line in `POLICIES`.
+The targets are how many instances shall be hot and how many there shall be in all. A policy never says
+*which* instance, and knows no hard limits: that is fleet/planner.py. The types are in types.py; each policy
+has a file of its own and one line in `POLICIES`.
 """
 
 from policies.busy import Busy

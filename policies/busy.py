@@ -19,7 +19,7 @@ from policies.types import FleetSnapshot, Targets
 
 @dataclass(frozen=True)
 class Busy:
-    """Keep the busy share between two thresholds.
+    """Keep the busy share, the demand divided by the hot instances, between two thresholds.
 
     add_above: busy share that adds; above it a Poisson stream waits noticeably for a free slot.
     aim: busy share that the fleet is given when it grows; the gap to add_above keeps it from flapping.
@@ -36,7 +36,7 @@ class Busy:
     spare: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for thresholds that contradict each other."""
         if not 0.0 < self.aim <= self.add_above:
             raise ValueError(f"aim {self.aim:g}: wanted over 0 and at most add_above, {self.add_above:g}")
         if not 0.0 <= self.remove_below <= self.add_above:
@@ -47,15 +47,18 @@ class Busy:
 
     @property
     def memory_s(self) -> float:
-        """How far it looks back: as long as it waits before it removes."""
+        """For how many seconds into the past this policy reads the demand: as long as it waits to remove."""
         return self.remove_after_s
 
     def scaled(self, speedup: float) -> "Busy":
-        """Return the same with its waiting time divided, but at least 10 s: demand itself is not sped up."""
+        """Return this policy for a cloud that is `speedup` times as fast: it waits less, but at least 10 s.
+
+        The demand itself is not sped up.
+        """
         return replace(self, remove_after_s=max(10.0, self.remove_after_s / speedup))
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """Return the hot and total targets for this moment."""
+        """Return how many instances shall be hot now, and how many there shall be in all."""
         demand = seen.demand[-1][1] if seen.demand else 0.0
         ready = seen.hot + seen.coming
         hot, why = self._hot(seen, demand, ready)

@@ -14,14 +14,15 @@ class Fixed:
 
     @property
     def memory_s(self) -> float:
-        """How far it looks back: not at all."""
+        """For how many seconds into the past this policy reads the load: none."""
         return 0.0
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """Return the numbers of hot and of all instances that it was made with, whatever the load is."""
+        """Return the numbers of hot and of all instances that the policy was made with, whatever the load is.
+        """
         total = max(self.hot, seen.total if self.total is None else self.total)
         return Targets(self.hot, total, f"fixed at {self.hot} hot, {total} in all")
 
     def scaled(self, speedup: float) -> "Fixed":  # noqa: ARG002 - it has no times
-        """Return itself: it has no times."""
+        """Return the policy itself: it has no times that a faster cloud would shorten."""
         return self

@@ -11,9 +11,10 @@ from process.errors import ConfigError
 def make_policy(
     kinds: Mapping[str, type[Policy]], name: str, params: Mapping[str, float], speedup: float = 1.0
 ) -> Policy:
-    """Return the policy of that name with those parameters; raise ConfigError that lists what there is.
+    """Return the policy of that name with those parameters.
 
-    speedup divides the waiting times that are not given.
+    kinds: the known policies by name. speedup: of the cloud; it divides the waiting times that params does
+    not give. Raises ConfigError for an unknown name or parameter, and lists the known ones.
     """
     kind = kinds.get(name)
     if kind is None:
@@ -39,7 +40,7 @@ def make_policy(
 
 
 def parse_params(flag: str, pairs: tuple[str, ...]) -> dict[str, float]:
-    """Return the NAME=NUMBER pairs of a flag as a mapping; raise ConfigError."""
+    """Return the NAME=NUMBER pairs that were given to a flag as a mapping; raise ConfigError for others."""
     params: dict[str, float] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

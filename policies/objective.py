@@ -66,9 +66,9 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Objective:
-    """The goal, and the level that replay sets.
+    """Serve the wanted share of requests in time (`goal`); all other parameters are set by replay.
 
-    goal: share of requests to be served in time; the one knob.
+    goal: share of requests to be served in time, the one parameter for the operator.
     k: safety factor over the forecast level; 0 means the default for the goal.
     fast_s, slow_s, slow_share: seconds of the two means, and how much of the slow one is kept in a lull.
     hold_s: seconds for which a need is kept before an instance is taken down for lack of it.
@@ -91,7 +91,7 @@ class Objective:
     min_hot: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, with ValueError."""
+        """Raise ValueError for a parameter that is no number, out of range, or should be whole and is not."""
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
@@ -105,16 +105,19 @@ class Objective:
 
     @property
     def factor(self) -> float:
-        """k, or the default for the goal where none is set."""
+        """The safety factor over the forecast level: k, or the default for the goal where k is 0."""
         return self.k if self.k > 0.0 else default_k(self.goal)
 
     @property
     def memory_s(self) -> float:
-        """How far it looks back: its slowest mean, at the start of the hold."""
+        """For how many seconds into the past this policy reads arrivals: its slowest mean and the hold."""
         return self.hold_s + MEANS_LOOK_BACK * max(self.fast_s, self.slow_s)
 
     def scaled(self, speedup: float) -> "Objective":
-        """Return the same with times divided, but means of at least three bins: arrivals are not sped up."""
+        """Return this policy for a cloud that is `speedup` times as fast: its times are divided.
+
+        Means stay at least three bins long, because arrivals are not sped up.
+        """
         return replace(
             self,
             fast_s=max(3 * BIN_S, self.fast_s / speedup),
@@ -124,7 +127,7 @@ class Objective:
         )
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """Return the hot and total targets for this moment."""
+        """Return how many instances shall be hot now, and how many there shall be in all."""
         if seen.capacity is None or not len(seen.arriving):
             what = "nothing has arrived yet" if seen.capacity else "no capacity is known yet"
             total = self._total(seen, self.min_hot, self.min_hot)
@@ -144,16 +147,17 @@ class Objective:
         return Targets(hot, self._total(seen, steady, hot), why)
 
     def _total(self, seen: FleetSnapshot, steady: int, hot: int) -> int:
-        """Return how many shall be loaded; only a replay that has just ended makes the pool smaller.
+        """Return how many instances shall have the model loaded, hot and cold ones together.
 
-        The headroom is over what is needed without the backlog, which would be gone before a load ends.
+        Only just after a replay is that fewer than there are. The headroom is over what is needed without the
+        backlog, which would be gone before a load ends.
         """
         spare = math.ceil(self.pool_headroom * steady - ROUND)
         least = max(self.pool, spare, hot, seen.hot + seen.coming)
         return least if 0.0 <= seen.now - self.settled_at <= SETTLE_S else max(least, seen.total)
 
     def _level(self, arriving: Sequence[float]) -> float:
-        """Return the largest F of the last hold_s, work/s."""
+        """Return the largest forecast level (F in the module's text) of the last hold_s seconds, work/s."""
         a = np.asarray(arriving, dtype=np.float64)
         back = min(round(self.hold_s / BIN_S), len(a) - 1)
         fast = _means(a, self.fast_s, back)
@@ -162,21 +166,22 @@ class Objective:
 
 
 def default_k(goal: float) -> float:
-    """Return the safety factor of a fleet that has no history yet."""
+    """Return the safety factor k for this goal in a fleet that has no history yet."""
     (g0, k0), (g1, k1) = DEFAULT_K
     slope = (k1 - k0) / (math.log(1.0 - g0) - math.log(1.0 - g1))
     return max(1.0, k0 + slope * (math.log(1.0 - g0) - math.log(1.0 - goal)))
 
 
 def window(mean_s: float) -> int:
-    """Return how many bins an exponential mean over mean_s reads."""
+    """Return how many bins of arrivals an exponential mean over mean_s seconds reads."""
     return max(1, round(MEANS_LOOK_BACK * mean_s / BIN_S))
 
 
 def _means(a: NDArray[np.float64], mean_s: float, back: int) -> list[float]:
-    """Return the exponential mean `back` bins ago, and at each bin since then; work/s, back + 1 values.
+    """Return an exponential mean of the arrivals `a` as of `back` bins ago and of each bin since, work/s.
 
-    A short history is no reason for a low mean: the weights that are there are made to sum to 1.
+    These are back + 1 values. A short history is no reason for a low mean: the weights of the bins that there
+    are are made to sum to 1.
     """
     decay = math.exp(-BIN_S / mean_s)
     most = window(mean_s)

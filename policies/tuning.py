@@ -1,4 +1,4 @@
-"""What a replay of the last day may ask of the objective, and how long its answer is kept."""
+"""What a replay of the last day may ask of the policy `objective`, and how long its answer is kept."""
 
 from collections import deque
 
@@ -21,14 +21,14 @@ LEAST_SHARE = 0.02
 def worth_keeping_s(load_s: float, running_usd_h: float, stopped_usd_h: float) -> float:
     """Return for how many seconds a stopped instance is worth its storage.
 
-    It is until that has cost as much as loading the model again: the ski rental rule (Karlin et al., 1988),
-    which costs at most twice what perfect knowledge of the future would.
+    That is until storage has cost as much as loading the model again: the ski rental rule (Karlin et al.,
+    1988), which costs at most twice what perfect knowledge of the future would.
     """
     return load_s * running_usd_h / max(stopped_usd_h, 1e-9)
 
 
 class Margin:
-    """The share of the misses allowed by the goal that a replayed day may have.
+    """How many of the late requests that the goal allows a replayed day may have, as a share of them.
 
     A replay knows no batching, no single instances and no deaths, so the fleet can miss more than was
     replayed. While it keeps the goal the share is MARGIN, because tomorrow is not today. When it has missed
@@ -37,14 +37,14 @@ class Margin:
     """
 
     def __init__(self, goal: float) -> None:
-        """Begin with MARGIN."""
+        """Make a margin for a goal (the share of requests to be served in time), with no misses noted yet."""
         self.goal = goal
         self.share = MARGIN
         self._requests = self._missed = 0.0
         self._notes = 0
 
     def note(self, requests: float, missed: float) -> float:
-        """Add what came and what was missed since the last replay; return the share for the next one."""
+        """Add how many requests came and were late since the last replay; return the share for the next."""
         self._notes += 1
         self._requests = self._requests * MARGIN_KEEP + requests
         self._missed = self._missed * MARGIN_KEEP + missed
@@ -57,17 +57,17 @@ class Margin:
 
 
 class KeptPool:
-    """The largest pool that replays have found in the last keep_s: what was loaded is not given up sooner.
+    """The largest pool of loaded instances that replays have asked for lately, so that it is kept.
 
     From replay to replay the answer changes by an instance, and each change would cost a load.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing found."""
+        """Start without any replay's answer."""
         self._found: deque[tuple[float, int]] = deque()
 
     def note(self, now: float, pool: int, keep_s: float) -> int:
-        """Add the pool that a replay has found now; return the one to keep."""
+        """Add the pool that a replay asks for now; return the largest one of the last keep_s seconds."""
         while self._found and self._found[-1][1] <= pool:
             self._found.pop()
         self._found.append((now, pool))

@@ -1,4 +1,4 @@
-"""What every policy is given, and what it gives back."""
+"""What every policy is given (a snapshot of the fleet), and what it gives back (two targets)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ BIN_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What the loadbalancers say of the load.
+    """What the loadbalancers report of the load.
 
     Fields that end in _total count arrivals since some start (output tokens and work as expected when they
     came); the others say how things stand now. in_flight: requests on instances. held: requests that wait at
@@ -74,13 +74,13 @@ class FleetSnapshot:
 
     @property
     def total(self) -> int:
-        """Instances of the fleet that serve or will be able to."""
+        """How many instances of the fleet serve or will be able to."""
         return self.hot + self.coming + self.loading + self.cold + self.draining
 
 
 @dataclass(frozen=True)
 class Targets:
-    """How many instances shall be hot, and how many there shall be in all (hot + cold), and why."""
+    """How many instances shall be hot, how many there shall be in all (hot + cold), and why."""
 
     hot: int
     total: int
@@ -88,10 +88,13 @@ class Targets:
 
 
 class Policy(Protocol):
-    """A frozen dataclass whose fields are its parameters; `targets` has no memory beside the snapshot."""
+    """A rule from a snapshot of the fleet to targets: a frozen dataclass whose fields are its parameters.
+
+    It has no memory: all that it knows is in the snapshot.
+    """
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """Return what the fleet should be; the same snapshot gives the same answer."""
+        """Return how many instances shall be hot and in all; the same snapshot gives the same answer."""
         ...
 
     def scaled(self, speedup: float) -> "Policy":
@@ -100,5 +103,5 @@ class Policy(Protocol):
 
     @property
     def memory_s(self) -> float:
-        """How far it looks back, seconds."""
+        """For how many seconds into the past the policy reads what the snapshot holds."""
         ...
