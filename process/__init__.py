@@ -1,1 +1,1 @@
-"""What every process of ours needs: errors, a clock, children that end with it, compiled functions."""
+"""What every process of ours needs: kinds of errors, a clock, child processes, compiled functions."""

@@ -25,7 +25,7 @@ if os.getppid() == int(sys.argv[1]):  # else it died before the line above
 
 
 def dying_with_parent(command: Sequence[str]) -> tuple[str, ...]:
-    """Return the command for Popen that runs that command and ends with the calling thread."""
+    """Return that command in a wrapper for Popen, with which the program is killed when this thread ends."""
     return (sys.executable, "-I", "-S", "-c", _PROGRAM, str(os.getpid()), *command)
 
 
@@ -38,10 +38,10 @@ def start_child(
     stdout: int | IO[bytes],
     stderr: int | IO[bytes],
 ) -> "subprocess.Popen[bytes]":
-    """Start a process that ends with the calling thread and leads a session of its own.
+    """Start a process that is killed when the calling thread ends; it leads a session of its own.
 
-    A terminal's Ctrl-C does not reach it, and `end_child` ends what it has started there, too. stdin, stdout
-    and stderr are as for Popen; by default its input is empty.
+    A terminal's Ctrl-C does not reach it, and `end_child` also ends what it has started in that session.
+    stdin, stdout and stderr are as for Popen; by default its input is empty.
     """
     return subprocess.Popen(
         dying_with_parent(command),
@@ -55,7 +55,7 @@ def start_child(
 
 
 def end_child(process: "subprocess.Popen[Any]", grace_s: float = 0.0) -> None:
-    """Send SIGTERM to a child, and after grace_s at most SIGKILL to it and its process group; reap it.
+    """Send SIGTERM to a child, after at most grace_s seconds SIGKILL to its whole process group; reap it.
 
     The child leads its group. One that was reaped before is left alone: its number may be another's by now.
     """
@@ -70,7 +70,7 @@ def end_child(process: "subprocess.Popen[Any]", grace_s: float = 0.0) -> None:
 
 
 def _wait_for_end(pid: int, most_s: float) -> None:
-    """Return when that child has ended, or after most_s; do not reap it."""
+    """Wait until the child of that process number has ended, at most most_s seconds; do not reap it."""
     fd = os.pidfd_open(pid)
     try:
         ended = select.poll()

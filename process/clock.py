@@ -1,4 +1,4 @@
-"""The time of day that follows no later setting of the machine's clock, and goes on while it sleeps."""
+"""A clock for the time of day that no later setting of the machine's clock moves; it goes on in suspend."""
 
 import time
 from collections.abc import Callable
@@ -9,12 +9,12 @@ STEP_S = 2.0
 
 
 def boot_time() -> float:
-    """Return seconds since the machine started, with those of its sleep; no setting of the clock matters."""
+    """Return seconds since the machine started, suspended ones too; setting the clock changes nothing."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def boot_id(path: Path = Path("/proc/sys/kernel/random/boot_id")) -> str | None:
-    """Return the name of the machine's present start; None where it is not told."""
+    """Return the kernel's id of the machine's present boot; None where it cannot be read."""
     try:
         return path.read_text().strip() or None
     except (OSError, UnicodeDecodeError):
@@ -22,28 +22,29 @@ def boot_id(path: Path = Path("/proc/sys/kernel/random/boot_id")) -> str | None:
 
 
 def wall_offset() -> float:
-    """Return what must be added to `boot_time` for the time of day, as the wall clock stands now."""
+    """Return the seconds to add to `boot_time` for the time of day, as the wall clock stands now."""
     return time.time() - boot_time()
 
 
 def steady_clock(offset: float | None = None) -> Callable[[], float]:
-    """Return epoch seconds that go on evenly: a step of the clock would pass every deadline at once.
+    """Return a clock of epoch seconds that goes on evenly when somebody sets the wall clock.
 
-    offset: that of an earlier process in the same start of the machine; None takes the wall clock's.
+    Otherwise a jump would pass every deadline at once. offset: that of an earlier process in the same boot of
+    the machine, seconds; None takes the wall clock's.
     """
     added = wall_offset() if offset is None else offset
     return lambda: boot_time() + added
 
 
 class StepDetector:
-    """Notices that the wall clock was set."""
+    """Notices that somebody set the wall clock."""
 
     def __init__(self) -> None:
-        """Begin with the wall clock as it is."""
+        """Take the wall clock as it is now as right."""
         self._offset = wall_offset()
 
     def step_s(self) -> float:
-        """Return by how much it was set since the last call; 0 when it was not."""
+        """Return by how many seconds the wall clock was set since the last call; 0 when it was not."""
         offset = wall_offset()
         by_s, self._offset = offset - self._offset, offset
         return by_s if abs(by_s) >= STEP_S else 0.0

@@ -50,7 +50,10 @@ def _cache() -> Path:
 
 
 def keep_in(cache: Path) -> str:
-    """Where numba keeps it: here, unless the user said where. What was kept long ago is deleted."""
+    """Return the directory for numba's machine code: `cache`, or what NUMBA_CACHE_DIR says.
+
+    Machine code of other versions that was not written for KEPT_S seconds is deleted.
+    """
     if "NUMBA_CACHE_DIR" in os.environ:
         return os.environ["NUMBA_CACHE_DIR"]
     numba.config.CACHE_DIR = str(cache)  # type: ignore[attr-defined]
@@ -68,10 +71,10 @@ CACHE = keep_in(_cache())
 
 
 def njit(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, compiled at its first call; from the cache on disk where there is one.
+    """Return the function compiled by numba, at its first call or from the cache on disk.
 
-    It holds no lock of the interpreter while it runs. Division by zero gives inf or nan as in numpy and
-    an index out of range is not noticed, so callers check what they pass.
+    It does not hold Python's global lock while it runs. Division by zero gives inf or nan as in numpy and an
+    index out of range is not noticed, so callers check what they pass.
     """
     jit: Callable[..., Any] = numba.njit
     try:

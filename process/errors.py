@@ -9,8 +9,8 @@ __all__ = ["CloudError", "ConfigError", "InstanceError"]
 
 
 class CloudError(Exception):
-    """The cloud did not do, or may not have done, what was asked. Nothing is known; try again next turn."""
+    """The cloud did not do, or may not have done, what was asked; try again next turn."""
 
 
 class InstanceError(Exception):
-    """One instance did not answer as it must. The others are not concerned."""
+    """One instance did not answer as it must; other instances are not concerned."""

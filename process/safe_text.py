@@ -15,7 +15,7 @@ _FORBIDDEN |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 def safe_text(text: str, most: int = MAX_WHY) -> str:
-    """Return the text on one line, at most so many characters long, all of which can be written.
+    """Return the text made safe for logs and terminals: one line, at most `most` characters.
 
     Control characters and those that turn the direction of writing become spaces, lone surrogates U+FFFD.
     """

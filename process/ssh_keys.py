@@ -11,7 +11,10 @@ from process.errors import ConfigError
 
 
 def load_or_make_ssh_key(path: Path) -> paramiko.Ed25519Key:
-    """The key in the file (0600); raises ConfigError when others can read it or it is something else."""
+    """Return the ssh key in that file, which is made (mode 0600) if there is none.
+
+    Raises ConfigError when others can read the file or it holds something else.
+    """
     try:
         return _load_or_make(path)
     except OSError as e:
