@@ -51,11 +51,11 @@ log = logging.getLogger("vast")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One route of the service, by the command that calls it.
+    """One kind of call to the Vast.ai service, named by the vastai commands that make it.
 
-    interval_s: the least time between two calls; rest_s: the same after a 429. Source: the thresholds
-    in vast-contract 1.3; a route without one has the largest of those like it. lists: has its own lane.
-    of_instance: the command names an instance, so a 404 means that one.
+    interval_s: the least time between two calls; rest_s: the same after a 429. Source: the thresholds in
+    vast-contract 1.3; a route without one has the largest of those like it. lists: it runs beside other
+    calls. of_instance: the command names an instance, so a 404 means that one.
     """
 
     name: str
@@ -77,10 +77,10 @@ SSH_KEYS = Endpoint("ssh-key", 1.0)
 
 
 class RateLimiter:
-    """Keeps the time from which each endpoint may be called again, in the caller's seconds."""
+    """Keeps for each kind of call (endpoint) the time from which it may be made again, in seconds."""
 
     def __init__(self, speedup: float = 1.0) -> None:
-        """Divide every interval by speedup."""
+        """Make a limiter whose intervals are divided by `speedup`, for a local cloud that runs faster."""
         self._speedup = speedup
         self._free_at: dict[Endpoint, float] = {}
 
@@ -89,14 +89,17 @@ class RateLimiter:
         return max(0.0, self._free_at.get(endpoint, now) - now)
 
     def ended(self, endpoint: Endpoint, now: float, *, refused: bool) -> None:
-        """Note that a call ended now. refused: its answer was "too often"."""
+        """Note that a call of the endpoint ended now. refused: the service said that it came too often."""
         interval_s = max(endpoint.interval_s, endpoint.rest_s) if refused else endpoint.interval_s
         self._free_at[endpoint] = now + interval_s / self._speedup
 
 
 @dataclass(frozen=True)
 class CliRun:
-    """What one run left. The streams stay apart: stderr carries warnings of runs that succeeded."""
+    """What one run of the vastai command left: exit status, stdout and stderr.
+
+    The streams stay apart, because stderr carries warnings also when a run succeeded.
+    """
 
     status: int
     stdout: str
@@ -112,7 +115,10 @@ _KEY_REFUSED = ("invalid user key", "auth_error", "please log in")
 
 
 def judge(command: str, endpoint: Endpoint, run: CliRun) -> None:
-    """Raise the failure that the run shows; return when it shows none, which is not yet a success."""
+    """Raise the error that a run of the vastai command shows, if it shows one.
+
+    That no error is raised is not yet a success: the caller reads what was printed.
+    """
     reported = _reported_error(run.stderr)
     if reported is not None:
         raise api_error(command, endpoint, *reported)
@@ -127,7 +133,10 @@ def judge(command: str, endpoint: Endpoint, run: CliRun) -> None:
 
 
 def _reported_error(stderr: str) -> tuple[int, str] | None:
-    """Return (HTTP status, message) as the CLI reports them: a JSON line with --raw, a sentence without."""
+    """Return (HTTP status, message) of an error that the CLI printed, or None.
+
+    With --raw it prints a JSON line, without it a sentence.
+    """
     for line in reversed(stderr.splitlines()):
         if plain := re.match(r"Failed with error (\d+): (.*)", line):
             return int(plain[1]), plain[2]
@@ -142,7 +151,7 @@ def _reported_error(stderr: str) -> tuple[int, str] | None:
 
 
 def api_error(command: str, endpoint: Endpoint, status: int, msg: str) -> CloudError:
-    """Return the error for an answer of that status and those words."""
+    """Return the exception for an HTTP error status of the service and its message."""
     if status == 0:
         return unexpected(command, "JSON from the service", short(msg))
     text = f"{command}: expected success, got {status} {short(msg)!r}"
@@ -159,7 +168,7 @@ def api_error(command: str, endpoint: Endpoint, status: int, msg: str) -> CloudE
 
 
 def in_words(words: Sequence[str]) -> str:
-    """Return the command as messages show it: without its flags, which may hold private values."""
+    """Return a vastai command as messages show it: without its flags, which may hold private values."""
     return " ".join(["vastai", *words])
 
 
@@ -167,7 +176,7 @@ def in_words(words: Sequence[str]) -> str:
 
 
 class Cli:
-    """Runs the vastai command. Safe to use from several threads."""
+    """Runs the vastai command with a key and directories of its own. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -176,7 +185,10 @@ class Cli:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Make the CLI's private directories; ConfigError when there is no CLI or no place for them."""
+        """Make the directories that the vastai command uses.
+
+        Raises ConfigError when there is no such command or no place for the directories.
+        """
         self._settings = settings
         self._clock = clock
         self._sleep = sleep
@@ -204,9 +216,10 @@ class Cli:
         timeout_s: float | None = None,
         script: str | None = None,
     ) -> str:
-        """Run `vastai WORDS FLAGS` when it is the endpoint's turn; return its stdout, or raise what it shows.
+        """Run `vastai WORDS FLAGS` as soon as the endpoint's rate limit allows; return its stdout.
 
-        words go into messages, flags do not. script, when given, is what `--onstart` will read.
+        Raises the CloudError that the run shows. words go into error messages, flags do not. timeout_s: of
+        the run; None: the usual one. script: the text that the flag `--onstart` is to read from a file.
         """
         command = in_words(words)
         lane = self._lanes[endpoint.lists]
@@ -275,15 +288,18 @@ class Cli:
         return CliRun(process.returncode, *(self._without_key(s) for s in (stdout, stderr)))
 
     def _without_key(self, text: str) -> str:
-        """Hide the key where a service echoes it. A short key is a local cloud's, a plain word: it stays."""
+        """Return the text with the API key replaced, since a service may echo it in an error.
+
+        A key under 16 characters is a local cloud's, a plain word that may stand in any text: it stays.
+        """
         key = self._settings.api_key
         return text.replace(key, "[key]") if len(key) >= 16 else text
 
     def _seed(self) -> None:
-        """Write the CLI's own files, or mark them as fresh.
+        """Write the files that the vastai command keeps for itself, or mark them as fresh.
 
-        Without them its first run asks for its role, every run asks for GPU names at import, with no
-        time limit, and parallel first runs race for the directories (vast-contract 0.5, 0.6 and 3).
+        Without them its first run asks for its role, every run asks for GPU names at import, with no time
+        limit, and parallel first runs race for the directories (vast-contract 0.5, 0.6 and 3).
         """
         try:
             os.utime(self._gpu_names)  # it counts as stale after 24 h
@@ -295,7 +311,10 @@ class Cli:
             _write(self._gpu_names, json.dumps({"gpu_names": []}))
 
     def _isolated(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Return environ without the user's Vast.ai, XDG and Python set-up, and with our key."""
+        """Return the environment for a vastai run: without the user's Vast.ai, XDG and Python settings.
+
+        The API key and private directories are added.
+        """
         kept = {k: v for k, v in environ.items() if not k.startswith(("VAST", "XDG_", "PYTHON"))}
         kept |= {
             "HOME": str(self._home),
@@ -319,7 +338,7 @@ class Cli:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the file in one step: a reader sees it whole, also when two processes write at once."""
+    """Replace a file in one step: a reader sees all of it, also when two processes write at once."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
     os.replace(file.name, path)

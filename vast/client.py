@@ -68,7 +68,10 @@ _ENV_OPTION = re.compile(
 
 
 def check_env(env: str) -> None:
-    """Raise ValueError when the CLI would drop or change a part of it. The message shows no value."""
+    """Raise ValueError when the vastai command would drop or change a part of these `--env` options.
+
+    The error shows no value.
+    """
     at, ports = 0, 0
     while at < len(env):
         option = _ENV_OPTION.match(env, at)
@@ -86,7 +89,7 @@ def check_env(env: str) -> None:
 
 
 def _check_label(label: str) -> None:
-    """Raise ValueError unless it can be one argument and be found in a sentence afterwards."""
+    """Raise ValueError for an instance label that the vastai command could not take as one argument."""
     if not re.fullmatch(r"[A-Za-z0-9_][!-~]*", label) or len(label) > LABEL_LIMIT:
         raise ValueError(
             f"label {label!r}: expected 1 to {LABEL_LIMIT} printable characters without spaces, "
@@ -98,10 +101,10 @@ def _check_label(label: str) -> None:
 
 
 class Vast:
-    """The account at the cloud. Safe to use from several threads; every method but __init__ runs the CLI."""
+    """The account at Vast.ai. Safe to use from several threads; every method runs the vastai command."""
 
     def __init__(self, cli: Cli) -> None:
-        """Ask nothing yet."""
+        """Make an account's calls out of the command that runs them; nothing is asked yet."""
         self._cli = cli
 
     def search_offers(
@@ -112,10 +115,10 @@ class Vast:
         limit: int = 64,
         exclude_machines: Collection[int] = (),
     ) -> list[Offer]:
-        """Return what is for rent on demand and fits the query (vast-contract 2.1), in that order.
+        """Return the machines for rent, on demand, that fit the query (vast-contract 2.1), in that order.
 
-        dph_total includes storage_gb. An offer that lacks a price or a name is left out; when all do,
-        ProtocolError.
+        An offer's price, dph_total, includes storage_gb. limit: the most offers. An offer that lacks a price
+        or a name is left out; when all do, ProtocolError.
         """
         words = ["search", "offers"]
         command = in_words(words)
@@ -146,10 +149,11 @@ class Vast:
         onstart: str,
         price_usd_h: float | None = None,
     ) -> int:
-        """Rent the offer and return the new instance's id. Sent once: after any failure look for the label.
+        """Rent an offered machine as a new instance; return the instance's id.
 
-        env: see check_env. onstart: the start script's text. price_usd_h: a bid per machine, which makes
-        it interruptible. Raises ValueError before anything is sent, and OfferGone.
+        The order is sent once: after any failure the listing must be searched for the label. env: see
+        check_env. onstart: the start script's text. price_usd_h: a bid per machine, which makes it
+        interruptible. Raises ValueError before anything is sent, and OfferGone.
         """
         check_env(env)
         _check_label(label)
@@ -171,10 +175,10 @@ class Vast:
         return answer.whole("new_contract")
 
     def list_instances(self, label_prefix: str | None = None) -> list[Row]:
-        """Return every instance of the account, or those whose label begins so: all of them or CloudError.
+        """Return every instance of the account whose label has that prefix (None: every one), or CloudError.
 
-        The labels are compared here: a filter at the service would hide a row that it misreads, and its
-        silence would look like an instance that is gone.
+        No part of a list is ever returned. The labels are compared here: a filter at the service would hide a
+        row that it misreads, and its silence would look like an instance that is gone.
         """
         words = ["show", "instances"]
         command = in_words(words)
@@ -205,7 +209,7 @@ class Vast:
         return [row_of(f) for f in listed.values() if has_label_prefix(f, label_prefix)]
 
     def show_instance(self, instance_id: int) -> Row | None:
-        """Return what the instance's own page shows; None when the service says that there is none.
+        """Return what the service says of one instance; None when it says that there is no such instance.
 
         Anything but a clear answer raises CloudError: on its word an instance is gone (vast-contract 2.4).
         """
@@ -222,7 +226,7 @@ class Vast:
         return row_of(answer)
 
     def _first_page(self, words: list[str]) -> tuple[list[object], int, bool]:
-        """Return its rows, how many there are in all, and whether there are more pages.
+        """Return the first page of the listing: (rows, how many there are in all, whether more follow).
 
         With --limit the CLI shows the service's own envelope. Without, an outage that answers `{}` prints
         `[]`, which looks like an account without instances (vast-contract 1.1).
@@ -239,25 +243,28 @@ class Vast:
         return rows, f.whole("total_instances"), f.maybe_text("next_token") is not None
 
     def start(self, instance_id: int) -> None:
-        """Ask for a stopped instance to run. It may wait for its GPU for ever: only the listing tells."""
+        """Ask the service to run a stopped instance.
+
+        The instance may wait for its GPU for ever: only the listing tells.
+        """
         self._say(CHANGE, ["start", "instance", str(instance_id)], f"starting instance {instance_id}.")
 
     def stop(self, instance_id: int) -> None:
-        """Ask for it to stop; its disk stays and is paid for."""
+        """Ask the service to stop an instance. It keeps the instance's disk, and bills it."""
         self._say(CHANGE, ["stop", "instance", str(instance_id)], f"stopping instance {instance_id}.")
 
     def label(self, instance_id: int, label: str) -> None:
-        """Change its label."""
+        """Change the label of an instance."""
         _check_label(label)
         words = ["label", "instance", str(instance_id)]
         self._say(CHANGE, words, f"label for {instance_id} set to {label}.", [label])
 
     def destroy(self, instance_id: int) -> None:
-        """Ask for its end, data included; an instance that is gone already is no error.
+        """Ask the service to delete an instance and its data; one that is gone already is no error.
 
         Only the listing proves that it is gone. Without --raw, with which nothing is printed whatever
-        happened; with -y, without which nothing is destroyed and the exit status is 0 (vast-contract 0,
-        rows 3 and 4).
+        happened; with -y, without which nothing is destroyed and the exit status is 0 (vast-contract 0, rows
+        3 and 4).
         """
         words = ["destroy", "instance", str(instance_id)]
         try:
@@ -274,14 +281,20 @@ class Vast:
         *,
         raw: bool = True,
     ) -> None:
-        """Run a command that prints exactly that sentence once it is done. raw: its errors are JSON."""
+        """Run a vastai command that prints exactly `sentence` once it is done, else raise ProtocolError.
+
+        raw: pass --raw, so that errors are JSON.
+        """
         stdout = self._cli.run(endpoint, words, [*flags, ONCE, *(["--raw"] if raw else [])])
         if stdout.strip() != sentence:
             got = repr(short(stdout)) if stdout.strip() else "nothing"
             raise unexpected(in_words(words), repr(sentence), got)
 
     def logs(self, instance_id: int, tail: int = 100) -> str:
-        """Return the last lines of the container's log. Takes 1 to 10 s; CloudTimeout when it never came."""
+        """Return the last `tail` lines of the log of an instance's container.
+
+        That takes 1 to 10 s; CloudTimeout when the service did not get the log.
+        """
         words = ["logs", str(instance_id)]
         flags = [f"--tail={tail}", "--raw"]
         stdout = self._cli.run(LOGS, words, flags, timeout_s=LOGS_TIMEOUT_S)
@@ -290,20 +303,20 @@ class Vast:
         return stdout.removesuffix("\n")
 
     def credit(self) -> float:
-        """Return the dollars left to spend; at 0 and below the service stops everything."""
+        """Return the dollars left in the account; at 0 and below the service stops every instance."""
         words = ["show", "user"]
         answer = parse_json(in_words(words), self._cli.run(ACCOUNT, words, ["--raw"]))
         return Fields(in_words(words), "account", answer).number("credit")
 
     def check_key(self) -> None:
-        """Raise ConfigError when the key is refused, for start-up; CloudError when that is not known now."""
+        """Raise ConfigError when the service refuses the API key, CloudError when it cannot be asked now."""
         try:
             self.credit()
         except CloudAuthError as e:
             raise ConfigError(f"the cloud refuses the API key: {e}") from e
 
     def register_ssh_key(self, public_key: str) -> None:
-        """Add the key to the account unless it is there: instances created from now on have it."""
+        """Add an ssh public key to the account unless it has it: instances created from now on accept it."""
         parts = public_key.split()
         if len(parts) < 2 or not parts[0].startswith(("ssh-", "ecdsa-", "sk-")) or "\n" in public_key.strip():
             raise ValueError("expected one line of an ssh public key: TYPE BASE64 COMMENT")

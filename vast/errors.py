@@ -1,11 +1,11 @@
-"""What can go wrong in a call to Vast.ai, by what is known about its effect afterwards."""
+"""What can go wrong in a call to Vast.ai; each error says whether the call may have had its effect."""
 
 from process.errors import CloudError
 from process.safe_text import safe_text
 
 
 class CloudTimeout(CloudError):
-    """No answer within our limit. Whatever was asked may have happened."""
+    """The service gave no answer within our time limit. What was asked may have happened."""
 
 
 class TransportError(CloudError):
@@ -13,25 +13,28 @@ class TransportError(CloudError):
 
 
 class ProtocolError(CloudError):
-    """The run ended as neither a success nor an error that the CLI reports. Nothing is known."""
+    """A run of the vastai command ended as neither a success nor a reported error.
+
+    Nothing is known of its effect.
+    """
 
 
 class ApiError(CloudError):
-    """The service said no. status: of HTTP, 200 for `success: false`; msg: its words."""
+    """The service refused. status: of HTTP, 200 for `success: false`; msg: the service's words."""
 
     def __init__(self, text: str, status: int, msg: str) -> None:
-        """Keep status and msg beside text, the whole message for a person."""
+        """Make the error with a message for a person, and the service's HTTP status and own words."""
         super().__init__(text)
         self.status = status
         self.msg = msg
 
 
 class CloudAuthError(ApiError):
-    """The key was refused. A change was not made."""
+    """The service refused the API key. A change was not made."""
 
 
 class RateLimited(ApiError):
-    """Called too often. A change was not made."""
+    """The service was called too often. A change was not made."""
 
 
 class NoSuchInstance(ApiError):
@@ -48,10 +51,10 @@ class OfferGone(ApiError):
 
 
 def unexpected(command: str, expected: str, got: str) -> ProtocolError:
-    """Return the error that names the command, what was expected and what came."""
+    """Return an error that names the command, what was expected and what came."""
     return ProtocolError(f"{command}: expected {expected}, got {got}")
 
 
 def short(text: str) -> str:
-    """Return the first line made safe, cut to 200 characters."""
+    """Return the first line of a text made safe for a message, cut to 200 characters."""
     return safe_text(text[:10_000].strip().partition("\n")[0], 200)

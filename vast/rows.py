@@ -23,7 +23,10 @@ HOURS_PER_MONTH = 720.0  # storage_total_cost = storage_cost * disk_space / 720;
 
 @dataclass(frozen=True)
 class Offer:
-    """A machine for rent. Prices are $/h, dph_total with the storage asked for; None means not said."""
+    """A machine for rent, as a search lists it. Prices are $/h; None means that the service does not say.
+
+    dph_total includes the storage that the search asked for.
+    """
 
     id: int
     machine_id: int
@@ -45,11 +48,11 @@ class Offer:
 
 @dataclass(frozen=True)
 class Row:
-    """One instance as the listing shows it. None means not said.
+    """One instance as the listing shows it; None means that the listing does not say.
 
-    ports: tcp port in the container -> port at public_ip, empty unless it runs. dph_total: $/h when it
-    runs; price_now_usd_h: in its present state; both 0 unless it is priced. Dates are epoch seconds. onstart
-    holds a master token, so repr leaves it out. odd: what is missing in it that every row should have.
+    ports: tcp port in the container -> port at public_ip, empty unless it runs. dph_total: $/h when it runs;
+    price_now_usd_h: in its present state; both 0 unless it is priced. Dates are epoch seconds. onstart holds
+    a master token, so repr leaves it out. odd: what is missing in it that every row should have.
     """
 
     id: int
@@ -81,7 +84,10 @@ class Row:
 
 
 class Fields:
-    """Typed reading of one JSON object: a required field that is missing or wrong is named and raises."""
+    """Typed reading of one JSON object from the service.
+
+    A required field that is missing or of another type raises a ProtocolError that names it.
+    """
 
     def __init__(self, command: str, what: str, data: object) -> None:
         self._command = command
@@ -105,7 +111,10 @@ class Fields:
         return self._refuse(key, "a number of 0 or more") if value is None else value
 
     def maybe_amount(self, key: str) -> float | None:
-        """Return a finite number of 0 or more, else None: the service writes -1 where it does not know."""
+        """Return that field as a finite number of 0 or more, else None.
+
+        The service writes -1 where it does not know.
+        """
         value = self.maybe_number(key)
         return value if value is not None and value >= 0 else None
 
@@ -126,12 +135,12 @@ class Fields:
         return self.maybe_text(key) or self._refuse(key, "a text")
 
     def maybe_text(self, key: str) -> str | None:
-        """Return the text made safe and stripped (it may stand in spaces); None when it is empty."""
+        """Return that field's text, made safe and stripped of spaces around it; None when it is empty."""
         value = self._data.get(key)
         return (safe_text(value, MAX_TEXT).strip() or None) if isinstance(value, str) else None
 
     def script(self, key: str) -> str | None:
-        """Return a text of many lines as it is; None when it is none."""
+        """Return that field's text of many lines unchanged; None when it is empty or no text."""
         value = self._data.get(key)
         return value if isinstance(value, str) and value.strip() else None
 
@@ -140,12 +149,12 @@ class Fields:
         return value if isinstance(value, list) else self._refuse(key, "a list")
 
     def mapping(self, key: str) -> dict[str, object]:
-        """Return the object; an empty one when it is missing or null."""
+        """Return that field's JSON object; an empty one when it is missing or null."""
         value = self._data.get(key)
         return value if isinstance(value, dict) else {}
 
     def is_null(self, key: str) -> bool:
-        """Return whether the field is there, and null."""
+        """Return whether the JSON object has that field with the value null."""
         return key in self._data and self._data[key] is None
 
     def flag(self, key: str) -> bool | None:
@@ -158,7 +167,7 @@ class Fields:
 
 
 def _shape(value: object) -> str:
-    """Say what kind of JSON value it is, without its content, which may hold keys and start scripts."""
+    """Return what kind of JSON value this is, without its content, which may hold keys and start scripts."""
     if isinstance(value, dict):
         return f"an object with {', '.join(sorted(value)) or 'no keys'}"
     if isinstance(value, list):
@@ -167,7 +176,7 @@ def _shape(value: object) -> str:
 
 
 def parse_json(command: str, stdout: str) -> object:
-    """Return the JSON that the command printed; ProtocolError when it is none."""
+    """Return the JSON value that a command printed; raise ProtocolError when it printed something else."""
     try:
         return json.loads(stdout)
     except ValueError:
@@ -181,7 +190,7 @@ def parse_json(command: str, stdout: str) -> object:
 
 
 def parse_list(command: str, of: str, stdout: str) -> list[object]:
-    """Return the JSON list that the command printed; ProtocolError when it is something else."""
+    """Return the JSON list that a command printed; raise ProtocolError when it printed something else."""
     value = parse_json(command, stdout)
     if not isinstance(value, list):
         raise unexpected(command, f"a list of {of}", _shape(value))
@@ -189,7 +198,7 @@ def parse_list(command: str, of: str, stdout: str) -> list[object]:
 
 
 def offer_of(f: Fields) -> Offer:
-    """Read an offer; ProtocolError when a price or a name is missing."""
+    """Return an offer read from its JSON object; raise ProtocolError when a price or a name is missing."""
     return Offer(
         id=f.whole("id"),
         machine_id=f.whole("machine_id"),
@@ -211,10 +220,11 @@ def offer_of(f: Fields) -> Offer:
 
 
 def row_of(f: Fields) -> Row:
-    """Read an instance; what the service does not say is None or computed from what it says.
+    """Return an instance read from its JSON object in the listing.
 
-    Only a row without an id cannot be read. One that lacks its machine or its price is odd, and still a
-    machine of ours that bills: the others must not suffer from it, nor may it be overlooked.
+    What the service does not say is None or computed from what it says. Only a row without an id cannot be
+    read. One that lacks its machine or its price is odd, and still a machine of ours that bills: the others
+    must not suffer from it, nor may it be overlooked.
     """
     priced = f.maybe_amount("dph_total") is not None
     machine_id = f.maybe_whole("machine_id")
@@ -260,12 +270,16 @@ def row_of(f: Fields) -> Row:
 
 
 def has_label_prefix(f: Fields, prefix: str | None) -> bool:
-    """Say whether the label begins so; None is the prefix of all."""
+    """Return whether the label of a listed instance begins with that prefix; None is the prefix of all."""
     return prefix is None or (f.maybe_text("label") or "").startswith(prefix)
 
 
 def _ports(mapped: Mapping[str, object]) -> dict[int, int]:
-    """Read {"8000/tcp": [{"HostPort": "33526"}, …again for IPv6]} as {8000: 33526}; leave out the rest."""
+    """Return the listing's tcp ports as {port in the container: port outside}.
+
+    The listing says {"8000/tcp": [{"HostPort": "33526"}, …again for IPv6]}; what is not like that is left
+    out.
+    """
     ports = {}
     for inside, outside in mapped.items():
         port, _, protocol = inside.partition("/")

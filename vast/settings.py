@@ -1,4 +1,4 @@
-"""Which service the vastai command asks, with which key."""
+"""Which Vast.ai service, real or local, the vastai command calls, and with which key."""
 
 import math
 import re
@@ -21,12 +21,12 @@ KEY_FILE = "the Vast.ai key file"
 
 @dataclass(frozen=True, kw_only=True)
 class VastSettings:
-    """Which service, with which key, and how patiently.
+    """Which service the vastai command calls, with which key, and how long it may take.
 
-    url: None is the paid production service. local: a local cloud, which must have a loopback url.
-    speedup: how much faster than real a local cloud runs; the intervals between calls are divided by it.
-    state_dir: the CLI's own files live below it, apart from the user's. timeout_s: the most that one run
-    takes, unless its caller says otherwise, start-up of 0.5 s included (vast-contract 3).
+    url: None is the paid production service. local: a local cloud, which must have a loopback url. speedup:
+    how much faster than real a local cloud runs; the intervals between calls are divided by it. state_dir:
+    the CLI's own files live below it, apart from the user's. timeout_s: the most that one run takes, unless
+    its caller says otherwise, start-up of 0.5 s included (vast-contract 3).
     """
 
     state_dir: Path
@@ -38,7 +38,7 @@ class VastSettings:
     timeout_s: float = 20.0
 
     def __post_init__(self) -> None:
-        """Refuse what would ask the wrong service, or the right one wrongly, with ConfigError."""
+        """Raise ConfigError for settings that would call the wrong service, or the right one wrongly."""
         if not KEY.fullmatch(self.api_key):
             raise ConfigError("the cloud's API key must be printable characters without spaces")
         if self.url is not None:
@@ -55,7 +55,10 @@ class VastSettings:
 
 
 def _check_url(url: str) -> None:
-    """Refuse a trailing slash or path, with which the CLI asks for //api, and plain http outside loopback."""
+    """Raise ConfigError for a service URL with a path or slash at its end, or with plain http.
+
+    With a slash the CLI would ask for //api. Plain http is allowed for a loopback address.
+    """
     try:
         parts = urlsplit(url)
         port_is_sound = parts.port is None or parts.port > 0
@@ -70,7 +73,7 @@ def _check_url(url: str) -> None:
 
 
 def find_api_key(environ: Mapping[str, str], home: Path) -> str:
-    """Return VAST_API_KEY, else the key that `vastai set api-key` wrote; ConfigError when there is none."""
+    """Return the Vast.ai API key: VAST_API_KEY, else what `vastai set api-key` wrote; else ConfigError."""
     if key := environ.get("VAST_API_KEY", "").strip():
         return key
     config = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
