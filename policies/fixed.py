@@ -1,4 +1,7 @@
-"""A fixed number hot and a fixed number in all: the baseline of every comparison, and what `prepare` runs."""
+"""The policy of a fixed number of hot instances and a fixed number in all.
+
+It is the baseline of every comparison, and the command `prepare` runs it.
+"""
 
 from dataclasses import dataclass
 
@@ -18,8 +21,7 @@ class Fixed:
         return 0.0
 
     def targets(self, seen: FleetSnapshot) -> Targets:
-        """Return the numbers of hot and of all instances that the policy was made with, whatever the load is.
-        """
+        """Return the numbers of hot and of all instances that the policy was made for, whatever the load."""
         total = max(self.hot, seen.total if self.total is None else self.total)
         return Targets(self.hot, total, f"fixed at {self.hot} hot, {total} in all")
 
