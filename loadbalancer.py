@@ -15,6 +15,7 @@ All that is known of one instance is in dispatch/instance.py; each other part ow
     dispatch/chooser.py             where a request does the least to all requests, claims of waiting ones
     dispatch/candidate_index.py     the instances that can serve, by class of speed
     dispatch/predicted_load.py      the requests inside the instances, moved along by the engine's rule
+    dispatch/lease_giver.py         leases of chosen instances, for their tokens
     dispatch/lease_book.py          unfinished leases: given once, ended once
     dispatch/request_queue.py       requests that wait: two lanes, priorities
     dispatch/token_refills.py       fetching tokens
@@ -40,20 +41,18 @@ from dispatch.chooser import FIRST_TOKEN_WEIGHT, Chooser
 from dispatch.circuit_breaker import ALONE
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
-from dispatch.instance import ServingInstance
 from dispatch.instance_failures import InstanceFailures
 from dispatch.lease import Lease
 from dispatch.lease_book import LeaseBook
+from dispatch.lease_giver import LeaseGiver
 from dispatch.load_reports import LoadReports, Poll
 from dispatch.predicted_load import warm_up
 from dispatch.request_estimates import EXPECTED_OUTPUT_TOKENS, RequestEstimates
 from dispatch.request_queue import LATE_BOUND_S, RequestQueue
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from dispatch.token_refills import Refill, TokenRefills
-from dispatch.token_stock import TokenLot
 from dispatch.usage import describe, measure
 from dispatch.wait_times import WaitTimes
-from engine.forward import Floats
 from engine.slo import Slo
 from web.messages.busy import BusyReport
 from web.messages.hot_set import HotSet
@@ -89,7 +88,6 @@ class LoadBalancer:
         """
         warm_up()
         self.slo = slo = slo or Slo()
-        self._request_id = request_id
         self._grant_at_once = grant_at_once
         self._estimates = estimates = RequestEstimates()
         self._demand = demand = DemandCounter()
@@ -101,6 +99,7 @@ class LoadBalancer:
         self._refills = refills = TokenRefills(instances, leases, failures)
         token_s = slo.output_token_s
         self._chooser = Chooser(instances, estimates, demand, queue, token_s, first_token_weight)
+        self._giver = LeaseGiver(request_id, instances, estimates, self._chooser, refills, leases)
         self._waits = WaitTimes(instances, queue, estimates, slo)
         self._reports = LoadReports(
             instances, leases, estimates, demand, refills, failures, poll_interval_s, token_s
@@ -165,7 +164,7 @@ class LoadBalancer:
         """
         instances = self.instances
         client, allowance = ask.client, self.leases.allowance
-        after_s = allowance.asks(client, instances.typical_capacity * instances.hot, now)
+        after_s = allowance.asks(client, instances.hot, now)
         if after_s is not None:
             return RouteRefused("too_many_unused", after_s, allowance.unused(client))
         given = self._give(ask, count, now)
@@ -209,7 +208,7 @@ class LoadBalancer:
         self._chooser.drop_claims()
         served = self.queue.grant(
             now,
-            lambda ask, hurries: self._give_one(ask, now, hurries=hurries),
+            lambda ask, hurries: self._giver.one(ask, now, hurries=hurries),
             lambda ask: self._chooser.only_avoids(ask, now),
             self._grant_at_once,
         )
@@ -230,68 +229,19 @@ class LoadBalancer:
                 return []
         else:
             self._chooser.drop_claims()
-        if count is not None:
-            most = min(count, self.leases.left, self.leases.allowance.left(ask.client))
-            given = self._give_some(ask, most, now)
-            if given or most <= 0:
-                return given
-        lease = self._give_one(ask, now, hurries=False)
+        if count is not None and (given := self._giver.some(ask, count, now)):
+            return given
+        lease = self._giver.one(ask, now, hurries=False)
         return [] if lease is None else [lease]
-
-    def _give_one(self, ask: RouteRequest, now: float, *, hurries: bool) -> Lease | None:
-        """Give one lease where the request does the least to all requests."""
-        if self.leases.left <= 0:
-            return None
-        row = self._estimates.row(ask)
-        while (inst := self._chooser.best(ask, row, now, hurries=hurries)) is not None:
-            taken = inst.stock.take(now)
-            self._refills.check(inst, now)
-            if taken is None:
-                self._index.discard(inst)  # its tokens had become too old
-                continue
-            lease = self._enter(inst, *taken, ask, self._chooser.row_at(inst, ask, row), now)
-            if lease is not None:
-                self._chooser.remember_prefixes(inst, ask)
-                self._index.update(inst, now)
-                return lease
-        return None
-
-    def _give_some(self, ask: RouteRequest, count: int, now: float) -> list[Lease]:
-        """Give up to count leases by the work that the instances have."""
-        given: list[Lease] = []
-        row = self._estimates.row(ask)
-        for inst, n in self._chooser.spread(ask, count, now):
-            here = self._chooser.row_at(inst, ask, row)
-            before = len(given)
-            for token, lot in inst.stock.take_some(n, now):
-                lease = self._enter(inst, token, lot, ask, here, now)
-                if lease is not None:
-                    given.append(lease)
-            self._refills.check(inst, now)
-            if len(given) > before:
-                self._chooser.remember_prefixes(inst, ask)
-            self._index.update(inst, now)
-        return given
-
-    def _enter(
-        self, inst: ServingInstance, token: str, lot: TokenLot, ask: RouteRequest, row: Floats, now: float
-    ) -> Lease | None:
-        """Enter a lease; None for a token that is leased already: an instance may give one twice."""
-        request_id = self._request_id(token)
-        if request_id in self.leases:
-            return None
-        prompt_work = ask.prompt_tokens * self._estimates.prefill_weight
-        lease = self.leases.give(inst, request_id, token, lot, ask, row, prompt_work, now)
-        self._estimates.given(ask.work, row)
-        return lease
 
     def end_lease(
         self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False
     ) -> bool:
         """End a lease as its client says: finished, failed or unused. False when it is not known.
 
-        An unused token goes back into stock, unless a report said that it was taken. blame: whether it failed
-        in a way that may be the instance's fault. impostor: what answered there had another certificate.
+        An unused token is kept for the same client, unless a report said that it was taken: who has seen it
+        could use it before any other that is given it. blame: whether it failed in a way that may be the
+        instance's fault. impostor: what answered there had another certificate.
         """
         lease = self.leases.get(request_id)
         if lease is None:
@@ -305,7 +255,7 @@ class LoadBalancer:
                 inst, lease, now, blame=blame, weight=ALONE if impostor else 1
             )
         elif not lease.started and lease.boot_id == inst.boot_id:
-            inst.stock.give_back(lease.token, lease.lot)
+            inst.stock.give_back(lease.token, lease.lot, lease.client)
         self.leases.end(inst, lease, outcome, now)
         self._index.update(inst, now)
         return True

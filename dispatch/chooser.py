@@ -171,7 +171,8 @@ class Chooser:
         while heap and count > 0:
             _, number, n, left, reading_s, inst = heap[0]
             fits = left + work <= inst.capacity and reading_s <= READING_S
-            if n >= inst.stock.size or n >= inst.circuit.left or not (fits or (n == 0 and inst.idle)):
+            most = min(inst.stock.size, inst.circuit.left, inst.places_left)
+            if n >= most or not (fits or (n == 0 and inst.idle)):
                 heappop(heap)
                 continue
             n += 1

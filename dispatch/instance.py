@@ -11,9 +11,8 @@ reported, however long ago it was given.
 """
 
 import math
-from typing import Any
 
-from dispatch.circuit_breaker import CircuitBreaker, CircuitState
+from dispatch.circuit_breaker import CircuitBreaker
 from dispatch.lease import Lease
 from dispatch.measured_capacity import CAPACITY_RANGE, RATE_RANGE, RATE_WEIGHT, SLOW_SHARE, CapacityMeter
 from dispatch.predicted_load import LoadTable, PredictedLoad
@@ -82,11 +81,13 @@ class ServingInstance:
         self.step_times = StepTimes(spec.timing.timing() if spec.timing else like(spec.throughput_work_s))
         self.load = PredictedLoad(table, self.step_times.constants, self.throughput, now)
         self.leases: dict[str, Lease] = {}
-        self.leased_work = 0.0
+        self.leased_work = 0.0  # of those that do not rest
+        self._resting = 0  # leases
         self.other_requests: dict[str, float] = {}  # of other loadbalancers, started there -> work
         self.other_work = 0.0  # theirs, also of those that are known by number only
         self.free_at = now
         self.read_at = now  # when it will have read the prompts that it was given
+        self._measure_room()
         self._read_share = 1.0  # of its time, that may go into reading
         self._meter = CapacityMeter()
         self._working_s = 0.0
@@ -100,6 +101,7 @@ class ServingInstance:
         if spec.timing is not None and spec.timing != told.timing:
             self.step_times.tell(spec.timing.timing())
             self.load.set_step_times(self.step_times.constants)
+            self._measure_room()
         self.spec, self.draining, self.timed = spec, spec.draining, spec.timing is not None
         if not self.measured:
             self._set_throughput(spec.throughput_work_s, now)
@@ -136,8 +138,8 @@ class ServingInstance:
 
     @property
     def idle(self) -> bool:
-        """Whether it has no request: then it may be given one of any size."""
-        return not self.leases and self.other_work == 0.0
+        """Whether it has no request: then it may be given one of any size. Leases that rest are none."""
+        return len(self.leases) == self._resting and self.other_work == 0.0
 
     def working_s(self, now: float) -> float:
         """Return the seconds with a lease under way, so far."""
@@ -160,14 +162,38 @@ class ServingInstance:
         request_id = lease.request_id
         self.circuit.over(request_id)
         del self.leases[request_id]
-        self.load.remove(request_id, now)
-        if self.leases:
-            self.leased_work -= lease.work
+        if lease.rests:
+            self._resting -= 1
         else:
-            self.leased_work = 0.0
+            self._free(lease, now)
+        if not self.leases:
             self._working_s += now - self._working_since
             self.read_at = min(self.read_at, now)  # nothing is left that it could be reading
         self._cap_work(now)
+
+    def _free(self, lease: Lease, now: float) -> None:
+        """Give the room of a lease to others."""
+        self.load.remove(lease.request_id, now)
+        self.leased_work = self.leased_work - lease.work if len(self.leases) > self._resting else 0.0
+
+    def rest_unstarted(self, given_until: float, now: float) -> None:
+        """Let the leases rest that were given until then and have not started."""
+        for lease in self.leases.values():  # as they were given
+            if lease.given_at > given_until:
+                break
+            if not (lease.started or lease.rests):
+                lease.rest()
+                self._resting += 1
+                self._free(lease, now)
+                self._cap_work(now)
+
+    def wake_lease(self, lease: Lease, now: float) -> None:
+        """Give a lease that rests its room again: its request has started."""
+        lease.wake()
+        self._resting -= 1
+        self._add_work(lease.work, now)
+        self.load.add(lease.request_id, lease.row, now)
+        self.leased_work += lease.work
 
     def add_other(self, request_id: str, row: Floats, prefill_weight: float, now: float) -> None:
         """Take in a request of another loadbalancer that has started there."""
@@ -201,7 +227,7 @@ class ServingInstance:
         mean_work: of a request that no lease and no start is known of.
         """
         present = load.running + load.waiting
-        unknown = max(0, present - len(self.leases) - len(self.other_requests))
+        unknown = max(0, present - len(self.leases) + self._resting - len(self.other_requests))
         unknown = min(unknown, self.most_others - min(self.most_others, len(self.other_requests)))
         self.other_work = sum(self.other_requests.values()) + unknown * mean_work
         self.free_at = now + (self.leased_work + self.other_work) / self.throughput
@@ -236,6 +262,23 @@ class ServingInstance:
     # -- room --
 
     @property
+    def places_left(self) -> float:
+        """How many more requests it may run at once, where that is known."""
+        return self.step_times.told.max_seqs - len(self.load.ids) if self.timed else math.inf
+
+    def _measure_room(self) -> None:
+        """Set the share of its room that one place and one token of memory are."""
+        told = self.step_times.told
+        self._place_room, self._token_room = 1.0 / told.max_seqs, 1.0 / told.kv_tokens
+
+    def room_of(self, work: float, row: Floats) -> float:
+        """Return the share of its room that a request takes: of places or memory, or else of its capacity."""
+        if not self.timed:
+            return min(1.0, work / self.capacity)
+        tokens: float = row.item(PROMPT) + row.item(LEFT)
+        return min(1.0, max(self._place_room, tokens * self._token_room))
+
+    @property
     def can_serve(self) -> bool:
         """Whether it may be given a request at all: it has tokens, does not drain and does not fail."""
         return not self.draining and self.stock.size > 0 and self.circuit.left > 0
@@ -245,9 +288,7 @@ class ServingInstance:
 
         left: the work that it has.
         """
-        if left + work <= self.capacity and self.read_at - now <= READING_S:
-            return True
-        return not self.leases and self.other_work == 0.0
+        return (left + work <= self.capacity and self.read_at - now <= READING_S) or self.idle
 
     def admits(
         self, row: Floats, lengths: Floats, output_token_s: float, now: float, *, hurries: bool
@@ -272,7 +313,7 @@ class ServingInstance:
 
     def learn_speed(self, load: LoadReport, prefill_weight: float, output_token_s: float, now: float) -> None:
         """Learn throughput and capacity from a load report. output_token_s: the objective."""
-        leases = len(self.leases)
+        leases = len(self.leases) - self._resting
         seen = self.leased_work * min(1.0, (load.running + load.waiting) / leases) if leases else 0.0
         rate, factor = self._meter.observe(
             load,
@@ -319,29 +360,3 @@ class ServingInstance:
             round(math.log(self.throughput) / step),
             round(math.log(self.capacity / self.throughput) / step),
         )
-
-    # -- what it looks like --
-
-    def describe(self, now: float) -> dict[str, Any]:
-        """Return its row for an operator: no tokens."""
-        work = self.work(now)
-        return {
-            "id": self.id,
-            "state": self.spec.state,
-            "address": self.spec.address,
-            "unfinished": len(self.leases),
-            "work": round(work, 1),
-            "capacity_work": round(self.capacity, 1),
-            "seconds_to_drain": round(work / self.throughput, 3),
-            "throughput_work_s": round(self.throughput, 1),
-            "throughput_measured": self.measured,
-            "running": self.reports.running,
-            "waiting": self.reports.waiting,
-            "tokens_in_stock": self.stock.size,
-            "reports_pushed": self.reports.pushes,
-            "failures": self.circuit.failures,
-            "out": self.reports.budget.why if self.reports.budget.excludes(now) else None,
-            "avoided": self.circuit.state is CircuitState.OPEN,
-            "circuit": self.circuit.state.value,
-            "working_s": round(self.working_s(now), 1),
-        }

@@ -11,8 +11,9 @@ from web.messages.hot_set import HotInstance
 class Lease:
     """What a client is given. Times are epoch seconds.
 
-    row: its request as the instance sees it (engine/forward.py). started: number of the report that said that
-    its token was taken, 0 before. over: it has ended in some way.
+    row: its request as the instance sees it (engine/forward.py). room: that it takes there, as a share of the
+    instance. started: number of the report that said that its token was taken, 0 before. rests: it takes no
+    room, because it has not started for long. over: it has ended in some way.
     """
 
     request_id: str
@@ -26,7 +27,9 @@ class Lease:
     boot_id: str | None
     row: Floats = field(repr=False)
     client: str = ""
+    room: float = 0.0
     started: int = 0
+    rests: bool = False
     over: bool = False
 
     @property
@@ -37,6 +40,14 @@ class Lease:
     def start(self, report: int) -> None:
         """Note the report that said that its token was taken."""
         self.started = report
+
+    def rest(self) -> None:
+        """Note that it takes no room."""
+        self.rests = True
+
+    def wake(self) -> None:
+        """Note that it takes room again."""
+        self.rests = False
 
     def end(self) -> None:
         """Note that it has ended."""

@@ -1,7 +1,7 @@
 """The unfinished leases: given once for each token, ended once in whatever way.
 
     given ──► started (a report says that its token was taken) ──► ended
-       └──────────────────────────────────────────────────────────►
+       └──► rests (its room is free) ─────────────────────────────►
 
 A lease ends when a report or its client says so, when it expires without having started, when its instance
 leaves or reboots, or when nothing was said of a started one for MAX_SERVE_S.
@@ -98,6 +98,7 @@ class LeaseBook:
             inst.boot_id,
             row,
             ask.client,
+            inst.room_of(ask.work, row),
         )
         if not inst.leases:
             self.working += 1
@@ -108,8 +109,10 @@ class LeaseBook:
         self.given += 1
         return lease
 
-    def start(self, inst: ServingInstance, lease: Lease, report: int) -> None:
+    def start(self, inst: ServingInstance, lease: Lease, report: int, now: float) -> None:
         """Note that report said that its token was taken."""
+        if lease.rests:
+            inst.wake_lease(lease, now)
         self.allowance.settled(lease)
         inst.circuit.started(lease.request_id)
         lease.start(report)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import repeat
 
+from dispatch.allowance import REST_S
 from dispatch.circuit_breaker import CircuitState
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
@@ -146,6 +147,7 @@ class LoadReports:
         inst.reports.take(load)
         inst.learn_speed(load, estimates.prefill_weight, self.output_token_s, now)
         self._take_events(inst, load, inst.reports.count, now)
+        inst.rest_unstarted(asked_at - REST_S, now)
         inst.load.mark_reported(now)
         if inst.reports.quiet_twice(load):
             self._end_lost(inst, now)
@@ -213,7 +215,7 @@ class LoadReports:
                         row = self.estimates.row_of_other(body_bytes)
                         inst.add_other(request_id, row, self.estimates.prefill_weight, now)
             elif not lease.started:
-                self.leases.start(inst, lease, number)
+                self.leases.start(inst, lease, number, now)
                 self.demand.started()
                 self.estimates.started(lease.row, body_bytes)
         for end in report.ended:

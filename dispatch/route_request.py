@@ -61,7 +61,7 @@ class RouteRefused(NamedTuple):
     """No lease and no place in the queue.
 
     why: nothing_hot, all_busy, or too_many_unused leases of this client. retry_after_s: when to ask again.
-    unused: (leases, work) that the client has not used.
+    unused: (leases, instances' worth of room) that the client has not used.
     """
 
     why: str

@@ -1,7 +1,10 @@
 """The single-use tokens of one instance that wait to be leased, and how many of them to keep.
 
-Tokens of the oldest lot are leased first. The level is what is used in STOCK_S; a stock is refilled when it
-is at a quarter of its level, or at half of the least level, or when its tokens become old.
+Tokens of the oldest lot are leased first. One that was leased and given back unused is kept for the client
+that had it, which could still use it: another one that was given it would be refused by the instance.
+
+The level is what is used in STOCK_S; a stock is refilled when it is at a quarter of its level, or at half of
+the least level, or when its tokens become old.
 """
 
 import math
@@ -53,6 +56,7 @@ class TokenStock:
         self.refilling = False  # a refill is under way
         self.retry_at = now
         self._lots: deque[TokenLot] = deque()
+        self._returned: dict[str, list[tuple[str, TokenLot]]] = {}  # by the client that gave them back
         self._renew_at = math.inf
         self._old_at = math.inf  # the oldest lot is not leased from then on
         self._level = STOCK_LEAST
@@ -62,8 +66,10 @@ class TokenStock:
 
     # -- leasing --
 
-    def take(self, now: float) -> tuple[str, TokenLot] | None:
-        """Take one token; None when there is none."""
+    def take(self, now: float, client: str = "") -> tuple[str, TokenLot] | None:
+        """Take one token for that client; None when there is none."""
+        if self._returned and (mine := self._take_returned(client, 1, now)):
+            return mine[0]
         if self._old_at <= now:
             self.drop_old(now)
         if not self._lots:
@@ -76,10 +82,11 @@ class TokenStock:
             self._drop()
         return token, lot
 
-    def take_some(self, count: int, now: float) -> list[tuple[str, TokenLot]]:
-        """Take so many tokens, or as many as there are."""
+    def take_some(self, count: int, now: float, client: str = "") -> list[tuple[str, TokenLot]]:
+        """Take so many tokens for that client, or as many as there are."""
         self.drop_old(now)
-        out: list[tuple[str, TokenLot]] = []
+        out = self._take_returned(client, count, now) if self._returned else []
+        before = len(out)
         while self._lots and len(out) < count:
             lot = self._lots[0]
             few = count - len(out)
@@ -87,18 +94,25 @@ class TokenStock:
             del lot.tokens[-few:]
             if not lot.tokens:
                 self._drop()
-        self.size -= len(out)
-        self._used += len(out)
+        self.size -= len(out) - before
+        self._used += len(out) - before
         return out
 
-    def give_back(self, token: str, lot: TokenLot) -> None:
-        """Put an unused token back."""
-        if not lot.tokens:
-            self._lots.appendleft(lot)
-            self._old_at = lot.lease_until
-        lot.tokens.append(token)
-        self.size += 1
-        self._used -= 1
+    def give_back(self, token: str, lot: TokenLot, client: str = "") -> None:
+        """Keep an unused token for the client that had it."""
+        self._returned.setdefault(client, []).append((token, lot))
+
+    def _take_returned(self, client: str, count: int, now: float) -> list[tuple[str, TokenLot]]:
+        """Take up to so many of the tokens that this client gave back, and drop those that are too old."""
+        mine = self._returned.get(client, [])
+        out: list[tuple[str, TokenLot]] = []
+        while mine and len(out) < count:
+            token, lot = mine.pop()
+            if lot.lease_until > now:
+                out.append((token, lot))
+        if not mine:
+            self._returned.pop(client, None)
+        return out
 
     def drop_old(self, now: float) -> None:
         """Drop the tokens that are not to be leased any more."""
@@ -113,6 +127,7 @@ class TokenStock:
     def clear(self) -> None:
         """Drop all tokens: the instance has rebooted."""
         self._lots.clear()
+        self._returned.clear()
         self.size, self._old_at = 0, math.inf
 
     # -- refilling --
@@ -143,6 +158,8 @@ class TokenStock:
             self._level = max(self._level, level)  # too short to say that it is used less
         else:
             self._level, self._counted_from, self._used = level, now, 0
+        kept = {c: [x for x in some if x[1].lease_until > now] for c, some in self._returned.items()}
+        self._returned = {c: some for c, some in kept.items() if some}
         self._lots.append(TokenLot(list(tokens), now + TOKEN_SHARE * expires_in_s, now + expires_in_s))
         self.size += len(tokens)
         self._renew_at = now + RENEW_SHARE * expires_in_s

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from dispatch.circuit_breaker import CircuitState
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
+from dispatch.instance import ServingInstance
 from dispatch.lease_book import LeaseBook
 from dispatch.request_queue import RequestQueue
 from engine.slo import Slo
@@ -82,5 +84,29 @@ def describe(
         "too_many_unused": leases.allowance.refused,
         "prompt_too_long": demand.impossible,
         "ends": dict(leases.ends),
-        "instances": [inst.describe(now) | {"in_queue": inst in instances.index} for inst in instances],
+        "instances": [_row(inst, now) | {"in_queue": inst in instances.index} for inst in instances],
+    }
+
+
+def _row(inst: ServingInstance, now: float) -> dict[str, Any]:
+    work = inst.work(now)
+    return {
+        "id": inst.id,
+        "state": inst.spec.state,
+        "address": inst.spec.address,
+        "unfinished": len(inst.leases),
+        "work": round(work, 1),
+        "capacity_work": round(inst.capacity, 1),
+        "seconds_to_drain": round(work / inst.throughput, 3),
+        "throughput_work_s": round(inst.throughput, 1),
+        "throughput_measured": inst.measured,
+        "running": inst.reports.running,
+        "waiting": inst.reports.waiting,
+        "tokens_in_stock": inst.stock.size,
+        "reports_pushed": inst.reports.pushes,
+        "failures": inst.circuit.failures,
+        "out": inst.reports.budget.why if inst.reports.budget.excludes(now) else None,
+        "avoided": inst.circuit.state is CircuitState.OPEN,
+        "circuit": inst.circuit.state.value,
+        "working_s": round(inst.working_s(now), 1),
     }

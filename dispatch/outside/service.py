@@ -37,8 +37,8 @@ ROUTE_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.0
 REFUSALS = {
     "nothing_hot": "no instance is hot; {autoscaler}{waited}",
     "all_busy": "every hot instance is at its capacity or not to be used; {waited}",
-    "too_many_unused": "{unused[0]} leases of {unused[1]:.0f} work are yours and unused, and others ask, "
-    "too, or it is as many as may be: use them, or give them back with POST /done",
+    "too_many_unused": "{unused[0]} leases with the room of {unused[1]:.2g} instances are yours and unused, "
+    "and others ask, too, or it is as many as may be: use them, or give them back with POST /done",
 }
 """What a refused client is told, by RouteRefused.why."""
 

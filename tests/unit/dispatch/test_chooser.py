@@ -164,14 +164,16 @@ def test_a_batch_does_not_overtake_who_waits() -> None:
     assert len(b.batch(10.0, 5, priority=0)) == 5, "but a higher class may"
 
 
-def test_each_token_is_leased_once_and_an_unused_batch_goes_back() -> None:
+def test_each_token_is_leased_once_and_an_unused_batch_is_kept_for_its_client() -> None:
     b = world(instance(1, throughput=1e6), instance(2, throughput=1e6))
     leases = [x for _ in range(10) for x in b.batch(1.0, 64)]
     assert len({x.token for x in leases}) == 640
     for lease in leases:
         assert b.end(lease, "unused")
     assert [b.row(i)["unfinished"] for i in (1, 2)] == [0, 0]
-    assert sum(b.row(i)["tokens_in_stock"] for i in (1, 2)) == 800
+    assert sum(b.row(i)["tokens_in_stock"] for i in (1, 2)) == 160
+    again = [x for _ in range(10) for x in b.batch(1.0, 64)]
+    assert {x.token for x in again} == {x.token for x in leases}
 
 
 def test_a_batch_of_many_with_nothing_hot_is_none() -> None:

@@ -243,7 +243,7 @@ def test_a_client_that_uses_none_of_its_leases_is_told_so_while_others_ask() -> 
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
     said = answer.get_json()
     assert (said["error"], said["retry_after_s"]) == ("too_many_unused", 1.0)
-    assert said["message"].startswith("6 leases of 1140 work")
+    assert said["message"].startswith("6 leases with the room of 1.1 instances")
     assert route(other, 190.0).status_code == 200
     metrics = fleet.client.get("/metrics", headers={"Authorization": f"Bearer {CONTROL}"}).text
     assert "loadbalancer_too_many_unused_requests_total 1.0\n" in metrics
