@@ -1,4 +1,4 @@
-"""JSON answers, and the one shape that errors have."""
+"""JSON answers of our HTTP servers, and the one shape that their errors have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from web.messages.decoding import BadField
 
 @dataclass(frozen=True, slots=True)
 class JsonAnswer:
-    """A JSON answer. said: an object, or its JSON already encoded."""
+    """An HTTP answer in JSON. said: an object, or JSON that is encoded already."""
 
     said: Mapping[str, Any] | Struct | bytes
     status: int = 200
@@ -21,27 +21,27 @@ class JsonAnswer:
 
     @property
     def payload(self) -> bytes:
-        """The bytes of the body."""
+        """The body of the answer, as bytes of JSON."""
         return self.said if isinstance(self.said, bytes) else msgspec.json.encode(self.said)
 
 
 def error(status: int, code: str, message: str) -> Response:
-    """Return an error for Flask."""
+    """Return an error answer as a Flask response: HTTP status, a code for programs, a message for people."""
     return response(error_answer(status, code, message))
 
 
 def error_answer(status: int, code: str, message: str, *headers: tuple[str, str]) -> JsonAnswer:
-    """Return an error in the one shape that errors have."""
+    """Return an error answer: HTTP status, a code for programs, a message for people, and headers."""
     return JsonAnswer({"error": code, "message": message}, status, headers)
 
 
 def bad_request(wrong: BadField) -> JsonAnswer:
-    """Return the answer to a body that cannot be."""
+    """Return the answer 400 to a request whose body has a wrong field."""
     return error_answer(400, "bad_request", str(wrong))
 
 
 def response(answer: JsonAnswer) -> Response:
-    """Return the answer for Flask."""
+    """Return a JSON answer as a Flask response."""
     response = Response(answer.payload, answer.status, mimetype="application/json")
     for name, value in answer.headers:
         response.headers[name] = value

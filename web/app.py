@@ -72,9 +72,9 @@ def _answer_of(e: HTTPException) -> JsonAnswer:
 def refused_by_head(
     app: Flask, views: MapAdapter, method: str, path: str, authorization: str | None
 ) -> JsonAnswer | None:
-    """Return what Flask says to a request whose body was not read: no such view, or its key is missing.
+    """Return Flask's refusal of a request by its head alone: no such route, or its key is missing.
 
-    None: the body is to be read. views: the app's url_map, bound.
+    None if there is no refusal, so that the body is to be read. views: the app's url_map, bound.
     """
     try:
         endpoint, _ = views.match(path, method)
@@ -85,18 +85,21 @@ def refused_by_head(
 
 
 def max_body(app: Flask, path: str) -> int:
-    """Return how many bytes a body may have there."""
+    """Return how many bytes the body of a request to that path may have."""
     found: int = app.config["LARGE_BODIES"].get(path, MAX_BODY)
     return found
 
 
 def body(kind: type[T]) -> T:
-    """Return the body of the request being served; raise BadField."""
+    """Return the JSON body of the request being served as a `kind`; raise BadField when it is none."""
     return decode(request.get_data(cache=False), kind)
 
 
 def query_number(name: str, default: float, least: float, most: float) -> float:
-    """Return a number of the query string, or the default; raise BadField."""
+    """Return a number from the query string of the request being served, or the default if it has none.
+
+    Raises BadField for what is no number from least to most.
+    """
     raw = request.args.get(name)
     try:
         value = default if raw is None else float(raw)
@@ -108,9 +111,10 @@ def query_number(name: str, default: float, least: float, most: float) -> float:
 
 
 def admits(check: HeadCheck) -> Callable[[Callable[P, R]], Callable[P, R | Response]]:
-    """Let a view be reached only by requests that the check lets through, which is before their body is read.
+    """Return a decorator: a view is reached only by requests whose Authorization header passes the check.
 
-    Under a server that reads bodies first (the local cloud's) the check is made before the view.
+    The check comes before a request's body is read. Under a server that reads bodies first (the local
+    cloud's) it is made before the view.
     """
 
     def decorate(view: Callable[P, R]) -> Callable[P, R | Response]:
@@ -129,9 +133,9 @@ _HEAD_CHECK = "head_check"
 
 
 def key_check(keys: Callable[[], Collection[str]]) -> HeadCheck:
-    """Return the check for `Authorization: Bearer <one of the keys>`; with no keys all may go on.
+    """Return the check that a request has `Authorization: Bearer <one of the keys>`, else 401.
 
-    Compared in constant time; 401 otherwise.
+    With no keys every request passes. Keys are compared in constant time.
     """
 
     def check(authorization: str | None) -> JsonAnswer | None:
@@ -142,5 +146,5 @@ def key_check(keys: Callable[[], Collection[str]]) -> HeadCheck:
 
 
 def requires(keys: Callable[[], Collection[str]]) -> Callable[[Callable[P, R]], Callable[P, R | Response]]:
-    """Let a view be reached only with one of the keys; see `key_check`."""
+    """Return a decorator: a view is reached only with one of the keys, and by everybody if there are none."""
     return admits(key_check(keys))

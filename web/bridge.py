@@ -49,10 +49,13 @@ def _environ_name(header: bytes) -> str:
 
 
 class FlaskBridge:
-    """The ASGI application around one Flask app; a context, which ends with the views in the thread pool."""
+    """The ASGI application around one Flask app.
+
+    It is a context manager: its end waits for the views that run in its thread pool.
+    """
 
     def __init__(self, app: Flask, blocking: Collection[str] = (), *, loopback: bool = False) -> None:
-        """Build it.
+        """Make the ASGI application that serves this Flask app.
 
         blocking: paths whose views may take long; they run in a thread pool, and must lock what they touch.
         loopback: refuse requests whose Host header names another machine.
@@ -71,11 +74,11 @@ class FlaskBridge:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the views in the thread pool."""
+        """Wait until the views in the thread pool have ended."""
         self._pool.shutdown()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
-        """Answer one request."""
+        """Answer one HTTP request, as ASGI wants it."""
         path = scope["path"]
         authorization, size = _said_of_itself(scope["headers"])
         direct = self._direct.get(path)
@@ -112,7 +115,7 @@ class FlaskBridge:
         route: DirectRoute | None,
         authorization: str,
     ) -> JsonAnswer | None:
-        """Return what is said, before its body is read, to a request that no view would serve."""
+        """Return the refusal of a request that no view would serve, before its body is read; else None."""
         if route is not None:
             return route.check(authorization)
         if direct is not None:
@@ -121,7 +124,10 @@ class FlaskBridge:
         return refused_by_head(self._app, self._views, scope["method"], scope["path"], authorization)
 
     def _page_refusal(self, scope: Mapping[str, Any]) -> JsonAnswer | None:
-        """Return what is said, before its body is read, to a request that a foreign page may have caused."""
+        """Return the refusal of a request that a foreign web page may have caused, else None.
+
+        It is found before the body is read.
+        """
         headers = scope["headers"]
         if self._loopback:
             # A page can reach loopback under a name of its own (DNS rebinding).
@@ -141,7 +147,10 @@ class FlaskBridge:
         most: int,
         receive: Any,
     ) -> JsonAnswer | None:
-        """Return the answer of a direct route; None when its client went away while it waited."""
+        """Return the answer of a direct route, one that is served without Flask.
+
+        None when its client went away while it waited.
+        """
         if len(raw) > most:
             return _too_large(most)
         try:
@@ -200,7 +209,7 @@ class FlaskBridge:
         return status, headers, payload
 
     async def _wait(self, held: Held, receive: Any) -> JsonAnswer | None:
-        """The answer of a request that waits; None when its client went away first."""
+        """Wait for the answer to a held request and return it; None when its client went away first."""
         if self._closing:
             held.gave_up()
             return CLOSING
@@ -225,7 +234,7 @@ class FlaskBridge:
             gone.cancel()
 
     def close(self) -> None:
-        """Answer every request that waits 503, now and from now on."""
+        """Answer 503 to every request that waits, and to those that would wait from now on."""
         self._closing = True
         for held in list(self._held):
             if held.answer(CLOSING):
@@ -233,7 +242,10 @@ class FlaskBridge:
 
 
 async def _read(receive: Any, most: int) -> bytes | None:
-    """Return the body, or its beginning when it is longer than allowed; None when the client has gone."""
+    """Return the body of a request, or its beginning when it is longer than `most` bytes.
+
+    None when the client has gone.
+    """
     message = await receive()
     raw: bytes = message.get("body", b"")
     if message["type"] == "http.request" and message.get("more_body"):
@@ -247,7 +259,7 @@ async def _read(receive: Any, most: int) -> bytes | None:
 
 
 def _said_of_itself(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, int]:
-    """Return the Authorization header and the length of the body, 0 where it is not said."""
+    """Return a request's Authorization header, and the length of its body in bytes, 0 where none is given."""
     authorization, size = b"", 0
     for name, value in headers:
         if name == b"authorization":
@@ -286,10 +298,10 @@ def serve_flask(
     any_host: bool = False,
     tls: ServerTls | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then return; for background see AsgiServer, for blocking FlaskBridge.
+    """Serve a Flask app on that socket until SIGTERM or Ctrl-C, then return.
 
-    any_host: answer on loopback also under names of other machines (a proxy in front, with keys). tls: what
-    the server shows, None for plain HTTP.
+    background: see AsgiServer. blocking: see FlaskBridge. any_host: answer on loopback also under names of
+    other machines (a proxy in front, with keys). tls: the server's certificate and key, None for plain HTTP.
     """
     loopback = is_loopback_host(sock.getsockname()[0]) and not any_host
     with FlaskBridge(app, blocking, loopback=loopback) as bridge:

@@ -1,7 +1,7 @@
-"""Routes that are answered without Flask, and requests that wait.
+"""Routes that are answered without Flask, and requests that are held until there is an answer.
 
-For the few routes where Flask's part of the time counts, or that must wait or let others go between. They are
-registered here only, not with Flask: FlaskBridge serves both.
+They are for the few routes where Flask's part of the time counts, or that must wait or let others go between.
+They are registered here only, not with Flask: FlaskBridge serves both.
 """
 
 import asyncio
@@ -26,39 +26,47 @@ _EXTENSION = "direct_routes"
 
 @dataclass(frozen=True, slots=True)
 class DirectRoute:
-    """One route. check: who may ask, by the head alone; handle: what is answered, once the body is here."""
+    """One route that is answered without Flask.
+
+    check: of a request's Authorization header, before its body is read. handle: makes the answer from the
+    body.
+    """
 
     check: HeadCheck
     handle: Handler
 
 
 class DirectRoutes:
-    """The direct routes of one app, by path and method."""
+    """The routes of one Flask app that are answered without Flask, by path and method."""
 
     def __init__(self, app: Flask) -> None:
-        """Register the routes with the app, where FlaskBridge looks for them."""
+        """Make the table of an app's direct routes, without routes yet, where FlaskBridge looks for it."""
         self._routes: dict[str, dict[str, DirectRoute]] = {}
         app.extensions[_EXTENSION] = self
 
     @staticmethod
     def of(app: Flask) -> "DirectRoutes":
-        """Return the direct routes of the app; it may have none."""
+        """Return the table of the app's direct routes, an empty one if it has none."""
         found: DirectRoutes = app.extensions.get(_EXTENSION) or DirectRoutes(app)
         return found
 
     @property
     def by_path(self) -> Mapping[str, Mapping[str, DirectRoute]]:
-        """Path -> method -> route."""
+        """The direct routes of the app, as {path: {method: route}}."""
         return self._routes
 
     def add(self, method: str, path: str, handler: Handler, check: HeadCheck = lambda _: None) -> None:
-        """Answer that route with the handler. check: who may ask, before the body is read; all by default."""
+        """Let the handler answer that route. check: who may ask, before the body is read; all by default."""
         self._routes.setdefault(path, {})[method] = DirectRoute(check, handler)
 
     def post(
         self, path: str, kind: type[T], keys: Callable[[], Collection[str]]
     ) -> Callable[[Callable[[T, str], "JsonAnswer | Held"]], None]:
-        """Make a view of a decoded body and a client's name (see `client_name`) a POST route; it may wait."""
+        """Return a decorator that makes a view a POST route; the view may return a request that waits.
+
+        The view gets the body, decoded as `kind`, and the client's name (see `client_name`). keys: one of
+        them is wanted, unless there are none.
+        """
 
         def register(view: Callable[[T, str], JsonAnswer | Held]) -> None:
             def handle(raw: bytes, authorization: str | None, peer: str) -> JsonAnswer | Held:
@@ -71,7 +79,10 @@ class DirectRoutes:
     def put(
         self, path: str, keys: Callable[[], Collection[str]]
     ) -> Callable[[Callable[[bytes], Awaitable[JsonAnswer]]], None]:
-        """Make a coroutine function of the body a PUT route: for long work that lets others go between."""
+        """Return a decorator that makes a coroutine function of the body a PUT route, for long work.
+
+        While it works it lets other requests go between. keys: one of them is wanted, unless there are none.
+        """
 
         def register(view: Callable[[bytes], Awaitable[JsonAnswer]]) -> None:
             self.add("PUT", path, lambda raw, *_: view(raw), key_check(keys))
@@ -80,20 +91,20 @@ class DirectRoutes:
 
 
 def client_name(authorization: str | None, peer: str) -> str:
-    """Return a name for a client: the beginning of the SHA-256 of its key, or without one its address."""
+    """Return a name for a client: of its key the beginning of the SHA-256, without one its address."""
     if authorization is None:
         return peer
     return "key-" + hashlib.sha256(authorization[7:].encode()).hexdigest()[:16]
 
 
 class Held:
-    """A request that waits: a direct view returns it, and `answer` is called later, once.
+    """A request that waits for its answer: a direct view returns it, and `answer` is called later, once.
 
     All of it happens on the loop's thread. Of late, gave_up and undelivered at most one is called.
     """
 
     def __init__(self, wait_s: float, late: Callable[[], JsonAnswer], gave_up: Callable[[], None]) -> None:
-        """Say what becomes of the request.
+        """Make a request that waits up to wait_s seconds.
 
         late: called after wait_s without an answer, it makes one. gave_up: called when the client has gone or
         the server ends: forget the waiter.
@@ -106,9 +117,9 @@ class Held:
         self._answer: JsonAnswer | None = None
 
     def answer(self, answer: JsonAnswer, undelivered: Callable[[], None] = lambda: None) -> bool:
-        """Send it; False when it is answered or forgotten already.
+        """Send the answer to the request; return False when it has one already or is forgotten.
 
-        undelivered is called if it does not reach its client: take back what the answer gave.
+        undelivered is called if the answer does not reach its client: take back what it gave.
         """
         if self._answer is not None or (self._future is not None and self._future.done()):
             undelivered()
@@ -119,7 +130,7 @@ class Held:
         return True
 
     def future(self, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[JsonAnswer]":
-        """Return what the bridge waits for."""
+        """Return the future of the request's answer, for which the bridge waits."""
         self._future = loop.create_future()
         if self._answer is not None:
             self._future.set_result(self._answer)

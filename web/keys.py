@@ -1,11 +1,11 @@
-"""The keys of a server, by who may call what."""
+"""The access keys of a server, by who may call which routes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class AccessKeys:
-    """Keys of one server. With no client or operator key those routes are open: for loopback only.
+    """The access keys of one server. Without client or operator keys their routes are open: on loopback only.
 
     control: shared by autoscaler and loadbalancer; it opens the operator's routes, too.
     """
@@ -15,13 +15,13 @@ class AccessKeys:
     operator: frozenset[str] = frozenset()
 
     def for_control(self) -> frozenset[str]:
-        """Return the keys of routes between autoscaler and loadbalancer."""
+        """Return the keys that open the routes between autoscaler and loadbalancer."""
         return frozenset({self.control})
 
     def for_clients(self) -> frozenset[str]:
-        """Return the keys of the clients' routes; none: open."""
+        """Return the keys that open the clients' routes; if there are none, everybody may call them."""
         return self.clients
 
     def for_operator(self) -> frozenset[str]:
-        """Return the keys of the operator's routes; none: open."""
+        """Return the keys that open the operator's routes; if there are none, everybody may call them."""
         return self.operator | {self.control} if self.operator else frozenset()

@@ -17,26 +17,26 @@ Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
 class MetricsPage:
-    """The answer of GET /metrics."""
+    """The page that GET /metrics answers, made of the process's figures at that moment."""
 
     def __init__(self, collector: Collector) -> None:
-        """collector: yields the figures of this moment."""
+        """Make the page. collector: yields the process's figures each time it is asked."""
         self._registry = CollectorRegistry()
         self._registry.register(collector)
 
     def answer(self) -> Response:
-        """Return the page for the request being served."""
+        """Return the page of figures as the response to the request being served."""
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return Response(encode(self._registry), content_type=content_type)
 
 
 def gauge(name: str, says: str, value: float) -> Family:
-    """Return a figure that goes up and down."""
+    """Return a metric for Prometheus that goes up and down. says: what it means."""
     return GaugeMetricFamily(name, says, value)
 
 
 def counter(name: str, says: str, value: float) -> Family:
-    """Return a figure that only grows while the process lives; name: ends in _total."""
+    """Return a metric for Prometheus that only grows while the process lives; its name ends in _total."""
     return CounterMetricFamily(name, says, value)
 
 
@@ -47,7 +47,7 @@ def labelled(
     label: str,
     values: Iterable[tuple[str, float]],
 ) -> Family:
-    """Return one figure for each value of a label."""
+    """Return a metric for Prometheus with one figure for each value of a label, (value, figure) in values."""
     family = kind(name, says, labels=(label,))
     for value, figure in values:
         family.add_metric((value,), figure)
@@ -61,10 +61,10 @@ def histogram(
     counts: Mapping[str, tuple[Sequence[int], float]],
     label: str = "",
 ) -> Family:
-    """Return durations by size, for each value of a label; without one counts has the key "".
+    """Return a histogram of durations for Prometheus, for each value of a label.
 
-    bounds: upper ends of the buckets, ascending. counts: value -> (durations in each bucket, and last those
-    above the highest bound; the sum of all in seconds).
+    bounds: upper ends of the buckets, seconds, ascending. counts: label's value -> (durations in each bucket,
+    and last those above the highest bound; the sum of all in seconds); without a label its one key is "".
     """
     family = HistogramMetricFamily(name, says, labels=(label,) if label else ())
     ends = [*(str(bound) for bound in bounds), "+Inf"]

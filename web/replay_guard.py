@@ -1,4 +1,4 @@
-"""Replay protection: a message of an instance counts once. No I/O, no clock."""
+"""Replay protection: a message of an instance counts only the first time. No I/O, no clock."""
 
 OLD_BOOTS = 64
 """Boots of an instance that are remembered to be over."""
@@ -8,13 +8,13 @@ class ReplayGuard:
     """What was heard of one instance: its boot, the number of its last message, and the boots before."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Make a guard for an instance of which nothing was heard yet."""
         self._boot_id: str | None = None
         self._number = -1
         self._old: dict[str, None] = {}
 
     def accept(self, boot_id: str, number: int) -> bool:
-        """Whether the message was not heard before; it counts as heard from now on."""
+        """Return whether a message was not heard before, by its boot and number; from now on it was."""
         if boot_id in self._old or (boot_id == self._boot_id and number <= self._number):
             return False
         if boot_id != self._boot_id and self._boot_id is not None:

@@ -1,4 +1,4 @@
-"""What instances say by themselves, and which of them said it. No I/O, no clock.
+"""How instances sign the messages that they send unasked. No I/O, no clock.
 
     Authorization: Fleet <name>:<HMAC-SHA256 of "path body", hex>
 
@@ -17,25 +17,28 @@ _HEADER = re.compile(r"Fleet ([0-9a-f]{16}):([0-9a-f]{64})")
 
 
 def instance_key(master_token: str) -> str:
-    """What an instance has of its master token (fleet/outside/start_script.py), hex."""
+    """Return the key an instance signs with, the hex SHA-256 of its master token; it has only that of it."""
     return hashlib.sha256(master_token.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=16_384)
 def name_and_key(master_token: str) -> tuple[str, str]:
-    """What an instance with that master token calls itself, and what it signs with."""
+    """Return the name that an instance with that master token calls itself, and the key it signs with."""
     key = instance_key(master_token)
     return hashlib.sha256(key.encode()).hexdigest()[:16], key
 
 
 def claimed_name(authorization: str | None) -> str | None:
-    """The name that such a header claims, which only the body can confirm; None for another header."""
+    """Return the instance name that this Authorization header claims, or None; only `signer` proves it."""
     found = _HEADER.fullmatch(authorization or "")
     return found[1] if found else None
 
 
 def signer(authorization: str | None, path: str, raw: bytes, keys: Mapping[str, str]) -> str | None:
-    """The name of who signed this body for this path, of those whose keys are given; None for nobody."""
+    """Return the name of the instance that signed this body for this path, or None if none of `keys` did.
+
+    keys: the instances' signing keys by name.
+    """
     found = _HEADER.fullmatch(authorization or "")
     key = keys.get(found[1]) if found else None
     if found is None or key is None:

@@ -27,9 +27,10 @@ HotEpoch = Annotated[str, Meta(max_length=64)]
 
 
 class InstanceUse(Struct, frozen=True, gc=False):
-    """One instance's part of a report; working_s and failures are cumulative.
+    """What a loadbalancer reports of one instance; working_s and failures are cumulative.
 
-    working_s: seconds with a request under way. throughput_work_s: 0 where it was not measured.
+    unfinished: its requests, with their work. working_s: seconds with a request under way. throughput_work_s:
+    0 where it was not measured.
     """
 
     unfinished: Requests
@@ -43,12 +44,12 @@ Rows = Mapping[Counter, InstanceUse]
 
 
 class TrafficReport(Struct, frozen=True, gc=False, omit_defaults=True):
-    """What has arrived and what waits. Tokens and turned_late are cumulative.
+    """What has arrived at a loadbalancer and what waits there. Tokens and turned_late are cumulative.
 
-    output_tokens: as expected when the requests came. late: held requests that are in the late lane;
-    turned_late: those that ever were. first_token_s, prompt_token_s: what counts as in time. late_bound_s:
-    None where all wait in one line. kv_tokens: context in the memory of all instances; only simulated ones
-    say so.
+    output_tokens: as expected when the requests came. late: held requests that are in the late lane, behind
+    those that can still be in time; turned_late: those that ever were. first_token_s, prompt_token_s: what
+    counts as in time. late_bound_s: None where all wait in one line. kv_tokens: context in the memory of all
+    instances; only simulated ones say so.
     """
 
     prompt_tokens: Counter
@@ -65,7 +66,7 @@ class TrafficReport(Struct, frozen=True, gc=False, omit_defaults=True):
 
     @property
     def slo(self) -> Slo:
-        """What the loadbalancer counts as in time."""
+        """The latency objective that the loadbalancer goes by: what it counts as in time."""
         return Slo(self.first_token_s, self.prompt_token_s)
 
 
@@ -77,7 +78,7 @@ class BusyReport(Struct, frozen=True):
     """How busy a loadbalancer is. arrivals and arrived_work count from the start of its process.
 
     busy, demand: in instances' worth of capacity; demand counts held requests, too. hot_epoch, hot_version:
-    of the hot set that it has. instances: by id.
+    of the hot set that the loadbalancer has. instances: by id.
     """
 
     loadbalancer: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -93,7 +94,7 @@ class BusyReport(Struct, frozen=True):
     traffic: TrafficReport = NO_TRAFFIC
 
     def __post_init__(self) -> None:
-        """Count what is under way by instance, where the loadbalancer is too old to say it itself."""
+        """Add traffic to a report of an older loadbalancer, which has none: in_flight from its instances."""
         if self.traffic is NO_TRAFFIC:
             under_way = sum(use.unfinished for use in self.instances.values())
             msgspec.structs.force_setattr(
@@ -102,9 +103,10 @@ class BusyReport(Struct, frozen=True):
 
 
 def read_busy(raw: bytes) -> tuple[BusyReport, str | None]:
-    """Return a report and what in it could not be; raise BadField where it cannot be used at all.
+    """Return a loadbalancer's report, and what in it could not be right (None: nothing).
 
-    A row that cannot be is left out, and so is odd traffic: the rest counts.
+    A wrong row of an instance is left out, and so is wrong traffic: the rest counts. Raises BadField where
+    the report cannot be used at all.
     """
     try:
         return decode(raw, BusyReport), None
@@ -121,9 +123,10 @@ def read_busy(raw: bytes) -> tuple[BusyReport, str | None]:
 
 
 class BusyAnswer(Struct, frozen=True):
-    """Which hot set is the present one, and when something becomes hot, if that is known.
+    """The autoscaler's answer to a loadbalancer's report: which hot set is the present one.
 
-    odd: what in the report could not be, and was left out.
+    expected_hot_s: seconds until an instance becomes hot; None: not known. odd: what in the report could not
+    be right, and was left out.
     """
 
     hot_epoch: Annotated[str, Meta(min_length=1, max_length=64)]

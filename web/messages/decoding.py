@@ -1,4 +1,4 @@
-"""Decode JSON into a struct; an error names the field and says what was wanted."""
+"""Decode the JSON of a message into a struct; an error names the field and says what was wanted."""
 
 import re
 from collections.abc import Iterator
@@ -10,17 +10,18 @@ T = TypeVar("T")
 
 
 class BadField(Exception):
-    """A message said something that cannot be: 400, with the field named."""
+    """A message has a field with a value that cannot be; a server answers 400 with the field's name."""
 
     def __init__(self, name: str, message: str) -> None:
-        """name: of the field; message: what was wanted, and what came."""
+        """Make the error. name: of the field; message: what was wanted, and what came."""
         super().__init__(f"{name}: {message}")
 
 
 def decode(raw: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
-    """Return the message of that kind; raise BadField.
+    """Return the message in this JSON as a `kind`; raise BadField when it is none.
 
-    NaN and Infinity are refused: they are not JSON. inside: where it stands in a whole, as "instances[3]".
+    NaN and Infinity are refused: they are not JSON. inside: where the JSON stands in a larger message, as
+    "instances[3]".
     """
     decoder = _DECODERS.get(kind)
     if decoder is None:
@@ -35,7 +36,7 @@ def decode(raw: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
 
 
 def fits(raw: bytes | msgspec.Raw, kind: Any) -> bool:
-    """Return whether that is a message, or a value, of that kind."""
+    """Return whether this JSON is a message, or a value, of that kind."""
     try:
         decode(raw, kind)
     except BadField:
@@ -51,7 +52,7 @@ _NAMED = re.compile(r"[a-z_0-9\[\]]+: ")
 
 
 def _bad_field(text: str, kind: type[Any], inside: str) -> BadField:
-    """Turn msgspec's "Expected `int` >= 0 - at `$.ended[3].tokens`" into the form of our errors."""
+    """Turn an error of msgspec, "Expected `int` >= 0 - at `$.ended[3].tokens`", into one of ours."""
     found = _WHERE.fullmatch(text)
     what, path = (found["what"], found["path"]) if found else (text, "")
     name = ""
@@ -68,7 +69,7 @@ def _bad_field(text: str, kind: type[Any], inside: str) -> BadField:
 
 
 def _choices(kind: type[Any], path: str) -> list[str]:
-    """Return the words that the field at that path may have."""
+    """Return the words that are allowed in the field at that path of a message."""
     parts: list[Any] = []
     for name in re.sub(r"\[[^]]*\]", "", path).split("."):
         parts = list(_parts(get_type_hints(kind)[name]))
@@ -77,7 +78,7 @@ def _choices(kind: type[Any], path: str) -> list[str]:
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """Give a type and the types that it is made of."""
+    """Yield a type, and all the types that it is made of."""
     yield hint
     if get_origin(hint) is not Literal:
         for part in get_args(hint):

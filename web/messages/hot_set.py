@@ -1,4 +1,4 @@
-"""The hot set: which instances may be used, as the autoscaler tells a loadbalancer (GET and PUT /hot)."""
+"""The hot set, the instances that may be used, as the autoscaler tells a loadbalancer (GET and PUT /hot)."""
 
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ Count = Annotated[int, Meta(ge=1, le=10**9)]
 
 
 class HotTiming(Struct, frozen=True, gc=False):
-    """How long the steps of an instance are believed to take: Timing of engine/ without its name."""
+    """The step-time constants of an instance as they are sent: Timing of engine/ without its name."""
 
     a: StepConstant
     b: StepConstant
@@ -33,20 +33,20 @@ class HotTiming(Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, timing: Timing) -> "HotTiming":
-        """Return what is sent of that timing."""
+        """Return the message with these step-time constants."""
         t = timing
         return cls(t.a, t.b, t.c, t.d, t.e, t.f, t.kv_tokens, t.max_seqs, t.step_tokens)
 
     def timing(self) -> Timing:
-        """Return the timing that was sent."""
+        """Return the step-time constants in this message."""
         return Timing("told", *msgspec.structs.astuple(self))
 
 
 class HotInstance(Struct, frozen=True, gc=False):
     """One instance of the hot set; capacity_work / throughput_work_s are the seconds of work it may hold.
 
-    certificate: the only one that TLS to it may find (PEM); None without TLS. timing: how long its steps are
-    believed to take, before it was watched; None: by its throughput only.
+    certificate: the only one that TLS to the instance may find (PEM); None without TLS. timing: the step-time
+    constants that are believed before the instance was watched; None: only its throughput is known.
     """
 
     id: Annotated[int, Meta(ge=0, le=2**53)]
@@ -61,24 +61,25 @@ class HotInstance(Struct, frozen=True, gc=False):
 
     @property
     def draining(self) -> bool:
-        """Whether it gets no new work."""
+        """Whether the instance gets no new requests."""
         return self.state == "draining"
 
     def __repr__(self) -> str:
-        """Show no master token."""
+        """Return a text for logs, which leaves out the instance's master token."""
         return f"HotInstance(id={self.id}, state={self.state!r}, address={self.address!r})"
 
 
 class ModelLimits(Struct, frozen=True, kw_only=True):
-    """What the model can take. max_model_len: tokens of a prompt with its answer; None: not told."""
+    """The limits of the model. max_model_len: tokens of a prompt with its answer; None: not told."""
 
     max_model_len: Count | None = None
 
 
 class HotSetHead(ModelLimits, frozen=True):
-    """What a hot set says beside its instances. Versions grow within an epoch: one autoscaler process.
+    """What a hot set says beside its instances.
 
-    expected_hot_s: seconds until the next instance becomes hot; None: not known.
+    Versions grow within an epoch, which is one autoscaler process. expected_hot_s: seconds until the next
+    instance becomes hot; None: not known.
     """
 
     epoch: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -90,13 +91,13 @@ class HotSetHead(ModelLimits, frozen=True):
 
 
 class HotSet(HotSetHead, frozen=True):
-    """What the autoscaler says may be used."""
+    """The hot set: the instances that a loadbalancer may use, as the autoscaler sends it."""
 
     instances: Annotated[tuple[HotInstance, ...], Meta(max_length=MAX_INSTANCES)]
 
 
 class HotSetTaken(Struct, frozen=True):
-    """The answer to PUT /hot: whether it was news, and which hot set the loadbalancer has now."""
+    """The answer to PUT /hot: whether that hot set was newer, and which one the loadbalancer has now."""
 
     taken: bool
     epoch: str | None

@@ -1,4 +1,4 @@
-"""What a client asks of the loadbalancer and is given: POST /route and POST /done."""
+"""What a client asks of the loadbalancer and what it is given: POST /route and POST /done."""
 
 import re
 from typing import Annotated, Literal
@@ -49,7 +49,7 @@ class RouteBody(Struct, frozen=True, forbid_unknown_fields=True):
     prompts: Annotated[int, Meta(ge=1, le=MAX_PROMPTS)] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a body that says neither or both, or hashes that are none, with ValueError."""
+        """Raise ValueError for a body with both work and tokens or neither, or hashes that are not hex."""
         # One look at all of them: msgspec's own look at each takes 1.6 µs (2026-11).
         if self.affinity and not _HEX.fullmatch("".join(self.affinity)):
             wrong = next(n for n, one in enumerate(self.affinity) if not _HEX.fullmatch(one))
@@ -62,7 +62,10 @@ class RouteBody(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DoneBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of POST /done. why: one word of a-z, 0-9 and _, because a sentence could quote a prompt."""
+    """The body of POST /done, by which a client says how the request of a lease ended.
+
+    why: one word of a-z, 0-9 and _, because a sentence could quote a prompt.
+    """
 
     request_id: Annotated[str, Meta(min_length=1, max_length=64)]
     outcome: Outcome
@@ -87,7 +90,7 @@ class LeaseAnswer(Struct, frozen=True, gc=False, omit_defaults=True):
     public_key_sha256: str | None = None
 
     def __repr__(self) -> str:
-        """Show no token."""
+        """Return a text for logs, which leaves out the lease's token."""
         return f"LeaseAnswer(request_id={self.request_id!r}, instance_id={self.instance_id})"
 
 
@@ -99,7 +102,10 @@ class InstanceCertificate(Struct, frozen=True, gc=False):
 
 
 class LeaseBatch(Struct, frozen=True):
-    """The answer to a body with count: up to so many leases, and their instances' certificates by id."""
+    """The answer to a POST /route with `count`: up to so many leases.
+
+    certificates: of the instances in the leases, by instance id.
+    """
 
     leases: list[LeaseAnswer]
     certificates: dict[int, InstanceCertificate]

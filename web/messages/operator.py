@@ -6,13 +6,13 @@ from msgspec import Meta, Struct
 
 
 class ManageBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """Whether instances are started, stopped, created and destroyed at all."""
+    """The body of PUT /manage: whether the autoscaler starts, stops, creates and destroys instances."""
 
     manage: bool
 
 
 class PolicyBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """The policy by its name, with parameters that it checks itself."""
+    """The body of PUT /policy: the policy's name, and parameters, which the policy checks itself."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     params: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What an instance says of itself: to whoever asks its auth_server, and by itself (remote/ makes these)."""
+"""What an instance reports of itself, when its auth_server is asked and unasked (remote/ makes these)."""
 
 import contextlib
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ Token = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
 class RequestEnd(Struct, frozen=True, gc=False):
-    """The end of one request, and with how many tokens it was answered."""
+    """How one request on an instance ended, and with how many tokens it was answered."""
 
     id: RequestId
     status: Literal["finished", "aborted", "failed"]
@@ -43,7 +43,7 @@ class RequestEnd(Struct, frozen=True, gc=False):
 
 
 class LoadReport(Struct, frozen=True):
-    """One load report (GET /load): events numbered up to seq, and how things stand.
+    """An instance's answer to GET /load: its events numbered up to seq, and how things stand.
 
     missed: events between the asked number and the first one here are lost. started: ids of requests whose
     token was taken; started_bytes: how long each of them was, 0 where it did not say; none from an instance
@@ -66,19 +66,25 @@ class LoadReport(Struct, frozen=True):
     kv_use: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not fit, with ValueError."""
+        """Raise ValueError unless there is one length for each started request, or none at all."""
         _check_sizes(self.started, self.started_bytes)
 
 
 class TokenOrder(Struct, frozen=True, omit_defaults=True):
-    """The body of POST /tokens. report_to: URL where the instance is to send its reports from now on."""
+    """The body of POST /tokens, which asks an instance for `count` single-use tokens.
+
+    report_to: URL where the instance is to send its reports from now on.
+    """
 
     count: int
     report_to: str | None = None
 
 
 class TokenBatch(Struct, frozen=True):
-    """Fresh single-use tokens of one boot, good for expires_in_s from now, and the load at that moment."""
+    """New single-use tokens of an instance, and its load report.
+
+    They are good in the boot boot_id only, and for expires_in_s seconds from now.
+    """
 
     tokens: Annotated[Sequence[Token], Meta(min_length=1)]
     boot_id: BootId
@@ -86,12 +92,12 @@ class TokenBatch(Struct, frozen=True):
     load: LoadReport
 
     def __repr__(self) -> str:
-        """Show no token."""
+        """Return a text for logs, which counts the tokens instead of showing them."""
         return f"TokenBatch({len(self.tokens)} tokens, boot_id={self.boot_id!r}, load={self.load!r})"
 
 
 class PushedReport(Struct, frozen=True):
-    """What an instance says by itself (POST /report): its events after..seq.
+    """A report that an instance sends unasked (POST /report): its events number after+1 to seq.
 
     number grows within a boot. The other fields are as in LoadReport.
     """
@@ -107,18 +113,21 @@ class PushedReport(Struct, frozen=True):
     started_bytes: Annotated[Sequence[RequestBytes], Meta(max_length=MAX_EVENTS)] = ()
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not fit, with ValueError."""
+        """Raise ValueError unless there is one length for each started request, or none at all."""
         _check_sizes(self.started, self.started_bytes)
 
 
 class ReportTaken(Struct, frozen=True):
-    """The answer to POST /report: the earliest time for the next one, in seconds."""
+    """The answer to an instance's POST /report: in how many seconds it may send the next one."""
 
     next_in_s: float
 
 
 class ReadyBody(Struct, frozen=True):
-    """How an instance's model is (POST /ready). number grows within a boot; why: how far, or what failed."""
+    """The body of POST /ready, in which an instance says how far its model is.
+
+    number grows within a boot. why: how much is loaded, or what failed.
+    """
 
     state: Literal["loading", "ready", "failed"]
     boot_id: BootId
@@ -130,16 +139,16 @@ Report = TypeVar("Report", LoadReport, PushedReport)
 
 
 class _EndName(Struct, frozen=True, gc=False):
-    """What must be readable of an end, so that the lease is over."""
+    """The part of a request's end that must be readable, so that its lease is over: the id."""
 
     id: RequestId
 
 
 def read_report(raw: bytes, kind: type[Report]) -> Report:
-    """Return a report; raise BadField.
+    """Return an instance's report; raise BadField where it cannot be used at all.
 
-    One value that cannot be does not make the rest useless: an end whose length or status is odd is that of a
-    request that was aborted, of which nothing is learned; an odd counter is 0, as after a start.
+    One value that cannot be right does not make the rest useless: an end whose length or status is odd is
+    that of a request that was aborted, of which nothing is learned; an odd counter is 0, as after a start.
     """
     try:
         return decode(raw, kind)
