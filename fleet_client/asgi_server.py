@@ -7,11 +7,13 @@ import asyncio
 import contextlib
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
@@ -19,6 +21,7 @@ import uvloop
 from uvicorn.config import STARTUP_FAILURE
 
 from fleet_client.bounded_http import BoundedHttp
+from fleet_client.connection_table import ConnectionTable, Seat
 from fleet_client.listening import allow_many_files
 
 if TYPE_CHECKING:  # it takes 5 MB of memory, and the paced engine serves without
@@ -34,6 +37,12 @@ ACCEPT_AT_ONCE = 64
 
 HANDSHAKE_S = 10.0
 """Seconds for the handshake of TLS."""
+
+FAREWELL_S = 5.0
+"""Seconds that a client has to end TLS in order."""
+
+COMPLAINT_S = 60.0
+"""Seconds between two lines of the log that say that clients are refused."""
 
 GRACE_S = 3.0
 """Seconds the server's end waits for answers that are still being made."""
@@ -74,7 +83,10 @@ async def _keep_running(make: Background) -> None:
 
 
 class UvicornServer(uvicorn.Server):
-    """uvicorn that accepts every client at once, ends when told to, and lets its caller go on afterwards."""
+    """uvicorn that accepts every client at once, ends when told to, and lets its caller go on afterwards.
+
+    It speaks HTTP within the bounds of bounded_http.py and connection_table.py.
+    """
 
     def __init__(
         self,
@@ -94,6 +106,8 @@ class UvicornServer(uvicorn.Server):
         self._on_end = on_end
         self._break_off = break_off
         self._connecting: set[asyncio.Future[Any]] = set()
+        self._table = ConnectionTable(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._complain_at = float("-inf")
         self._told_to_end = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -136,42 +150,55 @@ class UvicornServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPT_AT_ONCE):
             try:
-                connection, _ = sock.accept()
+                connection, peer = sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as e:  # no file descriptors left: open connections are served, the others wait
-                log.warning("a connection cannot be taken, the next try is in a second: %s", e.strerror)
+            except OSError as e:  # no file descriptors left, because the process itself took so many
+                ended = self._table.end_oldest()
+                self._complain(f"a connection cannot be taken, the next try is in a second: {e.strerror}")
                 loop.remove_reader(sock)
-                loop.call_later(1.0, self._accept_again, sock)
+                loop.call_later(0.1 if ended else 1.0, self._accept_again, sock)
                 return
+            seat = self._table.admit(str(peer[0]), partial(_hang_up, connection))
+            if seat is None:
+                self._complain("a connection is refused: there are as many as may be, and all are in use")
+                connection.close()
+                continue
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             context = self.config.ssl if self._tls is None else self._tls.value
-            handshake_s = None if context is None else HANDSHAKE_S
+            limits = {} if context is None else _TLS_LIMITS
             accepted = loop.connect_accepted_socket(
-                self._protocol, connection, ssl=context, ssl_handshake_timeout=handshake_s
+                partial(self._protocol, seat), connection, ssl=context, **limits
             )
             task = loop.create_task(accepted)
             self._connecting.add(task)
-            task.add_done_callback(self._connected)
+            task.add_done_callback(partial(self._connected, seat))
 
-    def _connected(self, task: "asyncio.Future[Any]") -> None:
+    def _connected(self, seat: Seat, task: "asyncio.Future[Any]") -> None:
         self._connecting.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.debug("a client went away while it was let in: %s", task.exception())
+        if task.cancelled() or task.exception() is not None:
+            seat.leave()
+            log.debug("a client went away while it was let in")
+
+    def _complain(self, why: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAINT_S
+            log.warning("%s (%d connections)", why, len(self._table))
 
     def _accept_again(self, sock: socket.socket) -> None:
         if not self.should_exit:
             asyncio.get_running_loop().add_reader(sock, self._accept, sock)
 
-    def _protocol(self) -> asyncio.Protocol:
-        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+    def _protocol(self, seat: Seat) -> asyncio.Protocol:
+        return BoundedHttp(
+            seat,
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
             _loop=asyncio.get_running_loop(),
         )
-        return made
 
     def end(self) -> None:
         """Call on_end, then end; a second call does not wait for answers that are being made."""
@@ -199,6 +226,15 @@ class UvicornServer(uvicorn.Server):
         finally:
             for sig in signals:
                 loop.remove_signal_handler(sig)
+
+
+_TLS_LIMITS = {"ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": FAREWELL_S}
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """End a connection whose protocol is not there yet: the loop, to which it belongs, sees its end."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class AsgiServer:
@@ -232,7 +268,6 @@ class AsgiServer:
         gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTION_AFTER)
         config = uvicorn.Config(
             self._app,
-            http=BoundedHttp,
             loop="uvloop",
             lifespan="off",
             ws="none",

@@ -2,6 +2,9 @@
 
 head, trailer        MAX_HEAD bytes and MAX_HEADERS headers      431, and the connection is closed
 time for a head      HEAD_S, also for the first byte             closed
+time for a body      BODY_RATE over each BODY_S                  closed
+a body not wanted    MAX_DRAINED bytes of it are dropped         then closed
+an answer            read by its client for WRITE_S              closed
 pipelined requests   MAX_PIPELINED wait for the one in work      the rest is not read, then closed
 Upgrade              ignored, as RFC 9110 7.8 allows             the request is served in HTTP/1.1
 """
@@ -13,6 +16,8 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fleet_client.connection_table import Seat
+
 MAX_HEAD = 65_536
 """Bytes of a request's line and headers together, or of a trailer; browsers and proxies send under 16 KiB."""
 
@@ -21,6 +26,18 @@ MAX_HEADERS = 128
 
 HEAD_S = 10.0
 """Seconds in which a head must have come, and the first byte of a new connection."""
+
+BODY_S = 10.0
+"""Seconds after which it is looked how much of a body has come."""
+
+BODY_RATE = 1000.0
+"""Bytes a second of a body, at least, while it is waited for: the slowest of modems."""
+
+MAX_DRAINED = 64 * 2**20
+"""Bytes of a body that come after its answer and are dropped: then a client that still sends reads it."""
+
+WRITE_S = 120.0
+"""Seconds in which a client must take something of its answer."""
 
 MAX_PIPELINED = 16
 """Requests that wait on a connection for the one before. One packet can hold thousands, of some kB each."""
@@ -78,9 +95,11 @@ class Corked:
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's HTTP on a corked transport, within the bounds above."""
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        """Take what uvicorn gives its protocols."""
-        super().__init__(*args, **more)
+    def __init__(self, seat: Seat, **more: Any) -> None:
+        """seat: of this connection; more: what uvicorn gives its protocols."""
+        super().__init__(**more)
+        self._seat = seat
+        self._begun = False  # a byte of a request has come, and not its end
         self._in_head = True
         self._head_size = 0  # bytes of complete headers, and of a trailer's
         self._calls = 0  # of the parser: it keeps no more than what came since the last one
@@ -88,15 +107,25 @@ class BoundedHttp(HttpToolsProtocol):
         self._deaf = False  # what comes is not read any more
         self._upgrading = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._in_body = False
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._body_came = 0  # bytes since the timer was set
+        self._drained = 0
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin; the first head has its time from now on."""
         super().connection_made(cast(asyncio.Transport, Corked(transport)))
+        self._seat.closes(transport.abort)
         self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
+        self._seat.leave()
         self._stop_head_timer()
+        for timer in (self._body_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -113,14 +142,28 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             if self._unparsed > MAX_HEAD:
                 self._refuse(too_large=True)
-            elif not self._in_head or self._between_requests:
-                self._stop_head_timer()
-            elif self._head_timer is None:
+            else:
+                self._set_timers()
+
+    def _set_timers(self) -> None:
+        """Give what is to come its time: the rest of a head or of a body, or the next request."""
+        if self._in_head and not self._between_requests:
+            if self._head_timer is None:
                 self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
+            return
+        self._stop_head_timer()
+        if self._in_body:
+            if self._body_timer is None:
+                self._time_body()
+        elif self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None:
+            # What came was the rest of a body whose request has been answered.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     @property
     def _between_requests(self) -> bool:
-        return self._head_size == 0 and self._unparsed == 0 and not self.url
+        return not self._begun and self._unparsed == 0
 
     def _feed(self, data: bytes) -> None:
         """Parse it; a request that offers another protocol is parsed again as one that does not."""
@@ -150,7 +193,7 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._deaf = True
             raise _OverBound
-        self._in_head, self._head_size = True, 0
+        self._begun, self._in_head, self._head_size = True, True, 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -175,22 +218,51 @@ class BoundedHttp(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._upgrading = self.parser.get_method() != b"CONNECT"
             return
-        self._in_head = False
+        self._in_head, self._in_body = False, True
         self._stop_head_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Take a piece of the body."""
+        """Take a piece of the body, or drop it when its request has been answered."""
         self._calls += 1
-        super().on_body(body)
+        self._body_came += len(body)
+        if self.cycle.response_complete:
+            self._drained += len(body)
+            if self._drained > MAX_DRAINED:
+                raise _OverBound
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End the request."""
         self._calls += 1
         if self.parser.should_upgrade():  # it is parsed again
             return
-        self._in_head, self._head_size, self.url = True, 0, b""
+        self._begun, self._in_head, self._in_body, self._drained = False, True, False, 0
+        if not self.cycle.response_complete:
+            self._seat.works()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request."""
+        if not self.pipeline:
+            self._seat.rests()
+        super().on_response_complete()
+
+    # -- a client that does not read its answer
+
+    def pause_writing(self) -> None:
+        """Wait for the client, for some time."""
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(WRITE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     # -- the end of what is too much
 
@@ -198,7 +270,10 @@ class BoundedHttp(HttpToolsProtocol):
         """Read no more, and say why, where nothing else is being said on this connection."""
         self._stop_head_timer()
         waiting = self.pipeline[0][0] if self.pipeline else self.cycle
-        if self._deaf and waiting is not None:
+        if self._drained > MAX_DRAINED:
+            self._deaf = True
+            self.transport.abort()
+        elif self._deaf and waiting is not None:
             waiting.keep_alive = False  # the last that is answered
         elif self.cycle is not None and not self.cycle.response_complete:
             self._deaf = True
@@ -210,6 +285,19 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             self._deaf = True
             self.send_400_response("Invalid HTTP request received.")
+
+    def _time_body(self) -> None:
+        self._body_came = 0
+        self._body_timer = self.loop.call_later(BODY_S, self._look_at_body)
+
+    def _look_at_body(self) -> None:
+        """End the connection when too little of the body has come, though it was waited for."""
+        self._body_timer = None
+        if self._in_body and not self.transport.is_closing():
+            if self._body_came >= BODY_RATE * BODY_S or self.flow.read_paused:
+                self._time_body()
+            else:
+                self.transport.abort()
 
     def _head_is_late(self) -> None:
         self._head_timer = None

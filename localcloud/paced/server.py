@@ -5,9 +5,9 @@ import socket
 
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fleet_client.asgi_server import UvicornServer
+from fleet_client.listening import allow_many_files
 from localcloud.paced.engine import App
 
 
@@ -17,9 +17,9 @@ def serve(app: App, sock: socket.socket, certfile: str | None = None, keyfile: s
     Logs as uvicorn does, so that the ready line is the real one. certfile, keyfile: of TLS; without them
     plain HTTP.
     """
+    allow_many_files()
     config = uvicorn.Config(
         app,
-        http=HttpToolsProtocol,
         loop="uvloop",
         lifespan="on",
         ws="none",

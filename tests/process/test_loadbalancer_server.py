@@ -7,12 +7,13 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -372,3 +373,62 @@ def test_a_report_that_an_instance_pushes_wakes_who_waits(tmp_path: Path) -> Non
         connection.close()
         thread.join(20.0)
         assert took[0] - begun < 0.5, "2 ms here"
+
+
+OPENS_MANY = """
+import resource, socket, sys
+many, ready = int(sys.argv[2]), sys.stdout
+resource.setrlimit(resource.RLIMIT_NOFILE, (many + 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+kept = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=60.0) for _ in range(many)]
+print("open", flush=True)
+sys.stdin.read()
+"""
+"""A client that opens many connections and sends nothing on any, until its input ends."""
+
+
+def test_idle_connections_without_a_byte_take_no_memory_and_keep_nobody_out(tmp_path: Path) -> None:
+    """6,000 of them; `make hostile` opens more than the process may have files."""
+    with loadbalancer(free_port(), tmp_path) as it, ExitStack() as stack:
+        for _ in range(200):
+            assert it.call("GET", "/health")[0] == 200
+        before = resident_kb(it.process.pid)
+        attackers = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", OPENS_MANY, str(it.port), "1000"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
+            for _ in range(6)
+        ]
+        for attacker in attackers:
+            assert attacker.stdout is not None
+            assert it.call("GET", "/health")[0] == 200
+            assert attacker.stdout.readline() == b"open\n"
+        assert it.call("GET", "/health")[0] == 200
+        after = resident_kb(it.process.pid)
+        for attacker in attackers:
+            attacker.communicate(timeout=20.0)
+    assert after < 1.05 * before, f"{before} kB before, {after} kB with 6,000 idle connections"
+
+
+def test_bodies_without_a_key_take_no_memory(tmp_path: Path) -> None:
+    """40 × 32 MiB for a route that takes as much from the autoscaler, and 40 heads that promise them."""
+    with loadbalancer(free_port(), tmp_path) as it, ExitStack() as stack:
+        assert it.call("PUT", "/hot", key="wrong")[0] == 401
+        before = resident_kb(it.process.pid)
+        head = f"PUT /hot HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2**25}\r\n\r\n".encode()
+        most = before
+        for n in range(40):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", it.port), timeout=20.0))
+            sock.sendall(head + b" " * 2**24)
+            if n % 2:
+                sock.sendall(b" " * 2**24)
+            most = max(most, resident_kb(it.process.pid))
+            assert sock.recv(65536).startswith(b"HTTP/1.1 401 ")
+    assert most < 1.05 * before, f"{before} kB before, {most} kB with bodies"
+
+
+def resident_kb(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])

@@ -135,3 +135,19 @@ def test_the_stand_in_prints_the_fatal_line_and_exits_with_1(tmp_path: Path) -> 
         read_until(process, "CUDA out of memory")
         assert process.wait(timeout=10) == 1
         assert refuses(port)
+
+
+def test_it_speaks_http_within_the_same_bounds_as_our_other_servers(tmp_path: Path) -> None:
+    """An offer of HTTP/2 is ignored and the body read; a head without an end is cut."""
+    write_machine(tmp_path)
+    port = free_port()
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}
+    with stand_in(tmp_path, port) as process:
+        read_until(process, "Uvicorn running on")
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        for body in (HELLO, HELLO | {"prompt": "a " * 3000}):
+            answer = requests.post(url, json=body | {"max_tokens": 2}, headers=offer, timeout=10)
+            assert answer.json()["usage"]["completion_tokens"] == 2
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70_000 + b"\r\n\r\n")
+            assert sock.recv(1000).startswith(b"HTTP/1.1 431 ")

@@ -2,16 +2,23 @@
 
 import asyncio
 import socket
+import ssl
 import struct
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fleet_client import bounded_http
+from fleet_client import asgi_server, bounded_http, connection_table
 from fleet_client.bounded_http import Corked
+from fleet_client.own_tls import server_tls
+from tests.fake_fleet import make_certificate
 from tests.sample_app import sample_app
-from tests.web_server import BEARER, call, raw, served
+from tests.web_server import BEARER, call, raw, served, served_asgi
 
 ECHO = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n"
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
@@ -149,3 +156,130 @@ def test_a_client_that_resets_its_connection_leaves_no_traceback(caplog: pytest.
         assert call(port, "POST", "/echo", b'{"n": 3}') == (200, {"n": 3})
     assert "Traceback" not in caplog.text
     assert not caplog.records
+
+
+def test_a_head_has_its_time_from_its_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "HEAD_S", 0.2)
+    with served(sample_app()) as port:
+        for begun in (b"G", b"\r\n", ECHO + b"\r\n" + b'{"n": 3}' + b"P"):
+            with connected(port) as sock:
+                sock.sendall(begun)
+                all_of(sock)  # returns: the server has closed it
+
+
+def test_a_body_that_stands_still_ends_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "BODY_S", 0.2)
+    chunked = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    refused = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+    with served(sample_app()) as port:
+        for begun in (ECHO + b"\r\n", ECHO + b'\r\n{"n"', chunked, chunked + b"0\r\nX: 1\r\n", refused):
+            with connected(port) as sock:
+                sock.sendall(begun)
+                all_of(sock)
+
+
+def test_a_body_that_comes_slowly_but_surely_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "BODY_S", 0.5)
+    with served(sample_app()) as port, connected(port) as sock:
+        sock.sendall(b"POST /large HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60002\r\n\r\n" + b'"')
+        for _ in range(6):
+            sock.sendall(b"a" * 10_000)
+            time.sleep(0.15)  # in all longer than the time after which is looked
+        sock.sendall(b'"')
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_without_an_end_is_dropped_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "MAX_DRAINED", 2**20)
+    with served(sample_app()) as port, connected(port) as sock:
+        sock.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 404 ")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            sock.sendall((b"100000\r\n" + b"a" * 2**20 + b"\r\n") * 100)
+
+
+def test_a_connection_rests_no_longer_than_it_may_whatever_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after the rest of a body whose request has been answered already."""
+    monkeypatch.setattr(asgi_server, "KEEP_ALIVE_S", 1.0)
+    with served(sample_app()) as port:
+        for path in (b"/echo", b"/nowhere"):
+            with connected(port) as sock:
+                sock.sendall(ECHO.replace(b"/echo", path) + b"\r\n")
+                if path == b"/nowhere":
+                    assert sock.recv(65536).startswith(b"HTTP/1.1 404 ")
+                sock.sendall(b'{"n": 3}')
+                all_of(sock)
+
+
+def test_a_client_that_does_not_read_its_answer_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "WRITE_S", 0.2)
+    ended = threading.Event()
+
+    class Endless:
+        """An answer without an end."""
+
+        async def __call__(self, scope: object, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            gone = asyncio.ensure_future(receive())
+            while not gone.done() or (await gone)["type"] != "http.disconnect":
+                if gone.done():
+                    gone = asyncio.ensure_future(receive())
+                await send({"type": "http.response.body", "body": b"a" * 65_536, "more_body": True})
+                await asyncio.sleep(0)
+            ended.set()
+
+        def close(self) -> None:
+            """Part of AsgiApp."""
+
+    with served_asgi(Endless()) as port, connected(port) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert ended.wait(20.0)
+
+
+def test_idle_connections_of_one_client_end_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_table, "MAX_SILENT", 50)
+    monkeypatch.setattr(connection_table, "MAX_RESTED", 50)
+    with served(sample_app()) as port, ExitStack() as stack:
+        silent = [stack.enter_context(connected(port)) for _ in range(200)]
+        assert call(port, "POST", "/echo", b'{"n": 3}') == (200, {"n": 3})
+        assert sum(has_ended(sock) for sock in silent) >= 150
+        rested = []
+        for _ in range(200):
+            sock = stack.enter_context(connected(port))
+            sock.sendall(ECHO + b"\r\n" + b'{"n": 3}')
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+            rested.append(sock)
+        assert call(port, "POST", "/echo", b'{"n": 3}') == (200, {"n": 3})
+        ended = [has_ended(sock) for sock in rested]
+        assert sum(ended) >= 120
+        assert ended == sorted(ended, reverse=True), "the oldest"
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Whether the server has ended it, which is silent otherwise."""
+    sock.settimeout(0.0)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except BlockingIOError:
+        return False
+
+
+def test_handshakes_of_tls_that_do_not_end_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(connection_table, "MAX_SILENT", 50)
+    certificate, key = make_certificate()
+    (tmp_path / "tls.crt").write_text(certificate)
+    (tmp_path / "tls.key").write_text(key)
+    (tmp_path / "tls.key").chmod(0o600)
+    tls = server_tls(tmp_path / "tls.crt", tmp_path / "tls.key")
+    context = ssl.create_default_context(cadata=certificate)
+    context.check_hostname = False
+    with served(sample_app(), tls=tls) as port, ExitStack() as stack:
+        silent = [stack.enter_context(connected(port)) for _ in range(200)]
+        with connected(port) as sock, context.wrap_socket(sock) as secure:
+            secure.sendall(ECHO + b"\r\n" + b'{"n": 3}')
+            assert secure.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert sum(has_ended(sock) for sock in silent) >= 150

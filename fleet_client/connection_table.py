@@ -1,0 +1,141 @@
+"""Which clients are connected to a server, and which connection ends when there are too many. No I/O.
+
+    silent     no request has come yet, or the handshake of TLS is not over       MAX_SILENT
+    working    a request is being answered                                        never ended for another
+    rested     an answer was given, and the next request may come                 MAX_RESTED
+    address    three quarters of all; a network of IPv6 (/64) is one address
+    all        half of the files that this process may have open
+
+When a client comes and a bound is reached, those connections end that have been silent or rested longest,
+among the ones of the address that has most of them. So who opens many ends his own, and others are let in.
+Where all are working, the new one is refused.
+"""
+
+import ipaddress
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+MAX_SILENT = 512
+"""Connections without a request; under TLS each takes 51 kB (uvloop 0.23, measured 2026-11), else 7."""
+
+MAX_RESTED = 2048
+"""Connections between two requests, 9 kB each; a client whose connection has ended opens another."""
+
+MOST_SHARE = 0.5
+"""Share of the files that clients may take; a loadbalancer needs one for each instance, too."""
+
+ADDRESS_SHARE = 0.75
+"""Share of all connections that one address may have: all clients may be behind one proxy."""
+
+END_AT_ONCE = 32
+"""Connections that end when there are too many: looking for them takes as long as letting in a few."""
+
+
+class Seat:
+    """The place of one connection, which says here what it does and how it is ended."""
+
+    __slots__ = ("_close", "_place", "_table", "address")
+
+    def __init__(self, table: "ConnectionTable", address: str, close: Callable[[], object]) -> None:
+        """Made by the table."""
+        self._table = table
+        self._close = close
+        self._place: OrderedDict[Seat, None] | None = None
+        self.address = address
+        self._move(table.silent)
+
+    def closes(self, close: Callable[[], object]) -> None:
+        """Note how it is ended from now on."""
+        self._close = close
+
+    def works(self) -> None:
+        """Note that a request is being answered."""
+        if self._place is not None:
+            self._move(None)
+
+    def rests(self) -> None:
+        """Note that an answer was given and nothing is to be done."""
+        self._move(self._table.rested)
+
+    def leave(self) -> None:
+        """Be gone; a second time changes nothing."""
+        self._move(None)
+        self._table.forget(self)
+
+    def end(self) -> None:
+        """End the connection."""
+        self.leave()
+        self._close()
+
+    def _move(self, place: "OrderedDict[Seat, None] | None") -> None:
+        if self._place is not None:
+            self._place.pop(self, None)
+        self._place = place
+        if place is not None:
+            place[self] = None
+
+
+class ConnectionTable:
+    """The connections of one server; silent and rested: the one that is it longest is first."""
+
+    def __init__(self, files: int) -> None:
+        """files: how many this process may have open; below 0 is without a limit, as the system says it."""
+        self._most = max(1, int(files * MOST_SHARE)) if files >= 0 else sys.maxsize
+        self._most_of_address = max(1, int(self._most * ADDRESS_SHARE))
+        self._seats: set[Seat] = set()
+        self._of_address: Counter[str] = Counter()
+        self.silent: OrderedDict[Seat, None] = OrderedDict()
+        self.rested: OrderedDict[Seat, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return how many are connected."""
+        return len(self._seats)
+
+    def admit(self, address: str, close: Callable[[], object]) -> Seat | None:
+        """Return the place of a client that comes, None when it is refused. close: ends the connection."""
+        address = network_of(address)
+        if self._of_address[address] >= self._most_of_address and not self.end_oldest(address=address):
+            return None
+        if len(self._seats) >= self._most and not self.end_oldest():
+            return None
+        if len(self.silent) >= MAX_SILENT:
+            self.end_oldest(self.silent)
+        if len(self.rested) >= MAX_RESTED:
+            self.end_oldest(self.rested)
+        seat = Seat(self, address, close)
+        self._seats.add(seat)
+        self._of_address[address] += 1
+        return seat
+
+    def end_oldest(self, *places: "OrderedDict[Seat, None]", address: str | None = None) -> bool:
+        """End those that wait longest in these places, by default all; return whether there were any.
+
+        address: whose; None: of the one that has most of them.
+        """
+        waiting = [seat for place in places or (self.silent, self.rested) for seat in place]
+        if address is None and waiting:
+            address = Counter(seat.address for seat in waiting).most_common(1)[0][0]
+        found = [seat for seat in waiting if seat.address == address][:END_AT_ONCE]
+        for seat in found:
+            seat.end()
+        return bool(found)
+
+    def forget(self, seat: Seat) -> None:
+        """Part of `Seat.leave`."""
+        if seat in self._seats:
+            self._seats.remove(seat)
+            self._of_address[seat.address] -= 1
+            if not self._of_address[seat.address]:
+                del self._of_address[seat.address]
+
+
+def network_of(address: str) -> str:
+    """Return what counts as one address: of IPv6 the network, which one client has all of."""
+    if ":" not in address:
+        return address
+    try:
+        found = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))
