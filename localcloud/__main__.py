@@ -46,7 +46,7 @@ LOCK_WAIT_S = 2.0
 
 @dataclass(frozen=True)
 class LocalCloudConfig:
-    """Everything that may be set."""
+    """The settings of a local cloud; each field is a flag of `python -m localcloud`."""
 
     host: str = flag("127.0.0.1", "address to listen on, loopback only", metavar="ADDRESS")
     port: int = flag(8500, "port to listen on", least=1, most=65535)
@@ -78,7 +78,7 @@ class LocalCloudConfig:
     credit: float = flag(100.0, "dollars to spend", least=0.0, most=1e9, metavar="USD", unit="$")
 
     def checked(self) -> "LocalCloudConfig":
-        """Return itself, or raise ConfigError naming the flag, the value and the range."""
+        """Return the settings unchanged, or raise a ConfigError with the flag, the value and the range."""
         check_flags(self)
         if not is_loopback_host(self.host):
             raise ConfigError(f"--host {self.host}: loopback only: it runs what it is asked to run")
@@ -86,7 +86,7 @@ class LocalCloudConfig:
 
 
 def parser() -> Parser:
-    """Return the parser of the flags."""
+    """Return the parser of the flags of `python -m localcloud`."""
     found = Parser(
         prog="python -m localcloud",
         environment="LOCALCLOUD_",
@@ -120,7 +120,7 @@ def _cloud(config: LocalCloudConfig, clock_now: float) -> Cloud:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C; then end every process of every instance."""
+    """Run the local cloud until SIGTERM or Ctrl-C; then end every process of every instance."""
     config = LocalCloudConfig(**vars(parser().parse_args(argv))).checked()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     cloud = _cloud(config, time.time())

@@ -13,7 +13,7 @@ class Account:
     """
 
     def __init__(self, credit_usd: float, faults: Faults) -> None:
-        """Open the account with that credit and no keys."""
+        """Make an account with that many dollars of credit and no ssh keys."""
         self.ssh_keys: dict[int, tuple[str, float]] = {}
         self._credit_usd = credit_usd
         self._faults = faults
@@ -22,11 +22,11 @@ class Account:
         self._ended_gpu_usd = 0.0
 
     def credit_usd(self, now: float) -> float:
-        """Return the dollars left to spend; none while the fault credit-zero is on."""
+        """Return the dollars left to spend; 0 while the fault credit-zero is on."""
         return 0.0 if self._faults.strikes("credit-zero", now) is not None else self._credit_usd
 
     def lasts_until(self, burn_usd_h: float, now: float) -> float | None:
-        """Return when the credit is used up at that rate; None when it is never, or is already."""
+        """Return when the credit is used up at that rate, $/h; None for never, or if it is already."""
         if burn_usd_h <= 0 or self._credit_usd <= 0:
             return None
         return now + self._credit_usd / burn_usd_h * 3600.0
@@ -38,14 +38,14 @@ class Account:
         return bill
 
     def close_bill(self, bill: "Bill") -> None:
-        """Add the dollars of a rental that has ended to those of all ended ones."""
+        """Add the dollars of a rental that has ended to the totals of ended rentals."""
         self._open_bills.remove(bill)
         for state, usd in bill.usd.items():
             self._ended_usd[state] += usd
         self._ended_gpu_usd += bill.gpu_usd
 
     def charge(self, usd: float) -> None:
-        """Take so many dollars from the credit."""
+        """Take that many dollars from the credit."""
         self._credit_usd -= usd
 
     def spent_usd(self) -> dict[str, float]:
@@ -57,7 +57,7 @@ class Account:
         return spent | {"total": sum(spent.values()), "gpu": gpu}
 
     def add_key(self, key: str, now: float) -> int:
-        """Add an ssh key, which rentals get from now on; return its number, the old one for a known key."""
+        """Add an ssh key for rentals from now on; return its number, the old one for a known key."""
         for number, (known, _) in self.ssh_keys.items():
             if known == key:
                 return number
@@ -67,7 +67,7 @@ class Account:
 
     @property
     def public_keys(self) -> tuple[str, ...]:
-        """The ssh keys in the order in which they were added."""
+        """The account's ssh keys in the order in which they were added."""
         return tuple(key for key, _ in self.ssh_keys.values())
 
 
@@ -75,7 +75,7 @@ class Bill:
     """What one rental costs: its prices, and the dollars charged so far by the state they were charged in."""
 
     def __init__(self, account: Account, machine: Machine, order: Order, now: float) -> None:
-        """Begin now; the dollars are taken from that account."""
+        """Open the bill of a rental that begins now; its dollars are taken from that account."""
         self.bid = order.price  # $/h; None on demand
         self.storage_usd_h = machine.storage_usd_h(order.disk_gb)
         self.usd = dict.fromkeys(BILLS, 0.0)
@@ -90,12 +90,12 @@ class Bill:
         return self._on_demand_usd_h if self.bid is None else self.bid
 
     def change_bid(self, bid: float) -> float:
-        """Change the bid, $/h, and return it; settle before."""
+        """Change the bid of an interruptible rental, $/h, and return it; the bill must be settled before."""
         self.bid = bid
         return bid
 
     def settle(self, state: str, gpu_usd_h: float, storage_usd_h: float, now: float) -> None:
-        """Charge these prices, $/h, for the time since it was settled last."""
+        """Charge the rental at these prices, $/h, for the time since the bill was settled last."""
         hours = (now - self._settled_to) / 3600.0
         if hours <= 0:
             return

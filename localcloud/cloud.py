@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Cloud:
-    """All rentals of one account.
+    """The cloud model: all rentals of one account, without any I/O.
 
     Methods that take `now` (epoch seconds) first carry out what was due by then.
     """
@@ -49,7 +49,11 @@ class Cloud:
         credit_usd: float = 100.0,
         first_id: int = 1001,
     ) -> None:
-        """Rent nothing yet. speedup divides the times, not prices; first_id: the first rental's number."""
+        """Make a cloud of these machines in which nothing is rented yet.
+
+        rng: the source of all chance. speedup divides the times, not prices; first_id: the first rental's
+        number.
+        """
         self.machines = {m.machine_id: m for m in machines}
         self.speedup = speedup
         self.faults = faults or Faults()
@@ -66,17 +70,17 @@ class Cloud:
     # -- time, and what the outside world reports -----------------------------------------------------
 
     def sample(self, rows: Sequence[T], count: int) -> list[T]:
-        """Return so many of the rows, drawn anew each time, in their order."""
+        """Return `count` of the rows, chosen at random in each call, in their order."""
         return [rows[n] for n in sorted(self._rng.sample(range(len(rows)), count))]
 
     def take_effects(self) -> list[Effect]:
-        """Return what must be done in the world since the last call, in order."""
+        """Return what must be done to the real processes since the last call, in order."""
         effects = self._effects.copy()
         self._effects.clear()
         return effects
 
     def next_event(self, now: float) -> float | None:
-        """Return the latest time to call `advance` again; None when nothing is under way."""
+        """Return by when `advance` must be called again; None when nothing is under way."""
         times = [event[0] for r in self.rentals.values() if (event := r.next_event())]
         if any(r.phase in WAITING for r in self.rentals.values()):
             times.append(now + RECHECK_S)
@@ -107,7 +111,7 @@ class Cloud:
         self._give_slots(now)
 
     def booted(self, rental_id: int, boot: int, ports: Mapping[str, int], now: float) -> None:
-        """Note that the processes of that boot run and have these ports.
+        """Note that the processes of a rental's boot run and have these ports.
 
         Ignored if no such boot is awaited.
         """
@@ -116,7 +120,7 @@ class Cloud:
             self.rentals[rental_id].booted(boot, ports, now)
 
     def boot_failed(self, rental_id: int, boot: int, why: str, now: float) -> None:
-        """Note that the host could not start the processes of that boot.
+        """Note that the host could not start the processes of a rental's boot.
 
         Ignored if no such boot is awaited.
         """
@@ -125,7 +129,7 @@ class Cloud:
             self.rentals[rental_id].boot_failed(boot, why, now)
 
     def crashed(self, rental_id: int, boot: int, now: float) -> None:
-        """Note that all processes of that boot ended without an order of the cloud."""
+        """Note that all processes of a rental's boot ended although the cloud did not order it."""
         self.advance(now)
         if rental_id in self.rentals:
             self.rentals[rental_id].crashed(boot, now)
@@ -133,12 +137,12 @@ class Cloud:
     # -- what its owner may ask -----------------------------------------------------------------------
 
     def search(self, query: Query, now: float) -> list[dict[str, Any]]:
-        """Return the offers that match a query."""
+        """Return the offers that match a query, as the service shows them."""
         self.advance(now)
         return query.answer((slot for m in self.machines.values() for slot in self.slots(m)), now)
 
     def create(self, offer_id: int, order: Order, now: float) -> int:
-        """Rent the offer; return the new rental's id. Raises CloudRefusal."""
+        """Rent the offer of that id; return the new rental's id. Raises CloudRefusal."""
         self.advance(now)
         machine = self.machines.get(offer_id // 100)
         index = offer_id % 100
@@ -181,10 +185,9 @@ class Cloud:
 
     @contextmanager
     def changing(self, rental_id: int, now: float) -> Iterator[Rental]:
-        """A context that gives the rental, as of now, to a call of its customer; then free slots are handed
-        out.
+        """Give a rental, as of now, to the call of its customer that runs inside this context.
 
-        Raises CloudRefusal when there is no such rental.
+        Then free slots are handed out. Raises CloudRefusal when there is no such rental.
         """
         self.advance(now)
         if rental_id not in self.rentals:
@@ -193,7 +196,7 @@ class Cloud:
         self._give_slots(now)
 
     def change_bid(self, rental_id: int, price: float | None, now: float) -> None:
-        """Bid that price, $/h.
+        """Change the bid of an interruptible rental, $/h.
 
         None bids the least that wins. Raises CloudRefusal, also for a rental on demand.
         """
@@ -207,7 +210,7 @@ class Cloud:
             rental.change_bid(price, min(bids, default=0.0), now)
 
     def destroy(self, rental_id: int, now: float) -> None:
-        """End the rental and delete its disk; its dollars stay spent. Raises CloudRefusal."""
+        """End a rental and delete its disk; its dollars stay spent. Raises CloudRefusal."""
         self.advance(now)
         rental = self.rentals.pop(rental_id, None)
         if rental is None:
@@ -261,7 +264,7 @@ class Cloud:
                 r.take_slot(slot.index, now)
 
     def _clear(self, machine: Machine, index: int, now: float) -> None:
-        """Take the slot from the rental that holds it, if any."""
+        """Take a machine's slot from the rental that holds it, if any."""
         for r in self.rentals.values():
             if r.slot == index and r.machine is machine:
                 r.lose_slot(now)

@@ -1,4 +1,4 @@
-"""One instance in the world: its disk, its session of processes, its ports and its ssh server.
+"""One instance as real processes: its disk, its session, its ports and its ssh server.
 
     PATH/home/         its disk, $HOME of its start script; stays until it is destroyed
     PATH/tmp/          its /tmp, $TMPDIR
@@ -39,7 +39,10 @@ class Container:
     def __init__(
         self, instance_id: int, path: Path, image: EngineImage, selector: selectors.BaseSelector
     ) -> None:
-        """Make the directory; nothing runs yet. selector: gets this object when the start script ends."""
+        """Make the instance's directory at that path; nothing runs yet.
+
+        image: programs and environment of its engine. selector: gets this object when the start script ends.
+        """
         self.id = instance_id
         self.path = make_private_dir(path)
         self.boot = 0
@@ -58,15 +61,15 @@ class Container:
 
     @property
     def session(self) -> int | None:
-        """The session id of the start script while that runs."""
+        """The session id of the instance's start script while that runs."""
         return None if self._process is None else self._process.pid
 
     # -- what the cloud wants of it -------------------------------------------------------------------
 
     def start(self, b: Boot, taken_ports: Collection[int], used_processors: Sequence[int | None]) -> None:
-        """Start its ssh server and its start script; raise when that fails.
+        """Start the instance's ssh server and its start script; raise when that fails.
 
-        taken_ports: ports that it must not get. used_processors: those of the other instances that run.
+        taken_ports: ports of other instances. used_processors: processors that other running instances use.
         """
         self.boot, self._authorized_keys, self._ssh_mode = b.boot, b.authorized_keys, b.ssh
         for name in ("home", "tmp"):
@@ -114,15 +117,15 @@ class Container:
         self._selector.register(self._pidfd, selectors.EVENT_READ, self)
 
     def terminate(self) -> None:
-        """Ask the start script to end."""
+        """Send SIGTERM to the instance's start script."""
         if self._process is not None:
             self._note_shared_memory()
             self._process.terminate()
 
     def kill(self, part: str) -> bool:
-        """Kill all processes, or those of the "model" server.
+        """Kill all processes of the instance, or only those of its model server (part "model").
 
-        Return True when the selector will not notice.
+        Return True when the selector will not notice the end, because the start script had ended before.
         """
         self._note_shared_memory()
         if part == "model":
@@ -136,13 +139,13 @@ class Container:
         return unnoticed
 
     def freeze(self, frozen: bool) -> None:
-        """Stop all its processes and let ssh hang, or let both continue."""
+        """Stop all processes of the instance and let its ssh server hang, or let both continue."""
         self._frozen = frozen
         processes.signal_all(self.path, signal.SIGSTOP if frozen else signal.SIGCONT, self.session)
         self._set_ssh()
 
     def set_ssh(self, mode: str) -> None:
-        """Let ssh behave as "ok", "hang" or "refuse"."""
+        """Let the instance's ssh server behave as "ok", "hang" or "refuse" from now on."""
         self._ssh_mode = mode
         self._set_ssh()
 
@@ -151,15 +154,15 @@ class Container:
             self._ssh.behave(HANG if self._frozen else self._ssh_mode)
 
     def authorize(self, keys: tuple[str, ...]) -> None:
-        """Accept these ssh keys from now on, and no others."""
+        """Accept these ssh keys at the instance from now on, and no others."""
         self._authorized_keys = keys
 
     def mark_loaded(self) -> None:
-        """Note that its disk holds the model."""
+        """Note on the instance's disk that it holds the model."""
         (self.path / "loaded").touch()
 
     def end(self) -> None:
-        """End all its processes, and remove its sockets and shared memory."""
+        """End all processes of the instance, and remove its sockets and shared memory."""
         if self._ssh is not None:
             self._ssh.close()
             self._ssh = None
@@ -175,13 +178,13 @@ class Container:
         self._frozen = False
 
     def wipe(self) -> None:
-        """Delete its disk and all else in its directory."""
+        """Delete the instance's disk and all else in its directory."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     # -- its start script -----------------------------------------------------------------------------
 
     def reap(self) -> int:
-        """Forget the start script, which has ended; return its exit status."""
+        """Forget the instance's start script, which has ended; return its exit status."""
         assert self._process is not None  # noqa: S101 the selector said that it has ended
         self._selector.unregister(self._pidfd)
         os.close(self._pidfd)
@@ -190,7 +193,7 @@ class Container:
         return status
 
     def _note_shared_memory(self) -> None:
-        """Remember its processes' shared memory while they live: later it cannot be told whose it was."""
+        """Remember which shared memory the instance's processes have; after their end it cannot be told."""
         self._shared_memory |= processes.shared_memory_of(processes.living_in(self.path, self.session))
 
 

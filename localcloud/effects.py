@@ -1,4 +1,4 @@
-"""What the cloud model wants done in the world: values that `Cloud.take_effects` hands out in order."""
+"""What the cloud model wants done to real processes: values that `Cloud.take_effects` hands out in order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from localcloud.orders import Order
 
 @dataclass(frozen=True)
 class Boot:
-    """Start the rental's processes, and tell `Cloud.booted` or `Cloud.boot_failed` how that went.
+    """Order to start a rental's processes; `Cloud.booted` or `Cloud.boot_failed` is told how that went.
 
     keep_ports: the outside ports of its last boot, to be used again if free; drop_ports: bind the ports that
     are shown and answer nothing there. load_s, start_s: seconds its model server takes the first time and
@@ -32,14 +32,14 @@ class Boot:
 
 @dataclass(frozen=True)
 class Terminate:
-    """Send SIGTERM to the start script."""
+    """Order to send SIGTERM to the start script of an instance."""
 
     id: int
 
 
 @dataclass(frozen=True)
 class End:
-    """End the instance's processes; with wipe delete its disk too."""
+    """Order to end an instance's processes; with wipe to delete its disk too."""
 
     id: int
     wipe: bool = False
@@ -47,7 +47,7 @@ class End:
 
 @dataclass(frozen=True)
 class Kill:
-    """Send SIGKILL to all of the instance's processes, or to those of its "model" server."""
+    """Order to send SIGKILL to all of an instance's processes, or to those of its "model" server."""
 
     id: int
     part: str = "all"
@@ -55,7 +55,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Freeze:
-    """Stop the instance's processes with SIGSTOP, or let them continue."""
+    """Order to stop an instance's processes with SIGSTOP, or to let them continue."""
 
     id: int
     frozen: bool
@@ -63,7 +63,7 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Ssh:
-    """Make the instance's ssh server behave as "ok", "hang" or "refuse" from now on."""
+    """Order that an instance's ssh server behave as "ok", "hang" or "refuse" from now on."""
 
     id: int
     mode: str
@@ -71,7 +71,7 @@ class Ssh:
 
 @dataclass(frozen=True)
 class Authorize:
-    """Accept these ssh keys on the instance, whether it runs or not."""
+    """Order to accept these ssh keys on an instance, whether it runs or not."""
 
     id: int
     keys: tuple[str, ...]
@@ -79,14 +79,14 @@ class Authorize:
 
 @dataclass(frozen=True)
 class MarkLoaded:
-    """Note that the instance's disk holds the model: its model server takes start_s from now on."""
+    """Order to note that an instance's disk holds the model, which then takes only start_s to start."""
 
     id: int
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Log that a rental changed its phase."""
+    """Order to log that a rental changed its phase after after_s seconds in the old one, `was`."""
 
     id: int
     was: str

@@ -31,7 +31,7 @@ VLLM_STOP_S = 4.0
 
 @dataclass(frozen=True)
 class EngineImage:
-    """What the image of an engine has.
+    """What the container image of an engine has.
 
     bin: its programs, first in PATH. variables: its environment; what the order says goes before it.
     own_processor: each instance gets a processor, shared only when instances outnumber processors.
@@ -48,12 +48,12 @@ class EngineImage:
 
     @property
     def path(self) -> str:
-        """The PATH of processes in this image."""
+        """The PATH of processes in a container of this image."""
         return f"{self.bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def _own_times(speedup: float) -> Times:
-    """Return times at which the cloud is sped up, but the model server loads and ends in its own time."""
+    """Return the times of a cloud that is sped up but whose model server loads and ends in real time."""
     real_stop_s = VLLM_STOP_S * speedup
     return Times(load_s=0.0, start_s=0.0, stop_s=real_stop_s, reboot_s=real_stop_s)
 

@@ -1,4 +1,4 @@
-"""What can go wrong at the cloud, each by a name: switched on and off while it runs.
+"""What can go wrong at the local cloud: faults by name, switched on and off while it runs.
 
 A fault strikes either calls to the API or boots of instances. `count` bounds how often it strikes (calls,
 or boots of instances, each boot at most once), `seconds` how long it is on, `instance_id` which instance it
@@ -22,7 +22,10 @@ class BadFault(ValueError):
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter: a number in a range, a text out of choices, or a text up to 300 characters."""
+    """One parameter of a kind of fault: its default, what it means, and what it may be.
+
+    It is a number in a range, a text out of choices, or a text up to 300 characters.
+    """
 
     default: float | str
     says: str
@@ -31,7 +34,7 @@ class Param:
     choices: tuple[str, ...] = ()
 
     def read(self, fault: str, name: str, value: object) -> float | str:
-        """Return the value, from JSON or from a flag's text; raise BadFault."""
+        """Return the parameter's value, given as JSON or as a flag's text; raise BadFault for a wrong one."""
         if isinstance(self.default, str):
             return self._text(fault, name, value)
         try:
@@ -173,7 +176,7 @@ FAULTS: Mapping[str, FaultKind] = MappingProxyType(
 
 
 def limits_of(kind: FaultKind) -> dict[str, Param]:
-    """Return the parameters that bound a fault of that kind."""
+    """Return the parameters that bound when a fault of that kind strikes."""
     limits = {"seconds": SECONDS}
     if kind.scope is not Scope.ACCOUNT:
         limits["count"] = COUNT
@@ -183,7 +186,10 @@ def limits_of(kind: FaultKind) -> dict[str, Param]:
 
 
 def parse_flag(text: str) -> tuple[str, dict[str, str]]:
-    """Split NAME[:k=v,k=v…] into name and arguments, unchecked. A comma within a value is part of it."""
+    """Split a flag NAME[:k=v,k=v…] into a fault's name and its arguments, unchecked.
+
+    A comma within a value is part of it.
+    """
     name, colon, rest = text.partition(":")
     args = {}
     for part in re.split(r",(?=[a-z_]+=)", rest) if colon else ():
@@ -205,7 +211,7 @@ def table() -> Iterator[str]:
 
 @dataclass
 class Fault:
-    """A fault that is on. ends_at: epoch seconds, None for never. struck: the boots it struck."""
+    """A fault that is switched on. ends_at: epoch seconds, None for never. struck: the boots it struck."""
 
     name: str
     args: Mapping[str, float | str]
@@ -220,7 +226,10 @@ class Fault:
         return self.ends_at is None or now < self.ends_at
 
     def strike(self, boot: tuple[int, int] | None) -> bool:
-        """Return whether it strikes that boot, or without one the next call; count it if it does."""
+        """Return whether the fault strikes that boot, or without one the next call; if so, count it.
+
+        boot: (instance id, boot number).
+        """
         if self.instance_id is not None and (boot is None or boot[0] != self.instance_id):
             return False
         if boot in self.struck:
@@ -233,7 +242,7 @@ class Fault:
         return True
 
     def shown(self) -> dict[str, Any]:
-        """Return the fault as the status page shows it."""
+        """Return the fault as the status page shows it: name, arguments, limits and number of strikes."""
         limits = {"count": self.count, "instance_id": self.instance_id, "ends_at": self.ends_at}
         return {
             "name": self.name,
@@ -244,14 +253,14 @@ class Fault:
 
 
 class Faults:
-    """All faults that are switched on. Times are epoch seconds."""
+    """All faults of a local cloud that are switched on. Times are epoch seconds."""
 
     def __init__(self) -> None:
-        """Begin with no fault switched on."""
+        """Make the list of faults with none switched on."""
         self._on: list[Fault] = []
 
     def add(self, name: str, args: Mapping[str, object], now: float) -> Fault:
-        """Switch a fault on. Raises BadFault, and then switches nothing on."""
+        """Switch a fault on and return it. Raises BadFault, and changes nothing, for wrong arguments."""
         kind = FAULTS.get(name)
         if kind is None:
             raise BadFault(f"unknown fault {name!r:.60}; known: {', '.join(FAULTS)}")
@@ -288,7 +297,7 @@ class Faults:
         self._on = [f for f in self._on if f.on(now)]
 
     def next_end(self) -> float | None:
-        """Return when the next fault ends by itself; None when none does."""
+        """Return when the next fault's time is over; None when none of them ends by itself."""
         return min((f.ends_at for f in self._on if f.ends_at is not None), default=None)
 
     def shown(self, now: float) -> list[dict[str, Any]]:
@@ -323,7 +332,10 @@ class Faults:
         )
 
     def strikes_route(self, name: str, route: str, when: str, now: float) -> Mapping[str, Any] | None:
-        """Do as `strikes` for faults of calls that name a route and a moment; count only when both fit."""
+        """Return the arguments of a fault that strikes a call of this route at this moment, or None.
+
+        It counts the strike. when: "before" or "after" the effect of the call.
+        """
         for fault in self._on:
             fits = fault.args.get("when") == when and fault.args.get("route") in ("any", route)
             if fault.name == name and fits and fault.on(now) and fault.strike(None):

@@ -1,4 +1,4 @@
-"""What can be read of an instance without ssh: its console, and the output of three commands."""
+"""What a customer can read of an instance without ssh: its console, and the output of three commands."""
 
 import shlex
 import subprocess
@@ -18,7 +18,7 @@ class InstanceLogs:
     """Consoles and command outputs of the instances below one directory; usable from any thread."""
 
     def __init__(self, instances: Path, search_path: str, clock: Callable[[], float]) -> None:
-        """search_path: the PATH by which the commands are found."""
+        """Make the reader of the instances in that directory. search_path: the PATH of the commands."""
         self._instances = instances
         self._search_path = search_path
         self._clock = clock
@@ -26,7 +26,7 @@ class InstanceLogs:
         self._uploads: OrderedDict[str, tuple[float, str]] = OrderedDict()
 
     def console(self, instance_id: int) -> str:
-        """Return the end of what its start script printed; empty when there is nothing."""
+        """Return the end of what an instance's start script printed; empty when there is nothing."""
         path = self._instances / str(instance_id) / "console.log"
         try:
             with path.open("rb") as f:
@@ -36,7 +36,7 @@ class InstanceLogs:
             return ""
 
     def command(self, instance_id: int, command: str) -> str:
-        """Return what `ls`, `rm` or `du` say inside its disk (vast-contract 2.8), and nowhere else."""
+        """Return what `ls`, `rm` or `du` print, run on an instance's disk only (vast-contract 2.8)."""
         home = (self._instances / str(instance_id) / "home").resolve()
         try:
             words = shlex.split(command)
@@ -59,14 +59,14 @@ class InstanceLogs:
             return f"{type(e).__name__}: {e}"
 
     def upload(self, name: str, text: str, ready_at: float) -> None:
-        """Offer the text under that name from ready_at on."""
+        """Let a text be fetched under that name from ready_at on."""
         with self._lock:
             self._uploads[name] = (ready_at, text)
             while len(self._uploads) > UPLOADS:
                 self._uploads.popitem(last=False)
 
     def uploaded(self, name: str) -> str | None:
-        """Return the text of that name; None while it is not offered."""
+        """Return the text that can be fetched under that name; None while there is none."""
         with self._lock:
             ready_at, text = self._uploads.get(name, (float("inf"), ""))
         return text if self._clock() >= ready_at else None

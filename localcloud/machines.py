@@ -84,20 +84,20 @@ class Machine:
 
     @property
     def gpu(self) -> Gpu:
-        """The data of its GPU model."""
+        """The data of the machine's GPU model."""
         return GPUS[self.gpu_name]
 
     @property
     def usd_h(self) -> float:
-        """The price of all GPUs of one slot, $/h on demand."""
+        """The price of all GPUs of one slot of the machine, $/h on demand."""
         return self.num_gpus * self.usd_gpu_h
 
     def offer_id(self, slot: int) -> int:
-        """Return the number by which that slot is rented."""
+        """Return the number of the offer by which that slot of the machine is rented."""
         return self.machine_id * 100 + slot
 
     def storage_usd_h(self, gb: float) -> float:
-        """Return the price of that much disk, $/h."""
+        """Return the price of that many GB of the machine's disk, $/h."""
         return self.storage_usd_gb_month * gb / HOURS_PER_MONTH
 
 
@@ -143,7 +143,7 @@ MACHINES: tuple[Machine, ...] = (
 
 
 def machines_from(data: object) -> tuple[Machine, ...]:
-    """Return the machines of parsed JSON, objects with Machine's fields; raise ConfigError naming a fault."""
+    """Return the machines in parsed JSON, objects with Machine's fields; raise ConfigError for a bad one."""
     if not isinstance(data, list) or not data:
         raise ConfigError(f"offers: wanted a list of at least one machine, got {str(data)[:80]!r}")
     kinds: dict[str, Any] = {f.name: f.type for f in fields(Machine)}

@@ -18,7 +18,10 @@ MIN_BID_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Slot:
-    """One slot as the market sees it now. holder_bid: $/h of the interruptible rental that holds it."""
+    """One slot of a machine, as the market sees it now.
+
+    holder_bid: $/h of the interruptible rental that holds it, None if there is none.
+    """
 
     machine: Machine
     index: int
@@ -28,7 +31,7 @@ class Slot:
 
 
 def hardware(machine: Machine) -> dict[str, Any]:
-    """Return the fields that offers and instances share and that never change."""
+    """Return the fields of a machine's hardware that offers and instances share and that never change."""
     gpu, n = machine.gpu, machine.num_gpus
     return {
         "machine_id": machine.machine_id,
@@ -126,7 +129,10 @@ def min_bid(slot: Slot) -> float:
 
 
 def offer(slot: Slot, disk_gb: float, now: float, *, bid: bool) -> dict[str, Any]:
-    """Return the slot as an offer, priced with disk_gb of disk. bid: at the least bid, else on demand."""
+    """Return a slot as an offer of the market, priced with disk_gb of disk.
+
+    bid: at the least bid that wins the slot, else on demand.
+    """
     machine = slot.machine
     gpu_usd_h = min_bid(slot) if bid else machine.usd_h
     priced = prices(machine, gpu_usd_h, disk_gb, is_bid=bid)

@@ -1,4 +1,4 @@
-"""The file of machines for rent that --offers names."""
+"""Reads the file of machines for rent that the flag --offers names."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from process.errors import ConfigError
 
 
 def read_machines(path: Path | None) -> tuple[Machine, ...]:
-    """Return the machines of a JSON file, the built-in ones without one; raise ConfigError."""
+    """Return the machines for rent in a JSON file, the built-in ones for None; raise ConfigError."""
     if path is None:
         return MACHINES
     text = read_text(path, "--offers")

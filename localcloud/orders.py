@@ -1,4 +1,4 @@
-"""What a customer orders, and how the service refuses."""
+"""What a customer orders when it rents a machine, and how the service refuses a call."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ class CloudRefusal(Exception):
     """The service refuses a call, with its own status and words; nothing was changed."""
 
     def __init__(self, status: int, error: str, msg: str, **also: Any) -> None:
-        """Refuse an order with this HTTP status. also: further fields of the JSON answer."""
+        """Make a refusal with HTTP status, error code and message. also: further fields of the answer."""
         super().__init__(msg)
         self.status = status
         self.error = error
@@ -38,7 +38,7 @@ class Order:
 
     @property
     def ports(self) -> tuple[str, ...]:
-        """The inside ports that must be reachable, as "8000/tcp"; ssh's is always among them."""
+        """The container's ports to be reachable from outside, as "8000/tcp"; ssh's is always among them."""
         inside = ["22/tcp"]
         for name in self.env:
             if name.startswith("-p "):
@@ -48,5 +48,5 @@ class Order:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of the start script, from -e."""
+        """The environment variables of the start script that the order gives (-e NAME=VALUE)."""
         return {name: value for name, value in self.env.items() if not name.startswith("-")}

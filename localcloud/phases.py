@@ -103,13 +103,13 @@ WAITING = (P.SCHEDULING, P.OUTBID)
 
 
 class IllegalPhase(Exception):
-    """The table of transitions has no such edge: a fault in the cloud model."""
+    """The table of transitions does not let a rental change its phase so: a fault in the cloud model."""
 
 
 def cause(was: Phase, to: Phase) -> str:
-    """Return the event in the world that moves a rental between these phases.
+    """Return the event in the world that moves a rental from one phase to the other.
 
-    Raise IllegalPhase if none does.
+    Raises IllegalPhase if there is none.
     """
     if to not in TRANSITIONS[was]:
         raise IllegalPhase(f"no way from {was} to {to}")
@@ -118,7 +118,7 @@ def cause(was: Phase, to: Phase) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """How the service's fields show a phase (vast-contract 2.12), and what it is billed as."""
+    """How the service's fields show a rental's phase (vast-contract 2.12), and what it is billed as."""
 
     actual_status: str | None
     intended_status: str

@@ -12,7 +12,7 @@ _chance = random.SystemRandom()
 
 
 def listen_on(port: int) -> socket.socket:
-    """Return a listening socket on loopback; raise OSError."""
+    """Return a socket that listens on this port of loopback; raise OSError when that cannot be."""
     sock = socket.socket()
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -25,7 +25,7 @@ def listen_on(port: int) -> socket.socket:
 
 
 def listen_on_some(count: int) -> list[socket.socket]:
-    """Return that many listening sockets on free ports."""
+    """Return `count` sockets that listen on free ports of loopback."""
     found: list[socket.socket] = []
     while len(found) < count:
         with suppress(OSError):
@@ -36,9 +36,10 @@ def listen_on_some(count: int) -> list[socket.socket]:
 def choose(
     inside: Iterable[str], wanted: Mapping[str, int], taken: Collection[int]
 ) -> tuple[socket.socket, dict[str, int]]:
-    """Return a listening socket for ssh and a free outside port for each inside; wanted ones are tried first.
+    """Return a socket that listens for ssh, and the outside port for each port inside a container.
 
-    inside: as "8000/tcp"; "22/tcp" must be among them. taken: ports that are not to be given.
+    inside: as "8000/tcp"; "22/tcp" must be among them. wanted: outside ports to try first. taken: outside
+    ports that are not to be given.
     """
     given: dict[str, int] = {}
     ssh_sock: socket.socket | None = None

@@ -23,7 +23,7 @@ GONE_S = 5.0
 
 
 def living() -> Iterator[tuple[int, int]]:
-    """Yield (process, session) of every process that has not ended."""
+    """Yield (process id, session id) of every process on this machine that has not ended."""
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with suppress(OSError, ValueError, IndexError), open(f"/proc/{entry.name}/stat", "rb") as f:
@@ -51,13 +51,16 @@ def _read(pid: int, name: str) -> list[bytes]:
 
 
 def living_in(directory: Path, session: int | None = None) -> list[int]:
-    """Return the processes whose HOME lies below that directory, and those of that session."""
+    """Return the ids of processes whose HOME lies below that directory, or that belong to that session."""
     below = f"{directory}/"
     return [pid for pid, of in living() if of == session or home_of(pid).startswith(below)]
 
 
 def signal_all(directory: Path, number: int, session: int | None = None) -> int:
-    """Send a signal to all processes of `living_in`; return how many there were."""
+    """Send a signal to all processes whose HOME lies below that directory or that belong to that session.
+
+    Return how many there were.
+    """
     found = living_in(directory, session)
     for pid in found:
         with suppress(ProcessLookupError):
@@ -66,7 +69,10 @@ def signal_all(directory: Path, number: int, session: int | None = None) -> int:
 
 
 def end_all(directory: Path, session: int | None = None) -> None:
-    """Kill all processes of `living_in`; return when none is left, or after GONE_S."""
+    """Kill all processes whose HOME lies below that directory or that belong to that session.
+
+    Return when none is left, or after GONE_S seconds.
+    """
     limit = time.monotonic() + GONE_S
     while signal_all(directory, signal.SIGKILL, session) and time.monotonic() < limit:
         time.sleep(0.005)
@@ -82,7 +88,10 @@ def shared_memory_of(pids: Iterable[int]) -> set[int]:
 
 
 def remove_shared_memory(inodes: Collection[int]) -> None:
-    """Delete these files of /dev/shm: docker's vanish with the container, those of killed processes stay."""
+    """Delete the files in /dev/shm with these inodes.
+
+    Docker removes a container's by itself; those of killed processes stay.
+    """
     for entry in os.scandir("/dev/shm") if inodes else ():  # noqa: S108
         if entry.inode() in inodes:
             with suppress(FileNotFoundError):
@@ -90,14 +99,14 @@ def remove_shared_memory(inodes: Collection[int]) -> None:
 
 
 def least_used_processor(used: Sequence[int | None]) -> int:
-    """Return the processor, of those this process may use, that is least often in `used`."""
+    """Return the processor that is least often in `used`, of those that this process may run on."""
     return min(sorted(os.sched_getaffinity(0)), key=used.count)
 
 
 def lock(path: Path, wait_s: float) -> int | None:
-    """Lock a file for this process and its heirs of the descriptor; return the descriptor.
+    """Lock a file for this process and its children; return the file's descriptor.
 
-    Return None if another process keeps the lock for wait_s.
+    Return None if another process keeps the lock for wait_s seconds.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     limit = time.monotonic() + wait_s
@@ -114,10 +123,13 @@ def lock(path: Path, wait_s: float) -> int | None:
 
 
 class Warden:
-    """A process that ends, after this one has ended, every process with its home below a directory."""
+    """A process that outlives this one and then kills every process whose home is below a directory."""
 
     def __init__(self, directory: Path, locked: int) -> None:
-        """Start the warden. locked: descriptor of a lock, which is free again when all processes are gone."""
+        """Start the warden of that directory.
+
+        locked: descriptor of a lock, which is free again when all processes are gone.
+        """
         self._process = subprocess.Popen(
             # -S: half the memory; nothing but the standard library is needed.
             (sys.executable, "-I", "-S", __file__, str(directory)),
@@ -129,12 +141,12 @@ class Warden:
         )
 
     def close(self) -> None:
-        """End the warden; call this last."""
+        """End the warden, which kills what is left below its directory; to be called last."""
         self._process.communicate()
 
 
 def main() -> None:
-    """Wait for the end of the input; then end all processes below the directory."""
+    """Run as the warden: wait for the end of the input; then kill all processes below the directory."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     while os.read(0, 4096):

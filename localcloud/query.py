@@ -1,4 +1,4 @@
-"""The query language with which offers and instances are searched and sorted."""
+"""The query language in which the API searches and sorts offers and instances."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,13 +29,13 @@ _COMPARISONS = {"gt": gt, "gte": ge, "lt": lt, "lte": le}
 
 
 class BadQuery(ValueError):
-    """A query that cannot be evaluated; the text says why."""
+    """A query for offers or instances that cannot be evaluated; the text says why."""
 
 
 def matches(row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
-    """Return whether the row passes all filters: {"field": {"operator": operand}}.
+    """Return whether a row of an offer or instance passes all filters, {"field": {"operator": operand}}.
 
-    Operands travel as text, so each is read as what the row has there: "1" is a number beside a number.
+    Operands travel as text, so each is read as the type of the row's value: "1" is a number beside a number.
     Raises BadQuery for an unknown operator or an operand that cannot be read so.
     """
     return all(_passes(_value(row, name), name, wanted) for name, wanted in filters.items())
@@ -80,7 +80,10 @@ def _equal(value: Any, name: str, operand: object) -> bool:
 
 
 def _comparable(value: Any, name: str, operand: object) -> tuple[Any, Any]:
-    """Return both values converted to the type that the row has; raise BadQuery."""
+    """Return a row's value and an operand, both in the type that the row has.
+
+    Raises BadQuery for an operand that cannot be read so.
+    """
     if isinstance(value, bool):
         words = {"true": True, "1": True, "false": False, "0": False}
         read = words.get(str(operand).lower())
@@ -110,7 +113,7 @@ class Query:
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Query":
-        """Return the query of a body as in vast-contract 2.1; raise BadQuery naming what is wrong."""
+        """Return the query in the body of a search (vast-contract 2.1); raise BadQuery with what is wrong."""
         body = dict(body)
         kind = body.pop("type", "on-demand")
         if kind not in ("on-demand", "ondemand", "reserved", "bid", "interruptible"):
@@ -127,7 +130,7 @@ class Query:
         return cls(body, order, limit, kind in ("bid", "interruptible"), float(disk_gb))
 
     def answer(self, slots: Iterable[Slot], now: float) -> list[dict[str, Any]]:
-        """Return the matching offers in order. A machine without the wanted disk gives none."""
+        """Return the offers that match the query, in its order; a machine without the disk gives none."""
         rows = [
             offer(slot, self.disk_gb, now, bid=self.bid)
             for slot in slots
@@ -138,7 +141,7 @@ class Query:
 
 
 def order_of(said: object) -> tuple[tuple[str, bool], ...]:
-    """Return [["name", "asc"|"desc"], …] as (name, descending); raise BadQuery."""
+    """Return a query's order [["name", "asc"|"desc"], …] as pairs (name, descending); raise BadQuery."""
     if not isinstance(said, list):
         raise BadQuery(f"order: wanted a list, got {said!r:.60}")
     order = []
@@ -160,7 +163,7 @@ def in_order(rows: list[dict[str, Any]], order: Iterable[tuple[str, bool]]) -> l
 
 
 def sort_key(value: Any) -> tuple[int, Any]:
-    """Return a key by which missing values, numbers and texts can be sorted together."""
+    """Return a key by which missing values, numbers and texts can be sorted in one list."""
     if value is None:
         return 0, 0
     if isinstance(value, int | float):

@@ -70,7 +70,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What all rentals of a cloud share. speedup divides times, not prices."""
+    """What all rentals of a cloud share. speedup divides times, not prices. emit: takes their effects."""
 
     times: Times
     speedup: float
@@ -95,7 +95,7 @@ class Rental:
         chance: random.Random,
         now: float,
     ) -> None:
-        """Rent the machine. slot: the one that it gets; None when another rental has it."""
+        """Make a rental of that machine that begins now. slot: None when another rental holds it."""
         self._chance = chance
         self._account = surroundings.account
         self._emit = surroundings.emit
@@ -137,23 +137,23 @@ class Rental:
 
     @property
     def on_boot(self) -> tuple[int, int]:
-        """Its present boot, as faults name it: (instance id, boot number)."""
+        """The rental's present boot, as faults name it: (instance id, boot number)."""
         return self.id, self.boot
 
     def usd_h_now(self) -> tuple[float, float]:
-        """Return what its GPUs and its storage cost now, $/h; an offline host charges nothing."""
+        """Return what the rental's GPUs and storage cost now, $/h; an offline host charges nothing."""
         if self.offline:
             return 0.0, 0.0
         return (self.bill.gpu_usd_h if SHOWN[self.phase].bills_gpu else 0.0), self.bill.storage_usd_h
 
     def settle(self, now: float) -> None:
-        """Charge what it has cost since it was settled last."""
+        """Charge what the rental has cost since it was settled last."""
         self.bill.settle(SHOWN[self.phase].bill, *self.usd_h_now(), now)
 
     # -- what its owner may ask of it; each raises CloudRefusal -----------------------------------------
 
     def start(self, now: float) -> None:
-        """Start at once, or when its machine has a free slot."""
+        """Start the rental's container, as soon as the machine has a free slot."""
         if self._account.credit_usd(now) <= 0:
             raise CloudRefusal(
                 400, "missing_billing", "Your account has no credit: add some to start instances."
@@ -166,7 +166,7 @@ class Rental:
             self._begin_boot(now)
 
     def stop(self, now: float, msg: str | None = None) -> None:
-        """Stop: give up the GPUs, keep the disk. msg: the text of status_msg."""
+        """Stop the rental: give up the GPUs, keep the disk. msg: the text of status_msg."""
         self.wanted = False
         if self.phase in (P.RUNNING, P.REBOOTING, P.RECYCLING, P.CRASHED):
             self._emit(Terminate(self.id))
@@ -177,14 +177,14 @@ class Rental:
         self.status_msg = msg or self.status_msg
 
     def reboot(self, now: float, *, recycle: bool = False) -> None:
-        """Restart its container on the same GPUs; with recycle make it anew from the image."""
+        """Restart the rental's container on the same GPUs; with recycle make it anew from the image."""
         self._must_be_in(P.RUNNING, P.CRASHED)
         self._emit(Terminate(self.id))
         self._move(P.RECYCLING if recycle else P.REBOOTING, now)
         self.due = now + self._draw(self._times.reboot_s)
 
     def change_bid(self, price: float | None, winning: float, now: float) -> None:
-        """Bid that price, $/h; None bids at least `winning`, the least that gets a slot now."""
+        """Change the bid, $/h; None bids at least `winning`, the least that gets a slot now."""
         if self.bill.bid is None:
             raise CloudRefusal(400, "invalid_args", f"Instance {self.id} is not interruptible.")
         self.settle(now)
@@ -193,7 +193,7 @@ class Rental:
             self.lose_slot(now)
 
     def relabel(self, label: str) -> None:
-        """Set its label; an empty one removes it."""
+        """Set the rental's label; an empty one removes it."""
         if len(label) > MAX_LABEL:
             raise CloudRefusal(
                 400, "label_too_long", f"label: at most {MAX_LABEL} characters, got {len(label)}"
@@ -201,13 +201,13 @@ class Rental:
         self.label = label or None
 
     def attach_key(self, key: str) -> None:
-        """Accept that ssh key too."""
+        """Accept a further ssh key at the rental's container."""
         if key not in self.authorized_keys:
             self.authorized_keys += (key,)
             self._emit(Authorize(self.id, self.authorized_keys))
 
     def kill(self, part: str = "all") -> None:
-        """Send SIGKILL to its processes, as if they had crashed."""
+        """Order SIGKILL for the rental's processes, as if they had crashed."""
         self._must_be_in(P.RUNNING)
         self._emit(Kill(self.id, part))
 
@@ -218,7 +218,7 @@ class Rental:
     # -- what the outside world reports ---------------------------------------------------------------
 
     def booted(self, boot: int, ports: Mapping[str, int], now: float) -> None:
-        """Enter the running phase with these ports; ignored when it does not wait for that boot."""
+        """Let the rental run with these ports, if it waits for the processes of that boot."""
         if self._waits_for(boot):
             self.ports = dict(ports)
             self.booted_at = now
@@ -228,13 +228,13 @@ class Rental:
             self.follow_faults(now)
 
     def boot_failed(self, boot: int, why: str, now: float) -> None:
-        """Return to the phase created: the host could not start the processes; status_msg says why."""
+        """Put the rental back to the phase created: its processes could not be started. why: the reason."""
         if self._waits_for(boot):
             self.status_msg = f"Error response from daemon: {why}"
             self._move(P.CREATED, now)
 
     def crashed(self, boot: int, now: float) -> None:
-        """Note that all processes of that boot ended without an order of the cloud."""
+        """Note that all processes of a boot of the rental ended although the cloud did not order it."""
         if self.boot == boot and self.phase is P.RUNNING:
             self.status_msg = "container exited with status 137"
             self._move(P.CRASHED, now)
@@ -245,7 +245,7 @@ class Rental:
     # -- what happens as time passes ------------------------------------------------------------------
 
     def next_event(self) -> tuple[float, str] | None:
-        """Return its next event as (time, name); None on an offline host, where nothing goes on."""
+        """Return the rental's next event as (time, name); None on an offline host, where nothing goes on."""
         if self.offline:
             return None
         events = [] if self.due is None else [(self.due, "phase")]
@@ -257,7 +257,7 @@ class Rental:
         return min(events, default=None)
 
     def happen(self, event: str, at: float, now: float) -> None:
-        """Carry out that event of next_event; it was due at `at`, and is noticed now."""
+        """Carry out an event of the rental, named by next_event, that was due at `at`."""
         if event == "loaded":
             self.loaded = True
             self._emit(MarkLoaded(self.id))
@@ -300,19 +300,19 @@ class Rental:
                     self._move(P.SCHEDULING, at)
 
     def _begin_boot(self, at: float) -> None:
-        """Begin a new boot on the slot that it holds."""
+        """Begin a new boot of the rental on the slot that it holds."""
         self.boot += 1
         self._load(at)
 
     def _load(self, at: float) -> None:
-        """Pull the image, or start the container when the image is there."""
+        """Pull the rental's image, or start the container when the image is on the machine."""
         self._move(P.LOADING, at)
         seconds = self._draw(self._times.restart_s if self.pulled else self._times.pull_s)
         slow = self._struck("slow-pull", at)
         self.due = at + seconds * (slow["factor"] if slow else 1.0)
 
     def _boot(self, now: float) -> None:
-        """Emit the effect that starts its processes; `booted` is called when they run."""
+        """Order the start of the rental's processes; `booted` is called when they run."""
         start_s = self._draw(self._times.start_s)
         load_s = start_s if self.loaded else self._draw(self._times.load_s)
         boot = _boot_of(self, load_s, start_s, self._faults, now)
@@ -320,12 +320,12 @@ class Rental:
         self._emit(boot)
 
     def take_slot(self, index: int, now: float) -> None:
-        """Take that slot and boot on it."""
+        """Give the rental that slot of its machine, and boot on it."""
         self.slot = index
         self._begin_boot(now)
 
     def lose_slot(self, now: float) -> None:
-        """End at once since another rental gets the slot; come back by itself if it is wanted to run."""
+        """End at once, as another rental gets the slot; if wanted to run, wait for a slot again."""
         self._give_up(P.OUTBID if self.wanted else P.STOPPED, now)
 
     def _give_up(self, to: Phase, now: float) -> None:
@@ -335,7 +335,7 @@ class Rental:
         self.status_msg = None
 
     def follow_faults(self, now: float) -> None:
-        """Do what the faults that strike a running rental demand, and undo it when they end."""
+        """Do what the faults that strike the rental demand, and undo it when they end."""
         self._follow_offline(now)
         if self.phase is not P.RUNNING:
             return
@@ -360,11 +360,11 @@ class Rental:
             self._note(now, "host offline" if lost else "host back")
 
     def _struck(self, fault: str, now: float) -> Mapping[str, Any] | None:
-        """Return the arguments of that fault if it strikes this boot; None otherwise."""
+        """Return the arguments of that fault if it strikes the rental's boot; None otherwise."""
         return self._faults.strikes(fault, now, self.on_boot)
 
     def _move(self, to: Phase, at: float) -> None:
-        """Change the phase; the only method that does. What it cost so far is charged under the old one.
+        """Change the phase; only this method does. What the rental cost so far is charged under the old one.
 
         Raises IllegalPhase, and then changes nothing.
         """
@@ -378,7 +378,7 @@ class Rental:
         self.history.append(f"{at:.3f} {text}")
 
     def _draw(self, real_s: float) -> float:
-        """Return a duration for here: drawn within ±spread of the real one, divided by the speedup."""
+        """Return a random duration, within ±spread of the real one and divided by the speedup, seconds."""
         spread = self._times.spread
         return real_s * self._chance.uniform(1.0 - spread, 1.0 + spread) / self._speedup
 

@@ -75,7 +75,7 @@ def row(r: Rental, faults: Faults, now: float) -> dict[str, Any]:
 
 
 def status_msg(r: Rental, now: float) -> str | None:
-    """Return a rental's status_msg.
+    """Return what the service says in status_msg of a rental.
 
     While the image is pulled it is docker's progress, below 100 % if a fault delays it.
     """
@@ -86,7 +86,10 @@ def status_msg(r: Rental, now: float) -> str | None:
 
 
 def status(cloud: Cloud, now: float) -> dict[str, Any]:
-    """Return the status for people: rentals with their dollars by state, money, faults; no script, no key."""
+    """Return the cloud's status for people: rentals with their dollars by state, money, faults.
+
+    It has no start script and no key.
+    """
     cloud.advance(now)
     return {
         "credit_usd": cloud.account.credit_usd(now),

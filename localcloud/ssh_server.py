@@ -54,7 +54,10 @@ class SshServer:
         home: Path,
         environ: Mapping[str, str],
     ) -> None:
-        """Serve on sock, which listens. authorized_keys: returns the public keys that are accepted now."""
+        """Serve ssh on sock, which listens.
+
+        authorized_keys: returns the public keys that are accepted now. home, environ: of the commands.
+        """
         self._host_key = host_key
         self._authorized_keys = authorized_keys
         self._home = home
@@ -69,7 +72,7 @@ class SshServer:
         self._listen(sock)
 
     def behave(self, mode: str) -> None:
-        """Behave as "ok", "hang" (accept and say nothing) or "refuse" (do not listen) from now on."""
+        """Let the ssh server behave as "ok", "hang" (accept and say nothing) or "refuse" (do not listen)."""
         with self._lock:
             was, self._mode = self._mode, mode
             if self._closed or was == mode:
@@ -86,7 +89,7 @@ class SshServer:
                 log.warning("ssh port %d cannot be opened again: %s", self._port, e)
 
     def close(self) -> None:
-        """Stop listening and close all connections."""
+        """Close the ssh server's port and all its connections."""
         with self._lock:
             self._closed = True
             transports, held = list(self._transports), self._held
@@ -144,7 +147,7 @@ class SshServer:
                 self._transports.discard(transport)
 
     def _run(self, channel: paramiko.Channel, line: bytes) -> None:
-        """Run the command; send its output and its exit status through the channel."""
+        """Run a command that came over ssh; send its output and its exit status through the channel."""
         try:
             command = SshCommand(line, self._home, self._environ)
         except (OSError, ValueError) as e:
@@ -176,7 +179,7 @@ class SshServer:
 
 
 class SshSession(paramiko.ServerInterface):
-    """What one connection may do: authenticate by key and run commands."""
+    """What one ssh connection may do: authenticate by key and run commands."""
 
     def __init__(
         self, authorized_keys: tuple[str, ...], run: Callable[[paramiko.Channel, bytes], None]
@@ -202,7 +205,7 @@ class SshSession(paramiko.ServerInterface):
 
 
 class SshCommand:
-    """A command in a session of its own, which can be ended with all that it started there."""
+    """A command given over ssh, in a process session of its own, which is killed as a whole."""
 
     def __init__(self, command: bytes, home: Path, environ: Mapping[str, str]) -> None:
         """Start the command. Raises OSError when the home directory is gone."""
@@ -219,14 +222,14 @@ class SshCommand:
         self._reaped = False
 
     def kill(self) -> None:
-        """Kill the command and what it started. Usable from any thread."""
+        """Kill the command and all that it started in its session. Usable from any thread."""
         with self._lock:
             if not self._reaped:  # until then the number of its group cannot be another's
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
 
     def output(self, most: int) -> bytes:
-        """Return its next output.
+        """Wait for the command's next output and return it, at most `most` bytes.
 
         Empty when the command and all that it left in the background have closed theirs.
         """
@@ -234,7 +237,7 @@ class SshCommand:
         return self._process.stdout.read1(most)  # type: ignore[attr-defined, no-any-return]
 
     def wait(self) -> int:
-        """Wait for its end; return the exit status as a shell gives it."""
+        """Wait for the end of the command; return its exit status as a shell gives it."""
         if not self._reaped:
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         with self._lock:
@@ -243,5 +246,5 @@ class SshCommand:
         return 128 - status if status < 0 else status
 
     def close(self) -> None:
-        """Close our end of its output."""
+        """Close our end of the command's output."""
         self._process.stdout.close()  # type: ignore[union-attr]

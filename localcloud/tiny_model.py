@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def make(directory: Path) -> None:
-    """Make the model in that directory, unless it is there already."""
+    """Make the tiny model in that directory, unless there is one already."""
     if directory.exists():
         return
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the cloud's decisions mean in the world: one thread that starts, signals and ends containers.
+"""Carries out what the cloud model decides: one thread that starts, signals and ends containers.
 
 The thread lets the cloud's time pass, takes what is to be done (`Cloud.take_effects`), does it in that order,
 tells the cloud how a boot went, and sleeps until the next event, a death, or a `kick` from the face.
@@ -45,10 +45,10 @@ LONGEST_SLEEP_S = 3600.0
 
 
 class World:
-    """The instances of one cloud. `lock` guards the cloud; all else belongs to the world's thread."""
+    """The containers of one cloud model. `lock` guards the cloud; all else belongs to the world's thread."""
 
     def __init__(self, cloud: Cloud, root: Path, engine: str, clock: Callable[[], float] = time.time) -> None:
-        """Start nothing yet. root: an own directory, 0700."""
+        """Make the world of a cloud model; nothing runs yet. root: a directory for it alone, 0700."""
         self.cloud = cloud
         self.root = make_private_dir(root)
         self._instances = self.root / "instances"
@@ -68,7 +68,7 @@ class World:
         self._thread = threading.Thread(target=self._run, name="world")
 
     def start(self) -> None:
-        """Let time pass."""
+        """Start the thread in which the cloud's time passes."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -82,12 +82,15 @@ class World:
         os.close(self._wake_write)
 
     def kick(self) -> None:
-        """Look now: something was asked of the cloud. Any thread."""
+        """Wake the world's thread, because something was asked of the cloud. Usable from any thread."""
         with contextlib.suppress(BlockingIOError, OSError):
             os.write(self._wake_write, b"!")
 
     def status(self) -> dict[str, Any]:
-        """Return everything for a person. Any thread."""
+        """Return the local cloud's status for people, with the process ids of each instance.
+
+        Usable from any thread.
+        """
         with self.lock:
             status = rows.status(self.cloud, self.clock())
         running = self._processes()
@@ -96,7 +99,7 @@ class World:
         return {"engine": self.engine, "speedup": self.cloud.speedup, **status}
 
     def _processes(self) -> dict[int, list[int]]:
-        """Return the process ids by instance, of those that run now."""
+        """Return the ids of the processes that run now, by instance."""
         containers = list(self._containers.values())
         sessions = {c.session: c.id for c in containers if c.session is not None}
         homes = {str(c.path / "home"): c.id for c in containers}
@@ -142,7 +145,7 @@ class World:
                 self._died(key.data)
 
     def _died(self, container: Container) -> None:
-        """Note that its start script has ended. A container goes on, unless the script was killed."""
+        """Note that a container's start script ended; the container goes on unless the script was killed."""
         session, status = container.session, container.reap()
         log.info("instance %d: its start script ended with status %s", container.id, status)
         if status < 0:

@@ -17,7 +17,10 @@ from web.app import make_app
 
 
 def create_app(world: World, api_key: str) -> Flask:
-    """Build all routes. api_key: what an Authorization header must carry, except on the few open routes."""
+    """Return the Flask app with all routes of the local cloud.
+
+    api_key: what an Authorization header must carry, except on the few open routes.
+    """
     app = make_app("localcloud")
     # A page in somebody's browser can reach loopback under a name of its own (DNS rebinding).
     app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost", "[::1]"]

@@ -1,4 +1,4 @@
-"""Routes of the account: the user with its credit, and ssh keys."""
+"""Routes of the customer's account: the user with its credit, and ssh keys."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Reads the bodies of calls; each function checks and raises CloudRefusal in the service's words."""
+"""Reads the bodies of API calls; each function raises CloudRefusal in the service's words for a wrong one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ MAX_LABEL = 256
 
 
 def body() -> dict[str, Any]:
-    """Return the body of the request being served as an object."""
+    """Return the body of the request being served as a JSON object; raise CloudRefusal when it is none."""
     try:
         said = request.get_json(force=True, silent=True)
     except RecursionError:
@@ -24,12 +24,12 @@ def body() -> dict[str, Any]:
 
 
 def bad(text: str, **also: Any) -> CloudRefusal:
-    """Return the refusal of wrong arguments. also: further fields of the answer."""
+    """Return the refusal of a call with wrong arguments. also: further fields of the answer."""
     return CloudRefusal(400, "invalid_args", f"error 400/3467: Invalid args: {text}", **also)
 
 
 def ssh_key(said: Mapping[str, Any]) -> str:
-    """Return the public key in the field ssh_key."""
+    """Return the public ssh key in the field ssh_key of a body."""
     key = said.get("ssh_key")
     if not isinstance(key, str) or len(key.split()) < 2 or len(key) > 4096 or "\n" in key.strip():
         raise bad("ssh_key: wanted a public key on one line")
@@ -37,14 +37,14 @@ def ssh_key(said: Mapping[str, Any]) -> str:
 
 
 def ids(said: object, name: str) -> list[int]:
-    """Return the list of numbers in the field of that name."""
+    """Return a list of whole numbers from a body. name: of its field, for the refusal of anything else."""
     if not isinstance(said, list) or not all(type(i) is int for i in said):
         raise bad(f"{name}: wanted a list of numbers")
     return said
 
 
 def number(said: object, default: int) -> int:
-    """Return a number that travels as text; the default for what is none, as the service is lenient there."""
+    """Return a number that travels as text; the default for other text, as the service is lenient there."""
     try:
         return int(str(said))
     except ValueError:
@@ -52,7 +52,7 @@ def number(said: object, default: int) -> int:
 
 
 def price(said: object) -> float | None:
-    """Return a bid, $/h; None for none."""
+    """Return the bid in a body, $/h; None if there is none."""
     if said is None:
         return None
     if isinstance(said, bool) or not isinstance(said, int | float) or not 0.001 <= said <= 128.0:
@@ -61,7 +61,7 @@ def price(said: object) -> float | None:
 
 
 def order(said: Mapping[str, Any], instance_key: str, offer_id: int) -> Order:
-    """Return the order in the body of a create (vast-contract 2.2)."""
+    """Return what a call to rent an offer orders, from its body (vast-contract 2.2)."""
 
     def text(name: str, most: int) -> str | None:
         value = said.get(name)

@@ -1,4 +1,4 @@
-"""What is done before and after each view: the key, faults of calls, rate limits, the service's refusals."""
+"""What is done before and after each API view: the key, faults of calls, rate limits, refusals."""
 
 import functools
 import hmac
@@ -28,14 +28,17 @@ _EXTENSION = "localcloud"
 
 @dataclass(frozen=True)
 class Later:
-    """An answer whose second part is made after the cloud's lock was released."""
+    """An answer that a view leaves to `rest`, which is called after the cloud's lock was released."""
 
     rest: Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Service:
-    """What all views of one app share. not_before: when each endpoint may be called again."""
+    """What all views of one app share: the cloud's world, the API key and the rate limits.
+
+    not_before: when each endpoint may be called again, epoch seconds.
+    """
 
     world: World
     api_key: str
@@ -47,7 +50,10 @@ class Service:
         return hmac.compare_digest(header.encode(), f"Bearer {self.api_key}".encode())
 
     def limited(self, view: str, every_s: float) -> bool:
-        """Return whether the fault rate-limits refuses this call."""
+        """Return whether the fault rate-limits refuses this call because it came too soon.
+
+        every_s: seconds between two calls of the view that the service allows, 0 for no limit.
+        """
         with self.world.lock:
             now, cloud = self.world.clock(), self.world.cloud
             if not every_s or not cloud.faults.any_on("rate-limits"):
@@ -58,9 +64,9 @@ class Service:
             return early and cloud.faults.strikes("rate-limits", now) is not None
 
     def broken(self, kind: str, when: str) -> Any | None:
-        """Return the answer of a fault that strikes such a call before or after its effect.
+        """Return the answer of a fault that strikes a call of this kind, None if there is no such fault.
 
-        None without one.
+        when: "before" or "after" the call had its effect.
         """
         now, faults = self.world.clock(), self.world.cloud.faults
         with self.world.lock:
@@ -72,12 +78,12 @@ class Service:
 
 
 def connect(app: Flask, world: World, api_key: str) -> None:
-    """Give the views of the app their world and key."""
+    """Give the views of the app their world and API key."""
     app.extensions[_EXTENSION] = Service(world, api_key)
 
 
 def service() -> Service:
-    """Return what the views share, for the view that is running."""
+    """Return what all views share, for the view that is running."""
     found: Service = current_app.extensions[_EXTENSION]
     return found
 
@@ -85,10 +91,10 @@ def service() -> Service:
 def api(
     kind: str, every_s: float = 0.0
 ) -> Callable[[Callable[Concatenate[Cloud, float, ...], Any]], Callable[..., Any]]:
-    """Make a view(cloud, now, **path) a route of the service; it runs under the cloud's lock.
+    """Return a decorator that makes a function (cloud, now, **path) a view of the service's API.
 
-    kind: which faults of calls strike it. every_s: seconds between two calls that the service allows
-    (vast-contract 1.3), 0 for no limit.
+    The view runs under the cloud's lock. kind: which faults of calls strike it. every_s: seconds between two
+    calls that the service allows (vast-contract 1.3), 0 for no limit.
     """
 
     def decorate(view: Callable[Concatenate[Cloud, float, ...], Any]) -> Callable[..., Any]:
@@ -121,17 +127,17 @@ def api(
 
 
 def refuse(status: int, error: str, msg: str, **also: Any) -> tuple[Response, int]:
-    """Return an error in the service's shape."""
+    """Return an error answer in the service's shape. also: further fields."""
     return jsonify({"success": False, "error": error, "msg": msg, **also}), status
 
 
 def too_many() -> Response:
-    """Return the answer to calls that come too fast."""
+    """Return the service's answer to calls that come too fast: 429."""
     return Response("API requests too frequent", 429, mimetype="text/plain")
 
 
 def hang() -> tuple[Response, int]:
-    """Answer only when the cloud ends, the caller hangs up or HANG_S have passed."""
+    """Wait until the cloud ends, the caller hangs up or HANG_S have passed; only then return an error."""
     hung_up = request.environ.get("waitress.client_disconnected", lambda: False)
     limit = time.monotonic() + HANG_S
     while not (service().world.stopping.wait(HUNG_UP_CHECK_S) or hung_up() or time.monotonic() > limit):

@@ -1,4 +1,4 @@
-"""Routes of the local cloud's own: status, faults, killing instances, and a page for browsers."""
+"""Routes that Vast.ai does not have: status of the local cloud, faults, kills, and a page for browsers."""
 
 import logging
 from typing import Any, Literal
@@ -21,7 +21,7 @@ _keyed = requires(lambda: frozenset({service().api_key}))
 
 
 class KillBody(msgspec.Struct, forbid_unknown_fields=True):
-    """The body that asks to kill an instance: all of it, or its model server."""
+    """The body of a call that kills all processes of an instance, or its model server only."""
 
     part: Literal["all", "model"] | None = None
 

@@ -1,4 +1,4 @@
-"""Routes of the listing: all rentals page by page, and a single one (vast-contract 2.3)."""
+"""Routes that list the rentals: all of them page by page, and a single one (vast-contract 2.3)."""
 
 import base64
 import binascii
@@ -87,7 +87,7 @@ def _rows(cloud: Cloud, now: float) -> list[dict[str, Any]]:
 
 
 def _page(rows: list[dict[str, Any]], total: int, args: Mapping[str, str]) -> dict[str, Any]:
-    """Return one page of the listing (vast-contract 2.3)."""
+    """Return one page of the listing as the service shows it (vast-contract 2.3). args: the query string."""
 
     def parsed(name: str, default: Any) -> Any:
         try:
@@ -130,7 +130,10 @@ def _page(rows: list[dict[str, Any]], total: int, args: Mapping[str, str]) -> di
 
 
 def _after(rows: list[dict[str, Any]], order: list[tuple[str, bool]], token: str | None) -> int:
-    """Return where the page begins: behind the row in the token, or behind its place if it has gone."""
+    """Return the index of the first row of a page, which follows the row that the page token holds.
+
+    If that row has gone, it is the row that stands behind its place in the order.
+    """
     if not token:
         return 0
     try:

@@ -1,4 +1,4 @@
-"""Routes of logs and commands: the answer names an address where the text is a moment later."""
+"""Routes of logs and commands: the answer is an address from which the text can be fetched a moment later."""
 
 import uuid
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def _found(cloud: Cloud, instance_id: int) -> Rental:
 
 
 def _uploaded_later(cloud: Cloud, now: float, find: Callable[[], str]) -> Later:
-    """Answer with the address where the text that `find` returns can be fetched a moment later."""
+    """Return an answer with the address where the text that `find` returns can be fetched a moment later."""
     name = f"{uuid.uuid4().hex}.log"
     never = cloud.faults.strikes("log-never", now) is not None
     ready_at = float("inf") if never else now + UPLOAD_S

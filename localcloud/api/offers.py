@@ -1,4 +1,4 @@
-"""Routes of the market: search offers, rent one."""
+"""Routes of the market: search the offers, rent one."""
 
 import secrets
 from typing import Any

@@ -19,7 +19,7 @@ HEADS = (
 
 
 def render(status: Mapping[str, Any]) -> str:
-    """Return the status as HTML. Everything in it may come from a renter, so everything is escaped."""
+    """Return the local cloud's status as a page of HTML; renters' texts in it are escaped."""
     rows = "".join(f"<tr>{''.join(map(_cell, _row(i)))}</tr>" for i in status["instances"])
     head = "".join(f"<th>{h}</th>" for h in HEADS)
     faults = html.escape(", ".join(f["name"] for f in status["faults"]) or "none")

@@ -1,4 +1,4 @@
-"""Answers in vLLM's shapes: whole, or as the events of a stream."""
+"""Answers of the paced engine in vLLM's shapes: whole, or as the events of a stream."""
 
 import json
 import secrets
@@ -19,7 +19,7 @@ def event(said: object) -> bytes:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the usage object of an answer."""
+    """Return the object `usage` of an answer, which counts its tokens."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "total_tokens": total, "completion_tokens": completion_tokens}
 
@@ -29,7 +29,7 @@ TEXT = "\0"
 
 
 class CompletionAnswer:
-    """Makes the bytes of one answer, whole or as stream events.
+    """Makes the bytes of one answer, whole or as stream events. A choice is one of the texts asked for.
 
     Most events of a choice differ in their text only. So json writes one of them, and the texts of the others
     are put between its two ends: 0.4 µs an event, 9 with json for each (2026-11).
@@ -42,7 +42,7 @@ class CompletionAnswer:
         lengths: Sequence[tuple[int, str]],
         created: int,
     ) -> None:
-        """Choose its id. lengths: (tokens, finish reason) of each choice; created: epoch seconds."""
+        """Make an answer. lengths: (tokens, finish reason) of each choice; created: epoch seconds."""
         self._request = request
         self._lengths = lengths
         self._sent = [0] * len(lengths)
@@ -60,7 +60,7 @@ class CompletionAnswer:
         return self._made == self._wanted
 
     def events(self, came: Iterable[tuple[int, int]]) -> bytes:
-        """Return the events of these tokens, (choice, tokens) in the order they came."""
+        """Return the stream events of tokens that were just made: (choice, tokens), in that order."""
         events = []
         for index, tokens in came:
             if self._request.chat and not self._sent[index]:
@@ -74,11 +74,11 @@ class CompletionAnswer:
         return b"".join(events)
 
     def _role(self, index: int) -> bytes:
-        """Return the first event of a choice of a chat."""
+        """Return the first event of a chat's choice, which holds the role "assistant"."""
         return self._event(index, {"delta": {"role": "assistant", "content": ""}}, None, 0)
 
     def _token(self, index: int, at: int) -> bytes:
-        """Return the event of the at-th token (from 0) of a choice."""
+        """Return the event with token number `at` (from 0) of a choice."""
         whole, reason = self._lengths[index]
         piece = PIECES[at % len(PIECES)]
         first, last = self._request.echo and at == 0, at + 1 == whole
@@ -94,15 +94,18 @@ class CompletionAnswer:
         return before + piece + after
 
     def _text(self, text: str) -> dict[str, Any]:
-        """Return the fields of a choice that hold its text."""
+        """Return the fields of an event that hold this text of a choice."""
         return {"delta": {"content": text}} if self._request.chat else {"text": text}
 
     def _begin(self, index: int) -> str:
-        """Return the text before the first token of a choice: the prompt if echo was asked for."""
+        """Return the text before a choice's first token: the prompt if echo was asked for, else nothing."""
         return self._request.prompts[index // self._request.n].text if self._request.echo else ""
 
     def _event(self, index: int, content: Mapping[str, Any], reason: str | None, made: int) -> bytes:
-        """Return an event of a choice. reason: why it ends here; made: tokens so far, of all choices."""
+        """Return a stream event of a choice.
+
+        reason: why the choice ends with it, or None; made: tokens so far, of all choices.
+        """
         choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
         chunk: dict[str, Any] = self._chunk | {"choices": [choice]}
         # vLLM leaves out of a chat's events what was not set, and writes a completion's in full.

@@ -23,7 +23,10 @@ log = logging.getLogger("paced")
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return vLLM's flags that mean something here, and the others. Exits with 2 for a wrong value."""
+    """Return vLLM's flags that mean something to the paced engine, and the others as they are.
+
+    Exits with status 2 for a wrong value.
+    """
     parser = argparse.ArgumentParser(
         prog="vllm.entrypoints.openai.api_server",
         description="localcloud's paced engine under the name of vLLM: no model is loaded",
@@ -46,7 +49,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _count(text: str) -> int:
-    """Return a whole number of 1 or more; 4k is 4,000 and 4K is 4,096, as vLLM reads it."""
+    """Return the whole number of 1 or more in a flag's text; 4k is 4,000 and 4K is 4,096, as in vLLM."""
     factor = {"k": 1000, "K": 1024}.get(text[-1:], 1)
     value = int(text[:-1] if factor > 1 else text) * factor
     if value < 1:
@@ -62,7 +65,7 @@ def _port(text: str) -> int:
 
 
 def load_middleware(path: str) -> Callable[[App], App]:
-    """Return the ASGI middleware class of that import path; raise ConfigError.
+    """Return the ASGI middleware class of that import path; raise ConfigError when there is none.
 
     vLLM also takes coroutine functions, which only make sense with Starlette; those are refused.
     """
@@ -77,7 +80,10 @@ def load_middleware(path: str) -> Callable[[App], App]:
 
 
 def profile_of(names: Sequence[str], model: str) -> str:
-    """Return the profile that is served: one among the names, else one with that model, else vllm-13."""
+    """Return the name of the profile whose speed is imitated.
+
+    It is one of the served names, else the profile with that model, else vllm-13.
+    """
     for name in names:
         if name in PROFILE_MODELS:
             return name
@@ -92,14 +98,14 @@ def _log_to_stdout() -> None:
 
 
 def _die(line: str) -> NoReturn:
-    """Print the line where vLLM's last words are found; exit with 1."""
+    """Print a last line where vLLM would print it, and exit with status 1."""
     sys.stdout.write(f"(APIServer pid={os.getpid()}) {line}\n")
     sys.stdout.flush()
     sys.exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Act as vLLM's api_server: load for as long as the machine says, then serve."""
+    """Act as vLLM's api_server: wait for as long as loading takes on the pretended machine, then serve."""
     flags, others = parse_flags(sys.argv[1:] if argv is None else argv)
     _log_to_stdout()
     try:
@@ -131,7 +137,7 @@ def _run(flags: argparse.Namespace, others: Sequence[str], machine: SimulatedMac
 
 
 def _make_app(flags: argparse.Namespace, names: tuple[str, ...], machine: SimulatedMachine) -> App:
-    """Return the engine behind its middleware, the last one outermost as in vLLM; raise ConfigError."""
+    """Return the paced engine behind its middleware, the last one outermost as in vLLM; raise ConfigError."""
     name = profile_of(names, flags.model)
     profile = PROFILES[name]
     timing = timing_for(name, machine.gpu_name, flags.tensor_parallel_size)

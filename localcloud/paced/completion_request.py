@@ -34,12 +34,12 @@ NATURAL_TOKENS = 180.0
 
 
 class RequestError(Exception):
-    """A refused request, answered in vLLM's shape; param: the wrong field, if it is one."""
+    """A request that the engine refuses, answered in vLLM's shape; param: the wrong field, if it is one."""
 
     def __init__(
         self, message: str, param: str | None = None, status: int = 400, kind: str = "BadRequestError"
     ) -> None:
-        """Say what is wrong; status and kind are those of a bad request unless given."""
+        """Make a refusal with a message for the client; the default is that of a bad request."""
         super().__init__(message)
         self.status = status
         self.kind = kind
@@ -47,14 +47,14 @@ class RequestError(Exception):
 
     @property
     def said(self) -> dict[str, Any]:
-        """The body of the error answer."""
+        """The body of the error answer, as vLLM writes it."""
         error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}
         return {"error": error}
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt: its number of tokens, the key its answers' natural lengths are drawn from, and its text."""
+    """A prompt: its number of tokens, the key from which lengths of its answers are drawn, and its text."""
 
     tokens: int
     key: bytes
@@ -63,9 +63,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A checked request. max_tokens is None where the context is the only limit.
+    """A completion request that was checked. max_tokens is None where the context is the only limit.
 
-    echo: each answer begins with its prompt, and with max_tokens 0 it is nothing else.
+    n: answers to each prompt. echo: each answer begins with its prompt, and with max_tokens 0 it is nothing
+    else.
     """
 
     chat: bool
@@ -81,13 +82,13 @@ class CompletionRequest:
 
     @property
     def prompt_tokens(self) -> int:
-        """Prompt tokens as usage counts them: each prompt once, however many answers it gets."""
+        """The request's prompt tokens as `usage` counts them: each prompt once, whatever n is."""
         return sum(p.tokens for p in self.prompts)
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What is served: its names, of which answers carry the first, and its limits.
+    """The model that the engine serves: its names, of which answers carry the first, and its limits.
 
     natural_tokens: mean length of an answer that nothing cuts off.
     """
@@ -99,19 +100,22 @@ class ServedModel:
 
 
 def count_tokens(text: str) -> int:
-    """Return how many tokens a text counts as."""
+    """Return how many tokens a text counts as: one for each CHARACTERS_A_TOKEN characters, rounded up."""
     return -(-len(text) // CHARACTERS_A_TOKEN)
 
 
 def natural_length(key: bytes, mean: float) -> int:
-    """Return the natural length of an answer in tokens: at least 1, exponential, a function of the key."""
+    """Return how long an answer is in tokens if nothing cuts it off: 1 or more, exponential around `mean`.
+
+    It depends only on the key, so that the same prompt always has the same length.
+    """
     drawn = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
     share = (drawn + 0.5) / 2.0**64
     return 1 + int(-math.log(share) * max(0.0, mean - 1.0))
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
-    """Return the object in a request's body; raise RequestError."""
+    """Return the JSON object in a request's body; raise RequestError when it is none."""
     try:
         said = json.loads(raw)
     except (ValueError, RecursionError) as e:
@@ -122,7 +126,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
 
 
 def read_request(said: Mapping[str, Any], model: ServedModel, *, chat: bool) -> CompletionRequest:
-    """Return what a body asks for; raise RequestError naming the field."""
+    """Return what the body of a completion request asks for; raise RequestError with the wrong field."""
     read_model(said, model)
     prompts = (chat_prompt(said),) if chat else _prompts(said)
     echo = not chat and typed(said, "echo", bool, default=False)
@@ -153,14 +157,17 @@ def read_request(said: Mapping[str, Any], model: ServedModel, *, chat: bool) -> 
 
 
 def read_model(said: Mapping[str, Any], model: ServedModel) -> None:
-    """Raise RequestError 404 if the body names another model; naming none is fine."""
+    """Raise RequestError 404 if a request's body names a model that is not served; naming none is fine."""
     name = typed(said, "model", str, model.names[0])
     if name not in model.names:
         raise RequestError(f"The model `{name[:200]}` does not exist.", "model", 404, "NotFoundError")
 
 
 def typed(said: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    """Return a field of that type, or the default where it is missing or null."""
+    """Return a field of a request's body, or the default where it is missing or null.
+
+    Raises RequestError when its type is not `kind`.
+    """
     value = said.get(name)
     if value is None:
         return default
@@ -187,7 +194,7 @@ def _max_tokens(said: Mapping[str, Any], *, chat: bool, least: int) -> int | Non
 
 
 def _prompts(said: Mapping[str, Any]) -> tuple[Prompt, ...]:
-    """Return the prompts of a completion: a text, texts, token ids, or lists of token ids."""
+    """Return the prompts of a completion request: a text, texts, token ids, or lists of token ids."""
     prompt = said.get("prompt")
     if isinstance(prompt, str):
         return (_text_prompt(prompt),)
@@ -233,7 +240,7 @@ def chat_prompt(said: Mapping[str, Any]) -> Prompt:
 
 
 def _message_texts(content: object) -> Iterator[str]:
-    """Yield the texts of a message's content: nothing, a text, or parts of type text."""
+    """Yield the texts in the content of a chat message: no content, a text, or parts of type text."""
     if content is None or isinstance(content, str):
         yield content or ""
         return
@@ -245,7 +252,7 @@ def _message_texts(content: object) -> Iterator[str]:
 
 
 def _check_ignored(said: Mapping[str, Any], *, chat: bool) -> None:
-    """Raise RequestError for what answers cannot have, and for wrong types of what changes nothing."""
+    """Raise RequestError for options that the engine lacks, and for wrong types of those it ignores."""
     for name in ("logprobs", "suffix", "echo"):
         if said.get(name) and (chat or name != "echo"):
             raise RequestError(f"{name}: the paced engine of localcloud does not have it", name)

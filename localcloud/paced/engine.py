@@ -54,10 +54,14 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class PacedEngine:
-    """The engine as an ASGI application; it belongs to the event loop of its first request."""
+    """The engine that imitates vLLM, an ASGI application; it belongs to its first request's event loop."""
 
     def __init__(self, model: ServedModel, server: SteppedModelServer, clock: Clock | None = None) -> None:
-        """Raise ValueError if a request of full length can never fit. clock: the running loop if None."""
+        """Make an engine that answers for that model at the pace of that simulated model server.
+
+        Raises ValueError if a request of full length can never fit into memory. clock: None for the running
+        loop.
+        """
         if model.max_model_len > server.timing.kv_tokens:
             raise ValueError(
                 f"a context of {model.max_model_len} tokens does not fit into KV memory for "
@@ -79,7 +83,7 @@ class PacedEngine:
         }
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one request, or take part in the server's start and end."""
+        """Answer one request, as ASGI wants it, or take part in the server's start and end."""
         if scope["type"] == "lifespan":
             while (message := await receive())["type"] != "lifespan.shutdown":
                 await send({"type": message["type"] + ".complete"})
@@ -157,7 +161,7 @@ class PacedEngine:
     # -- completions --
 
     async def _complete(self, request: CompletionRequest, receive: Receive, send: Send) -> None:
-        """Submit the request and send the answer as it comes; drop the work when the client leaves."""
+        """Submit a completion request and send its answer as it comes; drop it when the client leaves."""
         if self._pacer is None:
             self._pacer = Pacer(self.server, asyncio.get_running_loop())
         lengths = answer_lengths(request, self.model)
@@ -197,7 +201,10 @@ async def _watch(receive: Receive, inbox: TokenInbox) -> None:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """Return the body, None when the client left before its end; raise RequestError if it is too long."""
+    """Return the body of a request; None when the client left before its end.
+
+    Raises RequestError if it is longer than MAX_BODY.
+    """
     parts, size = [], 0
     while True:
         message = await receive()

@@ -9,9 +9,9 @@ from process.errors import ConfigError
 
 @dataclass(frozen=True)
 class SimulatedMachine:
-    """GPUs and times of the machine. load_s: seconds from start to ready; start_s if the file `loaded`
-    exists.
+    """The GPUs and times of the machine that the engine pretends to run on.
 
+    load_s: seconds from start to ready; start_s: the same when the file `loaded` exists.
     fatal_line: the line that the engine logs instead of becoming ready.
     """
 
@@ -24,7 +24,10 @@ class SimulatedMachine:
 
     @classmethod
     def read(cls, path: str | None) -> "SimulatedMachine":
-        """Return the machine of the file; without a file one RTX 4090, ready at once. Raises ConfigError."""
+        """Return the machine that a file describes; for None one RTX 4090 that is ready at once.
+
+        Raises ConfigError for a file that cannot be used.
+        """
         if not path:
             return cls("RTX 4090", 1, 0.0, 0.0, None, None)
         try:
@@ -33,10 +36,10 @@ class SimulatedMachine:
             raise ConfigError(f"LOCALCLOUD_MACHINE={path} cannot be used: {type(e).__name__}: {e}") from e
 
     def write(self, path: Path) -> None:
-        """Write the description to a file."""
+        """Write the machine's description to a file."""
         path.write_text(json.dumps(asdict(self)))
 
     @property
     def ready_s(self) -> float:
-        """Seconds from start to ready this time."""
+        """Seconds from the engine's start until it is ready: start_s if `loaded` exists, else load_s."""
         return self.start_s if self.loaded and Path(self.loaded).exists() else self.load_s

@@ -1,4 +1,4 @@
-"""The page /metrics in the Prometheus text format, with vLLM's names.
+"""The paced engine's page /metrics in the Prometheus text format, with vLLM's names.
 
 Written by hand: seven figures are no reason to load a library in a process that must stay small.
 """

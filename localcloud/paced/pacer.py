@@ -1,4 +1,4 @@
-"""A model server in real time: one timer for all requests, and an inbox of tokens for each."""
+"""A simulated model server in real time: one timer for all requests, and an inbox of tokens for each."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,20 +8,20 @@ from engine.reference import EventKind, ServerEvent, SteppedModelServer
 
 
 class Timer(Protocol):
-    """What an event loop's call_at returns."""
+    """A scheduled call, as an event loop's call_at returns it."""
 
     def cancel(self) -> None:
-        """Do not call the callback any more."""
+        """Cancel the scheduled call: its callback is not called any more."""
 
 
 class Clock(Protocol):
     """The part of an event loop that keeps time."""
 
     def time(self) -> float:
-        """Return the time in seconds."""
+        """Return the clock's time in seconds."""
 
     def call_at(self, when: float, callback: Callable[[], None], /) -> Timer:
-        """Call the callback at that time."""
+        """Call the callback when the clock shows `when` seconds; return a timer that can cancel that."""
 
 
 class Pacer:
@@ -31,7 +31,7 @@ class Pacer:
     """
 
     def __init__(self, server: SteppedModelServer, clock: Clock) -> None:
-        """Begin without requests."""
+        """Make a pacer that runs this simulated server, without requests yet, by that clock."""
         self.server = server
         self._clock = clock
         self._callbacks: dict[str, Callable[[int], None]] = {}
@@ -41,7 +41,7 @@ class Pacer:
     def submit(
         self, id: str, prompt_tokens: int, output_tokens: int, callback: Callable[[int], None]
     ) -> None:
-        """Submit a request; callback(tokens) is called for its tokens, step by step.
+        """Submit a request to the simulated server; callback(tokens) is called as its tokens are made.
 
         Raises ValueError as SteppedModelServer does.
         """
@@ -50,7 +50,7 @@ class Pacer:
         self._deliver(events)
 
     def cancel(self, id: str) -> bool:
-        """Drop a request: free its work, call its callback no more; return whether any work was left."""
+        """Remove a request from the simulated server; return whether it was still under way."""
         there = self._callbacks.pop(id, None) is not None
         if there:
             self._deliver(self.server.cancel(id, self._clock.time()))
@@ -80,13 +80,13 @@ class Pacer:
 
 
 class TokenInbox:
-    """The tokens of one request's answers that are due and not sent yet; one task reads it.
+    """Tokens of one request's answers that are due and not sent yet; one task reads them.
 
     patient: wake the reader with the last token only.
     """
 
     def __init__(self, tokens: int, *, patient: bool) -> None:
-        """Begin empty. tokens: of all choices together."""
+        """Make an empty inbox. tokens: how many are to come, for all answers of the request together."""
         self._left = tokens
         self._gone = False
         self._patient = patient
@@ -94,19 +94,19 @@ class TokenInbox:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, index: int, tokens: int) -> None:
-        """Add tokens of a choice."""
+        """Add tokens of the answer number `index`."""
         self._came.append((index, tokens))
         self._left -= tokens
         if not self._patient or not self._left:
             self._wake()
 
     def leave(self) -> None:
-        """Note that the client has gone."""
+        """Note that the client has gone, so that the reader stops waiting for tokens."""
         self._gone = True
         self._wake()
 
     async def take(self) -> list[tuple[int, int]]:
-        """Return the new tokens as (choice, tokens); nothing when the client has left."""
+        """Wait for new tokens and return them as (answer number, tokens); empty when the client has gone."""
         while not self._gone and ((self._patient and self._left) or not self._came):
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter

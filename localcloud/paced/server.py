@@ -1,4 +1,4 @@
-"""Serving ASGI as vLLM does: its log lines, TLS, and answers that break off when the process ends."""
+"""Serves an ASGI app as vLLM does: its log lines, TLS, and answers that break off when the process ends."""
 
 import asyncio
 import socket
@@ -12,7 +12,7 @@ from localcloud.paced.engine import App
 
 
 def serve(app: App, sock: socket.socket, certfile: str | None = None, keyfile: str | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C, which end as a container's end does: answers break off.
+    """Serve an ASGI app until SIGTERM or Ctrl-C; answers then break off, as when a container ends.
 
     Logs as uvicorn does, so that the ready line is the real one. certfile, keyfile: of TLS; without them
     plain HTTP.
