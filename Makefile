@@ -15,7 +15,7 @@ WHEEL := build/wheel
 WHEEL_READY := $(WHEEL)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers flags picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers flags sizes picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -101,6 +101,10 @@ bench-routers: $(READY) $(ROUTERS_READY)
 # docs/flags.md, from the declarations of the flags.
 flags: $(READY)
 	$(BIN)/python -m tests.flags_page
+
+# The sizes of requests in docs/clients.md, as clients tell and instances count them.
+sizes: $(READY)
+	$(BIN)/python -m tests.sizes_page
 
 # The picture of the system in docs/, drawn from its text (needs graphviz: apt-get install graphviz).
 picture:

@@ -235,5 +235,6 @@ class LoadReports:
             most = float(lease.row[MOST])
         else:
             kind, most = self.leases.forget_early(end.id), math.inf
-        if kind is not None and end.status == "finished":
+        # An answer without tokens is a refusal, an embedding or the like, and says nothing of other answers.
+        if kind is not None and end.status == "finished" and end.output_tokens:
             self.estimates.finished(kind, end.output_tokens, most)

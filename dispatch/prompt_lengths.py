@@ -1,9 +1,9 @@
 """How many tokens the prompts of other loadbalancers' requests have, by the bytes that their instance saw.
 
-An instance says how many bytes each request had that started there. Our own clients said how many tokens
-their prompts have, so the bytes of a token here, of these languages and in these envelopes, are the bytes of
-our own requests over their tokens, of about the last MEMORY requests. No request is taken to be longer than
-the longest of our own: a picture is many bytes and few tokens.
+An instance says how many bytes the text of each request had that started there; one of before 0.3.0 how many
+the request had, pictures and all. Our own clients said how many tokens their prompts have, so the bytes of a
+token here, of these languages and in these envelopes, are the bytes of our own requests over their tokens, of
+about the last MEMORY requests. No request is taken to be longer than the longest of our own.
 """
 
 MEMORY = 500.0

@@ -1,6 +1,16 @@
-"""How long a request to a model server is: an estimate for a loadbalancer that never sees the request."""
+"""How long a request to a model server is: an estimate for a loadbalancer that never sees the request.
+
+    text        BYTES_PER_TOKEN of its UTF-8, with the names of its fields: messages, tools, instructions
+    token ids   counted
+    a picture, a sound, a video, a file or document, in base64 or by its address     MEDIA_TOKENS
+    a document in plain text (Anthropic's source of type text or content)            as text
+    rerank, score    the one text beside each of the many: it is read with each of them
+
+What an instance counts of a request follows the same rule (remote/lengths.py); a test compares them.
+"""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +19,7 @@ BYTES_PER_TOKEN = 4
 """Bytes of English text in a token of today's vocabularies; other languages need up to twice the tokens."""
 
 MEDIA_TOKENS = 1000
-"""Tokens that a picture, a sound or a body that is no JSON counts: their bytes say nothing."""
+"""Tokens that a picture, a sound, a file or a body that is no JSON counts: their bytes say nothing."""
 
 MAX_TOKENS = 10_000_000
 """Most that the loadbalancer takes for prompt_tokens and max_tokens."""
@@ -23,8 +33,20 @@ PROMPT_WEIGHT = 0.1
 OUTPUT_GUESS = 200
 """Output tokens assumed for a request that sets no limit, for that comparison."""
 
-DEEPEST = 20
+DEEPEST = 64
 """Deepest level of a body that is looked into."""
+
+_ALONE = (
+    *("prompt", "messages", "input", "inputs", "texts", "instructions", "system", "tools", "suffix"),
+    "token_ids",
+)
+"""What a prompt is made of."""
+
+_ONE, _MANY = ("query", "queries", "text_1", "data_1"), ("documents", "items", "text_2", "data_2")
+"""What rerank and score compare: one of these with each of those."""
+
+_MEDIA = re.compile("image|audio|video|file$|^document$")
+"""Kinds of parts of a message that are no text: image_url, input_audio, input_file, document and the like."""
 
 _NO_OUTPUT = (
     "/embeddings",
@@ -86,7 +108,7 @@ def estimate_body(method: str, target: str, body: bytes, said: Mapping[str, Any]
         return TokenEstimate(0, 1)
     if said is None:
         return TokenEstimate(MEDIA_TOKENS, None)
-    prompt, sequences = _prompt_of(said)
+    sequences = _sequences(said.get("prompt"))
     prompts = max(1, sequences if makes_text(target) else _texts_in(said))
     answers = sequences * max(_whole(said.get("n")) or 1, _whole(said.get("best_of")) or 1)
     limits = [_whole(said.get(name)) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
@@ -94,63 +116,59 @@ def estimate_body(method: str, target: str, body: bytes, said: Mapping[str, Any]
     if not makes_text(target):
         limit, answers = 1, 1
     return TokenEstimate(
-        min(MAX_TOKENS, prompt),
+        min(MAX_TOKENS, -(-_text_bytes(said) // BYTES_PER_TOKEN)),
         None if limit is None else min(MAX_TOKENS, max(1, limit) * max(1, answers)),
         min(MAX_PROMPTS, prompts),
     )
 
 
+def _sequences(prompt: object) -> int:
+    """Return how many prompts a completion has: a text, token ids, or a list of either."""
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+
+
 def _texts_in(said: Mapping[str, Any]) -> int:
     """Return how many texts a request that makes no text has: each is read by itself."""
-    lists = (said.get(name) for name in ("input", "prompt"))
-    return max(
-        (len(one) for one in lists if isinstance(one, list) and one and not isinstance(one[0], int)),
-        default=1,
-    )
+    return max(_sequences(said.get(name)) for name in ("input", "prompt", "texts", "inputs", *_MANY))
 
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _prompt_of(said: Mapping[str, Any]) -> tuple[int, int]:
-    """Return (tokens of all that goes in, number of prompts)."""
-    sequences = 1
-    size = 0
-    prompt = said.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        sequences = len(prompt)
-    for name in ("prompt", "messages", "input", "instructions", "system", "tools", "suffix"):
-        value = said.get(name)
-        if value is not None:
-            ids, text = _weigh(value, 0)
-            size += ids + -(-text // BYTES_PER_TOKEN)
-    return size, sequences
+def _text_bytes(said: Mapping[str, Any]) -> int:
+    """Return the bytes of text that all that goes in counts as."""
+    one, many = (max((said.get(name) or () for name in names), key=_weigh) for names in (_ONE, _MANY))
+    times = max(1, _count(many)) if _count(one) == 1 else 1
+    return _weigh([said.get(name) for name in _ALONE]) + times * _weigh(one) + _weigh(many)
 
 
-def _weigh(value: object, depth: int) -> tuple[int, int]:
-    """Return (token ids and media, bytes of text) anywhere in the value."""
+def _count(value: object) -> int:
+    return len(value) if isinstance(value, list) else 1
+
+
+def _weigh(value: object, depth: int = 0) -> int:
+    """Return the bytes of text that the value counts as."""
     if isinstance(value, str):
-        return 0, len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
+        if ";base64," in value[:99]:
+            return MEDIA_TOKENS * BYTES_PER_TOKEN
+        return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
     if depth > DEEPEST:
-        return 0, 0
-    ids = text = 0
+        return 0
     if isinstance(value, list):
         if value and isinstance(value[0], int):
-            return len(value), 0
-        for one in value:
-            more = _weigh(one, depth + 1)
-            ids, text = ids + more[0], text + more[1]
-    elif isinstance(value, dict):
+            return len(value) * BYTES_PER_TOKEN
+        return sum(_weigh(one, depth + 1) for one in value)
+    if isinstance(value, dict):
         if is_media(value):
-            return MEDIA_TOKENS, 0
-        for key, one in value.items():
-            more = _weigh(one, depth + 1)
-            ids, text = ids + more[0], text + more[1] + len(key)
-    return ids, text
+            return MEDIA_TOKENS * BYTES_PER_TOKEN
+        return sum(len(key) + _weigh(one, depth + 1) for key, one in value.items())
+    return 0
 
 
 def is_media(value: Mapping[str, Any]) -> bool:
-    """Return whether that part of a message is a picture, a sound or the like."""
-    kind = value.get("type")
-    return isinstance(kind, str) and ("image" in kind or "audio" in kind or "video" in kind or kind == "file")
+    """Return whether that part of a message is a picture, a sound, a file or the like, and not plain text."""
+    kind, source = value.get("type"), value.get("source")
+    if isinstance(source, dict) and source.get("type") in ("text", "content"):
+        return False
+    return isinstance(kind, str) and _MEDIA.search(kind) is not None

@@ -1,6 +1,6 @@
 """What happened to requests, in order: a ring of numbered records that the auth_server reports from.
 
-    record = request id (8 bytes) | kind u8 | size u32: bytes of the request, or output tokens of its answer
+    record = request id (8 bytes) | kind u8 | size u32: bytes of a request, or output tokens
 
 Numbers count from 1 in a boot. The ring holds the last RECORDS; who asks for older ones is told that some
 are missing. Several processes may write; records stand in the order in which they were written.

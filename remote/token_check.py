@@ -4,19 +4,19 @@
                                      └──► yes: event "started" ─► vLLM ─► event "finished|aborted|failed"
 
 Open is only `GET /health`. `GET /metrics` is also for the auth_server beside it, which has the key of this
-boot. What the answer says is not looked at, but for the number of its tokens; of what is asked, its length is
-noted, which loadbalancers that did not send it cannot know. Nothing here logs.
+boot. What is asked and answered is not looked at, but for its length (lengths.py), which loadbalancers that
+did not send it cannot know. Nothing here logs.
 """
 
 import hmac
 import logging
 import os
-import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from remote import events, tokens
+from remote.lengths import AnswerLength, request_size
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -29,12 +29,6 @@ _LONGEST_HEADER = 512
 
 _PIECES = 64
 """Pieces of an answer that are looked at together: a search has a price, however short the text is."""
-
-_TAIL = 48
-"""Bytes of them that are looked at again with the next: more than anything that is searched for has."""
-
-_EVENT, _ROLE, _ERROR, _TOKENS = b"\ndata: {", b'"role":', b'\ndata: {"error"', b'"completion_tokens"'
-_USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,9})')
 
 _REFUSAL = (
     b'{"error":{"message":"A single-use token is needed: ask the loadbalancer for a lease.",'
@@ -57,29 +51,37 @@ def bearer(scope: Scope) -> str | None:
 class Watched:
     """One admitted request: everything of it is passed on, and how it goes is noted."""
 
-    def __init__(self, name: str, size: int, ring: events.Events, receive: Receive, send: Send) -> None:
-        """The event "started" is written. size: bytes of the request."""
+    def __init__(self, name: str, ring: events.Events, receive: Receive, send: Send) -> None:
+        """Nothing of it has come yet."""
         self._name = name
         self._ring = ring
         self._receive = receive
         self._send = send
+        self._asked: list[bytes] | None = []
         self._status = 0
         self._stream = False
         self._pieces: list[bytes] = []
-        self._tail = b"\n"
-        self._chunks = 0
-        self._usage: int | None = None
-        self._broken = False
+        self._length = AnswerLength()
         self._complete = False
         self._ended = False
-        ring.write(name, events.STARTED, size)
 
     async def receive(self) -> Message:
         """ASGI receive; a client that goes away before the answer is complete ends the request at once."""
         message = await self._receive()
-        if message["type"] == "http.disconnect" and not self._complete:
-            self.end(events.ABORTED)
+        if message["type"] == "http.disconnect":
+            if not self._complete:
+                self.end(events.ABORTED)
+        elif self._asked is not None:
+            self._asked.append(message.get("body", b""))
+            if not message.get("more_body"):
+                self._start()
         return message
+
+    def _start(self) -> None:
+        """Note once that it has begun: the engine has the whole of it, or answers, or will not."""
+        if self._asked is not None:
+            asked, self._asked = b"".join(self._asked), None
+            self._ring.write(self._name, events.STARTED, request_size(asked))
 
     def sender(self) -> Send:
         """ASGI send. Of a piece that others follow it is kept what it says, and no coroutine is made."""
@@ -90,13 +92,14 @@ class Watched:
                 return self._begin_or_end(message)
             keep(message.get("body", b""))
             if len(pieces) == _PIECES:
-                self._look()
+                self._look(False)
             return send(message)
 
         return pass_on
 
     async def _begin_or_end(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self._start()
             self._status = message["status"]
             self._stream = any(
                 name.lower() == b"content-type" and value.startswith(b"text/event-stream")
@@ -109,32 +112,21 @@ class Watched:
         if self._complete:
             self.end(events.FINISHED)
 
-    def _look(self) -> None:
+    def _look(self, last: bool) -> None:
         """Count what the pieces say, and let go of them."""
-        tail = self._tail
-        text = tail + b"".join(self._pieces)
+        self._length.look(b"".join(self._pieces), self._stream, last)
         self._pieces.clear()
-        self._tail = text[-_TAIL:]
-        # Quotes and line ends inside a text, which may be the client's own (echo), are escaped: what is found
-        # is vLLM's own. Who expects nothing asks rfind, which took half as long as `in` (Python 3.11).
-        if self._stream:
-            # vLLM sends one event a token; the role of a chat and the end are no tokens.
-            self._chunks += text.count(_EVENT) - tail.count(_EVENT)
-            if text.rfind(_ROLE) >= 0:
-                self._chunks -= text.count(_ROLE) - tail.count(_ROLE)
-            self._broken |= text.rfind(_ERROR) >= 0
-        if found := _USAGE.match(text, text.rfind(_TOKENS)):  # without one it is not at the beginning, either
-            self._usage = int(found[1])
 
     def end(self, kind: int) -> None:
         """The request is over; the first to say how is believed, but for an answer that tells of an error."""
         if self._ended:
             return
         self._ended = True
-        self._look()
-        if kind == events.FINISHED and (self._broken or self._status >= 500):
+        self._start()
+        self._look(True)
+        if kind == events.FINISHED and (self._length.failed or self._status >= 500):
             kind = events.FAILED
-        self._ring.write(self._name, kind, max(0, self._chunks) if self._usage is None else self._usage)
+        self._ring.write(self._name, kind, self._length.tokens(kind == events.FINISHED))
 
 
 class TokenCheck:
@@ -174,8 +166,7 @@ class TokenCheck:
         elif not name:
             await self._app(_without_token(scope), receive, send)
         else:
-            size = int(dict(scope["headers"]).get(b"content-length", 0))  # the server has seen to it
-            watched = Watched(name, size, self._ring, receive, send)
+            watched = Watched(name, self._ring, receive, send)
             how = events.FAILED
             try:
                 await self._app(_without_token(scope), watched.receive, watched.sender())

@@ -10,10 +10,11 @@ import ast
 import base64
 import functools
 import hashlib
-import json
+import itertools
 import lzma
 import re
 import shlex
+import string
 from pathlib import Path
 
 import python_minifier
@@ -44,15 +45,16 @@ printf %s {digest} > master.sha256
 [ -n "${{VLLM_ARGS+given}}" ] || VLLM_ARGS={args}
 export VLLM_MODEL VLLM_ARGS FLEET_READY_URL={ready_url}
 rm -rf remote
-mkdir remote && python3 -c 'import base64,json,lzma
-for name, source in json.loads(lzma.decompress(base64.b85decode(input()))).items():
+mkdir remote && python3 -c 'import base64,lzma
+for file in lzma.decompress(base64.b85decode(input())).decode().split("\\0"):
+    name, source = file.split("\\n", 1)
     open("remote/" + name, "w").write(source)' <<'END'
 {packed}
 END
 export PYTHONPATH="$fleet${{PYTHONPATH:+:$PYTHONPATH}}"
+set -- pip install --quiet --upgrade --target "$fleet/site" {needs}
 until PYTHONPATH="$PYTHONPATH:$fleet/site" python3 -c 'import flask, a2wsgi, cryptography'; do
-  python3 -m pip install --quiet --upgrade --target "$fleet/site" {needs} ||
-    uv pip install --quiet --upgrade --target "$fleet/site" {needs} || sleep 5
+  python3 -m "$@" || uv "$@" || sleep 5
 done
 exec python3 -m remote.supervise {name}
 """
@@ -61,16 +63,16 @@ exec python3 -m remote.supervise {name}
 @functools.lru_cache(maxsize=1)
 def _packed() -> str:
     """Return remote/*.py, minified and compressed, in characters that a here-document need not quote."""
-    sources = {path.name: minified(path.read_text()) for path in sorted(REMOTE.glob("*.py"))}
+    files = "\0".join(f"{p.name}\n{minified(p.read_text())}" for p in sorted(REMOTE.glob("*.py")))
     # Most of it is text of no alignment: pb 0. The old format has 48 bytes less around it than .xz.
     filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
-    packed = lzma.compress(json.dumps(sources).encode(), lzma.FORMAT_ALONE, filters=filters)
+    packed = lzma.compress(files.encode(), lzma.FORMAT_ALONE, filters=filters)
     return base64.b85encode(packed).decode()
 
 
 def minified(source: str) -> str:
     """Return the program without comments, docstrings and types; names that only it uses become short."""
-    tree = ast.parse(_minified(source))
+    tree = ast.parse(_minified(ast.unparse(_ShortArguments().visit(ast.parse(source)))))
     for node in reversed(tree.body):  # what was there for the types only
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         match node:
@@ -83,7 +85,54 @@ def minified(source: str) -> str:
                 unused = False
         if unused:
             tree.body.remove(node)
-    return _minified(ast.unparse(tree))
+    short = ast.fix_missing_locations(_ShortAttributes(source).visit(tree))
+    return _minified(ast.unparse(short))
+
+
+_KEYWORDS = re.compile(r"\b(\w+)=")
+"""Names of arguments in calls: those of a call keep theirs. The words before = elsewhere do no harm."""
+
+
+class _ShortArguments(ast.NodeTransformer):
+    """Makes arguments positional, which may then be renamed, of functions whose arguments no call names."""
+
+    def __init__(self) -> None:
+        """Look for the names in all of remote/; `app` is what Starlette calls a middleware's."""
+        self._named = {"app"}.union(*(_KEYWORDS.findall(path.read_text()) for path in REMOTE.glob("*.py")))
+
+    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
+        """Return the arguments, positional if they may be."""
+        if not self._named.isdisjoint(argument.arg for argument in node.args):
+            return node
+        values = {name: value for name, value in ast.iter_fields(node) if name not in ("posonlyargs", "args")}
+        return ast.arguments(posonlyargs=node.posonlyargs + node.args, args=[], **values)
+
+
+class _ShortAttributes(ast.NodeTransformer):
+    """Gives attributes and methods that only their class may use names of one letter or two."""
+
+    def __init__(self, source: str) -> None:
+        """Look for what the source has of `self`: other private names may be a library's."""
+        of_self = re.findall(r"\bself\.(_[^_\W]\w+)", source)
+        letters = string.ascii_letters
+        names = itertools.chain(letters, map("".join, itertools.product(letters, repeat=2)))
+        self._short = {name: f"_{next(names)}" for name in sorted(set(of_self))}
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
+        """Return the attribute under its short name."""
+        return ast.Attribute(self.visit(node.value), self._short.get(node.attr, node.attr), node.ctx)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Return the function under its short name."""
+        return self._renamed(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        """Return the function under its short name."""
+        return self._renamed(node)
+
+    def _renamed(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
+        inside = self.generic_visit(node)
+        return type(node)(**{**dict(ast.iter_fields(inside)), "name": self._short.get(node.name, node.name)})
 
 
 def _minified(source: str) -> str:

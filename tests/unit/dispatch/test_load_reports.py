@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from engine.forward import LEFT
 from tests.dispatch_world import DispatchWorld, instance, world
 from tests.messages import load_report, request_end
 from web.messages.reports import PushedReport
@@ -22,6 +23,16 @@ def test_a_request_of_others_is_as_long_as_its_instance_says() -> None:
         b.report(id, started=(f"stranger{id}",), started_bytes=(size,), running=1)
     work = [b.work(id) for id in (1, 2, 3)]
     assert work == pytest.approx([100 * 0.1 + 200.0, 5000 * 0.1 + 200.0, 1 * 0.1 + 200.0]), "3: as usual"
+
+
+def test_answers_without_tokens_teach_nothing_of_those_to_come() -> None:
+    """Refusals, embeddings and the like end with 0 tokens; other answers are expected as before."""
+    b = world(instance(1))
+    expected = b.lease(210.0, prompt_tokens=100).row[LEFT]
+    for _ in range(5):
+        lease = b.lease(210.0, prompt_tokens=100)
+        b.report(1, started=(lease.request_id,), ended=(request_end(lease.request_id, output_tokens=0),))
+    assert b.lease(210.0, prompt_tokens=100).row[LEFT] == expected
 
 
 def test_what_others_do_counts_from_push_to_push() -> None:

@@ -239,18 +239,45 @@ STREAM = b"text/event-stream; charset=utf-8"
 TOKEN = '{"choices":[{"text":"a","finish_reason":null}]}'
 
 
-@pytest.mark.parametrize(
-    ("header", "size"),
-    [((b"content-length", b"36102"), 36_102), ((b"transfer-encoding", b"chunked"), 0)],
-)
-def test_how_long_a_request_is_is_noted_when_it_starts(
-    boot: str, header: tuple[bytes, bytes], size: int
-) -> None:
+def test_how_long_a_request_is_is_noted_when_the_engine_has_all_of_it(boot: str) -> None:
+    """By its text: the head may not say, and a picture has many bytes and few tokens."""
     (token,) = fresh(boot)
-    assert ask(check_of(Engine(), boot), request(bearing(token), header))[0] == 200
-    assert noted(boot)[0] == Event(request_id(token), "started", size)
+    parts = [b'{"prompt": "', b"x" * 100_000, b'"}']
+    seen: list[tuple[Event, ...]] = []
+
+    async def receive() -> dict[str, Any]:
+        seen.append(noted(boot))
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        seen.append(noted(boot))
+
+    async def send(message: Any) -> None:
+        pass
+
+    check = TokenCheck(engine, boot, clock=lambda: 0.0)
+    asyncio.run(check(request(bearing(token)), receive, send))
+    started = Event(request_id(token), "started", 100_000)
+    assert seen == [(), (), (), (started,)]
     told = events_told(Events(boot).after(0))
-    assert (told["started"], told["started_bytes"]) == ([request_id(token)], [size])
+    assert (told["started"], told["started_bytes"]) == ([request_id(token)], [100_000])
+
+
+def test_a_request_whose_body_nobody_reads_has_started_when_it_is_answered(boot: str) -> None:
+    (token,) = fresh(boot)
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert [e.kind for e in noted(boot)] == ["started"]
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def send(message: Any) -> None:
+        pass
+
+    asyncio.run(TokenCheck(engine, boot, clock=lambda: 0.0)(request(bearing(token)), send, send))  # type: ignore[arg-type]
+    assert [e.kind for e in noted(boot)] == ["started", "finished"]
 
 
 def test_a_finished_answer_counts_the_tokens_of_its_usage(boot: str) -> None:
@@ -270,8 +297,8 @@ def test_what_stands_behind_the_usage_does_not_hide_it(boot: str) -> None:
 
 def test_a_text_that_looks_like_a_usage_is_none(boot: str) -> None:
     text = json.dumps({"choices": [{"text": '{"completion_tokens": 5000}'}]})
-    assert events_of(boot, Engine(text.encode())) == (("started", 0), ("finished", 0))
-    assert events_of_stream(boot, text) == (("started", 0), ("finished", 1))
+    assert events_of(boot, Engine(text.encode())) == (("started", 0), ("finished", 7)), "its characters"
+    assert events_of_stream(boot, text) == (("started", 0), ("finished", 7))
 
 
 def test_a_stream_counts_its_events(boot: str) -> None:
@@ -290,7 +317,7 @@ def test_a_stream_counts_its_events_however_it_is_cut(boot: str, size: int) -> N
     """Also at the ends of what is looked at together, and of what is looked at twice."""
     role = '{"choices":[{"delta":{"role":"assistant","content":""}}]}'
     echo = json.dumps({"choices": [{"text": '\ndata: {"error" "role": "completion_tokens": 5\n\ndata: {'}]})
-    whole = b"".join(sse(role, *[TOKEN, echo] * 150, "[DONE]"))
+    whole = b"".join(sse(role, *[*[TOKEN] * 14, echo] * 20, "[DONE]"))
     pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
     assert events_of(boot, Engine(*pieces, content_type=STREAM)) == (("started", 0), ("finished", 300))
 
@@ -299,7 +326,7 @@ def test_a_stream_counts_its_events_however_it_is_cut(boot: str, size: int) -> N
 @pytest.mark.parametrize("after", [0, 62, 63, 64, 200])
 def test_what_a_stream_says_once_is_heard_wherever_it_stands(boot: str, before: int, after: int) -> None:
     usage, error = '{"usage":{"prompt_tokens":1,"completion_tokens":9}}', '{"error":{"message":"dead"}}'
-    for said, ends in ((usage, ("finished", 9)), (error, ("failed", before + 1 + after))):
+    for said, ends in ((usage, ("finished", 9)), (error, ("failed", before + after))):
         assert events_of_stream(boot, *[TOKEN] * before, said, *[TOKEN] * after) == (("started", 0), ends)
 
 
@@ -328,7 +355,7 @@ def test_pieces_are_passed_on_as_they_are_and_by_the_servers_own_hand(boot: str)
         passed[:] = [message]
         return passed
 
-    watched: Any = Watched("00" * 8, 0, Events(boot), None, server)  # type: ignore[arg-type]
+    watched: Any = Watched("00" * 8, Events(boot), None, server)  # type: ignore[arg-type]
     send = watched.sender()
     for n in range(1000):
         message: dict[str, Any] = {"type": "http.response.body", "body": Piece(b"%d" % n), "more_body": True}
