@@ -7,6 +7,9 @@ from fleet.evidence import Accusation, Source
 from fleet.instance import Instance
 from fleet.states import State
 
+FAILED_STARTS = 3
+"""Starts in a row without a GPU after which an instance may be given up: it is rented to somebody else."""
+
 
 def final_accusation(i: Instance, d: Deadlines, now: float) -> Accusation | None:
     """Return what is wrong with it and does not pass by itself."""
@@ -22,6 +25,17 @@ def final_accusation(i: Instance, d: Deadlines, now: float) -> Accusation | None
     else:
         return None
     return Accusation(why, frozenset(against), lasts_s, deadline_s, final=True)
+
+
+def no_gpu(i: Instance, d: Deadlines, now: float) -> Accusation | None:
+    """Return what its starts say that found no GPU, once there were several; None before."""
+    since, starts = i.boot.no_gpu_since, i.boot.failed_starts
+    if since is None or starts < FAILED_STARTS:
+        return None
+    # Where nothing else of ours starts, either, it may be the cloud: then it is waited for twice as long.
+    most_s = 2 * FAILED_STARTS * (d.starting_s + d.no_gpu_rest_s)
+    why = f"{starts} starts found no GPU"
+    return Accusation(why, frozenset({Source.LISTING}), now - since, most_s, final=True)
 
 
 def lost_host(i: Instance, d: Deadlines, now: float) -> Accusation | None:

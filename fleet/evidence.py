@@ -60,7 +60,8 @@ class Accusation:
 class Circumstances:
     """What is known beside it.
 
-    believed: the listing is. others_well: another machine passed a check that began after this one's trouble.
+    believed: the listing is. others_well: another machine passed a check that began after this one's trouble,
+    or where that is to start, another one has started since.
     reach: what our own reachability check found. together_s: how long we wait where all may be our network.
     """
 

@@ -126,6 +126,7 @@ class BootRecord:
     was_hot: bool = False
     maybe_busy: bool = False  # was given requests, or may have been before this process knew it
     failed_starts: int = 0  # found no GPU
+    no_gpu_since: float | None = None  # when the first of them was ordered
     refused_starts: int = 0
     no_start_before: float = 0.0
 
@@ -142,11 +143,13 @@ class BootRecord:
     def become_hot(self) -> None:
         """Note that it is hot; from now on it may have requests."""
         self.failed_starts = self.refused_starts = 0
+        self.no_gpu_since = None
         self.was_hot = self.maybe_busy = True
 
     def miss_gpu(self, rest_s: float, now: float) -> None:
         """Count a start that found no GPU; there is none for rest_s."""
         self.failed_starts += 1
+        self.no_gpu_since = self.no_gpu_since or self.ordered_at
         self.no_start_before = now + rest_s
 
     def be_refused(self, deadlines: Deadlines, now: float) -> None:
@@ -410,6 +413,11 @@ class Instance:
         if self.state in BILLS_GPU:
             return max(self.price_usd_h, self.running_usd_h)
         return max(self.price_usd_h, self.stopped_usd_h) or self.running_usd_h  # no price: never listed
+
+    @property
+    def is_of_no_use(self) -> bool:
+        """Whether it was stopped before its model was on its disk: to start it is to begin anew."""
+        return self.state is State.COLD and not self.loaded and not self.adopted
 
     @property
     def is_coming(self) -> bool:

@@ -145,6 +145,10 @@ class Planner:
                 continue
             if i.state is State.FAILED and self._situation.manage:
                 yield Destroy(i.label, i.id, i.why, f"broken: {i.evidence or i.why}")
+            elif i.is_of_no_use and self._situation.manage and self._now - i.since >= repeat_s:
+                stopped_s = self._now - i.since
+                evidence = f"the listing shows it stopped for {stopped_s:.0f} s, with nothing on its disk"
+                yield Destroy(i.label, i.id, i.why, evidence)
             elif i.state is State.DESTROYING and i.orders.unheeded(repeat_s, self._now):
                 yield Destroy(i.label, i.id, "still listed", f"asked for before: {i.why}")
             elif i.state is State.STOPPING and i.orders.unheeded(repeat_s, self._now):
@@ -189,7 +193,13 @@ class Planner:
             if missing <= 0:
                 break
             # An earlier order that is still to be sent would follow the start.
-            if i.id is None or i.orders.out or self._now < i.boot.no_start_before or i.lost_since is not None:
+            if (
+                i.is_of_no_use
+                or i.id is None
+                or i.orders.out
+                or self._now < i.boot.no_start_before
+                or i.lost_since is not None
+            ):
                 continue
             if i.odd is not None and not i.running_usd_h:
                 continue  # nobody knows what it would cost
@@ -220,7 +230,7 @@ class Planner:
             self._create(missing)
         elif missing < 0:
             started = self._labels(Start)
-            spare = [i for i in self._by_state[State.COLD] if i.label not in started]
+            spare = [i for i in self._by_state[State.COLD] if i.label not in started and not i.is_of_no_use]
             spare.sort(key=lambda i: (i.loaded, -i.usd_per_work, i.label))
             for i in spare[:-missing]:
                 if i.id is not None:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.profiles import Profile
-from fleet.accusations import final_accusation, lost_host, overdue
+from fleet.accusations import final_accusation, lost_host, no_gpu, overdue
 from fleet.commands import (
     AskPage,
     Create,
@@ -40,7 +40,6 @@ from fleet.evidence import (
     Health,
     Reachability,
     Ruling,
-    Source,
     weigh,
 )
 from fleet.health_check import HealthCheck, Verdict
@@ -51,9 +50,6 @@ from fleet.market import Market
 from fleet.states import CHECKED, GIVEN_UP, SERVING, IllegalTransition, State
 from process.errors import ConfigError
 from vast.rows import Row
-
-FAILED_STARTS = 3
-"""Starts in a row without a GPU after which an instance is given up."""
 
 DESTROYED_TURNS = 2
 """Listings in a row that must lack an instance whose end the cloud has confirmed, before it is gone."""
@@ -185,12 +181,12 @@ class Judge(InstanceBook):
 
     def _circumstances(self, i: Instance, now: float) -> Circumstances:
         """Return what is known beside that instance."""
-        since = i.trouble.silent_since or now - self.deadlines.absent_s
-        others_well = any(
-            o.trouble.shows_well_since(since)
-            for o in self.instances.values()
-            if o is not i and o.state in CHECKED
-        )
+        others = [o for o in self.instances.values() if o is not i and o.state in CHECKED]
+        if i.state is State.STARTING:
+            others_well = any(o.boot.up_at > (i.boot.no_gpu_since or now) for o in others)
+        else:
+            since = i.trouble.silent_since or now - self.deadlines.absent_s
+            others_well = any(o.trouble.shows_well_since(since) for o in others)
         return Circumstances(
             self.listing.believed, others_well, self.reach.at(now), self.deadlines.together_s
         )
@@ -221,9 +217,8 @@ class Judge(InstanceBook):
         elif i.state is State.STARTING:
             if (not i.orders.out or i.orders.is_stuck(now)) and now - i.orders.answered_at > d.starting_s:
                 i.boot.miss_gpu(d.no_gpu_rest_s, now)
-                if i.boot.failed_starts >= FAILED_STARTS:
-                    self._fail(i, _shown("three starts found no GPU"), now)
-                else:
+                self._accuse(i, no_gpu(i, d, now), now)
+                if i.state is State.STARTING:
                     self._move(i, State.STOPPING, f"its GPU was not free within {d.starting_s:.0f} s", now)
         elif final := final_accusation(i, self.deadlines, now):
             self._accuse(i, final, now)
@@ -387,11 +382,13 @@ class Reconciler(Judge):
         elif i.state is State.LOADING or i.state in CHECKED:
             if i.intended != "stopped":
                 self._end(i, now)
-            elif i.loaded:
+            elif i.loaded or i.adopted:
                 why = "stopped without our asking: outbid, out of credit, or by hand"
                 self._move(i, State.COLD, why, now)
             else:
-                self._fail(i, _shown("stopped before its model was loaded"), now)
+                why = "stopped without our asking before its model was loaded: out of credit, or by hand"
+                self.market.note_create_failed(now, why)
+                self._move(i, State.COLD, why, now)
 
     def _end(self, i: Instance, now: float) -> None:
         """Take out of service what the listing shows as ended, and ask the machine whether it is so."""
@@ -468,8 +465,3 @@ class Reconciler(Judge):
             if done.reply is Reply.REFUSED:  # what we could not send is no fault of the machine
                 i.boot.be_refused(self.deadlines, now)
             self._move(i, State.COLD, f"start {done.reply}: {done.why}", now)
-
-
-def _shown(why: str) -> Ruling:
-    """Return the ruling on what several listings in a row have shown."""
-    return Ruling(Health.BROKEN, why, f"{why} ({Source.LISTING})")

@@ -39,6 +39,7 @@ TRANSITIONS: Mapping[State, Mapping[State, str]] = {
     },
     S.LOADING: {
         S.RUNNING: "actual_status is running: the container is up",
+        S.COLD: "the cloud stopped it: out of credit, or by hand",
     },
     S.RUNNING: {
         S.HOT: "the log has the ready line and a test prompt came back with a token",

@@ -310,7 +310,7 @@ class Autoscaler:
         now = self.clock()
         with self.lock:
             commands = [
-                Destroy(i.label, i.id, why)
+                Destroy(i.label, i.id, why, f"a person asked: {why}")
                 for i in self.instances
                 if i.id is not None and i.state is not State.DESTROYING
             ]

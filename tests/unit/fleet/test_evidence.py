@@ -157,3 +157,87 @@ def test_what_destroys_and_creates_says_its_evidence() -> None:
     assert all("broken: " in c.evidence or "asked for before" in c.evidence for c in destroys)
     assert all("wanted 1 hot and 1 in all" in c.evidence for c in creates)
     assert all(w.fleet.market.bad_reasons[m] for m in w.fleet.market.bad_machines)
+
+
+def without_gpu(w: World, *labels: str) -> None:
+    """Starts of these wait for a GPU for ever."""
+    for label in labels:
+        w.contracts[label].up_at = None if w.contracts[label].status == "exited" else w.contracts[label].up_at
+
+
+def tick_without_gpu(w: World, seconds: float, *labels: str) -> None:
+    end = w.now + seconds
+    while w.now < end:
+        w.tick()
+        without_gpu(w, *(label for label in labels if label in w.contracts))
+
+
+def test_a_machine_whose_gpu_is_taken_is_given_up_once_another_has_started() -> None:
+    w = World().with_pool(hot=0, total=2)
+    taken, other = w.contracts
+    w.reprice(0.1, 0.9)  # it is tried first
+    w.policy = Fixed(1, 2)
+    tick_without_gpu(w, 3600, taken)
+    assert w.states()["hot"] == 1
+    assert other in w.contracts
+    w.policy = Fixed(2, 2)
+    tick_without_gpu(w, 3600, taken)
+    assert taken not in w.contracts
+    (given_up,) = [c for c in w.ordered if isinstance(c, Destroy)]
+    assert given_up.evidence.startswith("broken: 3 starts found no GPU (the listing, while others are well)")
+
+
+def test_a_cloud_in_which_nothing_starts_gives_up_nothing_for_an_hour() -> None:
+    """All starts of the fleet fail together: that is the cloud, and not each of its machines."""
+    w = World().with_pool(hot=0, total=3)
+    pool = set(w.contracts)
+    w.policy = Fixed(3, 3)
+    tick_without_gpu(w, 6 * (w.deadlines.starting_s + w.deadlines.no_gpu_rest_s) - 60, *pool)
+    assert [i.boot.failed_starts >= 4 for i in w.fleet] == [True] * 3
+    assert set(w.contracts) == pool
+    assert w.fleet.market.bad_machines == {}
+    w.tick(3600)
+    assert w.states() == {"hot": 3}
+    assert set(w.contracts) == pool
+    assert all(i.boot.failed_starts == 0 and i.boot.no_gpu_since is None for i in w.fleet)
+
+
+def test_a_fleet_of_one_whose_gpu_is_taken_for_good_is_replaced() -> None:
+    w = World().with_pool(hot=0, total=1)
+    (taken,) = w.contracts
+    w.policy = Fixed(1, 1)
+    tick_without_gpu(w, 3 * 3600, taken)
+    assert taken not in w.contracts
+    assert w.states() == {"hot": 1}
+
+
+def test_what_the_cloud_stops_while_it_loads_is_replaced_and_its_machine_not_banned() -> None:
+    """Out of credit, or stopped by hand: that is not the machine."""
+    w = World(policy=Fixed(1, 1))
+    w.tick(w.boot_s + 30)
+    (label,) = w.contracts
+    w.contracts[label].status, w.contracts[label].intended = "exited", "stopped"
+    w.tick()
+    assert w.states() == {"cold": 1}
+    assert w.fleet[label].why.startswith("stopped without our asking before its model was loaded")
+    w.tick(w.deadlines.repeat_s + 10)
+    assert label not in w.contracts
+    (ended,) = [c for c in w.ordered if isinstance(c, Destroy)]
+    assert "with nothing on its disk" in ended.evidence
+    assert w.fleet.market.bad_machines == {}
+    assert w.fleet.market.failed_creates == 1, "the next is rented after a pause"
+    w.tick(1800)
+    assert w.states() == {"hot": 1}
+    assert not any(isinstance(c, Start) for c in w.ordered)
+
+
+def test_a_listing_that_shows_a_loading_machine_as_stopped_for_a_turn_destroys_nothing() -> None:
+    w = World(policy=Fixed(1, 1))
+    w.tick(w.boot_s + 30)
+    (label,) = w.contracts
+    w.contracts[label].status, w.contracts[label].intended = "exited", "stopped"
+    w.tick()
+    w.contracts[label].status, w.contracts[label].intended = "running", "running"
+    w.tick(1800)
+    assert set(w.contracts) == {label}
+    assert w.states() == {"hot": 1}
