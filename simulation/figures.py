@@ -1,4 +1,4 @@
-"""Mean, percentiles and maximum: of a list, exact, and of a stream of any length in little memory.
+"""Mean, percentiles and maximum: exact for a list, and in little memory for a stream of any length.
 
 A percentile of a list is numpy's default, the linear interpolation between the two nearest ranks. In a
 `Digest` a value is counted in a bucket whose edges are a factor GROWTH apart, so a percentile is wrong by at
@@ -37,12 +37,12 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
 
 
 class Digest:
-    """Counts of many numbers of 0 or more by size, from which mean, percentiles and maximum are read."""
+    """Counts of many numbers by size, from which mean, percentiles and maximum are read. None is negative."""
 
     __slots__ = ("_buckets", "_count", "_fresh", "_largest", "_total")
 
     def __init__(self, values: Iterable[float] = ()) -> None:
-        """Start with these values counted."""
+        """Make a digest in which these values are counted."""
         self._buckets: Counter[int] = Counter()
         self._fresh: list[float] = []  # not counted yet
         self._count = 0
@@ -52,7 +52,7 @@ class Digest:
             self.add(value)
 
     def add(self, value: float) -> None:
-        """Count one more value."""
+        """Count one more value in the digest."""
         self._fresh.append(value)
         if len(self._fresh) == _FRESH:
             self._count_fresh()
@@ -71,24 +71,27 @@ class Digest:
 
     @property
     def count(self) -> int:
-        """The number of values that were counted."""
+        """The number of values that were counted in the digest."""
         self._count_fresh()
         return self._count
 
     @property
     def total(self) -> float:
-        """The sum of all values."""
+        """The sum of all values that were counted in the digest."""
         self._count_fresh()
         return self._total
 
     @property
     def largest(self) -> float:
-        """The largest value, 0 when none was counted."""
+        """The largest value that was counted in the digest, 0 when there is none."""
         self._count_fresh()
         return self._largest
 
     def percentile(self, share: float) -> float:
-        """Return the value that this share of all does not exceed, within 0.25 %; ValueError for no value."""
+        """Return the value that this share (0 to 1) of the values does not exceed, within 0.25 %.
+
+        Raises ValueError when no value was counted.
+        """
         if not self.count:
             raise ValueError("no value was counted")
         rank = share * (self.count - 1)
@@ -101,7 +104,7 @@ class Digest:
         return self.largest
 
     def spread(self) -> dict[str, float | None]:
-        """Return mean, percentiles and maximum, as `spread` does."""
+        """Return mean, percentiles and maximum of the values; each is None when no value was counted."""
         if not self.count:
             return dict.fromkeys(("mean", *QUANTILES, "max"))
         return {

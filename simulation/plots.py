@@ -19,9 +19,9 @@ _BOOTING = ("ordered", "loading", "running", "starting")
 
 
 def fleet(report: Mapping[str, Any], path: Path) -> None:
-    """Draw instances by state against demand over time, as a PNG.
+    """Draw the instances of a run by state against demand over time, as a PNG.
 
-    Raise ConfigError when it cannot be written.
+    Raises ConfigError when the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ def _grouped(states: Mapping[str, int]) -> dict[str, int]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure to a file; raise ConfigError when it cannot be written."""
+    """Write a matplotlib figure to a PNG file; raise ConfigError when it cannot be written."""
     try:
         # Without dates and versions the same figure is the same file.
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})

@@ -39,7 +39,7 @@ FAILURES: Mapping[str, str] = {
 
 @dataclass(slots=True)
 class Record:
-    """One request. Times in seconds.
+    """What became of one request. Times in seconds.
 
     due_s: since the start of the run. lag_s: how late it was sent. route_s: spent on getting leases, all
     attempts and pauses added up. first_token_s and end_s: since it was due. outcome: "completed" or one
@@ -60,30 +60,33 @@ class Record:
     refusals: Counter[str] = field(default_factory=Counter)
 
     def add_call(self, asked_s: float, leases: int, refusals: Iterable[str]) -> None:
-        """Count one call for a lease: the seconds it took, the leases it got, the refusals it met."""
+        """Count one call for a lease of this request: its seconds, the leases it got, the refusals it met."""
         self.route_s += asked_s
         self.leases += leases
         self.refusals.update(refusals)
 
     def add_pause(self, pause_s: float) -> None:
-        """Count a pause before the next call for a lease."""
+        """Count the seconds of a pause before the request's next call for a lease."""
         self.route_s += pause_s
 
     def add_setback(self, kind: str) -> None:
-        """Count a failure of an instance, by kind."""
+        """Count a failure of an instance that had the request, by kind."""
         self.setbacks[kind] += 1
 
     def complete(
         self, prompt_tokens: int, output_tokens: int, first_token_s: float | None, end_s: float
     ) -> None:
-        """Note the end of the answer; times are seconds since the request was due."""
+        """Note the end of the request's answer; times are seconds since the request was due."""
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
         self.first_token_s, self.end_s = first_token_s, end_s
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How the fleet was at_s seconds into the run. demand is in instances' worth of capacity."""
+    """The state of the fleet at_s seconds into the run.
+
+    states: number of instances by state. usd_h: what they cost. demand is in instances' worth of capacity.
+    """
 
     at_s: float
     states: Mapping[str, int]
@@ -93,9 +96,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """How a run was made.
+    """How a run was made, for the report.
 
-    duration_s: from the start to the end of the last answer; settings: shown as they are.
+    duration_s: from the start to the end of the last answer; settings: shown as they are. cpu_share: share of
+    a core that sending took. ends_untold: leases whose end could not be told to the loadbalancer.
     """
 
     engine: str
@@ -112,7 +116,7 @@ class RunInfo:
 
 
 class SpentUsd(Struct, frozen=True):
-    """Dollars by what they were spent on."""
+    """Dollars that a run cost, by what they were spent on."""
 
     total: float
     hot_working: float
@@ -123,7 +127,7 @@ class SpentUsd(Struct, frozen=True):
 
 
 class RunCosts(Struct, frozen=True):
-    """The part of the autoscaler's `GET /costs` that the report needs, of the run's window."""
+    """The part of the autoscaler's `GET /costs` that the report needs, for the time of the run."""
 
     usd: SpentUsd
     usd_if_all_hot: float
@@ -166,7 +170,7 @@ LATE, SLOW, FAILED = "first_token_late", "tokens_slow", "failed"
 
 
 def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
-    """Return the figures of these records. Without streaming no first token is known, so none is judged."""
+    """Return the figures of these requests. Without streaming no first token is known, so none is judged."""
     completed = [r for r in records if r.outcome == COMPLETED]
     # The first token takes its own time; the others share what is left. One token alone has no such time.
     tpot = (
@@ -217,7 +221,10 @@ def build(
     why_no_costs: str | None = None,
     slo: Slo | None = None,
 ) -> dict[str, Any]:
-    """Return everything a live run measured, ready for JSON. costs None needs the reason."""
+    """Return the report of a live run, everything that was measured, ready for JSON.
+
+    why_no_costs: the reason, needed where costs is None.
+    """
     slo = slo or Slo()
     requests = counted(records, slo, streaming=run.streaming)
     driver = {
@@ -237,7 +244,10 @@ def assemble(
     slo: Slo,
     driver: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the report made from figures that were counted before; driver is None in virtual time."""
+    """Return a run's report made from figures that were counted before.
+
+    driver: how the sending went; None in virtual time. why_no_costs: needed where costs is None.
+    """
     seconds = run.duration_s
     completed, output_tokens = requests.completed, requests.output_tokens
     return {

@@ -1,4 +1,4 @@
-"""The files that a run of sim.py writes: checked before it begins, written when it has ended."""
+"""The files that a run of sim.py writes: checked before the run begins, written when it has ended."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from process.errors import ConfigError
 
 
 def check_output(flag: str, path: Path | None) -> None:
-    """Raise ConfigError for a file that cannot be written because of its directory."""
+    """Raise ConfigError if this file, named by a flag, cannot be written because of its directory."""
     if path is not None:
         if not path.absolute().parent.is_dir():
             raise ConfigError(f"{flag} {path}: there is no directory {path.absolute().parent}")
@@ -18,7 +18,7 @@ def check_output(flag: str, path: Path | None) -> None:
 
 
 def write_report(found: Mapping[str, Any], path: Path | None) -> None:
-    """Write a report as JSON, if there is a path; raise ConfigError."""
+    """Write a run's report to a file as JSON; do nothing if the path is None. Raises ConfigError."""
     if path is not None:
         try:
             path.write_text(json.dumps(found, indent=1, default=str) + "\n")

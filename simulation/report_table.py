@@ -1,4 +1,4 @@
-"""The report as a table for people, with a chart of the fleet.
+"""The report of a run as a table for people, with a chart of the fleet.
 
 An unknown figure is shown as unknown, never as 0.
 """
@@ -30,7 +30,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Return the report as text of at most WIDTH columns."""
+    """Return a run's report as text of at most WIDTH columns."""
     lines = [*_heading(report), ""]
     lines += [*_requests(report), ""]
     lines += [*_latencies(report), *_objective_rows(report), ""]
@@ -181,7 +181,7 @@ def _driver(report: Mapping[str, Any]) -> list[str]:
 
 
 def chart(samples: Sequence[Sample], duration_s: float) -> list[str]:
-    """Return instances by state over time as a small stack of marks, and the demand under it."""
+    """Return the lines of a chart: instances by state over time as stacks of marks, and the demand below."""
     if not samples or duration_s <= 0:
         return []
     columns = _columns(samples, duration_s, WIDTH - 14)
@@ -207,7 +207,7 @@ def chart(samples: Sequence[Sample], duration_s: float) -> list[str]:
 
 
 def _columns(samples: Sequence[Sample], duration_s: float, most: int) -> list[Sample]:
-    """Return one sample a column: the last one taken by the end of the column's stretch of time."""
+    """Return one sample for each column of the chart, the last one taken in the column's part of the time."""
     count = min(most, max(1, len(samples)))
     chosen, at = [], 0
     for column in range(count):
@@ -219,7 +219,10 @@ def _columns(samples: Sequence[Sample], duration_s: float, most: int) -> list[Sa
 
 
 def _stack(sample: Sample, per_row: int) -> str:
-    """Return marks from the bottom up; a state with less than half a row of instances still shows one."""
+    """Return one column of the chart: a mark for per_row instances, from the bottom up, by state.
+
+    A state with less than half a row of instances still shows one.
+    """
     marks = ""
     for mark, states in STACK.values():
         n = sum(sample.states.get(state, 0) for state in states)
@@ -234,7 +237,7 @@ def _bar(demand: float | None, peak: float) -> str:
 
 
 def _row(title: str, *cells: str) -> str:
-    """Return a title and cells; those that do not fit go on in the next line."""
+    """Return a title and cells as text; cells that do not fit go on in the next line."""
     lines, line = [], f"{title:14}"
     for n, cell in enumerate(cells):
         gap = "" if n == 0 or line.isspace() else "   "
@@ -250,7 +253,7 @@ def _fit(line: str) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Return a duration or a rate with four digits or so."""
+    """Return a duration or a rate as text of about four digits."""
     if value is None:
         return "–"
     return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"

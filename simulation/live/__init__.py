@@ -1,1 +1,1 @@
-"""Users of a running fleet, and the whole system on this machine."""
+"""Live runs of sim.py: users of a running fleet, and the whole system on this machine."""

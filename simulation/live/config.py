@@ -1,4 +1,4 @@
-"""What a user of sim.py may set for a live run."""
+"""The flags of sim.py for a live run, one against servers that really run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class SimConfig(Workload):
     """The flags of a live run: what is sent, where to, and what is done with the report.
 
     manage: whether the autoscaler shall start and stop instances meanwhile; None leaves its flag as it is.
-    needs_autoscaler: it was named on the command line, so that it is an error when it does not answer.
+    needs_autoscaler: its URL was named on the command line, so that it is an error when it does not answer.
     """
 
     manage: bool | None = flag(
@@ -65,14 +65,14 @@ class SimConfig(Workload):
     quiet: bool = flag(False, "print no progress, only the report")
 
     def in_the_clear(self) -> list[InTheClear]:
-        """Return what goes over a network unencrypted."""
+        """Return which calls of this run would go over a network unencrypted."""
         return [
             *clear_call("--loadbalancer", self.loadbalancer, "the keys and the leases"),
             *clear_call("--autoscaler", self.autoscaler, "the control key, and with it the fleet"),
         ]
 
     def checked(self) -> "SimConfig":
-        """Return this configuration; raise ConfigError naming the flag, the value and the range."""
+        """Return the configuration unchanged; raise a ConfigError with the flag, the value and the range."""
         longest = get_profile(self.model).max_model_len
         check_flags(self)
         within("--prompt-tokens", self.prompt_tokens, 1.0, longest)

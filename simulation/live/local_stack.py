@@ -1,10 +1,11 @@
-"""The whole system on this machine: local cloud, autoscaler and loadbalancer as children, and their end.
+"""The local stack: local cloud, autoscaler and loadbalancer as children on this machine, and their end.
 
     start:  localcloud ─► prepare a pool ─► autoscaler, loadbalancer ─► one instance hot
     run:    a child that dies is started again, on the same port and with the same state
     stop:   loadbalancer, autoscaler ─► destroy-fleet ─► is anything left? ─► localcloud
 
 True whatever happens:
+
 - no child outlives this process: each asked the kernel for SIGKILL at its parent's death before it
   became the program (prctl PR_SET_PDEATHSIG), so `kill -9` of the parent ends them too;
 - the terminal's Ctrl-C reaches this process only: each child leads a session of its own;
@@ -60,7 +61,7 @@ port of a child that has died and is about to be started again."""
 
 
 class ChildFailed(Exception):
-    """A child process did not start or did not answer; the text has the end of its log."""
+    """A child process of the stack did not start or did not answer; the text has the end of its log."""
 
 
 OUR_PROGRAMS = Programs()
@@ -70,7 +71,8 @@ OUR_PROGRAMS = Programs()
 class Takedown:
     """How the stack ended.
 
-    left_behind names what still existed when all should have been gone; empty is good.
+    left_behind names what still existed when all should have been gone; empty is good. restarts: how often
+    each child that died was started again, by name.
     """
 
     left_behind: tuple[str, ...]
@@ -86,7 +88,7 @@ class LocalStack:
     def __init__(
         self, config: StackConfig, programs: Programs = OUR_PROGRAMS, say: Callable[[str], None] = print
     ) -> None:
-        """Make the directory and choose the ports; nothing runs yet. Raises ConfigError.
+        """Make the stack's directory and choose its ports; nothing runs yet. Raises ConfigError.
 
         say: gets a line for people now and then, from the thread that called start() or stop().
         """
@@ -122,7 +124,7 @@ class LocalStack:
         self._may_have_rented = False
 
     def __enter__(self) -> Self:
-        """Start everything; when that fails or is interrupted, end everything before raising."""
+        """Start the whole stack; when that fails or is interrupted, end everything before raising."""
         try:
             self.start()
         except BaseException:
@@ -133,7 +135,7 @@ class LocalStack:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End everything."""
+        """End the whole stack and its fleet."""
         self.stop()
 
     @property
@@ -156,9 +158,9 @@ class LocalStack:
         return log_tail(self._logs / f"{name}.log")
 
     def start(self) -> None:
-        """Return when the pool is prepared, all three answer, and config.hot instances are hot.
+        """Start the stack; return when its pool is prepared, all three answer and instances are hot.
 
-        Raises ChildFailed with the end of the log of the child that failed.
+        config.hot says how many. Raises ChildFailed with the end of the log of the child that failed.
         """
         c = self.config
         self._launch(
@@ -192,7 +194,10 @@ class LocalStack:
         self._wait_hot()
 
     def stop(self) -> Takedown:
-        """End everything, in order; Ctrl-C meanwhile skips the waiting. A second call changes nothing."""
+        """End the whole stack in order; Ctrl-C meanwhile skips the waiting.
+
+        Return how it ended; a second call changes nothing.
+        """
         if self.taken_down is not None:
             return self.taken_down
         left: list[str] = []
@@ -226,7 +231,7 @@ class LocalStack:
         return StackChild(name, command, self._logs / f"{name}.log", self._environment, stdout=stdout)
 
     def _wait_up(self, name: str, url: str) -> None:
-        """Return when the URL answers 200; raise ChildFailed when the child ends or takes too long."""
+        """Wait until the URL answers 200; raise ChildFailed when the child ends or takes too long."""
         timeout_s = UP_TIMEOUT_S * self._engine.patience
         limit = time.monotonic() + timeout_s
         while get_json(url) is None:
@@ -241,7 +246,7 @@ class LocalStack:
             raise ChildFailed(f"{name} exited with status {status}:\n{self.tail(name)}")
 
     def _prepare(self) -> None:
-        """Rent the pool, load the model and stop it; pass on what the command `prepare` prints."""
+        """Rent the pool of instances, load the model on each and stop them; show what `prepare` prints."""
         self._may_have_rented = True
         command = (*self.programs.autoscaler, "prepare", "--count", str(self.config.instances), *self._common)
         child = self._child("prepare", command, stdout=subprocess.PIPE)
@@ -290,7 +295,7 @@ class LocalStack:
             time.sleep(0.1)
 
     def _states(self) -> list[str]:
-        """Return the states of the instances; none while the autoscaler does not answer."""
+        """Return the states of the instances; an empty list while the autoscaler does not answer."""
         try:
             return [
                 str(i["state"]) for i in (get_json(f"{self.autoscaler_url}/instances") or {})["instances"]
@@ -301,7 +306,7 @@ class LocalStack:
     # -- inside: run ------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Start again every child that died, until stop() has ended everything."""
+        """Start again every child that dies, until stop() has ended everything."""
         while not self._end_of_watch.wait(0.1):
             with self._lock:
                 for child in self._children.values():
@@ -311,7 +316,7 @@ class LocalStack:
     # -- inside: stop -----------------------------------------------------------------------------
 
     def _end_in_order(self) -> list[str]:
-        """End the fleet while its cloud still runs; return what is left of it."""
+        """End loadbalancer, autoscaler and fleet while the cloud runs; return what is left of the fleet."""
         with self._lock:
             self._watching &= {CLOUD}
         for name in (LOADBALANCER, AUTOSCALER, "prepare"):
@@ -355,14 +360,17 @@ class LocalStack:
 
 
 def _private_dir(wanted: Path | None) -> Path:
-    """Return an absolute directory, 0700; raise ConfigError when it cannot be made or is open to others."""
+    """Return the directory as an absolute path, made private (0700); for None a temporary one.
+
+    Raises ConfigError when it cannot be made or is open to others.
+    """
     if wanted is None:
         return Path(tempfile.mkdtemp(prefix="autoscaler-py-"))
     return make_private_dir(wanted).resolve()
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports of loopback on which nothing listens now."""
+    """Return `count` ports of loopback on which nothing listens now."""
     chance = random.SystemRandom()
     socks: list[socket.socket] = []
     try:
@@ -389,7 +397,7 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def get_json(url: str, timeout_s: float = 3.0) -> Any:
-    """Return the decoded JSON of an answer with status 200; None when no such answer came."""
+    """Return the decoded JSON that a URL answers with status 200; None when no such answer came."""
     try:
         with _direct.open(url, timeout=timeout_s) as reply:
             return json.load(reply)

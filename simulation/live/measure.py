@@ -45,7 +45,7 @@ LOCALCLOUD_STATUS = "http://127.0.0.1:8500/localcloud/status"
 
 
 async def run(config: SimConfig, stop: asyncio.Event, engine: str | None) -> dict[str, Any]:
-    """Carry out the run and return its report; it ends early, with what there is, when stop is set.
+    """Carry out a live run and return its report; it ends early, with what there is, when stop is set.
 
     engine: what answers, where it is known; None finds out. Raises ConfigError when it cannot be run.
     """
@@ -68,7 +68,7 @@ async def run(config: SimConfig, stop: asyncio.Event, engine: str | None) -> dic
 
 
 class _Trusted:
-    """What each of the two servers may show, by URL."""
+    """The certificates that the autoscaler and the loadbalancer may show, by URL."""
 
     def __init__(self, config: SimConfig) -> None:
         self._autoscaler = config.autoscaler
@@ -81,7 +81,7 @@ class _Trusted:
 
 
 def _traced(path: Path, config: SimConfig) -> list[Arrival]:
-    """Return the requests of a log, cut to the model's context; raise ConfigError."""
+    """Return the requests of a log, cut to the model's context; raise ConfigError for a wrong or long one."""
     longest = get_profile(config.model).max_model_len
     arrivals = []
     for number, request in enumerate(read(path)):
@@ -161,7 +161,7 @@ async def _send(
     transport: AsyncFleetTransport,
     jobs: Sequence[Coroutine[Any, Any, NoReturn]],
 ) -> _Sending:
-    """Send all requests, or until stop is set, with the jobs beside; then close the transport."""
+    """Send all requests, or those until stop is set, with the jobs beside; then close the transport."""
     started_at, used = time.time(), time.process_time()
     begun = time.perf_counter()
     sending = asyncio.create_task(driver.run(arrivals))
@@ -189,9 +189,9 @@ async def _send(
 
 
 async def _manage_as_before(operator: Operator, managed: bool) -> None:
-    """Set the autoscaler's manage flag back.
+    """Set the autoscaler's manage flag back to what it was before the run.
 
-    Say when that fails, since the report is worth having all the same.
+    When that fails, say so and go on, since the report is worth having all the same.
     """
     try:
         await ask_again(lambda: operator.manage(managed), ANSWER_S)
@@ -226,9 +226,9 @@ async def _check_loadbalancer(
 async def _end_no_lease(
     session: aiohttp.ClientSession, client_key: str | None, config: SimConfig, trusted: "_Trusted"
 ) -> int:
-    """Return the status of the end of a lease that was never given: 200, and it changes nothing.
+    """Return the loadbalancer's status for the end of a lease that was never given: 200 if all is well.
 
-    Raise NoAnswer, or ConfigError where TLS fails, which no waiting mends.
+    The call changes nothing. Raises NoAnswer, or ConfigError where TLS fails, which no waiting mends.
     """
     body = {"request_id": "sim-asks-who-is-there", "outcome": "unused"}
     timeout = aiohttp.ClientTimeout(total=5.0)
@@ -251,9 +251,9 @@ async def _end_no_lease(
 
 
 async def _check_autoscaler(operator: Operator, config: SimConfig) -> bool | None:
-    """Return the autoscaler's manage flag and set it as wanted.
+    """Return the autoscaler's manage flag as it was, and set it as the run wants it.
 
-    Raise ConfigError if it is needed and does not answer.
+    Return None if the autoscaler does not answer; raise ConfigError if the run needs it.
     """
     needed = config.needs_autoscaler or config.manage is not None
     try:
@@ -268,7 +268,10 @@ async def _check_autoscaler(operator: Operator, config: SimConfig) -> bool | Non
 
 
 async def _find_engine(addresses: Collection[str]) -> str:
-    """Return the engine that answered, told by its addresses: on loopback it can only be a local cloud's."""
+    """Return the name of the engine that answered, told by its addresses.
+
+    On loopback it can only be a local cloud's, which is asked.
+    """
     if not addresses:
         return "unknown engine: no instance was asked"
     if not all(is_loopback_url(address) for address in addresses):
@@ -283,7 +286,7 @@ async def _find_engine(addresses: Collection[str]) -> str:
 
 
 def _settings(config: SimConfig) -> dict[str, Any]:
-    """Return the settings of the run for the report."""
+    """Return the settings of the run as the report shows them."""
     return {
         "rounds": config.num_iterations,
         "round_s": config.round_s,
@@ -301,7 +304,7 @@ def _settings(config: SimConfig) -> dict[str, Any]:
 
 
 def _control_key(config: SimConfig) -> str | None:
-    """Return the key that autoscaler and loadbalancer share, if it lies in their state directory."""
+    """Return the key that autoscaler and loadbalancer share, from their state directory, or None."""
     if config.state_dir is not None:
         missing = config.local and not config.state_dir.exists()
         return None if missing else _key(config.state_dir / "control.key")
@@ -310,5 +313,5 @@ def _control_key(config: SimConfig) -> str | None:
 
 
 def _key(path: Path) -> str:
-    """Return a key in the file; raise ConfigError when it cannot be read, or others can read it."""
+    """Return one key of a key file; raise ConfigError when it cannot be read, or others can read it."""
     return min(load_keys(path))

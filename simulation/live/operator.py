@@ -1,4 +1,4 @@
-"""What an operator may ask of autoscaler and loadbalancer, over HTTP."""
+"""What sim.py asks of autoscaler and loadbalancer over HTTP, as an operator may."""
 
 import asyncio
 import json
@@ -23,12 +23,12 @@ class NoAnswer(Exception):
 
 
 def bearer(key: str | None) -> dict[str, str]:
-    """Return the header that carries the key; none without one."""
+    """Return the Authorization header that carries the key; an empty dictionary for None."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class Operator:
-    """The autoscaler's routes, and the loadbalancer's `GET /status`. Every call raises NoAnswer."""
+    """Calls of the autoscaler's routes, and of the loadbalancer's `GET /status`. Each may raise NoAnswer."""
 
     def __init__(
         self,
@@ -38,9 +38,9 @@ class Operator:
         key: str | None,
         trusted: Callable[[str], ssl.SSLContext | bool] = lambda _: True,
     ) -> None:
-        """autoscaler, loadbalancer: their URLs. key: the control key, where there is one.
+        """Make the calls of two servers, given by their URLs.
 
-        trusted: what the server of a URL may show.
+        key: the control key, where there is one. trusted: which certificates the server of a URL may show.
         """
         self._trusted = trusted
         self._session = session
@@ -61,7 +61,7 @@ class Operator:
         await self._ask("PUT", f"{self._autoscaler}/manage", {"manage": wanted})
 
     async def costs(self, from_s: float, to_s: float) -> RunCosts:
-        """Return what was spent between the two, epoch seconds."""
+        """Return what the fleet cost between two times, epoch seconds."""
         raw = await self._fetch("GET", f"{self._autoscaler}/costs?from={from_s:.3f}&to={to_s:.3f}")
         try:
             return decode(raw, RunCosts)
@@ -69,7 +69,7 @@ class Operator:
             raise NoAnswer(f"{self._autoscaler}/costs: {e}") from None
 
     async def status(self) -> Mapping[str, Any]:
-        """Return the loadbalancer's figures."""
+        """Return the loadbalancer's figures, its answer to GET /status."""
         return await self._ask("GET", f"{self._loadbalancer}/status")
 
     async def _ask(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
@@ -105,9 +105,9 @@ class Operator:
 
 
 async def ask_again(ask: Callable[[], Awaitable[T]], for_s: float) -> T:
-    """Return what `ask` returns, calling it for up to for_s while it raises NoAnswer.
+    """Return what `ask` returns, called again for up to for_s seconds while it raises NoAnswer.
 
-    Then raise the last one.
+    After that the last NoAnswer is raised.
     """
     until = time.monotonic() + for_s
     while True:

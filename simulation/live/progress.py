@@ -31,16 +31,16 @@ def say(text: str) -> None:
 
 
 class FleetSampler:
-    """Asks for the state of the fleet every SAMPLE_S; a question that fails leaves a gap."""
+    """Asks for the state of the fleet every SAMPLE_S seconds; a question that fails leaves a gap."""
 
     def __init__(self, operator: Operator, clock: Callable[[], float]) -> None:
-        """clock: gives seconds since the start of the run."""
+        """Make a sampler that asks by this operator. clock: gives seconds since the start of the run."""
         self.samples: list[Sample] = []
         self._operator = operator
         self._clock = clock
 
     async def run(self) -> NoReturn:
-        """Take samples until cancelled."""
+        """Take samples of the fleet until cancelled."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         looks = 0
@@ -72,9 +72,9 @@ class ProgressView:
     def __init__(
         self, driver: Driver, sampler: FleetSampler, total: int, length_s: float, quiet: bool
     ) -> None:
-        """Show nothing yet.
+        """Make a view of this driver and sampler, which shows nothing yet.
 
-        total: requests to be sent, within so many seconds. quiet: never show anything.
+        total: requests to be sent, within length_s seconds. quiet: never show anything.
         """
         self._driver = driver
         self._sampler = sampler
@@ -84,7 +84,7 @@ class ProgressView:
         self._console = Console(stderr=True)
 
     async def run(self) -> NoReturn:
-        """Update what is shown until cancelled."""
+        """Update the progress shown on stderr until cancelled."""
         if self._quiet:
             await asyncio.Event().wait()
         if not self._console.is_terminal:
@@ -97,7 +97,7 @@ class ProgressView:
                 await asyncio.sleep(SHOW_S[0])
 
     def line(self) -> str:
-        """Return the figures of this moment as one line."""
+        """Return the progress of the run as one line: time, requests and instances."""
         driver = self._driver
         completed = driver.outcomes[COMPLETED]
         parts = [

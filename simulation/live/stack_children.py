@@ -37,7 +37,7 @@ TAIL_LINES = 20
 
 
 class StackChild:
-    """One child process that is to run until the stack ends, and how often it was started again."""
+    """One child process of the local stack, which is to run until the stack ends, and its restarts."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class StackChild:
         *,
         stdout: int | None = None,
     ) -> None:
-        """Start the process; its output is appended to the log, except stdout where that is given."""
+        """Start the child process; its output is appended to the log, except stdout where that is given."""
         self.name = name
         self.log = log
         self.restarts = 0
@@ -70,7 +70,7 @@ class StackChild:
             )
 
     def revive(self, now: float) -> None:
-        """Start the process again if it has died and its pause is over.
+        """Start the child process again if it has died and its pause is over.
 
         The watcher calls this again and again.
         """
@@ -92,14 +92,15 @@ class StackChild:
             self.restarts += 1
 
     def end(self, grace_s: float) -> None:
-        """Send SIGTERM to the process, and after grace_s SIGKILL to it and what it started in its session."""
+        """Send SIGTERM to the child, and after grace_s seconds SIGKILL to all processes of its session."""
         end_child(self.process, grace_s)
 
 
 def child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
-    """Return ours without a real Vast.ai key or URL, and with a key that only this local cloud takes.
+    """Return the environment for children of the stack: ours without a real Vast.ai key or URL.
 
-    Without flags for servers of the operator's, too: those of the stack are told all on their command lines.
+    It has a key that only this local cloud takes. Flags for servers of the operator's are left out, too:
+    those of the stack are told all on their command lines.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(NOT_FOR_CHILDREN)}
     local = "127.0.0.1,localhost"
@@ -112,7 +113,7 @@ def child_environment(cloud_key: str, state_dir: Path) -> dict[str, str]:
 
 
 def end_strays(state_dir: Path) -> list[str]:
-    """End processes of instances that outlived their cloud; return their names."""
+    """End processes of instances that outlived their local cloud; return their names."""
     limit = time.monotonic() + STRAY_GRACE_S
     while (strays := _strays(state_dir)) and time.monotonic() < limit:
         time.sleep(0.05)
@@ -123,7 +124,7 @@ def end_strays(state_dir: Path) -> list[str]:
 
 
 def _strays(state_dir: Path) -> dict[int, str]:
-    """Return the processes whose home lies in the state directory, as an instance's does, by number."""
+    """Return processes whose home lies in the state directory, as an instance's does: name by process id."""
     found = {}
     for pid in processes.living_in(state_dir):
         program, *arguments = (part.decode(errors="replace") for part in processes.command_line(pid))

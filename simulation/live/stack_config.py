@@ -1,4 +1,4 @@
-"""What a local stack is like: its engine, its size, and the programs it starts."""
+"""The settings of a local stack: its engine, its size, and the programs it starts."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ ENGINES: Mapping[str, StackEngine] = MappingProxyType(
 
 @dataclass(frozen=True)
 class StackConfig:
-    """What to start. Times in seconds, of the wall clock.
+    """The settings of a local stack. Times in seconds, of the wall clock.
 
     speedup: boot and load times of the local cloud are the real ones divided by it. state_dir: for keys, logs
     and the cloud's disks; None makes a temporary one that is removed in the end. hot: instances that are hot
@@ -72,7 +72,7 @@ class StackConfig:
     autoscaler_args: tuple[str, ...] = ()
 
     def checked(self) -> "StackConfig":
-        """Return this configuration; raise ConfigError naming the value and the range."""
+        """Return the settings unchanged; raise a ConfigError with the value and the range."""
         get_profile(self.model)
         if self.engine not in ENGINES:
             raise ConfigError(f"--engine {self.engine}: wanted {' or '.join(ENGINES)}")
@@ -87,13 +87,13 @@ class StackConfig:
 
     @property
     def limit(self) -> int:
-        """The most instances that there are at a time."""
+        """The most instances that the stack has at a time."""
         return min(self.max_instances, ENGINES[self.engine].most_instances)
 
 
 @dataclass(frozen=True)
 class Programs:
-    """The command that each child is started with, before its flags; tests give their own."""
+    """The commands that start the stack's children, before their flags; tests give their own."""
 
     cloud: Sequence[str] = (sys.executable, "-m", "localcloud")
     autoscaler: Sequence[str] = (sys.executable, "autoscaler_server.py")

@@ -47,7 +47,7 @@ NOT_STARTED = frozenset(("no_connection", "no_tls", "wrong_certificate", "bad_ad
 
 @dataclass(frozen=True)
 class TryResult:
-    """What became of one try: one lease at most, and one instance asked at most.
+    """What became of one try to serve a request, with at most one lease and one instance.
 
     failure: its kind, None when the request was served. instance_id: the instance that failed it, None when
     none was asked; then retry_after_s says when to ask again. final: another try cannot help. cut_short: the
@@ -83,7 +83,10 @@ class Driver:
     """
 
     def __init__(self, load: Workload, transport: AsyncFleetTransport) -> None:
-        """Send nothing before run(). transport: makes one try for each call; further tries are made here."""
+        """Make a driver that sends nothing before run().
+
+        transport: makes one try for each call; further tries are made here.
+        """
         self.records: list[Record] = []
         self.in_flight = 0
         self.outcomes: Counter[str] = Counter()
@@ -98,7 +101,7 @@ class Driver:
     async def run(self, arrivals: Sequence[Arrival]) -> None:
         """Send all requests and wait for all answers.
 
-        When cancelled, what is in flight ends as interrupted.
+        When cancelled, requests in flight end as interrupted.
         """
         self.begun = self._clock()
         async with asyncio.TaskGroup() as group:
@@ -181,7 +184,7 @@ class Driver:
         )
 
     async def _try(self, call: Call, record: Record, due: float, up_at: float) -> TryResult:
-        """Get one lease and ask one instance, at most."""
+        """Try to serve a request once: get one lease and ask one instance, at most."""
         answer: AsyncAnswer | None = None
         try:
             async with asyncio.timeout(max(0.0, up_at - self._clock())):
@@ -211,7 +214,7 @@ class Driver:
     async def _read(
         self, call: Call, answer: AsyncAnswer, lease: ClientLease, record: Record, due: float
     ) -> TryResult:
-        """Read the answer to its end, and note it in the record."""
+        """Read the answer to its end, note it in the request's record, and return how the try ended."""
         if 400 <= answer.status < 500:
             return TryResult("rejected", lease.instance_id, final=True)
         failure = "broken_off"

@@ -27,7 +27,7 @@ LOCAL_SCHEDULE = (1.0, 3.0, 4.0, 1.0, 0.5, 0.5)
 
 
 def parse_schedule(text: str) -> tuple[float, ...]:
-    """Return the multiples in a text; raise ConfigError that says what was wanted."""
+    """Return the load multiples in a text like "1,3,0.5"; raise ConfigError that says what was wanted."""
     try:
         multiples = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -74,7 +74,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request to come. at_s: when it is due, in seconds since the start of the run."""
+    """One request that a live run is to send. at_s: when it is due, seconds since the start of the run."""
 
     number: int
     at_s: float
@@ -83,7 +83,7 @@ class Arrival:
 
 
 def plan(load: Workload) -> list[Arrival]:
-    """Return all requests of the run in order of time; the same workload gives the same list.
+    """Return all requests of the run, sorted by time; the same workload gives the same list.
 
     Lengths are log-normal with the means asked for, cut so that prompt and answer fit the model's context.
     """
@@ -109,7 +109,7 @@ def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
 
 
 def body_of(arrival: Arrival, model: str, streaming: bool, seed: int) -> dict[str, Any]:
-    """Return the JSON body of a request.
+    """Return the JSON body of a request to the model server.
 
     Its prompt is unlike all others, so that no prefix cache can help.
     """

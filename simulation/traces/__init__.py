@@ -1,1 +1,1 @@
-"""Logs of requests and synthetic traffic."""
+"""Traces, that is request arrivals with their lengths: read from logs, or made up."""

@@ -81,7 +81,7 @@ HOUR_FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
 
 
 class Request(NamedTuple):
-    """One arrival, seconds since the first. session: one number for all of a session; -1: not known."""
+    """One arrival of a log, seconds since the first. session: one number for all of it; -1: not known."""
 
     at_s: float
     prompt_tokens: int
@@ -96,7 +96,7 @@ class LeftOut:
     failed: int = 0
 
     def count_failed(self) -> None:
-        """Count one more such request."""
+        """Count one more request that is left out."""
         self.failed += 1
 
 
@@ -126,7 +126,7 @@ def tiled(
     rng: random.Random,
     jitter_s: float = JITTER_S,
 ) -> Iterator[Request]:
-    """Yield the log over and over for so many days, thinned and repeated by hour_factors (24, mean 1).
+    """Yield a log over and over for so many days, thinned or repeated by hour_factors (24, mean 1).
 
     source: a file, or a function that begins the log anew each time it is called. All times are before the
     end of the last day. Sessions of a repeat are its own. Raises ValueError for factors that are no daily
@@ -146,7 +146,7 @@ def tiled(
 
 
 def _one_after_another(again: Callable[[], Iterable[Request]], end: float, salt: int) -> Iterator[Request]:
-    """Yield the log again and again until `end`, with the mean gap of two requests between two rounds."""
+    """Yield the log again and again until `end`; two rounds are as far apart as two requests on average."""
     begun = at = 0.0
     for tile in count():
         came = 0
@@ -168,7 +168,7 @@ def _repeated(
     rng: random.Random,
     end: float,
 ) -> Iterator[Request]:
-    """Yield factor_at(time) copies of each request in the order of time, each moved by up to jitter_s."""
+    """Yield factor_at(time) copies of each request, sorted by time, each moved by up to jitter_s seconds."""
     salt = _salt(rng)
     waiting: list[tuple[float, int, Request]] = []
     number = count()  # keeps those of one time in their order
@@ -194,12 +194,12 @@ def _repeated(
 
 
 def _salt(rng: random.Random) -> int:
-    """Return a number for `_another` that each round of repeats has for itself: rounds share no session."""
+    """Return a number that makes the sessions of one round of repeats (see `_another`) its own."""
     return rng.getrandbits(62) | 1
 
 
 def _another(session: int, copy: int, salt: int) -> int:
-    """Return the session of a copy: one for all requests of the session; copy 0 keeps its own.
+    """Return a session number for copy number `copy` of a session; copy 0 keeps the session's own.
 
     Odd factors, so that for one copy no two sessions meet, and for one session no two copies do.
     """
@@ -209,7 +209,7 @@ def _another(session: int, copy: int, salt: int) -> int:
 
 
 def spread_ticks(requests: Iterable[Request], tick_s: float, rng: random.Random) -> Iterator[Request]:
-    """Move requests of one moment to times within tick_s of it and before the next: the log's are rounded."""
+    """Move requests of one moment to times within tick_s of it, before the next: the log rounded them."""
     return _spread(requests, tick_s, rng, alone=True)
 
 
@@ -261,7 +261,7 @@ _Blocks = Iterator[tuple[int, list[str]]]
 
 
 def _blocks(path: Path, source: io.BufferedReader | gzip.GzipFile) -> _Blocks:
-    """Yield all lines of a file; raise ConfigError at one that cannot be decoded, after those before it."""
+    """Yield all lines of a log; raise ConfigError at one that cannot be decoded, after those before it."""
     line, begun = 1, b""
     while True:
         try:
@@ -285,7 +285,7 @@ def _blocks(path: Path, source: io.BufferedReader | gzip.GzipFile) -> _Blocks:
 
 
 def _decoded(data: bytes) -> tuple[list[str], int | None]:
-    """Return the lines before the first that is not UTF-8, and its wrong byte (None when all are)."""
+    """Return a log's lines before the first that is not UTF-8, and the wrong byte (None if all are UTF-8)."""
     try:
         lines, bad = data.decode().split("\n"), None
     except UnicodeDecodeError as e:
@@ -295,7 +295,7 @@ def _decoded(data: bytes) -> tuple[list[str], int | None]:
 
 
 class _Format(NamedTuple):
-    """A published table. columns: of time, prompt, output. zero_failed: a row with 0 tokens is a failure."""
+    """A log format with a header. columns: of time, prompt, output. zero_failed: 0 tokens mean a failure."""
 
     columns: tuple[str, str, str]
     time_of: Callable[[str], float]
@@ -304,7 +304,7 @@ class _Format(NamedTuple):
 
 
 def _date(text: str) -> float:
-    """Return the seconds since 1970 of `2023-11-16 18:15:46.6805900`, with or without fraction or offset.
+    """Return epoch seconds for a text like `2023-11-16 18:15:46.6805900`, with or without fraction or offset.
 
     The seventh digit, a tenth of a microsecond, is dropped by fromisoformat.
     """
@@ -321,7 +321,7 @@ _SESSIONS = ("session", "client", "Session ID")
 
 
 def _requests(path: Path, blocks: _Blocks, passed: LeftOut) -> Iterator[Request]:
-    """Yield the requests of a file in whatever format its first line has; the first comes at 0."""
+    """Yield the requests of a log in whatever format its first line has; the first one comes at 0 s."""
     number, lines = next(blocks, (1, []))
     if not lines:
         _wrong(path, 1, "there are no requests in it, it is empty")
@@ -350,7 +350,7 @@ def _from_zero(requests: Iterator[Request]) -> Iterator[Request]:
 
 
 def _cells(line: str) -> list[str]:
-    """Return the cells of a line that has quotes; a row is one line, so a quote must be closed in it."""
+    """Return the cells of a log's line that has quotes; a quote must be closed in the same line."""
     try:
         return next(csv.reader([line], strict=True), [])
     except csv.Error:
@@ -360,7 +360,7 @@ def _cells(line: str) -> list[str]:
 def _table(
     path: Path, blocks: _Blocks, names: list[str], known: _Format, passed: LeftOut
 ) -> Iterator[Request]:
-    """Yield the requests of the rows below a header. It is one loop, since it is passed millions of times."""
+    """Yield the requests of the rows below a log's header. One loop, as millions of rows pass through."""
     a, p, o = (names.index(name) for name in known.columns)
     s = next((names.index(name) for name in _SESSIONS if name in names), -1)
     width, time_of, session = len(names), known.time_of, -1
@@ -400,7 +400,7 @@ def _table(
 
 
 def _named(name: str) -> int:
-    """Return the number of a session with a name: one for each name, and above all numbered ones."""
+    """Return the number of a session that has a name: larger than any number that a log gives itself."""
     name = name.strip()
     if name in ("", "-1"):
         return -1
@@ -417,7 +417,7 @@ def _refuse(
     last: float,
     begun: float | None,
 ) -> NoReturn:
-    """Raise ConfigError that says what is wrong with a row."""
+    """Raise ConfigError that says what is wrong with a row of a log."""
     if len(cells) != width:
         _wrong(path, line, f"wanted {width} columns, got {len(cells) or 'a quote that is not closed'}")
     at_text, *token_texts = (cells[column] for column in columns)
@@ -491,7 +491,7 @@ def _mooncake(path: Path, blocks: _Blocks) -> Iterator[Request]:
 
 
 def _named_block(shared: object) -> int:
-    """Return the session of the requests whose prompts begin with this block."""
+    """Return the session number of the requests whose prompts begin with this block of tokens."""
     return shared if type(shared) is int and 0 <= shared < 10**12 else _named(str(shared))
 
 

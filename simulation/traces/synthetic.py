@@ -34,7 +34,7 @@ nearly empty hours."""
 
 @dataclass(frozen=True)
 class Synthetic:
-    """What the traffic is like; ConfigError names the parameter, the value and the range.
+    """The parameters of made-up traffic; ConfigError names the parameter, the value and the range.
 
     The bursts by default lie between those of the logs in ../shared/traces. Variance over mean of the counts
     per minute, of the log and of these defaults at its rate (hour-long logs: swing=0), measured 2026-11:
@@ -69,7 +69,7 @@ class Synthetic:
     """95th percentile of the tokens of an answer."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for parameters that describe no traffic."""
+        """Raise ConfigError for parameters of traffic that are out of range or contradict each other."""
         for name, least, most in _RANGES:
             value = getattr(self, name)
             if not least <= value <= most:
@@ -114,14 +114,17 @@ def _most_p95(mean: float) -> float:
 
 
 def _log_normal(mean: float, p95: float) -> tuple[float, float]:
-    """Return mu and sigma of a log-normal: z s - s²/2 = log(p95 / mean), of which s is the smaller root."""
+    """Return mu and sigma of the log-normal distribution with this mean and 95th percentile.
+
+    z s - s²/2 = log(p95 / mean), of which s is the smaller root.
+    """
     ratio = math.log(p95 / mean)
     sigma = _Z95 - math.sqrt(max(0.0, _Z95 * _Z95 - 2.0 * ratio))
     return math.log(mean) - sigma * sigma / 2.0, sigma
 
 
 def parse(text: str) -> Synthetic:
-    """Return the parameters in a text like `days=2,rate=1.5`.
+    """Return the parameters of made-up traffic in a text like `days=2,rate=1.5`.
 
     The empty text gives the defaults. Raises ConfigError.
     """
@@ -144,7 +147,7 @@ def parse(text: str) -> Synthetic:
 
 
 def requests(spec: Synthetic, seed: int) -> Iterator[Request]:
-    """Yield the arrivals in order of time, from 0 to spec.days; the same seed gives the same requests."""
+    """Yield made-up arrivals sorted by time, from 0 to spec.days; the same seed gives the same requests."""
     rng = random.Random(seed)
     end = spec.days * 86_400.0
     hours = [max(0.0, 1.0 + spec.swing * (f - 1.0)) for f in HOUR_FACTORS[PROFILE]]
@@ -176,5 +179,5 @@ def requests(spec: Synthetic, seed: int) -> Iterator[Request]:
 
 
 def _length(rng: random.Random, shape: tuple[float, float]) -> int:
-    """Return a number of tokens drawn from a log-normal, at least 1."""
+    """Return a number of tokens drawn from a log-normal, at least 1. shape: its mu and sigma."""
     return min(MOST_TOKENS, max(1, round(math.exp(rng.gauss(*shape)))))

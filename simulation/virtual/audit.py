@@ -23,7 +23,7 @@ def audit(
     turn_s: float,
     now: float,
 ) -> dict[str, Any]:
-    """Return the totals of a run; raise NotConserved when they contradict each other."""
+    """Check a finished run; return its totals, or raise NotConserved when they contradict each other."""
     arrived, ended = users.arrived, users.ended
     must(arrived == ended, f"{arrived} requests arrived, {ended} ended")
     must(users.idle, "the trace is over, and a request is still somewhere")

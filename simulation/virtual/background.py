@@ -1,4 +1,4 @@
-"""What the loadbalancer's background tasks do, in virtual time (dispatch/outside/background.py).
+"""The loadbalancer's background tasks in virtual time (really: dispatch/outside/background.py).
 
 It asks instances for tokens and load reports, takes the autoscaler's hot set and tells it the usage.
 """
@@ -16,7 +16,7 @@ from simulation.virtual.users import Users
 
 
 class VirtualBackground:
-    """The loadbalancer's regular rounds, and its messages to and from the autoscaler."""
+    """The loadbalancer's regular rounds in virtual time, and its messages to and from the autoscaler."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class VirtualBackground:
         self._told_version = -1
 
     def beat(self) -> None:
-        """Make one round: refills, polls, expiry; schedule the next in beat_s."""
+        """Make one round of the loadbalancer's background work (tokens, load, expiry); plan the next."""
         balancer, now = self._balancer, self._loop.now
         balancer.tick(now)
         self._refill()
@@ -75,7 +75,7 @@ class VirtualBackground:
         self._users.grant()
 
     def report_usage(self) -> None:
-        """Give the autoscaler the usage that the real loadbalancer reports every second; here once a turn."""
+        """Give the autoscaler the loadbalancer's usage, really reported every second; here once a turn."""
         report = self._balancer.usage(self._loop.now, "sim")
         traffic = msgspec.structs.replace(report.traffic, kv_tokens=self._instances.kv_tokens_used())
         self._scaler.record_report(msgspec.structs.replace(report, traffic=traffic))

@@ -20,7 +20,10 @@ REQUESTS = 1500
 
 
 def capacity_of(profile: Profile, timing: Timing, requests: Iterable[Request], slo: Slo) -> Capacity:
-    """Return the capacity of one such instance for requests like these; ValueError when there are none."""
+    """Return the capacity of an instance with this model and timing for requests as long as these.
+
+    Raises ValueError when there are none.
+    """
     sample = list(islice(requests, 20_000))
     if not sample:
         raise ValueError("no request to measure with")

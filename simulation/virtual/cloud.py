@@ -33,7 +33,7 @@ _IN_GB = frozenset({"gpu_ram", "gpu_total_ram", "cpu_ram"})  # the CLI multiplie
 
 @dataclass(frozen=True)
 class Hazards:
-    """What goes wrong by chance. Shares of starts, and rates per hour that an instance is up.
+    """What goes wrong by chance: shares of starts, and rates per hour that an instance is up.
 
     no_gpu: a start finds its GPU taken for no_gpu_s. dies_h: its processes end. offline_h: its host is lost
     for offline_s. outbid_h: an interruptible one is stopped for outbid_s. bid: rent interruptible ones, at so
@@ -50,7 +50,7 @@ class Hazards:
     bid: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a number that is no share or no rate."""
+        """Raise ConfigError for a number that cannot be a share, a rate or a duration."""
         if not 0.0 <= self.no_gpu <= 1.0:
             raise ConfigError(f"hazard no_gpu: wanted 0 to 1, got {self.no_gpu:g}")
         for name in ("dies_h", "offline_h", "outbid_h"):
@@ -66,7 +66,7 @@ class Hazards:
 
 
 def parse_hazards(text: str) -> Hazards:
-    """Return `name=number,…` as Hazards; raise ConfigError that says what was wanted."""
+    """Return the hazards in a text `name=number,…`; raise ConfigError that says what was wanted."""
     given: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
@@ -81,7 +81,7 @@ def parse_hazards(text: str) -> Hazards:
 
 
 def times_for(profile: Profile, spread: float = 1 / 3) -> Times:
-    """Return start and load times whose means are the profile's; each is drawn within ±spread of it.
+    """Return start and load times around the profile's, each drawn within ±spread of its mean.
 
     A third makes 60 to 120 s of a start of 90 s.
     """
@@ -94,7 +94,10 @@ def times_for(profile: Profile, spread: float = 1 / 3) -> Times:
 
 
 def deep_market(machines: Iterable[Machine] = MACHINES, depth: int = 8) -> tuple[Machine, ...]:
-    """Return the machines with `depth` times the slots and disk, at most 64 slots: room for a large fleet."""
+    """Return the machines for rent with `depth` times the slots and disk: room for a large fleet.
+
+    A machine has at most 64 slots.
+    """
     return tuple(
         Machine(
             **{
@@ -108,7 +111,7 @@ def deep_market(machines: Iterable[Machine] = MACHINES, depth: int = 8) -> tuple
 
 
 class SimulatedCloud:
-    """The cloud with one customer's account. Methods that take `now` first do what was due by then."""
+    """The cloud in virtual time, with one customer. Methods that take `now` first do what was due by then."""
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class SimulatedCloud:
         times: Times | None = None,
         speedup: float = 1.0,
     ) -> None:
-        """Begin with nothing rented and a credit that never ends."""
+        """Make a cloud in which nothing is rented, with practically unlimited credit."""
         self.dearest_usd_h = 0.0  # of a machine that has booted
         self._hazards = Hazards()
         self._profile = profile
@@ -137,12 +140,12 @@ class SimulatedCloud:
     # -- as time passes --
 
     def advance(self, now: float) -> list[Effect]:
-        """Return the effects on machines that are due by now: boots, ends, kills."""
+        """Let the cloud's time pass; return what it does to machines by now: boots, ends, kills."""
         self.model.advance(now)
         return self.model.take_effects()
 
     def booted(self, boot: Boot, now: float) -> None:
-        """Note that the processes of a rental run."""
+        """Note that the processes of a rental's boot run."""
         self.dearest_usd_h = max(self.dearest_usd_h, boot.machine.usd_h)
         ports = {inside: 10_000 + 10 * (boot.id % 5000) + n for n, inside in enumerate(boot.order.ports)}
         self.model.booted(boot.id, boot.boot, ports, now)
@@ -158,11 +161,11 @@ class SimulatedCloud:
         return self.model.next_event(now)
 
     def begin_hazards(self, hazards: Hazards) -> None:
-        """Draw these hazards from now on."""
+        """Let these hazards strike by chance from now on."""
         self._hazards = hazards
 
     def draw_hazards(self, now: float, for_s: float) -> None:
-        """Draw which hazards strike within the next for_s seconds; the caller calls it at that interval."""
+        """Draw by chance which hazards strike running instances in for_s seconds; called at that interval."""
         h = self._hazards
         for rate, fault, args in (
             (h.dies_h, "dies-hot", {"count": 1}),
@@ -191,7 +194,7 @@ class SimulatedCloud:
         return rows
 
     def perform(self, command: Command, now: float) -> Performed:
-        """Carry out a command; return the cloud's answer."""
+        """Carry out a command of the autoscaler; return the cloud's answer."""
         try:
             if isinstance(command, Create):
                 return Performed(Reply.DONE, new_id=self._create(command, now))

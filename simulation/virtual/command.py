@@ -131,7 +131,7 @@ class VirtualConfig:
     quiet: bool = flag(False, "print no progress, only the report")
 
     def checked(self) -> "VirtualConfig":
-        """Return this configuration; raise ConfigError naming the flag, the value and the range."""
+        """Return the configuration unchanged; raise a ConfigError with the flag, the value and the range."""
         if not self.trace:
             raise ConfigError("--virtual needs --trace FILE, or --trace synthetic for one that is made up")
         check_flags(self)
@@ -143,7 +143,7 @@ class VirtualConfig:
         return self
 
     def make_policy(self) -> Policy:
-        """Return the policy with its parameters; raise ConfigError."""
+        """Return the policy that the flags name, with its parameters; raise ConfigError."""
         goal = () if self.goal is None else (f"goal={self.goal:g}",)
         return make_policy(POLICIES, self.policy, parse_params("--policy-param", self.policy_param + goal))
 
@@ -151,7 +151,7 @@ class VirtualConfig:
 def requests_of(config: VirtualConfig) -> Iterator[Request]:
     """Yield the arrivals of the trace, tiled, repeated or thinned as the flags say.
 
-    Raise ConfigError, also while reading.
+    Raises ConfigError, also while the trace is read.
     """
     rng = random.Random(config.seed)
     seeds = [rng.getrandbits(64) for _ in range(4)]
@@ -206,7 +206,7 @@ def _market(config: VirtualConfig) -> tuple[Machine, ...]:
 
 
 def report_of(config: VirtualConfig, outcome: Outcome, policy: Policy) -> dict[str, Any]:
-    """Return the report, with what only virtual time knows: policy, clamped targets, curve, audit."""
+    """Return a run's report, with what only virtual time knows: policy, clamped targets, curve, audit."""
     o = outcome
     requests = report.Counted(
         sent=o.requests,
@@ -279,7 +279,7 @@ def _costs(o: Outcome) -> report.RunCosts:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return a report as text for people."""
+    """Return the report of a run in virtual time as text for people."""
     lines = [report_table.table(found)]
     for what, turns in found["clamped"].items():
         lines.append(f"{'hard limits':14}in {turns:,} turns the policy wanted a number of {what} beyond them")
@@ -311,7 +311,7 @@ def parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> VirtualConfig:
-    """Return the flags as a VirtualConfig; raise ConfigError."""
+    """Return the command line as a VirtualConfig; raise ConfigError."""
     given = vars(parser().parse_args(argv))
     del given["virtual"]
     given.setdefault("seed", secrets.randbelow(2**32))
@@ -319,7 +319,7 @@ def parse(argv: Sequence[str]) -> VirtualConfig:
 
 
 def carry_out(config: VirtualConfig) -> dict[str, Any]:
-    """Return the report of the run."""
+    """Carry out the run in virtual time and return its report."""
     policy = config.make_policy()
     requests = requests_of(config)
     if not config.quiet:
@@ -335,7 +335,7 @@ def carry_out(config: VirtualConfig) -> dict[str, Any]:
 
 
 def _shown(requests: Iterator[Request]) -> Iterator[Request]:
-    """Yield the same requests; print a line of progress on stderr every SHOW_S."""
+    """Yield the same requests; print how far the run is on stderr every SHOW_S seconds."""
     begun = shown = time.monotonic()
     for n, request in enumerate(requests):
         yield request
@@ -349,7 +349,10 @@ def _shown(requests: Iterator[Request]) -> Iterator[Request]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run as the flags say; return exit status 0, or 1 when requests failed. Raises ConfigError."""
+    """Run in virtual time as the flags say; return exit status 0, or 1 when requests failed.
+
+    Raises ConfigError.
+    """
     config = parse(argv)
     logging.getLogger("autoscaler").setLevel(logging.ERROR)  # refusals and retries are in the report
     if not config.quiet:

@@ -1,4 +1,4 @@
-"""The rented machines of a run: model servers, single-use tokens, load reports and pushes.
+"""The rented machines of a run in virtual time: model servers, single-use tokens, load reports.
 
     Users ── submit ──► model servers (engine/model_servers.py) ── answered, broken off ──► Users
                             │ load reports, pushes
@@ -28,7 +28,7 @@ PUSH_S = 0.02
 
 
 class Sender(Protocol):
-    """The users as instances see them. held: the number of requests that wait at the loadbalancer."""
+    """The users of a run as instances see them. held: the requests that wait at the loadbalancer."""
 
     held: dict[QueuedRequest, UserRequest]
 
@@ -36,17 +36,17 @@ class Sender(Protocol):
         """Take the answer of a request: when its first token came, and when it ended."""
 
     def broken_off(self, request: UserRequest) -> None:
-        """Note that the instance of a request is gone."""
+        """Note that the instance that served this request is gone."""
 
     def stall(self, request: UserRequest) -> None:
-        """Note that the instance of a request says nothing from now on."""
+        """Note that the instance that serves this request says nothing from now on."""
 
     def grant(self) -> None:
-        """Note that there may be room for requests that wait."""
+        """Note that instances may have room for requests that wait."""
 
 
 class SimulatedInstance:
-    """One boot of a rented machine: its model server, the requests in it, and the events not reported yet."""
+    """One boot of a simulated machine: its model server, the requests in it, the events not reported yet."""
 
     __slots__ = (
         "_after",
@@ -66,7 +66,7 @@ class SimulatedInstance:
     )  # fmt: skip
 
     def __init__(self, id: int, boot: int, server: int) -> None:
-        """Start to load. server: the row of its model server in engine/model_servers.py."""
+        """Make an instance that begins to load. server: its model server's row in engine/model_servers.py."""
         self.id = id
         self.boot_id = f"{id}-{boot}"
         self.server = server
@@ -83,39 +83,39 @@ class SimulatedInstance:
         self._next_push_at = 0.0
 
     def become_ready(self) -> None:
-        """Note that its model is loaded."""
+        """Note that the instance's model is loaded."""
         self.ready = True
 
     def freeze(self, frozen: bool) -> None:
-        """Stop answering and reporting, or begin again."""
+        """Let the instance stop answering and reporting, or begin again."""
         self.frozen = frozen
 
     def die(self) -> None:
-        """End with everything that was on it."""
+        """End the instance with everything that was on it."""
         self.up = self.ready = False
 
     def begin(self, row: int, request: UserRequest) -> None:
-        """Enter a request that its model server has as that row."""
+        """Note that the instance's model server has a request, as that row of its table."""
         self.requests[row] = request
         self._started.append(request.given.request_id)
         self.seq += 1
 
     def end(self, row: int) -> UserRequest:
-        """Remove the request of that row, which was answered, and return it."""
+        """Remove the request of that row, which was answered, from the instance and return it."""
         request = self.requests.pop(row)
         self._ended.append(RequestEnd(request.given.request_id, "finished", request.output))
         self.seq += 1
         return request
 
     def plan_push(self, now: float) -> float | None:
-        """Return when to push the new events; None when a push is planned already."""
+        """Return when to push the new events to the loadbalancer; None if that is planned already."""
         if self._push_due:
             return None
         self._push_due = True
         return max(now + PUSH_S, self._next_push_at)
 
     def push(self) -> PushedReport | None:
-        """Return the report to push now; None when there is no new event, or the instance is frozen."""
+        """Return the report to push now; None without a new event, or when the instance is frozen."""
         self._push_due = False
         if not self.up or self.frozen or not (self._ended or self._started):
             return None
@@ -125,12 +125,12 @@ class SimulatedInstance:
         )
 
     def pushed(self, next_at: float) -> None:
-        """Forget the events that were pushed; the next push is not before next_at."""
+        """Forget the events that were pushed to the loadbalancer; the next push is not before next_at."""
         self._next_push_at = next_at
         self.take_events()
 
     def take_events(self) -> tuple[list[str], list[RequestEnd]]:
-        """Return the starts and ends since the last report, and forget them."""
+        """Return the starts and ends of requests since the last report, and forget them."""
         events = self._started, self._ended
         self._started, self._ended = [], []
         self._after = self.seq
@@ -145,7 +145,7 @@ class SimulatedInstances:
     """
 
     def __init__(self, loop: EventLoop, balancer: LoadBalancer) -> None:
-        """Begin without instances; call `serve` before the first boot."""
+        """Make a set of instances with none in it; `serve` must be called before the first boot."""
         self.tokens_lost = 0
         self.ended = 0
         self._loop = loop
@@ -158,7 +158,7 @@ class SimulatedInstances:
         self._token_batches = count()
 
     def serve(self, users: Sender) -> None:
-        """Tell these users from now on what becomes of their requests."""
+        """Set the users who are told from now on what becomes of their requests."""
         self._users = users
 
     def __len__(self) -> int:
@@ -181,7 +181,7 @@ class SimulatedInstances:
     # -- the cloud --
 
     def boot(self, id: int, boot: int, timing: Timing) -> SimulatedInstance:
-        """Start the processes of a rental; those of its last boot must be gone."""
+        """Start the processes of a rental, after ending those of its last boot; return the new instance."""
         self.end(id)
         server = self._engines.add(timing)
         instance = SimulatedInstance(id, boot, server)
@@ -227,11 +227,11 @@ class SimulatedInstances:
             self._users.grant()
 
     def silent(self, request: UserRequest) -> bool:
-        """Return whether no answer comes for a request: it never arrived, or its instance is frozen."""
+        """Return whether a request gets no answer: it reached no instance, or its instance is frozen."""
         return not request.row or self._by_id[request.given.instance_id].frozen
 
     def cancel(self, request: UserRequest) -> None:
-        """Remove a request from its model server, if it arrived there."""
+        """Remove a request from the model server that it is in, if it reached one."""
         if request.row:
             instance = self._by_id[request.given.instance_id]
             del instance.requests[request.row]
@@ -254,7 +254,7 @@ class SimulatedInstances:
         return True
 
     def _happened(self, instance: SimulatedInstance, ended: int) -> None:
-        """Handle a change of a model server. ended: the row of the first request that ended; 0 for none."""
+        """Handle a change of an instance's model server. ended: the first request's row that ended, or 0."""
         engines, now = self._engines, self._loop.now
         while ended:
             request = instance.end(ended)
@@ -268,23 +268,23 @@ class SimulatedInstances:
         self._users.grant()
 
     def _look(self, instance: SimulatedInstance) -> tuple[int, int, int, int]:
-        """Return (requests running, waiting, prompt tokens read, tokens made) of its model server now."""
+        """Return (requests running, waiting, prompt tokens read, tokens made) of an instance now."""
         ended, running, waiting, read, made = self._engines.look(instance.server, self._loop.now)
         if ended:
             self._happened(instance, ended)
         return running, waiting, read, made
 
     def requests_at(self, instance: SimulatedInstance) -> int:
-        """Return how many requests run or wait in its model server."""
+        """Return how many requests run or wait in an instance's model server."""
         running, waiting, _, _ = self._look(instance)
         return running + waiting
 
     def kv_tokens_used(self) -> int:
-        """Return the KV memory in use in all model servers, in tokens."""
+        """Return the KV memory in use on all instances, in tokens."""
         return sum(self._engines.kv_tokens_used(i.server) for i in self)
 
     def tokens_made(self) -> int:
-        """Return the output tokens made so far, those of instances that are gone included."""
+        """Return the output tokens made so far on all instances, those that are gone included."""
         return self._made_by_gone + sum(self._engines.made_tokens(i.server) for i in self)
 
     # -- loadbalancer --
@@ -299,7 +299,7 @@ class SimulatedInstances:
             self._users.grant()
 
     def load(self, instance: SimulatedInstance) -> LoadReport:
-        """Return the instance's answer to `GET /load`."""
+        """Return what an instance answers to the loadbalancer's `GET /load`."""
         running, waiting, read, made = self._look(instance)
         started, ended = instance.take_events()
         return LoadReport(
@@ -307,7 +307,7 @@ class SimulatedInstances:
         )
 
     def new_tokens(self, instance: SimulatedInstance, count: int) -> TokenBatch:
-        """Return so many single-use tokens of an instance."""
+        """Return `count` new single-use tokens of an instance."""
         batch = next(self._token_batches)
         tokens = [f"{instance.id}.{batch}.{n}" for n in range(count)]
         load = LoadReport(instance.boot_id, instance.seq, (), (), 0, 0, instance.ready, 0, 0)

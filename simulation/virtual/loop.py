@@ -1,4 +1,4 @@
-"""Virtual time: a clock and a heap of what is due.
+"""Virtual time: a clock, and a heap of events that are due.
 
 The key is (time, priority, counter): of what is due at the same moment arrivals come first, and the rest
 happens in the order in which it was scheduled. What happens inside the model servers is not in the heap: they
@@ -15,7 +15,7 @@ ARRIVAL, USUAL = 0, 1
 
 
 class EventLoop:
-    """The clock of a run, `now` in seconds, and what is scheduled on it."""
+    """The virtual clock of a run, `now` in seconds, and the events that are scheduled on it."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -23,7 +23,7 @@ class EventLoop:
         self._counter = count()
 
     def at(self, at: float, what: Callable[..., None], arg: Any = None, priority: int = USUAL) -> None:
-        """Schedule a call of what(arg) at that time, or of what() where arg is None."""
+        """Schedule a call of what(arg) at a virtual time, or of what() where arg is None."""
         heapq.heappush(self._heap, (at, priority, next(self._counter), what, arg))
 
     def step(self, play: Callable[[float], bool]) -> None:
@@ -42,5 +42,5 @@ class EventLoop:
             what(arg)
 
     def go_to(self, now: float) -> None:
-        """Move the clock to a time that must be before the next scheduled event."""
+        """Move the virtual clock to a time that must be before the next scheduled event."""
         self.now = now

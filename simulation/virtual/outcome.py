@@ -1,4 +1,4 @@
-"""What a run in virtual time gave: figures of the requests and of the fleet, in little memory."""
+"""The results of a run in virtual time: figures of the requests and of the fleet, in little memory."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ SAMPLES = 4096
 
 @dataclass
 class RequestFigures:
-    """Figures of the requests of the scored window; `cut` is of the whole run.
+    """Figures of the requests that arrived in the scored part of a run; `cut` is of the whole run.
 
     missed: requests that did not keep the objective, those that failed among them. late: requests that the
     loadbalancer had put behind the others.
@@ -50,7 +50,7 @@ class RequestFigures:
     def add_completed(
         self, prompt: int, output: int, waited_s: float, first_s: float, whole_s: float, slo: Slo
     ) -> None:
-        """Count a request that was answered. Seconds since it came: lease, first token, end."""
+        """Count an answered request. waited_s, first_s, whole_s: seconds to lease, first token, end."""
         self.requests += 1
         self.completed += 1
         self.prompt_tokens += prompt
@@ -69,7 +69,7 @@ class RequestFigures:
                 self.missed_why[SLOW] += 1
 
     def add_failed(self, why: str) -> None:
-        """Count a request whose user gave up, by the last failure."""
+        """Count a request whose user gave up. why: the last failure."""
         self.requests += 1
         self.failed[why] += 1
         self.missed += 1
@@ -80,25 +80,25 @@ class RequestFigures:
         self.retried += 1
 
     def add_late(self) -> None:
-        """Count an answered request that had been in the late lane."""
+        """Count an answered request that the loadbalancer had put behind those that could be in time."""
         self.late += 1
 
     def add_setback(self, why: str) -> None:
-        """Count a failure of an instance, by kind."""
+        """Count a failure of an instance to serve a request, by kind."""
         self.setbacks[why] += 1
 
     def add_refusal(self, why: str) -> None:
-        """Count a refusal of the loadbalancer, by kind."""
+        """Count a refusal of the loadbalancer to give a lease, by kind."""
         self.refusals[why] += 1
 
     def add_cut(self) -> None:
-        """Count a request that was cut because it was longer than the context."""
+        """Count a request that was cut because it was longer than the model's context."""
         self.cut += 1
 
 
 @dataclass(kw_only=True)
 class Outcome(RequestFigures):
-    """What a run gave.
+    """The results of a run in virtual time.
 
     Figures are of the scored window; counts of clamped turns and the audit are of the whole run.
     """

@@ -1,4 +1,6 @@
-"""Find the level that keeps the goal at the least cost, by simulating the fleet's own last day.
+"""Find the policy parameters that keep the goal at the least cost, by simulating the fleet's own last day.
+
+The parameters, an `Objective`, are called a level. A *shape* is a level without its safety factor k.
 
     the last day's arrivals ──► every shape of the ladder, k up and down ──► misses and cost of each
                                                                                    │
@@ -88,7 +90,7 @@ MISSES_MOST, MISSES_LEAST = 0.10, 2e-4
 
 
 def ladder(goal: float, history_s: float) -> tuple[Objective, ...]:
-    """Return the policies to try, but for k.
+    """Return the policies that a replay tries, with the safety factor k still open.
 
     A mean over more than half of the history is left out: no run shows how it follows.
     """
@@ -108,7 +110,7 @@ def ladder(goal: float, history_s: float) -> tuple[Objective, ...]:
 
 
 def warm_up_s(history_s: int, fleet: FluidFleet) -> int:
-    """Return the seconds of a history that are played and not scored, until the fleet is as its level wants.
+    """Return how many seconds of a history are played before scoring, until the fleet has grown to the load.
 
     That takes a start, at least: with less no level kept 99 % in one line for twenty minutes of a model that
     starts in five, and the highest was taken.
@@ -118,9 +120,10 @@ def warm_up_s(history_s: int, fleet: FluidFleet) -> int:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The cost of a goal: dollars a day of the hot instances and their starts.
+    """What one goal would have cost: dollars a day of the hot instances and their starts.
 
-    met: the goal. k: of the shape that was cheapest there. reached: whether any setting kept it.
+    met: the goal. k: safety factor of the policy that was cheapest there. reached: whether any setting kept
+    it.
     """
 
     met: float
@@ -131,7 +134,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What a replay found.
+    """What a replay found: the policy (level) to use, and what other goals would have cost (curve).
 
     misses, usd_day: of the level on the replayed day, read from its curve. reached: whether a setting kept
     the target. simulated: number of settings. history_s: seconds replayed.
@@ -148,7 +151,7 @@ class ReplayResult:
 
 @dataclass(frozen=True)
 class ShapeCurve:
-    """The curve of one shape: the k that were simulated, rising, with the misses and dollars of each."""
+    """A policy simulated with several safety factors k, ascending, and the misses and dollars of each."""
 
     shape: Objective
     k: Floats
@@ -156,7 +159,7 @@ class ShapeCurve:
     usd: Floats
 
     def at(self, misses: float) -> tuple[float, float, bool]:
-        """Return k and dollars where the curve has these misses, and whether it comes down to them.
+        """Return the k and the dollars at which this policy has these misses, and whether it gets so low.
 
         A curve that does not come down so far is taken where it has nearly its fewest: more k buys nothing.
         """
@@ -170,7 +173,7 @@ class ShapeCurve:
 
 
 def _try(bins: Bins, shape: Objective, fleet: FluidFleet, warm_s: int, seed: int) -> ShapeCurve:
-    """Simulate one shape with k from the middle to both ends; return its curve."""
+    """Simulate one policy with safety factors k from the middle to both ends; return its curve."""
     levels = level_series(bins.arriving, shape)
     begin = float(bins.work[:warm_s].mean()) / fleet.capacity.work_s * max(1.0, shape.slow_share)
 
@@ -216,9 +219,10 @@ def tune(
     min_hot: int = 1,
     seed: int = 1,
 ) -> ReplayResult:
-    """Return the cheapest level that would have kept the goal in this history, with a margin, and the curve.
+    """Return the cheapest policy that would have kept the goal in this history, and the costs of others.
 
     history: arrivals of the last day or less, one value a second; ValueError when it is under a minute.
+    margin: share of the misses allowed by the goal that the policy may have.
     """
     seconds = len(history)
     if not 0.0 < margin <= 1.0:
@@ -248,12 +252,15 @@ def tune(
 
 
 def _score(t: ShapeCurve, target: float) -> float:
-    """Return the cost near the target and on both sides of it, so that luck at one point does not decide."""
+    """Return a policy's cost near the target and on both sides, so that luck at one point does not decide."""
     return sum(math.log(t.at(target * f)[1]) for f in (0.5, 1.0, 2.0))
 
 
 def _pool(history: Bins, level: Objective, fleet: FluidFleet, warm_s: int, seed: int) -> int:
-    """Return the least number of loaded instances that would have covered the last keep_s."""
+    """Return the least number of loaded instances that would have been enough lately.
+
+    Lately: in the last part of the history, as long as a stopped instance is worth its storage.
+    """
     begin = math.ceil(level.factor * float(history.work[:warm_s].mean()) / fleet.capacity.work_s)
     hot = min(fleet.max_instances, max(level.min_hot, begin))
     found = run_fluid(
@@ -278,8 +285,9 @@ def _pool(history: Bins, level: Objective, fleet: FluidFleet, warm_s: int, seed:
 
 
 def answer(said: object) -> dict[str, Any]:
-    """Return the reply to a request (fleet/replay.py makes it); raise ConfigError that names the field.
+    """Return the reply to a request for a replay; raise a ConfigError that names a wrong field.
 
+    The request is made by fleet/replay.py:
     {"bins": {"work", "requests", "limit_s": one number a second}, "goal", "capacity": {"work_s",
     "requests_s", "concurrency", "kv_tokens"}, "start_s": [least, most], "load_s", "running_usd_h",
     "stopped_usd_h", "late_lane", "max_instances", "seed", "margin"}  ->  {"level": {...}, "curve": [...]}
@@ -329,7 +337,7 @@ def answer(said: object) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read one request from the input, print one reply; a wrong request is one line and exit 2."""
+    """Read one request for a replay from the input, print the reply; a wrong one is one line and exit 2."""
     os.nice(10)
     try:
         said = json.load(sys.stdin)

@@ -23,7 +23,7 @@ CALL_S = 0.5
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run depends on. Times in seconds.
+    """All that a run in virtual time depends on, beside trace and policy. Times in seconds.
 
     pool, hot: loaded instances, and hot ones, when the trace begins. score_from_s, score_to_s: only what
     arrives and is spent between them counts, measured from the first arrival. context: the longest request,

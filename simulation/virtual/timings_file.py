@@ -39,13 +39,13 @@ class OwnTiming(Struct, frozen=True, forbid_unknown_fields=True):
     step_tokens: Count = 2048
 
     def __post_init__(self) -> None:
-        """Raise ValueError for limits that contradict each other."""
+        """Raise ValueError when max_seqs, the requests at once, is over step_tokens, the tokens in a step."""
         if self.max_seqs > self.step_tokens:
             raise ValueError(f"max_seqs: wanted at most step_tokens, {self.step_tokens}, got {self.max_seqs}")
 
 
 def read_timings(path: Path) -> Mapping[Key, Timing]:
-    """Return the constants of a file; raise ConfigError naming file, entry and field."""
+    """Return the step-time constants of a file; raise a ConfigError with file, entry and field."""
     try:
         entries = decode(read_text(path, "--timings").encode(), list[OwnTiming])
     except BadField as wrong:

@@ -29,7 +29,7 @@ CHECK_S = 0.3
 
 
 class VirtualTurns:
-    """Takes the autoscaler's turns: it sees the cloud and the instances, and orders from the cloud."""
+    """Takes the autoscaler's turns in virtual time: it lists the cloud, decides, and sends commands."""
 
     def __init__(
         self,
@@ -61,14 +61,14 @@ class VirtualTurns:
         self._cloud_due = float("inf")
 
     def begin(self, tune_at: float) -> None:
-        """Begin with the trace: sample the fleet in each turn, and tune the policy from tune_at on."""
+        """Note that the trace begins now: tune the policy from tune_at on, and keep samples of the fleet."""
         self._begun_at = self._loop.now
         self._tune_at = tune_at
 
     # -- turns --
 
     def turn_at(self, at: float) -> None:
-        """Take the next turn at that time instead of the planned one."""
+        """Let the autoscaler take its next turn at that time instead of the planned one."""
         self._turn_number += 1
         self._loop.at(at, self._turn, self._turn_number)
 
@@ -136,7 +136,7 @@ class VirtualTurns:
     # -- machines --
 
     def advance_cloud(self) -> None:
-        """Carry out what the cloud has done to machines by now, and schedule its next event."""
+        """Carry out what the cloud has done to machines by now, and schedule the cloud's next event."""
         now = self._loop.now
         for effect in self._cloud.advance(now):
             if isinstance(effect, Boot):
@@ -162,7 +162,7 @@ class VirtualTurns:
         self._loop.at(self._loop.now + boot.load_s, self._ready, instance)
 
     def _ready(self, instance: SimulatedInstance) -> None:
-        """Mark the instance's model as loaded, and let the instance report so to the autoscaler."""
+        """Mark an instance's model as loaded, and let the instance report this to the autoscaler."""
         if not instance.up:
             return
         instance.become_ready()

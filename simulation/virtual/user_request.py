@@ -33,7 +33,7 @@ def must(holds: bool, otherwise: str) -> None:
 
 
 class Place(Enum):
-    """Where a request is, as in the picture above."""
+    """Where a request is on its way from arrival to end, as in the module's picture."""
 
     ASKING = "asking"
     HELD = "held"
@@ -42,7 +42,7 @@ class Place(Enum):
 
 
 class UserRequest:
-    """A request and what it went through. Times in seconds, lengths in tokens.
+    """A request of a user and what it went through. Times in seconds, lengths in tokens.
 
     at: when it came; up_at: when its user gives up. given_at: when it got its last lease. row: its number
     in the model servers' table, 0 while it is in none. late: it was in the late lane.
@@ -66,7 +66,7 @@ class UserRequest:
     def __init__(
         self, at: float, prompt: int, output: int, ask: RouteRequest, up_at: float, scored: bool
     ) -> None:
-        """Begin with the request's arrival. scored: whether that is in the scored window."""
+        """Make a request that arrives now. scored: whether it arrives in the part of the run that counts."""
         self.at = at
         self.prompt = prompt
         self.output = output
@@ -82,7 +82,7 @@ class UserRequest:
 
     @property
     def given(self) -> Lease:
-        """The lease of this request, which must have one."""
+        """The lease that this request has; raises NotConserved if it has none."""
         lease = self.lease
         if lease is None:
             raise NotConserved("a request has no lease, and was to have one")
@@ -105,7 +105,7 @@ class UserRequest:
         self.row = row
 
     def set_back(self) -> float:
-        """Note that its instance failed; return the seconds to wait before asking for another one."""
+        """Note that the request's instance failed; return the seconds to wait before asking for another."""
         lease = self.given
         must(self.place is Place.SENT, "a request failed that was not on its way")
         self.place = Place.ASKING

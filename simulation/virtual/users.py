@@ -1,4 +1,4 @@
-"""The users of a run: requests as they arrive, the queue they are held in, and what they try again.
+"""The users of a run in virtual time: requests as they arrive, wait for a lease, and are tried again.
 
     arrive ──► ask for a lease ──► sent ──► answered
                  ▲   │ held: granted later        │ broken off, not started
@@ -38,7 +38,7 @@ LAST_TRY_S = 0.1
 
 
 class Users:
-    """All requests of a run.
+    """The users of a run in virtual time, with all their requests.
 
     arrived, ended: requests so far. held: requests that wait at the loadbalancer. tokens_delivered: output
     tokens of the requests that were answered.
@@ -53,7 +53,7 @@ class Users:
         instances: SimulatedInstances,
         rng: random.Random,
     ) -> None:
-        """Begin without requests. context: the longest request, prompt and answer, in tokens."""
+        """Make users without requests. context: the longest request, prompt and answer, in tokens."""
         self.figures = RequestFigures()
         self.arrived = 0
         self.ended = 0
@@ -76,13 +76,13 @@ class Users:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way and none is to come."""
+        """Whether no request is under way and the trace has no more."""
         return not (self._coming or self._asking or self._sent or self.held)
 
     # -- arrivals --
 
     def play(self, requests: Iterable[Request]) -> None:
-        """Begin the trace now; raise ConfigError when it has no request."""
+        """Let the requests of this trace arrive from now on; raise ConfigError when it has none."""
         self._requests = iter(requests)
         self._begun = self._loop.now
         self._next_arrival()
@@ -113,7 +113,7 @@ class Users:
     # -- leases --
 
     def _ask(self, request: UserRequest, again: bool = True) -> None:
-        """Ask for a lease: the request is sent, waits at the loadbalancer, or asks again later."""
+        """Ask the loadbalancer for a lease: the request is sent, waits there, or asks again later."""
         now = self._loop.now
         self.grant()
         answer = self._balancer.request(request.ask, request.up_at - now, None, now, again=again)
@@ -152,7 +152,7 @@ class Users:
             self._plan_grant()
 
     def grant(self) -> None:
-        """Send the waiting requests for which there is room now."""
+        """Send the requests that wait at the loadbalancer and for which instances have room now."""
         if not self.held or self._granting:
             return
         self._granting = True  # what is sent may free room at once: no other round may begin in this one
@@ -178,7 +178,7 @@ class Users:
             self._instances.submit(instance, request)
 
     def answered(self, request: UserRequest, first_at: float, at: float) -> None:
-        """Record an answer.
+        """Record that a request was answered: when its first token came and when it ended, seconds.
 
         The loadbalancer is told at once, and learns the answer's length from the instance's report.
         """
@@ -204,11 +204,11 @@ class Users:
         self._balancer.end_lease(request.given.request_id, "finished", self._loop.now)
 
     def broken_off(self, request: UserRequest) -> None:
-        """Handle the end of a request's instance: ask for another one."""
+        """Handle the end of the instance that served a request: ask for another one."""
         self._set_back(request, "broken_off")
 
     def stall(self, request: UserRequest) -> None:
-        """Break a request off after STALL_S if its instance is still silent."""
+        """Break a request off in STALL_S seconds if its instance is still silent then."""
         self._loop.at(self._loop.now + STALL_S, self._stalled, request)
 
     def _stalled(self, request: UserRequest) -> None:
@@ -217,7 +217,7 @@ class Users:
             self._set_back(request, "broken_off")
 
     def _set_back(self, request: UserRequest, why: str) -> None:
-        """Tell the loadbalancer that the instance failed the request, and ask again while there is time."""
+        """Tell the loadbalancer that an instance failed the request, and ask again while there is time."""
         now = self._loop.now
         lease = request.given
         again = now + request.set_back()

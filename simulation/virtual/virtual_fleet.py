@@ -50,7 +50,7 @@ PREPARE_S = 86_400.0
 
 
 class _Listing:
-    """The cloud as the autoscaler lists it: the part of `Vast` that it uses."""
+    """The simulated cloud as the autoscaler lists it: the part of `Vast` that the autoscaler uses."""
 
     def __init__(self, cloud: SimulatedCloud) -> None:
         self._cloud = cloud
@@ -60,7 +60,7 @@ class _Listing:
 
 
 class _Performer:
-    """Takes the autoscaler's commands; the simulation decides when they arrive."""
+    """Takes the autoscaler's commands to the simulated cloud; the simulation decides when they arrive."""
 
     def __init__(self, cloud: SimulatedCloud, loop: EventLoop) -> None:
         self._cloud = cloud
@@ -71,7 +71,7 @@ class _Performer:
 
 
 class _ReplayInProcess:
-    """Runs a replay as a plain call; virtual time stands still meanwhile."""
+    """Runs a replay, which tunes the policy, as a plain call; virtual time stands still meanwhile."""
 
     def run(self, request: bytes) -> bytes:
         return json.dumps(replay.answer(json.loads(request))).encode()
@@ -81,12 +81,12 @@ class _ReplayInProcess:
 
 
 class VirtualFleet:
-    """One run in virtual time: call `prepare`, `play` and `finish` once each, or `run` for all three."""
+    """One run of a fleet in virtual time: call `prepare`, `play` and `finish` once each, or `run` for all."""
 
     def __init__(
         self, setting: Setting, policy: Policy, requests: Iterable[Request], directory: Path
     ) -> None:
-        """Build everything and start nothing. directory: an empty one, for the ledger."""
+        """Build the whole run and start nothing. directory: an empty one, for the ledger."""
         rng = random.Random(setting.seed)
         profile = setting.profile
         self.loop = loop = EventLoop()
@@ -152,7 +152,7 @@ class VirtualFleet:
         self._begun_at = 0.0
 
     def _longest_request(self) -> int:
-        """Return the most tokens that every machine of the market which suits the profile can hold."""
+        """Return the most tokens of a request that every suitable machine of the market can hold."""
         setting = self._setting
         offers = self._cloud.offers(0.0)
         if not offers:
@@ -160,13 +160,16 @@ class VirtualFleet:
         return min(setting.timing(o.gpu_name, o.num_gpus).kv_tokens for o in offers)
 
     def run(self) -> Outcome:
-        """Prepare the pool, play the trace, wait for the last answer; return what came of it."""
+        """Prepare the pool, play the trace, wait for the last answer; return the results."""
         self.prepare()
         self.play()
         return self.finish()
 
     def prepare(self) -> None:
-        """Load the pool, with as many hot as the trace begins with; costs count from there."""
+        """Load the model on the pool's instances, with as many hot as the trace begins with.
+
+        Costs count from the end of this.
+        """
         s = self._setting
         total = max(s.pool, s.hot)
         self._scaler.set_policy(Fixed(s.hot, total))
@@ -194,14 +197,14 @@ class VirtualFleet:
         )
 
     def play(self) -> None:
-        """Let the requests arrive at their times, until the last of them has ended."""
+        """Let the requests of the trace arrive at their times, until the last of them has ended."""
         users, step, play = self._users, self.loop.step, self.instances.play
         users.play(self._requests)
         while not users.idle:
             step(play)
 
     def finish(self) -> Outcome:
-        """Return what the run gave; raise NotConserved when something was lost or doubled in it."""
+        """Return the results of the run; raise NotConserved when it lost or doubled something."""
         self._turns.advance_cloud()
         s, now, begun, scaler, ledger = (
             self._setting,
@@ -237,7 +240,7 @@ def simulate(setting: Setting, policy: Policy, requests: Iterable[Request]) -> O
 
 
 def _fast_directory() -> str | None:
-    """Return a directory in memory where there is one: a run's ledger is read once and thrown away."""
+    """Return a directory in memory where there is one, because a run's ledger is read only once."""
     shm = Path("/dev/shm")  # noqa: S108 a directory of our own is made in it
     with suppress(OSError):
         if shm.is_dir():

@@ -1,1 +1,1 @@
-"""The fluid model: a fleet over days of traffic in milliseconds."""
+"""The fluid model, in which work is a liquid: a fleet over days of traffic, simulated in milliseconds."""

@@ -1,4 +1,4 @@
-"""A trace as the fluid model takes it: work, requests and limits, one bin a second."""
+"""A trace as the fluid model takes it: work, requests and latency limits, one bin a second."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ PREFILL_WEIGHT = 0.1
 
 @dataclass(frozen=True)
 class Bins:
-    """A trace, one value per second; all series are of the same length.
+    """A trace in bins of one second; all series have one value per second and the same length.
 
     work: output-token equivalents that arrived. requests: how many. limit_s: mean over these of the delay
     before service that is still in time. prompt_tokens, output_tokens: their sums; where not given they
@@ -31,7 +31,7 @@ class Bins:
     output_tokens: Floats | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for series that are no trace."""
+        """Raise ValueError for series that are negative, not finite, empty or of different lengths."""
         for name in ("work", "requests", "limit_s", "prompt_tokens", "output_tokens"):
             given = getattr(self, name)
             if given is None:
@@ -46,11 +46,11 @@ class Bins:
             object.__setattr__(self, name, values)
 
     def __len__(self) -> int:
-        """Return the number of seconds."""
+        """Return the number of seconds of the trace."""
         return len(self.work)
 
     def between(self, start_s: int, end_s: int) -> "Bins":
-        """Return the seconds start_s to end_s, as views of the same arrays."""
+        """Return the trace from start_s to end_s, as views of the same arrays."""
         part = slice(start_s, end_s)
         prompt, output = self.prompt_tokens, self.output_tokens
         return Bins(
@@ -63,32 +63,32 @@ class Bins:
 
     @cached_property
     def arriving(self) -> Floats:
-        """Return work per second in each whole bin of BIN_S seconds, as `FleetSnapshot.arriving` has it."""
+        """Return the work per second that arrived in each whole bin of BIN_S seconds, as policies see it."""
         width = int(BIN_S)
         whole = len(self.work) // width
         return cast("Floats", self.work[: whole * width].reshape(whole, width).mean(axis=1))
 
     @cached_property
     def patience(self) -> Floats:
-        """Return, for each second, the first wait in whole seconds that makes its requests late."""
+        """Return for each second the shortest wait, in whole seconds, that makes its requests late."""
         return np.floor(self.limit_s) + 1.0
 
     @cached_property
     def per_work(self) -> Floats:
-        """Return, for each second, the requests in a unit of its work; 0 where no work arrived."""
+        """Return for each second how many requests a unit of its work is; 0 where no work arrived."""
         return np.divide(self.requests, self.work, out=np.zeros(len(self)), where=self.work > 0.0)
 
     @cached_property
     def sums(self) -> tuple[Floats, Floats]:
-        """Return requests and work that arrived before each second, and last of all.
+        """Return the requests and the work that arrived before each second, and in all at the end.
 
-        Both are one longer than the bins.
+        Both arrays are one longer than the bins.
         """
         requests, work = (np.concatenate(([0.0], np.cumsum(v))) for v in (self.requests, self.work))
         return requests, work
 
     def tokens(self) -> tuple[Floats, Floats]:
-        """Return prompt and output tokens of each second; those not given follow from work and limit."""
+        """Return prompt and output tokens of each second; if not given they follow from work and limit."""
         prompt, output = self.prompt_tokens, self.output_tokens
         if prompt is None:
             prompt = np.maximum(self.limit_s - 2.0, 0.0) * 1000.0 * self.requests
@@ -108,7 +108,7 @@ def bins_of(
     prompt_token_s: float = 0.001,
     reading_s: ArrayLike = 0.0,
 ) -> Bins:
-    """Return the requests in bins of one second; those from `seconds` on are left out.
+    """Return requests as a trace in bins of one second; those from `seconds` on are left out.
 
     reading_s: how long an idle instance takes over the prompt of each, which the limit on the first token
     leaves less for waiting; 0 where it is not known.

@@ -1,4 +1,4 @@
-"""The fleet of the fluid model, and what a run of it gives."""
+"""The fleet of the fluid model, and the results of a run of the model."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ MOST_INSTANCES = 4096
 
 @dataclass(frozen=True)
 class FluidFleet:
-    """What the instances, which are all alike, and their cloud are like.
+    """The instances, which are all alike, and the prices of their cloud.
 
     capacity: of one hot instance. start_lo_s, start_hi_s: a start from cold takes a time drawn evenly from
     between these. load_s: order to hot. stop_s: hot to cold, paid as running. Prices in $/h of one instance.
@@ -35,7 +35,7 @@ class FluidFleet:
     max_instances: int = 1000
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a fleet that cannot exist."""
+        """Raise ValueError for a capacity, time, price or limit that is out of range."""
         for name, most in (("work_s", 1e9), ("requests_s", 1e9), ("concurrency", 1e9)):
             _wanted(f"capacity.{name}", getattr(self.capacity, name), 1e-6, most)
         for name in ("start_lo_s", "start_hi_s", "load_s", "stop_s", "late_bound_s"):
@@ -59,7 +59,10 @@ def _wanted(name: str, value: float, least: float, most: float) -> None:
 
 @dataclass(frozen=True)
 class FluidSeries:
-    """A run at each tick, for plots: at_s, and per tick the instances by state and the number wanted hot."""
+    """A run of the fluid model over time, for plots: at each tick the instances by state.
+
+    at_s: the times of the ticks. wanted: instances that should be hot.
+    """
 
     at_s: Ints
     hot: Ints
@@ -73,7 +76,7 @@ class FluidSeries:
 
 @dataclass(frozen=True)
 class FluidResult:
-    """What a run cost and how many requests it failed, all of the scored seconds only.
+    """What a run of the fluid model cost and how many requests it failed, in the scored seconds only.
 
     missed: requests served late, or certain to be. late_*: how long these waited, seconds; to the end of
     the run where they still do. uncovered: share of the wanted hot instances that was neither hot nor
@@ -106,15 +109,15 @@ class FluidResult:
 
     @property
     def misses(self) -> float:
-        """The share of the requests that were late; 0 when there were none."""
+        """The share of the run's requests that were late; 0 when there were none."""
         return self.missed / self.requests if self.requests > 0.0 else 0.0
 
     @property
     def usd(self) -> float:
-        """All dollars of the run."""
+        """All dollars that the run's instances cost."""
         return self.usd_hot + self.usd_starting + self.usd_loading + self.usd_stopping + self.usd_stopped
 
     @property
     def usd_serving(self) -> float:
-        """The dollars without the loaded pool: no storage, no loads."""
+        """The run's dollars without the loaded pool: no storage, no loads."""
         return self.usd_hot + self.usd_starting + self.usd_stopping

@@ -30,12 +30,13 @@ REALS = 12
 
 
 class FluidState(NamedTuple):
-    """All that changes in a run. The lists end at the counts in `whole` and are in the order of the commands.
+    """All that changes in a run of the fluid model.
 
-    queue, late: work left of each bin on time and late; undefined where nothing waited. waits: late requests
-    by seconds waited. began, began_work, began_prompt: requests, their work and prompt tokens whose service
-    began in each second; empty where no policy is asked. BEGAN… are their sums, ON… those of the last service
-    seconds: what instances have at hand. record: the series; empty where none is kept.
+    The lists end at the counts in `whole` and are in the order of the commands. queue, late: work left of
+    each bin on time and late; undefined where nothing waited. waits: late requests by seconds waited. began,
+    began_work, began_prompt: requests, their work and prompt tokens whose service began in each second; empty
+    where no policy is asked. BEGAN… are their sums, ON… those of the last service seconds: what instances
+    have at hand. record: the series; empty where none is kept.
     """
 
     whole: Ints
@@ -53,7 +54,7 @@ class FluidState(NamedTuple):
 
 
 class FluidConstants(NamedTuple):
-    """All that does not change in a run.
+    """All that does not change in a run of the fluid model.
 
     patience: the first wait, in whole seconds, that is too long, by bin. per_work: requests in a unit of
     work, by bin.
@@ -79,7 +80,7 @@ class FluidConstants(NamedTuple):
 
 
 class LevelRule(NamedTuple):
-    """The rule of policies/objective.py with its level; k = 0: no rule.
+    """The policy of policies/objective.py with its parameters, for compiled code; k = 0: no policy.
 
     level: its F after the hold, work/s, by bin. settled: the pool may shrink in the SETTLE_S from here.
     """
@@ -98,9 +99,10 @@ NO_RULE = LevelRule(np.zeros(0), 0.0, 1.0, 0, 0, 1.0, -NEVER)
 
 @njit
 def start_draw(seed: int, at: int, n: int) -> float:
-    """Return a number evenly from 0 to 1 for the n-th start of a second: splitmix64 (Steele et al. 2014).
+    """Return a number from 0 to 1, evenly drawn, for the n-th start in second `at`.
 
-    It is a hash of the arguments and not a stream, so that one start more leaves the others as they were.
+    splitmix64 (Steele et al. 2014): a hash of the arguments and not a stream, so that one start more leaves
+    the others as they were.
     """
     z = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(at) * np.uint64(0xD1B54A32D192ED03)
     z = z + np.uint64(n + 1) * np.uint64(0x9E3779B97F4A7C15)
@@ -112,7 +114,7 @@ def start_draw(seed: int, at: int, n: int) -> float:
 
 @njit
 def _next_event(s: FluidState) -> None:
-    """Find when the next starting, loading or stopping instance changes by itself, and store it."""
+    """Store when the next starting, loading or stopping instance of the fleet changes by itself."""
     soonest = NEVER
     for n in range(s.whole[STARTING]):
         soonest = min(soonest, s.ready[n])
@@ -155,7 +157,7 @@ def _pass_events(s: FluidState, g: FluidConstants, now: int) -> None:
 
 @njit
 def _stop(s: FluidState, g: FluidConstants, now: int) -> None:
-    """Begin to stop one instance; the caller has taken it from the count that it was in."""
+    """Begin to stop one instance; the caller has taken it from the count of its old state."""
     s.stopped[s.whole[STOPPING]] = now + g.stop
     s.whole[STOPPING] += 1
     if g.score_from <= now < g.score_to:
@@ -164,7 +166,7 @@ def _stop(s: FluidState, g: FluidConstants, now: int) -> None:
 
 @njit
 def _order(s: FluidState, g: FluidConstants, now: int, hot: int, total: int) -> None:
-    """Carry out the orders that lead to `hot` hot and `total` in all, as InstanceSet.decide orders."""
+    """Start, stop, create and destroy to get `hot` hot and `total` in all, as InstanceSet.decide orders."""
     w = s.whole
     hot = min(max(hot, 0), g.most)
     total = max(hot, min(max(total, 0), g.most))
@@ -207,7 +209,7 @@ def _order(s: FluidState, g: FluidConstants, now: int, hot: int, total: int) -> 
 
 @njit
 def _count_late(s: FluidState, g: FluidConstants, b: int, wait: int, part: float) -> None:
-    """Count a part of the work of bin b as late, after a wait of so many seconds."""
+    """Count a part of the work that came in second b as late, after a wait of so many seconds."""
     requests = part * g.per_work[b]
     s.waits[min(wait, len(s.waits) - 1)] += requests
     s.real[LATE_ENDED] += requests
@@ -217,7 +219,7 @@ def _count_late(s: FluidState, g: FluidConstants, b: int, wait: int, part: float
 
 @njit
 def _serve(s: FluidState, g: FluidConstants, now: int) -> None:
-    """Let the bin of this second arrive, and the hot instances serve for a second.
+    """Let the work of this second arrive, and the hot instances serve for one second.
 
     They serve late work that has waited over the bound, then what is on time, then late work.
     """
@@ -302,7 +304,7 @@ def _serve(s: FluidState, g: FluidConstants, now: int) -> None:
 
 @njit
 def pass_seconds(s: FluidState, g: FluidConstants, start: int, end: int, rule: LevelRule) -> None:
-    """Pass the seconds from start to end; at each tick under the rule, if there is one.
+    """Simulate the seconds from start to end; at each tick the fleet follows the rule, if there is one.
 
     In most seconds nothing waits and all fits, and at most ticks there is no command: these are done here
     without a call, which counts the references of a dozen arrays. So a day takes milliseconds.
@@ -368,7 +370,7 @@ def pass_seconds(s: FluidState, g: FluidConstants, start: int, end: int, rule: L
 
 @njit
 def _count_seconds(s: FluidState, g: FluidConstants, start: int, end: int) -> None:
-    """Add the scored seconds from start to end, in which no instance changed, to the sums."""
+    """Add instances by state to the sums, for the scored seconds from start to end, without a change."""
     w = s.whole
     seconds = min(end, g.score_to) - max(start, g.score_from)
     if seconds <= 0:
@@ -385,7 +387,7 @@ def _count_seconds(s: FluidState, g: FluidConstants, start: int, end: int) -> No
 
 @njit
 def _count_on(s: FluidState, g: FluidConstants, now: int) -> None:
-    """Count the requests that are on instances: those begun in the last service_s seconds (Little's law)."""
+    """Count the requests on instances: those begun in the last service_s seconds (Little's law)."""
     r = s.real
     r[BEGAN] += s.began[now]
     r[BEGAN_PROMPT] += s.began_prompt[now]
@@ -403,7 +405,7 @@ def _count_on(s: FluidState, g: FluidConstants, now: int) -> None:
 def pass_turn(
     s: FluidState, g: FluidConstants, now: int, end: int, hot: int, total: int, no_rule: LevelRule
 ) -> None:
-    """Pass one tick of any policy: its commands, then the seconds until it is asked again.
+    """Simulate one tick of any policy: its commands, then the seconds until it is asked again.
 
     What is due at `end` has happened when it returns, so that the policy sees it.
     """
@@ -415,7 +417,7 @@ def pass_turn(
 
 @njit
 def count_waiting(s: FluidState, g: FluidConstants, end: int) -> None:
-    """Count what still waits at the end: late requests, and those on time that cannot stay so."""
+    """Count the requests that still wait at the run's end and are late, or cannot be in time any more."""
     w, r = s.whole, s.real
     for b in range(w[LATE_HEAD], end):
         if r[LATE] > 0.0 and s.late[b] > 0.0 and g.score_from <= b < g.score_to:
@@ -432,7 +434,10 @@ def count_waiting(s: FluidState, g: FluidConstants, end: int) -> None:
 
 @njit
 def mean_series(arriving: Floats, mean_s: float, values: int) -> Floats:
-    """Return the exponential mean of policies/objective.py after each bin; over `values` bins at most."""
+    """Return the exponential mean of the arrivals after each bin, over `values` bins at most.
+
+    It is the mean over mean_s seconds of policies/objective.py.
+    """
     decay = math.exp(-BIN_S / mean_s)
     forgotten = decay**values
     out = np.empty(len(arriving))
@@ -447,7 +452,7 @@ def mean_series(arriving: Floats, mean_s: float, values: int) -> Floats:
 
 @njit
 def held_series(values: Floats, back: int) -> Floats:
-    """Return, at each place, the largest of that value and the `back` values before it."""
+    """Return for each value the largest of itself and the `back` values before it."""
     out = np.empty(len(values))
     at = 0
     for n in range(len(values)):

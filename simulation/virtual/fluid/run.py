@@ -46,14 +46,17 @@ LATE_WAITS_S = 7200
 
 
 def level_series(arriving: Floats, level: Objective) -> Floats:
-    """Return the level F of `Objective` after its hold, work/s, at the end of each bin of BIN_S."""
+    """Return the forecast level of policy `Objective` (its F after the hold), work/s, at the end of each bin.
+
+    arriving: work per second that arrived in each bin of BIN_S seconds.
+    """
     fast = kernel.mean_series(arriving, level.fast_s, window(level.fast_s))
     slow = kernel.mean_series(arriving, level.slow_s, window(level.slow_s))
     return kernel.held_series(np.maximum(fast, level.slow_share * slow), round(level.hold_s / BIN_S))
 
 
 class FluidRun:
-    """A run that is led by one policy after another; `level` and `policy` go on where the last ended.
+    """A run of the fluid model, led by one policy after another; each goes on where the last one ended.
 
     score_from_s, score_to_s: the seconds that count. hot, cold: the instances there are at the start, for
     which nothing was paid. tracked: whether a policy will be asked, which needs to know what is at hand.
@@ -122,7 +125,7 @@ class FluidRun:
         )
 
     def level(self, level: Objective, until_s: int | None = None, levels: Floats | None = None) -> None:
-        """Continue to until_s under an `Objective`, compiled.
+        """Continue the run to until_s under policy `Objective`, compiled.
 
         levels: its `level_series`, if the caller has it. The result is that of `policy` with the same object
         at a tick of TICK_S.
@@ -145,7 +148,7 @@ class FluidRun:
         self.now = max(self.now, end)
 
     def policy(self, policy: Policy, until_s: int | None = None, tick_s: int = TICK_S) -> None:
-        """Continue to until_s and ask the policy every tick_s; the seconds between two ticks are compiled."""
+        """Continue the run to until_s and ask the policy every tick_s seconds; between, it runs compiled."""
         end = len(self.bins) if until_s is None else min(until_s, len(self.bins))
         seen = SnapshotBuilder(self.fleet, self._state, self._arriving, self._totals, policy.memory_s)
         while self.now < end:
@@ -163,14 +166,14 @@ class FluidRun:
 
     @property
     def scored_so_far(self) -> tuple[float, float]:
-        """Return the requests that came in the scored seconds up to now, and how many of them were missed."""
+        """Return how many requests came in the scored seconds up to now, and how many of them were late."""
         g, requests = self._given, self._totals[0]
         first = min(self.now, g.score_from)
         came = float(requests[min(self.now, g.score_to)] - requests[first])
         return came, float(self._state.real[kernel.MISSED])
 
     def result(self) -> FluidResult:
-        """End the run and return what it gave up to now; requests that still wait are counted."""
+        """End the run and return its result up to now; requests that still wait are counted."""
         s, g, fleet = self._state, self._given, self.fleet
         kernel.count_waiting(s, g, self.now)
         w, r = s.whole, s.real
@@ -233,7 +236,7 @@ def run_fluid(
     cold: int | None = None,
     **options: Any,
 ) -> FluidResult:
-    """Return the whole trace under a policy.
+    """Run the fluid model over a whole trace under a policy; return the result.
 
     An `Objective` runs compiled, a day in one to three milliseconds, at a tick of TICK_S; levels: its
     level_series, if that is at hand. Any other policy, and with `asked` an Objective, is asked every tick_s,
@@ -251,7 +254,7 @@ def run_fluid(
 
 
 def _first(policy: Policy, fleet: FluidFleet, hot: int | None, cold: int | None) -> tuple[int, int]:
-    """Return the instances at the start: as given, or as the policy wants of an empty fleet without load."""
+    """Return the hot and cold instances at the start: as given, or as the policy wants without load."""
     if hot is not None and cold is not None:
         return hot, cold
     start_s = (fleet.start_lo_s + fleet.start_hi_s) / 2.0

@@ -1,4 +1,4 @@
-"""What a policy is shown of a run of the fluid model."""
+"""What a policy is shown of a run of the fluid model: snapshots of its fleet."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, overload
@@ -36,7 +36,7 @@ class TailView(Sequence[T]):
         self._of, self._start, self._end, self._array = of, max(0, start), end, array
 
     def __len__(self) -> int:
-        """Return how many values there are."""
+        """Return how many values the view has."""
         return self._end - self._start
 
     @overload
@@ -44,7 +44,7 @@ class TailView(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        """Return one value, or the values of a slice as a list."""
+        """Return one value of the view, or the values of a slice as a list."""
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
@@ -55,18 +55,18 @@ class TailView(Sequence[T]):
         return self._of[(self._end if index < 0 else self._start) + index]
 
     def __iter__(self) -> Iterator[T]:
-        """Give the values, oldest first."""
+        """Iterate over the values of the view, oldest first."""
         return iter(self._of[self._start : self._end])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """Return the values for numpy: a view where an array is at hand."""
+        """Return the values of the view for numpy: a numpy view where an array is at hand."""
         if self._array is None:
             return np.asarray(self._of[self._start : self._end], dtype=dtype)
         return np.array(self._array[self._start : self._end], dtype=dtype, copy=copy)
 
 
 class SnapshotBuilder:
-    """Builds the FleetSnapshot of a second of the run, as the autoscaler would show it to a policy."""
+    """Builds snapshots of the fluid model's fleet, as the autoscaler would show its own to a policy."""
 
     def __init__(
         self,
@@ -76,7 +76,11 @@ class SnapshotBuilder:
         totals: Sequence[Floats],
         memory_s: float,
     ) -> None:
-        """totals: requests, work, prompt and output tokens that arrived before each second."""
+        """Make the builder for one run, which must be tracked (ValueError otherwise).
+
+        totals: requests, work, prompt and output tokens that arrived before each second. memory_s: for how
+        many seconds the policy looks back.
+        """
         if not len(state.began):
             raise ValueError("a policy is asked only in a run that is tracked")
         self._fleet = fleet
@@ -90,7 +94,7 @@ class SnapshotBuilder:
         self._holds = fleet.capacity.work_s * fleet.service_s
 
     def look(self, now: int) -> FleetSnapshot:
-        """Return the snapshot of this second, before its requests arrive."""
+        """Return the snapshot of the fleet at second `now`, before the requests of that second arrive."""
         fleet = self._fleet
         hot, starting, loading, stopping, cold, head, late_head = self._state.whole[:7].tolist()
         real = self._state.real.tolist()
