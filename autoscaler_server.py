@@ -43,7 +43,7 @@ from web.messages.busy import LOADBALANCER, MAX_BUSY_BODY, BusyAnswer, read_busy
 from web.messages.decoding import BadField, decode
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import ReadyBody
-from web.metrics import MetricsPage
+from web.metrics import metrics_page
 from web.signatures import claimed_name, name_and_key, signer
 
 log = logging.getLogger("autoscaler")
@@ -178,7 +178,7 @@ def _add_ready(
 
 def _add_operator_views(app: Flask, scaler: Autoscaler, keys: AccessKeys) -> None:
     operator = requires(keys.for_operator)
-    page = MetricsPage(AutoscalerMetrics(scaler))
+    figures = AutoscalerMetrics(scaler)
 
     @app.get("/instances")
     @operator
@@ -204,7 +204,7 @@ def _add_operator_views(app: Flask, scaler: Autoscaler, keys: AccessKeys) -> Non
     @app.get("/metrics")
     @operator
     def metrics() -> Response:
-        return page.answer()
+        return response(metrics_page(figures, request.headers.get("Accept", "")))
 
 
 def _add_operator_orders(app: Flask, scaler: Autoscaler, keys: AccessKeys, tuner: Tuner | None) -> None:

@@ -33,7 +33,7 @@ Times are epoch seconds, work is in output-token equivalents. All methods belong
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dispatch.allowance import MOST_UNUSED
@@ -51,7 +51,7 @@ from dispatch.request_estimates import EXPECTED_OUTPUT_TOKENS, RequestEstimates
 from dispatch.request_queue import LATE_BOUND_S, RequestQueue
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from dispatch.token_refills import Refill, TokenRefills
-from dispatch.usage import describe, measure
+from dispatch.usage import describe, describe_instance, measure
 from dispatch.wait_times import WaitTimes
 from engine.slo import Slo
 from web.messages.busy import BusyReport
@@ -113,19 +113,41 @@ class LoadBalancer:
         Instances that stay keep their leases, tokens and measurements. One that is not named any more is
         forgotten with its leases; one that drains keeps them and gets none. A new address is a new instance.
         """
-        instances = self.instances
-        if not instances.take(hot_set):
+        steps = self.begin_hot_set(hot_set, now)
+        if steps is None:
             return False
+        for _ in steps:
+            pass
+        return True
+
+    def begin_hot_set(self, hot_set: HotSet, now: float) -> Iterator[None] | None:
+        """Begin to take over a hot set, as `update_hot_set`; iterating does it, one instance a step.
+
+        10,000 new instances take 0.2 s. What happens between two steps finds each instance as it was or as
+        it is told, and the hot set before until the last step: a loadbalancer that says it has a hot set
+        gives no lease on what drains there. A newer hot set, once begun, ends the steps of this one.
+        """
+        if not self.instances.take(hot_set):
+            return None
         self._estimates.update(hot_set)
-        instances.expect(hot_set.expected_hot_s, now)
+        self.instances.expect(hot_set.expected_hot_s, now)
+        return self._take_over(hot_set, now)
+
+    def _take_over(self, hot_set: HotSet, now: float) -> Iterator[None]:
+        instances = self.instances
         named = {spec.id: spec for spec in hot_set.instances}
         for inst in list(instances):
+            if not instances.takes(hot_set):
+                return
             spec = named.get(inst.id)
             if spec is None or (spec.address, spec.auth_url) != (inst.spec.address, inst.spec.auth_url):
                 self.leases.lose_all(inst, now)
                 self._refills.forget(inst)
                 instances.remove(inst)
-        for spec in named.values():
+                yield
+        for spec in hot_set.instances:
+            if not instances.takes(hot_set):
+                return
             known = instances.by_id.get(spec.id)
             if known is None:
                 known = instances.add(spec, now)
@@ -135,8 +157,8 @@ class LoadBalancer:
                 known.update(spec, now)
             self._refills.check(known, now)
             self._index.update(known, now)
-        instances.survey()
-        return True
+            yield
+        instances.complete(hot_set)
 
     def expect_hot(self, expected_hot_s: float | None, now: float) -> None:
         """Expect the next instance to become hot in so many seconds; None: not known."""
@@ -262,10 +284,8 @@ class LoadBalancer:
 
     def tick(self, now: float) -> None:
         """Let time pass: end leases that expired, find tokens that are old. Call it every second or so."""
-        for lease, how in self.leases.due(now):
-            inst = self.instances.by_id[lease.instance_id]
-            self.leases.end(inst, lease, how, now)
-            self._index.update(inst, now)
+        for _ in self.expire(now):
+            pass
         for inst in self.instances:
             inst.stock.drop_old(now)
             if inst.circuit.tick(now) or (not inst.stock.size and inst in self._index):
@@ -275,6 +295,14 @@ class LoadBalancer:
         self._estimates.tick()
         self._index.drop_empty_classes()
         self.instances.survey()
+
+    def expire(self, now: float) -> Iterator[None]:
+        """End the leases that expired, one a step: 20,000 can be given in a second, and end in 0.2."""
+        for lease, how in self.leases.due(now):
+            inst = self.instances.by_id[lease.instance_id]
+            self.leases.end(inst, lease, how, now)
+            self._index.update(inst, now)
+            yield
 
     # -- what to ask of the instances --
 
@@ -308,5 +336,10 @@ class LoadBalancer:
         return measure(name, self.instances, self.queue, self._demand, len(self.leases), self.slo, now)
 
     def describe(self, now: float) -> dict[str, Any]:
-        """Return what an operator may see: no tokens."""
-        return describe(self.usage(now), self.instances, self.leases, self._demand, now)
+        """Return what an operator may see: no tokens. Each instance is beside it, in `describe_instances`."""
+        return describe(self.usage(now), self.instances, self.leases, self._demand)
+
+    def describe_instances(self, now: float) -> Iterator[dict[str, Any]]:
+        """Yield what an operator may see of each instance; they may change meanwhile."""
+        for inst in list(self.instances):
+            yield describe_instance(inst, now) | {"in_queue": inst in self._index}

@@ -24,7 +24,8 @@ class HotInstances:
         self.by_id: dict[int, ServingInstance] = {}
         self.index = CandidateIndex(rng)
         self.table = LoadTable()
-        self.hot_set: HotSet | None = None  # the present one
+        self.hot_set: HotSet | None = None  # the one that the instances are of
+        self._newest: HotSet | None = None  # the one that is being taken over, or that
         self.hot = 0  # instances that do not drain, whether or not they can serve at this moment
         self.throughput = 0.0  # of those together, work a second
         self.typical_capacity = CAPACITY_UNKNOWN * expected_output_tokens  # of one of those, work
@@ -40,8 +41,8 @@ class HotInstances:
         return len(self.by_id)
 
     def take(self, hot_set: HotSet) -> bool:
-        """Take over epoch and version, which say which hot set is newer; False when this one is older."""
-        last = self.hot_set
+        """Begin to take over a hot set; False when it is older, by its epoch and version."""
+        last = self._newest
         if last is not None and hot_set.epoch == last.epoch:
             if hot_set.version < last.version:
                 return False
@@ -49,8 +50,17 @@ class HotInstances:
             return False
         elif last is not None:
             self._past_epochs.append(last.epoch)
-        self.hot_set = hot_set
+        self._newest = hot_set
         return True
+
+    def takes(self, hot_set: HotSet) -> bool:
+        """Return whether it is still that one which is being taken over."""
+        return self._newest is hot_set
+
+    def complete(self, hot_set: HotSet) -> None:
+        """Note that the instances are those of that hot set."""
+        self.hot_set = hot_set
+        self.survey()
 
     def same(self, spec: HotInstance) -> ServingInstance | None:
         """Return the instance that a message was for; None when it is gone or has become another one."""

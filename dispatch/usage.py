@@ -62,9 +62,9 @@ def measure(
 
 
 def describe(
-    usage: BusyReport, instances: HotInstances, leases: LeaseBook, demand: DemandCounter, now: float
+    usage: BusyReport, instances: HotInstances, leases: LeaseBook, demand: DemandCounter
 ) -> dict[str, Any]:
-    """Return what an operator may see: no tokens."""
+    """Return what an operator may see of the whole: no tokens."""
     hot_set = instances.hot_set
     return {
         "hot_epoch": usage.hot_epoch,
@@ -84,11 +84,11 @@ def describe(
         "too_many_unused": leases.allowance.refused,
         "prompt_too_long": demand.impossible,
         "ends": dict(leases.ends),
-        "instances": [_row(inst, now) | {"in_queue": inst in instances.index} for inst in instances],
     }
 
 
-def _row(inst: ServingInstance, now: float) -> dict[str, Any]:
+def describe_instance(inst: ServingInstance, now: float) -> dict[str, Any]:
+    """Return what an operator may see of an instance."""
     work = inst.work(now)
     return {
         "id": inst.id,

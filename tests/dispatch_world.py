@@ -181,7 +181,8 @@ class DispatchWorld:
 
     def describe(self) -> dict[str, Any]:
         """What an operator sees."""
-        return self.balancer.describe(self.now)
+        instances = list(self.balancer.describe_instances(self.now))
+        return self.balancer.describe(self.now) | {"instances": instances}
 
 
 def world(*instances: HotInstance, seed: int = 1, **settings: Any) -> DispatchWorld:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from flask import Response
@@ -18,11 +18,25 @@ class JsonAnswer:
     said: Mapping[str, Any] | Struct | bytes
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
+    content_type: ClassVar[str] = "application/json"
 
     @property
     def payload(self) -> bytes:
         """The body of the answer, as bytes of JSON."""
         return self.said if isinstance(self.said, bytes) else msgspec.json.encode(self.said)
+
+
+@dataclass(frozen=True, slots=True)
+class PageAnswer:
+    """An HTTP answer in another format than JSON."""
+
+    payload: bytes
+    content_type: str
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+Answer = JsonAnswer | PageAnswer
 
 
 def error(status: int, code: str, message: str) -> Response:
@@ -40,9 +54,9 @@ def bad_request(wrong: BadField) -> JsonAnswer:
     return error_answer(400, "bad_request", str(wrong))
 
 
-def response(answer: JsonAnswer) -> Response:
-    """Return a JSON answer as a Flask response."""
-    response = Response(answer.payload, answer.status, mimetype="application/json")
+def response(answer: Answer) -> Response:
+    """Return an answer as a Flask response."""
+    response = Response(answer.payload, answer.status, content_type=answer.content_type)
     for name, value in answer.headers:
         response.headers[name] = value
     return response

@@ -32,9 +32,9 @@ from fleet_client.asgi_server import AsgiServer, Background
 from fleet_client.browser_pages import page_refusal
 from fleet_client.loopback import is_loopback_host, names_loopback
 from fleet_client.own_tls import ServerTls
-from web.answers import CLOSING, OUR_FAULT, JsonAnswer, bad_request, error_answer
+from web.answers import CLOSING, OUR_FAULT, Answer, JsonAnswer, bad_request, error_answer
 from web.app import max_body, refused_by_head
-from web.direct import DirectRoute, DirectRoutes, Held
+from web.direct import Asker, DirectRoute, DirectRoutes, Held
 from web.messages.decoding import BadField
 
 log = logging.getLogger("http")
@@ -82,7 +82,8 @@ class FlaskBridge:
         path = scope["path"]
         authorization, size = _said_of_itself(scope["headers"])
         direct = self._direct.get(path)
-        route = None if direct is None else direct.get(scope["method"])
+        method = scope["method"]
+        route = None if direct is None else direct.get("GET" if method == "HEAD" else method)
         most = max_body(self._app, path)
         refusal = self._page_refusal(scope)
         if refusal is None:
@@ -146,7 +147,7 @@ class FlaskBridge:
         authorization: str,
         most: int,
         receive: Any,
-    ) -> JsonAnswer | None:
+    ) -> Answer | None:
         """Return the answer of a direct route, one that is served without Flask.
 
         None when its client went away while it waited.
@@ -154,7 +155,8 @@ class FlaskBridge:
         if len(raw) > most:
             return _too_large(most)
         try:
-            found = route.handle(raw, authorization, (scope.get("client") or ("",))[0])
+            asker = Asker(authorization, (scope.get("client") or ("",))[0], scope["headers"])
+            found = route.handle(raw, asker)
             if isinstance(found, JsonAnswer):
                 return found
             return await (self._wait(found, receive) if isinstance(found, Held) else found)
@@ -278,9 +280,12 @@ def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
 
 
-def _plain(answer: JsonAnswer) -> _Plain:
+def _plain(answer: Answer) -> _Plain:
     payload = answer.payload
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(payload))]
+    headers = [
+        (b"content-type", answer.content_type.encode("latin-1")),
+        (b"content-length", b"%d" % len(payload)),
+    ]
     return answer.status, headers + _encoded(answer.headers) if answer.headers else headers, payload
 
 

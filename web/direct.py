@@ -6,20 +6,29 @@ They are registered here only, not with Flask: FlaskBridge serves both.
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from flask import Flask
 
-from web.answers import JsonAnswer
+from web.answers import Answer, JsonAnswer
 from web.app import HeadCheck, key_check
 from web.messages.decoding import decode
 
 T = TypeVar("T")
 
-Handler = Callable[[bytes, str | None, str], "JsonAnswer | Held | Awaitable[JsonAnswer]"]
-"""Of body, Authorization header and the peer's address; raises BadField."""
+
+class Asker(NamedTuple):
+    """Who sent a request. authorization: the header, "" without one; peer: the address."""
+
+    authorization: str
+    peer: str
+    headers: Sequence[tuple[bytes, bytes]]
+
+
+Handler = Callable[[bytes, Asker], "JsonAnswer | Held | Awaitable[Answer]"]
+"""Of the body, and of who asks; raises BadField."""
 
 _EXTENSION = "direct_routes"
 
@@ -69,8 +78,8 @@ class DirectRoutes:
         """
 
         def register(view: Callable[[T, str], JsonAnswer | Held]) -> None:
-            def handle(raw: bytes, authorization: str | None, peer: str) -> JsonAnswer | Held:
-                return view(decode(raw, kind), client_name(authorization, peer) if keys() else peer)
+            def handle(raw: bytes, asker: Asker) -> JsonAnswer | Held:
+                return view(decode(raw, kind), client_name(asker) if keys() else asker.peer)
 
             self.add("POST", path, handle, key_check(keys))
 
@@ -85,16 +94,30 @@ class DirectRoutes:
         """
 
         def register(view: Callable[[bytes], Awaitable[JsonAnswer]]) -> None:
-            self.add("PUT", path, lambda raw, *_: view(raw), key_check(keys))
+            self.add("PUT", path, lambda raw, _: view(raw), key_check(keys))
+
+        return register
+
+    def get(
+        self, path: str, keys: Callable[[], Collection[str]]
+    ) -> Callable[[Callable[[str], Awaitable[Answer]]], None]:
+        """Return a decorator that makes a coroutine function of the Accept header a GET route, as `put`."""
+
+        def register(view: Callable[[str], Awaitable[Answer]]) -> None:
+            self.add("GET", path, lambda _, asker: view(_accept(asker.headers)), key_check(keys))
 
         return register
 
 
-def client_name(authorization: str | None, peer: str) -> str:
+def client_name(asker: Asker) -> str:
     """Return a name for a client: of its key the beginning of the SHA-256, without one its address."""
-    if authorization is None:
-        return peer
-    return "key-" + hashlib.sha256(authorization[7:].encode()).hexdigest()[:16]
+    if not asker.authorization:
+        return asker.peer
+    return "key-" + hashlib.sha256(asker.authorization[7:].encode()).hexdigest()[:16]
+
+
+def _accept(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    return ",".join(value.decode("latin-1") for name, value in headers if name == b"accept")
 
 
 class Held:

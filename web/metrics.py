@@ -7,27 +7,22 @@ exposition writes them. Names hold the unit (`_seconds`, `_dollars`, `_total`); 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
-from flask import Response, request
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from web.answers import PageAnswer
+
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
-class MetricsPage:
-    """The page that GET /metrics answers, made of the process's figures at that moment."""
-
-    def __init__(self, collector: Collector) -> None:
-        """Make the page. collector: yields the process's figures each time it is asked."""
-        self._registry = CollectorRegistry()
-        self._registry.register(collector)
-
-    def answer(self) -> Response:
-        """Return the page of figures as the response to the request being served."""
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        return Response(encode(self._registry), content_type=content_type)
+def metrics_page(collector: Collector, accept: str) -> PageAnswer:
+    """Return the answer of GET /metrics. accept: the asker's Accept header."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    encode, content_type = choose_encoder(accept)
+    return PageAnswer(encode(registry), content_type)
 
 
 def gauge(name: str, says: str, value: float) -> Family:

@@ -18,6 +18,7 @@ from instance_client import InstanceClient
 from process.errors import InstanceError
 from web.messages.busy import LOADBALANCER, BusyAnswer
 from web.messages.decoding import BadField, decode
+from web.slices import in_slices
 
 log = logging.getLogger("loadbalancer")
 
@@ -162,7 +163,10 @@ class BackgroundTasks:
     async def ticks(self) -> None:
         """Release what has expired, every second."""
         while True:
-            self._service.balancer.tick(self._service.clock())
+            service = self._service
+            async for _ in in_slices(service.balancer.expire(service.clock())):
+                pass
+            service.balancer.tick(service.clock())
             await asyncio.sleep(1.0)
 
     async def autoscaler(self) -> None:
@@ -193,7 +197,7 @@ class BackgroundTasks:
             if reply.status == 503:
                 return  # it does not know its fleet yet: what is known here stays as it is
             raw = await _read(reply)
-        self._service.hot_set(await self._service.reader.read(raw))
+        await self._service.take_hot_set(await self._service.reader.read(raw))
 
     async def _report_busy(self, session: aiohttp.ClientSession) -> bool:
         """Say how busy it is; return whether the autoscaler's hot set is the one that is known here."""

@@ -1,6 +1,7 @@
 """The loadbalancer's figures for Prometheus."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -36,46 +37,64 @@ INSTANCE_FIGURES = (
 )
 """The same, of each instance of the status."""
 
+Row = tuple[float, ...]
+"""Id of an instance, and its figures."""
+
+Histograms = Mapping[str, tuple[Sequence[float], tuple[int, ...], float]]
+"""Label -> bounds, counts and sum of a histogram."""
+
 
 class LoadBalancerMetrics(Collector):
-    """Reads the figures of a loadbalancer, on the thread of its event loop."""
+    """The figures of one moment; they may be written in any thread."""
 
-    def __init__(self, service: LoadBalancerService) -> None:
-        """service: what is read."""
-        self._service = service
+    def __init__(self, service: LoadBalancerService, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
+        """Take the figures off a loadbalancer. head: its status; rows: of each instance."""
+        leases = service.balancer.leases
+        self._head, self._rows = head, rows
+        self._hot = service.balancer.instances.hot
+        self._heard_age_s = None if service.heard_at is None else service.clock() - service.heard_at
+        self._ends = dict(leases.ends)
+        self._waits = _counted(service.waits)
+        self._route_times = _counted({"": service.route_times})
+        self._lasted = _counted(leases.lasted)
+
+    @classmethod
+    async def read(cls, service: LoadBalancerService) -> "LoadBalancerMetrics":
+        """Return the figures of now, read a little at a time."""
+        head, rows = await service.described(_row)
+        return cls(service, head, rows)
 
     def collect(self) -> Iterator[Family]:
         """Yield what GET /status says, and how long requests waited and leases lasted."""
-        service, balancer = self._service, self._service.balancer
-        status = service.status()
         for name, says, field in FIGURES:
             make = counter if name.endswith("_total") else gauge
-            yield make(f"loadbalancer_{name}", says, status[field])
-        hot = balancer.instances.hot
-        yield gauge("loadbalancer_hot_instances", "Instances that may be given requests.", hot)
-        if service.heard_at is not None:
+            yield make(f"loadbalancer_{name}", says, self._head[field])
+        yield gauge("loadbalancer_hot_instances", "Instances that may be given requests.", self._hot)
+        if self._heard_age_s is not None:
             says = "Seconds since the autoscaler last said what is hot, or that it still is so."
-            age_s = service.clock() - service.heard_at
-            yield gauge("loadbalancer_autoscaler_heard_age_seconds", says, age_s)
+            yield gauge("loadbalancer_autoscaler_heard_age_seconds", says, self._heard_age_s)
         says = "Leases that ended, by how."
-        ends = balancer.leases.ends
-        yield labelled(CounterMetricFamily, "loadbalancer_lease_ends_total", says, "how", ends.items())
+        yield labelled(CounterMetricFamily, "loadbalancer_lease_ends_total", says, "how", self._ends.items())
         says = "From a request for a lease until it was answered with one or refused; 0 without waiting."
-        yield _histogram("loadbalancer_wait_seconds", says, service.waits, "outcome")
+        yield _histogram("loadbalancer_wait_seconds", says, self._waits, "outcome")
         says = "What POST /route took of the event loop, for requests that did not wait."
-        yield _histogram("loadbalancer_route_seconds", says, {"": service.route_times})
+        yield _histogram("loadbalancer_route_seconds", says, self._route_times)
         says = "From a lease until its end was known, by how it ended."
-        yield _histogram("loadbalancer_lease_seconds", says, balancer.leases.lasted, "how")
-        yield from _of_instances(status["instances"])
+        yield _histogram("loadbalancer_lease_seconds", says, self._lasted, "how")
+        for n, (name, says, _) in enumerate(INSTANCE_FIGURES, start=1):
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            values = ((str(row[0]), row[n]) for row in self._rows)
+            yield labelled(kind, f"loadbalancer_instance_{name}", says, "instance", values)
 
 
-def _of_instances(rows: Sequence[Mapping[str, float]]) -> Iterator[Family]:
-    for name, says, field in INSTANCE_FIGURES:
-        kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-        values = ((str(row["id"]), row[field]) for row in rows)
-        yield labelled(kind, f"loadbalancer_instance_{name}", says, "instance", values)
+def _row(described: Mapping[str, Any]) -> Row:
+    return (described["id"], *(described[field] for _, _, field in INSTANCE_FIGURES))
 
 
-def _histogram(name: str, says: str, of: Mapping[str, DurationHistogram], label: str = "") -> Family:
-    bounds = next(iter(of.values())).bounds
-    return histogram(name, says, bounds, {value: (h.counts, h.sum_s) for value, h in of.items()}, label)
+def _counted(of: Mapping[str, DurationHistogram]) -> Histograms:
+    return {value: (h.bounds, tuple(h.counts), h.sum_s) for value, h in of.items()}
+
+
+def _histogram(name: str, says: str, of: Histograms, label: str = "") -> Family:
+    bounds = next(iter(of.values()))[0]
+    return histogram(name, says, bounds, {value: one[1:] for value, one in of.items()}, label)

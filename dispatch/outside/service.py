@@ -6,9 +6,11 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from dispatch.duration_histogram import DurationHistogram
 from dispatch.lease import Lease
@@ -21,6 +23,9 @@ from web.direct import Held
 from web.messages.hot_set import HotSet
 from web.messages.reports import PushedReport, ReportTaken, read_report
 from web.signatures import claimed_name, name_and_key, signer
+from web.slices import in_slices
+
+T = TypeVar("T")
 
 log = logging.getLogger("loadbalancer")
 
@@ -69,6 +74,7 @@ class LoadBalancerService:
         self._leased_after, self._refused_after = self.waits["leased"].add, self.waits["refused"].add
         self._balancer = balancer
         self._model = ""  # of the hot set
+        self._describing = asyncio.Lock()  # one page of all instances at a time
         self._parked: dict[QueuedRequest, Held] = {}
         self._serving = False  # the next turn of the loop goes on serving
         self._signers: dict[str, int] = {}  # what an instance calls itself -> its id
@@ -85,9 +91,22 @@ class LoadBalancerService:
             raise RuntimeError("the loadbalancer's state belongs to the thread of the event loop")
         return self._balancer
 
-    def status(self) -> dict[str, Any]:
-        """Return what an operator may see: everything but tokens and keys."""
-        now = self.clock()
+    async def status(self) -> JsonAnswer:
+        """Answer with what an operator may see: everything but tokens and keys."""
+        head, rows = await self.described(lambda row: msgspec.Raw(msgspec.json.encode(row)))
+        return JsonAnswer(msgspec.json.encode(head | {"instances": rows}))
+
+    async def described(self, keep: Callable[[dict[str, Any]], T]) -> tuple[dict[str, Any], list[T]]:
+        """Return what an operator may see of the whole, and what is to be kept of each instance.
+
+        10,000 instances take 0.1 s, in which requests are answered.
+        """
+        async with self._describing:
+            now = self.clock()
+            rows = [keep(row) async for row in in_slices(self.balancer.describe_instances(now))]
+            return self._head(self.clock()), rows
+
+    def _head(self, now: float) -> dict[str, Any]:
         return {
             "loadbalancer": self.name,
             "heard_of_autoscaler_s_ago": None if self.heard_at is None else round(now - self.heard_at, 1),
@@ -194,17 +213,43 @@ class LoadBalancerService:
 
     # -- autoscaler and instances --
 
-    def hot_set(self, hot: HotSet) -> bool:
-        """Take over a hot set; False when it is older than what is known."""
-        before = self.balancer.instances.hot_set
-        if not self.balancer.update_hot_set(hot, self.clock()):
+    async def take_hot_set(self, hot: HotSet) -> bool:
+        """Take over a hot set, a little at a time; False when it is older than what is known."""
+        steps = self._take_over(hot)
+        if steps is None:
             return False
+        async for _ in in_slices(steps):
+            pass
+        return True
+
+    def hot_set(self, hot: HotSet) -> bool:
+        """Take it over at once."""
+        steps = self._take_over(hot)
+        if steps is None:
+            return False
+        for _ in steps:
+            pass
+        return True
+
+    def _take_over(self, hot: HotSet) -> Iterator[None] | None:
+        steps = self.balancer.begin_hot_set(hot, self.clock())
+        return None if steps is None else self._finish_hot_set(hot, steps)
+
+    def _finish_hot_set(self, hot: HotSet, steps: Iterator[None]) -> Iterator[None]:
+        before = self.balancer.instances.hot_set
+        yield from steps
+        signers: dict[str, int] = {}
+        keys: dict[str, str] = {}
+        for inst in hot.instances:
+            name, key = name_and_key(inst.master_token)
+            signers[name], keys[name] = inst.id, key
+            yield
+        if not self.balancer.instances.takes(hot):
+            return  # a newer one has come meanwhile
+        self._signers, self._signing_keys = signers, keys
         self._model = hot.model
         self.confirm_hot_set()
         self.activity.set()
-        named = {i.id: name_and_key(i.master_token) for i in hot.instances}
-        self._signers = {name: i for i, (name, _) in named.items()}
-        self._signing_keys = dict(named.values())
         if before is None or (before.epoch, before.version) != (hot.epoch, hot.version):
             draining = sum(i.draining for i in hot.instances)
             log.info(
@@ -215,7 +260,6 @@ class LoadBalancerService:
                 draining,
             )
         self.serve_waiting()
-        return True
 
     def note_autoscaler(self, problem: str | None) -> None:
         """Note why the last exchange with the autoscaler failed; None: it did not."""

@@ -1,5 +1,6 @@
 """README and docs/ are true: each flag, route, make target, link and file they name exists."""
 
+import asyncio
 import os
 import re
 from collections.abc import Callable
@@ -114,7 +115,9 @@ def test_every_metric_is_in_the_docs_and_every_one_in_the_docs_exists() -> None:
     desk.confirm_hot_set()
     scaler = MagicMock()
     scaler.ledger.durations.return_value = []
-    names = metric_names(LoadBalancerMetrics(desk)) | metric_names(AutoscalerMetrics(scaler))
+    names = metric_names(asyncio.run(LoadBalancerMetrics.read(desk))) | metric_names(
+        AutoscalerMetrics(scaler)
+    )
     rows = re.findall(r"^\| `(\w+)(?:\{\w+\})?` \| [^|]+ \| [^|]+ \|$", PAGES[OPERATING], re.M)
     assert sorted(rows) == sorted(names)
 

@@ -17,7 +17,7 @@ from tests.sample_app import Empty, sample_app
 from tests.web_server import BEARER, KEY, call, client_of, raw, served, wait_until
 from web.answers import JsonAnswer
 from web.app import make_app
-from web.direct import DirectRoutes, Held
+from web.direct import Asker, DirectRoutes, Held
 from web.messages.decoding import BadField
 
 
@@ -69,10 +69,12 @@ def test_a_direct_view_is_told_who_asks_by_his_key_and_without_keys_by_his_addre
 def test_a_signed_view_gets_the_body_as_it_came_and_answers_without_flask() -> None:
     app = make_app("signed", large_bodies={"/long": 100_000})
 
-    def view(body: bytes, authorization: str | None, peer: str) -> JsonAnswer:
+    def view(body: bytes, asker: Asker) -> JsonAnswer:
         if body == b"wrong":
             raise BadField("body", "is wrong")
-        return JsonAnswer({"bytes": len(body), "by": authorization, "flask": flask.has_request_context()})
+        return JsonAnswer(
+            {"bytes": len(body), "by": asker.authorization, "flask": flask.has_request_context()}
+        )
 
     routes = DirectRoutes(app)
     routes.add("POST", "/short", view)
