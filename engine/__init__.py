@@ -1,1 +1,1 @@
-"""Models and GPUs: profiles, how long a step takes, the latency objective, model servers in time. Pure."""
+"""Models and GPUs: profiles, step times, the latency objective, simulated model servers. No I/O, no clock."""

@@ -114,10 +114,7 @@ def scratch_for(total: int) -> Scratch:
 
 @njit
 def behind(gap_s: float) -> int:
-    """Return how many requests are expected in BEHIND_S seconds, at most MOST_BEHIND.
-
-    One comes every gap_s seconds.
-    """
+    """Return how many requests come in BEHIND_S seconds, one each gap_s seconds; at most MOST_BEHIND."""
     return int(min(BEHIND_S / gap_s, MOST_BEHIND))
 
 
@@ -136,9 +133,9 @@ def run(
 
     rows: one request a row, in the order in which they came; changed. come: when each comes (0: it is already
     there); those that come later stand last, in that order. s: the server's constants. first, end: filled
-    with the times of each request's first token and end. If until_s is finite, the run stops at the first
-    step that ends then or later, no request ends, because which ones end is not known, and all must be there
-    from start_s on.
+    with the times of each request's first token and end. With a finite until_s the run stops at the first
+    step that ends then or later; all requests must be there from start_s on, and none is taken to end, since
+    it is not known which did.
     """
     total = len(rows)
     endless = until_s < np.inf

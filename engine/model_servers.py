@@ -165,7 +165,7 @@ class ModelServers:
         return server, at, ended
 
     def look(self, server: int, now: float) -> tuple[int, int, int, int, int]:
-        """Return of a server (first ended request, running, waiting, prompt tokens read, tokens made)."""
+        """Return a server's (first request ended by now, running, waiting, tokens read, tokens made)."""
         return _look(self._servers, self._requests, server, now)
 
     def freeze(self, server: int, frozen: bool) -> None:

@@ -57,7 +57,7 @@ class EventKind(Enum):
 class ServerEvent(NamedTuple):
     """One event of a request in a model server, in seconds on the caller's clock.
 
-    tokens: how many it made since its event before, the last one at `at`; an event FINISHED may have tokens
+    tokens: how many the request made since its previous event, the last one at `at`; FINISHED may have some
     too.
     """
 
@@ -149,10 +149,10 @@ class SteppedModelServer:
         *,
         every_token: bool = True,
     ) -> None:
-        """Make an idle server; max_seqs and step_tokens replace the timing's. ValueError: they fit no token.
+        """Make an idle server; max_seqs and step_tokens replace the timing's own limits.
 
-        every_token: report all tokens. Without it a request has one TOKENS event, of its first token, and one
-        FINISHED, of all the others or of the only one: what a simulator needs, at a fraction of the cost.
+        ValueError unless 1 <= max_seqs <= step_tokens. every_token: report all; without it a request has one
+        TOKENS event, of its first token, and one FINISHED, of the others: cheaper, for simulators.
         """
         self.timing = timing
         self.max_seqs = timing.max_seqs if max_seqs is None else max_seqs

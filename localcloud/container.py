@@ -34,7 +34,7 @@ MODEL_SERVER = b"vllm.entrypoints.openai.api_server"
 
 
 class Container:
-    """The disk, processes, ports and ssh server of one instance. All methods belong to the world's thread."""
+    """The disk, processes, ports and ssh server of one instance. All methods belong to world.py's thread."""
 
     def __init__(
         self, instance_id: int, path: Path, image: EngineImage, selector: selectors.BaseSelector

@@ -149,8 +149,8 @@ class Objective:
     def _total(self, seen: FleetSnapshot, steady: int, hot: int) -> int:
         """Return how many instances shall have the model loaded, hot and cold ones together.
 
-        Only just after a replay is that fewer than there are. The headroom is over what is needed without the
-        backlog, which would be gone before a load ends.
+        They are fewer than there are now only just after a replay. The headroom is over what is needed
+        without the backlog, which would be gone before a load ends.
         """
         spare = math.ceil(self.pool_headroom * steady - ROUND)
         least = max(self.pool, spare, hot, seen.hot + seen.coming)
@@ -180,8 +180,8 @@ def window(mean_s: float) -> int:
 def _means(a: NDArray[np.float64], mean_s: float, back: int) -> list[float]:
     """Return an exponential mean of the arrivals `a` as of `back` bins ago and of each bin since, work/s.
 
-    These are back + 1 values. A short history is no reason for a low mean: the weights of the bins that there
-    are are made to sum to 1.
+    These are back + 1 values. A short history is no reason for a low mean: the weights of the known bins are
+    made to sum to 1.
     """
     decay = math.exp(-BIN_S / mean_s)
     most = window(mean_s)

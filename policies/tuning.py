@@ -28,7 +28,7 @@ def worth_keeping_s(load_s: float, running_usd_h: float, stopped_usd_h: float) -
 
 
 class Margin:
-    """How many of the late requests that the goal allows a replayed day may have, as a share of them.
+    """A safety margin: the share of the late requests allowed by the goal that a replayed day may have.
 
     A replay knows no batching, no single instances and no deaths, so the fleet can miss more than was
     replayed. While it keeps the goal the share is MARGIN, because tomorrow is not today. When it has missed
@@ -63,7 +63,7 @@ class KeptPool:
     """
 
     def __init__(self) -> None:
-        """Start without any replay's answer."""
+        """Make a memory of pool sizes that is still empty."""
         self._found: deque[tuple[float, int]] = deque()
 
     def note(self, now: float, pool: int, keep_s: float) -> int:

@@ -40,7 +40,7 @@ class StepDetector:
     """Notices that somebody set the wall clock."""
 
     def __init__(self) -> None:
-        """Take the wall clock as it is now as right."""
+        """Make a detector that compares with the wall clock as it stands now."""
         self._offset = wall_offset()
 
     def step_s(self) -> float:

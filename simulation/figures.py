@@ -37,7 +37,10 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
 
 
 class Digest:
-    """Counts of many numbers by size, from which mean, percentiles and maximum are read. None is negative."""
+    """Counts of many numbers by size, from which mean, percentiles and maximum are read.
+
+    The numbers must not be negative.
+    """
 
     __slots__ = ("_buckets", "_count", "_fresh", "_largest", "_total")
 

@@ -104,7 +104,7 @@ class Vast:
     """The account at Vast.ai. Safe to use from several threads; every method runs the vastai command."""
 
     def __init__(self, cli: Cli) -> None:
-        """Make an account's calls out of the command that runs them; nothing is asked yet."""
+        """Make a client of the account that runs its calls by `cli`; nothing is asked yet."""
         self._cli = cli
 
     def search_offers(
@@ -115,7 +115,7 @@ class Vast:
         limit: int = 64,
         exclude_machines: Collection[int] = (),
     ) -> list[Offer]:
-        """Return the machines for rent, on demand, that fit the query (vast-contract 2.1), in that order.
+        """Return the machines for rent, on demand, that fit the query (vast-contract 2.1), sorted by `order`.
 
         An offer's price, dph_total, includes storage_gb. limit: the most offers. An offer that lacks a price
         or a name is left out; when all do, ProtocolError.

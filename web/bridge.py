@@ -70,7 +70,7 @@ class FlaskBridge:
         self._closing = False
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return the bridge itself, as the value of the context."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,7 +14,7 @@ class ReplayGuard:
         self._old: dict[str, None] = {}
 
     def accept(self, boot_id: str, number: int) -> bool:
-        """Return whether a message was not heard before, by its boot and number; from now on it was."""
+        """Return whether a message is new, judged by its boot and number, and remember it as heard."""
         if boot_id in self._old or (boot_id == self._boot_id and number <= self._number):
             return False
         if boot_id != self._boot_id and self._boot_id is not None:

@@ -17,7 +17,10 @@ _HEADER = re.compile(r"Fleet ([0-9a-f]{16}):([0-9a-f]{64})")
 
 
 def instance_key(master_token: str) -> str:
-    """Return the key an instance signs with, the hex SHA-256 of its master token; it has only that of it."""
+    """Return the key that an instance signs with: the SHA-256 of its master token, hex.
+
+    The instance has this instead of the token (fleet/outside/start_script.py).
+    """
     return hashlib.sha256(master_token.encode()).hexdigest()
 
 

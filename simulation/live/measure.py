@@ -161,7 +161,7 @@ async def _send(
     transport: AsyncFleetTransport,
     jobs: Sequence[Coroutine[Any, Any, NoReturn]],
 ) -> _Sending:
-    """Send all requests, or those until stop is set, with the jobs beside; then close the transport."""
+    """Send the requests until all are answered or stop is set, beside the jobs; close the transport."""
     started_at, used = time.time(), time.process_time()
     begun = time.perf_counter()
     sending = asyncio.create_task(driver.run(arrivals))

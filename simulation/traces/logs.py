@@ -81,7 +81,7 @@ HOUR_FACTORS: Mapping[str, tuple[float, ...]] = MappingProxyType(
 
 
 class Request(NamedTuple):
-    """One arrival of a log, seconds since the first. session: one number for all of it; -1: not known."""
+    """One arrival of a log, seconds since the first. session: the number of its session; -1: not known."""
 
     at_s: float
     prompt_tokens: int

@@ -100,7 +100,7 @@ class RequestFigures:
 class Outcome(RequestFigures):
     """The results of a run in virtual time.
 
-    Figures are of the scored window; counts of clamped turns and the audit are of the whole run.
+    Figures are of the scored part of the run; counts of clamped turns and the audit are of all of it.
     """
 
     duration_s: float

@@ -112,8 +112,8 @@ def ladder(goal: float, history_s: float) -> tuple[Objective, ...]:
 def warm_up_s(history_s: int, fleet: FluidFleet) -> int:
     """Return how many seconds of a history are played before scoring, until the fleet has grown to the load.
 
-    That takes a start, at least: with less no level kept 99 % in one line for twenty minutes of a model that
-    starts in five, and the highest was taken.
+    They are at least twice the longest start where the history has room: with less, in twenty minutes of a
+    model that starts in five, no k kept 99 % in one line, and the largest was taken.
     """
     return max(min(600, history_s // 6), min(history_s // 2, math.ceil(WARM_STARTS * fleet.start_hi_s)))
 
@@ -337,7 +337,7 @@ def answer(said: object) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read one request for a replay from the input, print the reply; a wrong one is one line and exit 2."""
+    """Read a replay request from stdin and print the reply; a wrong one gives one line and exit 2."""
     os.nice(10)
     try:
         said = json.load(sys.stdin)

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class BadField(Exception):
-    """A message has a field with a value that cannot be; a server answers 400 with the field's name."""
+    """A message has a wrong field; a server answers 400 and names the field."""
 
     def __init__(self, name: str, message: str) -> None:
         """Make the error. name: of the field; message: what was wanted, and what came."""
