@@ -15,7 +15,7 @@ WHEEL := build/wheel
 WHEEL_READY := $(WHEEL)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers flags sizes picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo flags sizes picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -97,6 +97,18 @@ bench-dispatch: $(READY)
 # Against real routers, which have an environment of their own (0.9 GB): about 20 minutes.
 bench-routers: $(READY) $(ROUTERS_READY)
 	$(BIN)/python -m bench.routers --json build/bench-routers.json --plot build/bench-routers.png
+
+# A campaign of faults against the whole stack, with an audit: five seeds of 12 minutes (one with clock steps, one with
+# the ledger attacked), an hour and a quarter in all. SEEDS=3 MINUTES=2 for less.
+SEEDS ?= 0,1,2,3,4
+MINUTES ?= 12
+CHAOS := $(BIN)/python -m bench.chaos
+chaos: $(READY) $(COMPILED)
+	$(CHAOS) --seed $(SEEDS) --minutes $(MINUTES) --keep build/chaos --json build/chaos.json
+
+# The audit itself: without each of five fixes it must fail. About 15 minutes.
+chaos-undo: $(READY) $(COMPILED)
+	$(CHAOS).undone --json build/chaos-undone.json
 
 # docs/flags.md, from the declarations of the flags.
 flags: $(READY)

@@ -249,6 +249,7 @@ class Fault:
             **self.args,
             **{k: v for k, v in limits.items() if v is not None},
             "strikes": self.strikes,
+            "struck": sorted({instance_id for instance_id, _ in self.struck}),
         }
 
 

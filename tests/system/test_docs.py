@@ -59,7 +59,7 @@ def flags_of(program: str) -> set[str]:
 
 
 FLAGS = {program: flags_of(program) for program in COMMANDS}
-OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps"}
+OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps", "--only", "--keep", "--list"}
 
 
 @pytest.mark.parametrize("program", list(FLAGS))

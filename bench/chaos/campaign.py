@@ -1,0 +1,328 @@
+"""One seed of the campaign: storms of faults, and calms in which the fleet must come back.
+
+    begin   everything starts; users ask as soon as the fleet is full; memory and handles are noted
+    storm   a new fault each PAUSE_S on average, several at once, the kinds that were struck least first
+    calm    no fault is on: how long until the fleet is full again?
+    end     users' last answers, dollars, memory, destroy-fleet, logs
+
+The schedule follows from the seed; what it meets does not, since the processes are real.
+"""
+
+import json
+import logging
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.chaos.kinds import Kind, NotNow, Scene, all_kinds
+from bench.chaos.logs import LogFindings, look_through
+from bench.chaos.stack import GATEWAYS, LOADBALANCERS, OURS, Stack, StackSettings, ask, handles
+from bench.chaos.truth import Truth
+from bench.chaos.users import OK, Users, UserSettings
+from bench.children import memory_mb
+
+log = logging.getLogger("chaos")
+
+PAUSE_S = 2.0
+"""Mean seconds between two faults of a storm."""
+
+AT_ONCE = 6
+"""Most faults that are on at the same time."""
+
+STORM_S = 75.0
+"""Seconds of a storm."""
+
+FULL_S = 240.0
+"""Seconds after a storm in which the fleet must be full; then the next storm comes anyway."""
+
+FIRST_S = 120.0
+"""Seconds for the first fleet: it is rented, loaded and checked."""
+
+ASIDE = {"clock": 3, "ledger": 4}
+"""Kinds with that tag strike in each fifth seed only: the remainder of the seed divided by five."""
+
+
+@dataclass(frozen=True)
+class CampaignSettings:
+    """What to do. only: names of kinds, else all of the seed. rest_s: of a calm
+    beyond the full fleet. keep: the directory for all logs."""
+
+    seed: int
+    minutes: float
+    only: tuple[str, ...] = ()
+    rate_s: float = 3.0
+    storm_s: float = STORM_S
+    pause_s: float = PAUSE_S
+    rest_s: float = 8.0
+    keep: Path | None = None
+    stack: StackSettings | None = None
+
+
+@dataclass
+class Size:
+    """What a process has."""
+
+    pid: int
+    mb: float
+    handles: int
+
+
+@dataclass
+class Figures:
+    """All that one seed has shown; audit.py judges it."""
+
+    seed: int
+    seconds: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    first_full_s: float = 0.0
+    full_after_s: list[float] = field(default_factory=list)
+    uses: int = 0
+    served_twice: int = 0
+    over_instances_s: float = 0.0
+    over_usd_s: float = 0.0
+    over: list[str] = field(default_factory=list)
+    wronged: list[str] = field(default_factory=list)
+    ledger_usd: float = 0.0
+    cloud_usd: float = 0.0
+    unknown_s: float = 0.0
+    begin: dict[str, Size] = field(default_factory=dict)
+    end: dict[str, Size] = field(default_factory=dict)
+    holds_s: dict[str, float] = field(default_factory=dict)
+    restarts: dict[str, int] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    logs: LogFindings = field(default_factory=LogFindings)
+    left_behind: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+class Campaign:
+    """One seed."""
+
+    def __init__(self, settings: CampaignSettings, stack: Stack) -> None:
+        """Strike nothing yet. stack: runs."""
+        self.settings = settings
+        self.stack = stack
+        self.truth = Truth(stack)
+        self.users = Users(
+            UserSettings(
+                tuple(stack.url(name) for name in GATEWAYS),
+                tuple(stack.url(name) for name in LOADBALANCERS),
+                stack.client_keys["direct"],
+                settings.rate_s,
+                settings.seed,
+            )
+        )
+        self.faults: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.errors: list[str] = []
+        self._rng = random.Random(settings.seed)
+        self._kinds = chosen_kinds(settings)
+        self._on: dict[str, Kind] = {}
+        self._lock = threading.Lock()
+        self._calm = threading.Event()
+        self._begun = time.monotonic()
+        self._faults = (stack.root / "faults.jsonl").open("a")
+
+    def run(self) -> Figures:
+        """Return what was found; everything of the fleet is gone then."""
+        full_after_s = []
+        self.truth.start()
+        try:
+            first_full_s = self._until_full(FIRST_S)
+            self.users.start()
+            time.sleep(self.settings.rest_s)
+            begin = self._sizes()
+            end = time.monotonic() + 60.0 * self.settings.minutes
+            while time.monotonic() < end:
+                self._storm(min(end, time.monotonic() + self.settings.storm_s))
+                full_after_s.append(self._until_full(FULL_S))
+                log.info("seed %d: full after %.1f s", self.settings.seed, full_after_s[-1])
+                time.sleep(self.settings.rest_s)
+            self.users.stop()
+            dollars = self._dollars()
+            sizes = self._sizes()
+        finally:
+            self.truth.stop()
+            self._faults.close()
+        seconds, restarts = time.monotonic() - self._begun, self.stack.restarts
+        left_behind = self.stack.destroy_fleet()
+        self.users.write(self.stack.root / "failures.jsonl")
+        truth = self.truth
+        uses, served_twice = truth.served_twice()
+        return Figures(
+            self.settings.seed,
+            seconds,
+            self.faults,
+            self.left_out,
+            self.users.counts(),
+            [f"{o.at_s:.0f} s {o.user}: {o.what}: {o.failure}" for o in self.users.outcomes if o.what != OK],
+            first_full_s,
+            full_after_s,
+            uses,
+            served_twice,
+            truth.over_instances_s,
+            truth.over_usd_s,
+            truth.over,
+            truth.wronged(),
+            *dollars,
+            begin,
+            sizes,
+            {name: longest_hold(self.stack.logs / f"{name}.holds") for name in OURS},
+            restarts,
+            truth.reasons,
+            look_through(self.stack, self.users.canary, [m.label for m in truth.machines.values()]),
+            left_behind,
+            self.errors + self.users.errors,
+        )
+
+    # -- a storm ---------------------------------------------------------------------------------------
+
+    def _storm(self, until: float) -> None:
+        """Strike until then; return when everything is off again."""
+        self._calm.clear()
+        threads = []
+        while time.monotonic() < until:
+            kind = self._next_kind()
+            if kind is not None:
+                for_s = min(self._rng.uniform(*kind.lasts_s), max(0.5, until - time.monotonic()))
+                scene = Scene(self.stack, self.truth, random.Random(self._rng.getrandbits(64)), for_s, [])
+                thread = threading.Thread(
+                    target=self._strike, args=(kind, scene), name=kind.name, daemon=True
+                )
+                thread.start()
+                threads.append(thread)
+            time.sleep(
+                min(self._rng.expovariate(1.0 / self.settings.pause_s), max(0.0, until - time.monotonic()))
+            )
+        self._calm.set()
+        for thread in threads:
+            thread.join()
+        for name in ("list-hangs", "api-hangs"):  # what hangs is let go
+            self.stack.ask_cloud(f"/localcloud/faults/{name}", method="DELETE")
+
+    def _next_kind(self) -> Kind | None:
+        """Return a kind that may strike now, one that was struck least; note that it is on."""
+        with self._lock:
+            if len(self._on) >= AT_ONCE:
+                return None
+            words = {kind.alone for kind in self._on.values()}
+            free = [
+                k for k in self._kinds if k.name not in self._on and (not k.alone or k.alone not in words)
+            ]
+            if not free:
+                return None
+            struck = self.faults
+            kind = min(free, key=lambda k: struck[k.name] + self.left_out[k.name] + self._rng.random())
+            self._on[kind.name] = kind
+            return kind
+
+    def _strike(self, kind: Kind, scene: Scene) -> None:
+        at_s = time.monotonic() - self._begun
+        try:
+            with kind.effect(scene):
+                self.faults[kind.name] += 1
+                self._calm.wait(scene.for_s)
+        except NotNow:
+            self.left_out[kind.name] += 1
+        except Exception as e:
+            log.exception("fault %s", kind.name)
+            self.errors.append(f"{kind.name}: {type(e).__name__}: {e}")
+        finally:
+            with self._lock:
+                del self._on[kind.name]
+                said = {
+                    "at_s": round(at_s, 2),
+                    "kind": kind.name,
+                    "for_s": round(scene.for_s, 2),
+                    "what": scene.words,
+                }
+                self._faults.write(json.dumps(said) + "\n")
+                self._faults.flush()
+
+    # -- a calm ----------------------------------------------------------------------------------------
+
+    def _until_full(self, most_s: float) -> float:
+        """Return after how many seconds the fleet is full; most_s when it never is."""
+        begun = time.monotonic()
+        while (passed_s := time.monotonic() - begun) < most_s:
+            if self._is_full():
+                return passed_s
+            time.sleep(0.25)
+        self.errors.append(f"the fleet is not full after {most_s:g} s")
+        return most_s
+
+    def _is_full(self) -> bool:
+        """Say whether all three see the fleet as it shall be: the cloud, and each loadbalancer."""
+        with self.truth.lock:
+            running = {row["id"] for row in self.truth.rows if row["state"] == "running"}
+        for name in LOADBALANCERS:
+            said = ask(f"{self.stack.url(name)}/status", self.stack.operator_key) or {}
+            hot = {row["id"] for row in said.get("instances", ()) if row["state"] == "hot"}
+            if len(hot & running) < self.truth.stack.settings.hot:
+                return False
+        return True
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def _sizes(self) -> dict[str, Size]:
+        """Return what our processes have."""
+        found = {}
+        for name in OURS:
+            pid = self.stack.pid(name)
+            try:
+                found[name] = Size(pid, memory_mb(pid), handles(pid))
+            except OSError:
+                self.errors.append(f"{name} does not run")
+        return found
+
+    def _dollars(self) -> tuple[float, float, float]:
+        """Return the dollars of the ledger, those of the cloud in the same time, and seconds before it."""
+        costs, now = self.stack.ask_autoscaler("/costs"), self.stack.counted_s()
+        if not isinstance(costs, dict) or "usd" not in costs:
+            self.errors.append(f"no /costs at the end: {costs}")
+            return 0.0, 0.0, 0.0
+        (self.stack.root / "costs.json").write_text(json.dumps(costs))
+        known_s = costs["to"] - (costs["known_from"] or costs["to"])
+        cloud_usd = self.truth.spent_between(now - known_s, now)
+        return costs["usd"]["total"], cloud_usd, max(0.0, now - known_s - self.truth.spent[0][0])
+
+
+def chosen_kinds(settings: CampaignSettings) -> Sequence[Kind]:
+    """Return the kinds that strike in that seed."""
+    kinds: Mapping[str, Kind] = all_kinds()
+    if settings.only:
+        return [kinds[name] for name in settings.only]
+    return [k for k in kinds.values() if all(ASIDE[tag] == settings.seed % 5 for tag in k.tags)]
+
+
+def longest_hold(path: Path) -> float:
+    """Return the longest hold of a process's loop that its file has."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0.0
+    return max((float(line.split()[2]) for line in lines), default=0.0)
+
+
+def run_seed(settings: CampaignSettings) -> Figures:
+    """Run one seed from begin to end, and return what it found."""
+    root = None if settings.keep is None else settings.keep / f"seed-{settings.seed}"
+    if root is not None and root.exists():
+        shutil.rmtree(root)
+    if root is not None:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    stack = Stack(settings.stack or StackSettings(settings.seed), root)
+    with stack:
+        figures = Campaign(settings, stack).run()
+    figures.left_behind.extend(stack.left_behind)
+    if settings.keep is None:
+        shutil.rmtree(stack.root, ignore_errors=True)
+    return figures

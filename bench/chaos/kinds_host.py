@@ -1,0 +1,126 @@
+"""Rented hosts that lie: their disk has our programs, and they change them.
+
+The supervisor on the instance starts what was killed again, and finds the changed file. In the end the file
+is put back, and the machine is as it was.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.chaos import lying_auth, lying_engine
+from bench.chaos.kinds import Effect, Kind, NotNow, Scene, running
+from localcloud import processes
+
+HOLE_BYTES = 100_000_000
+"""Of a line in a log: a hole in the file, which takes no space."""
+
+AUTH = b"remote.auth_server"
+ENGINE = b"vllm.entrypoints.openai.api_server"
+
+
+def _victim(scene: Scene) -> tuple[int, Path]:
+    ids = [int(str(row["id"])) for row in running(scene)]
+    honest = [i for i in ids if not any((scene.truth.home(i) / "fleet" / "remote").glob("true_*"))]
+    if not honest:
+        raise NotNow
+    instance_id = scene.rng.choice(honest)
+    scene.say(str(instance_id))
+    return instance_id, scene.truth.home(instance_id)
+
+
+def _restart(home: Path, program: bytes) -> None:
+    """Kill that program of the instance; its supervisor starts it again."""
+    for pid in processes.living_in(home.parent):
+        if program in processes.command_line(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _changed(file: str, keep: str, text: str, program: bytes) -> Effect:
+    """An instance runs that text in place of one of our files, which stays under another name."""
+
+    @contextlib.contextmanager
+    def effect(scene: Scene) -> Iterator[None]:
+        instance_id, home = _victim(scene)
+        path = home / "fleet" / "remote" / file
+        kept = path.with_name(keep)
+        try:
+            if kept.exists():
+                raise NotNow  # it lies already
+            kept.write_text(path.read_text())
+            path.write_text(text)
+        except OSError:
+            raise NotNow from None
+        scene.truth.hurt(instance_id, text, scene.for_s)
+        _restart(home, program)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if path.read_text() == text:  # else it was booted anew, and has the real one
+                    path.write_text(kept.read_text())
+                    kept.unlink()
+                    _restart(home, program)
+            scene.truth.hurt(instance_id, text)
+
+    return effect
+
+
+def auth_lie(lie: str) -> Effect:
+    """The auth_server lies so."""
+    text = f"from bench.chaos.lying_auth import main\n\nmain({lie!r})\n"
+    return _changed("auth_server.py", "true_auth_server.py", text, AUTH)
+
+
+def engine_lie(lie: str) -> Effect:
+    """The engine lies so, behind the real token check."""
+    text = (
+        "from bench.chaos.lying_engine import lying_check\nfrom remote import true_token_check\n\n"
+        f"TokenCheck = lying_check(true_token_check.TokenCheck, {lie!r})\n"
+    )
+    return _changed("token_check.py", "true_token_check.py", text, ENGINE)
+
+
+@contextlib.contextmanager
+def endless_line(scene: Scene) -> Iterator[None]:
+    """The log gets a line of 100 MB that does not end."""
+    instance_id, home = _victim(scene)
+    scene.truth.hurt(instance_id, "endless line", scene.for_s)
+    path = home / "fleet" / "model.log"
+    try:
+        with path.open("ab") as file:
+            file.truncate(path.stat().st_size + HOLE_BYTES)
+    except OSError:
+        raise NotNow from None
+    yield
+    scene.truth.hurt(instance_id, "endless line")
+
+
+@contextlib.contextmanager
+def growing_log(scene: Scene) -> Iterator[None]:
+    """The log grows by lines that mean nothing, as fast as they are read."""
+    instance_id, home = _victim(scene)
+    scene.truth.hurt(instance_id, "growing log", scene.for_s)
+    path = home / "fleet" / "model.log"
+    until = time.monotonic() + min(scene.for_s, 3.0)
+    try:
+        with path.open("ab") as file:
+            while time.monotonic() < until and path.stat().st_size < HOLE_BYTES:
+                file.write(1000 * b"INFO 0 % \x1b[2J of nothing \xff\xfe\n")
+                time.sleep(0.01)
+    except OSError:
+        raise NotNow from None
+    yield
+    scene.truth.hurt(instance_id, "growing log")
+
+
+KINDS = (
+    *(Kind(f"host:{lie}", auth_lie(lie), (8.0, 20.0)) for lie in lying_auth.LIES),
+    *(Kind(f"host:{lie}", engine_lie(lie), (10.0, 25.0)) for lie in lying_engine.LIES),
+    Kind("host:endless-line", endless_line, (5.0, 10.0)),
+    Kind("host:growing-log", growing_log, (5.0, 10.0)),
+)

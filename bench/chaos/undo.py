@@ -1,0 +1,78 @@
+"""Fixes that a child can run without, by name: the campaign must notice each, else its audit is nothing."""
+
+import time
+from collections.abc import Callable, Mapping
+
+
+def _quorum() -> None:
+    """C1: a machine that is silent past its deadline is broken, whatever our own network does."""
+    from fleet import evidence
+
+    def weigh_silence(a: evidence.Accusation, around: evidence.Circumstances) -> evidence.Ruling:  # noqa: ARG001
+        broken = a.lasts_s > a.deadline_s
+        return evidence.Ruling(evidence.Health.BROKEN if broken else evidence.Health.UNKNOWN, a.why, a.why)
+
+    evidence._weigh_silence = weigh_silence
+
+
+def _disbelief() -> None:
+    """C4: the time of disbelief is forgotten at a restart."""
+    from fleet.listing import ListingTrust
+
+    def restore(self: ListingTrust, lacking_since: float | None) -> None:
+        """Forget it."""
+
+    ListingTrust.restore = restore  # type: ignore[method-assign]
+
+
+def _own_page() -> None:
+    """C5: what believed listings lack for a while is gone, whatever its own page says."""
+    from fleet.instance import Instance
+    from fleet.reconcile import Reconciler
+    from fleet.states import State
+
+    asked = Reconciler._miss
+
+    def miss(self: Reconciler, i: Instance, now: float) -> None:
+        asked(self, i, now)
+        lacked_s = 0.0 if i.absence.since is None else now - i.absence.since
+        if self.listing.believed and lacked_s >= self.deadlines.absent_s and i.state is not State.GONE:
+            self._move(i, State.GONE, "not listed", now)
+
+    Reconciler._miss = miss  # type: ignore[method-assign]
+
+
+def _budgets() -> None:
+    """A2: an instance may report as much as it likes."""
+    from dispatch.report_budget import ReportBudget
+
+    def take(self: ReportBudget, events: int, now: float) -> bool:  # noqa: ARG001
+        return True
+
+    ReportBudget.take = take  # type: ignore[method-assign]
+    ReportBudget.take_push = take  # type: ignore[method-assign]
+
+
+def _clock() -> None:
+    """C7: times are those of the wall clock."""
+    from process import clock
+
+    def wall(offset: float | None = None) -> Callable[[], float]:  # noqa: ARG001
+        return time.time
+
+    clock.steady_clock = wall
+
+
+UNDONE: Mapping[str, Callable[[], None]] = {
+    "quorum": _quorum,
+    "disbelief": _disbelief,
+    "own-page": _own_page,
+    "budgets": _budgets,
+    "clock": _clock,
+}
+"""Each before the program imports what it changes."""
+
+
+def undo(name: str) -> None:
+    """Take that fix back in this process."""
+    UNDONE[name]()
