@@ -18,6 +18,7 @@ All that is known of one instance is in dispatch/instance.py; each other part ow
     dispatch/lease_giver.py         leases of chosen instances, for their tokens
     dispatch/lease_book.py          unfinished leases: given once, ended once
     dispatch/request_queue.py       requests that wait: two lanes, priorities
+    dispatch/client_turns.py        whose turn it is among the clients that wait
     dispatch/token_refills.py       fetching tokens
     dispatch/load_reports.py        polls and pushed reports, and what is learned from them
     dispatch/request_estimates.py   expected work of a request, the usual request
@@ -203,6 +204,7 @@ class LoadBalancer:
                 self._waits.until_served_s(ask, now),
                 blocks=not self._chooser.only_avoids(ask, now),
                 count=count,
+                takes_s=self._waits.takes_s(ask),
             )
             if queued is not None:
                 return queued
@@ -220,6 +222,10 @@ class LoadBalancer:
     def time_out(self, queued: QueuedRequest, now: float) -> RouteRefused:
         """Refuse a request that has waited for as long as it was to."""
         self.queue.cancel(queued)
+        client, allowance = queued.ask.client, self.leases.allowance
+        after_s = allowance.refuse(client, self.instances.hot, now)
+        if after_s is not None:
+            return RouteRefused("too_many_unused", after_s, allowance.unused(client))
         return self._refuse(queued.ask, now)
 
     def grant(self, now: float) -> list[tuple[QueuedRequest, list[Lease]]]:
@@ -233,11 +239,13 @@ class LoadBalancer:
             lambda ask, hurries: self._giver.one(ask, now, hurries=hurries),
             lambda ask: self._chooser.only_avoids(ask, now),
             self._grant_at_once,
+            lambda client: self.leases.allowance.is_used_up(client, self.instances.hot, now),
         )
         granted = [(queued, [lease]) for queued, lease in served]
         if not self.queue.cut:
             for queued, leases in granted:
-                if queued.count is not None and queued.count > 1:
+                used_up = self.leases.allowance.is_used_up(queued.ask.client, self.instances.hot, now)
+                if queued.count is not None and queued.count > 1 and not used_up:
                     # The first lease of a batch is as any; the others are of what the queue leaves.
                     more = self._give(queued.ask, queued.count - 1, now)
                     self._demand.arrived(queued.ask, self._estimates.prefill_weight, len(more))

@@ -108,7 +108,7 @@ class LoadBalancerConfig:
     )
     max_held: int = flag(  # about 10 kB each
         5000,
-        "requests with wait_s that wait at once; beyond it 503",
+        "requests with wait_s that wait at once, of one client nine times as many as are free; beyond it 503",
         least=0,
         most=100_000,
         unit="requests",

@@ -126,6 +126,10 @@ class Allowance:
             self._last = client, now
         else:
             self._last, self._other_at = (client, now), self._last[1]
+        return self.refuse(client, hot, now)
+
+    def refuse(self, client: str, hot: int, now: float) -> float | None:
+        """Return the seconds until a client that has too many may ask again, and count that; None: it may."""
         if not self.is_used_up(client, hot, now):
             return None
         self.refused += 1

@@ -31,7 +31,8 @@ class QueuedRequest:
     """A request that waits.
 
     count: leases that it asked for, None for one. until: when its place is lost; since: when it came.
-    give_by: when it is late. over: it was granted, was cancelled, or its time is up.
+    give_by: when it is late. takes_s: of the whole fleet. over: it was granted or
+    cancelled, or its time is up.
     """
 
     ask: RouteRequest
@@ -39,12 +40,18 @@ class QueuedRequest:
     until: float
     since: float
     give_by: float
+    takes_s: float = 0.0
     late: bool = False
+    overdue: bool = False
     over: bool = False
 
     def turn_late(self) -> None:
         """Note that it cannot be in time any more."""
         self.late = True
+
+    def turn_overdue(self) -> None:
+        """Note that it has been late for as long as it may."""
+        self.overdue = True
 
     def leave(self) -> None:
         """Note that it does not wait any more."""

@@ -15,6 +15,9 @@ RETRY_UNKNOWN_S = 30.0
 RETRY_S = (1.0, 3600.0)
 """Bounds of the seconds after which a refused client is told to ask again."""
 
+HOLD_S = 10.0
+"""Seconds of its work that an instance usually may hold."""
+
 LOOK_AT = 8
 """Instances of each class of speed that are looked at for the first room."""
 
@@ -34,11 +37,16 @@ class WaitTimes:
         read_s = ask.prompt_tokens * self.estimates.prefill_weight * hot.hot / max(hot.throughput, 1e-9)
         return self.slo.first_token_limit_s(ask.prompt_tokens) - read_s
 
+    def takes_s(self, ask: RouteRequest) -> float:
+        """Return the seconds that a request takes of the whole fleet, of a usual instance where none is."""
+        hot = self.instances
+        return ask.work / (hot.throughput or hot.typical_capacity / HOLD_S)
+
     def until_served_s(self, ask: RouteRequest, now: float) -> float:
         """Return how long a request would wait that came now."""
         hot = self.instances
         if hot.hot:
-            return self.queue.ahead_of(ask.priority) / max(hot.throughput, 1e-9)
+            return self.queue.ahead_of_client(ask) / max(hot.throughput, 1e-9)
         return max(0.0, hot.expected_in_s(now) or 0.0)
 
     def retry_after_s(self, ask: RouteRequest, now: float) -> float:

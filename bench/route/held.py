@@ -215,7 +215,7 @@ def hold_round() -> HeldRound:
         return await hold(server, instances)
 
     # It finds no autoscaler, and asks for no reports: what happens is what is pushed.
-    with loadbalancer(free_port(), "--poll-interval-s", "60", "--max-held", str(HELD)) as server:
+    with loadbalancer(free_port(), "--poll-interval-s", "60", "--max-held", str(2 * HELD)) as server:
         server.wait_up()
         pin(server.pid, 0)
         return uvloop.run(run(server))

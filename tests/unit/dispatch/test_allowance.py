@@ -244,3 +244,34 @@ def test_a_token_that_was_given_back_is_forgotten_when_it_is_old_or_its_boot_is_
             b.tick(590.0)
         b.refill()
         assert b.lease(1.0, client="mine").token != mine.token
+
+
+def test_requests_that_wait_are_given_no_more_than_their_client_may_have() -> None:
+    """The hoarder has 100 requests waiting; it is given what is its share, and the others pass them."""
+    b = world(instance(1), instance(2), lease_s=LEASE_S)
+    full = [b.lease(1000.0, client="before") for _ in range(2)]
+    b.report(1, started=tuple(x.request_id for x in full if x.instance_id == 1), running=1)
+    b.report(2, started=tuple(x.request_id for x in full if x.instance_id == 2), running=1)
+    mine = [b.hold(100.0, client="hoarder") for _ in range(30)]
+    b.hold(100.0, client="other")
+    for lease in full:
+        b.end(lease)
+    served = [queued.ask.client for queued, _ in b.grant()]
+    assert served.count("hoarder") == 10, "half of the room of two"
+    assert served.count("other") == 1
+    assert b.ask(100.0, client="other"), "what comes passes them, too"
+    refused = b.balancer.time_out(mine[-1], b.now)
+    assert refused.why == "too_many_unused"
+    assert b.balancer.describe(b.now)["refused"] == 0, "that is no demand"
+
+
+def test_the_requests_of_one_client_that_wait_do_not_keep_another_waiting() -> None:
+    b = world(instance(1), lease_s=LEASE_S)
+    full = b.lease(1000.0, client="before")
+    b.report(1, started=(full.request_id,), running=1)
+    many = [b.hold(100.0, client="many") for _ in range(80)]
+    few = b.hold(100.0, client="few")
+    assert many[-1].late, "8 s of work are ahead of it"
+    assert not few.late
+    b.end(full)
+    assert few in b.served()[:2]

@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import pytest
 
+from dispatch.client_turns import CLASS_S
 from dispatch.lease import Lease
-from dispatch.request_queue import ASIDE_FEW, CLASS_S, LATE_BOUND_S, LOW_SHARE, RequestQueue
+from dispatch.request_queue import ASIDE_FEW, LATE_BOUND_S, LOW_SHARE, RequestQueue
 from dispatch.route_request import QueuedRequest, RouteRequest
 from engine.slo import Slo
 from tests.dispatch_world import T0, DispatchWorld, full, instance, world
@@ -26,16 +27,24 @@ class Counter:
         self.tried = 0
 
     def hold(
-        self, priority: int = NORMAL, *, time_to_give_s: float = 1e9, late: bool = False, avoid: int = 0
+        self,
+        priority: int = NORMAL,
+        *,
+        time_to_give_s: float = 1e9,
+        late: bool = False,
+        avoid: int = 0,
+        client: str = "",
+        takes_s: float = 1.0,
     ) -> QueuedRequest:
         """Let a request wait, in time unless said otherwise."""
         waiter = self.queue.hold(
-            RouteRequest(1.0, None, (avoid,) if avoid else (), priority=priority),
+            RouteRequest(1.0, None, (avoid,) if avoid else (), priority=priority, client=client),
             self.now + 1e6,
             self.now,
             0.0 if late else time_to_give_s,
             1.0 if late else 0.0,
             blocks=not avoid,
+            takes_s=takes_s,
         )
         assert waiter is not None
         assert waiter.late is late
@@ -46,6 +55,7 @@ class Counter:
         room: int,
         most: int | None = None,
         can: Callable[[RouteRequest], bool] = lambda ask: not ask.avoid,
+        shut: Callable[[str], bool] = lambda _: False,
     ) -> list[QueuedRequest]:
         """Return what is served with so much room; a request that avoids something is not, unless it can."""
         self.room, self.tried = room, 0
@@ -62,11 +72,12 @@ class Counter:
         def only_avoids(ask: RouteRequest) -> bool:
             return bool(ask.avoid) and self.room > 0
 
-        return [w for w, _ in self.queue.grant(self.now, lease, only_avoids, most)]
+        return [w for w, _ in self.queue.grant(self.now, lease, only_avoids, most, shut)]
 
-    def blocks(self, priority: int) -> bool:
+    def blocks(self, priority: int, client: str = "") -> bool:
         """Return whether a request that comes now must wait."""
-        return self.queue.blocks(RouteRequest(1.0, priority=priority), self.now, lambda _: False)
+        ask = RouteRequest(1.0, priority=priority, client=client)
+        return self.queue.blocks(ask, self.now, lambda _: False)
 
 
 # -- priorities ------------------------------------------------------------------------------------------
@@ -164,6 +175,137 @@ def test_low_priority_leaves_places_for_the_others() -> None:
     assert c.queue.hold(RouteRequest(1.0, priority=HIGH), c.now + 1.0, c.now, 1.0, 0.0, blocks=True) is None
 
 
+# -- clients take turns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_first_request_of_a_client_goes_before_the_second_of_another(*, late: bool) -> None:
+    c = Counter()
+    many = [c.hold(client="many", late=late) for _ in range(1000)]
+    c.now += 1.0
+    few = [c.hold(client="few", late=late) for _ in range(2)]
+    assert c.grant(5) == [many[0], few[0], many[1], few[1], many[2]]
+    assert c.grant(2) == many[3:5], "who has come back for more has his turns from then on"
+    again = c.hold(client="few", late=late)
+    assert again in c.grant(2)
+
+
+def test_clients_that_always_wait_get_the_same_work_however_large_their_requests_are() -> None:
+    c = Counter()
+    got = {"large": 0.0, "small": 0.0, "many": 0.0}
+    for _ in range(400):
+        c.hold(client="large", takes_s=10.0)
+        for _ in range(10):
+            c.hold(client="small", takes_s=1.0)
+            c.hold(client="many", takes_s=2.0)
+    for _ in range(600):
+        for waiter in c.grant(1):
+            got[waiter.ask.client] += waiter.takes_s
+    assert max(got.values()) - min(got.values()) <= 20.0, got
+
+
+def test_a_higher_class_of_another_client_goes_first_and_is_worth_half_a_minute_of_the_fleet() -> None:
+    c = Counter()
+    low = c.hold(LOW, client="a")
+    normal = [c.hold(NORMAL, client="b", takes_s=20.0) for _ in range(3)]
+    high = [c.hold(HIGH, client="c", takes_s=20.0) for _ in range(4)]
+    order = c.grant(8)
+    assert order[:2] == high[:2]
+    assert order.index(normal[0]) < order.index(high[3]), "it has had half a minute more than the others"
+    assert order.index(normal[1]) < order.index(low) < order.index(normal[2])
+
+
+def test_a_request_of_a_client_that_does_not_wait_need_not_wait_behind_those_that_others_hold() -> None:
+    c = Counter()
+    for _ in range(10):
+        c.hold(client="many")
+    assert len(c.grant(3)) == 3
+    assert c.blocks(NORMAL, "many")
+    assert not c.blocks(HIGH, "few")
+    first = c.hold(client="few")
+    assert c.blocks(NORMAL, "few"), "its own first"
+    assert c.grant(2)[1] is first
+
+
+def test_what_is_overdue_of_one_client_keeps_no_other_from_its_turns() -> None:
+    c = Counter(late_bound_s=60.0)
+    old = [c.hold(client="many", late=True) for _ in range(100)]
+    c.now += 61.0
+    mine = [c.hold(client="few") for _ in range(3)]
+    own = c.hold(client="many")
+    assert set(c.grant(6)) == {*mine, *old[:3]}
+    assert c.grant(97) == old[3:]
+    assert c.grant(1) == [own]
+
+
+def test_clients_that_may_have_no_more_leases_let_the_others_pass_and_have_their_turns_later() -> None:
+    c = Counter()
+    mine = [c.hold(client="hoarder") for _ in range(50)]
+    aside = c.hold(client="hoarder", avoid=1)
+    others = [c.hold(client="other") for _ in range(3)]
+    assert c.grant(10, shut=lambda client: client == "hoarder") == others
+    assert not c.blocks(NORMAL, "other")
+    assert c.grant(100, can=lambda ask: True) == [*mine, aside]
+
+
+def test_no_client_holds_all_places() -> None:
+    """One has 90 % of them; the more want all of them the fewer are left, but some are."""
+
+    def held(c: Counter, client: str) -> int:
+        def hold() -> QueuedRequest | None:
+            ask = RouteRequest(1.0, client=client)
+            return c.queue.hold(ask, c.now + 1.0, c.now, 1.0, 0.0, blocks=True)
+
+        return sum(hold() is not None for _ in range(1000))
+
+    c = Counter(most=1000)
+    assert held(c, "one") == 900
+    assert held(c, "two") == 90
+    assert [held(c, f"more {n}") for n in range(3)] == [9, 1, 0]
+    c = Counter(most=1000)
+    for _ in range(1000):
+        for n in range(10):
+            c.queue.hold(RouteRequest(1.0, client=f"{n}"), c.now + 1.0, c.now, 1.0, 0.0, blocks=True)
+    assert c.queue.most - c.queue.held >= 10
+    assert held(c, "victim") == 9
+
+
+def test_the_work_ahead_of_a_client_is_its_own_and_as_much_of_each_other() -> None:
+    c = Counter()
+    for _ in range(100):
+        c.hold(client="many")
+    assert c.queue.ahead_of_client(RouteRequest(1.0, client="few")) == 1.0
+    assert c.queue.ahead_of_client(RouteRequest(1.0, client="many")) == 100.0
+    c.hold(client="few")
+    assert c.queue.ahead_of_client(RouteRequest(2.0, client="few")) == 4.0
+    assert c.queue.ahead_of_client(RouteRequest(1.0, client="third")) == 2.0
+    c.grant(101)
+    assert c.queue.ahead_of_client(RouteRequest(1.0, client="few")) == 0.0
+
+
+@pytest.mark.parametrize("clients", [2, 50])
+def test_who_asks_for_less_than_its_share_waits_for_one_turn_of_each_whatever_the_others_ask(
+    clients: int,
+) -> None:
+    """The others always have hundreds waiting, and mix low and normal priority."""
+    rng = random.Random(1)
+    c = Counter()
+    mine: QueuedRequest | None = None
+    waits = []
+    for n in range(3000):
+        for _ in range(3):
+            c.hold(rng.choice((NORMAL, NORMAL, LOW)), client=f"many {rng.randrange(clients)}")
+        if n % (2 * clients) == 0:
+            assert mine is None
+            mine, asked = c.hold(client="few"), n
+        c.now += 1.0
+        if mine in c.grant(1):
+            waits.append(n - asked)
+            mine = None
+    assert len(waits) == 3000 // (2 * clients)
+    assert max(waits) <= clients + 1
+
+
 # -- what a pass costs -----------------------------------------------------------------------------------
 
 
@@ -227,7 +369,7 @@ def test_who_has_gone_is_forgotten_when_such_are_the_most() -> None:
     stays = c.hold()
     for _ in range(50_000):
         c.queue.cancel(c.hold())
-    assert len(c.queue.in_time_lane.entries) < 200
+    assert len(c.queue.in_time_lane) < 200
     assert len(c.queue.came) < 200
     assert c.grant(1) == [stays]
 
@@ -258,10 +400,17 @@ def test_the_counts_are_those_of_who_waits_whatever_happens(seed: int) -> None:
         if what < 0.6:
             ask = RouteRequest(rng.uniform(1.0, 9.0), None, rng.choice([(), (), (1,)]), rng.choice([0, 7]))
             ask.priority = rng.randrange(3)
+            ask.client = rng.choice(["", "a", "b", "c"])
             until = c.now + rng.uniform(0.1, 60.0)
             blocked = rng.random() < 0.5
             more = c.queue.hold(
-                ask, until, c.now, rng.uniform(0.0, 3.0), rng.uniform(0.0, 3.0), blocks=blocked
+                ask,
+                until,
+                c.now,
+                rng.uniform(0.0, 3.0),
+                rng.uniform(0.0, 3.0),
+                blocks=blocked,
+                takes_s=ask.work,
             )
             waiting += [more] if more is not None else []
         elif what < 0.75 and waiting:

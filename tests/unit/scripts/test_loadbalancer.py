@@ -33,7 +33,7 @@ def check_books(b: DispatchWorld) -> None:
     indexed = [inst for *_, inst in balancer.instances.index.first(1000, b.now)]
     assert len(indexed) == len(set(indexed)) == sum(i in balancer.instances.index for i in balancer.instances)
     in_time = [w for w in queue.in_time_lane if not w.late]
-    late = list(queue.late_lane)
+    late = [*queue.late_lane, *(w for w in queue.in_time_lane if w.overdue)]
     waiting = in_time + late
     assert len({id(w) for w in waiting}) == len(waiting)
     assert all(w.late for w in late)
@@ -41,7 +41,7 @@ def check_books(b: DispatchWorld) -> None:
     assert queue.work == pytest.approx(sum(w.ask.work for w in waiting), abs=1e-6)
     assert queue.prompt_tokens == sum(w.ask.prompt_tokens for w in waiting)
     assert queue.ahead_of(LOW) == pytest.approx(sum(w.ask.work for w in in_time), abs=1e-6)
-    for lane in (in_time, late):
+    for lane in (in_time, list(queue.late_lane)):
         assert [w.since for w in lane] == sorted(w.since for w in lane)
     oldest_s = b.now - min((w.since for w in waiting), default=b.now)
     assert balancer.usage(b.now).traffic.oldest_wait_s == pytest.approx(oldest_s)
