@@ -9,17 +9,18 @@ The master token itself is not on the machine: its SHA-256 is, and what is sent 
 Everything travels under TLS, with the machine's certificate; uvicorn, which vLLM brings, serves it.
 """
 
+import asyncio
 import hashlib
 import hmac
+import json
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-from flask import Flask, Response, jsonify, request
-from werkzeug.exceptions import HTTPException
+from urllib.parse import parse_qs
 
 from remote.events import Events, News, events_told
 from remote.model_load import ModelLoad
@@ -28,14 +29,23 @@ from remote.tokens import LIFE_S, Issuer, TooMany
 MAX_BODY = 65_536
 MOST_TOKENS = 2_000
 
+_THREADS = 4
+"""Requests that are answered at a time: one may wait for the model server's figures."""
+
 _END_S = 0.5
 """It may take so long to see that it shall end; the supervisor waits for 8 s."""
 
 _URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}(/[A-Za-z0-9._~/-]{0,255})?")
 
+_METHODS = {"/health": "GET", "/load": "GET", "/tokens": "POST"}
 
-def _error(status: int, code: str, message: str) -> tuple[Response, int]:
-    return jsonify(error=code, message=message), status
+_Answer = tuple[int, dict[str, Any]]
+_Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+_Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+def _error(status: int, code: str, message: str) -> _Answer:
+    return status, {"error": code, "message": message}
 
 
 def create_app(
@@ -46,36 +56,18 @@ def create_app(
     model_load: Callable[[], ModelLoad],
     clock: Callable[[], float] = time.monotonic,
     listen: Callable[[str], None] = lambda _: None,
-) -> Flask:
-    """The three routes. model_load: how busy the model server is; clock: monotonic seconds.
+) -> Callable[[Mapping[str, Any], _Receive, _Send], Awaitable[None]]:
+    """The three routes, as an ASGI app: uvicorn is in every image of vLLM, so that nothing is installed.
 
-    listen: reports are to be sent to that URL.
+    model_load: how busy the model server is; clock: monotonic seconds. listen: reports are to be sent to that
+    URL.
     """
-    app = Flask("auth_server", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     issuing = threading.Lock()
+    threads = ThreadPoolExecutor(_THREADS)
 
-    def is_master() -> bool:
-        header = request.headers.get("Authorization", "")
-        if header[:7].lower() != "bearer ":
-            return False
-        given = hashlib.sha256(header[7:].encode("utf-8", "replace")).hexdigest()
-        return hmac.compare_digest(given, master_sha256)
-
-    @app.before_request
-    def check_caller() -> tuple[Response, int] | None:
-        """Everything but /health, unknown paths too, is for the master token only."""
-        if request.path == "/health" or is_master():
-            return None
-        return _error(401, "unauthorized", "the master token is needed")
-
-    @app.errorhandler(HTTPException)
-    def http_error(e: HTTPException) -> tuple[Response, int]:
-        return _error(e.code or 500, e.name.lower().replace(" ", "_"), e.description or e.name)
-
-    @app.get("/health")
-    def health() -> Response:
-        return jsonify(status="ok")
+    def is_master(header: bytes) -> bool:
+        given = hashlib.sha256(header[7:]).hexdigest()
+        return header[:7].lower() == b"bearer " and hmac.compare_digest(given, master_sha256)
 
     def report(news: News) -> dict[str, Any]:
         load = model_load()
@@ -91,9 +83,11 @@ def create_app(
             "tokens_s": round(load.tokens_s, 1),
         }
 
-    @app.post("/tokens")
-    def tokens() -> tuple[Response, int]:
-        said = request.get_json(force=True, silent=True)
+    def tokens(body: bytes) -> _Answer:
+        try:
+            said = json.loads(body)
+        except (ValueError, RecursionError):
+            said = None
         if not isinstance(said, dict):
             return _error(400, "bad_request", "count: wanted a JSON object with it")
         count = said.get("count")
@@ -109,20 +103,48 @@ def create_app(
             return _error(429, "too_many_tokens", str(e))
         if report_to is not None:
             listen(report_to)
-        return jsonify(
-            tokens=made,
-            boot_id=boot_id,
-            expires_at=round(time.time() + LIFE_S, 3),
-            expires_in_s=LIFE_S,
-            load=report(News(ring.newest(), False, ())),
-        ), 200
+        return 200, {
+            "tokens": made,
+            "boot_id": boot_id,
+            "expires_at": round(time.time() + LIFE_S, 3),
+            "expires_in_s": LIFE_S,
+            "load": report(News(ring.newest(), False, ())),
+        }
 
-    @app.get("/load")
-    def load() -> tuple[Response, int]:
-        after = request.args.get("after", "0")
+    def load(query: str) -> _Answer:
+        after = parse_qs(query, keep_blank_values=True).get("after", ["0"])[0]
         if not re.fullmatch(r"\d{1,16}", after):
             return _error(400, "bad_request", "after: wanted the number of an event")
-        return jsonify(report(ring.after(int(after)))), 200
+        return 200, report(ring.after(int(after)))
+
+    async def answer(scope: Mapping[str, Any], receive: _Receive) -> _Answer:
+        path, method = scope["path"], scope["method"]
+        if path == "/health" and method == "GET":
+            return 200, {"status": "ok"}
+        # Everything else, unknown paths too, is for the master token only; no body is read before.
+        if not is_master(dict(scope["headers"]).get(b"authorization", b"")):
+            return _error(401, "unauthorized", "the master token is needed")
+        if path not in _METHODS:
+            return _error(404, "not_found", "no such path")
+        if method != _METHODS[path]:
+            return _error(405, "method_not_allowed", f"wanted {_METHODS[path]}")
+        body, more = b"", True
+        while more:
+            part = await receive()
+            body += part.get("body", b"")
+            more = part.get("more_body", False)
+            if len(body) > MAX_BODY:
+                return _error(413, "too_large", f"at most {MAX_BODY} bytes")
+        return await asyncio.get_running_loop().run_in_executor(
+            threads, lambda: load(scope["query_string"].decode()) if path == "/load" else tokens(body)
+        )
+
+    async def app(scope: Mapping[str, Any], receive: _Receive, send: _Send) -> None:
+        status, said = await answer(scope, receive)
+        body = json.dumps(said).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     return app
 
@@ -132,10 +154,7 @@ def create_app(
 
 def main() -> None:
     """Serve until SIGTERM; what it needs is in the home directory and the environment (supervise.py)."""
-    import asyncio
-
     import uvicorn
-    from a2wsgi import WSGIMiddleware
 
     from remote.model_load import ModelServer
     from remote.speaker import Speaker, Watch
@@ -171,7 +190,7 @@ def main() -> None:
     with open(started, "w"):
         pass
     config = uvicorn.Config(
-        WSGIMiddleware(app, workers=4),  # type: ignore[arg-type]
+        app,
         host=bind,
         port=port,
         ssl_certfile=certificate,

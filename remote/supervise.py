@@ -207,21 +207,20 @@ class Supervisor:
     ) -> None:
         """Begin a boot; nothing runs yet."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        # What we need and the image has not is in fleet/site; vLLM must not see other versions.
-        self._ours = (fleet, *inherited, os.path.join(fleet, "site"))
-        if not boot_step("begin", self._ours):
+        self._path = (fleet, *inherited)
+        if not boot_step("begin", self._path):
             sys.exit("supervise: fleet/boot cannot be made")
         self._clock = clock
         self._deaths = Deaths()
         self._auth = Child(
             [sys.executable, "-m", "remote.auth_server"],
             os.path.join(fleet, "auth.log"),
-            self._ours,
+            self._path,
         )
         self._model = Child(
             model_command(fleet, name, model, args, os.environ),
             os.path.join(fleet, "model.log"),
-            (fleet, *inherited),
+            self._path,
         )
 
     def run(self) -> None:
@@ -264,7 +263,7 @@ class Supervisor:
                 self._model.start_at = None
             with suppress(OSError), open(self._model.log, "ab") as log:
                 log.write(b"\n%b\n" % (ENDED if why is None else GIVING_UP + b": " + why.encode()))
-            boot_step("fail_open", self._ours)
+            boot_step("fail_open", self._path)
 
     def _end(self) -> None:
         """Both have ended, within TERM_GRACE_S of being asked."""

@@ -1,9 +1,9 @@
-"""Ask an app in this process, through the bridge that serves it: its Flask routes and its direct ones."""
+"""Ask an app in this process; a Flask one through the bridge that serves it, with its direct routes."""
 
 import asyncio
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from flask import Flask
 from werkzeug.datastructures import Headers
 
 from web.bridge import FlaskBridge
+
+Asgi = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Answered:
 class AsgiClient:
     """A client on 127.0.0.1 that waits for each answer; all of it happens on one event loop."""
 
-    def __init__(self, app: Flask) -> None:
-        self._bridge = FlaskBridge(app)
+    def __init__(self, app: Flask | Asgi) -> None:
+        self._app: Asgi = FlaskBridge(app) if isinstance(app, Flask) else app
         self._runner = asyncio.Runner()
         weakref.finalize(self, self._runner.close)
 
@@ -81,7 +83,7 @@ class AsgiClient:
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }
-        await self._bridge(scope, receive, send)
+        await self._app(scope, receive, send)
         start, rest = sent
         found = Headers([(name.decode(), value.decode()) for name, value in start["headers"]])
         return Answered(start["status"], found, rest["body"])

@@ -17,7 +17,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -155,10 +155,8 @@ DAMAGE: Mapping[str, Callable[[Path], None]] = MappingProxyType(
 
 def damage(path: Path, how: str) -> None:
     """Damage the ledger's file, and take its write-ahead log away, which would mend it."""
-    with suppress(OSError), sqlite3.connect(path, timeout=2.0) as db:
-        with suppress(sqlite3.Error):
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        db.close()
+    with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=2.0)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     DAMAGE[how](path)
     _without_log(path)
 

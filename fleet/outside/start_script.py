@@ -1,8 +1,8 @@
 """The start script that a new instance is created with: all of remote/ in one text of at most 16 KB.
 
 Vast.ai runs it at every start of the container, so it repeats what may be new and nothing that takes long:
-it unpacks remote/, installs Flask if it is not there (a vLLM image has none), and becomes the
-supervisor. Of the master token only the SHA-256 is in it: a listing shows the script.
+it unpacks remote/ and becomes the supervisor. Nothing is installed: a vLLM image has all that it needs.
+Of the master token only the SHA-256 is in it: a listing shows the script.
 Comments, docstrings, types and long names are left out: they are most of the text.
 """
 
@@ -24,9 +24,6 @@ from engine.profiles import Profile
 from process.errors import ConfigError
 
 REMOTE = Path(__file__).resolve().parents[2] / "remote"
-
-NEEDS = ("flask==3.1.3", "a2wsgi==1.10.10", "cryptography==49.0.0")
-"""Packages that the auth_server needs and vLLM's image may not have; the versions of requirements.txt."""
 
 LIMIT_BYTES = 16_384
 """Bytes of the longest script; the service refuses or cuts longer ones (vast-contract 2.2)."""
@@ -52,10 +49,6 @@ for file in lzma.decompress(base64.b85decode(input())).decode().split("\\0"):
 {packed}
 END
 export PYTHONPATH="$fleet${{PYTHONPATH:+:$PYTHONPATH}}"
-set -- pip install --quiet --upgrade --target "$fleet/site" {needs}
-until PYTHONPATH="$PYTHONPATH:$fleet/site" python3 -c 'import flask, a2wsgi, cryptography'; do
-  python3 -m "$@" || uv "$@" || sleep 5
-done
 exec python3 -m remote.supervise {name}
 """
 
@@ -169,7 +162,6 @@ def render(profile: Profile, master_token: str, ready_url: str | None = None) ->
         args=shlex.quote(profile.vllm_args),
         ready_url=shlex.quote(ready_url or ""),
         digest=hashlib.sha256(master_token.encode()).hexdigest(),
-        needs=" ".join(NEEDS),
         packed=_packed(),
     )
     size = len(script.encode())

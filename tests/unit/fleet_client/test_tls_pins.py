@@ -537,7 +537,7 @@ def test_a_clock_that_is_five_minutes_wrong_changes_nothing(
         Events(str(tmp_path)),
         lambda: ModelLoad(),
     )
-    said = app.test_client().post("/tokens", json={"count": 300}, headers={"Authorization": "Bearer master"})
+    said = AsgiClient(app).post("/tokens", json={"count": 300}, headers={"Authorization": "Bearer master"})
     batch = said.get_json()
     monkeypatch.undo()
     assert batch["expires_at"] == pytest.approx(right + wrong_s + batch["expires_in_s"], abs=30.0)

@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from flask.testing import FlaskClient
 
 from fleet_client.tls_pins import pinned_context
 from remote import boot as boots
@@ -24,6 +23,7 @@ from remote.auth_server import MAX_BODY, MOST_TOKENS, create_app
 from remote.events import Events
 from remote.model_load import ModelLoad, ModelServer, parse_metrics
 from remote.tokens import CAP, Gate, Issuer
+from tests.asgi_client import AsgiClient
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.waiting import wait_for
@@ -55,13 +55,13 @@ def boot(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def client(boot: str) -> FlaskClient:
+def client(boot: str) -> AsgiClient:
     digest = hashlib.sha256(MASTER.encode()).hexdigest()
     app = create_app(digest, "boot-1", Issuer(boot, 0.0), Events(boot), lambda: LOAD, clock=lambda: 0.0)
-    return app.test_client()
+    return AsgiClient(app)
 
 
-def test_a_batch_of_tokens_comes_with_the_load(client: FlaskClient, boot: str) -> None:
+def test_a_batch_of_tokens_comes_with_the_load(client: AsgiClient, boot: str) -> None:
     batch = decode(client.post("/tokens", json={"count": 3}, headers=KEY).data, TokenBatch)
     assert (len(batch.tokens), batch.boot_id, batch.expires_in_s) == (3, "boot-1", 600.0)
     assert (batch.load.running, batch.load.waiting, batch.load.started, batch.load.ended) == (2, 1, [], [])
@@ -69,13 +69,13 @@ def test_a_batch_of_tokens_comes_with_the_load(client: FlaskClient, boot: str) -
     assert all(gate.take(token, 1.0) for token in batch.tokens)
 
 
-def test_an_order_for_tokens_is_what_the_struct_of_the_loadbalancer_says(client: FlaskClient) -> None:
+def test_an_order_for_tokens_is_what_the_struct_of_the_loadbalancer_says(client: AsgiClient) -> None:
     for order in (TokenOrder(2), TokenOrder(2, "http://127.0.0.1:1/report")):
         answer = client.post("/tokens", data=msgspec.json.encode(order), headers=KEY)
         assert len(decode(answer.data, TokenBatch).tokens) == 2
 
 
-def test_a_load_report_has_the_events_after_a_number(client: FlaskClient, boot: str) -> None:
+def test_a_load_report_has_the_events_after_a_number(client: AsgiClient, boot: str) -> None:
     ring = Events(boot)
     ring.write("0123456789abcdef", events.STARTED)
     ring.write("0123456789abcdef", events.FINISHED, 12)
@@ -85,7 +85,7 @@ def test_a_load_report_has_the_events_after_a_number(client: FlaskClient, boot: 
     assert decode(client.get("/load?after=2", headers=KEY).data, LoadReport).started == []
 
 
-def test_health_is_open_and_says_nothing_else(client: FlaskClient) -> None:
+def test_health_is_open_and_says_nothing_else(client: AsgiClient) -> None:
     reply = client.get("/health")
     assert (reply.status_code, reply.get_json()) == (200, {"status": "ok"})
 
@@ -109,12 +109,12 @@ WRONG = {
 
 @pytest.mark.parametrize(("method", "path"), PROTECTED)
 @pytest.mark.parametrize("how", list(WRONG))
-def test_each_route_refuses_the_wrong_caller(client: FlaskClient, method: str, path: str, how: str) -> None:
+def test_each_route_refuses_the_wrong_caller(client: AsgiClient, method: str, path: str, how: str) -> None:
     reply = client.open(path, method=method, json={"count": 1}, headers=WRONG[how])
     assert (reply.status_code, reply.get_json()["error"]) == (401, "unauthorized")
 
 
-def test_the_master_token_in_the_url_is_no_key(client: FlaskClient) -> None:
+def test_the_master_token_in_the_url_is_no_key(client: AsgiClient) -> None:
     assert client.get(f"/load?after=0&token={MASTER}").status_code == 401
 
 
@@ -128,33 +128,33 @@ def test_the_master_token_in_the_url_is_no_key(client: FlaskClient) -> None:
         *(b'{"count": %s}' % n for n in (b"0", b"-1", b"true", b"1.5", b'"1"', b"%d" % (MOST_TOKENS + 1))),
     ],
 )
-def test_a_wrong_count_is_named(client: FlaskClient, body: bytes) -> None:
+def test_a_wrong_count_is_named(client: AsgiClient, body: bytes) -> None:
     reply = client.post("/tokens", data=body, headers=KEY)
     assert reply.status_code == 400
     assert reply.get_json()["message"].startswith("count:")
 
 
 @pytest.mark.parametrize("after", ["", "-1", "x", "1.5", "9" * 17, "%00"])
-def test_a_wrong_number_is_named(client: FlaskClient, after: str) -> None:
+def test_a_wrong_number_is_named(client: AsgiClient, after: str) -> None:
     reply = client.get(f"/load?after={after}", headers=KEY)
     assert reply.status_code == 400
     assert reply.get_json()["message"].startswith("after:")
 
 
-def test_a_long_body_is_refused(client: FlaskClient) -> None:
+def test_a_long_body_is_refused(client: AsgiClient) -> None:
     assert client.post("/tokens", data=b"x" * (MAX_BODY + 1), headers=KEY).status_code == 413
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/tokens", 405), ("GET", "/nowhere", 404)])
 def test_what_there_is_not_is_an_error_in_json(
-    client: FlaskClient, method: str, path: str, status: int
+    client: AsgiClient, method: str, path: str, status: int
 ) -> None:
     reply = client.open(path, method=method, headers=KEY)
     assert reply.status_code == status
     assert set(reply.get_json()) == {"error", "message"}
 
 
-def test_beyond_the_cap_of_outstanding_tokens_it_says_429(client: FlaskClient) -> None:
+def test_beyond_the_cap_of_outstanding_tokens_it_says_429(client: AsgiClient) -> None:
     for _ in range(CAP // MOST_TOKENS):
         assert client.post("/tokens", json={"count": MOST_TOKENS}, headers=KEY).status_code == 200
     assert client.post("/tokens", json={"count": 1}, headers=KEY).status_code == 429
