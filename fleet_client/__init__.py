@@ -26,12 +26,12 @@ small files. Where it is:
     decides, and neither reads a clock nor opens anything       does
     options         what a transport can be told                transport         what both transports share
     token_estimate  how long a request is                       async_transport   AsyncFleetTransport
-    prefix_hashes   the hashes, and where each was read         thread_transport  FleetTransport
-    leases          leases, POST /route and POST /done          async_connections aiohttp for the first
-    leases_ahead    leases fetched before they are needed       connection_pool   HTTP/1.1 for the second
-    lease_keeper    leases at hand, and ends to be told         gateway           the same as a small server
-    call, reply     what is passed on, and what is for us
-    instance_names  which of it would lead to an instance
+    prefix_hashes   the hashes, and where each was read         loop_side         what it has open in one loop
+    leases          leases, POST /route and POST /done          async_connections aiohttp for it
+    leases_ahead    leases fetched before they are needed       thread_transport  FleetTransport
+    lease_keeper    leases at hand, and ends to be told         connection_pool   HTTP/1.1 for it
+    call, reply     what is passed on, and what is for us       forks             what a fork does not share
+    instance_names  which of it would lead to an instance       gateway           the same as a small server
     retry           one request: where next, and when to stop
 """
 

@@ -5,6 +5,9 @@ all of one and falls behind.
 """
 
 import asyncio
+import os
+import socket
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -51,7 +54,11 @@ def staged() -> Iterator[Stage]:
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Notes the stage of each request."""
+    """Notes the stage of each request, and the connections that it made."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
 
     async def connect(self, req: Any, traces: Any, timeout: Any) -> Any:
         connection = await super().connect(req, traces, timeout)
@@ -61,9 +68,28 @@ class _Connector(aiohttp.TCPConnector):
 
     async def _create_connection(self, req: Any, traces: Any, timeout: Any) -> Any:
         made = await super()._create_connection(req, traces, timeout)
+        self._made.add(made)
         if (stage := _STAGE.get()) is not None:
             stage.open()
         return made
+
+    def disown(self, nowhere: socket.socket) -> None:
+        """Have all its connections lead there."""
+        for protocol in list(self._made):
+            transport = protocol.transport
+            number = -1 if transport is None else transport.get_extra_info("socket").fileno()
+            if number >= 0:
+                os.dup2(nowhere.fileno(), number, inheritable=False)
+
+
+def disown(session: aiohttp.ClientSession, nowhere: socket.socket) -> None:
+    """Let go of a session in a fork: all that is written to its connections from now on goes nowhere.
+
+    They cannot be closed: the goodbye of TLS would reach the other side, and a selector of Linux that both
+    processes share would forget the parent's.
+    """
+    if isinstance(session.connector, _Connector):  # None: it is closed
+        session.connector.disown(nowhere)
 
 
 def new_session(keep_alive_s: float | None) -> aiohttp.ClientSession:

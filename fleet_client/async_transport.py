@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import io
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Unpack
 
 import aiohttp
@@ -15,41 +13,28 @@ from yarl import URL
 
 from fleet_client.async_connections import (
     abort,
-    await_end,
     header_texts,
-    new_session,
     read_some,
-    read_whole,
     staged,
 )
 from fleet_client.call import NO_TIMEOUTS, Call, Timeouts, forwarded, returned
 from fleet_client.connection_pool import Header
-from fleet_client.lease_keeper import LoadbalancerJob
-from fleet_client.leases import ClientLease, Posted, Refusal, read_route
+from fleet_client.forks import start_anew_in_forks
+from fleet_client.leases import ClientLease, Refusal, read_route
+from fleet_client.loop_side import LoopSide
 from fleet_client.options import LOADBALANCER, FleetOptions, OptionFields
 from fleet_client.reply import HttpReply, kept_reply
 from fleet_client.retry import ELSEWHERE, AcquireLease, Came, Send, Setback, Step, is_last
 from fleet_client.tls_pins import context_for
 from fleet_client.transport import (
-    CLOSE_S,
-    MAX_LEASES,
-    MODEL_KEEP_ALIVE_S,
-    ROUTE_KEEP_ALIVE_S,
     BodyBuffer,
     TransportCore,
     cut_off,
-    named,
     not_answered,
     not_connected,
     require_httpx2,
     response_of,
 )
-
-HEALTH_S = 2.0
-"""Seconds that the loadbalancer has to say how it is."""
-
-ENDS_AT_ONCE = 8
-"""Ends of leases that are told at the same time."""
 
 
 class AsyncAnswer(httpx2.AsyncByteStream):
@@ -64,10 +49,11 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         reply: HttpReply,
         tell: Callable[[ClientLease, str, str], None],
         linger: Callable[[aiohttp.ClientResponse], None],
+        end: Callable[[], None] = lambda: None,
     ) -> None:
         """Made by `AsyncFleetTransport.exchange`. tell: takes note of how a lease ended.
 
-        linger: waits a moment for the end of the answer.
+        linger: waits a moment for the end of the answer. end: is told that nothing more is read of it.
         """
         self.call = call
         self.status = reply.status
@@ -77,6 +63,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         self._source: aiohttp.ClientResponse | None = reply.source
         self._tell = tell
         self._linger = linger
+        self._end = end
         self._chunk = b""
         self._over = reply.source is None
 
@@ -95,7 +82,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
                 why, error = cut_off(self.lease, e)
                 break
             if not chunk:
-                self._over = True
+                self._ended()
                 self._source.release()
                 return
             self._chunk = chunk
@@ -106,7 +93,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
 
     def fail(self, why: str) -> None:
         """Read no more, because what came is wrong; the loadbalancer is told that word."""
-        self._over = True
+        self._ended()
         if self._source is not None:
             abort(self._source)
         if self.lease is not None:
@@ -117,7 +104,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         """Be done with it; the instance learns at once when it was not read to its end."""
         if self._over or self._source is None:
             return
-        self._over = True
+        self._ended()
         if self._source.content.is_eof():
             self._source.release()
         elif is_last(self._chunk):
@@ -125,12 +112,19 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         else:
             abort(self._source)
 
+    def _ended(self) -> None:
+        if not self._over:
+            self._over = True
+            self._end()
+
 
 class AsyncFleetTransport(httpx2.AsyncBaseTransport):
     """For `httpx2.AsyncClient(transport=...)`, and so for `openai.AsyncOpenAI(http_client=...)`.
 
-    It belongs to the event loop of its first request. Close it (`aclose`, or the client's) when done: leases
-    that were fetched ahead go back then. asyncio.run does it for a program that forgets.
+    It belongs to the event loop of its first request as long as that runs, then to the next, and begins anew
+    in a fork of the process. Close it (`aclose`, or the client's) when done: leases that were fetched ahead
+    go back then, and answers that are being read go on to their end. asyncio.run does it for a program that
+    forgets.
     """
 
     def __init__(self, loadbalancer: str = LOADBALANCER, **options: Unpack[OptionFields]) -> None:
@@ -141,16 +135,9 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         self._core = TransportCore(
             FleetOptions(loadbalancer, **options), contextlib.nullcontext(), self._start_jobs
         )
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._side: LoopSide | None = None
         self._closed = False
-        self._ends: set[asyncio.Task[Posted | Refusal]] = set()
-        self._batches: set[asyncio.Task[Posted | Refusal]] = set()
-        self._lingering: set[asyncio.Task[None]] = set()
-        self._look: asyncio.TimerHandle | None = None
-        self._closer: asyncio.Task[None] | None = None
-        self._route: aiohttp.ClientSession
-        self._model: aiohttp.ClientSession
-        self._again: aiohttp.ClientSession
+        start_anew_in_forks(self)
 
     def __repr__(self) -> str:
         """Describe it without keys."""
@@ -176,8 +163,8 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         call = self._core.call_of(request, body)
         if isinstance(call, HttpReply):
             return response_of(call, call)
-        reply = await self._serve(call)
-        return response_of(call, reply, self._answer(call, reply))
+        answer, reply = await self._answer(call)
+        return response_of(call, reply, answer)
 
     def call(
         self,
@@ -195,83 +182,86 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
 
     async def exchange(self, call: Call) -> AsyncAnswer:
         """Return the answer from its first byte on, without httpx2's objects; raises httpx2's errors."""
-        return self._answer(call, await self._serve(call))
+        return (await self._answer(call))[0]
+
+    async def why_unwell(self) -> str | None:
+        """Return why the loadbalancer cannot serve, by its GET /health; None when it can."""
+        return await self._opened().why_unwell()
 
     async def aclose(self) -> None:
-        """Give back what is left, tell what is to be told (2 s at most), close every connection."""
+        """Give back what is left, tell what is to be told (2 s at most), close what is not in use."""
         if self._closed:
             return
         self._closed = True
-        if self._closer is not None:
-            self._closer.cancel()
-            await asyncio.gather(self._closer, return_exceptions=True)
+        if self._side is not None and not self._side.over and not self._side.loop.is_closed():
+            await self._side.close()
+
+    def start_anew(self) -> None:
+        """Share nothing with the process that this one is a fork of."""
+        side, self._side = self._side, None
+        self._core.start_anew(contextlib.nullcontext())
+        if side is not None:
+            side.disown()
 
     # -- life cycle
 
-    def _open(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._closed:
+    def _opened(self) -> LoopSide:
+        """Return what is open in the loop that runs; open it, also when that of another loop has ended."""
+        loop, side = asyncio.get_running_loop(), self._side
+        if side is not None and side.loop is loop and not side.over:
+            return side
+        if self._closed or (side is not None and side.loop is loop):
             raise RuntimeError("this AsyncFleetTransport is closed")
-        if self._loop is None:
-            self._loop = loop
-            self._route = new_session(ROUTE_KEEP_ALIVE_S)
-            self._model = new_session(MODEL_KEEP_ALIVE_S)
-            self._again = new_session(None)
-            self._closer = loop.create_task(self._close_when_cancelled())
-        elif self._loop is not loop:
-            raise RuntimeError(
-                "this AsyncFleetTransport belongs to another event loop: make one (and its client) in each "
-                "loop, or in each call of asyncio.run"
-            )
+        if side is not None:
+            if not side.over and not side.loop.is_closed():
+                raise RuntimeError(
+                    "this AsyncFleetTransport belongs to another event loop that has not ended: "
+                    "make one, and its client, in each loop"
+                )
+            self._core.start_anew(contextlib.nullcontext())
+        self._side = side = LoopSide(self._core)
+        return side
 
-    async def _close_when_cancelled(self) -> None:
-        """Close everything when cancelled: by `aclose`, or by asyncio.run at the end of a program."""
-        try:
-            await asyncio.get_running_loop().create_future()
-        finally:
-            self._closed = True
-            await self._finish()
-
-    async def _finish(self) -> None:
-        leases = self._core.leases
-        leases.give_all_back()
-        await _cancel(self._batches | self._lingering)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_S):
-                while self._ends:
-                    await asyncio.wait(self._ends)
-        leases.abandon()
-        if self._look is not None:
-            self._look.cancel()
-        await _cancel(self._ends)
-        for session in (self._model, self._again, self._route):
-            await session.close()
+    def _start_jobs(self) -> None:
+        if self._side is not None:
+            self._side.start_jobs()
 
     # -- one request
 
-    async def _serve(self, call: Call) -> HttpReply:
-        self._open()
+    async def _answer(self, call: Call) -> tuple[AsyncAnswer, HttpReply]:
+        side = self._opened()
+        side.begin()
+        try:
+            reply = await self._serve(side, call)
+        except BaseException:
+            side.end()
+            raise
+        if reply.source is None:
+            side.end()
+        return AsyncAnswer(call, reply, self._core.leases.tell, side.linger, side.end), reply
+
+    async def _serve(self, side: LoopSide, call: Call) -> HttpReply:
         steps = self._core.attempt(call, time.monotonic())
         try:
             step = next(steps)
             while True:
-                step = steps.send((await self._perform(call, step), time.monotonic()))
+                step = steps.send((await self._perform(side, call, step), time.monotonic()))
         except StopIteration as end:
             reply: HttpReply = end.value
             return reply
 
-    async def _perform(self, call: Call, step: Step) -> Came:
+    async def _perform(self, side: LoopSide, call: Call, step: Step) -> Came:
         if isinstance(step, Send):
-            return await self._send(call, step)
+            return await self._send(side, call, step)
         if isinstance(step, AcquireLease):
-            got = await self._post("/route", step.body, step.hold_s + step.slack_s)
+            got = await side.post("/route", step.body, step.hold_s + step.slack_s)
             return got if isinstance(got, Refusal) else read_route(*got, time.monotonic())
         await asyncio.sleep(step.seconds)
         return None
 
-    async def _send(self, call: Call, step: Send) -> HttpReply | Setback:
+    async def _send(self, side: LoopSide, call: Call, step: Send) -> HttpReply | Setback:
         lease, timeouts = step.lease, call.timeouts
-        session = self._again if step.again else self._model
+        session = side.again if step.again else side.model
         body: Any = call.body or None
         if body is not None and len(body) > 2**20:
             body = io.BytesIO(body)  # goes in pieces
@@ -302,85 +292,6 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
             headers = returned(source.raw_headers, lease.address)
             return HttpReply(source.status, headers, source, lease=lease)
         return kept_reply(source.status, source.raw_headers, await read_some(source), lease)
-
-    def _answer(self, call: Call, reply: HttpReply) -> AsyncAnswer:
-        return AsyncAnswer(call, reply, self._core.leases.tell, self._linger)
-
-    def _linger(self, source: aiohttp.ClientResponse) -> None:
-        assert self._loop is not None  # noqa: S101 there was a request
-        task = self._loop.create_task(await_end(source))
-        self._lingering.add(task)
-        task.add_done_callback(self._lingering.discard)
-
-    # -- the loadbalancer
-
-    async def _post(self, path: str, body: Mapping[str, Any], limit_s: float) -> Posted | Refusal:
-        """Ask the loadbalancer; a Refusal with status 0 says why there is no answer."""
-        options = self._core.options
-        try:
-            async with self._route.post(
-                options.url + path,
-                data=json.dumps(body),
-                headers=self._core.headers,
-                timeout=aiohttp.ClientTimeout(total=limit_s, sock_connect=options.connect_s),
-                ssl=self._core.trusted.context() or True,
-                allow_redirects=False,
-            ) as reply:
-                return reply.status, await read_whole(reply, MAX_LEASES), reply.headers.get("Retry-After")
-        except (aiohttp.ClientError, TimeoutError, OSError) as e:
-            return Refusal(0, named(e))
-
-    async def why_unwell(self) -> str | None:
-        """Return why the loadbalancer cannot serve, by its GET /health; None when it can."""
-        self._open()
-        options, timeout = self._core.options, aiohttp.ClientTimeout(total=HEALTH_S)
-        where = f"loadbalancer {options.url}"
-        try:
-            async with self._route.get(
-                options.url + "/health",
-                timeout=timeout,
-                ssl=self._core.trusted.context() or True,
-                allow_redirects=False,
-            ) as reply:
-                said = (await reply.content.read(1000)).decode(errors="replace")
-                return None if reply.status == 200 else f"{where}: status {reply.status}: {said[:300]}"
-        except (aiohttp.ClientError, TimeoutError, OSError) as e:
-            return f"{where} does not answer: {named(e)}"
-
-    def _start_jobs(self) -> None:
-        """Do the jobs that are due; look again when it is time to."""
-        loop = self._loop
-        if loop is None:
-            return
-        leases, now = self._core.leases, time.monotonic()
-        while (job := leases.next_job(now, ends=len(self._ends) < ENDS_AT_ONCE)) is not None:
-            tasks = self._batches if job.wanted else self._ends
-            task = loop.create_task(self._post(job.path, job.body, job.limit_s))
-            tasks.add(task)
-            task.add_done_callback(partial(self._job_done, job, tasks))
-        if self._look is not None:
-            self._look.cancel()
-            self._look = None
-        look_in_s = leases.look_in_s(now)
-        if look_in_s is not None:
-            self._look = loop.call_later(look_in_s, self._start_jobs)
-
-    def _job_done(
-        self,
-        job: LoadbalancerJob,
-        tasks: set[asyncio.Task[Posted | Refusal]],
-        task: asyncio.Task[Posted | Refusal],
-    ) -> None:
-        tasks.discard(task)
-        came = Refusal(0, "cancelled") if task.cancelled() else task.result()
-        self._core.leases.finish_job(job, came, time.monotonic())
-
-
-async def _cancel(tasks: set[Any]) -> None:
-    gone = list(tasks)
-    for task in gone:
-        task.cancel()
-    await asyncio.gather(*gone, return_exceptions=True)
 
 
 async def _buffered(request: httpx2.Request) -> bytes | None:

@@ -36,6 +36,7 @@ class Connection:
         parts = urlsplit(address)
         host, port = parts.hostname or "", parts.port or (80 if context is None else 443)
         self.fresh = True  # whether it has had no request before the one under way
+        self.inherited = False  # whether it is of the process that this one is a fork of
         self._idle_since = 0.0
         self._host = parts.netloc.encode()
         sock = socket.create_connection((host, port), connect_s)
@@ -206,6 +207,11 @@ class Connection:
             return False
         return self.complete and self._reusable and not self._chunks
 
+    def disown(self) -> None:
+        """Let go of it in a fork: shut down, or told goodbye under TLS, it would end for the parent, too."""
+        self.inherited = True
+        self._sock.close()
+
     def close(self) -> None:
         """Close it at once, also when another thread is reading."""
         with contextlib.suppress(OSError):
@@ -248,14 +254,11 @@ class ConnectionPool:
             self.drop(connection)
 
     def connect(self, key: Key, context: ssl.SSLContext | None, connect_s: float) -> Connection:
-        """Return a new connection; raises OSError, also after `close`."""
+        """Return a new connection; raises OSError."""
         connection = Connection(key[0], context, connect_s)
         with self._lock:
-            if not self._closed:
-                self._busy.add(connection)
-                return connection
-        connection.close()
-        raise ConnectionAbortedError("the transport is closed")
+            self._busy.add(connection)
+        return connection
 
     def put(self, key: Key, connection: Connection) -> None:
         """Keep it for another request; close those that were not used for long."""
@@ -290,10 +293,18 @@ class ConnectionPool:
         connection.close()
 
     def close(self) -> None:
-        """Close all, also those in use."""
+        """Close the idle ones now, and those in use when their answers have ended."""
         with self._lock:
             self._closed = True
-            all_of_them = [*self._busy, *(one for idle in self._idle.values() for one in idle)]
-            self._busy, self._idle = weakref.WeakSet(), {}
-        for connection in all_of_them:
+            idle = [one for some in self._idle.values() for one in some]
+            self._idle = {}
+        for connection in idle:
             connection.close()
+
+    def start_anew(self) -> None:
+        """Leave all connections to the parent of this process; the lock may have been held when it forked."""
+        inherited = [*self._busy, *(one for idle in self._idle.values() for one in idle)]
+        self._lock = threading.RLock()
+        self._busy, self._idle = weakref.WeakSet(), {}
+        for connection in inherited:
+            connection.disown()

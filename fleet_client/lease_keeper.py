@@ -53,9 +53,13 @@ class LeaseKeeper:
         """Keep nothing yet."""
         self.options = options
         self.untold = 0  # ends of leases that the loadbalancer did not take in
-        self._lock = lock
         self._wake = wake
-        self._ahead = LeasesAhead(options.ahead)
+        self.start_anew(lock)
+
+    def start_anew(self, lock: AbstractContextManager[Any]) -> None:
+        """Know nothing, as at first: in a fork, whose leases are its parent's, or in a new event loop."""
+        self._lock = lock
+        self._ahead = LeasesAhead(self.options.ahead)
         self._served = Served()
         self._ends: deque[tuple[ClientLease, str, str]] = deque()
         self._over = False

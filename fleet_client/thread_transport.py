@@ -12,6 +12,7 @@ import httpx2
 
 from fleet_client.call import Call, forwarded, returned
 from fleet_client.connection_pool import BadHttp, Connection, ConnectionPool
+from fleet_client.forks import start_anew_in_forks
 from fleet_client.lease_keeper import LeaseKeeper
 from fleet_client.leases import Posted, Refusal, read_route
 from fleet_client.options import LOADBALANCER, FleetOptions, OptionFields
@@ -83,7 +84,7 @@ class _Loadbalancer:
 
     def _start(self) -> None:
         """Have the jobs done; the lock is held."""
-        if self._thread is None or not self._thread.is_alive():  # not alive: this process is a fork
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name="fleet-jobs", daemon=True)
             self._thread.start()
         else:
@@ -119,6 +120,13 @@ class _Loadbalancer:
         self.core.leases.abandon()
         self._connections.close()
 
+    def start_anew(self) -> None:
+        """Leave leases, thread and connections to the parent of this process."""
+        self._awake = threading.Condition()
+        self._thread = None
+        self.core.start_anew(self._awake)
+        self._connections.start_anew()
+
 
 class SyncAnswer(httpx2.SyncByteStream):
     """The bytes of an instance's answer as they come."""
@@ -151,6 +159,9 @@ class SyncAnswer(httpx2.SyncByteStream):
                 return
             self._last = chunk
             yield chunk
+        if self._connection.inherited:
+            self._open = False
+            raise httpx2.ReadError(f"{self._lease}: this process is a fork, and the answer its parent's")
         if self._open:  # it was not closed here
             self._open = False
             self._connections.drop(self._connection)
@@ -163,6 +174,8 @@ class SyncAnswer(httpx2.SyncByteStream):
         if not self._open:
             return
         self._open = False
+        if self._connection.inherited:
+            return
         done = self._connection.complete or is_last(self._last)
         if done and self._connection.finish(MOMENT_S):
             self._connections.put((self._lease.address, self._lease.certificate), self._connection)
@@ -173,8 +186,9 @@ class SyncAnswer(httpx2.SyncByteStream):
 class FleetTransport(httpx2.BaseTransport):
     """For `httpx2.Client(transport=...)`, and so for `openai.OpenAI(http_client=...)`.
 
-    Any number of threads may use it. Close it (or the client) when done: leases that were fetched ahead go
-    back then.
+    Any number of threads may use it, and forks of the process: each has connections and leases of its own.
+    Close it (or the client) when done: leases that were fetched ahead go back then, and answers that are
+    being read go on to their end.
     """
 
     def __init__(self, loadbalancer: str = LOADBALANCER, **options: Unpack[OptionFields]) -> None:
@@ -187,6 +201,7 @@ class FleetTransport(httpx2.BaseTransport):
         self._connections = ConnectionPool(MODEL_KEEP_ALIVE_S)
         # Also when it is forgotten, and at the end of the program.
         self._finalizer = weakref.finalize(self, _close_both, self._loadbalancer, self._connections)
+        start_anew_in_forks(self)
 
     def __repr__(self) -> str:
         """Describe it without keys."""
@@ -219,8 +234,13 @@ class FleetTransport(httpx2.BaseTransport):
         return response_of(call, reply, stream)
 
     def close(self) -> None:
-        """Give back what is left, tell what is to be told (2 s at most), close every connection."""
+        """Give back what is left, tell what is to be told (2 s at most), close what is not in use."""
         self._finalizer()
+
+    def start_anew(self) -> None:
+        """Share nothing with the process that this one is a fork of."""
+        self._loadbalancer.start_anew()
+        self._connections.start_anew()
 
     def _serve(self, call: Call) -> HttpReply:
         if self._loadbalancer.closed:

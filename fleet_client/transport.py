@@ -63,6 +63,11 @@ class TransportCore:
         self._hasher = _hasher(options.affinity_salt) if options.affinity else None
         self._rng = random.Random()
 
+    def start_anew(self, lock: AbstractContextManager[Any]) -> None:
+        """Know no lease, in a fork or a new event loop; a fork's pauses are not to be its brothers'."""
+        self.leases.start_anew(lock)
+        self._rng = random.Random()
+
     def described(self, kind: str, *, closed: bool) -> str:
         """Describe the transport without any key."""
         parts = (kind, self.options.url, str(self.leases), "closed" if closed else "")

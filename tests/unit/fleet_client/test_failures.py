@@ -8,7 +8,7 @@ import httpx2
 import openai
 import pytest
 
-from fleet_client import async_transport, retry, thread_transport
+from fleet_client import loop_side, retry, thread_transport
 from tests.fake_fleet import (
     FakeFleet,
     FakeInstance,
@@ -222,7 +222,7 @@ def test_a_connection_closed_while_it_was_idle_costs_nothing(user: Make) -> None
 def test_an_idle_connection_is_not_used_again_after_its_time(
     user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (async_transport, thread_transport):
+    for module in (loop_side, thread_transport):
         monkeypatch.setattr(module, "MODEL_KEEP_ALIVE_S", 0.0)
     one = user(fleet.url)
     for _ in range(4):

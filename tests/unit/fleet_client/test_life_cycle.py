@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 
-from fleet_client import AsyncFleetTransport, FleetTransport, async_transport, thread_transport
+from fleet_client import AsyncFleetTransport, FleetTransport, loop_side, thread_transport
 from tests.fake_fleet import FakeFleet, FakeLoadbalancer, Out, Seen
 from tests.unit.fleet_client.users import ALL, Loop, Make, Threads, chat_request, plan, says, silent, told
 from tests.waiting import wait_for
@@ -69,7 +69,7 @@ def test_a_task_cancelled_while_it_connects_gives_its_lease_back(fleet: FakeFlee
 def test_a_close_does_not_wait_for_a_loadbalancer_that_hangs(
     user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (async_transport, thread_transport):
+    for module in (loop_side, thread_transport):
         monkeypatch.setattr(module, "CLOSE_S", 0.2)
     one = user(fleet.url)
     plan(fleet, says(503), says(503))

@@ -1,0 +1,177 @@
+"""What an `AsyncFleetTransport` has open in one event loop: sessions, and jobs for the loadbalancer."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import aiohttp
+
+from fleet_client.async_connections import await_end, disown, new_session, read_whole
+from fleet_client.lease_keeper import LoadbalancerJob
+from fleet_client.leases import Posted, Refusal
+from fleet_client.transport import (
+    CLOSE_S,
+    MAX_LEASES,
+    MODEL_KEEP_ALIVE_S,
+    ROUTE_KEEP_ALIVE_S,
+    TransportCore,
+    named,
+)
+
+HEALTH_S = 2.0
+"""Seconds that the loadbalancer has to say how it is."""
+
+ENDS_AT_ONCE = 8
+"""Ends of leases that are told at the same time."""
+
+_INHERITED: list[tuple["LoopSide", socket.socket]] = []
+"""Those of the process that this one is a fork of, kept: garbage that is collected says goodbye under TLS."""
+
+
+class LoopSide:
+    """It ends when it was told to and no request runs, or when its event loop cancels all tasks."""
+
+    def __init__(self, core: TransportCore) -> None:
+        """Open sessions in the loop that runs."""
+        self.loop = asyncio.get_running_loop()
+        self.over = False  # no more requests
+        self.model = new_session(MODEL_KEEP_ALIVE_S)
+        self.again = new_session(None)
+        self._route = new_session(ROUTE_KEEP_ALIVE_S)
+        self._core = core
+        self._running = 0  # requests whose answers have not ended
+        self._ends: set[asyncio.Task[Posted | Refusal]] = set()
+        self._batches: set[asyncio.Task[Posted | Refusal]] = set()
+        self._lingering: set[asyncio.Task[None]] = set()
+        self._look: asyncio.TimerHandle | None = None
+        self._closer = self.loop.create_task(self._close_when_cancelled())
+
+    # -- requests
+
+    def begin(self) -> None:
+        """Count a request."""
+        self._running += 1
+
+    def end(self) -> None:
+        """Count the end of its answer; the last one of a transport that was closed closes the sessions."""
+        self._running -= 1
+        if self.over and not self._running:
+            self._closer.cancel()
+
+    def linger(self, source: aiohttp.ClientResponse) -> None:
+        """Wait a moment for the end of an answer, in a task."""
+        task = self.loop.create_task(await_end(source))
+        self._lingering.add(task)
+        task.add_done_callback(self._lingering.discard)
+
+    # -- the loadbalancer
+
+    async def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> Posted | Refusal:
+        """Ask the loadbalancer; a Refusal with status 0 says why there is no answer."""
+        options = self._core.options
+        try:
+            async with self._route.post(
+                options.url + path,
+                data=json.dumps(body),
+                headers=self._core.headers,
+                timeout=aiohttp.ClientTimeout(total=limit_s, sock_connect=options.connect_s),
+                ssl=self._core.trusted.context() or True,
+                allow_redirects=False,
+            ) as reply:
+                return reply.status, await read_whole(reply, MAX_LEASES), reply.headers.get("Retry-After")
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            return Refusal(0, named(e))
+
+    async def why_unwell(self) -> str | None:
+        """Return why the loadbalancer cannot serve, by its GET /health; None when it can."""
+        options, timeout = self._core.options, aiohttp.ClientTimeout(total=HEALTH_S)
+        where = f"loadbalancer {options.url}"
+        try:
+            async with self._route.get(
+                options.url + "/health",
+                timeout=timeout,
+                ssl=self._core.trusted.context() or True,
+                allow_redirects=False,
+            ) as reply:
+                said = (await reply.content.read(1000)).decode(errors="replace")
+                return None if reply.status == 200 else f"{where}: status {reply.status}: {said[:300]}"
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            return f"{where} does not answer: {named(e)}"
+
+    def start_jobs(self) -> None:
+        """Do the jobs that are due; look again when it is time to."""
+        leases, now = self._core.leases, time.monotonic()
+        while (job := leases.next_job(now, ends=len(self._ends) < ENDS_AT_ONCE)) is not None:
+            tasks = self._batches if job.wanted else self._ends
+            task = self.loop.create_task(self.post(job.path, job.body, job.limit_s))
+            tasks.add(task)
+            task.add_done_callback(partial(self._job_done, job, tasks))
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        look_in_s = leases.look_in_s(now)
+        if look_in_s is not None:
+            self._look = self.loop.call_later(look_in_s, self.start_jobs)
+
+    def _job_done(
+        self,
+        job: LoadbalancerJob,
+        tasks: set[asyncio.Task[Posted | Refusal]],
+        task: asyncio.Task[Posted | Refusal],
+    ) -> None:
+        tasks.discard(task)
+        came = Refusal(0, "cancelled") if task.cancelled() else task.result()
+        self._core.leases.finish_job(job, came, time.monotonic())
+
+    # -- the end
+
+    async def close(self) -> None:
+        """Give back what is left, tell what is to be told; close all, after the answers that run."""
+        self.over = True
+        if self._running:
+            await self._settle()
+        else:
+            self._closer.cancel()
+            await asyncio.gather(self._closer, return_exceptions=True)
+
+    async def _close_when_cancelled(self) -> None:
+        """Close everything when cancelled: by `close` or `end`, or by asyncio.run at the end of a program."""
+        try:
+            await self.loop.create_future()
+        finally:
+            self.over = True
+            await self._settle()
+            self._core.leases.abandon()
+            await _cancel(self._lingering | self._ends)
+            for session in (self.model, self.again, self._route):
+                await session.close()
+
+    async def _settle(self) -> None:
+        self._core.leases.give_all_back()
+        await _cancel(self._batches)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                while self._ends:
+                    await asyncio.wait(self._ends)
+        if self._look is not None:
+            self._look.cancel()
+
+    def disown(self) -> None:
+        """Leave everything to the parent of this process."""
+        nowhere, other_end = socket.socketpair()  # what is written there stays there
+        for session in (self.model, self.again, self._route):
+            disown(session, nowhere)
+        nowhere.close()
+        _INHERITED.append((self, other_end))
+
+
+async def _cancel(tasks: set[Any]) -> None:
+    gone = list(tasks)
+    for task in gone:
+        task.cancel()
+    await asyncio.gather(*gone, return_exceptions=True)
