@@ -9,28 +9,39 @@ A browser says where a request comes from, and a page cannot keep it from that:
 A program such as curl sends none of these headers and is not touched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fleet_client.connection_pool import Header
 
-_WATCHED = frozenset((b"host", b"origin", b"sec-fetch-site", b"content-type"))
 FOREIGN_SITES = frozenset((b"cross-site", b"same-site"))
 """What a browser says of a request that a page of another server caused."""
 
 
-def page_refusal(method: str, path: str, headers: Sequence[Header]) -> tuple[int, str, str] | None:
-    """Return (status, code, message) for what a foreign page may have caused, None for all else."""
-    said: dict[bytes, bytes] = {}
-    for name, value in headers:
-        if name in _WATCHED and said.setdefault(name, value) != value and name != b"content-type":
-            return 403, "wrong_origin", f"two different headers {name.decode()}"
-    origin, site = said.get(b"origin"), said.get(b"sec-fetch-site")
+def by_name(headers: Sequence[Header]) -> dict[bytes, bytes]:
+    """Return headers by name, in small letters; those that come several times are joined with commas."""
+    said = dict(headers)
+    if len(said) != len(headers):
+        said = {}
+        for name, value in headers:
+            said[name] = said[name] + b"," + value if name in said else value
+    return said
+
+
+def page_refusal(method: str, path: str, said: Mapping[bytes, bytes]) -> tuple[int, str, str] | None:
+    """Return (status, code, message) for what a foreign page may have caused, None for all else.
+
+    said: the headers by name.
+    """
+    origin, site, host = said.get(b"origin"), said.get(b"sec-fetch-site"), said.get(b"host", b"")
+    if b"," in host:
+        return 403, "wrong_origin", "two headers host"
     if origin is None and site is None:
         return None
-    if origin is not None and origin.partition(b"://")[2].lower() != said.get(b"host", b"").lower():
+    if origin is not None and origin.partition(b"://")[2].lower() != host.lower():
         return 403, "wrong_origin", f"pages of {origin[:100].decode('latin-1')} may not ask this server"
     goes_there = method == "GET" and path == "/" and origin is None
-    if site is not None and site.strip().lower() in FOREIGN_SITES and not goes_there:
+    sites = {one.strip().lower() for one in (site or b"").split(b",")}
+    if sites & FOREIGN_SITES and not goes_there:
         return 403, "wrong_origin", "pages of other sites may not ask this server"
     kind = said.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if method not in ("GET", "HEAD", "OPTIONS") and kind != b"application/json":

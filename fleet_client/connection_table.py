@@ -41,9 +41,9 @@ class Seat:
         """Made by the table."""
         self._table = table
         self._close = close
-        self._place: OrderedDict[Seat, None] | None = None
+        self._place: OrderedDict[Seat, None] | None = table.silent
         self.address = address
-        self._move(table.silent)
+        table.silent[self] = None
 
     def closes(self, close: Callable[[], object]) -> None:
         """Note how it is ended from now on."""
@@ -52,28 +52,25 @@ class Seat:
     def works(self) -> None:
         """Note that a request is being answered."""
         if self._place is not None:
-            self._move(None)
+            self._place.pop(self, None)
+            self._place = None
 
     def rests(self) -> None:
         """Note that an answer was given and nothing is to be done."""
-        self._move(self._table.rested)
+        if self._place is not None:
+            self._place.pop(self, None)
+        self._place = self._table.rested
+        self._place[self] = None
 
     def leave(self) -> None:
         """Be gone; a second time changes nothing."""
-        self._move(None)
+        self.works()
         self._table.forget(self)
 
     def end(self) -> None:
         """End the connection."""
         self.leave()
         self._close()
-
-    def _move(self, place: "OrderedDict[Seat, None] | None") -> None:
-        if self._place is not None:
-            self._place.pop(self, None)
-        self._place = place
-        if place is not None:
-            place[self] = None
 
 
 class ConnectionTable:

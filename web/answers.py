@@ -18,7 +18,7 @@ class JsonAnswer:
     said: Mapping[str, Any] | Struct | bytes
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
-    content_type: ClassVar[str] = "application/json"
+    content_type: ClassVar[bytes] = b"application/json"
 
     @property
     def payload(self) -> bytes:
@@ -31,7 +31,7 @@ class PageAnswer:
     """An HTTP answer in another format than JSON."""
 
     payload: bytes
-    content_type: str
+    content_type: bytes
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -56,7 +56,7 @@ def bad_request(wrong: BadField) -> JsonAnswer:
 
 def response(answer: Answer) -> Response:
     """Return an answer as a Flask response."""
-    response = Response(answer.payload, answer.status, content_type=answer.content_type)
+    response = Response(answer.payload, answer.status, content_type=answer.content_type.decode("latin-1"))
     for name, value in answer.headers:
         response.headers[name] = value
     return response

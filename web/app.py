@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import MapAdapter
 
 from fleet_client.bearer import bearer_is
-from fleet_client.browser_pages import page_refusal
+from fleet_client.browser_pages import by_name, page_refusal
 from web.answers import OUR_FAULT, UNAUTHORIZED, JsonAnswer, bad_request, error, error_answer, response
 from web.messages.decoding import BadField, decode
 
@@ -44,7 +44,7 @@ def make_app(name: str, *, large_bodies: Mapping[str, int] | None = None) -> Fla
         request.max_content_length = max_body(app, request.path)
         # FlaskBridge has looked already; the local cloud is served without it.
         headers = [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in request.headers]
-        why = page_refusal(request.method, request.path, headers)
+        why = page_refusal(request.method, request.path, by_name(headers))
         return None if why is None else error(*why)
 
     @app.errorhandler(BadField)

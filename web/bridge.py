@@ -29,7 +29,7 @@ from urllib.parse import unquote_to_bytes
 from flask import Flask
 
 from fleet_client.asgi_server import AsgiServer, Background
-from fleet_client.browser_pages import page_refusal
+from fleet_client.browser_pages import by_name, page_refusal
 from fleet_client.loopback import is_loopback_host, names_loopback
 from fleet_client.own_tls import ServerTls
 from web.answers import CLOSING, OUR_FAULT, Answer, JsonAnswer, bad_request, error_answer
@@ -79,16 +79,19 @@ class FlaskBridge:
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Answer one HTTP request, as ASGI wants it."""
-        path = scope["path"]
-        authorization, size = _said_of_itself(scope["headers"])
+        path, method = scope["path"], scope["method"]
+        said = by_name(scope["headers"])
         direct = self._direct.get(path)
-        method = scope["method"]
         route = None if direct is None else direct.get("GET" if method == "HEAD" else method)
         most = max_body(self._app, path)
-        refusal = self._page_refusal(scope)
+        asker = Asker(said.get(b"authorization", b"").decode("latin-1"), _peer(scope), said)
+        refusal = self._page_refusal(method, path, said)
         if refusal is None:
-            refusal = self._refusal(scope, direct, route, authorization)
-        if refusal is None and size > most:
+            if route is not None:
+                refusal = route.check(asker.authorization)
+            else:
+                refusal = self._refusal(scope, direct, asker)
+        if refusal is None and int(said.get(b"content-length", 0)) > most:  # httptools takes digits only
             refusal = _too_large(most)
         raw = b"" if refusal is not None else await _read(receive, most)
         if raw is None:
@@ -96,7 +99,7 @@ class FlaskBridge:
         if refusal is not None:
             answer = _plain(refusal)
         elif route is not None:
-            found = await self._answer_directly(route, scope, raw, authorization, most, receive)
+            found = await self._answer_directly(route, raw, asker, most, receive)
             if found is None:
                 return
             answer = _plain(found)
@@ -110,41 +113,33 @@ class FlaskBridge:
         await send({"type": "http.response.body", "body": payload})
 
     def _refusal(
-        self,
-        scope: Mapping[str, Any],
-        direct: Mapping[str, DirectRoute] | None,
-        route: DirectRoute | None,
-        authorization: str,
+        self, scope: Mapping[str, Any], direct: Mapping[str, DirectRoute] | None, asker: Asker
     ) -> JsonAnswer | None:
         """Return the refusal of a request that no view would serve, before its body is read; else None."""
-        if route is not None:
-            return route.check(authorization)
         if direct is not None:
             allow = ("Allow", ", ".join(sorted(direct)))
             return error_answer(405, "method_not_allowed", "the method is not allowed here", allow)
-        return refused_by_head(self._app, self._views, scope["method"], scope["path"], authorization)
+        return refused_by_head(self._app, self._views, scope["method"], scope["path"], asker.authorization)
 
-    def _page_refusal(self, scope: Mapping[str, Any]) -> JsonAnswer | None:
+    def _page_refusal(self, method: str, path: str, said: Mapping[bytes, bytes]) -> JsonAnswer | None:
         """Return the refusal of a request that a foreign web page may have caused, else None.
 
         It is found before the body is read.
         """
-        headers = scope["headers"]
         if self._loopback:
             # A page can reach loopback under a name of its own (DNS rebinding).
-            for name, value in headers:
-                if name == b"host" and not names_loopback(value):
-                    shown = value[:100].decode("latin-1")
-                    return error_answer(403, "wrong_host", f"Host: {shown} is not this machine")
-        why = page_refusal(scope["method"], scope["path"], headers)
+            host = said.get(b"host")
+            if host is not None and not names_loopback(host):
+                shown = host[:100].decode("latin-1")
+                return error_answer(403, "wrong_host", f"Host: {shown} is not this machine")
+        why = page_refusal(method, path, said)
         return None if why is None else error_answer(*why)
 
     async def _answer_directly(
         self,
         route: DirectRoute,
-        scope: Mapping[str, Any],
         raw: bytes,
-        authorization: str,
+        asker: Asker,
         most: int,
         receive: Any,
     ) -> Answer | None:
@@ -155,7 +150,6 @@ class FlaskBridge:
         if len(raw) > most:
             return _too_large(most)
         try:
-            asker = Asker(authorization, (scope.get("client") or ("",))[0], scope["headers"])
             found = route.handle(raw, asker)
             if isinstance(found, JsonAnswer):
                 return found
@@ -176,7 +170,7 @@ class FlaskBridge:
             "SERVER_NAME": str(server[0]),
             "SERVER_PORT": str(server[1]),
             "SERVER_PROTOCOL": "HTTP/1.1",
-            "REMOTE_ADDR": (scope.get("client") or ("",))[0],
+            "REMOTE_ADDR": _peer(scope),
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": scope.get("scheme", "http"),
             "wsgi.input": io.BytesIO(raw),
@@ -260,16 +254,9 @@ async def _read(receive: Any, most: int) -> bytes | None:
     return None if message["type"] == "http.disconnect" else raw
 
 
-def _said_of_itself(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, int]:
-    """Return a request's Authorization header, and the length of its body in bytes, 0 where none is given."""
-    authorization, size = b"", 0
-    for name, value in headers:
-        if name == b"authorization":
-            # Given twice they are joined, so two Authorization headers match no key.
-            authorization = authorization + b"," + value if authorization else value
-        elif name == b"content-length":
-            size = int(value)  # digits: httptools has looked
-    return authorization.decode("latin-1"), size
+def _peer(scope: Mapping[str, Any]) -> str:
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 def _too_large(most: int) -> JsonAnswer:
@@ -282,10 +269,7 @@ def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
 
 def _plain(answer: Answer) -> _Plain:
     payload = answer.payload
-    headers = [
-        (b"content-type", answer.content_type.encode("latin-1")),
-        (b"content-length", b"%d" % len(payload)),
-    ]
+    headers = [(b"content-type", answer.content_type), (b"content-length", b"%d" % len(payload))]
     return answer.status, headers + _encoded(answer.headers) if answer.headers else headers, payload
 
 

@@ -6,7 +6,7 @@ They are registered here only, not with Flask: FlaskBridge serves both.
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -20,11 +20,14 @@ T = TypeVar("T")
 
 
 class Asker(NamedTuple):
-    """Who sent a request. authorization: the header, "" without one; peer: the address."""
+    """Who sent a request. authorization: the header, "" without one; peer: the address; said: the headers.
+
+    Headers of one name are joined with commas, so two Authorization headers match no key.
+    """
 
     authorization: str
     peer: str
-    headers: Sequence[tuple[bytes, bytes]]
+    said: Mapping[bytes, bytes]
 
 
 Handler = Callable[[bytes, Asker], "JsonAnswer | Held | Awaitable[Answer]"]
@@ -104,7 +107,12 @@ class DirectRoutes:
         """Return a decorator that makes a coroutine function of the Accept header a GET route, as `put`."""
 
         def register(view: Callable[[str], Awaitable[Answer]]) -> None:
-            self.add("GET", path, lambda _, asker: view(_accept(asker.headers)), key_check(keys))
+            self.add(
+                "GET",
+                path,
+                lambda _, asker: view(asker.said.get(b"accept", b"").decode("latin-1")),
+                key_check(keys),
+            )
 
         return register
 
@@ -114,10 +122,6 @@ def client_name(asker: Asker) -> str:
     if not asker.authorization:
         return asker.peer
     return "key-" + hashlib.sha256(asker.authorization[7:].encode()).hexdigest()[:16]
-
-
-def _accept(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    return ",".join(value.decode("latin-1") for name, value in headers if name == b"accept")
 
 
 class Held:

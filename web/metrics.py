@@ -22,7 +22,7 @@ def metrics_page(collector: Collector, accept: str) -> PageAnswer:
     registry = CollectorRegistry()
     registry.register(collector)
     encode, content_type = choose_encoder(accept)
-    return PageAnswer(encode(registry), content_type)
+    return PageAnswer(encode(registry), content_type.encode("latin-1"))
 
 
 def gauge(name: str, says: str, value: float) -> Family:
