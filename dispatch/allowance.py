@@ -1,23 +1,23 @@
-"""How many leases a client may have that it has not used: a client that asks for a million starves no other.
+"""How many unused leases a client may have: so one that asks for a million leases starves no other client.
 
-A lease is unused from when it is given until the instance says that its request has started, or it ends in
-any other way: given back, failed, expired. It takes a share of its instance's room, whatever its client says
-that its work is: a place among the requests that may run, or memory (ServingInstance.share_of). Bounded are,
-for each client,
+A lease is unused from when it is given until the instance says that its request has started, or until the
+lease ends in another way: given back, failed, expired. It takes a share of its instance's room, whatever its
+client says that its work is: one of the places for requests that run at once, or KV memory
+(ServingInstance.room_of). For each client these are bounded:
 
     leases   most_unused at once
     room     what all hot instances have while no other client asks; else as much as all clients leave, or
              1 / (n + 1) of it where n clients have unused leases, so that hoarders leave as much as one has
 
-so a client that hoards is refused until its oldest lease expires, and one that is alone may have everything.
-An honest client's starts are known with the next report, within a second or so; what it may be given in that
-time is seconds of the whole fleet's work.
+So a client that hoards is refused until its oldest lease expires, and one that is alone may have everything.
+The starts of an honest client's requests are known with the next report, within a second or so; what it may
+be given in that time is seconds of the whole fleet's work.
 
 A lease that has not started when its instance reports after REST_S rests: its client may still use it and it
 counts here, but its room is free for others until it starts (dispatch/lease_book.py).
 
-A client is known by its key; where no keys are wanted, by its address. One without a name is this process's
-own (virtual time). Times are epoch seconds.
+A client is known by its key; where no keys are wanted, by its address. A client without a name is this
+process itself (virtual time). Times are epoch seconds.
 """
 
 import math
@@ -46,21 +46,21 @@ ROUNDING = 1e-9
 
 @dataclass(slots=True)
 class UnusedLeases:
-    """The unused leases of one client. room: that they take, in instances."""
+    """The unused leases of one client, and the room that they take together, in instances' worth."""
 
     leases: int = 0
     room: float = 0.0
     given: dict[int, int] = field(default_factory=dict)  # second -> leases given in it
 
     def add(self, lease: Lease) -> None:
-        """Count a lease that it is given."""
+        """Count a lease that the client is given."""
         second = int(lease.given_at)
         self.leases += 1
         self.room += lease.room
         self.given[second] = self.given.get(second, 0) + 1
 
     def remove(self, lease: Lease) -> None:
-        """Count a lease no more."""
+        """Count a lease of the client no longer: it is used, or over."""
         second = int(lease.given_at)
         self.leases -= 1
         self.room -= lease.room
@@ -71,10 +71,10 @@ class UnusedLeases:
 
 
 class Allowance:
-    """Unused leases by client."""
+    """The unused leases of each client, and how many more a client may have."""
 
     def __init__(self, most_unused: int, lease_s: float) -> None:
-        """Start without clients. lease_s: an unused lease expires after so long."""
+        """Start without clients. most_unused: leases of one client; lease_s: a lease's life in seconds."""
         self.most_unused = most_unused
         self.refused = 0
         self._lease_s = lease_s
@@ -88,12 +88,15 @@ class Allowance:
         return len(self._clients)
 
     def unused(self, client: str) -> tuple[int, float]:
-        """Return (leases, instances' worth of room) that the client has not used."""
+        """Return the unused leases of a client: (how many, the room they take in instances' worth)."""
         it = self._clients.get(client)
         return (it.leases, it.room) if it is not None else (0, 0.0)
 
     def fit(self, client: str, room: float, hot: int, now: float) -> int:
-        """Return how many more leases of that room the client may have; the last may go over."""
+        """Return how many more leases the client may have; the last one may exceed its bound of room.
+
+        room: of one lease, as a share of an instance. hot: number of hot instances.
+        """
         unused, used = self.unused(client)
         most = self.most_unused - unused
         if client and hot:
@@ -101,13 +104,13 @@ class Allowance:
         return max(0, most)
 
     def _room_left(self, used: float, hot: int, now: float) -> float:
-        """Return the room that a client may have beside what it has; negative when that is too much."""
+        """Return how much room the client may still take, beside `used`; negative when it has too much."""
         if self._other_at is None or now - self._other_at > OTHERS_S:
             return hot - used
         return max((hot - self._room - used) / 2.0, hot / (len(self._clients) + 1) - used)
 
     def is_used_up(self, client: str, hot: int, now: float) -> bool:
-        """Return whether the client has as many as it may. hot: instances, without which there is no room."""
+        """Return whether the client has as many unused leases as it may. hot: number of hot instances."""
         it = self._clients.get(client)
         if it is None:
             return False
@@ -118,9 +121,9 @@ class Allowance:
         return self._room_left(it.room, hot, now) < -ROUNDING
 
     def asks(self, client: str, hot: int, now: float) -> float | None:
-        """Note that a client asks; return the seconds until it may ask again if it has too many, or None.
+        """Note that a client asks for leases; return None if it may be given some, else in how many seconds.
 
-        hot: instances.
+        hot: number of hot instances.
         """
         if self._last is None or self._last[0] == client:
             self._last = client, now
@@ -137,7 +140,7 @@ class Allowance:
         return 1.0 if now - oldest < KNOWN_S else max(1.0, oldest + 1.0 + self._lease_s - now)
 
     def given(self, lease: Lease) -> None:
-        """Count a lease as unused."""
+        """Count a lease that was just given among the unused ones of its client."""
         it = self._clients.get(lease.client)
         if it is None:
             it = self._clients[lease.client] = UnusedLeases()
@@ -145,7 +148,7 @@ class Allowance:
         self._room += lease.room
 
     def settled(self, lease: Lease) -> None:
-        """Count a lease no more that is used, or over; call it once for each."""
+        """Count a lease as unused no longer: its request has started, or it ended. Call it once a lease."""
         it = self._clients[lease.client]
         it.remove(lease)
         self._room -= lease.room

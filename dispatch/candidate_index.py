@@ -25,17 +25,20 @@ AT_FLOOR = -math.inf
 
 
 class SpeedClass:
-    """The instances of one class of speed that can serve."""
+    """The instances of one class of speed that can serve, in two lists ordered by the work they have left."""
 
     __slots__ = ("draining", "steady")
 
     def __init__(self) -> None:
-        """Start empty."""
+        """Start without instances."""
         self.draining: list[Entry] = []  # by free_at
         self.steady: list[Entry] = []  # by seconds of work: at their floor, or idle
 
     def add(self, inst: ServingInstance, chance: float, number: int, now: float) -> Entry:
-        """Insert inst; it must not be there yet."""
+        """Insert an instance, which must not be in this class yet; return its entry, by which it is removed.
+
+        chance, number: what breaks ties between instances with equal work.
+        """
         floor_s = FLOOR * (inst.leased_work + inst.other_work) / inst.throughput
         floor_at = inst.free_at - floor_s
         if floor_at <= now:
@@ -47,23 +50,23 @@ class SpeedClass:
         return entry
 
     def remove(self, entry: Entry) -> None:
-        """Remove an entry, which must be there."""
+        """Remove the entry of an instance, which must be in this class."""
         entries = self.steady if entry[4] == AT_FLOOR else self.draining
         del entries[bisect_left(entries, entry)]
 
 
 class CandidateIndex:
-    """The instances that can serve."""
+    """The instances that can serve, ordered within each class of speed by the work they have left."""
 
     def __init__(self, rng: random.Random) -> None:
-        """Start empty. rng: breaks ties."""
+        """Start without instances. rng: breaks ties between instances with equal work."""
         self._rng = rng
         self._numbers = count()
         self._classes: dict[tuple[int, int], SpeedClass] = {}
         self._places: dict[ServingInstance, tuple[SpeedClass, Entry]] = {}
 
     def __contains__(self, inst: ServingInstance) -> bool:
-        """Return whether inst is indexed."""
+        """Return whether the instance is in the index."""
         return inst in self._places
 
     @property
@@ -72,7 +75,7 @@ class CandidateIndex:
         return len(self._classes)
 
     def update(self, inst: ServingInstance, now: float) -> None:
-        """Put inst where it belongs after any change: in its class, or nowhere when it cannot serve."""
+        """Index an instance anew after any change: in its class of speed, or nowhere when it cannot serve."""
         place = self._places.pop(inst, None)
         if place is not None:
             place[0].remove(place[1])
@@ -85,13 +88,13 @@ class CandidateIndex:
         self._places[inst] = speed_class, entry
 
     def discard(self, inst: ServingInstance) -> None:
-        """Remove inst if it is indexed."""
+        """Remove an instance from the index if it is there."""
         place = self._places.pop(inst, None)
         if place is not None:
             place[0].remove(place[1])
 
     def first(self, few: int, now: float) -> list[Candidate]:
-        """Return the first so many of each list of each class."""
+        """Return the instances with least work: of each class of speed the first `few` of both lists."""
         out: list[Candidate] = []
         for speed_class in self._classes.values():
             draining, steady = speed_class.draining, speed_class.steady
@@ -106,5 +109,5 @@ class CandidateIndex:
         return out
 
     def drop_empty_classes(self) -> None:
-        """Forget the classes without instances."""
+        """Forget the classes of speed that have no instances."""
         self._classes = {key: c for key, c in self._classes.items() if c.draining or c.steady}

@@ -1,9 +1,9 @@
-"""Which instance serves a request: the one where it does the least to all requests.
+"""Which instance serves a request: the one where the request delays all requests least.
 
-The best few of each class of speed by the work they have are candidates, and those that have served the
+Candidates are those instances of each class of speed with the least work, and those that have served the
 request's prefix; the best few of all are predicted in full (engine/forward.py). Where the best instance has
-no room a waiting request claims it: no later request is given that instance before, and others pass to
-other instances.
+no room a waiting request claims it: no later request is given that instance before, and others pass to other
+instances.
 
 Room is KV memory for what the requests there will grow to, and no more prompts to read than the instance
 reads in READING_S: requests that wait inside an instance can be put into no order. Where step times are not
@@ -38,9 +38,9 @@ unequal machines, by 4 to 7 %, and costs 12 to 18 % of first token (docs/referen
 
 @dataclass(slots=True, eq=False)
 class Chooser:
-    """Chooses instances, and remembers which are claimed by waiting requests and which have read a prefix.
+    """Chooses instances for requests; remembers waiting requests' claims, and who has read which prefix.
 
-    output_token_s: the objective. first_token_weight: see FIRST_TOKEN_WEIGHT.
+    output_token_s: the objective, seconds between tokens. first_token_weight: see FIRST_TOKEN_WEIGHT.
     """
 
     instances: HotInstances
@@ -58,9 +58,10 @@ class Chooser:
     # -- one instance for one request --
 
     def best(self, ask: RouteRequest, row: Floats, now: float, *, hurries: bool) -> ServingInstance | None:
-        """Return the instance where the request does the least to all requests; None when there is no room.
+        """Return the instance where the request delays all requests least; None when that has no room for it.
 
-        row: of the request. hurries: it is late, and no other is to be served before it (see RequestQueue).
+        row: the request in the table of predictions (engine/forward.py). hurries: the request is late, and no
+        other is to be served before it (see RequestQueue).
         """
         found = self._candidates(ask.work, {*ask.avoid, *self._claimed}, now, room_is_predicted=True)
         if ask.affinity:
@@ -100,9 +101,10 @@ class Chooser:
     def _candidates(
         self, work: float, avoid: Collection[int], now: float, *, room_is_predicted: bool = False
     ) -> list[ServingInstance]:
-        """Return the best few with room, those first that would be done with the work first.
+        """Return the best few instances with room, ordered by when each would be done with the added work.
 
-        room_is_predicted: of instances with known step times room is looked at later.
+        avoid: ids of instances to leave out. room_is_predicted: whether an instance with known step times has
+        room is not looked at here, because the caller predicts it.
         """
         found: list[tuple[float, float, int, ServingInstance]] = []
         for left_s, chance, number, inst in self.instances.index.first(BEST_FEW + len(avoid), now):
@@ -114,7 +116,7 @@ class Chooser:
         return [inst for _, _, _, inst in found[:BEST_FEW]]
 
     def _add_holders(self, found: list[ServingInstance], ask: RouteRequest, now: float) -> None:
-        """Add the instances that have served the request's prefix."""
+        """Add to the found candidates the instances that have served the request's prefix."""
         for memory in self._prefixes.holders(ask.affinity):
             inst = memory.instance
             if (
@@ -130,7 +132,7 @@ class Chooser:
     # -- claims --
 
     def drop_claims(self) -> None:
-        """Let every instance be given to any request."""
+        """Drop the claims of waiting requests, so that each instance may be given to any request."""
         self._claimed.clear()
         self._claims_for = None
 
@@ -140,9 +142,10 @@ class Chooser:
         self._claims_for = ask
 
     def only_avoids(self, ask: RouteRequest, now: float) -> bool:
-        """Return whether a waiting request lets others pass.
+        """Return whether a waiting request lets later requests go first.
 
-        It does when it has claimed an instance, or when all that has room is what it must not go to.
+        It does when it has claimed an instance, or when the only instances with room are ones that it must
+        avoid.
         """
         if self._claims_for is ask:
             return True
@@ -151,10 +154,10 @@ class Chooser:
     # -- several at once --
 
     def spread(self, ask: RouteRequest, count: int, now: float) -> list[tuple[ServingInstance, int]]:
-        """Return (instance, leases) for up to count such requests, spread as one after the other would be.
+        """Return (instance, number of leases) pairs for up to count requests like this one.
 
-        They go by the work that each instance has: the prediction in full is for a request that comes at
-        once, and when those of a batch will come is not known.
+        Each goes where the least work is, counting those before it. There is no full prediction, because when
+        the requests of a batch will come is not known.
         """
         # (score, number, leases so far, work, seconds to read, instance), of more than there are leases
         heap: list[tuple[float, int, int, float, float, ServingInstance]] = []
@@ -186,7 +189,7 @@ class Chooser:
     # -- prefixes --
 
     def row_at(self, inst: ServingInstance, ask: RouteRequest, row: Floats) -> Floats:
-        """Return the request as inst sees it: without the prefix that it has served lately."""
+        """Return the request's row as the instance sees it: without a prefix that the instance has served."""
         cached = self._prefixes.cached_tokens(ask.affinity, inst.memory) if ask.affinity else 0.0
         if not cached:
             return row
@@ -195,6 +198,6 @@ class Chooser:
         return here
 
     def remember_prefixes(self, inst: ServingInstance, ask: RouteRequest) -> None:
-        """Note that a request with these prefixes goes to inst."""
+        """Note that a request with these prefixes goes to the instance, whose KV memory will hold them."""
         if ask.affinity:
             self._prefixes.served(ask.affinity, inst.memory)

@@ -52,7 +52,7 @@ WHOLE = 32
 
 
 class CircuitState(Enum):
-    """The states of the picture above."""
+    """The states of a circuit breaker; the module's docstring pictures the transitions."""
 
     CLOSED = "closed"
     DOUBTED = "doubted"
@@ -61,10 +61,10 @@ class CircuitState(Enum):
 
 
 class CircuitBreaker:
-    """The trust in one instance."""
+    """The circuit breaker of one instance: whether it is trusted with requests, and with how many."""
 
     def __init__(self) -> None:
-        """Start CLOSED."""
+        """Start CLOSED: the instance is trusted."""
         self.state = CircuitState.CLOSED
         self.until = -math.inf  # OPEN at least until then
         self.failures = 0  # of any kind, so far
@@ -87,32 +87,32 @@ class CircuitBreaker:
 
     @property
     def to_ask(self) -> bool:
-        """Whether the instance is to be asked for a report at once."""
+        """Whether the instance is to be asked for a load report at once, because of a new doubt."""
         return self.state is CircuitState.DOUBTED and self._asked_at is None
 
     def asked(self, now: float) -> None:
-        """Note that the instance is asked for a report."""
+        """Note that the instance is asked for a load report, which when DOUBTED must come within DOUBT_S."""
         if self.state is CircuitState.DOUBTED:
             self._asked_at = now
 
     # -- what happens to leases --
 
     def given(self, request_id: str, now: float) -> None:
-        """Count a lease as a probe; more than `left` are possible only while CLOSED."""
+        """Count a lease as a probe, unless CLOSED; the caller gives no more leases than `left`."""
         if self.state in (CircuitState.DOUBTED, CircuitState.PROBING):
             self._probes[request_id] = now + PROBE_S
 
     def started(self, request_id: str) -> None:
-        """Let a probe count until it is over: its request has come to the instance."""
+        """Let the probe of a request that has started at the instance count until its lease is over."""
         if request_id in self._probes:
             self._probes[request_id] = math.inf
 
     def over(self, request_id: str) -> None:
-        """Forget a lease that is over in whatever way."""
+        """Forget the probe of a lease that is over in whatever way."""
         self._probes.pop(request_id, None)
 
     def finished(self, request_id: str) -> None:
-        """Count a request that was answered in full; call it before `over`."""
+        """Trust the instance more, because it answered a request in full; call this before `over`."""
         self._reported.clear()
         if self.state is CircuitState.DOUBTED:
             self._close()
@@ -124,12 +124,12 @@ class CircuitBreaker:
     # -- what is reported of the instance --
 
     def doubt(self, now: float) -> None:
-        """Doubt the instance: something failed that its report will say more about."""
+        """Doubt the instance: something failed, and its load report will show whether it is broken."""
         self.failures += 1
         self._doubt(now)
 
     def trip(self, now: float) -> None:
-        """Open the breaker: the instance failed for sure."""
+        """Open the breaker: the loadbalancer itself saw the instance fail."""
         self.failures += 1
         self._open(now)
 
@@ -140,10 +140,10 @@ class CircuitBreaker:
     def record_client_failure(
         self, client: str, now: float, *, alone: bool, probe: str | None = None, weight: int = 1
     ) -> None:
-        """Count a request that failed there, as its client says.
+        """Count a request that failed at the instance, as its client says.
 
-        alone: whether one client's reports may open the breaker. probe: the lease, if it may have been a
-        probe. weight: it counts as so many.
+        alone: whether the reports of a single client may open the breaker. probe: request id of the lease,
+        which may be a probe. weight: how many failures it counts for.
         """
         self.failures += 1
         self._reported = {c: r for c, r in self._reported.items() if now - r[1] <= MEMORY_S}
@@ -159,7 +159,7 @@ class CircuitBreaker:
                 self._doubt(now)
 
     def record_healthy_report(self, asked_at: float, now: float) -> None:
-        """Take in a load report that finds nothing wrong. asked_at: when it was asked for."""
+        """Take in a load report without a fault. asked_at: when it was asked for, in epoch seconds."""
         if self.state is CircuitState.DOUBTED and asked_at >= self._doubted_at:
             self._calm = {c: until for c, until in self._calm.items() if until > now}
             self._calm.update(dict.fromkeys(self._reported, now + CALM_S))
@@ -169,7 +169,9 @@ class CircuitBreaker:
             self.state, self._most = CircuitState.PROBING, 1
 
     def tick(self, now: float) -> bool:
-        """Let time pass; return whether that changed anything."""
+        """Open the breaker if a doubt got no report in time; drop old probes. Return whether anything
+        changed.
+        """
         asked_at = self._asked_at
         if self.state is CircuitState.DOUBTED and asked_at is not None and now - asked_at > DOUBT_S:
             self._open(now)

@@ -17,10 +17,10 @@ of a larger fleet as much as it holds: one client alone can have it doubled, and
 
 
 class DemandCounter:
-    """Counts from the start of the process; work is in output-token equivalents."""
+    """Counts requests and their work since this process started; work is in output-token equivalents."""
 
     def __init__(self) -> None:
-        """Start at zero."""
+        """Start with all counts at zero."""
         self.arrivals = 0
         self.work = 0.0
         self.prompt_tokens = 0
@@ -34,7 +34,7 @@ class DemandCounter:
         self._ticked: tuple[float, int, int] | None = None  # (time, arrivals, starts) at the last tick
 
     def arrived(self, ask: RouteRequest, prefill_weight: float, count: int = 1) -> None:
-        """Count so many new requests; once, whatever becomes of them."""
+        """Count `count` new requests like this one. Call it once for each, whatever becomes of it."""
         self.arrivals += count
         self.work += count * ask.work
         self.prompt_tokens += count * ask.prompt_tokens
@@ -45,7 +45,7 @@ class DemandCounter:
         self._starts += 1
 
     def refuse(self, ask: RouteRequest, now: float) -> None:
-        """Count a refused request."""
+        """Count a refused request, whose work counts as demand for REFUSED_S."""
         self.refused += 1
         second = math.floor(now)
         if not self._refused_work or self._refused_work[-1][0] != second:
@@ -54,13 +54,14 @@ class DemandCounter:
         by_client[ask.client] = by_client.get(ask.client, 0.0) + ask.work
 
     def count_impossible(self, impossible: bool) -> None:
-        """Count a request that no instance can ever serve, if it is one: neither an arrival nor demand."""
+        """If impossible, count a request that no instance can ever serve: neither an arrival nor demand."""
         self.impossible += impossible
 
     def refused_work(self, now: float, instance_work: float, hot: int) -> float:
-        """Return the work that was refused lately, of each client no more than its bound.
+        """Return the work that was refused within the last REFUSED_S, with a bound for each client.
 
-        instance_work: what an instance may hold. hot: instances. Requests without a client's name are this
+        instance_work: what one instance may hold. hot: number of hot instances. A client counts for at most
+        as much as they hold together, or CLIENT_INSTANCES. Requests without a client's name are this
         process's own (virtual time) and have no bound.
         """
         while self._refused_work and self._refused_work[0][0] < now - REFUSED_S:
@@ -73,7 +74,7 @@ class DemandCounter:
         return sum(min(work, most) if client else work for client, work in by_client.items())
 
     def tick(self, now: float) -> None:
-        """Follow the rate of arrivals since the last tick."""
+        """Update the expected rate of arrivals by those since the last tick."""
         if self._ticked is not None and now > self._ticked[0]:
             # Requests of other loadbalancers are seen when they start; our own may still be held.
             came = max(self.arrivals - self._ticked[1], self._starts - self._ticked[2])

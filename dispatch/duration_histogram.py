@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class DurationHistogram:
-    """How many durations fell into each bucket, and their sum; it only grows."""
+    """How many durations fell into each bucket, and the sum of all; the counts only grow."""
 
     __slots__ = ("bounds", "counts", "sum_s")
 

@@ -20,7 +20,7 @@ class HotInstances:
     """The instances by id, the index of those that can serve, and the table of their predicted load."""
 
     def __init__(self, rng: random.Random, expected_output_tokens: float) -> None:
-        """Start without a hot set. rng: breaks ties."""
+        """Start without instances. rng: breaks ties. expected_output_tokens: of an answer, on average."""
         self.by_id: dict[int, ServingInstance] = {}
         self.index = CandidateIndex(rng)
         self.table = LoadTable()
@@ -33,7 +33,7 @@ class HotInstances:
         self._expected_at: float | None = None
 
     def __iter__(self) -> Iterator[ServingInstance]:
-        """Go through the instances."""
+        """Iterate over all instances, draining ones too."""
         return iter(self.by_id.values())
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class HotInstances:
         return len(self.by_id)
 
     def take(self, hot_set: HotSet) -> bool:
-        """Begin to take over a hot set; False when it is older, by its epoch and version."""
+        """Begin to take over a hot set; return False when its epoch and version say that it is older."""
         last = self._newest
         if last is not None and hot_set.epoch == last.epoch:
             if hot_set.version < last.version:
@@ -54,21 +54,21 @@ class HotInstances:
         return True
 
     def takes(self, hot_set: HotSet) -> bool:
-        """Return whether it is still that one which is being taken over."""
+        """Return whether this hot set is still the one being taken over, because no newer one has come."""
         return self._newest is hot_set
 
     def complete(self, hot_set: HotSet) -> None:
-        """Note that the instances are those of that hot set."""
+        """Note that a hot set has been taken over: the instances are now those that it names."""
         self.hot_set = hot_set
         self.survey()
 
     def same(self, spec: HotInstance) -> ServingInstance | None:
-        """Return the instance that a message was for; None when it is gone or has become another one."""
+        """Return the instance that a message was for; None when it is gone or another one has its id now."""
         inst = self.by_id.get(spec.id)
         return inst if inst is not None and inst.spec.auth_url == spec.auth_url else None
 
     def add(self, spec: HotInstance, now: float) -> ServingInstance:
-        """Add an instance that was not hot before."""
+        """Add and return an instance that was not hot before."""
         inst = self.by_id[spec.id] = ServingInstance(spec, self.table, now)
         return inst
 
@@ -79,7 +79,7 @@ class HotInstances:
         del self.by_id[inst.id]
 
     def survey(self) -> None:
-        """Add up what the hot instances can do."""
+        """Update the totals: how many instances are hot, their throughput together, their usual capacity."""
         hot = [inst for inst in self.by_id.values() if not inst.draining]
         self.hot = len(hot)
         self.throughput = sum(inst.throughput for inst in hot)
@@ -87,9 +87,9 @@ class HotInstances:
             self.typical_capacity = sum(inst.capacity for inst in hot) / len(hot)
 
     def expect(self, expected_hot_s: float | None, now: float) -> None:
-        """Expect the next instance to become hot in so many seconds; None: not known."""
+        """Note in how many seconds the next instance is expected to become hot; None: not known."""
         self._expected_at = None if expected_hot_s is None else now + expected_hot_s
 
     def expected_in_s(self, now: float) -> float | None:
-        """Return the seconds until the next instance is expected to be hot, negative when it is overdue."""
+        """Return the seconds until the next instance is expected to be hot (negative: overdue), or None."""
         return None if self._expected_at is None else self._expected_at - now

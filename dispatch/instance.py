@@ -47,24 +47,24 @@ unequal machines; 0.90 and 1.0 are worse, too (bench/dispatch)."""
 
 
 class KvMemory:
-    """The KV memory of one boot of an instance; None when that boot is over."""
+    """The KV memory that an instance has since one boot; its `instance` is None once that boot is over."""
 
     __slots__ = ("instance",)
 
     def __init__(self, instance: "ServingInstance | None" = None) -> None:
-        """Belong to that instance."""
+        """Refer to the KV memory of that instance."""
         self.instance = instance
 
     def lose(self) -> None:
-        """Note that its contents are lost."""
+        """Note that what the KV memory held is lost: its instance has rebooted or left."""
         self.instance = None
 
 
 class ServingInstance:
-    """One instance of the hot set, under one address. Times are epoch seconds."""
+    """What is known of one instance of the hot set, under one address. Times are epoch seconds."""
 
     def __init__(self, spec: HotInstance, table: LoadTable, now: float) -> None:
-        """Start without tokens and requests. table: where its requests are predicted."""
+        """Start an instance without tokens and requests. table: where all instances' load is predicted."""
         self.id = spec.id
         self.spec = spec
         self.draining = spec.draining
@@ -95,7 +95,7 @@ class ServingInstance:
         self._classify()
 
     def update(self, spec: HotInstance, now: float) -> None:
-        """Take over what the hot set says now; what was measured stays."""
+        """Take over what a new hot set says of this instance; what was measured of it stays."""
         told = self.spec
         self.capacity *= spec.capacity_work / told.capacity_work
         if spec.timing is not None and spec.timing != told.timing:
@@ -108,12 +108,12 @@ class ServingInstance:
         self._classify()
 
     def leave(self) -> None:
-        """Forget what others refer to: the instance has left the hot set. Call it once, without leases."""
+        """Free its rows in shared tables, because it left the hot set. Call it once, without leases."""
         self.load.close()
         self.memory.lose()
 
     def reboot(self, boot_id: str, seq: int, now: float) -> None:
-        """Begin another boot, without leases: tokens, requests and memory of the old one are lost."""
+        """Begin another boot, when all leases have ended: tokens, other requests and KV memory are lost."""
         self.boot_id = boot_id
         self.stock.clear()
         self.reports.reboot(seq)
@@ -129,7 +129,7 @@ class ServingInstance:
     # -- work --
 
     def work(self, now: float) -> float:
-        """Return the work it has left, by the estimate."""
+        """Return the estimate of the work that the instance has left, in output-token equivalents."""
         total = self.leased_work + self.other_work
         left = (self.free_at - now) * self.throughput
         if left > total:
@@ -138,15 +138,15 @@ class ServingInstance:
 
     @property
     def idle(self) -> bool:
-        """Whether it has no request: then it may be given one of any size. Leases that rest are none."""
+        """Whether the instance has no request but resting leases: then it may be given one of any size."""
         return len(self.leases) == self._resting and self.other_work == 0.0
 
     def working_s(self, now: float) -> float:
-        """Return the seconds with a lease under way, so far."""
+        """Return for how many seconds so far the instance has had at least one unfinished lease."""
         return self._working_s + (now - self._working_since if self.leases else 0.0)
 
     def add_lease(self, lease: Lease, prompt_work: float, now: float) -> None:
-        """Take in a lease that is given now. prompt_work: the part of its work that is reading."""
+        """Take in a lease that is given now. prompt_work: the part of its work that is reading the prompt."""
         self._add_work(lease.work, now)
         if not self.leases:
             self._working_since = now
@@ -158,7 +158,7 @@ class ServingInstance:
         self.circuit.given(lease.request_id, now)
 
     def end_lease(self, lease: Lease, now: float) -> None:
-        """Remove a lease that is over in whatever way."""
+        """Remove a lease of this instance that is over in whatever way."""
         request_id = lease.request_id
         self.circuit.over(request_id)
         del self.leases[request_id]
@@ -172,12 +172,12 @@ class ServingInstance:
         self._cap_work(now)
 
     def _free(self, lease: Lease, now: float) -> None:
-        """Give the room of a lease to others."""
+        """Give the room that a lease takes on this instance to other requests."""
         self.load.remove(lease.request_id, now)
         self.leased_work = self.leased_work - lease.work if len(self.leases) > self._resting else 0.0
 
     def rest_unstarted(self, given_until: float, now: float) -> None:
-        """Let the leases rest that were given until then and have not started."""
+        """Let those leases rest (take no room) that were given until `given_until` and have not started."""
         for lease in self.leases.values():  # as they were given
             if lease.given_at > given_until:
                 break
@@ -188,7 +188,7 @@ class ServingInstance:
                 self._cap_work(now)
 
     def wake_lease(self, lease: Lease, now: float) -> None:
-        """Give a lease that rests its room again: its request has started."""
+        """Let a resting lease take room on this instance again, because its request has started."""
         lease.wake()
         self._resting -= 1
         self._add_work(lease.work, now)
@@ -196,7 +196,7 @@ class ServingInstance:
         self.leased_work += lease.work
 
     def add_other(self, request_id: str, row: Floats, prefill_weight: float, now: float) -> None:
-        """Take in a request of another loadbalancer that has started there."""
+        """Take in a request that another loadbalancer sent and that has started on this instance."""
         self.load.add(request_id, row, now)
         work = float(row[PROMPT] * prefill_weight + row[LEFT])
         self._add_work(work, now)
@@ -205,7 +205,7 @@ class ServingInstance:
         self._add_reading(float(row[PROMPT]) * prefill_weight, row, now)
 
     def end_other(self, request_id: str, now: float) -> None:
-        """Remove a request of another loadbalancer that has ended."""
+        """Remove a request of another loadbalancer that has ended on this instance."""
         self.load.remove(request_id, now)
         left = self.other_work - self.other_requests.pop(request_id)
         self.other_work = left if left > 1e-6 else 0.0  # exactly 0 where nothing is left: then it is idle
@@ -213,18 +213,18 @@ class ServingInstance:
 
     @property
     def most_others(self) -> int:
-        """How many requests of other loadbalancers it can hold, with those that wait inside."""
+        """Most requests of other loadbalancers that this instance can hold, with those waiting inside."""
         return min(MOST_OTHERS, 2 * int(self.step_times.told.max_seqs)) if self.timed else MOST_OTHERS
 
     @property
     def takes_others(self) -> bool:
-        """Whether one more request of another loadbalancer is believed."""
+        """Whether one more start of another loadbalancer's request is believed of this instance."""
         return len(self.other_requests) < self.most_others
 
     def count_requests(self, load: LoadReport, mean_work: float, now: float) -> None:
-        """Let the work be that of the requests that a report counts, each from its beginning.
+        """Set the work left to that of all requests that a load report counts, each as if just begun.
 
-        mean_work: of a request that no lease and no start is known of.
+        mean_work: of a request that the report counts but of which neither a lease nor a start is known.
         """
         present = load.running + load.waiting
         unknown = max(0, present - len(self.leases) + self._resting - len(self.other_requests))
@@ -233,7 +233,7 @@ class ServingInstance:
         self.free_at = now + (self.leased_work + self.other_work) / self.throughput
 
     def drop_missing_others(self, load: LoadReport, now: float) -> None:
-        """Remove the oldest requests of other loadbalancers beyond those that a report counts."""
+        """Remove the oldest requests of other loadbalancers until they are as few as a load report counts."""
         if not self.other_requests:
             return
         own = sum(1 for lease in self.leases.values() if lease.started)
@@ -242,15 +242,15 @@ class ServingInstance:
             self.end_other(next(iter(self.other_requests)), now)
 
     def _add_work(self, work: float, now: float) -> None:
-        """Let it drain so much later; the work is not counted yet."""
+        """Let the instance have drained later by this work, which the caller will count as its work."""
         self.free_at = now + self.work(now) / self.throughput + work / self.throughput
 
     def _cap_work(self, now: float) -> None:
-        """Leave it no more work than is counted now."""
+        """Let the instance have at most the work that leased_work and other_work count."""
         self.free_at = min(self.free_at, now + (self.leased_work + self.other_work) / self.throughput)
 
     def _add_reading(self, prompt_work: float, row: Floats, now: float) -> None:
-        """Let it have read its prompts so much later."""
+        """Let the instance have read all of its prompts later by the time that this prompt takes."""
         if self.timed:
             read_s = float(row[UNREAD] * self.step_times.constants[COL_PROMPT_S]) / max(
                 self._read_share, READ_LEAST
@@ -263,16 +263,16 @@ class ServingInstance:
 
     @property
     def places_left(self) -> float:
-        """How many more requests it may run at once, where that is known."""
+        """How many more requests the instance may run at once; infinite where its limit is not known."""
         return self.step_times.told.max_seqs - len(self.load.ids) if self.timed else math.inf
 
     def _measure_room(self) -> None:
-        """Set the share of its room that one place and one token of memory are."""
+        """Set which share of the instance's room one running request and one token of KV memory are."""
         told = self.step_times.told
         self._place_room, self._token_room = 1.0 / told.max_seqs, 1.0 / told.kv_tokens
 
     def room_of(self, work: float, row: Floats) -> float:
-        """Return the share of its room that a request takes: of places or memory, or else of its capacity."""
+        """Return the share of the instance that a request takes: of places or memory, or else of capacity."""
         if not self.timed:
             return min(1.0, work / self.capacity)
         tokens: float = row.item(PROMPT) + row.item(LEFT)
@@ -280,26 +280,26 @@ class ServingInstance:
 
     @property
     def can_serve(self) -> bool:
-        """Whether it may be given a request at all: it has tokens, does not drain and does not fail."""
+        """Whether the instance may be given requests: it has tokens, does not drain, and is not avoided."""
         return not self.draining and self.stock.size > 0 and self.circuit.left > 0
 
     def has_room(self, work: float, left: float, now: float) -> bool:
-        """Return whether it may be given the work: within its capacity, or because it is idle.
+        """Return whether the instance may be given the work: within its capacity, or because it is idle.
 
-        left: the work that it has.
+        left: the work that it has, in output-token equivalents.
         """
         return (left + work <= self.capacity and self.read_at - now <= READING_S) or self.idle
 
     def admits(
         self, row: Floats, lengths: Floats, output_token_s: float, now: float, *, hurries: bool
     ) -> bool:
-        """Return whether it would admit and read the request at once, and still make its tokens in time.
+        """Return whether the instance would read the request at once, and still make all its tokens in time.
 
-        lengths: expected lengths (dispatch/output_lengths.py). output_token_s: the objective. A step of
-        step_s makes a token for each request; with a share r of the time spent on prompts tokens come each
-        step_s / (1 - r). So prompts may take no more than what leaves the requests within the objective. For
-        a request that hurries, because it is late and no other is to be served before it, that would be
-        waiting for nothing: all of the time may go into reading it.
+        lengths: expected lengths (dispatch/output_lengths.py). output_token_s: the objective, seconds between
+        tokens. A step of step_s makes a token for each request; with a share r of the time spent on prompts
+        tokens come each step_s / (1 - r). So prompts may take no more time than leaves the requests within
+        the objective. For a request that hurries (it is late, no other is to be served before it) all time
+        may go into prompts.
         """
         if not self.timed or self.idle:
             return True
@@ -312,7 +312,7 @@ class ServingInstance:
     # -- speed --
 
     def learn_speed(self, load: LoadReport, prefill_weight: float, output_token_s: float, now: float) -> None:
-        """Learn throughput and capacity from a load report. output_token_s: the objective."""
+        """Learn the instance's throughput and capacity from a load report. output_token_s: the objective."""
         leases = len(self.leases) - self._resting
         seen = self.leased_work * min(1.0, (load.running + load.waiting) / leases) if leases else 0.0
         rate, factor = self._meter.observe(
@@ -334,7 +334,9 @@ class ServingInstance:
             self._set_throughput(self.throughput + RATE_WEIGHT * (rate - self.throughput), now)
 
     def learn_step_times(self, load: LoadReport, prompt: float, squares: float, now: float) -> None:
-        """Compare how long its steps took with what was expected. prompt, squares: means of usual prompts."""
+        """Correct the instance's step times by a report. prompt, squares: mean tokens of prompts, and
+        squared.
+        """
         if not load.model_up or not load.running:
             self.step_times.pause()
             return
@@ -346,7 +348,7 @@ class ServingInstance:
             self.load.set_step_times(self.step_times.constants)
 
     def _set_throughput(self, throughput: float, now: float) -> None:
-        """Its work stays what it is; the time to drain it changes."""
+        """Set the throughput (work a second): the work left stays as it is, the time to drain it changes."""
         told = self.spec.throughput_work_s
         left = self.work(now)
         self.throughput = min(told * RATE_RANGE, max(told / RATE_RANGE, throughput))

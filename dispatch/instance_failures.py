@@ -1,4 +1,4 @@
-"""Failures that clients report, across all instances: which of them to ask at once, and whom to believe.
+"""Failures that clients report of all instances: which instances to ask at once, which clients to believe.
 
 One client alone may open the circuit breakers of a few instances only (dispatch/circuit_breaker.py); an
 instance in doubt is asked for a load report before all others.
@@ -18,10 +18,10 @@ itself."""
 
 
 class InstanceFailures:
-    """Instances in doubt, and those avoided by one client's reports alone."""
+    """Which instances are in doubt, and which are avoided because of one client's reports alone."""
 
     def __init__(self, instances: HotInstances) -> None:
-        """Start without failures."""
+        """Start without failures. instances: those that failures will be reported of."""
         self._instances = instances
         self._by_client: set[int] = set()  # avoided by one client's reports alone, or have been
         self._in_doubt: dict[int, None] = {}  # to be asked for a report at once
@@ -29,9 +29,9 @@ class InstanceFailures:
     def record_client_failure(
         self, inst: ServingInstance, lease: Lease, now: float, *, blame: bool = True, weight: int = 1
     ) -> None:
-        """Take in that a request failed at inst, as its client or its status says.
+        """Take in that a lease's request failed at the instance, as its client or the instance's report says.
 
-        blame: whether that may be the instance's fault. weight: it counts as so many failures.
+        blame: whether that may be the instance's fault. weight: how many failures it counts for.
         """
         if not blame:
             inst.circuit.record_harmless_failure()
@@ -48,12 +48,12 @@ class InstanceFailures:
         self._ask_at_once(inst)
 
     def record_failed_refill(self, inst: ServingInstance, now: float) -> None:
-        """Take in that inst gave no tokens."""
+        """Doubt the instance, because it gave no tokens when asked for some."""
         inst.circuit.doubt(now)
         self._ask_at_once(inst)
 
     def to_ask(self, most: int) -> list[ServingInstance]:
-        """Return the instances to ask for a report now; those that are being asked already come later."""
+        """Return up to `most` instances in doubt to ask for a report now, but none that is already asked."""
         out: list[ServingInstance] = []
         for instance_id in list(islice(self._in_doubt, most)):
             del self._in_doubt[instance_id]

@@ -9,9 +9,9 @@ from web.messages.hot_set import HotInstance
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """What a client is given. Times are epoch seconds.
+    """The right of a client to send one request to one instance. Times are epoch seconds.
 
-    row: its request as the instance sees it (engine/forward.py). room: that it takes there, as a share of the
+    row: the request as the instance sees it (engine/forward.py). room: that it takes there, as a share of the
     instance. started: number of the report that said that its token was taken, 0 before. rests: it takes no
     room, because it has not started for long. over: it has ended in some way.
     """
@@ -34,21 +34,21 @@ class Lease:
 
     @property
     def address(self) -> str:
-        """Where its request goes."""
+        """The URL of the instance that the lease's request is to be sent to."""
         return self.spec.address
 
     def start(self, report: int) -> None:
-        """Note the report that said that its token was taken."""
+        """Note the number of the report that said that the lease's token was taken."""
         self.started = report
 
     def rest(self) -> None:
-        """Note that it takes no room."""
+        """Note that the lease takes no room on its instance until its request starts."""
         self.rests = True
 
     def wake(self) -> None:
-        """Note that it takes room again."""
+        """Note that the lease takes room on its instance again."""
         self.rests = False
 
     def end(self) -> None:
-        """Note that it has ended."""
+        """Note that the lease has ended."""
         self.over = True

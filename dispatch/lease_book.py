@@ -39,7 +39,7 @@ class LeaseBook:
     """Unfinished leases by request id, and counts of those that were given and have ended."""
 
     def __init__(self, lease_s: float, max_unused: int) -> None:
-        """Start empty. lease_s: a lease that has not started by then expires. max_unused: by one client."""
+        """Start without leases. lease_s: seconds in which one must start; max_unused: most of one client."""
         self.allowance = Allowance(max_unused, lease_s)
         self.given = 0
         self.ends: dict[str, int] = {}  # how leases ended -> how many
@@ -56,21 +56,21 @@ class LeaseBook:
         return len(self._leases)
 
     def __contains__(self, request_id: str) -> bool:
-        """Return whether that lease is unfinished."""
+        """Return whether the lease with that request id is unfinished."""
         return request_id in self._leases
 
     def get(self, request_id: str) -> Lease | None:
-        """Return an unfinished lease."""
+        """Return the unfinished lease with that request id, or None."""
         return self._leases.get(request_id)
 
     def belongs(self, request_id: str, client: str) -> bool:
-        """Return whether that lease is unfinished and was given to that client."""
+        """Return whether the lease with that request id is unfinished and was given to that client."""
         lease = self._leases.get(request_id)
         return lease is not None and lease.client == client
 
     @property
     def left(self) -> int:
-        """Leases that may be given in all."""
+        """How many more leases there may be before MAX_LEASES are unfinished."""
         return MAX_LEASES - len(self._leases)
 
     def give(
@@ -84,7 +84,11 @@ class LeaseBook:
         prompt_work: float,
         now: float,
     ) -> Lease:
-        """Give a lease and enter it. row: the request as inst sees it; prompt_work: of reading its prompt."""
+        """Make a lease on an instance and enter it as unfinished. lot: the tokens that its token is of.
+
+        row: the request as the instance sees it. prompt_work: the part of its work that is reading its
+        prompt.
+        """
         spec = inst.spec
         lease = Lease(
             request_id,
@@ -110,7 +114,7 @@ class LeaseBook:
         return lease
 
     def start(self, inst: ServingInstance, lease: Lease, report: int, now: float) -> None:
-        """Note that report said that its token was taken."""
+        """Note that a load report (by its number) says that the lease's token was taken."""
         if lease.rests:
             inst.wake_lease(lease, now)
         self.allowance.settled(lease)
@@ -118,7 +122,7 @@ class LeaseBook:
         lease.start(report)
 
     def end(self, inst: ServingInstance, lease: Lease, how: str, now: float) -> None:
-        """End an unfinished lease of inst. The caller updates the index of candidates."""
+        """End an unfinished lease; how: one of ENDS. The caller updates the index of candidates."""
         lease.end()
         if not lease.started:
             self.allowance.settled(lease)
@@ -130,19 +134,22 @@ class LeaseBook:
         self.lasted[how].add(now - lease.given_at)
 
     def lose_all(self, inst: ServingInstance, now: float, *, started_only: bool = False) -> None:
-        """End the leases of inst whose requests are lost; their connections have told the clients so."""
+        """End all leases (or only the started ones) of an instance that lost their requests.
+
+        The clients know by their broken connections.
+        """
         for lease in list(inst.leases.values()):
             if lease.started or not started_only:
                 self.end(inst, lease, "lost", now)
 
     def remember_early(self, lease: Lease) -> None:
-        """Remember a lease that its client ended, until the report that tells its length."""
+        """Remember a lease that its client ended, until the report comes that tells the answer's length."""
         self._ended_early[lease.request_id] = int(lease.row[KIND])
         if len(self._ended_early) > REMEMBER_DONE:
             del self._ended_early[next(iter(self._ended_early))]
 
     def ended_early(self, request_id: str) -> bool:
-        """Return whether its client ended that lease before the instance reported so."""
+        """Return whether the client of that lease ended it before its instance reported the end."""
         return request_id in self._ended_early
 
     def forget_early(self, request_id: str) -> int | None:

@@ -17,7 +17,7 @@ from engine.forward import Floats
 
 @dataclass(slots=True, eq=False)
 class LeaseGiver:
-    """Gives leases for requests that need not wait. request_id: gives the public id of a token."""
+    """Gives leases for requests that need not wait. request_id: a function from a token to its public id."""
 
     request_id: Callable[[str], str]
     instances: HotInstances
@@ -27,7 +27,10 @@ class LeaseGiver:
     leases: LeaseBook
 
     def one(self, ask: RouteRequest, now: float, *, hurries: bool) -> Lease | None:
-        """Give one lease where the request does the least to all requests."""
+        """Give a lease on the instance where the request delays all requests least; None: there is no room.
+
+        hurries: the request is late, and no other is to be served before it (see RequestQueue).
+        """
         if self.leases.left <= 0:
             return None
         row = self.estimates.row(ask)
@@ -45,7 +48,7 @@ class LeaseGiver:
         return None
 
     def some(self, ask: RouteRequest, count: int, now: float) -> list[Lease]:
-        """Give up to count leases by the work that the instances have."""
+        """Give up to count leases for requests like this one, on the instances with least work."""
         given: list[Lease] = []
         count = min(count, self.leases.left)
         allowance = self.leases.allowance
@@ -67,7 +70,7 @@ class LeaseGiver:
     def _enter(
         self, inst: ServingInstance, token: str, lot: TokenLot, ask: RouteRequest, row: Floats, now: float
     ) -> Lease | None:
-        """Enter a lease; None for a token that is leased already: an instance may give one twice."""
+        """Enter a lease; return None for a token that is leased already, since an instance may repeat one."""
         request_id = self.request_id(token)
         if request_id in self.leases:
             return None

@@ -47,10 +47,13 @@ completion counts now in its bins; the number of its parent."""
 
 
 class OutputLengths:
-    """What has been learned. told: the mean that is expected before anything has ended."""
+    """What has been learned of the lengths of answers, by kind of request.
+
+    told: the mean length that is expected before any request has ended, in tokens.
+    """
 
     def __init__(self, told: float) -> None:
-        """Start with the told mean."""
+        """Know only the mean length of an answer that was told, in tokens."""
         self.told = float(told)  # an int would be compiled for anew, while requests wait
         self.completions = 0
         self._kinds: dict[tuple[int, int], int] = {(-1, -1): 0}
@@ -65,14 +68,14 @@ class OutputLengths:
         self._make(0)
 
     def tell(self, told: float) -> None:
-        """Expect another mean where nothing is known."""
+        """Change the told mean length of an answer, which is expected where nothing has been learned."""
         self.told = float(told)
         self._last = None
         for kind in range(len(self._kinds)):
             self._make(kind)
 
     def kind(self, prompt_tokens: float, max_tokens: int | None) -> int:
-        """Return the kind of such a request. prompt_tokens 0: not known."""
+        """Return the number of the kind of requests with such lengths. prompt_tokens 0: not known."""
         bits = -1 if max_tokens is None else max_tokens.bit_length()
         size = -1 if prompt_tokens <= 0 else int(math.log2(prompt_tokens + 1.0) * OCTAVE)
         found = self._kinds.get((bits, size))
@@ -92,7 +95,10 @@ class OutputLengths:
         _ended(self._figures, self._count, self._sum, self._alive, self.table, self.told, float(tokens), kind)
 
     def mean(self, kind: int, max_tokens: int | None = None) -> float:
-        """Return the tokens expected in the answer to a request of that kind, of at most max_tokens."""
+        """Return the mean length expected of the answer to a request of that kind, in tokens.
+
+        max_tokens: the most that the answer may have.
+        """
         last = self._last
         if last is not None and last[0] == kind and last[1] == max_tokens:  # a request is asked about twice
             return last[2]
@@ -106,7 +112,7 @@ class OutputLengths:
 
 @njit
 def _mean(figures: Floats, told: float, kind: int, most: float) -> float:
-    """Return what is learned of a kind and its parents, each with the mean of the one above as its prior."""
+    """Return the mean length learned of a kind: each mean has that of its parent kind as its prior."""
     mean = min(most, told)
     for i, one in enumerate((0, int(figures[kind, PARENT]), kind)):
         if i == 0 or one > 0:
@@ -176,7 +182,10 @@ def _bin(tokens: float) -> int:
 
 @njit
 def expect(rows: Floats, table: Floats) -> None:
-    """Set the tokens left of each row: as many as others made that had come as far."""
+    """Set LEFT in each row, in place: the tokens still to come, as others made that had come as far.
+
+    table: OutputLengths.table, the tokens to come by kind and bin of those made.
+    """
     for i in range(len(rows)):
         made = rows[i, MADE]
         left = table[int(rows[i, KIND]), _bin(made)]
