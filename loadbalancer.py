@@ -79,13 +79,13 @@ class LoadBalancer:
         max_unused: int = MOST_UNUSED,
         grant_at_once: int | None = None,
     ) -> None:
-        """Start without instances.
+        """Make a loadbalancer without instances. rng: breaks ties between equally good instances.
 
         request_id: gives the public id of a token. lease_s: a lease that has not started by then is released.
-        max_held: requests held at once. poll_interval_s: how old a working instance's report may get.
-        slo: what late means. late_bound_s: None for one lane, first come, first served.
-        first_token_weight: seconds of whole latency that a second of first token is worth.
-        max_unused: unused leases of one client. grant_at_once: requests served by one call of `grant`.
+        max_held: requests held at once. poll_interval_s: how old a working instance's report may get. slo:
+        what late means. late_bound_s: None for one lane, first come, first served. first_token_weight:
+        seconds of whole latency that a second of first token is worth. max_unused: unused leases of one
+        client. grant_at_once: requests served by one call of `grant`.
         """
         warm_up()
         self.slo = slo = slo or Slo()
@@ -109,10 +109,11 @@ class LoadBalancer:
     # -- the hot set --
 
     def update_hot_set(self, hot_set: HotSet, now: float) -> bool:
-        """Take over which instances are hot; False when that is older than what is known.
+        """Take over which instances are hot; False when the hot set is older than the one known.
 
         Instances that stay keep their leases, tokens and measurements. One that is not named any more is
-        forgotten with its leases; one that drains keeps them and gets none. A new address is a new instance.
+        forgotten with its leases; one that drains keeps its leases and is given no more. A new address is a
+        new instance.
         """
         steps = self.begin_hot_set(hot_set, now)
         if steps is None:
@@ -122,11 +123,11 @@ class LoadBalancer:
         return True
 
     def begin_hot_set(self, hot_set: HotSet, now: float) -> Iterator[None] | None:
-        """Begin to take over a hot set, as `update_hot_set`; iterating does it, one instance a step.
+        """Return an iterator that takes over a hot set, one instance a step; None when the hot set is older.
 
-        10,000 new instances take 0.2 s. What happens between two steps finds each instance as it was or as
-        it is told, and the hot set before until the last step: a loadbalancer that says it has a hot set
-        gives no lease on what drains there. A newer hot set, once begun, ends the steps of this one.
+        10,000 new instances take 0.2 s. Between two steps an instance is as it was or as the new hot set
+        says; `instances.hot_set` is the one before until the last step: a loadbalancer that says it has a hot
+        set gives no lease on what drains there. A newer hot set, once begun, ends the steps of this one.
         """
         if not self.instances.take(hot_set):
             return None
@@ -162,25 +163,28 @@ class LoadBalancer:
         instances.complete(hot_set)
 
     def expect_hot(self, expected_hot_s: float | None, now: float) -> None:
-        """Expect the next instance to become hot in so many seconds; None: not known."""
+        """Note in how many seconds the next instance is expected to become hot; None: not known."""
         self.instances.expect(expected_hot_s, now)
 
     # -- requests --
 
     def possible_prompt(self, prompt_tokens: int, prompts: int) -> int | None:
-        """Return how many of those tokens the model may read; None: it can never take them, no demand."""
+        """Return the prompt tokens that a client believes to send, bounded by the context of the model.
+
+        prompts: how many prompts they are in. None: the model can never take them; this counts as no demand.
+        """
         found = self._estimates.possible_prompt(prompt_tokens, prompts)
         self._demand.count_impossible(found is None)
         return found
 
     def work_of(self, prompt_tokens: int, max_tokens: int | None) -> float:
-        """Return the work that such a request is expected to be."""
+        """Return the work expected of a request with such lengths, in output-token equivalents."""
         return self._estimates.work_of(prompt_tokens, max_tokens)
 
     def request(
         self, ask: RouteRequest, wait_s: float, count: int | None, now: float, *, again: bool = False
     ) -> Granted | QueuedRequest | RouteRefused:
-        """Give leases, a place in the queue for up to wait_s, or a refusal.
+        """Give a request leases, a place in the queue for up to wait_s, or a refusal.
 
         count: up to so many leases, and at least one; None: one. again: it was refused before and is no new
         arrival. Call `grant` first while requests wait: what has become free since the last call is theirs.
@@ -216,11 +220,11 @@ class LoadBalancer:
         return RouteRefused(why, self._waits.retry_after_s(ask, now))
 
     def cancel(self, queued: QueuedRequest) -> None:
-        """Let a request wait no more: its client went away."""
+        """Take a request out of the queue, because its client went away."""
         self.queue.cancel(queued)
 
     def time_out(self, queued: QueuedRequest, now: float) -> RouteRefused:
-        """Refuse a request that has waited for as long as it was to."""
+        """Refuse a waiting request that has waited for as long as it may."""
         self.queue.cancel(queued)
         client, allowance = queued.ask.client, self.leases.allowance
         after_s = allowance.refuse(client, self.instances.hot, now)
@@ -253,7 +257,7 @@ class LoadBalancer:
         return granted
 
     def _give(self, ask: RouteRequest, count: int | None, now: float) -> list[Lease]:
-        """Give up to count leases for requests like this: none when others wait that it must not pass."""
+        """Give up to count leases for such requests; none if others wait that must be served before."""
         if self.queue.held:
             if self.queue.blocks(ask, now, lambda other: self._chooser.only_avoids(other, now)):
                 return []
@@ -267,11 +271,11 @@ class LoadBalancer:
     def end_lease(
         self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False
     ) -> bool:
-        """End a lease as its client says: finished, failed or unused. False when it is not known.
+        """End a lease as its client says: finished, failed or unused. False when no such lease is unfinished.
 
-        An unused token is kept for the same client, unless a report said that it was taken: who has seen it
-        could use it before any other that is given it. blame: whether it failed in a way that may be the
-        instance's fault. impostor: what answered there had another certificate.
+        An unused token is kept for the same client, which knows it and could use it; it is dropped where a
+        report said that it was taken. blame: whether the request failed in a way that may be the instance's
+        fault. impostor: what answered at the instance's address had another certificate.
         """
         lease = self.leases.get(request_id)
         if lease is None:
@@ -291,7 +295,7 @@ class LoadBalancer:
         return True
 
     def tick(self, now: float) -> None:
-        """Let time pass: end leases that expired, find tokens that are old. Call it every second or so."""
+        """Let time pass: end leases that expired, drop tokens that are old. Call it every second or so."""
         for _ in self.expire(now):
             pass
         for inst in self.instances:
@@ -305,7 +309,7 @@ class LoadBalancer:
         self.instances.survey()
 
     def expire(self, now: float) -> Iterator[None]:
-        """End the leases that expired, one a step: 20,000 can be given in a second, and end in 0.2."""
+        """Return an iterator that ends the leases that expired, one a step; 20,000 take 0.2 s."""
         for lease, how in self.leases.due(now):
             inst = self.instances.by_id[lease.instance_id]
             self.leases.end(inst, lease, how, now)
@@ -315,39 +319,49 @@ class LoadBalancer:
     # -- what to ask of the instances --
 
     def refills(self, now: float) -> list[Refill]:
-        """Return the tokens to fetch now; give the answers to `complete_refill`. Call it every 20 ms."""
+        """Return which tokens to fetch from which instances now. Call it every 20 ms.
+
+        Give each answer to `complete_refill`.
+        """
         return self._refills.begin(now)
 
     def polls(self, now: float) -> list[Poll]:
-        """Return the load reports to ask for now; give the answers to `complete_poll`. As `refills`."""
+        """Return which instances to ask for a load report now. Call it every 20 ms.
+
+        Give each answer to `complete_poll`.
+        """
         return self._reports.due(now)
 
     def complete_refill(self, refill: Refill, batch: TokenBatch | None, now: float) -> None:
-        """Take in the tokens that were fetched; None: there were none."""
+        """Take in the tokens that a refill fetched; None: the refill failed."""
         self._refills.complete(refill, batch, now)
 
     def complete_poll(self, poll: Poll, report: LoadReport | None, now: float) -> None:
-        """Take in the load report that was asked for; None: it did not come."""
+        """Take in the load report that a poll asked for; None: the report did not come."""
         self._reports.complete(poll, report, now)
 
     def pushed(self, instance_id: int, report: PushedReport, now: float) -> float | None:
         """Take in a report that an instance pushed; return the least seconds until its next one.
 
-        None when it is not believed: of a boot that is not known here, or not newer than the last one.
+        None when the report is not believed: of a boot that is not known here, not newer than the last one,
+        or of an instance that reports too much.
         """
         return self._reports.take_push(instance_id, report, now)
 
     # -- what it looks like --
 
     def usage(self, now: float, name: str = "") -> BusyReport:
-        """Return how much is going on, for the autoscaler. name: of this loadbalancer."""
+        """Return how busy the instances are, for the autoscaler. name: of this loadbalancer."""
         return measure(name, self.instances, self.queue, self._demand, len(self.leases), self.slo, now)
 
     def describe(self, now: float) -> dict[str, Any]:
-        """Return what an operator may see: no tokens. Each instance is beside it, in `describe_instances`."""
+        """Return the figures of the whole that an operator may see: no tokens.
+
+        The figures of each instance come from `describe_instances`.
+        """
         return describe(self.usage(now), self.instances, self.leases, self._demand)
 
     def describe_instances(self, now: float) -> Iterator[dict[str, Any]]:
-        """Yield what an operator may see of each instance; they may change meanwhile."""
+        """Yield the figures of each instance that an operator may see; they may change between steps."""
         for inst in list(self.instances):
             yield describe_instance(inst, now) | {"in_queue": inst in self._index}

@@ -58,7 +58,7 @@ more than it can take. All else says that it refuses, times out or breaks."""
 
 @dataclass(frozen=True)
 class LoadBalancerConfig:
-    """Everything an operator may set. Times in seconds."""
+    """The settings of a loadbalancer process that an operator may give. Times in seconds."""
 
     host: str = flag("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = flag(8200, "port to listen on", least=1, most=65535)
@@ -150,7 +150,7 @@ class LoadBalancerConfig:
     )
 
     def checked(self) -> "LoadBalancerConfig":
-        """Return itself, or raise ConfigError naming the flag, the value and the range."""
+        """Return this configuration, or raise ConfigError naming the flag, the value and the range."""
         check_flags(self)
         server_url("--autoscaler", self.autoscaler)
         if self.public_url is not None:
@@ -159,11 +159,11 @@ class LoadBalancerConfig:
 
     @property
     def slo(self) -> Slo:
-        """What late means."""
+        """The latency objective: after it a request counts as late."""
         return Slo(self.first_token_s, self.prompt_token_s)
 
     def report_to(self, auth_url: str) -> str | None:
-        """Return where the instance with that auth_server is to send its reports, if it can reach us."""
+        """Return the URL to which the instance with that auth_server sends its reports; None: it cannot."""
         if self.public_url is not None:
             return f"{self.public_url.rstrip('/')}/report"
         # Beside us on one machine, as with a local cloud; a rented one would talk to itself.
@@ -171,7 +171,7 @@ class LoadBalancerConfig:
         return f"{scheme(self.tls_cert)}://127.0.0.1:{self.port}/report" if near else None
 
     def in_the_clear(self) -> list[InTheClear]:
-        """Return what goes over a network unencrypted."""
+        """Return what goes over a network unencrypted with this configuration."""
         keys = "the control key and all master tokens"
         clients = f"{keys}, the clients' keys and their leases, by which prompts find their way,"
         return [
@@ -185,7 +185,10 @@ class LoadBalancerConfig:
 
 
 def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
-    """Make the routes. Views check, act and answer; what is decided is decided in `loadbalancer.py`."""
+    """Make the loadbalancer's Flask app with its routes.
+
+    Views check, act and answer; what is decided is decided in `loadbalancer.py`.
+    """
     app = make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
     direct = DirectRoutes(app)
 
@@ -241,7 +244,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
 
 
 def _ask(balancer: LoadBalancer, said: RouteBody, client: str) -> RouteRequest | None:
-    """Return what a `POST /route` body asks for; None where the model can never take it."""
+    """Return the request that a `POST /route` body asks for; None if the model can never take its prompt."""
     prompt = balancer.possible_prompt(said.prompt_tokens or 0, said.prompts or 1)
     if prompt is None:
         return None
@@ -257,7 +260,7 @@ def _ask(balancer: LoadBalancer, said: RouteBody, client: str) -> RouteRequest |
 
 
 def make_balancer(config: LoadBalancerConfig) -> LoadBalancer:
-    """Return what decides, as the operator wants it."""
+    """Return the LoadBalancer with the settings of the operator."""
     return LoadBalancer(
         random.Random(),
         request_id,
@@ -273,7 +276,10 @@ def make_balancer(config: LoadBalancerConfig) -> LoadBalancer:
 
 
 def serve(config: LoadBalancerConfig) -> None:
-    """Run until SIGTERM or Ctrl-C. Leases and tokens are forgotten then: clients hold what they need."""
+    """Run a loadbalancer until SIGTERM or Ctrl-C.
+
+    Its leases and tokens are forgotten then: clients hold what they need.
+    """
     config = config.checked()
     clients = private_files.load_keys(config.client_keys_file)
     operator = private_files.load_keys(config.operator_key_file)
@@ -299,7 +305,7 @@ def serve(config: LoadBalancerConfig) -> None:
 
 
 def parser() -> Parser:
-    """Return the parser of the flags."""
+    """Return the parser of the loadbalancer's flags."""
     found = Parser(
         prog="loadbalancer_server.py",
         environment="LOADBALANCER_",
@@ -311,7 +317,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and serve."""
+    """Parse the flags and run the loadbalancer."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     serve(LoadBalancerConfig(**vars(args)))

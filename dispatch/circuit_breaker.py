@@ -169,9 +169,7 @@ class CircuitBreaker:
             self.state, self._most = CircuitState.PROBING, 1
 
     def tick(self, now: float) -> bool:
-        """Open the breaker if a doubt got no report in time; drop old probes. Return whether anything
-        changed.
-        """
+        """Open the breaker if a doubt got no report in time; drop old probes. Return whether it changed."""
         asked_at = self._asked_at
         if self.state is CircuitState.DOUBTED and asked_at is not None and now - asked_at > DOUBT_S:
             self._open(now)

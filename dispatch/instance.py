@@ -334,9 +334,7 @@ class ServingInstance:
             self._set_throughput(self.throughput + RATE_WEIGHT * (rate - self.throughput), now)
 
     def learn_step_times(self, load: LoadReport, prompt: float, squares: float, now: float) -> None:
-        """Correct the instance's step times by a report. prompt, squares: mean tokens of prompts, and
-        squared.
-        """
+        """Correct the step times by a report. prompt, squares: mean tokens of prompts, and mean square."""
         if not load.model_up or not load.running:
             self.step_times.pause()
             return

@@ -153,11 +153,11 @@ class LeaseBook:
         return request_id in self._ended_early
 
     def forget_early(self, request_id: str) -> int | None:
-        """Return the kind of a lease that its client ended, and forget it; None when it is not known."""
+        """Forget a lease that its client ended early; return its kind of request, or None if not found."""
         return self._ended_early.pop(request_id, None)
 
     def due(self, now: float) -> Iterator[tuple[Lease, str]]:
-        """Give (lease, how it ends) for each that is to be ended now; the caller ends it before the next."""
+        """Yield (lease, how it ends) for each lease whose time is up; the caller ends it before the next."""
         expiring, serving = self._expiring, self._serving
         while expiring and (expiring[0].over or expiring[0].expires_at <= now):
             lease = expiring.popleft()

@@ -2,7 +2,8 @@
 
 A report brings the ends of requests, which free work; starts, also of requests that other loadbalancers gave
 the instance; and counters, from which throughput, capacity and step times are learned. An instance also
-pushes its events by itself, which is faster; how busy its engine is it cannot say so, and is polled.
+pushes its events by itself, which is faster; but it cannot tell in a push how busy its engine is, so it is
+polled as well.
 """
 
 import math
@@ -49,9 +50,9 @@ SWEEP, POLL_FEW = 10, 4
 
 @dataclass(frozen=True)
 class Poll:
-    """Ask that instance for its load report, then call LoadBalancer.complete_poll.
+    """An order to ask an instance for its load report, and then to call LoadBalancer.complete_poll.
 
-    after: number of the last event that is known.
+    after: number of the last event of that instance that is known.
     """
 
     spec: HotInstance = field(repr=False)
@@ -59,15 +60,16 @@ class Poll:
 
     @property
     def instance_id(self) -> int:
-        """The instance to ask."""
+        """The id of the instance to ask."""
         return self.spec.id
 
 
 @dataclass(slots=True, eq=False)
 class LoadReports:
-    """Asks for load reports and learns from them.
+    """Decides when instances are asked for load reports, and learns from these.
 
-    poll_interval_s: how old a working instance's report may get. output_token_s: the objective.
+    poll_interval_s: how old a working instance's report may get. output_token_s: the objective, seconds
+    between tokens.
     """
 
     instances: HotInstances
@@ -83,9 +85,9 @@ class LoadReports:
     # -- asking --
 
     def due(self, now: float) -> list[Poll]:
-        """Return which instances to ask now; none is asked twice at once.
+        """Return which instances to ask for a load report now; none is asked while it still has to answer.
 
-        A part of the instances is looked at in each call and a few are asked: neither comes in bursts.
+        Each call looks at a part of the instances and asks at most POLL_FEW, so that neither comes in bursts.
         """
         out = [self._poll(inst, now) for inst in self.failures.to_ask(POLL_FEW)]
         for _ in range(math.ceil(len(self.instances) / SWEEP)):
@@ -110,7 +112,10 @@ class LoadReports:
         return Poll(inst.spec, inst.reports.seq)
 
     def _interval_s(self, inst: ServingInstance) -> float:
-        """Return how old its report may get: an instance that is half empty does not look full by mistake."""
+        """Return how old the instance's report may get, in seconds; older for idle ones and in large fleets.
+
+        In a large fleet one that is half empty is asked half as often: it will not look full by mistake.
+        """
         if inst.circuit.state is not CircuitState.CLOSED:
             return self.poll_interval_s
         if inst.idle and not inst.draining:
@@ -122,7 +127,7 @@ class LoadReports:
     # -- polled reports --
 
     def complete(self, poll: Poll, load: LoadReport | None, now: float) -> None:
-        """Take in the report that was asked for; None: it did not come, a failure of the instance."""
+        """Take in the load report that a poll asked for; None: it did not come, a failure of the instance."""
         inst = self.instances.same(poll.spec)
         if inst is None:
             return
@@ -139,7 +144,7 @@ class LoadReports:
         self.instances.index.update(inst, now)
 
     def _take(self, inst: ServingInstance, load: LoadReport, now: float) -> None:
-        """End what ended, learn, and start the estimate of its work again from what is left."""
+        """Learn from a load report, end the requests that it says ended, and set the instance's work anew."""
         estimates = self.estimates
         asked_at = inst.reports.end_poll(now)
         if inst.boot_id != load.boot_id:
@@ -173,10 +178,10 @@ class LoadReports:
     # -- pushed reports --
 
     def take_push(self, instance_id: int, push: PushedReport, now: float) -> float | None:
-        """Take in a pushed report; return the least seconds until the next one.
+        """Take in a report that an instance pushed; return the least seconds until its next one.
 
-        None when it is not believed: of a boot that is not known, not newer than the last one, or of an
-        instance that says too much (dispatch/report_budget.py).
+        None when the report is not believed: of a boot that is not known, not newer than the last one, or of
+        an instance that says too much (dispatch/report_budget.py).
         """
         inst = self.instances.by_id.get(instance_id)
         if inst is None or inst.boot_id != push.boot_id or inst.reports.budget.excludes(now):
@@ -205,7 +210,7 @@ class LoadReports:
     def _take_events(
         self, inst: ServingInstance, report: LoadReport | PushedReport, number: int, now: float
     ) -> None:
-        """Note the requests that started and end those that ended. number: of the report."""
+        """Note the requests that started and end those that ended, by a report. number: of that report."""
         for request_id, body_bytes in zip(report.started, report.started_bytes or repeat(0), strict=False):
             lease = inst.leases.get(request_id)
             if lease is None:

@@ -41,17 +41,17 @@ prompts come between."""
 
 
 class CapacityMeter:
-    """Compares the counters of two reports of one instance."""
+    """Measures the throughput and capacity of one instance, by comparing counters of two of its reports."""
 
     def __init__(self) -> None:
-        """Start without a report."""
+        """Start without a report to compare with."""
         # (time, work, tokens made) that the next rate is taken from
         self._base: tuple[float, float, int] | None = None
         self._was_saturated = False
         self._was_crowded = False
 
     def reset(self) -> None:
-        """Begin anew: the counters start again after a reboot."""
+        """Forget the last report: the instance has rebooted, so its counters start again from zero."""
         self._base = None
 
     def observe(
@@ -66,10 +66,12 @@ class CapacityMeter:
         *,
         reading: bool,
     ) -> tuple[float | None, float]:
-        """Return (work a second to learn the throughput from or None, factor for the capacity).
+        """Compare a load report with an earlier one; return (rate, factor).
 
-        done_work: by the counters of the report. seen_work: what the instance has of the work it was given.
-        reading: it may still be reading prompts that it was given lately. output_token_s: the objective.
+        rate: work a second to learn the throughput from, or None. factor: what to multiply the capacity by.
+        done_work: the work done, by the report's counters. seen_work: how much of the work that was given to
+        the instance has come there. reading: it may still be reading prompts that it was given lately.
+        output_token_s: the objective, seconds between tokens.
         """
         if not load.model_up:
             self._base = None

@@ -57,7 +57,10 @@ of the requests to come."""
 
 
 def request_row(prompt_tokens: float, left: float, most: float, kind: int) -> Floats:
-    """Return the row of a request that has not begun, all of whose prompt is to be read."""
+    """Return the table row of a request that has not begun: all of its prompt is still to be read.
+
+    left: expected tokens of the answer; most: the most it may have; kind: see dispatch/output_lengths.py.
+    """
     out = np.zeros(COLUMNS)
     out[PROMPT] = out[UNREAD] = max(1.0, prompt_tokens)
     out[LEFT], out[MOST], out[KIND] = left, most, kind
@@ -65,10 +68,10 @@ def request_row(prompt_tokens: float, left: float, most: float, kind: int) -> Fl
 
 
 class LoadTable:
-    """The requests of all instances; each instance has a place here."""
+    """The predicted requests of all instances, in one array of rows; each instance has a place in it."""
 
     def __init__(self) -> None:
-        """Start without instances."""
+        """Start an empty table, without instances."""
         self.rows = np.zeros((64 * ROWS, COLUMNS))
         self.servers = np.zeros((64, WIDTH))
         self._places = 0  # places that have ever been in use
@@ -77,7 +80,7 @@ class LoadTable:
         self._blocks: dict[int, list[int]] = {}  # length -> free blocks of it
 
     def open(self, now: float) -> int:
-        """Return a place for an instance without requests."""
+        """Reserve a place for an instance without requests; return the number of the place."""
         if self._free:
             place = self._free.pop()
         else:
@@ -91,19 +94,19 @@ class LoadTable:
         return place
 
     def close(self, place: int, length: int) -> None:
-        """Free a place and its block of so many rows."""
+        """Free the place of an instance that is gone, and its block of `length` rows."""
         self._free.append(place)
         self._blocks.setdefault(length, []).append(int(self.servers[place, START]))
 
     def widen(self, place: int, length: int) -> None:
-        """Double the block of a place, which is full with so many rows."""
+        """Double the block of rows of a place; length: its rows now, all in use."""
         old, new = int(self.servers[place, START]), self.block(2 * length)
         self.rows[new : new + length] = self.rows[old : old + length]
         self.servers[place, START] = new
         self._blocks.setdefault(length, []).append(old)
 
     def block(self, length: int) -> int:
-        """Take a free block of so many rows; return where it begins."""
+        """Reserve a block of `length` rows; return the index of its first row."""
         if free := self._blocks.get(length):
             return free.pop()
         start, self._end = self._end, self._end + length
@@ -123,13 +126,14 @@ class LoadTable:
         most: int,
         now: float,
     ) -> int:
-        """Return the index in places of the instance with the least price (engine/forward.py).
+        """Return the index in `places` of the instance where a request's price is least (engine/forward.py).
 
-        cached: prompt tokens that each need not read; None: none. usual: the row of a request to come.
-        arrivals: requests a second to expect for each work a second that an instance does. table: expected
-        lengths (dispatch/output_lengths.py). weight: seconds of whole latency that a second of first token
-        is worth. most: requests to run forward in all; with more of them only the first places are looked
-        at, and two at least. Give likely places first: those behind are often dismissed at half the cost.
+        request: its row. cached: prompt tokens that each instance need not read; None: none. usual: the row
+        of a request to come. arrivals: requests a second to expect for each work a second that an instance
+        does. table: expected lengths (dispatch/output_lengths.py). weight: seconds of whole latency that a
+        second of first token is worth. most: requests to run forward in all; with more of them only the first
+        places are looked at, and two at least. Give likely places first: those behind are often dismissed at
+        half the cost.
         """
         return _best(
             self.rows,
@@ -147,10 +151,10 @@ class LoadTable:
 
 
 class PredictedLoad:
-    """The requests of one instance, in the order in which it was given them."""
+    """The predicted requests of one instance, in the order in which the instance was given them."""
 
     def __init__(self, table: LoadTable, constants: Floats, rate: float, now: float) -> None:
-        """Start without requests. constants: of its steps (engine/forward.py). rate: work a second."""
+        """Start without requests. constants: of the steps (engine/forward.py). rate: work a second."""
         self.ids: list[str] = []
         self._table = table
         self._length = ROWS
@@ -159,23 +163,23 @@ class PredictedLoad:
         self.set_work_rate(rate)
 
     def close(self) -> None:
-        """Free its place: the instance is gone. Call it once, and nothing after it."""
+        """Free the instance's place in the table, because it is gone. Call it once, and nothing after it."""
         self._table.close(self.place, self._length)
 
     def set_step_times(self, constants: Floats) -> None:
-        """Set the step-time constants."""
+        """Set the instance's step-time constants (engine/forward.py)."""
         self._table.servers[self.place, :CONSTANT_COLUMNS] = constants
 
     def set_work_rate(self, rate: float) -> None:
-        """Set the work that it does in a second."""
+        """Set the work that the instance does in a second."""
         self._table.servers[self.place, RATE] = rate
 
     def mark_reported(self, now: float) -> None:
-        """Note that all ends until now are known."""
+        """Note that the instance has reported all ends of requests until now."""
         self._table.servers[self.place, REPORTED_AT] = now
 
     def add(self, request_id: str, request: Floats, now: float) -> None:
-        """Add a request (see `request_row`)."""
+        """Add a request to those of the instance. request: its row (see `request_row`)."""
         if len(self.ids) == self._length:
             self._table.widen(self.place, self._length)
             self._length *= 2
@@ -198,29 +202,30 @@ class PredictedLoad:
         server[COUNT], server[AT] = 0.0, now
 
     def age(self, now: float) -> None:
-        """Move the requests along to now."""
+        """Move the prediction of all requests of the instance along to now."""
         _age(self._table.rows, self._table.servers, self.place, now)
 
     def room(self, table: Floats, share: float, now: float) -> tuple[float, float, float]:
-        """Return (KV tokens free, seconds of reading before it, of a step) for a request that came now.
+        """Return what a request that came now would find: (free KV tokens, seconds to read, step seconds).
 
         Free is what the requests never need together of this share of the memory; negative when as many run
-        as may. table: expected lengths (dispatch/output_lengths.py).
+        as may. The seconds to read are those of the prompts before it. table: expected lengths
+        (dispatch/output_lengths.py).
         """
         return _room(self._table.rows, self._table.servers, self.place, table, share, now)
 
     def in_memory(self, now: float) -> tuple[float, float]:
-        """Return (requests whose prompt is being read, KV tokens in use)."""
+        """Return (requests whose prompt is being read, KV tokens in use) of the instance."""
         return _in_memory(self._table.rows, self._table.servers, self.place, now)
 
     @property
     def at(self) -> float:
-        """The time that its rows are of, at the end of a step."""
+        """The time that the rows predict: the end of the step that is under way, in epoch seconds."""
         return float(self._table.servers[self.place, AT])
 
     @property
     def rows(self) -> Floats:
-        """The rows of its requests."""
+        """The table rows of the instance's requests, one a request, as an array that shares memory."""
         start = int(self._table.servers[self.place, START])
         return self._table.rows[start : start + len(self.ids)]
 
@@ -341,7 +346,7 @@ def _best(
 
 
 def warm_up() -> None:
-    """Load what is compiled, or compile it: about a second that no request has to wait for then."""
+    """Load or compile the compiled functions: about a second, for which no request has to wait later."""
     learned = OutputLengths(2.0)
     learned.ended(2, 0)
     table, usual, lengths = LoadTable(), request_row(2.0, learned.mean(0), 4.0, 0), learned.table

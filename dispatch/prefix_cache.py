@@ -1,4 +1,4 @@
-"""Which instance has read which prefix lately, by hashes that reveal nothing of it.
+"""Which instance has read which prompt prefix lately, by hashes that reveal nothing of the prompt.
 
 A client sends salted hashes of its prompt's first blocks: the i-th stands for the first i + 1 blocks of
 AFFINITY_BLOCK_TOKENS. An instance that has served a hash has the KV memory of that prefix until it needs the
@@ -31,10 +31,10 @@ Memory = TypeVar("Memory")
 
 
 class PrefixCache(Generic[Memory]):
-    """The memories that have served each prefix."""
+    """Which KV memories of instances have served which prefixes, by hash of the prefix."""
 
     def __init__(self, most: int = MOST) -> None:
-        """Start empty. most: hashes kept."""
+        """Start empty. most: how many hashes are kept, those served last."""
         self._most = most
         self._holders: OrderedDict[str, tuple[Memory, ...]] = OrderedDict()
 
@@ -43,7 +43,10 @@ class PrefixCache(Generic[Memory]):
         return len(self._holders)
 
     def served(self, hashes: Sequence[str], memory: Memory) -> None:
-        """Note that a request with these prefixes goes to that memory."""
+        """Note that a request with these prefixes goes to the instance with that KV memory.
+
+        hashes: of the shortest prefix first.
+        """
         for key in hashes:
             before = self._holders.pop(key, ())
             self._holders[key] = (memory, *[i for i in before if i != memory][: HOLDERS - 1])
@@ -51,7 +54,7 @@ class PrefixCache(Generic[Memory]):
             self._holders.popitem(last=False)
 
     def holders(self, hashes: Sequence[str]) -> tuple[Memory, ...]:
-        """Return the memories that have served the longest of these prefixes, the last first."""
+        """Return the memories that have served the longest known of these prefixes, the most recent first."""
         for key in reversed(hashes):
             found = self._holders.get(key)
             if found:
@@ -59,7 +62,10 @@ class PrefixCache(Generic[Memory]):
         return ()
 
     def cached_tokens(self, hashes: Sequence[str], memory: Memory) -> float:
-        """Return the tokens of the prompt that need not be read with that memory, as far as is known."""
+        """Return how many prompt tokens an instance with that memory probably need not read again.
+
+        hashes: of the prompt's prefixes, the shortest first.
+        """
         for n in range(len(hashes), 0, -1):
             if memory in self._holders.get(hashes[n - 1], ()):
                 return TRUST * n * AFFINITY_BLOCK_TOKENS

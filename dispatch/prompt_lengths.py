@@ -11,21 +11,21 @@ MEMORY = 500.0
 
 
 class PromptLengths:
-    """Learns how many bytes a token takes."""
+    """How many bytes a prompt token takes, learned from our own requests."""
 
     def __init__(self) -> None:
         """Know nothing yet."""
         self._bytes = self._tokens = self._longest = 0.0
 
     def learn(self, body_bytes: int, prompt_tokens: float) -> None:
-        """Learn from one of our own requests; 0 where a length is not known."""
+        """Learn from the bytes and prompt tokens of one of our own requests; 0: that length is not known."""
         if body_bytes and prompt_tokens:
             self._bytes += body_bytes - self._bytes / MEMORY
             self._tokens += prompt_tokens - self._tokens / MEMORY
             self._longest = max(self._longest, prompt_tokens)
 
     def prompt_tokens(self, body_bytes: int) -> float | None:
-        """Return the tokens of a request with so many bytes, or None where nothing is known."""
+        """Return the prompt tokens expected in a request of so many bytes; None: nothing is learned yet."""
         if not body_bytes or not self._tokens:
             return None
         return min(self._longest, max(1.0, body_bytes * self._tokens / self._bytes))

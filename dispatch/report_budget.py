@@ -1,4 +1,4 @@
-"""How much one instance may say: reports a second, and events in a report and a second.
+"""How much one instance may report: reports a second, and events in a report and a second.
 
 An instance is somebody else's computer. One that says more than an engine can do is left out of the queue,
 with the reason in GET /status, and is neither asked nor heard for OUT_S; then it is tried again. Its numbers
@@ -24,10 +24,13 @@ OUT_S = 30.0
 
 
 class ReportBudget:
-    """What one instance may still say. why: the reason for which it is out, or was the last time."""
+    """How many more reports and events of one instance are accepted now.
+
+    why: the reason for which the instance is ignored, or was the last time; None: it never was.
+    """
 
     def __init__(self, now: float) -> None:
-        """Start with all of it."""
+        """Start with the whole budget of reports and events."""
         self.why: str | None = None
         self.out_until = -math.inf
         self._events, self._events_at = float(MOST_EVENTS), now
@@ -35,15 +38,18 @@ class ReportBudget:
         self._interval_s = 1.0 / PUSHES
 
     def promise(self, interval_s: float) -> None:
-        """Note the seconds between two pushes that the instance was told."""
+        """Note the least seconds between two pushed reports that the instance was told."""
         self._interval_s = interval_s
 
     def excludes(self, now: float) -> bool:
-        """Return whether it is not listened to now."""
+        """Return whether the instance is being ignored now, because it has reported too much."""
         return now < self.out_until
 
     def take_push(self, events: int, now: float) -> bool:
-        """Take a pushed report off; False when it was one too many, and the instance is out."""
+        """Spend the budget for a pushed report; False when it was one too many: the instance is ignored now.
+
+        events: how many starts and ends of requests the report has.
+        """
         since_s = max(0.0, now - self._pushes_at)
         self._pushes = min(PUSHES, self._pushes + since_s * PUSHES_RATIO / self._interval_s) - 1.0
         self._pushes_at = now
@@ -52,7 +58,7 @@ class ReportBudget:
         return self.take(events, now)
 
     def take(self, events: int, now: float) -> bool:
-        """Take the events of a report off; False when they are too many, and the instance is out."""
+        """Spend the budget for a report's events; False when they are too many: the instance is ignored."""
         self._events = min(MOST_EVENTS, self._events + max(0.0, now - self._events_at) * EVENTS_S)
         self._events_at = now
         if events > MOST_EVENTS:

@@ -1,4 +1,4 @@
-"""What one instance has reported so far, and when it was asked for its next report."""
+"""What one instance has reported so far, and when it was asked for its next load report."""
 
 import math
 
@@ -7,10 +7,10 @@ from web.messages.reports import LoadReport, PushedReport
 
 
 class ReportHistory:
-    """The reports of one instance. Times are epoch seconds."""
+    """The load reports of one instance: counts, the last figures, polls. Times are epoch seconds."""
 
     def __init__(self, now: float) -> None:
-        """Nothing has been reported."""
+        """Start without a report of the instance."""
         self.budget = ReportBudget(now)
         self.seq = 0  # number of the last event that is known
         self.count = 0  # reports that were polled
@@ -28,12 +28,12 @@ class ReportHistory:
     # -- polls --
 
     def begin_poll(self, now: float) -> None:
-        """Note that the instance is asked."""
+        """Note that the instance is asked for a load report now."""
         self.polling = True
         self._asked_at = now
 
     def end_poll(self, now: float) -> float:
-        """Note that a report came; return when it was asked for."""
+        """Note that a load report came; return when the instance was asked for it, in epoch seconds."""
         asked_at = self._asked_at if self.polling else now
         self.polling = False
         self.polled_at = now
@@ -42,24 +42,24 @@ class ReportHistory:
         return asked_at
 
     def fail_poll(self, now: float) -> int:
-        """Note that no report came; return how many in a row did not."""
+        """Note that a load report did not come; return how many in a row did not."""
         self.polling = False
         self.polled_at = now
         self._failures += 1
         return self._failures
 
     def look_again(self, at: float) -> None:
-        """Look at that time whether a report is due."""
+        """Set when to look next whether a load report of this instance is due."""
         self.look_at = at
 
     # -- what was reported --
 
     def take(self, load: LoadReport) -> None:
-        """Take over the figures of a load report."""
+        """Take over the event number and the request counts of a load report."""
         self.seq, self.running, self.waiting = load.seq, load.running, load.waiting
 
     def take_push(self, push: PushedReport) -> bool:
-        """Count a pushed report; False when it is not newer than the last one."""
+        """Count a pushed report; False when its number is not higher than that of the last one."""
         if push.number <= self._push_number:
             return False
         self._push_number = push.number
@@ -67,7 +67,7 @@ class ReportHistory:
         return True
 
     def follow_push(self, push: PushedReport, now: float) -> None:
-        """Take over the number of its last event, or have the instance polled where events are missing."""
+        """Take over the last event's number from a push; if events are missing, have the instance polled."""
         if push.missed or push.after > self.seq:
             self.polled_at = -math.inf
             self.look_at = now
@@ -75,15 +75,15 @@ class ReportHistory:
             self.seq = max(self.seq, push.seq)
 
     def quiet_twice(self, load: LoadReport) -> bool:
-        """Return whether this report and the one before it say that nothing is under way."""
+        """Return whether this load report and the one before say that no request is in the instance."""
         before, self._quiet = self._quiet, load.model_up and load.running + load.waiting == 0
         return before and self._quiet
 
     def down_twice(self, load: LoadReport) -> bool:
-        """Return whether this report and the one before it say that the model server is down."""
+        """Return whether this load report and the one before say that the model server is down."""
         before, self._down = self._down, not load.model_up
         return before and self._down
 
     def reboot(self, seq: int) -> None:
-        """Begin anew with another boot. seq: the number of its last event."""
+        """Begin another boot of the instance. seq: the number of its last event."""
         self.seq, self._push_number, self._quiet = seq, -1, False

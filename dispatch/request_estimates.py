@@ -1,4 +1,4 @@
-"""What is expected of a request before it has run: its work, its row in the prediction, and what is usual."""
+"""What is expected of a request before it runs: its work, its row in the prediction; the usual request."""
 
 import math
 
@@ -25,13 +25,13 @@ EXPECTED_OUTPUT_TOKENS, PREFILL_WEIGHT = 200.0, 0.1
 
 
 class RequestEstimates:
-    """Learns lengths of answers and prompts, and the usual request.
+    """Learns the lengths of answers and prompts, and what the usual request is.
 
     Work is in output-token equivalents: prompt tokens times prefill_weight, and the tokens of the answer.
     """
 
     def __init__(self) -> None:
-        """Start with the usual model."""
+        """Start with the lengths and weights of a usual model, until a hot set says others."""
         self.prefill_weight = PREFILL_WEIGHT
         self.max_model_len: int | None = None  # tokens of a prompt with its answer; None: not told
         self.output_lengths = OutputLengths(EXPECTED_OUTPUT_TOKENS)
@@ -44,7 +44,7 @@ class RequestEstimates:
         self._prompts, self._prompt_sum, self._square_sum = 0, 0.0, 0.0  # of those since the last tick
 
     def update(self, hot_set: HotSetHead) -> None:
-        """Take over what the hot set says of its model."""
+        """Take over the figures of the model that a hot set gives: weight, context length, mean answer."""
         self.prefill_weight = hot_set.prefill_weight
         self.max_model_len = hot_set.max_model_len
         expected = hot_set.expected_output_tokens
@@ -56,9 +56,9 @@ class RequestEstimates:
     # -- one request --
 
     def possible_prompt(self, prompt_tokens: int, prompts: int) -> int | None:
-        """Return how many of the tokens believed in so many prompts there can be: none that is too long.
+        """Return the prompt tokens that a client believes to send, bounded by the context of the model.
 
-        None: the model can certainly not take them.
+        prompts: how many prompts they are in. None: the model can certainly not take them.
         """
         if self.max_model_len is None:
             return prompt_tokens
@@ -66,16 +66,16 @@ class RequestEstimates:
         return min(prompt_tokens, most) if prompt_tokens <= PROMPT_RANGE * most else None
 
     def work_of(self, prompt_tokens: int, max_tokens: int | None) -> float:
-        """Return the work that such a request is expected to be."""
+        """Return the work expected of a request with such lengths, in output-token equivalents."""
         output = self.expected_output(prompt_tokens, max_tokens)
         return max(1.0, prompt_tokens * self.prefill_weight + output)
 
     def expected_output(self, prompt_tokens: int, max_tokens: int | None) -> float:
-        """Return the mean tokens that requests like it were answered with."""
+        """Return the mean tokens that requests with such lengths were answered with."""
         return self.output_lengths.mean(self.output_lengths.kind(prompt_tokens, max_tokens), max_tokens)
 
     def row(self, ask: RouteRequest) -> Floats:
-        """Return the request as an instance would see it that has served nothing like it."""
+        """Return the table row of a request, as for an instance that has served no prefix of its prompt."""
         max_tokens, prompt_tokens = ask.max_tokens, ask.prompt_tokens
         kind = self.output_lengths.kind(prompt_tokens, max_tokens)
         expected = self.output_lengths.mean(kind, max_tokens)
@@ -85,7 +85,7 @@ class RequestEstimates:
         return request_row(prompt, expected, math.inf if max_tokens is None else float(max_tokens), kind)
 
     def row_of_other(self, body_bytes: int) -> Floats:
-        """Return a request of another loadbalancer: as long as its bytes say, or as usual; 0: not known."""
+        """Return the table row of another loadbalancer's request, by its bytes; 0 bytes: as is usual."""
         prompt = self._prompt_lengths.prompt_tokens(body_bytes)
         if prompt is None:
             return self.usual
@@ -95,7 +95,7 @@ class RequestEstimates:
     # -- learning --
 
     def given(self, work: float, row: Floats) -> None:
-        """Count a request that is given a lease."""
+        """Count a request that is given a lease into what is usual. row: its table row."""
         self._given += 1
         self.mean_work += (work - self.mean_work) / MIX_MEMORY
         prompt = float(row[PROMPT])
@@ -104,12 +104,12 @@ class RequestEstimates:
         self._square_sum += prompt * prompt
 
     def started(self, row: Floats, body_bytes: int) -> None:
-        """Learn from the bytes of one of our own requests; 0 where they are not known."""
+        """Learn the bytes of a token from one of our own requests; body_bytes 0: not known."""
         if body_bytes:
             self._prompt_lengths.learn(body_bytes, float(row[PROMPT]))
 
     def finished(self, kind: int, output_tokens: int, most: float = math.inf) -> None:
-        """Learn from a request that was answered in full. most: tokens that it may have been answered with.
+        """Learn from a request that was answered in full. most: tokens that the answer may have had.
 
         What an instance says counts as far as it can be: no longer than was allowed and than the model's
         context, and no more than ANSWER_RANGE times what is usual.
@@ -123,7 +123,7 @@ class RequestEstimates:
         lengths.ended(min(output_tokens, int(min(most, usual))), kind)
 
     def tick(self) -> None:
-        """Let the leases given since the last tick change what is usual."""
+        """Update the usual request by the leases given since the last tick."""
         if self._prompts:
             share = self._prompts / min(MIX_MEMORY + self._prompts, self._given)
             self.mean_prompt += share * (self._prompt_sum / self._prompts - self.mean_prompt)

@@ -9,12 +9,12 @@ from dispatch.lease import Lease
 
 @dataclass(slots=True)
 class RouteRequest:
-    """A request for a lease.
+    """A client's request for a lease.
 
-    work: in output-token equivalents. max_tokens: the limit of its answer, if known. avoid: ids of instances
+    work: in output-token equivalents. max_tokens: the limit of the answer, if known. avoid: ids of instances
     that must not serve it. prompt_tokens: part of the work; 0 where only the work was told. affinity: the
-    client's salted hashes of the prompt's prefixes (dispatch/prefix_cache.py). priority: 0 is served first,
-    2 last. client: whose allowance it counts against (dispatch/allowance.py).
+    client's salted hashes of the prompt's prefixes (dispatch/prefix_cache.py). priority: 0 is served first, 2
+    last. client: whose allowance it counts against (dispatch/allowance.py).
     """
 
     work: float
@@ -28,7 +28,7 @@ class RouteRequest:
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """A request that waits.
+    """A request for a lease that waits in the queue. Times are epoch seconds.
 
     count: leases that it asked for, None for one. until: when its place is lost; since: when it came.
     give_by: when it is late. takes_s: of the whole fleet. over: it was granted or
@@ -46,7 +46,7 @@ class QueuedRequest:
     over: bool = False
 
     def turn_late(self) -> None:
-        """Note that it cannot be in time any more."""
+        """Note that the request cannot be in time any more."""
         self.late = True
 
     def turn_overdue(self) -> None:
@@ -54,21 +54,21 @@ class QueuedRequest:
         self.overdue = True
 
     def leave(self) -> None:
-        """Note that it does not wait any more."""
+        """Note that the request does not wait any more."""
         self.over = True
 
 
 class Granted(NamedTuple):
-    """Leases that were given at once: one, or up to the count that was asked for."""
+    """The leases that a request was given: one, or up to the count that it asked for."""
 
     leases: list[Lease]
 
 
 class RouteRefused(NamedTuple):
-    """No lease and no place in the queue.
+    """The refusal of a request: there is no lease and no place in the queue for it.
 
-    why: nothing_hot, all_busy, or too_many_unused leases of this client. retry_after_s: when to ask again.
-    unused: (leases, instances' worth of room) that the client has not used.
+    why: nothing_hot, all_busy, or too_many_unused leases of this client. retry_after_s: seconds after which
+    to ask again. unused: (leases, instances' worth of room) that the client has not used.
     """
 
     why: str

@@ -45,10 +45,13 @@ WINDOW_S = 4.0
 
 
 class BusyWindow:
-    """A time in which an instance was busy, from report to report."""
+    """A time in which an instance was busy without a pause, from one load report to a later one."""
 
     def __init__(self, now: float, running: float, context: float, made: int, read: int) -> None:
-        """Begin with a report of running requests that make tokens, their KV tokens, and both counters."""
+        """Begin a window with a load report.
+
+        running: requests that make tokens; context: their KV tokens; made, read: counters of tokens.
+        """
         self.from_s = self.at = now
         self.made = made
         self.read = read
@@ -56,33 +59,36 @@ class BusyWindow:
         self._running_s = self._context_s = 0.0
 
     def goes_on(self, now: float, made: int, read: int) -> bool:
-        """Return whether the next report continues it: none is missing, the counters have not begun anew."""
+        """Return whether the next report continues the window: none is missing, no counter began anew."""
         return made >= self.made and read >= self.read and now - self.at <= WINDOW_S
 
     def extend(self, now: float, running: float, context: float) -> None:
-        """Add the next report; figures are taken to change evenly between two reports."""
+        """Extend the window by the next report; figures are taken to change evenly between two reports."""
         half = 0.5 * (now - self.at)
         self._running_s += half * (running + self._running)
         self._context_s += half * (context + self._context)
         self.at, self._running, self._context = now, running, context
 
     def means(self) -> tuple[float, float]:
-        """Return (requests that make tokens, their KV tokens), averaged over time."""
+        """Return the window's averages over time: (requests that make tokens, their KV tokens)."""
         seconds = max(self.at - self.from_s, 1e-9)
         return self._running_s / seconds, self._context_s / seconds
 
 
 class StepTimes:
-    """The step-time constants of one instance. `constants` is its row for engine/forward.py."""
+    """The step-time constants of one instance: the told ones, corrected by what its reports show.
+
+    constants: the instance's row of constants for engine/forward.py.
+    """
 
     def __init__(self, told: Timing) -> None:
-        """Start with the told constants."""
+        """Start with the constants that the hot set told."""
         self.windows = 0  # that were learned from
         self._window: BusyWindow | None = None
         self.tell(told)
 
     def tell(self, told: Timing) -> None:
-        """Begin anew with these constants."""
+        """Replace the told constants, and forget what was learned."""
         self.told = told
         self.constants = constants(told)
         self._base = self.constants.copy()
@@ -91,11 +97,11 @@ class StepTimes:
 
     @property
     def factors(self) -> Floats:
-        """The factors of a to f."""
+        """A copy of the factors by which the told constants a to f are multiplied."""
         return self._factors.copy()
 
     def pause(self) -> None:
-        """End the window: the instance is not busy, or has paused."""
+        """End the window that is being measured: the instance is not busy, or has paused."""
         self._window = None
 
     def report(
@@ -118,7 +124,7 @@ class StepTimes:
         return True
 
     def learn(self, window: BusyWindow, made: int, read: int, prompt: float, squares: float) -> None:
-        """Learn from a window that has ended with these counters; prompt, squares: see `report`.
+        """Learn from a window that has ended. made, read: counters at its end; prompt, squares: see `report`.
 
         A window that is too short, or in which no token was made, says nothing.
         """

@@ -1,4 +1,4 @@
-"""Fetching tokens: which instances run low, and what to do with what they answer."""
+"""Fetching tokens from instances: which of them run low, and what to do with their answers."""
 
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,20 +23,20 @@ REFILL_LOOK = 4 * (REFILL_DRY + REFILL_LOW)
 
 @dataclass(frozen=True)
 class Refill:
-    """Fetch so many tokens from that instance, then call LoadBalancer.complete_refill."""
+    """An order to fetch `count` tokens from an instance, and then to call LoadBalancer.complete_refill."""
 
     spec: HotInstance = field(repr=False)
     count: int
 
     @property
     def instance_id(self) -> int:
-        """The instance to ask."""
+        """The id of the instance to ask."""
         return self.spec.id
 
 
 @dataclass(slots=True, eq=False)
 class TokenRefills:
-    """The instances that run low."""
+    """The instances whose stocks of tokens run low, and the fetching of new tokens for them."""
 
     instances: HotInstances
     leases: LeaseBook
@@ -44,16 +44,16 @@ class TokenRefills:
     _low: dict[int, None] = field(init=False, default_factory=dict)  # ids, those longest in want first
 
     def check(self, inst: ServingInstance, now: float) -> None:
-        """Note inst when it runs low."""
+        """Note an instance whose stock of tokens runs low, so that `begin` refills it."""
         if not inst.draining and inst.stock.is_low(now):
             self._low[inst.id] = None
 
     def forget(self, inst: ServingInstance) -> None:
-        """Fetch no tokens for an instance that has left."""
+        """Fetch no more tokens from an instance that has left."""
         self._low.pop(inst.id, None)
 
     def begin(self, now: float) -> list[Refill]:
-        """Return what to fetch now; each is under way until it is completed.
+        """Return the refills to make now; each counts as under way until `complete` is called for it.
 
         Instances that came together run low together, so a few are refilled in one call, more of those
         without tokens.
@@ -76,7 +76,7 @@ class TokenRefills:
         return out
 
     def complete(self, refill: Refill, batch: TokenBatch | None, now: float) -> None:
-        """Take in the tokens that were fetched, all with the same life from now; None: it failed."""
+        """Take in the tokens of a refill, all with the same life from now; None: the refill failed."""
         inst = self.instances.same(refill.spec)
         if inst is None:
             return
@@ -92,7 +92,10 @@ class TokenRefills:
         self.instances.index.update(inst, now)
 
     def reboot(self, inst: ServingInstance, boot_id: str, seq: int, now: float) -> None:
-        """Begin another boot of inst: the tokens and requests of the old one are lost."""
+        """Begin another boot of an instance: the tokens and requests of the old one are lost.
+
+        seq: number of the last event of the new boot.
+        """
         self.leases.lose_all(inst, now)
         inst.reboot(boot_id, seq, now)
         self.check(inst, now)

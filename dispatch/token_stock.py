@@ -1,10 +1,10 @@
 """The single-use tokens of one instance that wait to be leased, and how many of them to keep.
 
-Tokens of the oldest lot are leased first. One that was leased and given back unused is kept for the client
-that had it, which could still use it: another one that was given it would be refused by the instance.
+Tokens of the oldest lot are leased first. A token that was leased and given back unused is kept for the
+client that had it: that client could still use it, so another client might be refused by the instance.
 
-The level is what is used in STOCK_S; a stock is refilled when it is at a quarter of its level, or at half of
-the least level, or when its tokens become old.
+The level is the number of tokens used in STOCK_S; a stock is refilled when it is at a quarter of its level,
+or at half of the least level, or when its tokens become old.
 """
 
 import math
@@ -40,7 +40,7 @@ REFILL_RETRY_S = (0.25, 10.0)
 
 @dataclass(slots=True, eq=False)
 class TokenLot:
-    """Tokens that were fetched together. lease_until: they are leased no longer. Epoch seconds."""
+    """Tokens that were fetched together; after lease_until none of them is leased. In epoch seconds."""
 
     tokens: list[str]
     lease_until: float
@@ -51,7 +51,7 @@ class TokenStock:
     """The tokens of one instance, and the state of its refills."""
 
     def __init__(self, now: float) -> None:
-        """Start empty."""
+        """Start without tokens."""
         self.size = 0
         self.refilling = False  # a refill is under way
         self.retry_at = now
@@ -67,7 +67,7 @@ class TokenStock:
     # -- leasing --
 
     def take(self, now: float, client: str = "") -> tuple[str, TokenLot] | None:
-        """Take one token for that client; None when there is none."""
+        """Take one token for that client and return it with its lot; None when the stock is empty."""
         if self._returned and (mine := self._take_returned(client, 1, now)):
             return mine[0]
         if self._old_at <= now:
@@ -83,7 +83,7 @@ class TokenStock:
         return token, lot
 
     def take_some(self, count: int, now: float, client: str = "") -> list[tuple[str, TokenLot]]:
-        """Take so many tokens for that client, or as many as there are."""
+        """Take `count` tokens for that client, or as many as there are; return each with its lot."""
         self.drop_old(now)
         out = self._take_returned(client, count, now) if self._returned else []
         before = len(out)
@@ -99,7 +99,7 @@ class TokenStock:
         return out
 
     def give_back(self, token: str, lot: TokenLot, client: str = "") -> None:
-        """Keep an unused token for the client that had it."""
+        """Keep a token that was leased and not used for the client that had it."""
         self._returned.setdefault(client, []).append((token, lot))
 
     def _take_returned(self, client: str, count: int, now: float) -> list[tuple[str, TokenLot]]:
@@ -115,7 +115,7 @@ class TokenStock:
         return out
 
     def drop_old(self, now: float) -> None:
-        """Drop the tokens that are not to be leased any more."""
+        """Drop the tokens that are too old to be leased."""
         while self._old_at <= now:
             self.size -= len(self._drop().tokens)
 
@@ -133,13 +133,13 @@ class TokenStock:
     # -- refilling --
 
     def is_low(self, now: float) -> bool:
-        """Return whether tokens are to be fetched."""
+        """Return whether tokens are to be fetched: few are left or they become old, and no refill runs."""
         if self.refilling:
             return False
         return self.size < max(STOCK_LEAST // 2, self._level // 4) or now >= self._renew_at
 
     def begin_refill(self, now: float) -> int:
-        """Return how many tokens to fetch; a refill is under way from now on."""
+        """Note that a refill is under way from now on; return how many tokens it should fetch."""
         self.refilling = True
         # The level by use until now: an instance that has just begun to be used is not refilled in two steps.
         self._level = max(self._level, self._wanted_level(now))
@@ -147,11 +147,11 @@ class TokenStock:
         return min(REFILL_MOST, self._level - kept)
 
     def end_refill(self) -> None:
-        """Note that no refill is under way any more."""
+        """Note that the refill is not under way any more."""
         self.refilling = False
 
     def refill(self, tokens: Sequence[str], expires_in_s: float, now: float) -> None:
-        """Add a lot of tokens that live so long from now, and measure the use anew."""
+        """Add a lot of tokens that live `expires_in_s` from now, and measure the use of tokens anew."""
         self._failures = 0
         level = self._wanted_level(now)
         if now - self._counted_from < USE_INTERVAL_S:
@@ -166,12 +166,12 @@ class TokenStock:
         self._old_at = self._lots[0].lease_until
 
     def postpone_refill(self, now: float) -> None:
-        """Repeat a failed refill after a pause that doubles."""
+        """Have a failed refill repeated after a pause, which doubles with each failure in a row."""
         self._failures += 1
         self.retry_at = now + back_off_s(self._failures, *REFILL_RETRY_S)
 
     def _wanted_level(self, now: float) -> int:
-        """Return the tokens that last STOCK_S by the use since _counted_from."""
+        """Return how many tokens last for STOCK_S at the rate of use since _counted_from."""
         level = STOCK_S * self._used / max(now - self._counted_from, 0.05)
         if not self.size and self._used:
             level = max(level, 2.0 * self._level)  # it ran dry, so how much was wanted is not known

@@ -1,4 +1,4 @@
-"""How much is going on, for the autoscaler and for an operator: work, arrivals, requests that wait."""
+"""How busy one loadbalancer is, for the autoscaler and for an operator: work, arrivals, waiting requests."""
 
 from typing import Any
 
@@ -21,7 +21,10 @@ def measure(
     slo: Slo,
     now: float,
 ) -> BusyReport:
-    """Return how much is going on now. name: of the loadbalancer. Sums that rounding took below 0 are 0."""
+    """Return the busy report of a loadbalancer, for the autoscaler. name: of the loadbalancer.
+
+    in_flight: its unfinished leases. Sums that rounding took below 0 are given as 0.
+    """
     uses: dict[int, InstanceUse] = {}
     shares = 0.0
     for inst in instances:
@@ -64,7 +67,7 @@ def measure(
 def describe(
     usage: BusyReport, instances: HotInstances, leases: LeaseBook, demand: DemandCounter
 ) -> dict[str, Any]:
-    """Return what an operator may see of the whole: no tokens."""
+    """Return the figures of the whole loadbalancer that an operator may see in GET /status: no tokens."""
     hot_set = instances.hot_set
     return {
         "hot_epoch": usage.hot_epoch,
@@ -88,7 +91,7 @@ def describe(
 
 
 def describe_instance(inst: ServingInstance, now: float) -> dict[str, Any]:
-    """Return what an operator may see of an instance."""
+    """Return the figures of one instance that an operator may see in GET /status: no tokens."""
     work = inst.work(now)
     return {
         "id": inst.id,

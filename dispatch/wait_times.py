@@ -1,4 +1,4 @@
-"""How long a request would have to wait, by the work that is known and by when something will be hot."""
+"""Estimates of how long a request would wait, by the work known and by when an instance will be hot."""
 
 import math
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class WaitTimes:
     slo: Slo
 
     def until_late_s(self, ask: RouteRequest) -> float:
-        """Return how long a request may wait and be in time: reading its prompt takes a part of that."""
+        """Return for how long a request may wait and still be in time, less the time to read its prompt."""
         hot = self.instances
         read_s = ask.prompt_tokens * self.estimates.prefill_weight * hot.hot / max(hot.throughput, 1e-9)
         return self.slo.first_token_limit_s(ask.prompt_tokens) - read_s
@@ -43,7 +43,7 @@ class WaitTimes:
         return ask.work / (hot.throughput or hot.typical_capacity / HOLD_S)
 
     def until_served_s(self, ask: RouteRequest, now: float) -> float:
-        """Return how long a request would wait that came now."""
+        """Return for how many seconds a request that came now would wait for a lease."""
         hot = self.instances
         if hot.hot:
             return self.queue.ahead_of_client(ask) / max(hot.throughput, 1e-9)
@@ -62,7 +62,7 @@ class WaitTimes:
         return min(most, max(least, room_s + self._queue_s(room_s, now)))
 
     def _queue_s(self, room_s: float, now: float) -> float:
-        """Return the seconds to serve all waiting requests from room_s on, with what becomes hot by then."""
+        """Return the seconds to serve all waiting requests from room_s on, with an instance hot by then."""
         work, throughput = self.queue.work, self.instances.throughput
         expected_s = self.instances.expected_in_s(now)
         help_s = math.inf if expected_s is None else max(0.0, expected_s) - room_s

@@ -1,1 +1,1 @@
-"""The loadbalancer's outside world: parked requests, background tasks, what is read from others."""
+"""The loadbalancer's outside world: parked requests, background tasks, messages read and written."""

@@ -1,4 +1,4 @@
-"""The loadbalancer's background tasks: what it asks of instances and autoscaler."""
+"""The loadbalancer's background tasks: what it asks of the instances and tells the autoscaler."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,7 @@ REPORT_S = 1.0
 
 
 class BackgroundTasks:
-    """What the loadbalancer asks of instances and autoscaler; its public methods are coroutines to run."""
+    """The loadbalancer's exchange with instances and autoscaler; its public methods are coroutines to run."""
 
     def __init__(
         self,
@@ -51,10 +51,11 @@ class BackgroundTasks:
         report_to: Callable[[str], str | None] = lambda _: None,
         trusted: TrustedServer = ANY_AUTHORITY,
     ) -> None:
-        """Start nothing yet.
+        """Prepare the background tasks of a loadbalancer, without starting one.
 
-        autoscaler: its URL. report_to: where the instance with that auth_server is to send reports. trusted:
-        what the autoscaler may show.
+        autoscaler: its URL. control_key: what the autoscaler knows this loadbalancer by. report_to: the URL
+        to which the instance with that auth_server is to send its reports, or None. trusted: the certificates
+        that the autoscaler may show.
         """
         self._trusted = trusted
         self._service = service
@@ -90,9 +91,10 @@ class BackgroundTasks:
                 await asyncio.gather(*self._asking, return_exceptions=True)
 
     def _ask_instances(self, client: InstanceClient, looks: int) -> bool:
-        """Begin what is to be asked now; return whether it is anything.
+        """Begin the refills and polls of instances that are due; return whether there were any.
 
-        looks: for load reports. Each one sees a part of the instances; as many as were left out.
+        looks: how often to look for due polls. Each look sees a part of the instances, so after a pause more
+        are made.
         """
         balancer, now = self._service.balancer, self._service.clock()
         refills = balancer.refills(now)
@@ -161,7 +163,7 @@ class BackgroundTasks:
             log.info("instance %d answers again", instance_id)
 
     async def ticks(self) -> None:
-        """Release what has expired, every second."""
+        """Once a second, end the leases that have expired and let the loadbalancer's time pass."""
         while True:
             service = self._service
             async for _ in in_slices(service.balancer.expire(service.clock())):
@@ -170,7 +172,7 @@ class BackgroundTasks:
             await asyncio.sleep(1.0)
 
     async def autoscaler(self) -> None:
-        """Say every second how busy it is; ask what is hot at the start and when it has changed."""
+        """Tell the autoscaler each second how busy this process is; fetch the hot set when it changed."""
         timeout = aiohttp.ClientTimeout(total=AUTOSCALER_TIMEOUT_S)
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=self._headers) as session:
             current = False
@@ -200,7 +202,7 @@ class BackgroundTasks:
         await self._service.take_hot_set(await self._service.reader.read(raw))
 
     async def _report_busy(self, session: aiohttp.ClientSession) -> bool:
-        """Say how busy it is; return whether the autoscaler's hot set is the one that is known here."""
+        """Tell the autoscaler how busy this process is; return whether its hot set is the one known here."""
         report = self._service.balancer.usage(self._service.clock(), self._service.name)
         async with session.post(
             f"{self._autoscaler}/busy",
@@ -220,13 +222,16 @@ class BackgroundTasks:
         return True
 
     def _say_odd(self, odd: str | None) -> None:
-        """Log when the autoscaler begins to leave something of our reports out."""
+        """Log when the autoscaler begins to leave out something of this process's reports. odd: what."""
         if odd is not None and self._odd is None:
             log.warning("autoscaler %s leaves out what cannot be: %s", self._autoscaler, odd)
         self._odd = odd
 
     def _complain(self, why: str | None) -> None:
-        """Log when the autoscaler goes away and when it is back, not every second between."""
+        """Log when the autoscaler stops answering and when it answers again, not every second between.
+
+        why: what is wrong now; None: nothing.
+        """
         if why is not None and self._complaint is None:
             log.warning("autoscaler %s: %s; the hot set stays as it is", self._autoscaler, why)
         elif why is None and self._complaint is not None:

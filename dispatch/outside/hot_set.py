@@ -1,4 +1,4 @@
-"""Read the hot set that the autoscaler sends, a little at a time: meanwhile requests are answered."""
+"""Decodes the hot set that the autoscaler sends, in slices, between which requests are answered."""
 
 import time
 from collections.abc import Callable
@@ -19,15 +19,15 @@ class _ScannedHotSet(HotSetHead, frozen=True):
 
 
 class HotSetReader:
-    """Reads hot sets; an instance that is the same as in the one before is the same object."""
+    """Decodes hot sets; an instance whose text is the same as in the last one gives the same object."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Begin with nothing read. clock: seconds, by which the reading is cut into slices."""
+        """Start without a last hot set. clock: seconds, by which the decoding is cut into slices."""
         self._clock = clock
         self._known: dict[bytes, HotInstance] = {}
 
     async def read(self, raw: bytes) -> HotSet:
-        """Return the hot set in a body; raise BadField."""
+        """Return the hot set in the body of a message; raise BadField if it is not valid."""
         scanned = decode(raw, _ScannedHotSet)
         known: dict[bytes, HotInstance] = {}
         ids: set[int] = set()
@@ -46,7 +46,10 @@ class HotSetReader:
 
 
 def _instance(text: bytes, inside: str) -> HotInstance:
-    """Return the instance; raise BadField also where its addresses must not be used with its certificate."""
+    """Return the instance in a text of JSON; raise BadField if its URLs and its certificate do not fit.
+
+    inside: where the text stands in its message, for the error.
+    """
     one = decode(text, HotInstance, inside)
     for name, url in (("address", one.address), ("auth_url", one.auth_url)):
         try:

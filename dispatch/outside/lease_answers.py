@@ -1,4 +1,4 @@
-"""Encode leases as the answers of POST /route."""
+"""The answers of POST /route: leases encoded as JSON."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ _encode = msgspec.json.Encoder().encode
 
 
 def encode_lease(lease: Lease, model: str, now: float) -> bytes:
-    """Return one lease with the certificate of its instance."""
+    """Return the JSON of one lease, with the certificate of its instance. model: name of the hot model."""
     certificate = lease.spec.certificate
     key = None if certificate is None else public_key_sha256(certificate)
     return _encode(_answer(lease, model, now, certificate, key))
 
 
 def encode_leases(leases: Sequence[Lease], model: str, now: float) -> bytes:
-    """Return the leases of a batch, with each instance's certificate once."""
+    """Return the JSON of a batch of leases, with the certificate of each instance once."""
     instances: dict[int, HotInstance] = {lease.instance_id: lease.spec for lease in leases}
     certificates = {
         i: InstanceCertificate(told.certificate, public_key_sha256(told.certificate))

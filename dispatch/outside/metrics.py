@@ -1,4 +1,4 @@
-"""The loadbalancer's figures for Prometheus."""
+"""The loadbalancer's page of figures for Prometheus, GET /metrics."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -45,10 +45,10 @@ Histograms = Mapping[str, tuple[Sequence[float], tuple[int, ...], float]]
 
 
 class LoadBalancerMetrics(Collector):
-    """The figures of one moment; they may be written in any thread."""
+    """All figures of a loadbalancer at one moment; they may be written to a page in any thread."""
 
     def __init__(self, service: LoadBalancerService, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
-        """Take the figures off a loadbalancer. head: its status; rows: of each instance."""
+        """Copy the figures of a loadbalancer. head: its status; rows: the figures of each instance."""
         leases = service.balancer.leases
         self._head, self._rows = head, rows
         self._hot = service.balancer.instances.hot
@@ -60,12 +60,12 @@ class LoadBalancerMetrics(Collector):
 
     @classmethod
     async def read(cls, service: LoadBalancerService) -> "LoadBalancerMetrics":
-        """Return the figures of now, read a little at a time."""
+        """Return the figures of now, read in slices, between which requests are answered."""
         head, rows = await service.described(_row)
         return cls(service, head, rows)
 
     def collect(self) -> Iterator[Family]:
-        """Yield what GET /status says, and how long requests waited and leases lasted."""
+        """Yield the figures of GET /status, and how long requests waited and leases lasted, to Prometheus."""
         for name, says, field in FIGURES:
             make = counter if name.endswith("_total") else gauge
             yield make(f"loadbalancer_{name}", says, self._head[field])

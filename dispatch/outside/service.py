@@ -56,13 +56,13 @@ SILENT_S = 10.0
 class LoadBalancerService:
     """The LoadBalancer, its clock, and the parked requests. Belongs to the thread that first uses it.
 
-    activity: set when something has happened after which there may be something to ask of the instances.
-    heard_at: when the autoscaler last said what is hot, or that it is still so. waits: from a request's
-    arrival to its lease, or to its refusal. route_times: of requests that did not wait.
+    activity: set when something has happened after which instances may have to be asked. heard_at: when the
+    autoscaler last said what is hot, or that it is still so. waits: from a request's arrival to its lease, or
+    to its refusal. route_times: how long requests that did not wait took.
     """
 
     def __init__(self, balancer: LoadBalancer, clock: Callable[[], float]) -> None:
-        """clock gives epoch seconds and never goes back."""
+        """Serve with a LoadBalancer. clock: gives epoch seconds and never goes back."""
         self.clock = clock
         self.name = secrets.token_hex(8)  # of this process, for the autoscaler
         self.heard_at: float | None = None
@@ -83,7 +83,7 @@ class LoadBalancerService:
 
     @property
     def balancer(self) -> LoadBalancer:
-        """The LoadBalancer; raises RuntimeError in a second thread."""
+        """The LoadBalancer; getting it raises RuntimeError in any thread but the first that did."""
         here = threading.get_ident()
         if self._thread is None:
             self._thread = here
@@ -92,12 +92,12 @@ class LoadBalancerService:
         return self._balancer
 
     async def status(self) -> JsonAnswer:
-        """Answer with what an operator may see: everything but tokens and keys."""
+        """Answer GET /status with all that an operator may see: everything but tokens and keys."""
         head, rows = await self.described(lambda row: msgspec.Raw(msgspec.json.encode(row)))
         return JsonAnswer(msgspec.json.encode(head | {"instances": rows}))
 
     async def described(self, keep: Callable[[dict[str, Any]], T]) -> tuple[dict[str, Any], list[T]]:
-        """Return what an operator may see of the whole, and what is to be kept of each instance.
+        """Return what an operator may see of the whole, and `keep` of what may be seen of each instance.
 
         10,000 instances take 0.1 s, in which requests are answered.
         """
@@ -117,9 +117,10 @@ class LoadBalancerService:
     # -- clients --
 
     def route(self, ask: RouteRequest | None, wait_s: float, count: int | None = None) -> JsonAnswer | Held:
-        """Answer with a lease or a refusal, or park; with count up to so many leases, and at least one.
+        """Answer POST /route with leases or a refusal, or park the request for up to wait_s seconds.
 
-        ask: None where the model can never take the prompt.
+        ask: the request; None where the model can never take its prompt. count: how many leases at most, and
+        at least one; None: one.
         """
         begun = time.perf_counter()
         if ask is None:
@@ -144,7 +145,7 @@ class LoadBalancerService:
         return answer
 
     def serve_waiting(self) -> None:
-        """Give leases to the waiting requests that there is room for: a few now, others in the next turns."""
+        """Give leases to the waiting requests that find room: some now, others in the loop's next turns."""
         if self._serving or not self.balancer.queue.held:
             return
         self._serve_some()
@@ -184,7 +185,7 @@ class LoadBalancerService:
         return held
 
     def _refused(self, refused: RouteRefused, waited: str) -> JsonAnswer:
-        """Say why there is no lease. waited: what waiting did, or would do."""
+        """Return the answer to a refused request. waited: what waiting did, or would have done, as text."""
         message = REFUSALS[refused.why].format(
             autoscaler=self._news_of_autoscaler(), waited=waited, unused=refused.unused
         )
@@ -193,7 +194,7 @@ class LoadBalancerService:
         return JsonAnswer(said, status, (("Retry-After", str(math.ceil(refused.retry_after_s))),))
 
     def _news_of_autoscaler(self) -> str:
-        """Say whether somebody hears that an instance is wanted."""
+        """Return a text about the autoscaler: whether it has heard that an instance is wanted."""
         if self.heard_at is None:
             return "no autoscaler has answered since the loadbalancer started; "
         silent_s = self.clock() - self.heard_at
@@ -206,7 +207,7 @@ class LoadBalancerService:
             self.balancer.end_lease(lease.request_id, "unused", self.clock())
 
     def _granted(self, leases: list[Lease], count: int | None, now: float) -> JsonAnswer:
-        """Answer with one lease, or with a batch where a count was given."""
+        """Return the answer with one lease, or with a batch of leases where a count was asked for."""
         if count is None:
             return JsonAnswer(encode_lease(leases[0], self._model, now))
         return JsonAnswer(encode_leases(leases, self._model, now))
@@ -214,7 +215,7 @@ class LoadBalancerService:
     # -- autoscaler and instances --
 
     async def take_hot_set(self, hot: HotSet) -> bool:
-        """Take over a hot set, a little at a time; False when it is older than what is known."""
+        """Take over a hot set in slices, between which requests are answered; False when it is too old."""
         steps = self._take_over(hot)
         if steps is None:
             return False
@@ -223,7 +224,7 @@ class LoadBalancerService:
         return True
 
     def hot_set(self, hot: HotSet) -> bool:
-        """Take it over at once."""
+        """Take over a hot set in one go; False when it is older than what is known."""
         steps = self._take_over(hot)
         if steps is None:
             return False
@@ -262,19 +263,25 @@ class LoadBalancerService:
         self.serve_waiting()
 
     def note_autoscaler(self, problem: str | None) -> None:
-        """Note why the last exchange with the autoscaler failed; None: it did not."""
+        """Note why the last exchange with the autoscaler failed, for GET /status; None: it did not fail."""
         self.autoscaler_problem = problem
 
     def confirm_hot_set(self) -> None:
-        """Note that the autoscaler says that the hot set is the present one."""
+        """Note that the autoscaler says now that the hot set known here is the present one."""
         self.heard_at = self.clock()
 
     def report_refusal(self, authorization: str | None) -> JsonAnswer | None:
-        """Return what is said, before its body is read, to a report that no hot instance can have signed."""
+        """Refuse a pushed report before its body is read, if it names no hot instance; None: read it.
+
+        authorization: the request's header of that name.
+        """
         return None if claimed_name(authorization) in self._signing_keys else NOT_SIGNED
 
     def report(self, raw: bytes, authorization: str | None) -> JsonAnswer:
-        """Take in the body of a report that an instance pushes, if its signature is right."""
+        """Take in a report that an instance pushed, if its signature is right; answer when the next may come.
+
+        raw: the body. authorization: the request's header of that name.
+        """
         name = signer(authorization, "/report", raw, self._signing_keys)
         if name is None:
             return NOT_SIGNED
