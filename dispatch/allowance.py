@@ -121,7 +121,7 @@ class Allowance:
         return self._room_left(it.room, hot, now) < -ROUNDING
 
     def asks(self, client: str, hot: int, now: float) -> float | None:
-        """Note that a client asks for leases; return None if it may be given some, else in how many seconds.
+        """Note that a client asks for leases; return in how many seconds it may, None if it may now.
 
         hot: number of hot instances.
         """
@@ -132,7 +132,10 @@ class Allowance:
         return self.refuse(client, hot, now)
 
     def refuse(self, client: str, hot: int, now: float) -> float | None:
-        """Return the seconds until a client that has too many may ask again, and count that; None: it may."""
+        """Return in how many seconds a client may ask again, and count it as refused; None: it is not.
+
+        hot: number of hot instances.
+        """
         if not self.is_used_up(client, hot, now):
             return None
         self.refused += 1

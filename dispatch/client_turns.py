@@ -1,13 +1,14 @@
-"""Whose turn it is among the clients whose requests wait: each gets as much as any other that wants it.
+"""Whose turn it is among the clients whose requests wait: each is served as much as any other that wants it.
 
 Each client has a turn, in seconds of the whole fleet's work (start-time fair queueing, Goyal et al. 1996):
 
     begins to wait   its turn is the earliest of all clients that wait, or its own if that is later
     is served        its turn is later by what its request takes of the whole fleet
 
-and the client with the earliest turn goes first, so however many requests one has waiting, another's first
-goes before its second. A higher or lower class of priority is worth CLASS_S, as within one client; it moves
-no turn, or one that asks for low and normal by turns would be before those that ask now and then.
+and the client with the earliest turn goes first, so however many requests one client has waiting, another
+client's first request goes before the first client's second. A higher or lower class of priority is worth
+CLASS_S, as within one client; it moves no turn, or a client that asks for low and normal by turns would be
+before those that ask now and then.
 
 A request without a client's name is this process's own (virtual time); all those are one client.
 """
@@ -27,24 +28,27 @@ KEPT = 64
 
 @dataclass(slots=True)
 class WaitingClient:
-    """One client. held: its requests that wait. ahead: work of those that can be in time, by priority."""
+    """One client with waiting requests, and its turn in seconds of the whole fleet's work.
+
+    held: its requests that wait. ahead: work of those that can be in time, by priority.
+    """
 
     turn: float = 0.0
     held: int = 0
     ahead: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
     def begin(self, turn: float) -> None:
-        """Begin to wait at that turn, or at its own if that is later."""
+        """Note that the client begins to wait, at that turn or at its own if that is later."""
         self.turn = max(self.turn, turn)
 
     def count(self, more: int) -> None:
-        """Count so many more requests that wait."""
+        """Count `more` requests of the client that wait; negative: so many fewer."""
         self.held += more
         if not self.held:
             self.ahead = [0.0, 0.0, 0.0]
 
     def move_on(self, takes_s: float) -> None:
-        """Let its turn be later by so much."""
+        """Let the client's turn be later by takes_s."""
         self.turn += takes_s
 
 
@@ -64,7 +68,7 @@ class ClientTurns:
         return it.held if it is not None else 0
 
     def key(self, client: str, priority: int) -> float:
-        """Return where a request of that client stands among those of others; the lower goes first."""
+        """Return where a request of that client stands among those of other clients; the lower goes first."""
         it = self._clients.get(client)
         turn = it.turn if it is not None and it.held else max(it.turn if it else 0.0, self._begin())
         return turn + (priority - 1) * CLASS_S
@@ -85,7 +89,7 @@ class ClientTurns:
         return self._turn
 
     def join(self, client: str) -> None:
-        """Count one more request of a client that waits."""
+        """Count one more waiting request of a client."""
         it = self._clients.get(client)
         if it is None:
             it = self._clients[client] = WaitingClient()
@@ -98,7 +102,7 @@ class ClientTurns:
         it.count(1)
 
     def leave(self, client: str) -> None:
-        """Count a request of a client no more that was served or cancelled."""
+        """Count one waiting request of a client less: it was served or cancelled."""
         it = self._clients[client]
         it.count(-1)
         if it.held:
@@ -113,18 +117,18 @@ class ClientTurns:
             self._clients = {c: x for c, x in self._clients.items() if x.held or x.turn > begin}
 
     def served(self, client: str, takes_s: float) -> None:
-        """Move a client's turn on by what is served to it now; call it before `leave`."""
+        """Move a client's turn on by what its request takes; call it before `leave`."""
         self._clients[client].move_on(takes_s)
 
     def count_ahead(self, client: str, priority: int, work: float) -> None:
-        """Count work of a client's request that can be in time, or not any more where it is negative."""
+        """Add work of a client's requests that can be in time; negative: work that has left or is late."""
         ahead = self._clients[client].ahead
         ahead[priority] = max(0.0, ahead[priority] + work)
 
     def ahead_of(self, client: str, priority: int, work: float, all_work: float) -> float:
-        """Return the work that is served before such a request of that client, of all that is ahead.
+        """Return how much of all_work, which waits, is served before such a request of that client.
 
-        Of its own all; of each other client no more than it is given itself until then.
+        Of the client's own work all is; of each other client no more than the client is given until then.
         """
         it = self._clients.get(client)
         own = 0.0 if it is None else sum(it.ahead[: priority + 1])

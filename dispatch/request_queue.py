@@ -61,7 +61,7 @@ OVERDUE = 1e12
 
 @dataclass(slots=True)
 class _Pass:
-    """One pass of grant: what it was given, and what came of it."""
+    """One call of RequestQueue.grant: its arguments, and the leases given so far."""
 
     now: float
     lease: Callable[[RouteRequest, bool], Lease | None]
@@ -73,18 +73,19 @@ class _Pass:
     cut: bool = False
 
     def block(self, entry: Entry, *, cut: bool = False) -> None:
-        """End the pass at a request."""
+        """End the pass at a waiting request. cut: because enough were granted, not for want of room."""
         self.blocked, self.cut = entry, cut
 
 
 class RequestQueue:
-    """The requests that wait. Counts are of now; turned_late is of requests that ever turned late.
+    """The requests that wait for a lease, in a lane of those that can be in time and one of the late.
 
-    cut: the last pass ended because it had granted as many as it was to, not for want of room.
+    Counts are of now; turned_late is of all requests that ever turned late. cut: the last pass ended because
+    it had granted as many as it was to, not for want of room.
     """
 
     def __init__(self, most: int, late_bound_s: float | None) -> None:
-        """Start empty. most: requests held at once. late_bound_s: None for one lane."""
+        """Start without requests. most: how many may wait at once. late_bound_s: None for one lane."""
         self.most = most
         self.late_bound_s = late_bound_s
         self.held = 0
@@ -105,11 +106,11 @@ class RequestQueue:
         self._blocked: Entry | None = None  # a new request that does not go before this one must wait
 
     def ahead_of(self, priority: int) -> float:
-        """Return the work that would be served before a request of that priority that came now."""
+        """Return the waiting work that would be served before a request of that priority if it came now."""
         return sum(self._ahead[: priority + 1])
 
     def ahead_of_client(self, ask: RouteRequest) -> float:
-        """Return the same where clients take turns: before such a request of its client."""
+        """Return the waiting work that would be served before such a request, where clients take turns."""
         return self._turns.ahead_of(ask.client, ask.priority, ask.work, self.ahead_of(ask.priority))
 
     def hold(
@@ -124,11 +125,12 @@ class RequestQueue:
         count: int | None = None,
         takes_s: float = 0.0,
     ) -> QueuedRequest | None:
-        """Give a request a place in its lane, or None when as many are held as may be, or of its client.
+        """Let a request wait in its lane; return None when as many wait as may, in all or of its client.
 
-        until_late_s: how long it may wait and be in time. wait_s: how long it is expected to wait. blocks:
-        whether those that come after it must wait, too (not if it only avoids the instances with room).
-        takes_s: what it takes of the whole fleet.
+        until: when it loses its place. until_late_s: how long it may wait and be in time. wait_s: how long it
+        is expected to wait. blocks: whether those that come after it must wait, too (not if it only avoids
+        the instances with room). count: leases that it asked for, None for one. takes_s: seconds of the whole
+        fleet's work.
         """
         low, turns = ask.priority == LOW, self._turns
         if self.held >= self.most or (low and self.low >= LOW_SHARE * self.most):
@@ -170,7 +172,7 @@ class RequestQueue:
             self.came = deque(w for w in self.came if not w.over)
 
     def cancel(self, queued: QueuedRequest) -> None:
-        """Let a request wait no more."""
+        """Take a request out of the queue, if it has not left already."""
         if queued.over:
             return
         queued.leave()
@@ -206,9 +208,10 @@ class RequestQueue:
     ) -> list[tuple[QueuedRequest, Lease]]:
         """Give leases to the requests that can be served now: those in time or overdue, then the late.
 
-        lease is also told whether its request hurries: late, in one lane for all. A request that could be
-        served but for the instances it avoids (only_avoids) lets the others pass, and so do those of a client
-        that may have no more leases (shut). most: so many at once; `cut` says then that there may be more.
+        lease: gives a request a lease or None; it is also told whether the request hurries: late, in one lane
+        for all. A request that could be served but for the instances it avoids (only_avoids) lets the others
+        pass, and so do those of a client that may have no more leases (shut). most: so many at once; `cut`
+        says then that there may be more.
         """
         this = _Pass(now, lease, only_avoids, shut, self.most if most is None else most)
         self._blocked = None
@@ -235,7 +238,7 @@ class RequestQueue:
         return self._ageing[0] if self._ageing else None
 
     def _serve(self, lane: Lane, this: _Pass) -> bool:
-        """Give leases along the lane; False when a request found no room, or enough have been given."""
+        """Give leases along a lane; return False when a request found no room or enough have been given."""
         lane.reopen()
         for _ in range(min(len(lane.aside), ASIDE_FEW)):
             if not lane.aside:
@@ -249,7 +252,7 @@ class RequestQueue:
         return self._serve_until(None, lane, this)
 
     def _serve_until(self, end: Entry | None, lane: Lane, this: _Pass) -> bool:
-        """Give leases to those in the lines that go before that one, or to all."""
+        """Give leases to the requests of a lane that go before `end`, or to all; return as `_serve` does."""
         while (entry := lane.head()) is not None and (end is None or lane.is_before(entry, end)):
             if this.shut(entry[2].ask.client):
                 lane.shut(entry[2].ask.client)
@@ -260,7 +263,7 @@ class RequestQueue:
         return True
 
     def _serve_one(self, entry: Entry, lane: Lane, this: _Pass) -> bool:
-        """Give a request a lease or put it where it belongs; False when the pass is to end."""
+        """Give a request a lease or put it where it belongs; return False when the pass is to end."""
         queued, now = entry[2], this.now
         in_time = lane is self.in_time_lane and self.late_bound_s is not None and not queued.late
         if queued.over or (queued.overdue and lane is self.late_lane):
@@ -293,7 +296,7 @@ class RequestQueue:
         return self.late_bound_s is None and queued.give_by < now
 
     def blocks(self, ask: RouteRequest, now: float, only_avoids: Callable[[RouteRequest], bool]) -> bool:
-        """Return whether a new request must wait behind others."""
+        """Return whether a new request must wait behind requests that wait already."""
         if self._blocked is not None and not self._goes_before(ask, now, self._blocked):
             return True
         first = self._oldest_late()
@@ -305,7 +308,7 @@ class RequestQueue:
         )
 
     def _goes_before(self, ask: RouteRequest, now: float, waiting: Entry) -> bool:
-        """Return whether a new request goes before one that waits."""
+        """Return whether a new request goes before one that waits already."""
         own = waiting if waiting[2].ask.client == ask.client else self.in_time_lane.first_of(ask.client)
         if own is not None and (own is waiting or own[0] <= rank(ask, now)):
             return rank(ask, now) < own[0]
@@ -317,12 +320,12 @@ class RequestQueue:
         return self.late_bound_s is not None and now - entry[0] > self.late_bound_s
 
     def oldest_wait_s(self, now: float) -> float:
-        """Return for how long the request has waited that came first."""
+        """Return how many seconds the oldest of the waiting requests has waited."""
         while self.came and self.came[0].over:
             self.came.popleft()
         return max(0.0, now - self.came[0].since) if self.came else 0.0
 
 
 def rank(ask: RouteRequest, since: float) -> float:
-    """Return its rank in a lane; the lower goes first."""
+    """Return a request's rank among those of its client in a lane; the lower goes first."""
     return since + (ask.priority - 1) * CLASS_S

@@ -31,8 +31,8 @@ class QueuedRequest:
     """A request for a lease that waits in the queue. Times are epoch seconds.
 
     count: leases that it asked for, None for one. until: when its place is lost; since: when it came.
-    give_by: when it is late. takes_s: of the whole fleet. over: it was granted or
-    cancelled, or its time is up.
+    give_by: when it is late. takes_s: seconds of the whole fleet's work. over: it was granted or cancelled,
+    or its time is up.
     """
 
     ask: RouteRequest
@@ -50,7 +50,7 @@ class QueuedRequest:
         self.late = True
 
     def turn_overdue(self) -> None:
-        """Note that it has been late for as long as it may."""
+        """Note that the request has been late for as long as it may."""
         self.overdue = True
 
     def leave(self) -> None:

@@ -103,7 +103,7 @@ class TokenStock:
         self._returned.setdefault(client, []).append((token, lot))
 
     def _take_returned(self, client: str, count: int, now: float) -> list[tuple[str, TokenLot]]:
-        """Take up to so many of the tokens that this client gave back, and drop those that are too old."""
+        """Take up to `count` of the tokens that this client gave back, and drop those that are too old."""
         mine = self._returned.get(client, [])
         out: list[tuple[str, TokenLot]] = []
         while mine and len(out) < count:

@@ -38,7 +38,7 @@ class WaitTimes:
         return self.slo.first_token_limit_s(ask.prompt_tokens) - read_s
 
     def takes_s(self, ask: RouteRequest) -> float:
-        """Return the seconds that a request takes of the whole fleet, of a usual instance where none is."""
+        """Return the seconds that a request takes of the whole fleet's work; with none hot, of one's."""
         hot = self.instances
         return ask.work / (hot.throughput or hot.typical_capacity / HOLD_S)
 

@@ -1,10 +1,10 @@
-"""One lane of requests that wait: a line for each client, which take turns.
+"""One lane of waiting requests: a line for each client, which take turns.
 
 client a   ▸ ▸ ▸ ▸ ▸      lowest rank first
 client b   ▸              the line whose client has the earliest turn goes first (dispatch/client_turns.py)
 client c   ▸ ▸
 
-aside      those for which there is room, but where they must not go
+aside      requests for which there is room, but only on instances that they must avoid
 """
 
 from collections import deque
@@ -22,10 +22,10 @@ Turn = tuple[float, float, int, str]
 
 
 class Lane:
-    """The requests of one lane."""
+    """The waiting requests of one lane: a line for each client, and those that stand aside."""
 
     def __init__(self, turns: ClientTurns, gone: Callable[[QueuedRequest], bool]) -> None:
-        """Start empty. gone: whether a request is not in this lane any more."""
+        """Start without requests. gone: a function that tells whether a request has left this lane."""
         self.aside: deque[Entry] = deque()
         self._turns = turns
         self._gone = gone
@@ -40,12 +40,12 @@ class Lane:
         return self._entries + len(self.aside)
 
     def __iter__(self) -> Iterator[QueuedRequest]:
-        """Go through the requests by their ranks. It sorts: for operators and tests."""
+        """Iterate over the lane's requests in the order of rank. It sorts them: for operators and tests."""
         entries = [entry for line in self._lines.values() for entry in line]
         return (entry[2] for entry in sorted((*entries, *self.aside)) if not self._gone(entry[2]))
 
     def push(self, entry: Entry) -> None:
-        """Let a request wait in the line of its client."""
+        """Put a request into the line of its client."""
         client = entry[2].ask.client
         line = self._lines.setdefault(client, [])
         heappush(line, entry)
@@ -54,7 +54,7 @@ class Lane:
             self._list(client, entry)
 
     def head(self) -> Entry | None:
-        """Return the request whose turn is next."""
+        """Return the request whose turn is next, or None when all lines are empty or passed over."""
         order = self._order
         while order:
             turn = order[0]
@@ -72,7 +72,7 @@ class Lane:
         return None
 
     def first_of(self, client: str) -> Entry | None:
-        """Return the first request of a client that does not stand aside."""
+        """Return the first request of a client that does not stand aside, or None."""
         line = self._lines.get(client)
         if line is None:
             return None
@@ -85,24 +85,24 @@ class Lane:
         return None
 
     def pop(self, entry: Entry) -> None:
-        """Remove the first request of its client."""
+        """Remove a request from the line of its client, in which it is the first."""
         heappop(self._lines[entry[2].ask.client])
         self._entries -= 1
 
     def shut(self, client: str) -> None:
-        """Pass over a client until `reopen`."""
+        """Pass over the line of a client until `reopen` is called."""
         self._listed.pop(client, None)
         self._shut.append(client)
 
     def reopen(self) -> None:
-        """Pass over nobody any more."""
+        """Pass over no client's line any more."""
         shut, self._shut = self._shut, []
         for client in shut:
             if (first := self.first_of(client)) is not None:
                 self._list(client, first)
 
     def is_before(self, one: Entry, other: Entry) -> bool:
-        """Return whether one goes before the other: by rank for one client, else by the clients' turns."""
+        """Return whether one request goes before another: by rank for one client, else by clients' turns."""
         a, b = one[2].ask.client, other[2].ask.client
         return one < other if a == b else self._turn_of(a, one)[:3] < self._turn_of(b, other)[:3]
 
@@ -114,7 +114,7 @@ class Lane:
         heappush(self._order, turn)
 
     def clear(self) -> None:
-        """Forget all: nobody waits, and the clients' turns begin anew."""
+        """Remove all requests: none waits any more, and the clients' turns begin anew."""
         self.aside.clear()
         self._lines.clear()
         self._order.clear()
@@ -122,7 +122,10 @@ class Lane:
         self._entries = 0
 
     def trim(self, living: int) -> None:
-        """Forget the requests that left when most entries are theirs, so that it costs O(1) for each."""
+        """Forget the requests that left when most entries are theirs, at a cost of O(1) for each.
+
+        living: how many requests of the lane have not left.
+        """
         if len(self) <= 2 * living + 64:
             return
         self.aside = deque(e for e in self.aside if not self._gone(e[2]))

@@ -1,1 +1,1 @@
-"""What the autoscaler is made of. Pure; fleet.outside does the I/O."""
+"""What the autoscaler is made of: pure parts, which decide; fleet.outside does the I/O."""

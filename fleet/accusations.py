@@ -12,7 +12,7 @@ FAILED_STARTS = 3
 
 
 def final_accusation(i: Instance, d: Deadlines, now: float) -> Accusation | None:
-    """Return what is wrong with it and does not pass by itself."""
+    """Return what is wrong with an instance and does not pass by itself; None: nothing."""
     t = i.trouble
     against = set()
     if t.fatal is not None:
@@ -28,7 +28,7 @@ def final_accusation(i: Instance, d: Deadlines, now: float) -> Accusation | None
 
 
 def no_gpu(i: Instance, d: Deadlines, now: float) -> Accusation | None:
-    """Return what its starts say that found no GPU, once there were several; None before."""
+    """Accuse an instance of which several starts in a row found no GPU; return None before that."""
     since, starts = i.boot.no_gpu_since, i.boot.failed_starts
     if since is None or starts < FAILED_STARTS:
         return None
@@ -39,7 +39,7 @@ def no_gpu(i: Instance, d: Deadlines, now: float) -> Accusation | None:
 
 
 def lost_host(i: Instance, d: Deadlines, now: float) -> Accusation | None:
-    """Return what the listing says of a host that is offline; None when it is there."""
+    """Accuse an instance whose host is offline by the listing; return None while it is online."""
     if i.lost_since is None:
         return None
     # A stopped machine that is offline costs nothing and may come back with the model.
@@ -50,7 +50,7 @@ def lost_host(i: Instance, d: Deadlines, now: float) -> Accusation | None:
 
 
 def overdue(i: Instance, d: Deadlines, now: float) -> Accusation | None:
-    """Return what its state's deadline says against the instance; None while it has time."""
+    """Accuse an instance that has been in its state for longer than the deadline; None while it has time."""
     age = now - i.since
     listing = frozenset({Source.LISTING})
     if i.state is State.ORDERED and (not i.orders.out or i.orders.is_stuck(now)):
