@@ -1,4 +1,4 @@
-"""What speaks against one instance, put together for fleet/evidence.py from what is known of it."""
+"""What speaks against one instance, put together for fleet/evidence.py from what is known of the instance."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What has arrived: work in each second of the last hours, and the mean request.
+"""What requests have arrived: the work in each second of the last hours, and the mean request.
 
 Seconds begin with the first report, or with what the ledger knows; before them nothing is known, which is not
 the same as that nothing arrived.
@@ -32,7 +32,8 @@ _EMPTY: NDArray[np.float64] = np.zeros(0)
 class Arrived(NamedTuple):
     """What arrived in one second, as the ledger keeps it: times and counts, nothing of what was asked.
 
-    second: it lasts from then to the next, epoch seconds. Where reports were rare, counts are not whole.
+    second: from this time to the next second, epoch seconds. work: in output-token equivalents. Where reports
+    were rare, counts are not whole.
     """
 
     second: int
@@ -43,7 +44,7 @@ class Arrived(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The mean request: work, and the prompt tokens and expected output tokens of it."""
+    """The mean of the requests that arrived: its work, prompt tokens and expected output tokens."""
 
     work: float
     prompt_tokens: float
@@ -52,7 +53,7 @@ class Mix:
 
 @dataclass(slots=True)
 class ArrivalSums:
-    """Arrivals, summed up."""
+    """Sums over requests that arrived: how many, their work and their tokens."""
 
     requests: float = 0
     work: float = 0.0
@@ -60,14 +61,14 @@ class ArrivalSums:
     output_tokens: float = 0.0
 
     def add(self, more: "ArrivalSums") -> None:
-        """Add others to these."""
+        """Add other sums to these."""
         self.requests += more.requests
         self.work += more.work
         self.prompt_tokens += more.prompt_tokens
         self.output_tokens += more.output_tokens
 
     def scale(self, factor: float) -> None:
-        """Let these count only that much."""
+        """Multiply all sums by a factor, so that older requests count for less."""
         self.requests *= factor
         self.work *= factor
         self.prompt_tokens *= factor
@@ -75,21 +76,21 @@ class ArrivalSums:
 
 
 class ArrivalHistory:
-    """The arrivals of the last hours. Pure: its methods take the time in seconds."""
+    """The requests that arrived in the last hours. Pure: its methods take the time in seconds."""
 
     def __init__(self) -> None:
-        """Begin with nothing known."""
+        """Begin with nothing known of arrivals."""
         self._seconds = _WorkBySecond()
         self._recent = ArrivalSums()  # fades with MIX_S
         self._recent_at = 0.0
         self._unsaved: dict[int, Arrived] = {}  # by second
 
     def begin(self, now: float) -> None:
-        """Know from now on what arrives, unless something is known already."""
+        """Note that what arrives is known from now on, unless something is known already."""
         self._seconds.begin(math.floor(now))
 
     def add(self, more: ArrivalSums, from_s: float, to_s: float) -> None:
-        """Add what arrived between two reports at those times; over AT_ONCE_S it is spread over them."""
+        """Add what arrived between two reports, made at from_s and to_s; spread evenly if over AT_ONCE_S."""
         if not more.requests:
             self._seconds.note_until(math.floor((from_s + to_s) / 2.0))
             return
@@ -101,7 +102,7 @@ class ArrivalHistory:
             )
 
     def restore(self, arrived: Iterable[Arrived], prefill_weight: float) -> None:
-        """Take over what the ledger knows, oldest first; before anything is added."""
+        """Take over the arrivals that the ledger knows, oldest first, before others are added."""
         for a in arrived:
             self._seconds.begin(a.second)
             self._seconds.add(a.second, a.work)
@@ -117,7 +118,7 @@ class ArrivalHistory:
 
     @property
     def mix(self) -> Mix | None:
-        """The mean of the requests of the last hours; None until one has arrived."""
+        """The mean request of the last hours; None until one has arrived."""
         r = self._recent
         if r.requests <= 0.0 or r.work <= 0.0:
             return None
@@ -134,12 +135,12 @@ class ArrivalHistory:
     # -- for the ledger --------------------------------------------------------------------------------
 
     def take_unsaved(self) -> list[Arrived]:
-        """Return what arrived since the last call; the same second may come again with more."""
+        """Return what arrived since the last call, for the ledger; a second may come again with more."""
         unsaved, self._unsaved = self._unsaved, {}
         return list(unsaved.values())
 
     def put_back(self, arrived: Iterable[Arrived]) -> None:
-        """Give back what could not be written: the next `take_unsaved` has it again."""
+        """Give back what the ledger could not write, so that the next `take_unsaved` returns it again."""
         for a in arrived:
             self._add_unsaved(a)
 
@@ -176,7 +177,7 @@ class _WorkBySecond:
         self._bins = _EMPTY
 
     def begin(self, second: int) -> None:
-        """Know what arrived from that second on, if nothing was known yet."""
+        """Note that what arrived is known from that second on, if nothing was known yet."""
         if self._since is None:
             self._since = self._until = self._first = second
 
@@ -186,7 +187,7 @@ class _WorkBySecond:
             self._until = second + 1
 
     def add(self, second: int, work: float) -> None:
-        """Add work of that second, unless it is too long ago to be kept."""
+        """Add work that arrived in that second, unless it is too long ago to be kept."""
         at = second - self._first
         if at >= len(self._work):
             first = second + 1 - ARRIVING_S
@@ -200,7 +201,7 @@ class _WorkBySecond:
         self.note_until(second)
 
     def bins(self, now: float, memory_s: float) -> NDArray[np.float64]:
-        """Return work per second in bins of BIN_S, oldest first."""
+        """Return the mean work per second in each bin of BIN_S within memory_s, oldest first."""
         if self._since is None:
             return _EMPTY
         # Reports lag behind by a second or so; without any, nothing is taken to arrive.

@@ -1,7 +1,7 @@
-"""What can be asked of the cloud, as data.
+"""The commands that the cloud can be sent, as data.
 
 A command is made by fleet/planner.py, written down by `InstanceSet.begin`, sent by a `Performer`, and its
-reply given to `finish`. Its failure costs only itself: what became of it is seen in the listing.
+reply given to `finish`. A failure costs only that command: what became of it is seen in the listing.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from vast.rows import Offer, Row
 
 @dataclass(frozen=True)
 class Create:
-    """Rent this offer. The caller of `begin` gives the label, which is unique."""
+    """Rent a machine from an offer. The caller of `begin` gives the label, which is unique."""
 
     offer: Offer
     why: str
@@ -31,7 +31,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Stop:
-    """Stop a running instance; its disk stays."""
+    """Stop a running instance; its disk stays, with the model on it, and is still billed."""
 
     label: str
     id: int
@@ -40,7 +40,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Destroy:
-    """End a rental and its bill. Repeated until the listing does not show it any more."""
+    """End the rental of an instance and its bill. Repeated until the listing does not show it any more."""
 
     label: str
     id: int
@@ -50,7 +50,7 @@ class Destroy:
 
 @dataclass(frozen=True)
 class Drain:
-    """Give the instance no new requests. Nothing is asked of the cloud."""
+    """Have an instance given no new requests. Nothing is asked of the cloud."""
 
     label: str
     id: int
@@ -59,7 +59,7 @@ class Drain:
 
 @dataclass(frozen=True)
 class Undrain:
-    """Give the instance requests again. Nothing is asked of the cloud."""
+    """Have a draining instance given requests again. Nothing is asked of the cloud."""
 
     label: str
     id: int
@@ -68,14 +68,14 @@ class Undrain:
 
 @dataclass(frozen=True)
 class LookForOffers:
-    """Search the market; the offers come back with `finish`."""
+    """Search the market for offers, which come back with `finish`."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class AskPage:
-    """Ask for the instance's own page: the listings lack it, and only its page says that it is gone."""
+    """Ask for an instance's own page: the listings lack it, and only this page says whether it is gone."""
 
     label: str
     id: int
@@ -86,7 +86,7 @@ Command = Create | Start | Stop | Destroy | Drain | Undrain | LookForOffers | As
 
 
 class Reply(StrEnum):
-    """What became of a command at the cloud."""
+    """What became of a command that was to be sent to the cloud."""
 
     DONE = "done"
     REFUSED = "refused"  # the cloud said no: nothing happened
@@ -95,16 +95,17 @@ class Reply(StrEnum):
 
 
 def with_label(command: Create, label: str) -> Create:
-    """Return the same order under that label."""
+    """Return the same order to create an instance, under that label."""
     return replace(command, label=label)
 
 
 @dataclass(frozen=True)
 class Performed:
-    """How a command went. why: it was not done. new_id: of a created instance.
+    """What became of one command.
 
-    offers: what a search found. offer_gone: another customer has the offer; the next one may still be free.
-    row: what the instance's own page shows, None when it says that there is none.
+    why: the reason where it was not done. new_id: of a created instance. offers: what a search found.
+    offer_gone: another customer has the offer; the next one may still be free. row: what the instance's own
+    page shows; None when that says that there is no such instance.
     """
 
     reply: Reply

@@ -1,4 +1,4 @@
-"""What the fleet cost in a window, by what the dollars were spent on."""
+"""What the fleet cost within a window of time, by what the dollars were spent on."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,9 @@ LOST = frozenset({State.FAILED, State.DESTROYING})
 
 @dataclass(frozen=True)
 class CostBreakdown:
-    """Dollars of a window, by what they were spent on; `lost` is failed machines that still billed.
+    """What the fleet cost within a window, in dollars by what they were spent on.
 
+    hot_working, hot_idle: hot instances with and without requests. lost: failed machines that still billed.
     utilisation: the share of the hot dollars that was spent on work. usd_if_all_hot: every instance at its
     running price for as long as it existed in the window.
     """
@@ -37,7 +38,7 @@ class CostBreakdown:
 def break_down(
     intervals: Sequence[BillingInterval], worked_s: Mapping[str, float], from_s: float, to_s: float
 ) -> CostBreakdown:
-    """Return what the intervals cost inside the window; its `intervals` are these.
+    """Return what the fleet cost from from_s to to_s, by its billing intervals.
 
     worked_s: seconds in the window with at least one request in flight, by label; they split the hot dollars.
     """

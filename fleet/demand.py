@@ -1,7 +1,7 @@
-"""What the loadbalancers report, put together: demand over time, what arrives, where leases are out.
+"""The demand for instances over time, put together from what the loadbalancers report each second.
 
-demand is in instances' worth of capacity, held and just refused requests counted, so a fleet
-of none wakes up; busy is the same without them and never more than are hot.
+demand is in instances' worth of capacity, with waiting and just refused requests counted, so that a fleet of
+none wakes up; busy is the same without those and never more than are hot.
 
     report ─► difference to the one before ─► counters          (traffic: they never go back)
                                           └─► fleet/arrivals.py (work by second, and the ledger)
@@ -38,7 +38,7 @@ LATE_BOUND_S = 300.0
 
 
 class Demand:
-    """The reports of all loadbalancers. Pure: its methods take now, in seconds."""
+    """The reports of all loadbalancers, summed up. Pure: its methods take now, in seconds."""
 
     def __init__(
         self,
@@ -48,10 +48,11 @@ class Demand:
         no_balancers: bool = False,
         began: float = float("-inf"),
     ) -> None:
-        """epoch: the hot-set epoch of this process; memory_s: how long the series of demand is kept.
+        """Start without reports. epoch: the hot-set epoch of this process.
 
-        no_balancers: this process tells its hot set to none (`prepare`), so no lease can be out. began: when
-        this process did; what a loadbalancer counted before is in the ledger already.
+        memory_s: how long the series of demand is kept. no_balancers: this process tells its hot set to none
+        (`prepare`), so no lease can be out. began: when this process did; what a loadbalancer counted before
+        is in the ledger already.
         """
         self.epoch = epoch
         self.history = ArrivalHistory()
@@ -70,7 +71,7 @@ class Demand:
         self._total = ArrivalSums()
 
     def add_report(self, report: BusyReport, now: float) -> tuple[dict[int, float], list[int]]:
-        """Take in a report; return seconds newly worked by instance, and instances with new failures."""
+        """Take in a busy report; return (seconds newly worked by instance id, ids with new failures)."""
         self._first_report_at = now if self._first_report_at is None else self._first_report_at
         at, before = self._known.get(report.loadbalancer, (now, None))
         most_s = float("inf")
@@ -93,7 +94,7 @@ class Demand:
         return {i: s for i, s in worked.items() if s > 0}, failing
 
     def _count(self, before: BusyReport, report: BusyReport, at: float, now: float) -> None:
-        """Add what arrived since the report before, which came at `at`."""
+        """Add what arrived between two reports of one loadbalancer; the earlier one came at `at`."""
         more = ArrivalSums(
             max(0, report.arrivals - before.arrivals),
             max(0.0, report.arrived_work - before.arrived_work),
@@ -106,7 +107,7 @@ class Demand:
             self._total.add(more)
 
     def tick(self, now: float, hot: int = 0) -> None:
-        """Forget silent loadbalancers, and note the demand of this moment and what the hot ones served."""
+        """Forget silent loadbalancers; note the present demand, and what the `hot` hot instances served."""
         if any(now - at > SILENT_S for at, _ in self._known.values()):
             self._last = {name: (at, r) for name, (at, r) in self._last.items() if now - at <= SILENT_S}
             self._known = {name: (at, r) for name, (at, r) in self._known.items() if now - at <= KNOWN_S}
@@ -117,7 +118,7 @@ class Demand:
         self.saturation.note(hot, self.traffic, now)
 
     def since(self, from_s: float) -> Sequence[tuple[float, float]]:
-        """Return (time, demand), oldest first, from the last one at or before from_s on."""
+        """Return (time, demand) pairs, oldest first, starting with the last one at or before from_s."""
         first = bisect_right(self._series, (from_s, math.inf))
         return self._series[max(0, first - 1) :]
 
@@ -149,34 +150,34 @@ class Demand:
 
     @property
     def demand(self) -> float:
-        """The sum over the loadbalancers heard of lately, instances' worth of capacity."""
+        """The demand of all loadbalancers heard of lately, in instances' worth of capacity."""
         return sum(r.demand for _, r in self._last.values())
 
     @property
     def busy(self) -> float:
-        """The same, of what is being served."""
+        """The capacity in use at all loadbalancers heard of lately, in instances' worth."""
         return sum(r.busy for _, r in self._last.values())
 
     @property
     def held(self) -> int:
-        """Requests that wait at a loadbalancer."""
+        """How many requests wait at the loadbalancers heard of lately."""
         return sum(r.held for _, r in self._last.values())
 
     @property
     def reporting(self) -> bool:
-        """Whether it is known where leases are out."""
+        """Whether it is known on which instances leases are out: a loadbalancer reports, or there is none."""
         return self._no_balancers or bool(self._last)
 
     def heard(self, now: float) -> bool:
-        """Return whether demand is known: until then a fleet that was found hot stays hot."""
+        """Return whether the demand is known by now; until then a fleet that was found hot stays hot."""
         first = self._first_report_at
         settled = first is not None and now - first >= SETTLED_S
         return self._no_balancers or settled or now - self._began >= DEAF_S
 
     def no_lease_on(self, instance_id: int, version: int) -> bool:
-        """Return whether every loadbalancer heard of lately knows that hot set and has no lease out on it.
+        """Return whether no loadbalancer heard of lately has a lease out on that instance.
 
-        With no loadbalancer heard of it is not known: False.
+        Each must also know the hot set of that version. With no loadbalancer heard of it is not known: False.
         """
         if self._no_balancers:
             return True
@@ -201,21 +202,22 @@ LONGEST_NOTE_S = 60.0
 
 
 class Saturation:
-    """What the hot instances serve while requests wait: the fleet's own capacity.
+    """What the hot instances serve while requests wait: what the fleet can really do.
 
     What single instances show is what they do when they are given the right requests; with what is lost
     between them it is less.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing seen."""
+        """Begin with no time seen in which requests waited."""
         self._before = (-math.inf, 0, 0.0, 0.0)  # (when, hot, work arrived, work held)
         self._work = self._seconds = 0.0
 
     def note(self, hot: int, traffic: Traffic, now: float) -> None:
         """Learn from the work that the hot instances have served since the last call, if requests waited.
 
-        hot: how many there are. Only while requests wait does the work served show what an instance can do.
+        hot: the number of hot instances. Only while requests wait does the work served show what an instance
+        can do.
         """
         at, hot_then, arrived, held_work = self._before
         self._before = (now, hot, traffic.work_total, traffic.held_work)

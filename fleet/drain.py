@@ -21,7 +21,10 @@ from fleet.states import State
 
 
 def drained(instances: Iterable[Instance], demand: Demand, lease_s: float) -> frozenset[str]:
-    """Return the labels of those on which there certainly is, and will be, no request."""
+    """Return the labels of the draining instances on which there certainly is and will be no request.
+
+    lease_s: seconds for which a lease that was given before the drain may still be used.
+    """
     return frozenset(
         i.label for i in instances if i.state is State.DRAINING and _is_drained(i, demand, lease_s)
     )
@@ -36,7 +39,7 @@ def _is_drained(i: Instance, demand: Demand, lease_s: float) -> bool:
 
 
 def end_of_drain(i: Instance, id: int, is_drained: bool, deadlines: Deadlines, now: float) -> Stop | None:
-    """Return the order that ends the drain of this instance with that id; None while it goes on."""
+    """Return the order that ends an instance's drain; None while the drain goes on. id: the instance's."""
     if now - i.since > deadlines.draining_s:
         return Stop(i.label, id, f"still busy {deadlines.draining_s:.0f} s after the drain began")
     return Stop(i.label, id, "its last request has ended") if is_drained else None

@@ -1,4 +1,4 @@
-"""How long starts and loads take on this fleet, as measured; until then as the profile says."""
+"""How long instances of this fleet take to start and to load the model, as measured or by the profile."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ KEPT = 20
 
 
 class MeasuredDurations:
-    """The last times from start to hot and from order to hot, seconds."""
+    """The last measured times from start to hot and from order to hot, in seconds, and their medians."""
 
     def __init__(self, profile: Profile, speedup: float) -> None:
         """Begin with the profile's times, divided by the speedup of a local cloud."""
@@ -19,18 +19,18 @@ class MeasuredDurations:
         self.start_s, self.load_s = self._expected_s
 
     def restore(self, starts: Sequence[float], loads: Sequence[float]) -> None:
-        """Take over what was measured before a restart, oldest first."""
+        """Take over the times measured before a restart, oldest first, in seconds."""
         self._starts += starts
         self._loads += loads
         self._take_medians()
 
     def add_start(self, seconds: float) -> None:
-        """Add a time from start to hot."""
+        """Add a measured time from start to hot."""
         self._starts.append(seconds)
         self._take_medians()
 
     def add_load(self, seconds: float) -> None:
-        """Add a time from order to hot."""
+        """Add a measured time from order to hot."""
         self._loads.append(seconds)
         self._take_medians()
 
@@ -48,7 +48,7 @@ class MeasuredDurations:
 
 
 def median(values: Sequence[float]) -> float | None:
-    """Return the median, None of nothing.
+    """Return the median of the values; None when there are none.
 
     `statistics.median` takes five times as long, and every turn asks four times.
     """

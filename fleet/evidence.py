@@ -23,7 +23,7 @@ from enum import StrEnum
 
 
 class Health(StrEnum):
-    """The three answers to "is it well?"."""
+    """Whether a machine is well, broken, or neither is known."""
 
     WELL = "well"
     BROKEN = "broken"
@@ -31,7 +31,7 @@ class Health(StrEnum):
 
 
 class Source(StrEnum):
-    """The kinds of evidence."""
+    """The kinds of evidence against a machine, by where they come from."""
 
     CHECK = "our check"
     WORD = "its own word"
@@ -41,10 +41,11 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Accusation:
-    """What speaks against one machine.
+    """What speaks against one machine, for `weigh`.
 
-    against: the kinds of evidence. lasts_s: for how long it has. deadline_s: how long it may. final: it does
-    not pass by itself. silent: our checks met nobody there, or could not be made. silent_s: for how long.
+    why: in words. against: the kinds of evidence. lasts_s: for how long it has lasted. deadline_s: how long
+    it may. final: it does not pass by itself. silent: our checks met nobody there, or could not be made.
+    silent_s: for how long.
     """
 
     why: str
@@ -58,11 +59,11 @@ class Accusation:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What is known beside it.
+    """What is known besides an accusation, for `weigh`.
 
-    believed: the listing is. others_well: another machine passed a check that began after this one's trouble,
-    or where that is to start, another one has started since.
-    reach: what our own reachability check found. together_s: how long we wait where all may be our network.
+    believed: whether the listing is. others_well: another machine passed a check that began after this one's
+    trouble, or, where this one is to start, another one has started since. reach: what our own reachability
+    check found. together_s: how long we wait where all may be our network.
     """
 
     believed: bool
@@ -73,7 +74,7 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Ruling:
-    """The answer, why in short, and the evidence in a sentence."""
+    """The verdict on an accused machine: its health, why in short, and the evidence in a sentence."""
 
     health: Health
     why: str
@@ -81,7 +82,7 @@ class Ruling:
 
 
 def weigh(accusation: Accusation, around: Circumstances) -> Ruling:
-    """Say whether that machine is broken; it is unknown otherwise."""
+    """Return whether the accused machine is broken; otherwise its health is unknown."""
     a = accusation
     kinds = " and ".join(sorted(a.against))
     if not around.believed:
@@ -99,7 +100,7 @@ def weigh(accusation: Accusation, around: Circumstances) -> Ruling:
 
 
 def _weigh_silence(a: Accusation, around: Circumstances) -> Ruling:
-    """Weigh where nothing but our own network connects what we see."""
+    """Weigh an accusation of silence where our own network could be what is broken."""
     if a.lasts_s <= a.deadline_s:
         return Ruling(Health.UNKNOWN, a.why, f"{a.why}: not for long enough to tell")
     if around.reach is not Health.WELL:
@@ -115,7 +116,7 @@ def _weigh_silence(a: Accusation, around: Circumstances) -> Ruling:
 
 @dataclass
 class Trouble:
-    """What our checks and the listing say of one machine in its present boot, and since when."""
+    """What our checks and the listing hold against one machine in its present boot, and since when."""
 
     passed_at: float = float("-inf")  # when the last check that passed began
     failing: bool = False  # the last check did not pass
@@ -124,30 +125,30 @@ class Trouble:
     fatal: str | None = None  # what does not pass by itself, as our check found it
 
     def note_pass(self, started_at: float) -> None:
-        """Note a check that passed."""
+        """Note that the machine passed a check, which began at started_at."""
         self.passed_at = max(self.passed_at, started_at)
         self.failing, self.silent_since, self.fatal = False, None, None
 
     def note_trouble(self, now: float, *, met: bool) -> None:
-        """Note a check that did not pass; met: the machine itself answered."""
+        """Note a check that the machine did not pass. met: the machine itself answered."""
         self.failing = True
         self.silent_since = None if met else now if self.silent_since is None else self.silent_since
 
     def note_ended(self, now: float, *, ended: bool) -> None:
-        """Note whether the listing shows its container as ended by itself."""
+        """Note whether the listing shows the machine's container as ended by itself."""
         self.ended_since = None if not ended else now if self.ended_since is None else self.ended_since
 
     def accuse(self, fatal: str) -> None:
-        """Note what does not pass by itself."""
+        """Note a fault of the machine that does not pass by itself, such as a fatal line in its log."""
         self.fatal = fatal
 
     def forget(self) -> None:
-        """Begin a new boot."""
+        """Forget all trouble, because the machine begins a new boot."""
         self.passed_at = float("-inf")
         self.failing, self.silent_since, self.ended_since, self.fatal = False, None, None, None
 
     def shows_well_since(self, at: float) -> bool:
-        """Return whether it is well by a check that began after that time."""
+        """Return whether the machine is well by a check that began after that time."""
         return not self.failing and self.passed_at > at
 
 
@@ -156,16 +157,16 @@ REACH_LASTS_S = 90.0
 
 
 class Reachability:
-    """What our own reachability check found last."""
+    """What the last reachability check of our own found: whether our network works."""
 
     def __init__(self) -> None:
-        """Begin with nothing known."""
+        """Begin with no check made."""
         self._health, self._at = Health.UNKNOWN, float("-inf")
 
     def note(self, health: Health, now: float) -> None:
-        """Take in a check."""
+        """Take in what a reachability check of our own found now."""
         self._health, self._at = health, now
 
     def at(self, now: float) -> Health:
-        """Return what is known of it now."""
+        """Return whether our own network works now; UNKNOWN when the last check is too long ago."""
         return self._health if now - self._at <= REACH_LASTS_S else Health.UNKNOWN

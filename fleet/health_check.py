@@ -1,4 +1,4 @@
-"""Health checks as data: what is to be checked, and what was found.
+"""Health checks of instances as data: what is to be checked, and what was found.
 
 fleet/outside/health_checker.py makes them; `Reconciler.judge` draws the conclusions.
 """
@@ -10,7 +10,7 @@ from fleet.states import State
 
 
 class Verdict(StrEnum):
-    """What a health check found."""
+    """What a health check of an instance found."""
 
     PASSED = "passed"
     LOADING = "loading"  # reachable, but the ready line is not there yet
@@ -21,11 +21,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class HealthCheck:
-    """One finished health check.
+    """The result of one finished health check.
 
     in_flight: requests that the instance itself says it is working on. certificate: the machine's (PEM), when
     the check read it over ssh. answered: the machine itself did, although the check failed. stranger:
-    somebody else did.
+    somebody else answered.
     """
 
     label: str
@@ -46,7 +46,7 @@ class HealthCheck:
 
 @dataclass(frozen=True)
 class HealthCheckOrder:
-    """A health check to be made, and where.
+    """A health check that is to be made of an instance, and where.
 
     read_log: whether the log must be read; always, until the instance is hot. certificate: the machine's, as
     far as it is known; reading the log reads it anew.

@@ -1,4 +1,4 @@
-"""Put together the hot set: what a loadbalancer must know of the instances that serve."""
+"""Makes the hot set: the message that says what a loadbalancer must know of the instances that serve."""
 
 from collections.abc import Callable, Iterable
 
@@ -18,10 +18,11 @@ def make_hot_set(
     master_token: Callable[[str], str],
     timing: Callable[[str, int], Timing | None],
 ) -> HotSet:
-    """Return the hot set; master tokens are in it.
+    """Return the hot set, which is secret: it holds the instances' master tokens.
 
-    serving: instances that are hot or draining. expected_hot_s: until the next one becomes hot. master_token:
-    of a label. timing: of a GPU's name and a number of GPUs; None where it is not known.
+    serving: instances that are hot or draining. expected_hot_s: seconds until the next one becomes hot.
+    master_token: function from a label to its token. timing: function from a GPU's name and a number of GPUs
+    to their step times; None where they are not known.
     """
 
     def entry(i: Instance) -> HotInstance:

@@ -50,7 +50,7 @@ THROUGHPUT_NOISE = 0.02
 
 @dataclass
 class Orders:
-    """The orders to the cloud about one instance."""
+    """The orders about one instance that were sent to the cloud, and their answers."""
 
     out: int = 0  # begun and not answered
     begun_at: float = float("-inf")
@@ -59,31 +59,34 @@ class Orders:
     destroyed: bool = False  # the cloud has confirmed its end
 
     def ask(self, now: float) -> None:
-        """Begin to wait for the effect of a stop or destroy."""
+        """Note when a stop or destroy was ordered, for whose effect is waited from then on."""
         self.asked_at = now
 
     def begin(self, now: float) -> None:
-        """Count an order as begun; what has been out for too long is lost."""
+        """Count an order as begun; one that has been out for too long is taken to be lost."""
         self.out = (0 if self.is_stuck(now) else self.out) + 1
         self.begun_at = now
 
     def is_stuck(self, now: float) -> bool:
-        """Return whether an order is out that cannot be on its way any more."""
+        """Return whether an order has been out for so long that it cannot be on its way any more."""
         return self.out > 0 and now - self.begun_at > STUCK_S
 
     def answer(self, now: float, *, destroyed: bool = False) -> None:
-        """Count an order as answered; destroyed: the cloud confirms the end of the instance."""
+        """Count an order as answered. destroyed: the cloud confirms the end of the instance."""
         self.out, self.answered_at = max(0, self.out - 1), now
         self.destroyed = self.destroyed or destroyed
 
     def unheeded(self, repeat_s: float, now: float) -> bool:
-        """Return whether the last was answered a while ago, or is lost; one that waits is not sent twice."""
+        """Return whether the last order is to be sent again: answered repeat_s ago, or lost.
+
+        An order that waits for its answer is not sent twice.
+        """
         return self.is_stuck(now) or (not self.out and now - self.answered_at >= repeat_s)
 
 
 @dataclass
 class Absence:
-    """The listings in a row that lack one instance, and what became of asking for its own page."""
+    """The listings in a row that lack one instance, and the asking for the instance's own page."""
 
     since: float | None = None
     turns: int = 0
@@ -92,27 +95,27 @@ class Absence:
     shown_at: float = float("-inf")  # when its own page last said that it is there
 
     def miss(self, now: float) -> float:
-        """Count a listing that lacks it; return for how many seconds they have."""
+        """Count a listing that lacks the instance; return for how many seconds the listings lack it now."""
         self.since = now if self.since is None else self.since
         self.turns += 1
         return now - self.since
 
     def end(self) -> None:
-        """Note that it was seen."""
+        """Note that a listing shows the instance again."""
         self.since, self.turns = None, 0
 
     def ask(self, now: float) -> None:
-        """Note that its page is asked for."""
+        """Note that the instance's own page is asked for."""
         self.asking, self.asked_at = True, now
 
     def answer(self, now: float, *, shown: bool) -> None:
-        """Note that the page came, or did not."""
+        """Note that the instance's own page was answered for. shown: it shows the instance."""
         self.asking = False
         if shown:
             self.shown_at = now
 
     def page_due(self, repeat_s: float, now: float) -> bool:
-        """Return whether its own page is to be asked for."""
+        """Return whether the instance's own page is to be asked for now."""
         waiting = self.asking and now - self.asked_at <= STUCK_S
         return self.turns >= PAGE_TURNS and not waiting and now - self.asked_at >= repeat_s
 
@@ -131,29 +134,29 @@ class BootRecord:
     no_start_before: float = 0.0
 
     def order(self, now: float) -> None:
-        """Count the time to hot from now on."""
+        """Note that a start was ordered: the time until the instance is hot is counted from now on."""
         self.ordered_at = now
         self.was_hot = self.maybe_busy = False
 
     def come_up(self, now: float) -> None:
-        """Note that the container is up; nothing is known of what runs in it."""
+        """Note that the container is up; whether a model runs in it is not known yet."""
         self.up_at = now
         self.was_hot = self.maybe_busy = False
 
     def become_hot(self) -> None:
-        """Note that it is hot; from now on it may have requests."""
+        """Note that the instance is hot; from now on it may have requests."""
         self.failed_starts = self.refused_starts = 0
         self.no_gpu_since = None
         self.was_hot = self.maybe_busy = True
 
     def miss_gpu(self, rest_s: float, now: float) -> None:
-        """Count a start that found no GPU; there is none for rest_s."""
+        """Count a start that found no GPU; the next may come after rest_s seconds."""
         self.failed_starts += 1
         self.no_gpu_since = self.no_gpu_since or self.ordered_at
         self.no_start_before = now + rest_s
 
     def be_refused(self, deadlines: Deadlines, now: float) -> None:
-        """Count a start that the cloud refused; the rest before the next doubles."""
+        """Count a start that the cloud refused; the pause before the next one doubles."""
         self.refused_starts += 1
         rest_s = back_off_s(self.refused_starts, 2.0 * deadlines.repeat_s, deadlines.no_gpu_rest_s)
         self.no_start_before = now + rest_s
@@ -161,7 +164,7 @@ class BootRecord:
 
 @dataclass
 class Instance:
-    """One rented machine. Times are seconds on the caller's clock, prices $/h."""
+    """One rented machine and all that is known of it. Times are seconds on the caller's clock, prices $/h."""
 
     label: str
     state: State
@@ -226,7 +229,7 @@ class Instance:
 
     @classmethod
     def found(cls, label: str, row: Row, now: float, *, first: bool) -> "Instance":
-        """Return an instance that is listed and not known: its order was lost, or the ledger is.
+        """Return an instance that is listed but was not known: its order was lost, or the ledger is.
 
         A stopped one is taken to hold the model: a start will show. A running one may have requests, and may
         be hot if no listing was read before (first): its first check will tell.
@@ -249,7 +252,7 @@ class Instance:
     def restored(
         cls, saved: SavedInstance, state: State, since: float, profile: Profile, now: float
     ) -> "Instance":
-        """Return an instance that the last process knew in that state; what was hot is to be verified."""
+        """Return an instance that the last process saved in that state; what was hot has to be verified."""
         was_hot = state in SERVING
         # The machine's clock may have been set back since; what was hot gets its time to be checked.
         since = now if was_hot else min(since, now)
@@ -284,11 +287,11 @@ class Instance:
         self.unverified = self.suspected = False
 
     def explain(self, why: str) -> None:
-        """Say better why it is in its state."""
+        """Replace the reason why the instance is in its state by a better one."""
         self.why = why
 
     def read_row(self, row: Row, profile: Profile, now: float) -> bool:
-        """Copy what the listing shows; return whether its address is another one."""
+        """Copy what the listing shows of the instance; return whether its address has changed."""
         self.absence.end()
         self.listed, self.intended, self.odd = True, row.intended_status, row.odd
         self.id, self.machine_id = row.id, row.machine_id or self.machine_id
@@ -309,41 +312,41 @@ class Instance:
         return moved
 
     def spare_until(self, until: float) -> None:
-        """Let no deadline of it pass before then."""
+        """Let no deadline of the instance pass before that time."""
         self.patience_until = max(until, self.patience_until)
 
     def suspect(self) -> None:
-        """Count no more on it, without giving it up."""
+        """Expect the instance not to become hot soon, without giving it up."""
         self.suspected = True
 
     def condemn(self, evidence: str = "") -> None:
-        """Give it up for good, on that evidence: if its label reappears it is destroyed."""
+        """Give the instance up for good, on that evidence: if its label reappears it is destroyed."""
         self.condemned = True
         self.evidence = evidence or self.evidence
 
     def come_up(self, now: float) -> None:
-        """Begin a boot: its container is up."""
+        """Begin a boot of the instance, because its container is up."""
         self.boot.come_up(now)
         self.trouble.forget()
         self.in_flight = None
 
     def warm_up(self) -> None:
-        """Become hot: the model is on its disk."""
+        """Note that the instance becomes hot: the model is on its disk."""
         self.boot.become_hot()
         self.loaded = True
 
     def drain_from(self, version: int) -> None:
-        """Note the version of the hot set that says for the first time that it is draining."""
+        """Note the version of the first hot set that says that the instance is draining."""
         self.drain_version = version
 
     def accept_id(self, new_id: int | None) -> None:
-        """Take the id that the cloud has given it, unless the listing was quicker."""
+        """Take the id that the cloud's answer gives, unless the listing gave one before."""
         self.id = self.id or new_id
 
     # -- health checks and messages --------------------------------------------------------------------
 
     def order_check(self, now: float) -> HealthCheckOrder | None:
-        """Return the health check to be made now, and count it as made; None while its place is not known."""
+        """Return the health check to make now, and count it; None while the instance is not listed."""
         if self.id is None or not self.listed:
             return None
         self.last_check_at = now
@@ -356,11 +359,11 @@ class Instance:
         )
 
     def check_at_once(self) -> None:
-        """Make its next health check due."""
+        """Make the instance's next health check due now."""
         self.last_check_at = float("-inf")
 
     def read_check(self, check: HealthCheck) -> bool:
-        """Take over what a check of this boot found; return whether the certificate is another one."""
+        """Copy what a check of this boot found; return whether the instance's certificate has changed."""
         self.unverified = False
         if check.in_flight is not None:
             self.in_flight, self.in_flight_at = check.in_flight, check.started_at
@@ -370,7 +373,7 @@ class Instance:
         return renewed
 
     def hear(self, boot_id: str, number: int, why: str) -> bool:
-        """Take in a message of the instance itself; False when it was heard before."""
+        """Take in a numbered message of the instance itself; return False when it was heard before."""
         if not self.replay_guard.accept(boot_id, number):
             return False
         self.check_at_once()
@@ -379,7 +382,7 @@ class Instance:
         return True
 
     def measure(self, throughput_work_s: float) -> bool:
-        """Take over a measured throughput; return whether it differs by more than noise."""
+        """Take over a measured throughput (work a second); return whether it differs by more than noise."""
         differs = abs(throughput_work_s - self.throughput_work_s) > THROUGHPUT_NOISE * self.throughput_work_s
         if differs:
             self.throughput_work_s = throughput_work_s
@@ -389,12 +392,12 @@ class Instance:
 
     @property
     def address(self) -> str | None:
-        """Where clients send prompts, once the listing shows it."""
+        """The URL to which clients send prompts; None until the listing shows the host and port."""
         return self._url(8000)
 
     @property
     def auth_url(self) -> str | None:
-        """Where the loadbalancer fetches tokens, once the listing shows it."""
+        """The URL from which loadbalancers fetch tokens; None until the listing shows the host and port."""
         return self._url(3000)
 
     def _url(self, inside: int) -> str | None:
@@ -404,30 +407,30 @@ class Instance:
 
     @property
     def usd_per_work(self) -> float:
-        """Price of throughput: what instances are ranked by."""
+        """The price of throughput, by which instances are ranked: $/h for each work a second."""
         return self.running_usd_h / max(self.throughput_work_s, 1e-9)
 
     @property
     def committed_usd_h(self) -> float:
-        """What it may cost at most in its state, as far as is known."""
+        """The most that the instance may cost in its state, in $/h, as far as is known."""
         if self.state in BILLS_GPU:
             return max(self.price_usd_h, self.running_usd_h)
         return max(self.price_usd_h, self.stopped_usd_h) or self.running_usd_h  # no price: never listed
 
     @property
     def is_of_no_use(self) -> bool:
-        """Whether it was stopped before its model was on its disk: to start it is to begin anew."""
+        """Whether the instance was stopped before its model was on its disk: a start would begin anew."""
         return self.state is State.COLD and not self.loaded and not self.adopted
 
     @property
     def is_coming(self) -> bool:
-        """Whether it is on its way to hot with the model on its disk, as far as is known."""
+        """Whether the instance is on its way to hot with the model on its disk, as far as is known."""
         return self.state is State.STARTING or (
             self.state is State.RUNNING and (self.loaded or self.unverified) and not self.suspected
         )
 
     def saved(self) -> SavedInstance:
-        """Return what a restarted autoscaler must know of it."""
+        """Return what a restarted autoscaler must know of the instance."""
         return SavedInstance(
             self.label,
             self.id,
@@ -443,7 +446,7 @@ class Instance:
         )
 
     def interval(self, now: float) -> BillingInterval:
-        """Return the interval that begins now, in its present state and at its present price."""
+        """Return the billing interval that begins now, with the instance's present state and price."""
         return BillingInterval(
             self.label,
             self.id,
@@ -462,7 +465,7 @@ class Instance:
 
 
 def _since(before: float | None, now: float, lasts: bool) -> float | None:
-    """Return since when something lasts, given since when it did before."""
+    """Return since when a condition lasts, given since when it lasted before; None: it does not."""
     return (now if before is None else before) if lasts else None
 
 
@@ -474,7 +477,10 @@ def _has_host_error(status_msg: str | None) -> bool:
 
 
 def _ssh_address(row: Row) -> tuple[str, int] | None:
-    """Return the direct one where the listing maps port 22, else the cloud's proxy (vast-contract 2.7)."""
+    """Return the direct ssh address where the listing maps port 22, else the cloud's proxy's.
+
+    See vast-contract 2.7.
+    """
     if row.public_ip and 22 in row.ports:
         return row.public_ip, row.ports[22]
     return (row.ssh_host, row.ssh_port) if row.ssh_host and row.ssh_port else None

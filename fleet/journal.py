@@ -1,4 +1,4 @@
-"""What the fleet decided and what happened to it, as plain data for the ledger, the log and the operator."""
+"""What the fleet decided and what happened to its instances, as plain data for ledger, log and operator."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,10 @@ from policies import FleetSnapshot, Targets
 
 @dataclass(frozen=True)
 class BillingInterval:
-    """One instance in one state at one price. usd_h is what it pays, running_usd_h what it would pay hot.
+    """A time in which one instance was in one state at one price.
 
-    to_s is None while the interval lasts.
+    usd_h: the price that is paid. running_usd_h: what the instance would cost when hot. to_s: None while the
+    interval lasts.
     """
 
     label: str
@@ -25,7 +26,7 @@ class BillingInterval:
     why: str
 
     def seconds_within(self, from_s: float, to_s: float) -> float:
-        """Return how long it lasted inside the window, seconds."""
+        """Return how many seconds of the interval lie between from_s and to_s."""
         end = to_s if self.to_s is None else min(self.to_s, to_s)
         return max(0.0, end - max(self.from_s, from_s))
 
@@ -52,12 +53,12 @@ class SavedInstance:
 
 @dataclass(frozen=True)
 class SavedFleet:
-    """What a restarted autoscaler must know.
+    """All that a restarted autoscaler must know of its fleet.
 
     bad_machines: until when they are not rented, by machine_id. vanished: until when they count against the
     limits, and $/h, by label. lacking: since when the listings lack most of the fleet, and when that was last
-    so. host_keys: the ssh host key that an instance showed first, by label.
-    start_times_s, load_times_s: the last ones to hot, oldest first.
+    so. host_keys: the ssh host key that an instance showed first, by label. start_times_s, load_times_s: the
+    last times to hot, oldest first.
     """
 
     instances: Sequence[SavedInstance] = ()
@@ -71,7 +72,7 @@ class SavedFleet:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was seen, what was wanted and what is ordered; the record `GET /decisions` shows.
+    """What one turn saw, wanted and ordered; the record that `GET /decisions` shows.
 
     clamped: "hot", "total", where the policy wanted more than the hard limits allow, or less than none.
     """
@@ -86,7 +87,7 @@ class Decision:
 
 @dataclass
 class Entries:
-    """What happened in a while: rows for the ledger, and lines for the log.
+    """What happened since the ledger was last written: rows for the ledger, and lines for the log.
 
     instances: by label, as they are now. durations: (kind, at, seconds). bad_machines: (until, why) by
     machine_id. vanished: (until, $/h) by label. lacking: as in SavedFleet. host_keys: by label.
@@ -102,20 +103,20 @@ class Entries:
     lines: list[str] = field(default_factory=list)
 
     def note_lacking(self, since: float | None, now: float) -> None:
-        """Add since when the listings lack most of the fleet."""
+        """Note since when the listings lack most of the fleet; None: they do not."""
         self.lacking = since, now
 
     def __bool__(self) -> bool:
-        """Return whether there is anything for the ledger."""
+        """Return whether there is anything to write into the ledger."""
         rows = (self.intervals, self.instances, self.durations, self.bad_machines, self.vanished)
         return any(rows) or bool(self.host_keys) or self.lacking is not None
 
 
 class Journal:
-    """Collects what happens until the ledger has it."""
+    """Collects what happens to the fleet until the ledger has it."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Begin without entries."""
         self._entries = Entries()
         self._lacked = False
 
@@ -124,42 +125,45 @@ class Journal:
         self._entries.lines.append(line)
 
     def open_interval(self, interval: BillingInterval) -> None:
-        """Add the interval that begins now; it ends the one before of the same instance."""
+        """Add a billing interval that begins now; it ends the one before of the same instance."""
         self._entries.intervals.append(interval)
 
     def save(self, instance: SavedInstance) -> None:
-        """Add what is to be known of the instance after a restart."""
+        """Add what a restarted autoscaler must know of an instance."""
         self._entries.instances[instance.label] = instance
 
     def add_duration(self, kind: str, since: float, now: float) -> None:
-        """Add how long something took that ends now; the kinds are those of `Ledger.write`."""
+        """Add how long something took, from since to now; the kinds are those of `Ledger.write`."""
         self._entries.durations.append((kind, now, now - since))
 
     def add_bad_machine(self, machine_id: int, until: float, why: str) -> None:
-        """Add a machine that is not to be rented until then."""
+        """Add a machine that is not to be rented until that time."""
         self._entries.bad_machines[machine_id] = (until, why)
 
     def add_vanished(self, label: str, until: float, usd_h: float) -> None:
-        """Add an instance that the cloud does not list any more; until then it counts against the limits."""
+        """Add an instance that the cloud does not list any more; it counts against the limits until then."""
         self._entries.vanished[label] = (until, usd_h)
 
     def add_host_key(self, label: str, key: str) -> None:
-        """Add the host key that an instance has shown first."""
+        """Add the ssh host key that an instance showed first."""
         self._entries.host_keys[label] = key
 
     def note_lacking(self, since: float | None, now: float) -> None:
-        """Add since when the listings lack most of the fleet, while they do; None: they do not."""
+        """Note since when the listings lack most of the fleet, while they do; None: they do not."""
         if since is not None or self._lacked:
             self._entries.note_lacking(since, now)
         self._lacked = since is not None
 
     def take(self) -> Entries:
-        """Return what was added since the last call."""
+        """Return the entries that were added since the last call, and begin with none."""
         taken, self._entries = self._entries, Entries()
         return taken
 
     def put_back(self, taken: Entries) -> None:
-        """Put back what the ledger could not take, before the present entries; its lines are logged."""
+        """Put back entries that the ledger could not take, before the present ones.
+
+        Their log lines are left out, because they have been logged.
+        """
         later = self._entries
         self._entries = Entries(
             taken.intervals + later.intervals,

@@ -1,7 +1,8 @@
 """Whether a listing of the cloud is believed.
 
-A listing that failed, or that lacks most of what was there, is "unknown", never "no instances": nothing is
-decided on it and no deadline passes, because with the cloud away a dead machine looks like a dead view of it.
+A listing that failed, or that lacks most of the instances that were there, is "unknown", never "no
+instances": nothing is decided on it and no deadline passes, because while the cloud is out of reach a dead
+machine looks the same as one that merely cannot be seen.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,12 +12,13 @@ from vast.rows import Row
 
 
 class ListingTrust:
-    """Weighs each listing against what was expected in it."""
+    """Weighs each listing of the cloud against the instances that were expected in it."""
 
     def __init__(self, disbelief_s: float, short_s: float) -> None:
-        """disbelief_s: a listing that lacks most of the fleet for so long is believed.
+        """Start before the first listing.
 
-        short_s: the same where all that it lacks does not answer our checks, either.
+        disbelief_s: listings that lack most of the fleet are believed after so long. short_s: the same where
+        all missing instances do not answer our checks, either.
         """
         self.believed = False
         self.read_at: float | None = None  # when one was last read, believed or not
@@ -25,18 +27,18 @@ class ListingTrust:
         self._blind_since: float | None = float("-inf")  # since when none was believed
 
     def fail(self, now: float) -> None:
-        """Note that there is no listing."""
+        """Note that no listing could be had."""
         self._note(False, now)
 
     def restore(self, lacking_since: float | None) -> None:
-        """Go on from the disbelief of the last process: it must not begin anew with each restart."""
+        """Take over since when the last process disbelieved listings: a restart does not begin anew."""
         self.lacking_since = lacking_since
 
     def weigh(self, found: int, expected: int, now: float, *, dead: bool) -> bool:
-        """Say whether the listing is believed that shows so many of the expected instances.
+        """Decide whether a listing is believed that shows `found` of the `expected` instances.
 
-        dead: what it lacks does not answer our checks. Return whether it is the first of a row that lacks
-        more than half of them.
+        dead: the missing ones do not answer our checks. Return whether the listing is the first of a row that
+        lacks more than half of the instances.
         """
         lacks = 2 * found < expected
         first = lacks and self.lacking_since is None
@@ -54,19 +56,19 @@ class ListingTrust:
             self._blind_since = now
 
     def end_outage(self, now: float) -> float:
-        """Return for how many seconds no listing was believed before this one, which is."""
+        """Return for how many seconds no listing was believed before this one, which is believed."""
         since, self._blind_since = self._blind_since, None
         return 0.0 if since is None else now - since
 
     def note_read(self, now: float) -> None:
-        """Note that the listing was taken over."""
+        """Note that a listing was taken over now."""
         self.read_at = now
 
 
 def rows_by_label(
     rows: Iterable[Row], prefix: str, known: Mapping[str, Instance]
 ) -> tuple[dict[str, Row], set[str]]:
-    """Return the rows whose label has that prefix, and the labels among them that are made up.
+    """Return the rows whose label has that prefix, and which of their labels are made up.
 
     A second row of one label, or one with another id than is known, gets a label of its own: `<label>#<id>`.
     """

@@ -1,4 +1,4 @@
-"""What can be rented: offers, machines that failed, and the pause after creates that failed."""
+"""What can be rented: the cloud's offers, machines that failed, and the pause after failed creates."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ LONGEST_REST_S = 900.0
 
 @dataclass(frozen=True)
 class MarketSnapshot:
-    """The market at one moment.
+    """The market for machines at one moment.
 
-    offers: of machines that did not fail lately, the cheapest for its work first; fresh: not too old to be
-    taken. searching: a search is under way. failed_creates: in a row; resting: none is to be made now.
+    offers: of machines that did not fail lately, the cheapest for its work first. fresh: they are not too old
+    to be taken. searching: a search is under way. failed_creates: how many in a row. resting: no create is to
+    be made now.
     """
 
     offers: tuple[Offer, ...]
@@ -28,10 +29,10 @@ class MarketSnapshot:
 
 
 class Market:
-    """Remembers offers, bad machines and failed creates."""
+    """Remembers the cloud's offers, machines that failed, and failed creates."""
 
     def __init__(self, profile: Profile, deadlines: Deadlines) -> None:
-        """Begin with no offers, which are to be searched for."""
+        """Begin without offers: they have to be searched for."""
         self.bad_machines: dict[int, float] = {}  # machine_id: until when it is not rented
         self._profile = profile
         self._deadlines = deadlines
@@ -57,31 +58,31 @@ class Market:
     # -- searches --------------------------------------------------------------------------------------
 
     def begin_search(self, now: float) -> None:
-        """Note that a search was ordered."""
+        """Note that a search for offers was ordered."""
         self._searching_since = now
 
     def end_search(self, offers: Iterable[Offer] | None, now: float) -> None:
-        """Take over what the search found; None: it failed."""
+        """Take over the offers that the search found; None: it failed."""
         self._searching_since = float("-inf")
         if offers is not None:
             self._offers, self._offers_at = tuple(sorted(offers, key=self._rank)), now
 
     def _rank(self, offer: Offer) -> tuple[float, int]:
-        """Return dollars per work: the price over the throughput expected of that GPU."""
+        """Return what offers are sorted by: price over the throughput expected of the GPU, then id."""
         return offer.dph_total / self._profile.throughput_on(offer.gpu_name, offer.num_gpus), offer.id
 
     def take(self, offer: Offer) -> None:
-        """Take an offer out of the market."""
+        """Remove an offer that is being rented from the market."""
         self._offers = tuple(other for other in self._offers if other.id != offer.id)
 
     def note_offer_gone(self, now: float) -> None:
-        """Let the market be searched again before the next create: another customer took an offer."""
+        """Have the market searched again before the next create, because another customer took an offer."""
         self._offers_at = min(self._offers_at, now - self._deadlines.offers_s - 1.0)
 
     # -- what became of creates ------------------------------------------------------------------------
 
     def note_create_failed(self, now: float, why: str = "") -> None:
-        """Count a create that failed; those ordered together count once: it is the same trouble."""
+        """Count a create that failed; those ordered together count once, as they share their trouble."""
         self.last_failure = why
         if now < self._no_create_before:
             return
@@ -91,20 +92,20 @@ class Market:
         self.note_offer_gone(now)
 
     def note_create_worked(self) -> None:
-        """Note that a rented machine became hot."""
+        """End the row of failed creates, because a rented machine became hot."""
         self._failed_creates = 0
 
     @property
     def failed_creates(self) -> int:
-        """Creates in a row that failed."""
+        """How many creates in a row have failed."""
         return self._failed_creates
 
     def avoid(self, machine_id: int, why: str, now: float) -> float:
-        """Rent that machine no more for a while, on that evidence; return until when."""
+        """Do not rent that machine for a while, on the evidence `why`; return until when."""
         self.bad_reasons[machine_id] = why
         until = self.bad_machines[machine_id] = now + self._deadlines.bad_machine_s
         return until
 
     def restore(self, bad_machines: Mapping[int, float]) -> None:
-        """Take over the machines that failed before a restart."""
+        """Take over until when machines that failed before a restart are not rented."""
         self.bad_machines.update(bad_machines)

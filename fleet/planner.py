@@ -51,8 +51,8 @@ NOT_BELIEVED = "the listing failed or is not believed: nothing decided"
 class Situation:
     """All that a decision depends on. The instances are the live ones: they are read, never written.
 
-    believed: the listing is. drained: labels of those whose drain has ended. manage: whether anything new may
-    be ordered. writable: the ledger is. heard: demand is known.
+    believed: the listing is. drained: labels of the instances whose drain has ended. manage: whether anything
+    new may be ordered. writable: the ledger is. heard: the demand is known.
     """
 
     now: float
@@ -70,14 +70,14 @@ class Situation:
 
 
 def decide(situation: Situation, policy: Policy) -> Decision:
-    """Return what to ask of the cloud so that capacity meets demand; change nothing."""
+    """Return what to ask of the cloud so that the fleet's capacity meets demand; change nothing."""
     if not situation.believed:
         return Decision(situation.now, None, None, tuple(_pages(situation)), (NOT_BELIEVED,))
     return Planner(situation).decide(policy)
 
 
 def _pages(situation: Situation) -> Iterator[AskPage]:
-    """Ask for the own pages of instances that the listings lack, the longest missing first."""
+    """Yield requests for the own pages of instances that the listings lack, the longest unasked first."""
     repeat_s, now = situation.deadlines.repeat_s, situation.now
     due = [i for i in situation.instances if i.id is not None and i.absence.page_due(repeat_s, now)]
     for i in sorted(due, key=lambda i: (i.absence.asked_at, i.label))[:MOST_PAGES]:
@@ -86,10 +86,10 @@ def _pages(situation: Situation) -> Iterator[AskPage]:
 
 
 class Planner:
-    """Puts one decision together."""
+    """Puts one decision together, from a situation and a policy."""
 
     def __init__(self, situation: Situation) -> None:
-        """Begin with nothing ordered."""
+        """Begin a decision in that situation, without commands."""
         self._situation = situation
         self._now, self._deadlines = situation.now, situation.deadlines
         self._by_state: dict[State, list[Instance]] = {state: [] for state in State}
@@ -102,7 +102,7 @@ class Planner:
         self._guard = LimitGuard(situation.limits, situation.committed, self._notes)
 
     def decide(self, policy: Policy) -> Decision:
-        """Return the decision that leads to what the policy wants."""
+        """Return the decision that brings the fleet to what the policy wants."""
         snapshot = self._situation.snapshot
         targets = policy.targets(snapshot)
         hot = self._clamp("hot", targets.hot)
@@ -123,12 +123,12 @@ class Planner:
         )
 
     def _pages(self) -> list[AskPage]:
-        """Ask for own pages, but for those of instances about which something else is ordered."""
+        """Return requests for own pages, but not of instances about which something else is ordered."""
         ordered = {c.label for c in self._commands if not isinstance(c, LookForOffers)}
         return [page for page in _pages(self._situation) if page.label not in ordered]
 
     def _clamp(self, what: str, wanted: int) -> int:
-        """Return the wanted number inside 0 … max_instances, and note when it was not."""
+        """Return the wanted number of instances inside 0 … max_instances; note where it was outside."""
         kept = max(0, min(wanted, self._situation.limits.max_instances))
         if kept != wanted:
             self._clamped.append(what)
@@ -138,7 +138,7 @@ class Planner:
     # -- 1. what follows from earlier orders -----------------------------------------------------------
 
     def _follow_up(self) -> Iterator[Command]:
-        """Give the orders that follow from earlier ones, whatever the policy says."""
+        """Yield the orders that follow from earlier ones, whatever the policy says."""
         repeat_s = self._deadlines.repeat_s
         for i in self._situation.instances:
             if i.id is None:
@@ -179,7 +179,7 @@ class Planner:
                 self._commands.append(Start(i.label, i.id, why))
 
     def _undrain(self, missing: int) -> int:
-        """Take drains back, the cheapest first; return how many are still missing."""
+        """Take draining instances back, the cheapest first; return how many are still missing."""
         stopped = self._labels(Stop)
         for i in sorted(self._by_state[State.DRAINING], key=_cheapest_first):
             if missing > 0 and i.id is not None and i.label not in stopped:
@@ -188,7 +188,7 @@ class Planner:
         return missing
 
     def _start(self, missing: int) -> None:
-        """Start cold ones: those whose start failed last behind the others, then the cheapest first."""
+        """Start cold instances: the cheapest first, behind the others those whose last start failed."""
         for i in sorted(self._by_state[State.COLD], key=_likeliest_first):
             if missing <= 0:
                 break
@@ -208,7 +208,7 @@ class Planner:
                 missing -= 1
 
     def _cancel(self, surplus: int, coming: list[Instance]) -> int:
-        """Stop what is still coming, the newest first; return how many are still too many."""
+        """Stop instances that are still coming, the newest first; return how many are still too many."""
         for i in sorted(coming, key=lambda i: -i.since):
             if surplus > 0 and i.id is not None and not i.boot.maybe_busy:
                 self._commands.append(Stop(i.label, i.id, "no longer needed"))
@@ -238,7 +238,7 @@ class Planner:
                     self._commands.append(Destroy(i.label, i.id, why, self._evidence))
 
     def _create(self, missing: int) -> None:
-        """Rent the cheapest for their work; search the market first where the offers are too old."""
+        """Rent the offers that are cheapest for their work; search the market first if they are too old."""
         market, why = self._situation.market, f"{missing} more wanted in all"
         if market.resting:
             self._notes.append(f"{market.failed_creates} creates in a row failed: none for a while")
@@ -269,7 +269,7 @@ class Planner:
 
 
 def _evidence(seen: FleetSnapshot, hot: int, total: int) -> str:
-    """Return what an order to rent or to end what is not needed follows from."""
+    """Return a sentence on what an order to rent or destroy follows from: demand, targets, the fleet."""
     demand = seen.demand[-1][1] if seen.demand else 0.0
     return (
         f"demand {demand:.2f}, wanted {hot} hot and {total} in all; there are {seen.hot} hot, "
@@ -282,5 +282,5 @@ def _cheapest_first(i: Instance) -> tuple[float, str]:
 
 
 def _likeliest_first(i: Instance) -> tuple[int, float, str]:
-    """Sort by how often it could not be started since it was last hot, then by price per throughput."""
+    """Return what cold instances are sorted by: failed starts since last hot, then price per throughput."""
     return i.boot.failed_starts + i.boot.refused_starts, i.usd_per_work, i.label

@@ -1,4 +1,4 @@
-"""Reconcile what is known of each instance with what the world says: the only file that moves a state.
+"""Reconciles what is known of each instance with what the world says: the only file that moves a state.
 
     observe   the listing, then the finished health checks, then the deadlines
     judge     one health check; the only place that makes an instance hot
@@ -65,7 +65,7 @@ OrderToInstance = Create | Start | Stop | Destroy | Drain | Undrain | AskPage
 
 @dataclass(eq=False, repr=False)
 class InstanceBook:
-    """The instances by label, and how one moves from state to state; each move is written down.
+    """The instances by label, and how an instance moves from state to state; each move is journaled.
 
     fleet_name: labels of this fleet are `<fleet_name>/<something>`. vanished: by label until when it counts
     against the limits, and $/h. hot_version: grows with each change of the hot set. _condemned: labels, also
@@ -89,7 +89,7 @@ class InstanceBook:
         return self.fleet_name + "/"
 
     def _move(self, i: Instance, to: State, why: str, now: float) -> None:
-        """Move an instance: the only caller of `Instance.enter`."""
+        """Move an instance to another state; the only caller of `Instance.enter`."""
         before, why_before, spent_s = i.state, i.why, now - i.since
         i.enter(to, why, now)
         self.journal.log(f"{i.id or i.label} {before} -> {to}: {why} (after {spent_s:.0f} s)")
@@ -104,7 +104,7 @@ class InstanceBook:
         self._record(i, now)
 
     def _fail(self, i: Instance, ruling: Ruling, now: float) -> None:
-        """Give the instance up, and its machine for a while, on the evidence of that ruling."""
+        """Give an instance up, and avoid its machine for a while, on the evidence of a ruling."""
         if i.state in GIVEN_UP:
             return
         why, evidence = ruling.why, ruling.evidence
@@ -117,7 +117,7 @@ class InstanceBook:
         self._move(i, State.FAILED, why, now)
 
     def _vanish(self, i: Instance, why: str, now: float) -> None:
-        """Count the instance as gone, as far as the listing can be trusted."""
+        """Count an instance as gone, but its price against the limits for a while: it may still bill."""
         until, usd_h = now + self.deadlines.vanished_s, max(i.price_usd_h, i.running_usd_h)
         self.vanished[i.label] = (until, usd_h)
         self.journal.add_vanished(i.label, until, usd_h)
@@ -134,7 +134,7 @@ class InstanceBook:
 
 @dataclass(eq=False, repr=False)
 class Judge(InstanceBook):
-    """Weighs health checks, and what else speaks for or against an instance; fleet/evidence.py is the law."""
+    """Weighs health checks and all else that speaks for or against an instance, by fleet/evidence.py."""
 
     def __post_init__(self) -> None:
         """Begin without a listing, and with nothing known of our own network."""
@@ -142,7 +142,7 @@ class Judge(InstanceBook):
         self.reach = Reachability()
 
     def judge(self, check: HealthCheck, now: float) -> None:
-        """Apply one health check of the present boot. The only place that makes an instance hot."""
+        """Apply a health check, if it is of the present boot. The only place that makes an instance hot."""
         i = self.instances.get(check.label)
         if i is None or i.state not in CHECKED or check.started_at < i.boot.up_at:
             return
@@ -167,7 +167,7 @@ class Judge(InstanceBook):
     # -- what speaks against it ------------------------------------------------------------------------
 
     def _accuse(self, i: Instance, accusation: Accusation | None, now: float) -> None:
-        """Give it up if it is broken."""
+        """Give an instance up if the accusation shows that it is broken; otherwise explain or suspect it."""
         if accusation is None or i.state in GIVEN_UP:
             return
         ruling = weigh(accusation, self._circumstances(i, now))
@@ -180,7 +180,7 @@ class Judge(InstanceBook):
                 i.suspect()
 
     def _circumstances(self, i: Instance, now: float) -> Circumstances:
-        """Return what is known beside that instance."""
+        """Return what is known besides an accusation of that instance."""
         others = [o for o in self.instances.values() if o is not i and o.state in CHECKED]
         if i.state is State.STARTING:
             others_well = any(o.boot.up_at > (i.boot.no_gpu_since or now) for o in others)
@@ -196,7 +196,7 @@ class Judge(InstanceBook):
         return any(i.trouble.silent_since is not None for i in self.instances.values() if i.state in CHECKED)
 
     def _warm_up(self, i: Instance, now: float) -> None:
-        """Note how long it took to become hot, and that its disk holds the model."""
+        """Note how long the instance took to become hot, and that its disk holds the model."""
         self.market.note_create_worked()
         if not i.boot.was_hot:
             if i.boot.ordered_at is not None:
@@ -208,7 +208,7 @@ class Judge(InstanceBook):
         i.warm_up()
 
     def _pass_deadline(self, i: Instance, now: float) -> None:
-        """Act on what has lasted too long."""
+        """Act on what has lasted too long with an instance: its state, or trouble with it."""
         d = self.deadlines
         if i.lost_since is not None and i.state not in GIVEN_UP:
             if i.state in SERVING:
@@ -230,20 +230,20 @@ class Judge(InstanceBook):
                 self._accuse(i, late, now)
 
     def excuse(self, now: float) -> None:
-        """Let no deadline pass for a while: for some time the fault was ours."""
+        """Let no deadline pass for a while, because for some time the fault was our own."""
         for i in self.instances.values():
             i.spare_until(now + self.deadlines.patience_s)
 
 
 @dataclass(eq=False, repr=False)
 class Reconciler(Judge):
-    """Copies what the world says, and notes what was ordered."""
+    """Copies what the world says of the instances, and notes what was ordered of them."""
 
     _observed_at: float = field(default=float("inf"), init=False)
     _gap_s: float = field(default=0.0, init=False)  # between the last two looks
 
     def restore(self, saved: SavedFleet, now: float) -> None:
-        """Take over what the ledger knows of the last process; what was hot is to be verified.
+        """Take over the fleet that the last process saved; instances that were hot have to be verified.
 
         Labels of another fleet are left alone: a state directory may have served two.
         """
@@ -260,7 +260,7 @@ class Reconciler(Judge):
                 self.instances[s.label] = Instance.restored(s, State(s.state), s.since, self.profile, now)
 
     def observe(self, rows: Sequence[Row] | None, checks: Iterable[HealthCheck], now: float) -> None:
-        """Copy the listing (None when it failed), apply the checks, let deadlines pass."""
+        """Copy a listing (None when it failed), apply finished checks, and let deadlines pass."""
         gap_s, usual_s = now - self._observed_at, self._gap_s
         self._observed_at, self._gap_s = now, gap_s
         if gap_s > max(self.deadlines.absent_s, 3.0 * usual_s):
@@ -277,7 +277,7 @@ class Reconciler(Judge):
                     self._pass_deadline(i, now)
 
     def _read(self, rows: Sequence[Row], now: float) -> None:
-        """Copy the rows of a listing to the instances; note what it lacks, adopt what is new."""
+        """Copy the rows of a listing to the instances; note which it lacks, adopt those that are new."""
         ours, twins = rows_by_label(rows, self._prefix, self.instances)
         self._condemned |= twins
         expected = [
@@ -307,7 +307,7 @@ class Reconciler(Judge):
         self.listing.note_read(now)
 
     def _miss(self, i: Instance, now: float) -> None:
-        """Note that the listing lacks it; give it up where its own page cannot be had for too long."""
+        """Note that the listing lacks an instance; give up one whose own page cannot be had for too long."""
         absent_s = i.absence.miss(now)
         if not self.listing.believed:
             return
@@ -322,7 +322,7 @@ class Reconciler(Judge):
             self._vanish(i, f"not listed for {absent_s:.0f} s, and its page cannot be had", now)
 
     def finish_page(self, command: AskPage, done: Performed, now: float) -> None:
-        """Take over what an instance's own page says; without an answer nothing is known."""
+        """Take over what an instance's own page says; without an answer nothing changes."""
         i = self.instances.get(command.label)
         if i is None:
             return
@@ -337,7 +337,7 @@ class Reconciler(Judge):
             self._move(i, State.GONE, "the listings lack it, and its own page says that it is gone", now)
 
     def _adopt(self, label: str, row: Row, now: float, *, first: bool) -> Instance:
-        """Take in a listed instance that is not known; first: this process has read no listing before."""
+        """Take in a listed instance that is not known. first: this process has read no listing before."""
         i = self.instances[label] = Instance.found(label, row, now, first=first)
         if label in self._condemned:
             i.condemn()
@@ -347,7 +347,7 @@ class Reconciler(Judge):
         return i
 
     def _read_row(self, i: Instance, row: Row, now: float) -> None:
-        """Copy one row, then make the transitions it causes."""
+        """Copy one row of a listing to its instance, then make the transitions that follow from it."""
         before, price, odd, ended = i.state, i.price_usd_h, i.odd, i.trouble.ended_since
         if i.read_row(row, self.profile, now) and i.state in SERVING:
             self.hot_version += 1
@@ -391,14 +391,14 @@ class Reconciler(Judge):
                 self._move(i, State.COLD, why, now)
 
     def _end(self, i: Instance, now: float) -> None:
-        """Take out of service what the listing shows as ended, and ask the machine whether it is so."""
+        """Take an instance out of service whose container the listing shows as ended; check it at once."""
         if i.state in SERVING:
             self._move(i, State.RUNNING, "its container ended by itself, says the listing", now)
         if i.trouble.ended_since == now:
             i.check_at_once()
 
     def begin(self, command: OrderToInstance, now: float) -> None:
-        """Write the order down before it is sent, so that it counts and can be found again.
+        """Write an order down before it is sent, so that it counts and can be found again.
 
         Raises IllegalTransition when the instance has moved on since the decision; then nothing is sent.
         """
@@ -443,7 +443,7 @@ class Reconciler(Judge):
         self._record(i, now)
 
     def finish(self, command: Create | Start | Stop | Destroy, done: Performed, now: float) -> None:
-        """Note how the cloud answered; what stays UNKNOWN the listing settles."""
+        """Note how the cloud answered an order; what stays UNKNOWN the next listing settles."""
         i = self.instances.get(command.label)
         if i is None:
             return

@@ -1,4 +1,4 @@
-"""What a replay of the fleet's last day is asked, and what it answers: the level of the objective.
+"""Request and reply of a replay, which finds the level of the objective policy for the fleet's last day.
 
 The request holds times and counts of what arrived; nothing of what was asked is known here. The other end is
 simulation/virtual/replay.py, in a process of its own.
@@ -33,12 +33,16 @@ SEED = 1
 
 
 class BadReply(Exception):
-    """A replay answered what is not a level; the message says what."""
+    """A replay's answer holds no valid level; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
 class ReplayDay:
-    """What is replayed, and on what. until: the second after the last, which may have been quiet."""
+    """What is replayed: the arrivals of a day, and the fleet that is to serve them.
+
+    goal: share of requests to be in time. until: the second after the last, which may have been quiet.
+    start_s: shortest and longest seconds from start to hot. load_s: seconds from order to hot.
+    """
 
     goal: float
     arrived: Sequence[Arrived]
@@ -57,20 +61,21 @@ class ReplayDay:
 
     @property
     def seconds(self) -> int:
-        """Seconds from the first arrival to the end."""
+        """How many seconds are replayed, from the first arrival to the end."""
         return self.until - self.arrived[0].second
 
     @property
     def requests(self) -> float:
-        """How many requests arrived."""
+        """How many requests arrived in the time that is replayed."""
         return sum(a.requests for a in self.arrived)
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """One result. level: fields of the policy; the rest is for people (`GET /policy/curve`).
+    """The result of one replay.
 
-    at: when, epoch seconds. hours, requests: of the day that was replayed. chosen: the point of the curve.
+    level: fields of the policy; the rest is for people (`GET /policy/curve`). at: when, epoch seconds. hours,
+    requests: of the day that was replayed. chosen: the point of the curve.
     """
 
     at: float
@@ -83,7 +88,7 @@ class TuningResult:
 
 
 def request_of(day: ReplayDay) -> dict[str, Any]:
-    """Return what the replay is asked: arrays with a value a second, and the fleet.
+    """Return the message to the replay process: arrays with a value a second, and the fleet.
 
     limit_s: how long requests of that second may wait: the limit of the first token less what reading the
     prompt takes, as the loadbalancer reckons it. Of a second without requests it says nothing.
@@ -114,7 +119,7 @@ def request_of(day: ReplayDay) -> dict[str, Any]:
 
 
 def parse_reply(raw: bytes, policy: Objective) -> tuple[dict[str, float], list[Point], Point]:
-    """Return level, curve and chosen point; raise BadReply when the policy could not have that level."""
+    """Return (level, curve, chosen point) of a replay's reply; raise BadReply when it is not valid."""
     try:
         said = json.loads(raw)
     except ValueError as e:
@@ -160,7 +165,7 @@ def _is_number(value: object) -> bool:
 
 
 def parse_result(raw: bytes, now: float) -> TuningResult:
-    """Return the result that an earlier process has written down; raise BadReply or ValueError."""
+    """Return the tuning result that an earlier process wrote down; raise BadReply or ValueError."""
     said = json.loads(raw)
     if not isinstance(said, dict) or not all(_is_number(said.get(n)) for n in ("at", "hours", "requests")):
         raise BadReply("wanted an object with at, hours and requests")

@@ -1,4 +1,4 @@
-"""The fleet in numbers, as a policy sees it."""
+"""The snapshot of the fleet: the numbers that a policy decides on."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -23,7 +23,7 @@ def take_snapshot(
     now: float,
     memory_s: float,
 ) -> FleetSnapshot:
-    """Return what a policy sees that looks back memory_s."""
+    """Return the fleet's snapshot for a policy that looks back memory_s seconds."""
     hot = coming = loading = cold = draining = 0
     hot_work_s: list[float] = []
     loaded_work_s: list[float] = []
@@ -70,7 +70,7 @@ def take_snapshot(
 
 
 def _capacity(work_s: float, mix: Mix | None, profile: Profile) -> Capacity:
-    """Return that of an instance that does so much work per second, with requests like the mean of late."""
+    """Return the capacity of an instance that does work_s a second. mix: the mean request, or None."""
     if mix is None:
         output = profile.expected_output_tokens
         work = profile.prefill_weight * EXPECTED_PROMPT_TOKENS + output

@@ -16,7 +16,7 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """Where an instance is in its life; the words of design, logs and routes."""
+    """The states in the life of an instance; the same words are in logs and routes."""
 
     ORDERED = "ordered"
     LOADING = "loading"
@@ -93,10 +93,10 @@ GIVEN_UP = frozenset({S.FAILED, S.DESTROYING, S.GONE})
 
 
 class IllegalTransition(Exception):
-    """The table of transitions has no such edge; nothing was changed."""
+    """An instance was to make a transition that the table does not have; nothing was changed."""
 
 
 def check_transition(now_in: State, to: State) -> None:
-    """Raise IllegalTransition unless the table has that edge."""
+    """Raise IllegalTransition unless the table has a transition between these states."""
     if to is now_in or (to not in TRANSITIONS[now_in] and to not in FROM_ANYWHERE):
         raise IllegalTransition(f"no way from {now_in} to {to}")
