@@ -319,17 +319,11 @@ class LoadBalancer:
     # -- what to ask of the instances --
 
     def refills(self, now: float) -> list[Refill]:
-        """Return which tokens to fetch from which instances now. Call it every 20 ms.
-
-        Give each answer to `complete_refill`.
-        """
+        """Return which tokens to fetch from which instances, for `complete_refill`. Call it every 20 ms."""
         return self._refills.begin(now)
 
     def polls(self, now: float) -> list[Poll]:
-        """Return which instances to ask for a load report now. Call it every 20 ms.
-
-        Give each answer to `complete_poll`.
-        """
+        """Return which instances to ask for load reports, for `complete_poll`. Call it every 20 ms."""
         return self._reports.due(now)
 
     def complete_refill(self, refill: Refill, batch: TokenBatch | None, now: float) -> None:
@@ -355,10 +349,7 @@ class LoadBalancer:
         return measure(name, self.instances, self.queue, self._demand, len(self.leases), self.slo, now)
 
     def describe(self, now: float) -> dict[str, Any]:
-        """Return the figures of the whole that an operator may see: no tokens.
-
-        The figures of each instance come from `describe_instances`.
-        """
+        """Return the figures of the whole that an operator may see, without those of each instance."""
         return describe(self.usage(now), self.instances, self.leases, self._demand)
 
     def describe_instances(self, now: float) -> Iterator[dict[str, Any]]:

@@ -281,7 +281,7 @@ class Instance:
     # -- what happens to it ----------------------------------------------------------------------------
 
     def enter(self, state: State, why: str, now: float) -> None:
-        """Change the state; raise IllegalTransition, and change nothing, where the table has no such edge."""
+        """Change the state; raise IllegalTransition and change nothing if that transition is not allowed."""
         check_transition(self.state, state)
         self.state, self.since, self.why = state, now, why
         self.unverified = self.suspected = False
