@@ -60,7 +60,11 @@ class InstanceSet:
         *,
         manage: bool = True,
     ) -> None:
-        """Begin with none; labels of the fleet are `<fleet_name>/<something>`. manage: see `set_manage`."""
+        """Begin without instances. fleet_name: labels of the fleet are `<fleet_name>/<something>`.
+
+        speedup: of a local cloud, which divides the profile's times. check_hot_every_s, check_boot_every_s:
+        seconds between health checks of a hot instance, and of others. manage: see `set_manage`.
+        """
         self.fleet_name = fleet_name
         self.profile = profile
         self.limits = limits
@@ -78,28 +82,28 @@ class InstanceSet:
         )
 
     def restore(self, saved: SavedFleet, now: float) -> None:
-        """Take over what the ledger knows of the last process; what was hot is to be checked."""
+        """Take over the fleet that the last process saved; instances that were hot have to be checked."""
         self.market.restore(saved.bad_machines)
         self.durations.restore(saved.start_times_s, saved.load_times_s)
         self._host_keys.update(saved.host_keys)
         self._reconciler.restore(saved, now)
 
     def set_manage(self, manage: bool) -> None:
-        """Set whether anything new is ordered; what was begun is finished either way."""
+        """Set whether new orders are made; orders that were begun are finished either way."""
         self.manage = manage
 
     # -- a turn ----------------------------------------------------------------------------------------
 
     def observe(self, rows: Sequence[Row] | None, checks: Iterable[HealthCheck], now: float) -> None:
-        """Copy what the world says: the listing (None when it failed), then the finished health checks."""
+        """Copy what the world says: a listing (None when it failed), then the finished health checks."""
         self._reconciler.observe(rows, checks, now)
 
     def judge(self, check: HealthCheck, now: float) -> None:
-        """Apply one health check."""
+        """Apply one finished health check."""
         self._reconciler.judge(check, now)
 
     def decide(self, demand: Demand, policy: Policy, now: float, *, writable: bool = True) -> Decision:
-        """Return what to ask of the cloud so that capacity meets demand; change nothing.
+        """Return what to ask of the cloud so that the fleet's capacity meets demand; change nothing.
 
         Calling it twice gives the same answer. On a listing that is not believed nothing is decided; while
         the ledger is not writable, nothing that it would have to know.
@@ -126,7 +130,7 @@ class InstanceSet:
         )
 
     def begin(self, command: Command, now: float) -> None:
-        """Write the order down before it is sent, so that it counts and can be found again.
+        """Write an order down before it is sent, so that it counts and can be found again.
 
         Raises IllegalTransition when the instance has moved on since the decision; then nothing is sent.
         """
@@ -136,7 +140,7 @@ class InstanceSet:
             self._reconciler.begin(command, now)
 
     def finish(self, command: Command, done: Performed, now: float) -> None:
-        """Note how the cloud answered; once for each order begun. What stays UNKNOWN the listing settles."""
+        """Note how the cloud answered a begun order, once. What stays UNKNOWN the next listing settles."""
         if done.offer_gone:
             self.market.note_offer_gone(now)
         if isinstance(command, LookForOffers):
@@ -147,7 +151,7 @@ class InstanceSet:
             self._reconciler.finish(command, done, now)
 
     def excuse(self, now: float) -> None:
-        """Let no deadline pass for a while: for some time a fault of ours kept us from looking or acting."""
+        """Let no deadline pass for a while, because for some time a fault of ours kept us from acting."""
         self._reconciler.excuse(now)
 
     # -- health checks and reports ---------------------------------------------------------------------
@@ -155,7 +159,8 @@ class InstanceSet:
     def checks_due(self, now: float, under_way: Collection[str] = ()) -> list[HealthCheckOrder]:
         """Return the health checks to make now, and count them as made.
 
-        under_way: labels that are being checked. Nothing is checked before this process has read where it is.
+        under_way: labels of instances that are being checked. An instance is not checked before a listing has
+        shown to this process where it is.
         """
         due = []
         for i in self:
@@ -165,7 +170,7 @@ class InstanceSet:
         return [order for order in due if order is not None]
 
     def remember_host_key(self, label: str, key: str) -> str:
-        """Return the ssh host key that the instance showed first, which may be this one."""
+        """Return the ssh host key that the instance showed first; without an earlier one this is `key`."""
         if label not in self._host_keys:
             self._host_keys[label] = key
             self.journal.add_host_key(label, key)
@@ -173,22 +178,22 @@ class InstanceSet:
 
     @property
     def wants_reach(self) -> bool:
-        """Whether a check met nobody: then it is to be known whether our own network works."""
+        """Whether it should be checked that our own network works, because a health check met nobody."""
         return self._reconciler.wants_reach()
 
     def record_reach(self, health: Health, now: float) -> None:
-        """Take in a reachability check of our own."""
+        """Take in what a check of our own network found."""
         self._reconciler.reach.note(health, now)
 
     def record_message(self, label: str, boot_id: str, number: int, why: str) -> bool:
-        """Take in what an instance says of itself; False when that was heard before.
+        """Take in what an instance says of itself; return False when that was heard before.
 
         It makes nothing hot or failed; the next health check is due at once.
         """
         return label in self and self[label].hear(boot_id, number, why)
 
     def record_report(self, throughput_work_s: Mapping[int, float], failing: Collection[int]) -> None:
-        """Take in what a loadbalancer says of instances, by id.
+        """Take in what a loadbalancer reports of instances, by their ids.
 
         throughput_work_s: measured work per second. failing: instances with new failures, whose next health
         check is due at once.
@@ -205,27 +210,27 @@ class InstanceSet:
     # -- what others ask -------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Instance]:
-        """Iterate over the instances."""
+        """Iterate over the instances of the fleet."""
         return iter(self._reconciler.instances.values())
 
     def __len__(self) -> int:
-        """Return how many there are, failed ones and those being destroyed included."""
+        """Return the number of instances, failed ones and those being destroyed included."""
         return len(self._reconciler.instances)
 
     def __contains__(self, label: object) -> bool:
-        """Return whether there is one with that label."""
+        """Return whether the fleet has an instance with that label."""
         return label in self._reconciler.instances
 
     def __getitem__(self, label: str) -> Instance:
-        """Return the one with that label; raises KeyError."""
+        """Return the instance with that label; raise KeyError without one."""
         return self._reconciler.instances[label]
 
     def snapshot(self, demand: Demand, now: float, memory_s: float = math.inf) -> FleetSnapshot:
-        """Return the fleet in numbers, as a policy sees it that looks back memory_s."""
+        """Return the fleet in numbers, for a policy that looks back memory_s seconds."""
         return take_snapshot(self, demand, self.profile, self.durations, now, memory_s)
 
     def committed(self) -> Commitment:
-        """Return what exists or may exist: what the hard limits are held against."""
+        """Return the instances and $/h that exist or may exist, which the hard limits are held against."""
         vanished = self._reconciler.vanished.values()
         return commitment(self, (usd_h for _, usd_h in vanished))
 
@@ -236,12 +241,12 @@ class InstanceSet:
 
     @property
     def hot(self) -> int:
-        """How many are hot."""
+        """How many instances are hot."""
         return sum(i.state is State.HOT for i in self)
 
     @property
     def hot_version(self) -> int:
-        """The version of the hot set; it grows with each change."""
+        """The version of the hot set; it grows with each change of that set."""
         return self._reconciler.hot_version
 
     def knows_hot_set(self) -> bool:
@@ -249,13 +254,13 @@ class InstanceSet:
         return self._reconciler.listing.read_at is not None and not any(i.unverified for i in self)
 
     def serving(self) -> list[Instance]:
-        """Return the hot and the draining, in a fixed order."""
+        """Return the hot and the draining instances, ordered by id."""
         return sorted(
             (i for i in self if i.state in SERVING and i.address and i.auth_url), key=lambda i: i.id or 0
         )
 
     def expected_hot_s(self, now: float) -> float | None:
-        """Return in how many seconds one more is likely hot; None when none is on its way."""
+        """Return in how many seconds one more instance is likely to be hot; None when none is on its way."""
         waits = []
         for i in self:
             if i.state is State.STARTING or (i.state is State.RUNNING and i.loaded):
@@ -265,7 +270,7 @@ class InstanceSet:
         return max(1.0, min(waits)) if waits else None
 
     def describe(self, now: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return every instance, and the last that went, newest first; no secret is in it."""
+        """Return (all instances, those that went last, newest first) as JSON for people, without secrets."""
         there = sorted(self, key=lambda i: (i.ordered_at, i.label))
         return [_described(i, now) for i in there], [
             _described(i, now) for i in reversed(self._reconciler.gone)

@@ -74,9 +74,9 @@ def create_app(
     nudge: Callable[[], None] = lambda: None,
     tuner: Tuner | None = None,
 ) -> Flask:
-    """Make the routes. Views fetch, check, act and answer; nothing is decided here.
+    """Make the autoscaler's Flask app with its routes. Views fetch, check, act and answer.
 
-    nudge: a health check has become due. tuner: gives the curve, and is told of a new policy.
+    nudge: called when a health check has become due. tuner: gives the curve, and is told of a new policy.
     """
     app = make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
     _add_health(app, scaler, poll_interval_s)
@@ -251,7 +251,10 @@ def _add_operator_orders(app: Flask, scaler: Autoscaler, keys: AccessKeys, tuner
 
 
 def serve(config: AutoscalerConfig) -> None:
-    """Run until SIGTERM or Ctrl-C. The fleet goes on running: it is found again at the next start."""
+    """Run an autoscaler until SIGTERM or Ctrl-C.
+
+    The fleet goes on running: it is found again at the next start.
+    """
     operator_keys = private_files.load_keys(config.operator_key_file)
     check_bind(config.host, config.port, keys_present=bool(operator_keys))
     allow(config.in_the_clear(), trust_network=config.trust_network)
@@ -285,7 +288,7 @@ def serve(config: AutoscalerConfig) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
+    """Return the parser of the autoscaler's flags and commands."""
     found = Parser(prog="autoscaler_server.py", description=(__doc__ or "").split("\n")[0])
     commands = found.add_subparsers(dest="command", metavar="COMMAND")
     serve_it = commands.add_parser(
@@ -328,7 +331,7 @@ def _config(args: argparse.Namespace) -> AutoscalerConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and run; `serve` is the default command."""
+    """Parse the flags and run the command that they name; `serve` is the default."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0].startswith("-"):
         argv.insert(0, "serve")

@@ -4,7 +4,8 @@ An instance has two addresses. Its auth_server answers `POST /tokens` and `GET /
 master token; its model server answers vLLM's own routes to whoever has a single-use token, which travels as
 the API key. Nothing of an answer but its length is looked at here, and no token is ever part of a message.
 
-Everything goes under TLS to the certificate that is known of the machine, and in the clear on loopback only.
+All calls are made under TLS to the certificate that is known of the machine, and in the clear on loopback
+only.
 
 What can go wrong with a completion has names, because they differ in what the client may assume:
 
@@ -48,19 +49,19 @@ TEST_PROMPT_TOKENS = 4
 
 
 class NotStarted(InstanceError):
-    """The instance did not take the request: another one may serve it, nothing was lost but time."""
+    """The instance did not take the request, so another one may serve it; only time was lost."""
 
 
 class WrongCertificate(NotStarted):
-    """Who answers there is not the machine whose certificate is known: it was told nothing."""
+    """What answers at the address is not the machine whose certificate is known; it was sent nothing."""
 
 
 class BrokenOff(InstanceError):
-    """The answer broke off. The engine may have worked on it, and tokens may have been delivered."""
+    """An answer broke off. The engine may have worked on it, and tokens may have been delivered."""
 
 
 def request_id(token: str) -> str:
-    """The name of the request that a token admits: 16 hex digits of its SHA-256, safe to log.
+    """Return the name of the request that a token admits: 16 hex digits of its SHA-256, safe to log.
 
     The instance computes the same (remote/tokens.py), so reports and leases meet without the token itself.
     """
@@ -100,7 +101,7 @@ class WithUsage(Struct, frozen=True):
 
 
 def error_message(raw: bytes) -> str:
-    """What an error answer says, in vLLM's shape or our own; at most 300 characters."""
+    """Return what an error answer says, in vLLM's shape or our own; at most 300 characters."""
     try:
         said = json.loads(raw)
         inner = said.get("error", said)
@@ -111,21 +112,21 @@ def error_message(raw: bytes) -> str:
 
 
 class Stream:
-    """The server-sent events of one answer, as far as they must be understood.
+    """Reads the server-sent events of one completion, as far as they must be understood.
 
     Events are parsed until one holds a token; after that only the tail is kept, so that a thousand streams at
     fifty events a second cost a driver little. Feed it bytes as they come.
     """
 
     def __init__(self) -> None:
-        """Nothing has come yet."""
+        """Start before the first byte."""
         self.begun = False  # a token came
         self.error: str | None = None
         self._suspect = False
         self._tail = b""
 
     def feed(self, chunk: bytes) -> None:
-        """Take in what was received."""
+        """Take in a chunk of bytes that was received."""
         self._tail += chunk
         if not self.begun:
             # Whole lines only; what is left of them waits for the rest.
@@ -144,7 +145,7 @@ class Stream:
                 self.error = error_message(line[5:].strip())
 
     def end(self) -> TokenUsage:
-        """Return the tokens of the whole; raise BadField when the stream has no proper end."""
+        """Return the token counts of the whole stream; raise BadField when it has no proper end."""
         lines = [line.strip() for line in self._tail.split(b"\n") if line.startswith(b"data:")]
         if not lines or lines[-1] != b"data: [DONE]":
             raise BadField("stream", "it has no [DONE]")
@@ -156,7 +157,7 @@ class Stream:
 
 
 def _event(line: bytes) -> object:
-    """Return the JSON of a data line; None for anything else."""
+    """Return the JSON of a stream's data line; None for any other line."""
     if not line.startswith(b"data:"):
         return None
     try:
@@ -166,7 +167,7 @@ def _event(line: bytes) -> object:
 
 
 def _holds_token(line: bytes) -> bool:
-    """Whether the line is an event with a token: any text of a completion, content of a chat."""
+    """Return whether a line is an event with a token: any text of a completion, content of a chat."""
     said = _event(line)
     choices = said.get("choices") if isinstance(said, dict) else None
     for choice in choices if isinstance(choices, list) else ():
@@ -180,22 +181,22 @@ def _holds_token(line: bytes) -> bool:
 
 
 class InstanceClient:
-    """An async context manager with kept-alive connections to any number of instances."""
+    """Calls to any number of instances over kept-alive connections; an async context manager."""
 
     def __init__(self) -> None:
-        """Nothing is opened before the context is entered."""
+        """Open no connection yet: that needs the context to be entered."""
         self._auth: aiohttp.ClientSession | None = None
         self._model: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        """Open it; belongs to the running event loop from here on."""
+        """Open the client, which belongs to the running event loop from here on."""
         self._auth, self._model = _session(AUTH_KEEP_ALIVE_S), _session(MODEL_KEEP_ALIVE_S)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close every connection."""
+        """Close all connections of the client."""
         for session in (self._auth, self._model):
             if session is not None:
                 await session.close()
@@ -210,7 +211,10 @@ class InstanceClient:
         certificate: str | None = None,
         report_to: str | None = None,
     ) -> TokenBatch:
-        """Fetch count single-use tokens; raise InstanceError. report_to: where it is to push its reports."""
+        """Fetch count single-use tokens from an auth_server; raise InstanceError.
+
+        report_to: the URL to which the instance is to push its reports.
+        """
         order = TokenOrder(count, report_to)
         return await self._ask(
             "POST", f"{auth_url}/tokens", master_token, order, timeout_s, certificate, TokenBatch
@@ -219,7 +223,7 @@ class InstanceClient:
     async def fetch_load(
         self, auth_url: str, master_token: str, after: int, timeout_s: float, certificate: str | None = None
     ) -> LoadReport:
-        """Return the load report with the events numbered above `after`; raise InstanceError."""
+        """Return an instance's load report, with its events numbered above `after`; raise InstanceError."""
         url = f"{auth_url}/load?after={after}"
         return await self._ask(
             "GET", url, master_token, None, timeout_s, certificate, LoadReport, read_report
@@ -228,7 +232,7 @@ class InstanceClient:
     async def test_prompt(
         self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
     ) -> int:
-        """Completion tokens that a short prompt brought back, at least one; raises InstanceError."""
+        """Send a short prompt; return how many tokens came back, at least one, or raise InstanceError."""
         body = {"model": model, "prompt": "Hello", "max_tokens": TEST_PROMPT_TOKENS, "temperature": 0.0}
         answer = await self.stream(address, token, body, aiohttp.ClientTimeout(total=timeout_s), certificate)
         if answer.status != 200:
@@ -287,7 +291,7 @@ class InstanceClient:
         kind: type[T],
         read: Callable[[bytes, type[T]], T] = decode,
     ) -> T:
-        """Return the answer of an auth_server, which is of that kind; raise InstanceError."""
+        """Call an auth_server; return its answer, decoded as `kind` by `read`, or raise InstanceError."""
         assert self._auth is not None, "used outside its context"  # noqa: S101 a mistake of ours
         shown = url.partition("?")[0]
         try:
@@ -323,7 +327,7 @@ def _session(keep_alive_s: float) -> aiohttp.ClientSession:
 
 
 def _context(url: str, certificate: str | None) -> ssl.SSLContext | bool:
-    """aiohttp's `ssl` for that URL; raises InstanceError where nothing may be sent to."""
+    """Return aiohttp's `ssl` argument for a URL; raise InstanceError where nothing may be sent to it."""
     try:
         return context_for(url, certificate) or True
     except BadAddress as e:
@@ -337,7 +341,7 @@ def _wrong(url: str, error: Exception) -> WrongCertificate:
 
 
 def _named(error: BaseException) -> str:
-    """A timeout's own text is empty."""
+    """Return an error's type and text, or only its type, because the text of a timeout is empty."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
@@ -349,7 +353,10 @@ def _refused(address: str, status: int, raw: bytes) -> Completion:
 
 
 def read_answer(address: str, raw: bytes) -> Completion:
-    """An answer that was not streamed; raises InstanceError. address: for messages."""
+    """Return the completion in an answer that was not streamed; raise InstanceError if it is not valid.
+
+    address: of the instance, for messages.
+    """
     now = time.perf_counter()
     try:
         usage = decode(raw, WithUsage).usage
@@ -359,7 +366,10 @@ def read_answer(address: str, raw: bytes) -> Completion:
 
 
 async def read_stream(address: str, chunks: AsyncIterator[bytes]) -> Completion:
-    """A streamed answer, read to its end; raises BrokenOff. address: for messages."""
+    """Read a streamed answer to its end and return the completion; raise BrokenOff.
+
+    address: of the instance, for messages.
+    """
     stream, first_token_s = Stream(), 0.0
     async for chunk in chunks:
         was_begun = stream.begun
@@ -377,7 +387,7 @@ async def read_stream(address: str, chunks: AsyncIterator[bytes]) -> Completion:
 
 
 async def _read_whole(reply: aiohttp.ClientResponse) -> bytes:
-    """The body; what is over MAX_ANSWER is a broken answer."""
+    """Return the body of an answer; raise ClientPayloadError when it is over MAX_ANSWER bytes."""
     parts: list[bytes] = []
     size = 0
     async for chunk in reply.content.iter_any():

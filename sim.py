@@ -56,7 +56,7 @@ NOT_LOCAL = ("loadbalancer", "autoscaler", "client_key_file")
 
 
 def parser() -> Parser:
-    """Return the parser of the flags of a live run."""
+    """Return the parser of the flags of a live run of users."""
     found = Parser(
         prog="sim.py",
         environment="SIM_",
@@ -72,7 +72,7 @@ def parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> SimConfig:
-    """Return the flags as a SimConfig; raise ConfigError."""
+    """Return the settings that the flags say; raise ConfigError where they do not fit together."""
     given = vars(parser().parse_args(argv))
     del given["virtual"]
     local = given.get("local", False)
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str]) -> SimConfig:
 
 
 def _local_defaults(engine: str) -> dict[str, Any]:
-    """Return what a run on that engine of a local cloud is like."""
+    """Return the settings that differ for a run on a local cloud with that engine."""
     kind = ENGINES[engine]
     return {"model": kind.model, "instances": kind.instances, **LOCAL_DEFAULTS[engine]}
 
@@ -98,7 +98,10 @@ def _local_defaults(engine: str) -> dict[str, Any]:
 
 
 def carry_out(config: SimConfig, engine: str | None = None) -> dict[str, Any]:
-    """Return the report of a run on an event loop of its own. The first Ctrl-C or SIGTERM ends it early."""
+    """Run users against a fleet that runs already, on a new event loop; return the report.
+
+    The first Ctrl-C or SIGTERM ends the run early.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(65_536, hard)), hard))  # a stream is a file
 
@@ -131,7 +134,10 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def carry_out_locally(config: SimConfig) -> tuple[dict[str, Any], bool]:
-    """Start everything, run, end everything; return the report, and whether nothing was left behind."""
+    """Start the whole system on this machine, run users against it, and take it down.
+
+    Return the report, and whether nothing was left behind.
+    """
     wanted = StackConfig(
         engine=config.engine,
         model=config.model,
@@ -168,7 +174,10 @@ def carry_out_locally(config: SimConfig) -> tuple[dict[str, Any], bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as the flags say; the exit status. Raises ConfigError, ChildFailed and KeyboardInterrupt."""
+    """Run users as the flags say, and return the exit status.
+
+    Raises ConfigError, ChildFailed and KeyboardInterrupt.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if "--virtual" in argv:
         return command.main(argv)

@@ -1,1 +1,1 @@
-"""The autoscaler's outside world: threads, commands sent, health checks, ledger, ssh."""
+"""The autoscaler's outside world: threads, commands that are sent, health checks, the ledger, ssh."""

@@ -36,7 +36,7 @@ SERVE_ONLY = frozenset(
 
 @dataclass(frozen=True)
 class AutoscalerConfig:
-    """Everything an operator may set. Times in seconds, money in dollars per hour."""
+    """The settings of an autoscaler that an operator may give. Times in seconds, money in $ per hour."""
 
     model: str = flag(
         "vllm-13", f"profile of the model that is served, one of {', '.join(PROFILES)}", metavar="NAME"
@@ -146,7 +146,7 @@ class AutoscalerConfig:
     )
 
     def make_policy(self) -> Policy:
-        """Return the policy with its parameters; raise ConfigError."""
+        """Return the policy that the flags say, with its parameters; raise ConfigError if they are wrong."""
         params = parse_params("--policy-param", self.policy_param)
         if self.goal is None:
             return make_policy(POLICIES, self.policy, params, self.speedup)
@@ -156,13 +156,13 @@ class AutoscalerConfig:
 
     @property
     def ready_url(self) -> str | None:
-        """Where an instance says that it is ready, if it can reach us at all."""
+        """The URL at which an instance tells the autoscaler that it is ready; None if it cannot reach it."""
         if self.public_url is not None:
             return f"{self.public_url.rstrip('/')}/ready"
         return f"{scheme(self.tls_cert)}://127.0.0.1:{self.port}/ready" if self.local else None
 
     def in_the_clear(self) -> list[InTheClear]:
-        """Return what of `serve` goes over a network unencrypted."""
+        """Return what the command `serve` sends over a network unencrypted with this configuration."""
         keys = "the control key, and with it the fleet and its master tokens"
         return [
             *clear_bind(self.host, f"the operator's keys and {keys}", encrypted=self.tls_cert is not None),
@@ -172,7 +172,10 @@ class AutoscalerConfig:
 
     @property
     def reach_places(self) -> list[tuple[str, int]]:
-        """Where connections show that our own network works; raises ConfigError."""
+        """The (host, port) pairs that are connected to in order to see whether our own network works.
+
+        Raises ConfigError where one is wrong.
+        """
         if not self.reach:
             cloud = urlsplit(self.cloud_url if self.local else PRODUCTION_URL)
             return [(cloud.hostname or "", cloud.port or (443 if cloud.scheme == "https" else 80))]
@@ -185,7 +188,7 @@ class AutoscalerConfig:
         return found
 
     def checked(self) -> "AutoscalerConfig":
-        """Return itself, or raise ConfigError naming the flag, the value and the range."""
+        """Return this configuration, or raise ConfigError naming the flag, the value and the range."""
         check_flags(self)
         if self.speedup != 1.0 and not self.local:
             raise ConfigError("--speedup is for --local only: real machines take their time")
@@ -201,7 +204,7 @@ class AutoscalerConfig:
 
 
 def local_cloud_key(environ: Mapping[str, str], home: Path) -> str:
-    """Return the key of the localcloud, never the operator's of Vast.ai; raise ConfigError without one."""
+    """Return the localcloud's API key, never the operator's of Vast.ai; raise ConfigError without one."""
     if key := environ.get("LOCALCLOUD_API_KEY", "").strip():
         return key
     state = Path(environ.get("XDG_STATE_HOME") or home / ".local" / "state")

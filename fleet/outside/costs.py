@@ -6,7 +6,7 @@ from fleet.outside.turns import Autoscaler
 
 
 def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any]:
-    """Return dollars of the window, the intervals behind them, and what is being spent now."""
+    """Return the answer to GET /costs: what a window of time cost, its intervals, what is being spent now."""
     unwritten = not scaler.try_write_counts()
     costs = scaler.ledger.costs(from_s, to_s)
     took = scaler.ledger.durations(from_s, to_s)

@@ -1,4 +1,4 @@
-"""The last decisions, as the answer of GET /decisions."""
+"""The answer of GET /decisions: the last decisions of the autoscaler."""
 
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +8,7 @@ from fleet.outside.turns import Autoscaler
 
 
 def decisions_answer(scaler: Autoscaler) -> dict[str, Any]:
-    """Return what was seen, wanted and ordered, newest first, and the commands that failed."""
+    """Return what was seen, wanted and ordered, newest first; failed commands; machines not to be rented."""
     with scaler.lock:
         found, failures = list(scaler.decisions), list(scaler.failures)
         market, now = scaler.instances.market, scaler.clock()
@@ -38,7 +38,7 @@ def decisions_answer(scaler: Autoscaler) -> dict[str, Any]:
 
 
 def _shown(command: Command) -> dict[str, str]:
-    """Return a command for people."""
+    """Return a command as JSON for people to read."""
     shown = {"do": type(command).__name__.lower()}
     if isinstance(command, Create | Destroy):
         shown["evidence"] = command.evidence

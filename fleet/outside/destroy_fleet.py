@@ -1,4 +1,4 @@
-"""The command `destroy-fleet`: end everything that carries the label, after asking."""
+"""The command `destroy-fleet`: end every instance that carries the fleet's label, after asking."""
 
 import logging
 import time
@@ -14,7 +14,10 @@ log = logging.getLogger("autoscaler")
 
 
 def destroy_fleet(config: AutoscalerConfig, *, ask: Callable[[str], str] | None) -> None:
-    """End every instance that carries the label, and make sure that none is left; ask None: do not ask."""
+    """End every instance that carries the fleet's label, and make sure that none is left.
+
+    ask: asks a person a question and returns the answer; None: do not ask.
+    """
     process = AutoscalerProcess(replace(config, manage=False), no_balancers=True, policy=Fixed(0, 0))
     try:
         process.check_account()

@@ -1,9 +1,8 @@
-"""Make health checks: read the log of this boot over ssh, and send a test prompt.
+"""Makes health checks of instances: reads the log of this boot over ssh, and sends a test prompt.
 
-A running instance becomes hot when its log has the ready line and no fatal one, and a test
-prompt, sent to the public address with a real token, brought back at least one token. A hot one
-is sent a prompt again and again, and now and then its log is read. A draining one is only
-asked how many requests it still has.
+A running instance becomes hot when its log has the ready line and no fatal one, and a test prompt, sent to
+the public address with a real token, brought back at least one token. A hot one is sent a prompt again and
+again, and now and then its log is read. A draining one is only asked how many requests it still has.
 
 A check says what it met: the machine itself, nobody, or that a fault of ours kept it from being made
 (UNKNOWN). It writes nothing: what was found is for the turn to write down.
@@ -40,7 +39,7 @@ NO_EVENTS = 2**53
 
 
 class HealthChecker:
-    """Makes health checks, any number at once; each has a timeout, so a dead machine delays no other."""
+    """Makes health checks of instances, any number at once; each has a timeout, so none delays another."""
 
     def __init__(
         self,
@@ -51,7 +50,7 @@ class HealthChecker:
         timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
-        """model: the served model's name; timeout_s: for a whole check."""
+        """Prepare for checks. model: the served model's name. timeout_s: seconds for a whole check."""
         self._client = client
         self._ssh = ssh
         self._master_token = master_token
@@ -60,7 +59,7 @@ class HealthChecker:
         self._clock = clock
 
     async def check(self, order: HealthCheckOrder) -> HealthCheck:
-        """Make one check; never raise, never take longer than the timeout."""
+        """Make one health check; never raise, and never take longer than the timeout."""
         found = _Found(order, self._clock())
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -106,7 +105,7 @@ class HealthChecker:
         return found(Verdict.PASSED, f"test prompt: {tokens} token(s)", _in_flight(batch.load))
 
     async def _read_log(self, order: HealthCheckOrder) -> LogView:
-        """Return what the log says. Without ssh the check goes on: the prompt decides."""
+        """Return what the instance's log says. Without ssh the check goes on: the prompt decides."""
         if order.ssh is None:
             return LogView(reached=False, why="the listing shows no ssh address")
         host, port = order.ssh
@@ -122,7 +121,7 @@ class HealthChecker:
 
 
 class _Found:
-    """Makes the result of one check; certificate: the one that it has read meanwhile."""
+    """Makes the result of one health check from what was met while the check went on."""
 
     def __init__(self, order: HealthCheckOrder, started_at: float) -> None:
         self.certificate: str | None = None
@@ -131,16 +130,16 @@ class _Found:
         self._started_at = started_at
 
     def read_certificate(self, certificate: str | None) -> None:
-        """Say in the result which certificate the machine has."""
+        """Keep the machine's certificate for the result."""
         self.certificate = certificate
 
     def read_log(self, view: LogView) -> None:
-        """Note that the machine itself was met over ssh, or somebody with another key."""
+        """Note whom ssh met: the machine itself, or somebody with another host key."""
         self._answered = view.reached and not view.changed_host_key
         self._stranger = view.changed_host_key
 
     def read_answer(self, error: InstanceError) -> None:
-        """Note whether it was an answer of the machine that was not as it should be."""
+        """Note whether an error was an answer of the machine itself, though not the right one."""
         broken = (OSError, aiohttp.ClientError, EOFError, paramiko.SSHException, WrongCertificate)
         self._answered = self._answered or not any(isinstance(e, broken) for e in _causes(error))
 
@@ -162,7 +161,7 @@ OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS,
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Return the error, what it was raised from, and so on."""
+    """Return an error, the error that it was raised from, and so on."""
     found: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in found:
@@ -172,22 +171,22 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Say whether the fault is certainly of this computer, and says nothing about the machine."""
+    """Return whether an error is certainly a fault of this computer, and says nothing about the machine."""
     return any(isinstance(e, OSError) and e.errno in OUR_LIMITS for e in _causes(error))
 
 
 def _secure(url: str, certificate: str | None) -> str:
-    """Return the URL under TLS, when the certificate that belongs to it is known."""
+    """Return a URL with https where the certificate that belongs to it is known, else as it is."""
     return url if certificate is None else url.replace("http://", "https://", 1)
 
 
 def _in_flight(load: LoadReport) -> int | None:
-    """Return how many requests it has; None when the engine did not say, for then 0 would be a guess."""
+    """Return how many requests an instance has, by its load report; None when its engine did not say."""
     return load.running + load.waiting if load.model_up else None
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
-    """Make the blocking call in a thread of its own; return or raise what it does.
+    """Make a blocking call in a thread of its own; return or raise what the call does.
 
     Hanging machines could use up all threads of a pool, and the process would wait for them at its end; it
     does not wait for a daemon thread.

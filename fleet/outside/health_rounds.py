@@ -1,4 +1,4 @@
-"""Make the health checks that are due, all at once."""
+"""Makes the health checks of instances that are due, all at once."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ CHECK_TICK_S = 0.25
 
 
 async def _connects(host: str, port: int) -> bool:
-    """Return whether a connection can be made there; nothing is sent."""
+    """Return whether a TCP connection to that host and port can be made; nothing is sent."""
     try:
         async with asyncio.timeout(REACH_TIMEOUT_S):
             _, writer = await asyncio.open_connection(host, port)
@@ -42,7 +42,7 @@ async def _connects(host: str, port: int) -> bool:
 
 
 class HealthRounds:
-    """Asks the autoscaler which checks are due, makes them, and gives it what they found."""
+    """Asks the autoscaler which health checks are due, makes them, and gives back what they found."""
 
     def __init__(
         self,
@@ -51,7 +51,10 @@ class HealthRounds:
         judged: Callable[[], None],
         reach: Sequence[tuple[str, int]] = (),
     ) -> None:
-        """judged: called in the event loop after each check. reach: (host, port) that show our network."""
+        """Start no check yet. judged: called in the event loop after each check.
+
+        reach: (host, port) of places where a connection shows that our own network works.
+        """
         self.wakeup = Wakeup()  # to look for due checks now
         self._scaler = scaler
         self._make_checker = make_checker
@@ -61,7 +64,7 @@ class HealthRounds:
         self._under_way: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Make checks; never return."""
+        """Make health checks whenever they are due; never return."""
         async with InstanceClient() as client:
             checker = self._make_checker(client)
             try:
@@ -89,7 +92,7 @@ class HealthRounds:
             self._judged()
 
     def _check_reach(self) -> None:
-        """Begin a check of our own network where it is in question."""
+        """Begin a check of our own network where that is in question, REACH_EVERY_S after the last."""
         now = asyncio.get_running_loop().time()
         if REACH in self._under_way or now - self._reach_at < REACH_EVERY_S or not self._scaler.wants_reach():
             return
@@ -104,7 +107,10 @@ class HealthRounds:
             del self._under_way[REACH]
 
     def run_until(self, stopped: threading.Event) -> None:
-        """Make checks in an event loop of its own, where there is no server's; raise what ends them."""
+        """Make health checks in a new event loop until the event is set, for processes without a server.
+
+        Raises what ends the checks.
+        """
 
         async def until_stopped() -> None:
             task = asyncio.create_task(self.run())

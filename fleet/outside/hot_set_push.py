@@ -1,4 +1,4 @@
-"""Tell the loadbalancers of a changed hot set at once; they also ask by themselves."""
+"""Tells the loadbalancers of a changed hot set at once; they also ask for it by themselves."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ PUSH_TIMEOUT_S = 3.0
 
 
 def current_hot_set(scaler: Autoscaler, master_token: Callable[[str], str]) -> HotSet | None:
-    """Return what a loadbalancer must know, or None while the fleet is not known yet. Secrets are in it."""
+    """Return the present hot set, which is secret, or None while the fleet is not known yet."""
     now, profile = scaler.clock(), scaler.instances.profile
     with scaler.lock:
         if not scaler.instances.knows_hot_set():
@@ -54,7 +54,10 @@ class HotSetPush:
         control_key: str,
         trusted: TrustedServer = ANY_AUTHORITY,
     ) -> None:
-        """version, hot_set: return the present ones. loadbalancers: their URLs; trusted: what they show."""
+        """Start nothing yet. version, hot_set: functions that return the present ones.
+
+        loadbalancers: their URLs. trusted: the certificates that they may show.
+        """
         self.wakeup = Wakeup()  # to look for a new version now
         self._version = version
         self._hot_set = hot_set
@@ -63,7 +66,7 @@ class HotSetPush:
         self._headers = {"Authorization": f"Bearer {control_key}", "Content-Type": "application/json"}
 
     async def run(self) -> None:
-        """Push; never return."""
+        """Send each new version of the hot set to all loadbalancers; never return."""
         timeout = aiohttp.ClientTimeout(total=PUSH_TIMEOUT_S)
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False, headers=self._headers) as session:
             await asyncio.gather(*(self._push_to(session, url) for url in self._loadbalancers))
@@ -86,7 +89,7 @@ class HotSetPush:
 async def _push(
     session: aiohttp.ClientSession, url: str, hot_set: HotSet, trusted: ssl.SSLContext | bool
 ) -> str | None:
-    """Send the hot set; return why it was not taken, or None when it was."""
+    """Send the hot set to a loadbalancer; return why it was not taken, or None when it was."""
     data = msgspec.json.encode(hot_set)
     try:
         async with session.put(f"{url}/hot", data=data, allow_redirects=False, ssl=trusted) as reply:

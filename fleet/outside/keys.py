@@ -13,10 +13,10 @@ from process.ssh_keys import load_or_make_ssh_key
 
 
 class FleetKeys:
-    """The keys in the state directory, made on first use, each file 0600."""
+    """The fleet's keys in the state directory, made on first use, each file 0600."""
 
     def __init__(self, state_dir: Path) -> None:
-        """Read or make them; raise ConfigError for a file that others can read."""
+        """Read the keys of the fleet or make them; raise ConfigError for a file that others can read."""
         self._secret = load_or_make_key(state_dir / "fleet.key").encode()
         self.ssh_key = load_or_make_ssh_key(state_dir / "ssh_ed25519")
 
@@ -26,5 +26,5 @@ class FleetKeys:
 
     @property
     def ssh_public_key(self) -> str:
-        """The public key in one line, as an account's key list wants it."""
+        """The fleet's public ssh key in one line, as an account's key list wants it."""
         return f"{self.ssh_key.get_name()} {self.ssh_key.get_base64()} autoscaler-py"

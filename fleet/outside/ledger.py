@@ -1,8 +1,8 @@
-"""What the fleet was and cost, in SQLite, so that a restarted autoscaler knows both.
+"""The ledger: what the fleet was and cost, in SQLite, so that a restarted autoscaler knows both.
 
-One row for each interval that an instance spent in one state at one price. A row is opened when the
-interval begins and closed when it ends, so after `kill -9` the open rows are the fleet as it was
-last seen: the next process goes on from them, and no dollar between is lost.
+One row for each interval that an instance spent in one state at one price. A row is opened when the interval
+begins and closed when it ends, so after `kill -9` the open rows are the fleet as it was last seen: the next
+process goes on from them, and no dollar between is lost.
 
     stretch      intervals: label, instance, machine, state, from, to (NULL while it lasts), $/h now, $/h hot
     worked       seconds in which an instance had at least one request in flight, in buckets of 15 s
@@ -91,12 +91,12 @@ may not wait for long."""
 
 
 class Ledger:
-    """The file. Its methods raise sqlite3.Error: without a ledger nothing may be rented."""
+    """The ledger's file. All methods raise sqlite3.Error: without a ledger nothing may be rented."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file (0600) and bring it to the newest version.
+        """Open or make the ledger's file (0600) and bring it to the newest version.
 
-        A damaged one is kept beside it, and a new one begun: what is rented is found again by its label.
+        A damaged file is kept beside it, and a new one begun: what is rented is found again by its label.
         Raises OSError too, and ConfigError when a newer autoscaler wrote it.
         """
         path.touch(mode=0o600, exist_ok=True)
@@ -116,7 +116,7 @@ class Ledger:
         self._reader = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
 
     def close(self) -> None:
-        """Close the file; open intervals stay open."""
+        """Close the ledger's file; open intervals stay open."""
         with self._reading:
             self._reader.close()
         with self._lock:
@@ -125,7 +125,7 @@ class Ledger:
     # -- writing ------------------------------------------------------------------------------------
 
     def write(self, entries: Entries) -> None:
-        """Record what changed, in one transaction.
+        """Write what happened to the fleet into the ledger, in one transaction.
 
         An interval ends the open one of its label at its from_s, and opens itself unless its state is "gone".
         Kinds of durations: "create", "start", "stop", "destroy" from order to effect, "destroyed" until the
@@ -164,7 +164,7 @@ class Ledger:
     def add_counts(
         self, worked: Mapping[tuple[str, int], float], arrived: Iterable[Arrived], now: float
     ) -> None:
-        """Add seconds worked, by (label, number of the bucket), and arrivals; once an hour prune, too."""
+        """Add seconds worked, by (label, number of the bucket), and arrivals; once an hour drop old ones."""
         seconds = [(label, bucket, s) for (label, bucket), s in worked.items() if s > 0.0]
         arrivals = [(a.second, a.requests, a.work, a.prompt_tokens) for a in arrived]
         if not seconds and not arrivals:
@@ -186,7 +186,7 @@ class Ledger:
                 self._prune_at = now + PRUNE_EVERY_S
 
     def _prune(self, before_s: float) -> None:
-        """Forget older arrivals, and sum up older buckets of work by day: no dollar changes its kind."""
+        """Drop older arrivals, and sum up older buckets of work by day, so that costs stay the same."""
         self._db.execute("DELETE FROM arrived WHERE second < ?", (before_s,))
         old = int(before_s // DAY_S * DAY_S // BUCKET_S)  # whole days only
         self._db.execute(
@@ -198,7 +198,7 @@ class Ledger:
         self._db.execute("DELETE FROM worked WHERE bucket < ?", (old,))
 
     def note(self, values: Mapping[str, str | float | None]) -> None:
-        """Write down single values by name; None forgets one."""
+        """Write single values by name; None removes the value of a name."""
         with self._lock, self._transaction():
             self._note(values)
 
@@ -210,14 +210,14 @@ class Ledger:
                 self._db.execute("INSERT OR REPLACE INTO noted VALUES (?,?)", (name, str(value)))
 
     def add_clock_step(self, at_s: float, by_s: float) -> None:
-        """Record that the wall clock was set."""
+        """Record that the wall clock was set at that time, by so many seconds."""
         with self._lock, self._transaction():
             self._db.execute("INSERT INTO clock_step VALUES (?,?)", (at_s, by_s))
 
     def mend(self, now: float) -> int:
-        """Put right what a clock that was set has left; return how many intervals were changed.
+        """Repair rows that were written while the clock was wrong; return how many intervals were changed.
 
-        Intervals that end before they begin, arrivals and durations of a time that has not come.
+        These are intervals that end before they begin, arrivals and durations of a time that has not come.
         """
         with self._lock, self._transaction():
             rows = self._db.execute(
@@ -235,7 +235,7 @@ class Ledger:
     # -- reading ------------------------------------------------------------------------------------
 
     def saved_fleet(self, now: float) -> SavedFleet:
-        """Return what the last process knew.
+        """Return the fleet as the last process knew it.
 
         Of the instances those that were not gone when it ended, and the condemned ones.
         """
@@ -265,25 +265,25 @@ class Ledger:
             )
 
     def noted(self, name: str) -> str | None:
-        """Return a value that was noted; None when there is none."""
+        """Return the value that `note` wrote under that name; None when there is none."""
         with self._reading:
             row = self._reader.execute("SELECT value FROM noted WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
     def begins_at(self) -> float | None:
-        """Return when its first interval begins: what was spent before is not known."""
+        """Return when the first interval begins, before which costs are not known; None without intervals."""
         with self._reading:
             return self._reader.execute("SELECT MIN(from_s) FROM stretch").fetchone()[0]  # type: ignore[no-any-return]
 
     def _last_durations(self, kind: str) -> list[float]:
-        """Return the seconds of the last ones of a kind, oldest first; the caller holds the lock."""
+        """Return the last durations of a kind in seconds, oldest first; the caller holds the lock."""
         rows = self._reader.execute(
             "SELECT seconds FROM took WHERE kind = ? ORDER BY at_s DESC LIMIT ?", (kind, KEPT)
         ).fetchall()
         return [float(seconds) for (seconds,) in reversed(rows)]
 
     def durations(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
-        """Return (kind, at, seconds) of what ended inside the window."""
+        """Return (kind, at, seconds) of each duration that ended inside the window."""
         with self._reading:
             return self._reader.execute(
                 "SELECT kind, at_s, seconds FROM took WHERE at_s >= ? AND at_s < ? ORDER BY at_s",
@@ -291,7 +291,7 @@ class Ledger:
             ).fetchall()
 
     def arrived(self, from_s: float, to_s: float) -> list[Arrived]:
-        """Return what arrived in the seconds that begin in the window, oldest first, without empty ones."""
+        """Return what arrived in the seconds that begin in the window, oldest first, empty ones omitted."""
         with self._reading:
             rows = self._reader.execute(
                 "SELECT second, requests, work, prompt_tokens FROM arrived"
@@ -301,7 +301,7 @@ class Ledger:
         return [Arrived(*row) for row in rows]
 
     def costs(self, from_s: float, to_s: float) -> CostBreakdown:
-        """Return what was spent inside the window, to_s being at most now."""
+        """Return what the fleet cost inside the window; to_s is at most now."""
         with self._reading:
             rows = self._reader.execute(
                 "SELECT label, instance, machine, state, from_s, to_s, usd_h, running_usd_h, why FROM stretch"
@@ -327,7 +327,7 @@ class Ledger:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """Open the file, look through it, and bring it to the newest version."""
+    """Return a connection to a ledger's file, after checking it and bringing it to the newest version."""
     db = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
     try:
         [(found,)] = db.execute("PRAGMA quick_check(1)").fetchall()
@@ -345,7 +345,7 @@ def _opened(path: Path) -> sqlite3.Connection:
 
 
 def _check_tables(db: sqlite3.Connection) -> None:
-    """Raise DatabaseError where a table or a column is lost: then a page that named it is damaged."""
+    """Raise DatabaseError where the ledger lacks a table or column: then a page of the file is damaged."""
     for table, columns in _TABLES.items():
         try:
             db.execute(f"SELECT {columns} FROM {table} LIMIT 1").fetchall()  # noqa: S608 names of this file
@@ -372,7 +372,7 @@ _TABLES = {
 
 
 def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Run the migrations that the file has not had, each in one transaction with its version."""
+    """Run the migrations that the ledger has not had, each in one transaction with its version."""
     [(version,)] = db.execute("PRAGMA user_version").fetchall()
     newest = MIGRATIONS[-1][0]
     if version > newest:
@@ -386,13 +386,13 @@ def _migrate(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Say whether the file itself is at fault, and not a lock, a full disk or a missing right."""
+    """Return whether the file itself is at fault, and not a lock, a full disk or a missing right."""
     # What SQLite calls corrupt or no database comes as plain DatabaseError, those as kinds of it.
     return type(error) is sqlite3.DatabaseError
 
 
 def _set_aside(path: Path) -> Path:
-    """Give the damaged file, and what belongs to it, another name; return that of the file."""
+    """Rename a damaged ledger and the files that belong to it; return the new name of the ledger."""
     number = 1
     while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
@@ -404,7 +404,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def _sound(row: tuple[object, ...]) -> bool:
-    """Say whether a row of the fleet can be believed; what is left out is found by its label."""
+    """Return whether a row of the fleet is valid; the instance of one that is not is found by its label."""
     label, instance, machine, _, _, ordered_s, throughput, state, since, *prices = row
     wholes = all(value is None or isinstance(value, int) for value in (instance, machine))
     numbers = [value for value in (ordered_s, throughput, since, *prices) if value is not None]
@@ -417,7 +417,7 @@ def _sound(row: tuple[object, ...]) -> bool:
 
 
 class _Transaction:
-    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the block raises."""
+    """A context manager: BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the block raises."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db

@@ -1,9 +1,10 @@
-"""Put the intervals of a ledger into order whose clock was set forth and back while it was written.
+"""Repairs the intervals of a ledger whose clock was set forward and back while it was written.
 
 An instance's intervals follow each other: where one ends before it begins, the clock was set back meanwhile.
-If an earlier one of the same instance lasted as long as the step, or longer, the clock had been set forth in
-it: that one, and all between, lie too late by the step. Otherwise only the one interval is known to be wrong,
-and it lasts no time. What is not known to be wrong stays as it is; nothing writes such intervals any more.
+If an earlier one of the same instance lasted as long as the step, or longer, the clock had been set forward
+in it: that one, and all between, lie too late by the step. Otherwise only the one interval is known to be
+wrong, and it lasts no time. What is not known to be wrong stays as it is; nothing writes such intervals any
+more.
 """
 
 from collections import defaultdict
@@ -13,7 +14,10 @@ Interval = tuple[float, float | None]
 
 
 def in_order(rows: Iterable[tuple[int, str, float, float | None]]) -> dict[int, Interval]:
-    """Return the intervals that change, by rowid; rows: (rowid, label, from, to) in the order of writing."""
+    """Return which intervals have to change so that they are in order, by rowid, as (from, to).
+
+    rows: (rowid, label, from, to) of all intervals, in the order of writing.
+    """
     by_label: defaultdict[str, list[tuple[int, Interval]]] = defaultdict(list)
     before: dict[int, Interval] = {}
     for rowid, label, from_s, to_s in rows:

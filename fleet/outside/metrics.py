@@ -1,4 +1,4 @@
-"""The autoscaler's figures for Prometheus."""
+"""The autoscaler's page of figures for Prometheus, GET /metrics."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -24,10 +24,10 @@ EFFECTS = {"create": "create", "start": "start", "stop": "stop", "destroyed": "d
 
 
 class AutoscalerMetrics(Collector):
-    """Reads the figures of an autoscaler; the ledger's are those of all processes before it, too."""
+    """Reads the figures of an autoscaler; those of the ledger include all processes before this one."""
 
     def __init__(self, scaler: Autoscaler) -> None:
-        """scaler: in any thread, it is locked for arithmetic only."""
+        """Read the figures of that autoscaler, in any thread; its lock is held for arithmetic only."""
         self._scaler = scaler
         self._started_at = scaler.clock()
 
@@ -78,7 +78,7 @@ class AutoscalerMetrics(Collector):
 
 
 def _count(seconds: Iterable[float]) -> tuple[list[int], float]:
-    """Return (durations in each bucket of BOUNDS_S and above, their sum)."""
+    """Return (how many durations fall into each bucket of BOUNDS_S and above, their sum in seconds)."""
     counts, sum_s = [0] * (len(BOUNDS_S) + 1), 0.0
     for one_s in seconds:
         counts[bisect_left(BOUNDS_S, one_s)] += 1

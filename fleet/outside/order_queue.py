@@ -1,4 +1,4 @@
-"""Orders on their way to the cloud, the most urgent first."""
+"""The queue of orders that are to be sent to the cloud, the most urgent first."""
 
 import itertools
 import queue
@@ -14,27 +14,27 @@ _END = 9
 
 
 class OrderQueue:
-    """Commands that were begun and are to be sent. Any thread may put; one takes."""
+    """Orders that were begun and are to be sent. Any thread may put some; one thread takes them."""
 
     def __init__(self) -> None:
-        """Begin empty."""
+        """Begin without orders."""
         self._orders: queue.PriorityQueue[tuple[int, int, Command | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
 
     def put(self, command: Command) -> None:
-        """Add a command, behind those that are as urgent; one that asks nothing of the cloud is dropped."""
+        """Add a command behind those that are as urgent; drop one that asks nothing of the cloud."""
         if type(command) in URGENCY:
             self._orders.put((URGENCY[type(command)], next(self._numbers), command))
 
     def end(self) -> None:
-        """Let `take` return None when all that was put is taken."""
+        """Let `take` return None after all commands that were put are taken."""
         self._orders.put((_END, next(self._numbers), None))
 
     def take(self) -> Command | None:
-        """Wait for a command and return it; None at the end."""
+        """Wait for a command and return it; None after `end`."""
         return self._orders.get()[2]
 
     def first(self) -> Command | None:
-        """Return what `take` would return now, without taking it; None when there is nothing."""
+        """Return the command that `take` would return now, without taking it; None when there is none."""
         with self._orders.mutex:
             return self._orders.queue[0][2] if self._orders.queue else None

@@ -1,4 +1,4 @@
-"""Whether this process can do its job, with the reason when it cannot: what `GET /health` says."""
+"""Whether this autoscaler process can do its job, and why not where it cannot: what `GET /health` says."""
 
 import logging
 import threading
@@ -37,14 +37,14 @@ class Reason:
 
 @dataclass(frozen=True)
 class Heard:
-    """When a loadbalancer was heard of last, and since when no report of it was understood."""
+    """When a loadbalancer was heard of last, and since when none of its reports was understood."""
 
     contact_at: float
     deaf_since: float
 
 
 class OwnHealth:
-    """What went wrong in this process. Any thread may call; times are the caller's seconds."""
+    """What went wrong in this autoscaler process. Any thread may call; times are the caller's seconds."""
 
     def __init__(self) -> None:
         """Begin with nothing wrong."""
@@ -61,19 +61,19 @@ class OwnHealth:
     # -- what is noted ---------------------------------------------------------------------------------
 
     def note_unwritten(self, error: Exception, now: float) -> None:
-        """Note that the ledger could not be written."""
+        """Note that the ledger could not be written, with the error."""
         with self._lock:
             since = now if self._ledger is None else self._ledger[0]
             self._ledger = since, now, f"{type(error).__name__}: {error}"
 
     def note_written(self) -> bool:
-        """Note that the ledger was written; return whether it could not be before."""
+        """Note that the ledger was written; return whether the last attempt to write it had failed."""
         with self._lock:
             failed, self._ledger = self._ledger is not None, None
         return failed
 
     def note_contact(self, loadbalancer: str, now: float) -> None:
-        """Note that a loadbalancer was heard of, by whatever it did; "": one that does not name itself."""
+        """Note that a loadbalancer was heard of, whatever it sent; "": one that gives no name."""
         with self._lock:
             self._heard = {n: h for n, h in self._heard.items() if now - h.contact_at <= DEAF_S}
             before = self._heard.get(loadbalancer)
@@ -90,11 +90,11 @@ class OwnHealth:
                     self._heard[name] = Heard(self._heard[name].contact_at, now)
 
     def note_credit(self, usd: float) -> None:
-        """Note the credit that is left."""
+        """Note the credit that is left on the cloud's account, in dollars."""
         self.credit_usd = usd
 
     def note_death(self, thread: str, error: BaseException, now: float) -> None:
-        """Note that a thread ended by an error; it begins again."""
+        """Note that a thread of this process ended by an error; the caller starts it again."""
         with self._lock:
             self.restarts[thread] += 1
             times = self._deaths.setdefault(thread, [])
@@ -103,7 +103,7 @@ class OwnHealth:
             self._last_death = f"{thread}: {type(error).__name__}: {error}"
 
     def note_step(self, by_s: float, now: float) -> None:
-        """Note that the wall clock was set."""
+        """Note that the wall clock was set by that many seconds."""
         with self._lock:
             self.clock_steps = [*self.clock_steps[-9:], (now, by_s)]
 
@@ -115,7 +115,7 @@ class OwnHealth:
         return self._ledger is None
 
     def may_complain(self, about: str, now: float) -> bool:
-        """Return whether to log about that trouble again; once a minute."""
+        """Return whether to log about that trouble now; True once a minute for each."""
         with self._lock:
             if now - self._complained.get(about, float("-inf")) < COMPLAIN_EVERY_S:
                 return False
@@ -123,7 +123,10 @@ class OwnHealth:
             return True
 
     def reasons(self, failed_creates: int, last_failure: str, now: float) -> list[Reason]:
-        """Return why the process cannot do its job now; nothing when it can."""
+        """Return the reasons why the autoscaler cannot do its job now; an empty list when it can.
+
+        failed_creates, last_failure: how many creates failed in a row, and why the last did.
+        """
         with self._lock:
             ledger, heard = self._ledger, dict(self._heard)
             looping = [
@@ -170,7 +173,10 @@ def keep_alive(
     stopped: threading.Event,
     rest_s: float = 1.0,
 ) -> None:
-    """Run it until it returns; begin again after an error, which is logged and noted."""
+    """Call `run` until it returns; call it again after an error, which is logged and noted.
+
+    rest_s: seconds between an error and the next call. stopped: ends the calls.
+    """
     while True:
         try:
             run()

@@ -1,4 +1,4 @@
-"""Send the autoscaler's commands to the cloud."""
+"""Sends the autoscaler's commands to the cloud."""
 
 from collections.abc import Callable
 
@@ -25,14 +25,20 @@ class Performer:
         master_token: Callable[[str], str],
         ready_url: str | None = None,
     ) -> None:
-        """master_token: returns that of a label. ready_url: where an instance says how it is."""
+        """Prepare to send commands. master_token: a function from an instance's label to its master token.
+
+        ready_url: the URL at which an instance reports that it is ready.
+        """
         self._ready_url = ready_url
         self._vast = vast
         self._profile = profile
         self._master_token = master_token
 
     def perform(self, command: Command) -> Performed:
-        """Ask the cloud. A clear refusal is REFUSED; an answer that may hide an effect is UNKNOWN."""
+        """Send a command to the cloud; return what became of it, and never raise for the cloud's sake.
+
+        A clear refusal is REFUSED; an answer that may hide an effect is UNKNOWN.
+        """
         try:
             return self._ask(command)
         except OfferGone as e:

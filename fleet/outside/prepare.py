@@ -1,4 +1,4 @@
-"""The command `prepare`: rent instances, load the model, stop them."""
+"""The command `prepare`: rent instances, have them load the model, stop them."""
 
 import time
 from collections import Counter
@@ -48,11 +48,10 @@ def prepare(config: AutoscalerConfig, count: int) -> None:
 
 
 def _set_target(process: AutoscalerProcess, count: int, half_done: frozenset[str]) -> tuple[int, int]:
-    """Let the autoscaler load count more, when it knows what is there; return how many are loaded then.
+    """Let the autoscaler load count more, once the fleet is known; return (loaded in the end, staying hot).
 
     half_done: labels of instances that count among the new ones, even where they are hot by now. Every other
-    that is hot stays hot (the second number says how many do), and what is loaded stays loaded. Raises
-    ConfigError when that is too many.
+    instance that is hot stays hot, and what is loaded stays loaded. Raises ConfigError when that is too many.
     """
     scaler, fleet = process.scaler, process.scaler.instances
     while True:
@@ -74,7 +73,7 @@ def _set_target(process: AutoscalerProcess, count: int, half_done: frozenset[str
 
 
 def _wait(process: AutoscalerProcess, wanted: int, kept_hot: int) -> None:
-    """Print the progress until so many are loaded, of which so many stay hot."""
+    """Print the progress until `wanted` instances are loaded, of which kept_hot stay hot."""
     scaler, shown = process.scaler, ""
     while True:
         with scaler.lock:

@@ -62,10 +62,10 @@ class AutoscalerProcess:
         policy: Policy | None = None,
         replay: Sequence[str] = (),
     ) -> None:
-        """Open everything; raise ConfigError when something is wrong that an operator must mend.
+        """Open state directory, keys and ledger; raise ConfigError for what an operator must put right.
 
-        no_balancers: the hot set is told to none. replay: the command that replays the last day; without it
-        no level is set.
+        no_balancers: the hot set is told to no loadbalancer. replay: the command that replays the last day;
+        without it the policy's level is not tuned.
         """
         self.config = config.checked()
         self.profile = get_profile(config.model)
@@ -142,7 +142,7 @@ class AutoscalerProcess:
         )
 
     def check_account(self) -> None:
-        """Make sure that the key works and the account has our ssh key; raise ConfigError."""
+        """Make sure that the cloud's key works and the account has our ssh key; raise ConfigError if not."""
         try:
             self.vast.check_key()
             self.vast.register_ssh_key(self.keys.ssh_public_key)
@@ -150,13 +150,13 @@ class AutoscalerProcess:
             raise ConfigError(f"the cloud cannot be used: {e}") from e
 
     def start(self) -> None:
-        """Start the turn thread, the one that sends orders and the one that tunes the policy."""
+        """Start three threads: one takes turns, one sends orders, one tunes the policy."""
         self._start(self._run_turns)
         self._start(self._run_orders)
         self._start(self.tuner.run)
 
     def start_health_checks(self) -> None:
-        """Make health checks on a thread of their own until `stop`, where no server runs them."""
+        """Make health checks on a thread of their own until `stop`, in a process without a server."""
         self._start(lambda: self.health_rounds.run_until(self._stopped))
 
     def _start(self, target: Callable[[], None]) -> None:
@@ -169,7 +169,7 @@ class AutoscalerProcess:
         self._threads.append(thread)
 
     def stop(self) -> None:
-        """Stop ordering. What was begun and not sent is in the ledger: the next process goes on from it."""
+        """Stop the threads. Orders begun and not sent are in the ledger: the next process goes on from it."""
         self._stopped.set()
         self.scaler.turn_due.set()
         self.scaler.stop_performing()
@@ -182,7 +182,7 @@ class AutoscalerProcess:
             log.exception("the arrivals of the last seconds are lost")
 
     def close(self) -> None:
-        """Let go of the ledger and the state directory."""
+        """Close the ledger and unlock the state directory."""
         self.ledger.close()
         os.close(self._lock_file)
 
@@ -202,7 +202,7 @@ class AutoscalerProcess:
             self.scaler.turn_due.clear()
 
     def _look_at_ourselves(self) -> None:
-        """Notice that the wall clock was set, and now and then what credit is left."""
+        """Notice whether the wall clock was set, and every CREDIT_EVERY_S what credit is left."""
         now = self.scaler.clock()
         by_s = self._steps.step_s()
         if by_s:
@@ -227,7 +227,7 @@ class AutoscalerProcess:
 
 
 def _clock(ledger: Ledger) -> Callable[[], float]:
-    """Return the clock of this process: it goes on from the last one's, whatever the wall clock was set to.
+    """Return the clock of this process, which goes on from the last one's, however the wall clock was set.
 
     After a start of the machine the wall clock is all there is.
     """
@@ -251,7 +251,10 @@ def _clock(ledger: Ledger) -> Callable[[], float]:
 
 
 def _only_one(path: Path) -> int:
-    """Hold the lock of a state directory; two autoscalers on one fleet would undo each other's orders."""
+    """Lock a state directory and return the lock's file; raise ConfigError if another autoscaler has it.
+
+    Two autoscalers on one fleet would undo each other's orders.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""A replay of the last day in a process of its own, because numba takes a second and 60 MB to import."""
+"""Replays the fleet's last day in a process of its own, because numba takes a second and 60 MB to import."""
 
 import os
 import subprocess
@@ -22,10 +22,10 @@ SAFE_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME"
 
 
 class ReplayProcess:
-    """Runs a command that reads a request from its input and prints a reply; one at a time."""
+    """Runs a command that reads a request from its input and prints a reply; one process at a time."""
 
     def __init__(self, command: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
-        """Start nothing yet."""
+        """Start no process yet. command: of the replay. timeout_s: seconds after which it is killed."""
         self._command = command
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
@@ -33,7 +33,10 @@ class ReplayProcess:
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self, request: bytes) -> bytes:
-        """Return the reply; raise OSError, subprocess.TimeoutExpired or BadReply."""
+        """Run the command with that request; return its reply.
+
+        Raises OSError, subprocess.TimeoutExpired or BadReply.
+        """
         environment = {name: os.environ[name] for name in SAFE_ENVIRONMENT if name in os.environ}
         with self._lock:
             if self._stopping:
@@ -61,7 +64,7 @@ class ReplayProcess:
         return out
 
     def stop(self) -> None:
-        """End the replay that is under way, and start none any more."""
+        """End the replay process that is running, and start none any more."""
         with self._lock:
             self._stopping, child = True, self._child
         if child is not None:

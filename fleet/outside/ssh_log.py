@@ -1,10 +1,11 @@
-"""Read the model server's log and the machine's certificate over ssh.
+"""Reads the model server's log and the machine's certificate over ssh.
 
-Source of the lines: docs/reference/lineage.md 1.3 and 5.
-Lines are matched as substrings, because real ones begin with "INFO:" or "(APIServer pid=..)".
-The start script begins a new log at each boot and each restart of the model server, so an old
-ready line cannot make a new boot look ready. The machine's certificate is read on the same way: the host
-key that was seen first vouches for it, and it vouches for every connection that clients make.
+Source of the lines: docs/reference/lineage.md 1.3 and 5. Lines are matched as substrings, because real ones
+begin with "INFO:" or "(APIServer pid=..)".
+
+The start script begins a new log at each boot and each restart of the model server, so an old ready line
+cannot make a new boot look ready. The machine's certificate is read in the same way: the host key that was
+seen first vouches for it, and it vouches for every connection that clients make.
 """
 
 import logging
@@ -47,12 +48,16 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 
 class HostKeyChanged(InstanceError):
-    """The instance shows another host key than at first: another machine may be answering."""
+    """The instance shows another ssh host key than at first: another machine may be answering."""
 
 
 @dataclass(frozen=True)
 class LogView:
-    """What the log says. reached: ssh worked. fatal: the fatal line, shortened. certificate: PEM."""
+    """What one look over ssh into an instance's log found.
+
+    reached: ssh worked. ready: the ready line is there. fatal: the fatal line, shortened. certificate: the
+    machine's, PEM.
+    """
 
     reached: bool = True
     ready: bool = False
@@ -63,7 +68,10 @@ class LogView:
 
 
 def grep_command(*, hot: bool) -> str:
-    """Return the shell command whose output `parse` reads. All words in it are constants of this file."""
+    """Return the shell command that looks into the log; `parse` reads its output. hot: of a hot instance.
+
+    All words in the command are constants of this file.
+    """
     log = '"$HOME/fleet/model.log"'
     # vLLM logs what requests say (the names of models, what a chat's template raises): nothing counts that it
     # wrote after it was ready, and of what it wrote before only our own words for it come over here.
@@ -78,7 +86,7 @@ def grep_command(*, hot: bool) -> str:
 
 
 def parse(output: str) -> LogView:
-    """Read what `grep_command` printed; raise InstanceError when it was cut short."""
+    """Return what the output of `grep_command` says; raise InstanceError when it was cut short."""
     lines = output.splitlines()
     if not lines or lines[-1] != "END":
         raise InstanceError(f"ssh log check: expected a last line END, got {output[-80:]!r}")
@@ -92,7 +100,7 @@ def parse(output: str) -> LogView:
 
 
 def safe_lines(output: bytes | bytearray) -> str:
-    """Return the output with nothing in its lines that cannot be written down, as long as they may be."""
+    """Return the output as text, with characters that cannot be written down replaced in its lines."""
     text = bytes(output).decode(errors="replace")
     return "\n".join(safe_text(line, MAX_OUTPUT) for line in text.split("\n"))
 
@@ -101,14 +109,14 @@ def safe_lines(output: bytes | bytearray) -> str:
 
 
 class _Metered:
-    """A socket that ends after MAX_RECEIVED bytes; it has what paramiko uses of one."""
+    """A socket that ends after MAX_RECEIVED bytes; it has the methods that paramiko uses."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._left = MAX_RECEIVED
 
     def recv(self, most: int) -> bytes:
-        """Receive as a socket does; the end when there was too much."""
+        """Receive as a socket does; return b"", the end, when too much has been received."""
         if self._left <= 0:
             return b""
         received = self._sock.recv(min(most, self._left))
@@ -116,22 +124,25 @@ class _Metered:
         return received
 
     def __getattr__(self, name: str) -> object:
-        """Do all else as the socket does."""
+        """Return all other attributes of the socket."""
         return getattr(self._sock, name)
 
 
 class SshLog:
-    """Connects with the fleet's key and remembers each instance's host key. Safe in several threads."""
+    """Reads instances' logs over ssh with the fleet's key; checks host keys. Safe in several threads."""
 
     def __init__(self, key: paramiko.PKey, remember_host_key: Callable[[str, str], str]) -> None:
-        """remember_host_key(label, key): returns the key first seen for that label, maybe this one."""
+        """Connect nowhere yet. key: the fleet's private ssh key.
+
+        remember_host_key(label, key): returns the key first seen for that label, maybe this one.
+        """
         self._key = key
         self._remember = remember_host_key
 
     def read(self, label: str, host: str, port: int, hot: bool, timeout_s: float) -> LogView:
-        """Look into the log; raise InstanceError or HostKeyChanged.
+        """Look into the log of an instance; raise InstanceError or HostKeyChanged.
 
-        Takes at most timeout_s, and MAX_RECEIVED bytes.
+        hot: whether the instance is hot. Takes at most timeout_s, and MAX_RECEIVED bytes.
         """
         until = time.monotonic() + timeout_s
 

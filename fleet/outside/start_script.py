@@ -64,7 +64,7 @@ def _packed() -> str:
 
 
 def minified(source: str) -> str:
-    """Return the program without comments, docstrings and types; names that only it uses become short."""
+    """Return the program without comments, docstrings and types, with short names where only it uses them."""
     tree = ast.parse(_minified(ast.unparse(_ShortArguments().visit(ast.parse(source)))))
     for node in reversed(tree.body):  # what was there for the types only
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
@@ -90,11 +90,11 @@ class _ShortArguments(ast.NodeTransformer):
     """Makes arguments positional, which may then be renamed, of functions whose arguments no call names."""
 
     def __init__(self) -> None:
-        """Look for the names in all of remote/; `app` is what Starlette calls a middleware's."""
+        """Look for names of arguments in all of remote/; `app` is what Starlette calls a middleware's."""
         self._named = {"app"}.union(*(_KEYWORDS.findall(path.read_text()) for path in REMOTE.glob("*.py")))
 
     def visit_arguments(self, node: ast.arguments) -> ast.arguments:
-        """Return the arguments, positional if they may be."""
+        """Return a function's arguments, made positional if no call names one of them."""
         if not self._named.isdisjoint(argument.arg for argument in node.args):
             return node
         values = {name: value for name, value in ast.iter_fields(node) if name not in ("posonlyargs", "args")}
@@ -105,22 +105,22 @@ class _ShortAttributes(ast.NodeTransformer):
     """Gives attributes and methods that only their class may use names of one letter or two."""
 
     def __init__(self, source: str) -> None:
-        """Look for what the source has of `self`: other private names may be a library's."""
+        """Collect the private names that the source uses of `self`: other such names may be a library's."""
         of_self = re.findall(r"\bself\.(_[^_\W]\w+)", source)
         letters = string.ascii_letters
         names = itertools.chain(letters, map("".join, itertools.product(letters, repeat=2)))
         self._short = {name: f"_{next(names)}" for name in sorted(set(of_self))}
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
-        """Return the attribute under its short name."""
+        """Return an attribute under its short name, if it has one."""
         return ast.Attribute(self.visit(node.value), self._short.get(node.attr, node.attr), node.ctx)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Return the function under its short name."""
+        """Return a function under its short name, if it has one."""
         return self._renamed(node)
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
-        """Return the function under its short name."""
+        """Return an async function under its short name, if it has one."""
         return self._renamed(node)
 
     def _renamed(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
@@ -147,10 +147,10 @@ def _minified(source: str) -> str:
 
 
 def render(profile: Profile, master_token: str, ready_url: str | None = None) -> str:
-    """Return the script of an instance with that profile and master token; raise ConfigError if too long.
+    """Return the start script of an instance with that profile and master token.
 
     ready_url: the autoscaler's `POST /ready` as instances reach it. VLLM_MODEL and VLLM_ARGS in the
-    container's environment go before the profile's.
+    container's environment go before the profile's. Raises ConfigError if the script is too long.
     """
     try:
         shlex.split(profile.vllm_args)

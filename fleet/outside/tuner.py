@@ -41,18 +41,18 @@ log = logging.getLogger("autoscaler")
 
 
 class NoCurve(Exception):
-    """There is no curve yet; the message says why."""
+    """There is no curve of levels and their costs yet; the message says why."""
 
 
 class Replay(Protocol):
-    """What replays a day; `fleet.outside.replay_process.ReplayProcess` outside virtual time."""
+    """The protocol of what replays a day: outside virtual time fleet.outside.replay_process.ReplayProcess."""
 
     def run(self, request: bytes) -> bytes:
-        """Return the reply; raise OSError, subprocess.TimeoutExpired or BadReply."""
+        """Return the reply of a replay; raise OSError, subprocess.TimeoutExpired or BadReply."""
         ...
 
     def stop(self) -> None:
-        """End the replay that is under way."""
+        """End the replay that is under way, if there is one."""
         ...
 
 
@@ -60,7 +60,7 @@ class Replay(Protocol):
 
 
 class Tuner:
-    """Sets the policy's level. `run` is a thread of its own; the rest may be called from others."""
+    """Sets the level of the policy. `run` is for a thread of its own; the rest may be called from others."""
 
     def __init__(self, scaler: Autoscaler, state_dir: Path, replay: Replay, every_s: float = 1800.0) -> None:
         """Take over the last result, if there is one for the policy's goal.
@@ -112,7 +112,7 @@ class Tuner:
         raise NoCurve(f"there are not yet {LEAST_S // 60} minutes of arrivals to replay")
 
     def policy_was_set(self) -> None:
-        """Give a policy that an operator has set the level known for its goal, or tune it at once."""
+        """Give a policy that an operator has just set the level known for its goal, or have it tuned now."""
         with self._scaler.lock:
             if self._last is not None:
                 self._apply(self._scaler.policy, self._last)
@@ -121,7 +121,7 @@ class Tuner:
     # -- the loop -----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Replay whenever it is due, until `stop`."""
+        """Make a replay whenever one is due, until `stop` is called."""
         while not self._stopping.is_set():
             if self.due():
                 try:
@@ -148,7 +148,7 @@ class Tuner:
         return last is None or last.goal != policy.goal or now - last.at >= self._every_s
 
     def tune(self) -> bool:
-        """Make one replay now and set the level it finds; return whether there is a new result.
+        """Make one replay now and set the level that it finds; return whether there is a new result.
 
         There is none when there is too little to replay, or when the replay fails: then it is logged why.
         """
@@ -189,9 +189,10 @@ class Tuner:
     # -- inside -------------------------------------------------------------------------------------
 
     def _apply(self, found_for: Policy, result: TuningResult, settled_at: float | None = None) -> bool:
-        """Give the policy that level; the caller holds the lock of the autoscaler.
+        """Give the policy the level of that result; the caller holds the lock of the autoscaler.
 
-        Return whether it was: not to another policy than it was found for, nor over a level set by hand.
+        Return whether it was given: not to another policy than it was found for, nor over a level set by
+        hand.
         """
         policy = self._scaler.policy
         if policy is not found_for or not isinstance(policy, Objective) or policy.goal != result.goal:
@@ -206,7 +207,7 @@ class Tuner:
         return True
 
     def _with_kept_pool(self, level: dict[str, float], day: ReplayDay, now: float) -> dict[str, float]:
-        """Return the level with the largest pool that is worth keeping; at first that is what is loaded."""
+        """Return the level with the largest pool that is worth keeping; at first this is what is loaded."""
         keep_s = worth_keeping_s(day.load_s, day.running_usd_h, day.stopped_usd_h)
         if self._pool is None:
             self._pool = KeptPool()
@@ -216,7 +217,7 @@ class Tuner:
         )
 
     def _day(self, policy: Objective) -> ReplayDay | None:
-        """Return the last day as it is to be replayed; None while there is too little of it."""
+        """Return the last day's arrivals as they are to be replayed; None while there are too few."""
         scaler = self._scaler
         try:
             scaler.write_counts()
@@ -255,7 +256,7 @@ class Tuner:
         )
 
     def _note_misses(self, goal: float, requests: float, late: int) -> float:
-        """Note how many came and were late since the last replay; return the margin of the next."""
+        """Note how many requests came and were late since the last replay; return the margin of the next."""
         if self._margin is None or self._margin.goal != goal:
             self._margin = Margin(goal)
         else:
@@ -268,11 +269,11 @@ class LevelFile:
     """A file with the last tuned level of the policy, so that a restarted autoscaler goes on with it."""
 
     def __init__(self, path: Path) -> None:
-        """path: it need not be there."""
+        """Use the file at that path, which need not exist."""
         self._path = path
 
     def read(self, now: float) -> TuningResult | None:
-        """Return the result of the last process; None when there is none that can be used."""
+        """Return the tuning result of the last process; None when there is none that can be used."""
         try:
             return parse_result(self._path.read_bytes(), now)
         except FileNotFoundError:
@@ -284,7 +285,7 @@ class LevelFile:
         return None
 
     def write(self, result: TuningResult) -> None:
-        """Write the result down in one step, 0600; a failure is logged."""
+        """Write a tuning result atomically, mode 0600; a failure is logged."""
         made = None
         try:
             fd, made = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
@@ -300,7 +301,7 @@ class LevelFile:
 
 
 def _in_one_line(e: Exception) -> str:
-    """Return what went wrong, without the command."""
+    """Return in one line what went wrong with a replay, without the command."""
     if isinstance(e, subprocess.TimeoutExpired):
         return f"no answer within {e.timeout:g} s"
     return f"{type(e).__name__}: {e}" if isinstance(e, OSError) else str(e)

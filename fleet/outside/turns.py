@@ -61,11 +61,11 @@ COUNTS_EVERY_S = 30.0
 
 
 class Autoscaler:
-    """Takes turns: list, observe and decide under the lock, then send the orders.
+    """Takes turns: lists, observes and decides under the lock, then sends the orders.
 
-    Two threads call it: one runs `turn` at every poll interval, one runs `perform_next` for ever. The
-    Flask routes and the health checks call the rest from others. `lock` is held for arithmetic only; another
-    lock makes writers to the ledger wait, so that it learns things in the order in which they happened.
+    Two threads call it: one runs `turn` at every poll interval, one runs `perform_next` for ever. The Flask
+    routes and the health checks call the rest from others. `lock` is held for arithmetic only; another lock
+    makes writers to the ledger wait, so that it learns things in the order in which they happened.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Autoscaler:
         clock: Callable[[], float] | None = None,
         new_label: Callable[[], str] = lambda: secrets.token_hex(6),
     ) -> None:
-        """Take over what the ledger knows; nothing is asked of the cloud yet.
+        """Take over the fleet that the ledger knows; nothing is asked of the cloud yet.
 
         clock: never goes back. new_label: returns the name of a new instance in its fleet, each time another.
         """
@@ -118,7 +118,7 @@ class Autoscaler:
         return self.demand.epoch
 
     def turn(self) -> Decision:
-        """Make one turn; raise when the ledger cannot be written. Without a listing nothing is decided."""
+        """Take one turn; raise when the ledger cannot be written. Without a listing nothing is decided."""
         rows, trouble = self._list()
         if not self.own.writable:
             self._try_ledger()
@@ -142,11 +142,11 @@ class Autoscaler:
         return decision
 
     def note_failed_turn(self, error: Exception) -> None:
-        """Keep what a turn has raised, for `GET /health`."""
+        """Keep the error that a turn raised, for `GET /health`."""
         self.last_error = f"a turn failed: {type(error).__name__}: {error}"
 
     def _list(self) -> tuple[list[Row] | None, str | None]:
-        """Return the rows of the fleet, or None and why not. Rows of other fleets are not even read."""
+        """Return (the listed rows of this fleet, None), or (None, why there are none)."""
         try:
             return self._vast.list_instances(self.instances.fleet_name + "/"), None
         except CloudError as e:
@@ -155,7 +155,7 @@ class Autoscaler:
             return None, self.last_error
 
     def _keep(self, decision: Decision) -> None:
-        """Keep a decision that orders or says something new; of the demand only its last value."""
+        """Keep a decision for `GET /decisions` if it orders or says something new."""
         last = self.decisions[-1] if self.decisions else None
         said = (decision.targets, decision.notes)
         if decision.commands or last is None or (last.targets, last.notes) != said:
@@ -163,10 +163,10 @@ class Autoscaler:
             self.decisions.append(replace(decision, seen=seen))
 
     def _send(self, begun: Sequence[Command]) -> None:
-        """Queue what was begun, once it is written down.
+        """Write down the orders that were begun, then queue them for sending.
 
-        After a kill in between the label is known, and its order is looked for. What cannot be written
-        down is not sent, but the stop of what is drained: to go on costs money, to stop unrecorded does not.
+        After a kill in between the label is known, and its order is looked for. What cannot be written down
+        is not sent, but the stop of what is drained: to go on costs money, to stop unrecorded does not.
         """
         try:
             self._flush()
@@ -196,7 +196,7 @@ class Autoscaler:
         return begun
 
     def perform_next(self) -> bool:
-        """Send the next order and note its reply; False when `stop_performing` was called."""
+        """Send the next order and note the cloud's reply; False when `stop_performing` was called."""
         command = self.orders.take()
         if command is None:
             return False
@@ -212,10 +212,7 @@ class Autoscaler:
         return True
 
     def stop_performing(self) -> None:
-        """Let `perform_next` return False once the stops and destroys that were begun are sent.
-
-        Nothing is rented or started any more.
-        """
+        """Rent and start no more; let `perform_next` return False once begun stops and destroys are sent."""
         self._ending = True
         self.orders.end()
 
@@ -235,23 +232,23 @@ class Autoscaler:
             return self.instances.checks_due(self.clock(), under_way)
 
     def judge(self, check: HealthCheck) -> None:
-        """Apply one finished health check at once: a new hot instance should not wait for the next turn."""
+        """Apply a finished health check at once: a new hot instance should not wait for the next turn."""
         with self.lock:
             self.instances.judge(check, self.clock())
         self._flush_soon()
 
     def remember_host_key(self, label: str, key: str) -> str:
-        """Return the ssh host key that the instance showed first; the next write has a new one in it."""
+        """Return the ssh host key that the instance showed first; a new one is kept for the ledger."""
         with self.lock:
             return self.instances.remember_host_key(label, key)
 
     def wants_reach(self) -> bool:
-        """Return whether it is to be known whether our own network works."""
+        """Return whether our own network should be checked, because a machine does not answer."""
         with self.lock:
             return self.instances.wants_reach
 
     def record_reach(self, health: Health) -> None:
-        """Take in a reachability check of our own."""
+        """Take in what a check of our own network found."""
         with self.lock:
             self.instances.record_reach(health, self.clock())
 
@@ -265,7 +262,7 @@ class Autoscaler:
         return new
 
     def record_report(self, report: BusyReport) -> None:
-        """Take in a loadbalancer's report."""
+        """Take in the busy report of a loadbalancer."""
         now = self.clock()
         measured = {i: u.throughput_work_s for i, u in report.instances.items() if u.throughput_work_s > 0.0}
         self.own.note_report(report.loadbalancer, now)
@@ -302,11 +299,11 @@ class Autoscaler:
                 raise
 
     def try_write_counts(self) -> bool:
-        """Write them down if that can be done; return whether it could: figures are told either way."""
+        """Write working seconds and arrivals to the ledger if possible; return whether it was possible."""
         return self._try_to(self.write_counts)
 
     def destroy_all(self, why: str) -> None:
-        """Order the end of every instance of the fleet, busy ones too: a person asked."""
+        """Order the end of every instance of the fleet, busy ones too, because a person asked."""
         now = self.clock()
         with self.lock:
             commands = [
@@ -318,7 +315,7 @@ class Autoscaler:
         self._send(begun)
 
     def _flush(self) -> None:
-        """Log and write down what has happened; what cannot be written is kept for the next time."""
+        """Log and write to the ledger what has happened; what cannot be written is kept for the next time."""
         with self._writing:
             with self.lock:
                 entries = self.instances.journal.take()
@@ -335,11 +332,11 @@ class Autoscaler:
                 raise
 
     def _flush_soon(self) -> None:
-        """Write down what has happened, or leave it to the next turn, which says what is wrong."""
+        """Write to the ledger what has happened, or leave it to the next turn, which says what is wrong."""
         self._try_to(self._flush)
 
     def _try_to(self, write: Callable[[], None]) -> bool:
-        """Write something down; return whether that could be done. What could not is logged once a minute."""
+        """Call a function that writes to the ledger; return whether it could. Failures are logged rarely."""
         try:
             write()
         except Exception:
@@ -349,7 +346,7 @@ class Autoscaler:
         return True
 
     def _try_ledger(self) -> None:
-        """See whether the ledger can be written again; if so, no machine is late by what we could not do."""
+        """Try to write to the ledger; when that works again, give all machines time before deadlines pass."""
         now = self.clock()
         try:
             self.ledger.note({"tried_at": now})
@@ -363,7 +360,7 @@ class Autoscaler:
 
 
 def _words(command: Command) -> str:
-    """Return the command for a log line."""
+    """Return a command in words, for a log line."""
     name = type(command).__name__.lower()
     if isinstance(command, LookForOffers):
         return name
