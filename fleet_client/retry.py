@@ -33,8 +33,9 @@ ELSEWHERE = frozenset((401, 429, 503))
 AVOID_WAIT_S = 3.0
 """Longest hold, in seconds, of a request that avoids an instance; then it takes any, rather than none."""
 
-UNREACHABLE_S = 5.0
-"""Seconds for which a silent loadbalancer is asked again: one that restarts is back in about 1 s."""
+UNREACHABLE_S = 15.0
+"""Seconds for which a silent loadbalancer is asked again: one that restarts is back in about 1 s, on a busy
+machine in 5. The time for which it held the request, as it was asked to, is no silence."""
 
 ROUTE_SLACK_S, NEARER_SLACK_S = 5.0, 1.0
 """Seconds POST /route may take beyond the wait that was asked for: usually, and with a lease at hand."""
@@ -190,7 +191,7 @@ class LeaseAcquirer:
             pause_s = back_off_s(refusals, *PAUSE_S)
             rest_s = max(said.retry_after_s, pause_s) * self._rng.uniform(1.0, 1.25)
             if said.status == 0:
-                silent_s -= now - begun
+                silent_s -= max(0.0, now - begun - hold_s)
                 if silent_s <= pause_s:
                     return said, now
                 silent_s -= pause_s

@@ -93,10 +93,10 @@ def figures_of(seeds: Sequence[Figures]) -> dict[str, object]:
 
 def table(lines: Sequence[Line]) -> str:
     """Return the audit for people, target beside figure, with details of what was missed."""
-    shown = [f"{'':4} {'':61} {'target':32} measured"]
+    shown = [f"{'':4} {'':74} {'target':32} measured"]
     for line in lines:
         mark = {True: "kept", False: "MISS", None: "-"}[line.kept]
-        shown.append(f"{mark:4} {line.what:61} {line.target:32} {line.figure}")
+        shown.append(f"{mark:4} {line.what:74} {line.target:32} {line.figure}")
         if line.kept is False:
             shown += [f"       {detail[:1500]}" for detail in line.details[:MOST_SHOWN]]
             if len(line.details) > MOST_SHOWN:

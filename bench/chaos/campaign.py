@@ -23,7 +23,7 @@ from bench.chaos.kinds import Kind, NotNow, Scene, all_kinds
 from bench.chaos.logs import LogFindings, look_through
 from bench.chaos.stack import GATEWAYS, LOADBALANCERS, OURS, Stack, StackSettings, ask, handles
 from bench.chaos.truth import Truth
-from bench.chaos.users import OK, Users, UserSettings
+from bench.chaos.users import FAILED, OK, Outcome, Users, UserSettings
 from bench.children import memory_mb
 
 log = logging.getLogger("chaos")
@@ -43,8 +43,11 @@ FULL_S = 240.0
 FIRST_S = 120.0
 """Seconds for the first fleet: it is rented, loaded and checked."""
 
-ASIDE = {"clock": 3, "ledger": 4}
-"""Kinds with that tag strike in each fifth seed only: the remainder of the seed divided by five."""
+ASIDE = {"clock": 3, "ledger": 4, "trial": -1}
+"""Kinds with that tag strike in each fifth seed only: the remainder of the seed by five; -1: in none."""
+
+DARK_S = 10.0
+"""Seconds after a time in which no machine could serve, in which requests that waited through it may fail."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class Figures:
     left_out: Counter[str] = field(default_factory=Counter)
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    in_the_dark: Counter[str] = field(
+        default_factory=Counter
+    )  # that failed while no machine could serve, by user
+    dark_s: float = 0.0
     first_full_s: float = 0.0
     full_after_s: list[float] = field(default_factory=list)
     uses: int = 0
@@ -126,6 +133,7 @@ class Campaign:
         self._rng = random.Random(settings.seed)
         self._kinds = chosen_kinds(settings)
         self._on: dict[str, Kind] = {}
+        self._dark: list[tuple[float, float]] = []  # monotonic times in which no machine could serve
         self._lock = threading.Lock()
         self._calm = threading.Event()
         self._begun = time.monotonic()
@@ -139,13 +147,14 @@ class Campaign:
             first_full_s = self._until_full(FIRST_S)
             self.users.start()
             time.sleep(self.settings.rest_s)
-            begin = self._sizes()
+            begin: dict[str, Size] = {}
             end = time.monotonic() + 60.0 * self.settings.minutes
             while time.monotonic() < end:
                 self._storm(min(end, time.monotonic() + self.settings.storm_s))
                 full_after_s.append(self._until_full(FULL_S))
                 log.info("seed %d: full after %.1f s", self.settings.seed, full_after_s[-1])
                 time.sleep(self.settings.rest_s)
+                begin = begin or self._sizes()  # the first storm has warmed up what is kept
             self.users.stop()
             dollars = self._dollars()
             sizes = self._sizes()
@@ -164,6 +173,8 @@ class Campaign:
             self.left_out,
             self.users.counts(),
             [f"{o.at_s:.0f} s {o.user}: {o.what}: {o.failure}" for o in self.users.outcomes if o.what != OK],
+            Counter(o.user for o in self.users.outcomes if o.what == FAILED and self._was_dark(o)),
+            sum(until - since for since, until in self._dark),
             first_full_s,
             full_after_s,
             uses,
@@ -225,7 +236,8 @@ class Campaign:
             return kind
 
     def _strike(self, kind: Kind, scene: Scene) -> None:
-        at_s = time.monotonic() - self._begun
+        begun = time.monotonic()
+        at_s = begun - self._begun
         try:
             with kind.effect(scene):
                 self.faults[kind.name] += 1
@@ -237,6 +249,8 @@ class Campaign:
             self.errors.append(f"{kind.name}: {type(e).__name__}: {e}")
         finally:
             with self._lock:
+                if kind.dark:
+                    self._dark.append((begun, time.monotonic()))
                 del self._on[kind.name]
                 said = {
                     "at_s": round(at_s, 2),
@@ -246,6 +260,11 @@ class Campaign:
                 }
                 self._faults.write(json.dumps(said) + "\n")
                 self._faults.flush()
+
+    def _was_dark(self, outcome: Outcome) -> bool:
+        """Say whether a request failed while no machine could serve, or just after."""
+        at = self.users.begun + outcome.at_s + outcome.took_s
+        return any(since <= at <= until + DARK_S for since, until in self._dark)
 
     # -- a calm ----------------------------------------------------------------------------------------
 

@@ -37,13 +37,17 @@ Effect = Callable[[Scene], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault. lasts_s: from, to. alone: others of that word are not on at the same time."""
+    """A kind of fault. lasts_s: from, to. alone: others of that word are not on at the same time.
+
+    dark: while it is on no machine can serve, whatever we do. tags: it strikes in some seeds only.
+    """
 
     name: str
     effect: Effect
     lasts_s: tuple[float, float] = (3.0, 12.0)
     alone: str = ""
     tags: frozenset[str] = frozenset()
+    dark: bool = False
 
 
 def running(scene: Scene, states: tuple[str, ...] = ("running",)) -> list[dict[str, object]]:

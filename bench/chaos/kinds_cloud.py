@@ -82,7 +82,10 @@ def kill_instance(part: str) -> Effect:
 
 
 KINDS = (
-    *(Kind(f"cloud:{name}", cloud_fault(name), (2.0, 15.0), alone=f"cloud:{name}") for name in FAULTS),
+    *(
+        Kind(f"cloud:{name}", cloud_fault(name), (2.0, 15.0), f"cloud:{name}", dark=name == "credit-zero")
+        for name in FAULTS
+    ),
     Kind("destroyed-behind", destroy, (0.5, 1.0)),
     Kind("instance-killed", kill_instance("all"), (0.5, 1.0)),
     Kind("model-killed", kill_instance("model"), (0.5, 1.0)),

@@ -40,7 +40,7 @@ class Trial:
 
 TRIALS: Mapping[str, Trial] = MappingProxyType(
     {
-        "quorum": Trial(("machines-unreachable-long",), WRONGED),
+        "quorum": Trial(("unreachable-long",), WRONGED),
         "disbelief": Trial(("destroyed-behind", "kill-autoscaler"), FULL, hot=1, total=1, max_instances=1),
         "own-page": Trial(("cloud:list-missing",), OVER, total=5),
         "budgets": Trial(("host:huge-load",), HOLD),

@@ -250,7 +250,13 @@ class Users:
                 seen.add(answer.choices[0].message.content, answer.choices[0].finish_reason)
                 seen.count(answer.usage and answer.usage.completion_tokens)
         except (openai.OpenAIError, httpx2.HTTPError, json.JSONDecodeError) as e:
-            return outcome.fail(f"{type(e).__name__}: {e}"[:300])
+            cause = e.__cause__ or e
+            name = (
+                "transport"
+                if "//fleet/" in str(client.base_url)
+                else f"{client.base_url.host}:{client.base_url.port}"
+            )
+            return outcome.fail(f"{name}: {type(e).__name__}: {cause}"[:300])
         if seen.first_at is not None:
             outcome.see_first(seen.first_at - begun)
         return seen.verdict(body["max_tokens"])

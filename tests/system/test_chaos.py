@@ -40,7 +40,7 @@ def test_a_short_seed_keeps_every_promise(tmp_path: Path) -> None:
         "half a minute, and looks of a second"
     )
     timed = {"seconds from the last fault to the full fleet", "memory and handles at the end"}
-    timed |= {"requests that fail with the openai package's default retries"}
+    timed |= {"requests that fail with the openai package's default retries, the same"}
     timed |= {"longest processor time of a loadbalancer without yielding"}
     timed |= {"the ledger's dollars to the cloud's, seed by seed"}
     assert [line for line in missed(audit([figures])) if line.what not in timed] == []
@@ -52,7 +52,7 @@ def test_every_fault_of_the_cloud_and_of_ours_is_a_kind_and_strikes_in_one_of_fi
     struck: set[str] = set()
     for seed in range(5):
         struck |= {k.name for k in chosen_kinds(CampaignSettings(seed, 1.0))}
-    assert struck == set(kinds)
+    assert struck == {name for name, kind in kinds.items() if "trial" not in kind.tags}
 
 
 def good() -> Figures:

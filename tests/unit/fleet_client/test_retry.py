@@ -230,12 +230,12 @@ def test_a_loadbalancer_that_is_silent_is_asked_again_for_a_while() -> None:
     script = Script(silent, silent, lease(1), OK)
     assert script.run() is OK
     assert 0.3 <= script.now <= 0.4
-    script = Script(*[silent] * 6)
+    script = Script(*[silent] * 11)
     with pytest.raises(
         httpx2.ConnectError, match="loadbalancer https://lb does not answer: ConnectionRefused"
     ):
         script.run()
-    assert 3.0 <= script.now <= 7.0
+    assert 13.0 <= script.now <= 17.0
 
 
 def avoided(script: Script) -> list[tuple[int, ...]]:
@@ -248,6 +248,19 @@ def avoided(script: Script) -> list[tuple[int, ...]]:
 
 
 FULL = HttpReply(503, [])
+
+
+def test_a_loadbalancer_that_dies_with_a_request_that_it_held_is_asked_again() -> None:
+    """What it held the request for, as it was asked to, was no silence."""
+
+    def dies(step: Step, script: Script) -> Refusal:
+        script.now += 20.0
+        return Refusal(0, "unreachable", 0.0)
+
+    silence = Refusal(0, "unreachable", 0.0)
+    script = Script(dies, silence, silence, lease(1), OK)
+    assert script.run() is OK
+    assert script.now > 20.0
 
 
 def test_every_try_avoids_all_instances_that_were_tried_before() -> None:
