@@ -31,7 +31,8 @@ from localcloud.machines import MACHINES
 from localcloud.rental import Times
 from policies import POLICIES, make_policy
 from simulation.live.stack_config import StackConfig
-from simulation.traces.logs import Request, read
+from simulation.traces.reading import read
+from simulation.traces.request import Request
 from simulation.virtual.setting import Setting
 from simulation.virtual.virtual_fleet import simulate
 

@@ -32,7 +32,8 @@ from fleet_client.flags import run_main
 from localcloud.machines import Machine
 from policies import Fixed, FleetSnapshot, Objective, Policy, Targets
 from simulation.traces import logs
-from simulation.traces.logs import Request
+from simulation.traces.reading import read
+from simulation.traces.request import Request
 from simulation.virtual.capacity import capacity_of
 from simulation.virtual.cloud import times_for
 from simulation.virtual.outcome import Outcome
@@ -129,12 +130,12 @@ def speed(directory: Path) -> dict[str, Any]:
     found["million"] = {"seconds": took, "mb": half_mb, "mb_more_for_the_second_half": grown}
     path = directory / TRACES["m-small"]
     begun = time.process_time()
-    out = simulate(setting("vllm-13", hot=1, pool=4), Fixed(1, 4), logs.read(path))
+    out = simulate(setting("vllm-13", hot=1, pool=4), Fixed(1, 4), read(path))
     took = time.process_time() - begun
     print(f"{out.requests:,} requests of two days, a fixed fleet: {took:.1f} s of one core")
     found["two_days"] = {"seconds": took, "requests": out.requests}
     begun = time.process_time()
-    out = simulate(setting("vllm-13", hot=1, pool=4), Objective(goal=GOAL), logs.read(path))
+    out = simulate(setting("vllm-13", hot=1, pool=4), Objective(goal=GOAL), read(path))
     took = time.process_time() - begun
     print(f"the same with the objective and its 95 replays: {took:.1f} s; {out.missed_share:.2%} missed")
     found["two_days_objective"] = {"seconds": took, "missed": out.missed_share}

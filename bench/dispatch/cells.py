@@ -17,6 +17,8 @@ from bench.dispatch.rules.world import Dispatcher, DispatchWorld, RuleRouter
 from engine.reference import EventKind, SteppedModelServer
 from engine.step_time_constants import TIMINGS, Timing
 from simulation.traces import logs
+from simulation.traces.reading import TICK_S, read
+from simulation.traces.request import Request
 
 TRACES: Mapping[str, str] = {
     "conv": "azure2023_conv.csv",
@@ -88,9 +90,9 @@ class DispatchCell:
 
 
 @cache
-def lengths(path: Path, most: int) -> tuple[logs.Request, ...]:
+def lengths(path: Path, most: int) -> tuple[Request, ...]:
     """Return the first so many of a log."""
-    return tuple(islice(logs.read(path), most))
+    return tuple(islice(read(path), most))
 
 
 def cut(prompt: int, output: int, longest: int) -> tuple[int, int]:
@@ -173,7 +175,7 @@ Come = tuple[float, int, int, int]
 """When, prompt, output, session."""
 
 
-def _poisson(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
+def _poisson(log: Sequence[Request], rate: float, rng: random.Random) -> Iterable[Come]:
     """Yield independent arrivals, the log's lengths in another order: nothing changes with time."""
     at = 0.0
     for r in rng.sample(log, len(log)):
@@ -181,19 +183,19 @@ def _poisson(log: Sequence[logs.Request], rate: float, rng: random.Random) -> It
         yield at, r.prompt_tokens, r.output_tokens, -1
 
 
-def _stretched(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
+def _stretched(log: Sequence[Request], rate: float, rng: random.Random) -> Iterable[Come]:
     """Yield the log, its times stretched or shrunk: its bursts are as high and as many."""
     stretch = (len(log) - 1) / max(log[-1].at_s, 1e-9) / rate
-    for r in logs.spread_ticks(log, logs.TICK_S if len({*log}) < len(log) else 0.0, rng):
+    for r in logs.spread_ticks(log, TICK_S if len({*log}) < len(log) else 0.0, rng):
         yield r.at_s * stretch, r.prompt_tokens, r.output_tokens, r.session
 
 
-def _sessions(log: Sequence[logs.Request], rate: float, rng: random.Random) -> Iterable[Come]:
+def _sessions(log: Sequence[Request], rate: float, rng: random.Random) -> Iterable[Come]:
     """Return the log's sessions, as many of them as give the rate, with the pauses they have in reality.
 
     The log is played again, with others of its sessions, until as many have come as there are in it.
     """
-    span_s = log[-1].at_s + logs.TICK_S
+    span_s = log[-1].at_s + TICK_S
     share = rate * span_s / len(log)
     come: list[Come] = []
     tile = 0
@@ -203,14 +205,14 @@ def _sessions(log: Sequence[logs.Request], rate: float, rng: random.Random) -> I
             if r.session not in copies:
                 copies[r.session] = int(share) + (rng.random() < share % 1.0)
             for copy in range(copies[r.session]):
-                at = tile * span_s + r.at_s + rng.uniform(0.0, logs.TICK_S)
+                at = tile * span_s + r.at_s + rng.uniform(0.0, TICK_S)
                 come.append((at, r.prompt_tokens, r.output_tokens, (tile * 64 + copy) << 40 | r.session))
         tile += 1
     come.sort()
     return come
 
 
-COME: Mapping[str, Callable[[Sequence[logs.Request], float, random.Random], Iterable[Come]]] = {
+COME: Mapping[str, Callable[[Sequence[Request], float, random.Random], Iterable[Come]]] = {
     "poisson": _poisson,
     "log": _stretched,
     "sessions": _sessions,

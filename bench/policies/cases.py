@@ -21,6 +21,8 @@ from policies import Capacity
 from policies.objective import Objective
 from policies.tuning import KeptPool, Margin, worth_keeping_s
 from simulation.traces import logs
+from simulation.traces.reading import read
+from simulation.traces.request import Request
 from simulation.virtual.capacity import capacity_of
 from simulation.virtual.fluid.bins import Bins, bins_of
 from simulation.virtual.fluid.fleet import FluidFleet, FluidResult
@@ -78,9 +80,9 @@ class PolicyWorld:
 # -- what a case is played in ----------------------------------------------------------------------------
 
 
-def read_log(path: Path, tick_s: float) -> list[logs.Request]:
+def read_log(path: Path, tick_s: float) -> list[Request]:
     """Return a log, its rounded times spread."""
-    log = logs.read(path)
+    log = read(path)
     return list(log if not tick_s else logs.spread_ticks(log, tick_s, random.Random(1)))
 
 
@@ -118,7 +120,7 @@ def _reading_s(timing: Timing, prompt: NDArray[np.float64]) -> NDArray[np.float6
     return found
 
 
-def scaled_bins(log: Sequence[logs.Request], scale: float, timing: Timing, seconds: int, seed: int) -> Bins:
+def scaled_bins(log: Sequence[Request], scale: float, timing: Timing, seconds: int, seed: int) -> Bins:
     """Return the arrivals `scale` times, each repeat moved by up to JITTER_S.
 
     logs.scaled does the same request by request. Here repeat after repeat goes into the bins, so that a

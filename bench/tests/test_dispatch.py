@@ -29,7 +29,7 @@ from bench.dispatch.rules.registry import RULES
 from bench.dispatch.runs import Comparison, runs_of
 from bench.dispatch.targets import judged
 from process.errors import ConfigError
-from simulation.traces.logs import Request
+from simulation.traces.request import Request
 
 
 @pytest.fixture(scope="module")

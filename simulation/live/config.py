@@ -10,6 +10,7 @@ from process.errors import ConfigError
 from simulation.live.stack_config import ENGINES
 from simulation.live.workload import Workload
 from simulation.report_file import check_output
+from simulation.traces.time_units import AUTO, UNITS
 
 MOST_DRAWS = 1e8
 """Largest users × rounds × schedule: all requests of the run are drawn before it begins, one draw for
@@ -52,6 +53,9 @@ class SimConfig(Workload):
     )
     trace: Path | None = flag(
         None, "send the requests of this log at its times, instead of drawn ones (simulation/traces/logs.py)"
+    )
+    time_unit: str = flag(
+        AUTO, "with --trace: of times in the log that are numbers and do not say it", choices=(AUTO, *UNITS)
     )
     json: Path | None = flag(None, "write the report to this file, as JSON")
     local: bool = flag(False, "start everything on this machine, and end it after the run")

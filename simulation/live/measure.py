@@ -26,7 +26,8 @@ from simulation.live.operator import NoAnswer, Operator, ask_again, bearer
 from simulation.live.progress import FleetSampler, ProgressView, say
 from simulation.live.users import Driver
 from simulation.live.workload import Arrival, plan
-from simulation.traces.logs import read
+from simulation.traces.reading import read
+from simulation.traces.request import ReadNotes
 
 SETTLE_S = 1.5
 """Seconds from the end of the run to asking for costs: the loadbalancer reports each second which worked."""
@@ -49,7 +50,8 @@ async def run(config: SimConfig, stop: asyncio.Event, engine: str | None) -> dic
 
     engine: what answers, where it is known; None finds out. Raises ConfigError when it cannot be run.
     """
-    arrivals = plan(config) if config.trace is None else _traced(config.trace, config)
+    notes = ReadNotes()
+    arrivals = plan(config) if config.trace is None else _traced(config.trace, config, notes)
     control_key = _control_key(config)
     allow(config.in_the_clear(), trust_network=config.trust_network)
     trusted = _Trusted(config)
@@ -61,7 +63,9 @@ async def run(config: SimConfig, stop: asyncio.Event, engine: str | None) -> dic
         await _check_loadbalancer(session, client_key, operator, config, trusted)
         managed = await _check_autoscaler(operator, config)
         try:
-            return await _measure(config, arrivals, stop, engine, operator, client_key)
+            found = await _measure(config, arrivals, stop, engine, operator, client_key)
+            found["settings"]["trace_read_as"] = "; ".join(notes.lines) or None
+            return found
         finally:
             if config.manage is not None and managed is not None and managed != config.manage:
                 await _manage_as_before(operator, managed)
@@ -80,11 +84,11 @@ class _Trusted:
         return (self._of_autoscaler if ours else self._of_loadbalancer).context() or True
 
 
-def _traced(path: Path, config: SimConfig) -> list[Arrival]:
+def _traced(path: Path, config: SimConfig, notes: ReadNotes) -> list[Arrival]:
     """Return the requests of a log, cut to the model's context; raise ConfigError for a wrong or long one."""
     longest = get_profile(config.model).max_model_len
     arrivals = []
-    for number, request in enumerate(read(path)):
+    for number, request in enumerate(read(path, notes, config.time_unit)):
         if number == MOST_TRACED:
             raise ConfigError(f"--trace {path}: over {MOST_TRACED:,} requests: --virtual plays such a log")
         output = min(request.output_tokens, longest - 1)

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from process.errors import ConfigError
-from simulation.traces.logs import HOUR_FACTORS, Request
+from simulation.traces.logs import HOUR_FACTORS
+from simulation.traces.request import Request
 
 MOST_TOKENS = 100_000
 """Most tokens that may be asked for, and to which a length is cut: a log-normal has no end, contexts have."""

@@ -13,7 +13,7 @@ from engine.reference import EventKind, SteppedModelServer
 from engine.slo import Slo
 from engine.step_time_constants import Timing
 from policies.types import Capacity
-from simulation.traces.logs import Request
+from simulation.traces.request import Request
 
 REQUESTS = 1500
 """Number of requests that are served; the first third fills the server and does not count."""

@@ -6,6 +6,7 @@
 The same flags and seed give the same report, byte for byte: nothing in it depends on machine or clock.
 """
 
+import functools
 import itertools
 import logging
 import random
@@ -28,7 +29,9 @@ from process.errors import ConfigError
 from simulation import plots, report, report_table
 from simulation.report_file import check_output, write_report
 from simulation.traces import logs, synthetic
-from simulation.traces.logs import Request
+from simulation.traces.reading import read
+from simulation.traces.request import ReadNotes, Request
+from simulation.traces.time_units import AUTO, UNITS
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
 from simulation.virtual.outcome import Outcome
 from simulation.virtual.setting import Setting
@@ -45,6 +48,9 @@ class VirtualConfig:
 
     trace: str = flag(
         "", "a log of requests, or synthetic[:NAME=NUMBER,…]; needed", metavar="FILE", shown="none"
+    )
+    time_unit: str = flag(
+        AUTO, "of times in the log that are numbers and do not say it", choices=(AUTO, *UNITS)
     )
     rate_scale: float = flag(
         1.0,
@@ -148,10 +154,10 @@ class VirtualConfig:
         return make_policy(POLICIES, self.policy, parse_params("--policy-param", self.policy_param + goal))
 
 
-def requests_of(config: VirtualConfig) -> Iterator[Request]:
+def requests_of(config: VirtualConfig, notes: ReadNotes | None = None) -> Iterator[Request]:
     """Yield the arrivals of the trace, tiled, repeated or thinned as the flags say.
 
-    Raises ConfigError, also while the trace is read.
+    Raises ConfigError, also while the trace is read. notes: how the log was read.
     """
     rng = random.Random(config.seed)
     seeds = [rng.getrandbits(64) for _ in range(4)]
@@ -163,16 +169,17 @@ def requests_of(config: VirtualConfig) -> Iterator[Request]:
         found = synthetic.requests(spec, seeds[0])
     elif config.days is not None:
         profile = logs.HOUR_FACTORS["servegen_m-small"]
-        found = logs.tiled(lambda: _log(config, seeds[3]), config.days, profile, random.Random(seeds[1]))
+        again = functools.partial(_log, config, seeds[3], notes)
+        found = logs.tiled(again, config.days, profile, random.Random(seeds[1]))
     else:
-        found = _log(config, seeds[3])
+        found = _log(config, seeds[3], notes)
     if config.rate_scale != 1.0:
         found = logs.scaled(found, config.rate_scale, config.jitter_s, random.Random(seeds[2]))
     return found
 
 
-def _log(config: VirtualConfig, seed: int) -> Iterator[Request]:
-    found = logs.read(Path(config.trace))
+def _log(config: VirtualConfig, seed: int, notes: ReadNotes | None) -> Iterator[Request]:
+    found = read(Path(config.trace), notes, config.time_unit)
     return found if not config.tick_s else logs.spread_ticks(found, config.tick_s, random.Random(seed))
 
 
@@ -321,7 +328,8 @@ def parse(argv: Sequence[str]) -> VirtualConfig:
 def carry_out(config: VirtualConfig) -> dict[str, Any]:
     """Carry out the run in virtual time and return its report."""
     policy = config.make_policy()
-    requests = requests_of(config)
+    notes = ReadNotes()
+    requests = requests_of(config, notes)
     if not config.quiet:
         requests = _shown(requests)
     first = next(requests, None)
@@ -329,6 +337,7 @@ def carry_out(config: VirtualConfig) -> dict[str, Any]:
         raise ConfigError(f"{config.trace}: no requests are left at --rate-scale {config.rate_scale:g}")
     outcome = simulate(setting_of(config), policy, itertools.chain((first,), requests))
     found = report_of(config, outcome, policy)
+    found["settings"]["trace_read_as"] = "; ".join(notes.lines) or None
     if config.plot is not None:
         plots.fleet(found, config.plot)
     return found

@@ -16,7 +16,7 @@ from dispatch.lease import Lease
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from loadbalancer import LoadBalancer
 from process.errors import ConfigError
-from simulation.traces.logs import Request
+from simulation.traces.request import Request
 from simulation.virtual.instances import SimulatedInstances
 from simulation.virtual.loop import ARRIVAL, EventLoop
 from simulation.virtual.outcome import RequestFigures

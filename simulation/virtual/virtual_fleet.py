@@ -32,7 +32,7 @@ from fleet.states import State
 from loadbalancer import LoadBalancer
 from policies import Fixed, Policy
 from process.errors import ConfigError
-from simulation.traces.logs import Request
+from simulation.traces.request import Request
 from simulation.virtual import replay
 from simulation.virtual.audit import audit
 from simulation.virtual.background import VirtualBackground

@@ -10,7 +10,8 @@ import pytest
 
 from process.errors import ConfigError
 from simulation.traces import synthetic
-from simulation.traces.logs import HOUR_FACTORS, Request
+from simulation.traces.logs import HOUR_FACTORS
+from simulation.traces.request import Request
 from simulation.traces.synthetic import Synthetic
 
 FLAT = Synthetic(days=0.5, swing=0.0, bursts=0.0)

@@ -15,7 +15,7 @@ from engine.profiles import PROFILES, Profile
 from engine.step_time_constants import Timing
 from localcloud.machines import Machine
 from policies import Busy, Fixed, FleetSnapshot, Targets
-from simulation.traces.logs import Request
+from simulation.traces.request import Request
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
 from simulation.virtual.outcome import Outcome
 from simulation.virtual.setting import Setting
