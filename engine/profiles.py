@@ -64,7 +64,9 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             offer_query="num_gpus=1 gpu_ram>=22 compute_cap>=800 reliability>0.95 inet_down>=200 "
             "direct_port_count>=4 cuda_max_good>=12.4",
             disk_gb=40.0,
-            vllm_args="--quantization awq --max-model-len 4096 --gpu-memory-utilization 0.9",
+            # Llama 2 writes tool calls only where tool_choice makes it; hermes needs no tokens of its own.
+            vllm_args="--quantization awq --max-model-len 4096 --gpu-memory-utilization 0.9 "
+            "--enable-auto-tool-choice --tool-call-parser hermes",
             prefill_weight=0.1,
             throughput_work_s=620.0,  # a GPU that we have no figure for is taken for the slowest one here
             throughput_by_gpu=MappingProxyType(
@@ -90,7 +92,8 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             offer_query="num_gpus<=2 gpu_total_ram>=78 compute_cap>=800 reliability>0.95 inet_down>=500 "
             "direct_port_count>=4 cuda_max_good>=12.4",
             disk_gb=80.0,
-            vllm_args="--max-model-len 8192 --gpu-memory-utilization 0.92",
+            vllm_args="--max-model-len 8192 --gpu-memory-utilization 0.92 "
+            "--enable-auto-tool-choice --tool-call-parser llama3_json",
             prefill_weight=0.1,
             throughput_work_s=490.0,
             throughput_by_gpu=MappingProxyType(
@@ -114,7 +117,8 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             # bfloat16 uses AMX where a processor has that, and vLLM 0.32.0 dies of an illegal instruction
             # if its first prompt is short: only a longer one makes it ask the kernel for AMX. Four at once,
             # so that a small load fills it.
-            vllm_args="--max-model-len 1024 --dtype float32 --max-num-seqs 4 --enforce-eager",
+            vllm_args="--max-model-len 1024 --dtype float32 --max-num-seqs 4 --enforce-eager "
+            "--enable-auto-tool-choice --tool-call-parser hermes",
             # Measured on one core of two, 2026-11-26: 390 output tokens/s with one request, 1,370 with 4,
             # 3,700 with 16; 45,000 prompt tokens/s.
             prefill_weight=0.03,
@@ -127,7 +131,9 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             start_time_s=30.0,
             max_model_len=1024,
         ),
-        # Your own model: copy an entry, give it a name, and pass that name to --model.
+        # Your own model: copy an entry, give it a name, and pass that name to --model. Its vllm_args name the
+        # parser of its tool calls, without which vLLM refuses tools, and --reasoning-parser if it thinks
+        # aloud (those here do not).
     }
 )
 

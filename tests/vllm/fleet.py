@@ -15,6 +15,13 @@ import openai
 from fleet_client import FleetTransport
 from fleet_client.tls_pins import context_for
 from simulation.live.local_stack import LocalStack
+from simulation.live.stack_config import ENGINES
+
+BOOT_S = 200.0
+"""From an order to hot: 30 to 60 s, and more when somebody else uses the processor."""
+
+INSTANCES = 2
+MODEL = ENGINES["vllm"].model
 
 _direct = urllib.request.ProxyHandler({})
 

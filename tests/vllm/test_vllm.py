@@ -1,6 +1,6 @@
 """The whole system with real vLLM: two instances on the local cloud, booted, checked and driven as anywhere.
 
-One stack serves all tests of this file; each begins and ends with both instances hot.
+One stack serves all tests of this folder; each begins and ends with both instances hot.
 """
 
 import json
@@ -19,39 +19,15 @@ import pytest
 from openai.types import Completion
 
 from localcloud.engines import TINY_MODEL, VLLM_ENVIRONMENT
-from simulation.live.local_stack import LocalStack
-from simulation.live.stack_config import ENGINES, StackConfig
 from simulation.live.workload import Workload, plan
 from tests.paths import ROOT
-from tests.vllm.fleet import Fleet, Lease
+from tests.vllm.fleet import BOOT_S, INSTANCES, MODEL, Fleet, Lease
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(500)  # of which the start takes most: the first test waits for it
 
 
-BOOT_S = 200.0
-"""From an order to hot: 30 to 60 s, and more when somebody else uses the processor."""
-
-INSTANCES = 2
-MODEL = ENGINES["vllm"].model
 QUESTION = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 5, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Two hot instances: one was prepared and started, the other one is rented when the autoscaler runs."""
-    config = StackConfig(
-        engine="vllm",
-        model=MODEL,
-        instances=INSTANCES - 1,
-        hot=INSTANCES,
-        state_dir=tmp_path_factory.mktemp("vllm") / "stack",
-        autoscaler_args=("--policy-param", f"min_hot={INSTANCES}", "--policy-param", "spare=0"),
-    )
-    with LocalStack(config) as stack:
-        yield Fleet(stack)
-    end = stack.stop()
-    assert (end.left_behind, dict(end.restarts)) == ((), {})
 
 
 @pytest.fixture(autouse=True)

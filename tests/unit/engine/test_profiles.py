@@ -47,3 +47,11 @@ def test_an_unknown_gpu_is_taken_for_the_slowest(profile: Profile) -> None:
 def test_an_unknown_model_is_told_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="unknown model 'gpt': known are tiny, vllm-13, vllm-70"):
         get_profile("gpt")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_names_the_parser_of_its_tool_calls(name: str) -> None:
+    """Without both flags vLLM answers 400 to every request with tools."""
+    words = PROFILES[name].vllm_args.split()
+    assert "--enable-auto-tool-choice" in words
+    assert words[words.index("--tool-call-parser") + 1] in ("hermes", "llama3_json")
