@@ -30,7 +30,7 @@ LIMIT_BYTES = 16_384
 
 _TEMPLATE = """\
 #!/bin/bash
-# autoscaler-py: made by start_script.py.
+# autoscaler-py, start_script.py
 set -u
 umask 077
 export HOME="${{HOME:-/root}}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \\
@@ -39,13 +39,12 @@ fleet="$HOME/fleet"
 mkdir -p "$fleet" && cd "$fleet" || exit 1
 printf %s {digest} > master.sha256
 [ -n "${{VLLM_MODEL:-}}" ] || VLLM_MODEL={model}
-[ -n "${{VLLM_ARGS+given}}" ] || VLLM_ARGS={args}
+[ -n "${{VLLM_ARGS+x}}" ] || VLLM_ARGS={args}
 export VLLM_MODEL VLLM_ARGS FLEET_READY_URL={ready_url}
 rm -rf remote
 mkdir remote && python3 -c 'import base64,lzma
-for file in lzma.decompress(base64.b85decode(input())).decode().split("\\0"):
-    name, source = file.split("\\n", 1)
-    open("remote/" + name, "w").write(source)' <<'END'
+for f in lzma.decompress(base64.b85decode(input())).decode().split("\\0"):
+  name,s=f.split("\\n",1);open("remote/"+name,"w").write(s)' <<'END'
 {packed}
 END
 export PYTHONPATH="$fleet${{PYTHONPATH:+:$PYTHONPATH}}"
@@ -58,7 +57,7 @@ def _packed() -> str:
     """Return remote/*.py, minified and compressed, in characters that a here-document need not quote."""
     files = "\0".join(f"{p.name}\n{minified(p.read_text())}" for p in sorted(REMOTE.glob("*.py")))
     # Most of it is text of no alignment: pb 0. The old format has 48 bytes less around it than .xz.
-    filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
+    filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "nice_len": 80}]
     packed = lzma.compress(files.encode(), lzma.FORMAT_ALONE, filters=filters)
     return base64.b85encode(packed).decode()
 

@@ -84,7 +84,7 @@ def test_a_wrong_flag_is_refused_with_name_and_range(flags: tuple[str, ...], sai
 
 def test_a_wrong_trace_is_one_line_and_status_2(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,10\n1,10,10\n0.5,10,10\n")
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,10\n2,10,10\n1,10,10\n")
     ran = subprocess.run(
         [sys.executable, "sim.py", "--virtual", "--trace", str(path), "--quiet"],
         cwd=ROOT,
@@ -96,8 +96,7 @@ def test_a_wrong_trace_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert ran.returncode == 2
     assert ran.stdout == ""
     assert (
-        ran.stderr
-        == f"sim.py: {path}: line 4: arrival_s: its time is 0.5 s before that of the row before it\n"
+        ran.stderr == f"sim.py: {path}: line 4: arrival_s: its time is 1 s before that of the row before it\n"
     )
 
 

@@ -82,9 +82,10 @@ def test_a_json_schema_is_kept(client: openai.OpenAI) -> None:
 
 
 def test_logprobs_come_with_each_token(client: openai.OpenAI) -> None:
-    answer = ask(client, logprobs=True, top_logprobs=2, max_tokens=3)
+    patient = client.with_options(timeout=300.0)  # what ranks them is compiled once, with one core at times
+    answer = ask(patient, logprobs=True, top_logprobs=2, max_tokens=3)
     assert len(answer.choices[0].logprobs.content) == 3
-    plain = client.completions.create(model=MODEL, prompt="Once", max_tokens=3, logprobs=2)
+    plain = patient.completions.create(model=MODEL, prompt="Once", max_tokens=3, logprobs=2)
     assert plain.choices[0].logprobs is not None
     assert len(plain.choices[0].logprobs.tokens or ()) == 3
 
