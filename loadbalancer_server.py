@@ -43,7 +43,7 @@ from web.bridge import serve_flask
 from web.direct import DirectRoutes, Held
 from web.keys import AccessKeys
 from web.messages.hot_set import MAX_HOT_BODY, HotSetTaken
-from web.messages.leases import DoneBody, RouteBody
+from web.messages.leases import DoneBody, RouteBody, WellBody
 from web.messages.reports import MAX_REPORT_BODY
 from web.metrics import metrics_page
 
@@ -75,7 +75,9 @@ class LoadBalancerConfig:
         shown="~/.local/state/autoscaler-py/LABEL",
     )
     client_keys_file: Path | None = flag(
-        None, "file of keys that /route and /done then want, one a line, mode 0600", shown="open on loopback"
+        None,
+        "file of keys that /route, /done and /well then want, one a line, mode 0600",
+        shown="open on loopback",
     )
     operator_key_file: Path | None = flag(
         None,
@@ -211,6 +213,8 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
         service.activity.set()
         service.serve_waiting()
         return JsonAnswer({})
+
+    direct.post("/well", WellBody, keys.for_clients)(service.well)
 
     @direct.put("/hot", keys.for_control)
     async def hot(raw: bytes) -> JsonAnswer:

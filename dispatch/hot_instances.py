@@ -67,6 +67,17 @@ class HotInstances:
         inst = self.by_id.get(spec.id)
         return inst if inst is not None and inst.spec.auth_url == spec.auth_url else None
 
+    def why_out(self, instance_id: int) -> str | None:
+        """Return in a word why an instance answers nothing any more; None: it may, or is not known."""
+        if self.hot_set is None:
+            return None
+        inst = self.by_id.get(instance_id)
+        if inst is None:
+            return "not_hot"
+        if inst.reports.silent:
+            return "silent"
+        return "model_down" if inst.reports.model_down else None
+
     def add(self, spec: HotInstance, now: float) -> ServingInstance:
         """Add and return an instance that was not hot before."""
         inst = self.by_id[spec.id] = ServingInstance(spec, self.table, now)

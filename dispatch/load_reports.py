@@ -23,9 +23,6 @@ from engine.forward import KIND, MOST
 from web.messages.hot_set import HotInstance
 from web.messages.reports import LoadReport, PushedReport, RequestEnd
 
-SILENT = 3
-"""Reports in a row that did not come after which the requests of an instance are taken to be lost."""
-
 IDLE_POLL_RATIO = 5.0
 """How many times less often an instance without work is polled."""
 
@@ -132,9 +129,9 @@ class LoadReports:
         if inst is None:
             return
         if load is None:
-            in_a_row = inst.reports.fail_poll(now)
+            inst.reports.fail_poll(now)
             inst.circuit.trip(now)
-            if in_a_row >= SILENT:
+            if inst.reports.silent:
                 self.leases.lose_all(inst, now)
         elif inst.reports.budget.take(len(load.started) + len(load.ended), now):
             self._take(inst, load, now)

@@ -5,6 +5,9 @@ import math
 from dispatch.report_budget import ReportBudget
 from web.messages.reports import LoadReport, PushedReport
 
+SILENT = 3
+"""Polls in a row without an answer after which the requests of an instance are taken to be lost."""
+
 
 class ReportHistory:
     """The load reports of one instance: counts, the last figures, polls. Times are epoch seconds."""
@@ -41,16 +44,20 @@ class ReportHistory:
         self._failures = 0
         return asked_at
 
-    def fail_poll(self, now: float) -> int:
-        """Note that a load report did not come; return how many in a row did not."""
+    def fail_poll(self, now: float) -> None:
+        """Note that a load report did not come."""
         self.polling = False
         self.polled_at = now
         self._failures += 1
-        return self._failures
 
     def look_again(self, at: float) -> None:
         """Set when to look next whether a load report of this instance is due."""
         self.look_at = at
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has not answered for several polls in a row."""
+        return self._failures >= SILENT
 
     # -- what was reported --
 
@@ -83,6 +90,11 @@ class ReportHistory:
         """Return whether this load report and the one before say that the model server is down."""
         before, self._down = self._down, not load.model_up
         return before and self._down
+
+    @property
+    def model_down(self) -> bool:
+        """Whether the last report that was polled says that its model server is down."""
+        return self._down
 
     def reboot(self, seq: int) -> None:
         """Begin another boot of the instance. seq: the number of its last event."""

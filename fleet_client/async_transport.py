@@ -28,6 +28,7 @@ from fleet_client.retry import ELSEWHERE, AcquireLease, Came, Send, Setback, Ste
 from fleet_client.tls_pins import context_for
 from fleet_client.transport import (
     BodyBuffer,
+    InstanceOut,
     TransportCore,
     cut_off,
     not_answered,
@@ -49,7 +50,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         reply: HttpReply,
         tell: Callable[[ClientLease, str, str], None],
         linger: Callable[[aiohttp.ClientResponse], None],
-        end: Callable[[], None] = lambda: None,
+        end: Callable[["AsyncAnswer"], None] = lambda _: None,
     ) -> None:
         """Made by `AsyncFleetTransport.exchange`. tell: takes note of how a lease ended.
 
@@ -64,6 +65,10 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         self._tell = tell
         self._linger = linger
         self._end = end
+        self._seen: bytes | None = None  # the last chunk when it was last asked for its silence
+        self._since = 0.0
+        self._out: InstanceOut | None = None
+        self.instance_id = -1 if reply.lease is None else reply.lease.instance_id
         self._chunk = b""
         self._over = reply.source is None
 
@@ -79,7 +84,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
             try:
                 chunk = await read()
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
-                why, error = cut_off(self.lease, e)
+                why, error = cut_off(self.lease, self._out or e)
                 break
             if not chunk:
                 self._ended()
@@ -100,6 +105,18 @@ class AsyncAnswer(httpx2.AsyncByteStream):
             self.call.note_setback(self.lease, why)
             self._tell(self.lease, "failed", why)
 
+    def silent_s(self, now: float) -> float:
+        """Return the seconds since something came, or it was first asked."""
+        if self._chunk is not self._seen:
+            self._seen, self._since = self._chunk, now
+        return now - self._since
+
+    def break_off(self, why: str) -> None:
+        """Let reading fail, because the instance is out, unless all of it is here."""
+        if self._source is not None and not self._source.content.is_eof():
+            self._out = InstanceOut(why)
+            abort(self._source)
+
     async def aclose(self) -> None:
         """Be done with it; the instance learns at once when it was not read to its end."""
         if self._over or self._source is None:
@@ -115,7 +132,26 @@ class AsyncAnswer(httpx2.AsyncByteStream):
     def _ended(self) -> None:
         if not self._over:
             self._over = True
-            self._end()
+            self._end(self)
+
+
+class _Head:
+    """The head of an answer that is waited for."""
+
+    def __init__(self, lease: ClientLease, limit: asyncio.Timeout) -> None:
+        self.instance_id = lease.instance_id
+        self.out: InstanceOut | None = None
+        self._begun = time.monotonic()
+        self._limit = limit
+
+    def silent_s(self, now: float) -> float:
+        """Return the seconds since it has been waited for."""
+        return now - self._begun
+
+    def break_off(self, why: str) -> None:
+        """Let the waiting time out."""
+        self.out = InstanceOut(why)
+        self._limit.reschedule(asyncio.get_running_loop().time())
 
 
 class AsyncFleetTransport(httpx2.AsyncBaseTransport):
@@ -238,7 +274,10 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
             raise
         if reply.source is None:
             side.end()
-        return AsyncAnswer(call, reply, self._core.leases.tell, side.linger, side.end), reply
+        answer = AsyncAnswer(call, reply, self._core.leases.tell, side.linger, side.end)
+        if reply.source is not None:
+            side.watch(answer)
+        return answer, reply
 
     async def _serve(self, side: LoopSide, call: Call) -> HttpReply:
         steps = self._core.attempt(call, time.monotonic())
@@ -265,9 +304,12 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         body: Any = call.body or None
         if body is not None and len(body) > 2**20:
             body = io.BytesIO(body)  # goes in pieces
+        limit = asyncio.timeout(self._core.head_s(timeouts))
+        head = _Head(lease, limit)
         with staged() as stage:
             try:
-                async with asyncio.timeout(self._core.head_s(timeouts)):
+                side.watch(head)
+                async with limit:
                     source = await session.request(
                         call.method,
                         URL(lease.address + call.target, encoded=True),
@@ -280,6 +322,8 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                         allow_redirects=False,
                     )
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
+                if head.out is not None:
+                    return not_answered(lease, head.out, bad_http=False, again=False)
                 if not stage.connected:
                     return not_connected(lease, e)
                 bad = isinstance(e, aiohttp.ClientResponseError | aiohttp.ClientPayloadError)
@@ -288,6 +332,8 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                 if not stage.connected:
                     self._core.leases.tell(lease, "unused")
                 raise
+            finally:
+                side.unwatch(head)
         if source.status not in ELSEWHERE:
             headers = returned(source.raw_headers, lease.address)
             return HttpReply(source.status, headers, source, lease=lease)

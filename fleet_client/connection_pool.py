@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
 import httptools
@@ -28,6 +28,11 @@ MAX_INTERIM = 16
 """Interim answers (1xx) before the answer: vLLM sends none, a proxy one or two."""
 
 
+SILENT_S, LOOK_S = 10.0, 5.0
+"""Seconds without a byte after which the loadbalancer is asked whether the instance is still well, and until
+it is asked again. A token takes 0.1 s; before the first one a prompt is read, and may wait for others."""
+
+
 class Connection:
     """One connection, with one request at a time."""
 
@@ -38,6 +43,7 @@ class Connection:
         self.fresh = True  # whether it has had no request before the one under way
         self.inherited = False  # whether it is of the process that this one is a fork of
         self._idle_since = 0.0
+        self._limit_s: float | None = connect_s
         self._host = parts.netloc.encode()
         sock = socket.create_connection((host, port), connect_s)
         try:
@@ -50,6 +56,7 @@ class Connection:
 
     def _begin(self, head_only: bool) -> None:
         self._parser = httptools.HttpResponseParser(self)
+        self._look: Callable[[], None] | None = None
         self._head_only = head_only
         self.status = 0
         self.headers: list[Header] = []
@@ -157,8 +164,37 @@ class Connection:
             else:
                 self._receive()
 
+    def watch(self, look: Callable[[], None]) -> None:
+        """Call look now and then while nothing comes; it raises OSError when nothing will."""
+        self._look = look
+        self.limit(self._limit_s)
+
+    def _read(self) -> bytes:
+        try:
+            return self._sock.recv(65_536)
+        except TimeoutError:
+            if self._look is None:
+                raise
+            return self._read_on(self._look)
+
+    def _read_on(self, look: Callable[[], None]) -> bytes:
+        """Read after a first time of silence."""
+        limit_s, silent_s = self._limit_s, self._sock.gettimeout() or 0.0
+        while limit_s is None or silent_s < limit_s:
+            look()
+            wait_s = LOOK_S if limit_s is None else min(LOOK_S, limit_s - silent_s)
+            self._sock.settimeout(wait_s)
+            try:
+                data = self._sock.recv(65_536)
+            except TimeoutError:
+                silent_s += wait_s
+                continue
+            self.limit(limit_s)
+            return data
+        raise TimeoutError("timed out")
+
     def _receive(self) -> None:
-        data = self._sock.recv(65_536)
+        data = self._read()
         if not data:
             if not self._headed or self._framed:
                 raise ConnectionResetError("the connection was closed")
@@ -178,6 +214,9 @@ class Connection:
 
     def limit(self, limit_s: float | None) -> None:
         """Let each read and each write take so long from now on."""
+        self._limit_s = limit_s
+        if self._look is not None:
+            limit_s = SILENT_S if limit_s is None else min(SILENT_S, limit_s)
         self._sock.settimeout(limit_s)
 
     # -- between requests

@@ -1,4 +1,4 @@
-"""Leases as messages: the bodies of POST /route and POST /done, and what the loadbalancer answers.
+"""Leases as messages: the bodies of POST /route, /done and /well, and what the loadbalancer answers.
 
 A lease allows one request to one instance, for a while. Its times are seconds of the caller's own monotonic
 clock, counted from when it arrived, so a clock that is wrong changes nothing.
@@ -169,3 +169,10 @@ def _seconds(retry_after: str | None) -> float:
 def done_body(lease: ClientLease, outcome: str, why: str) -> dict[str, str]:
     """Return the body of POST /done."""
     return {"request_id": lease.request_id, "outcome": outcome} | ({"why": why} if why else {})
+
+
+def read_well(said: Posted | Refusal) -> dict[int, str]:
+    """Read an answer of POST /well: why instances answer nothing any more; none where it says nothing."""
+    out = {} if isinstance(said, Refusal) or said[0] != 200 else _read(said[1]).get("out")
+    found = out.items() if isinstance(out, dict) else ()
+    return {int(one): str(why)[:40] for one, why in found if one.isascii() and one.isdigit()}

@@ -5,15 +5,17 @@ import contextlib
 import json
 import socket
 import time
+import weakref
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
 from fleet_client.async_connections import await_end, disown, new_session, read_whole
-from fleet_client.lease_keeper import LoadbalancerJob
-from fleet_client.leases import Posted, Refusal
+from fleet_client.connection_pool import LOOK_S, SILENT_S
+from fleet_client.lease_keeper import DONE_S, LoadbalancerJob
+from fleet_client.leases import Posted, Refusal, read_well
 from fleet_client.transport import (
     CLOSE_S,
     MAX_LEASES,
@@ -26,11 +28,26 @@ from fleet_client.transport import (
 HEALTH_S = 2.0
 """Seconds that the loadbalancer has to say how it is."""
 
+MOST_ASKED = 256
+"""Instances that the loadbalancer can be asked about at once."""
+
 ENDS_AT_ONCE = 8
 """Ends of leases that are told at the same time."""
 
 _INHERITED: list[tuple["LoopSide", socket.socket]] = []
 """Those of the process that this one is a fork of, kept: garbage that is collected says goodbye under TLS."""
+
+
+class Waiting(Protocol):
+    """A request at an instance, of which something is to come."""
+
+    instance_id: int
+
+    def silent_s(self, now: float) -> float:
+        """Return the seconds since something came, as far as it has been asked."""
+
+    def break_off(self, why: str) -> None:
+        """Wait no more: the loadbalancer says that word of the instance."""
 
 
 class LoopSide:
@@ -48,6 +65,8 @@ class LoopSide:
         self._ends: set[asyncio.Task[Posted | Refusal]] = set()
         self._batches: set[asyncio.Task[Posted | Refusal]] = set()
         self._lingering: set[asyncio.Task[None]] = set()
+        self._waiting: weakref.WeakSet[Waiting] = weakref.WeakSet()  # an answer may be forgotten
+        self._watcher: asyncio.Task[None] | None = None
         self._look: asyncio.TimerHandle | None = None
         self._closer = self.loop.create_task(self._close_when_cancelled())
 
@@ -57,8 +76,10 @@ class LoopSide:
         """Count a request."""
         self._running += 1
 
-    def end(self) -> None:
+    def end(self, waiting: Waiting | None = None) -> None:
         """Count the end of its answer; the last one of a transport that was closed closes the sessions."""
+        if waiting is not None:
+            self._waiting.discard(waiting)
         self._running -= 1
         if self.over and not self._running:
             self._closer.cancel()
@@ -68,6 +89,32 @@ class LoopSide:
         task = self.loop.create_task(await_end(source))
         self._lingering.add(task)
         task.add_done_callback(self._lingering.discard)
+
+    # -- instances that fall silent
+
+    def watch(self, waiting: Waiting) -> None:
+        """Ask the loadbalancer about its instance while nothing comes, and break it off when that is out."""
+        self._waiting.add(waiting)
+        if self._watcher is None or self._watcher.done():
+            self._watcher = self.loop.create_task(self._watch())
+
+    def unwatch(self, waiting: Waiting) -> None:
+        """Watch it no more."""
+        self._waiting.discard(waiting)
+
+    async def _watch(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            silent = [one for one in list(self._waiting) if one.silent_s(now) >= SILENT_S]
+            asked = sorted({one.instance_id for one in silent})
+            out: dict[int, str] = {}
+            for begin in range(0, len(asked), MOST_ASKED):
+                body = {"instances": asked[begin : begin + MOST_ASKED]}
+                out |= read_well(await self.post("/well", body, DONE_S))
+            for one in silent:
+                if one.instance_id in out and one in self._waiting:
+                    one.break_off(out[one.instance_id])
 
     # -- the loadbalancer
 
@@ -147,7 +194,7 @@ class LoopSide:
             self.over = True
             await self._settle()
             self._core.leases.abandon()
-            await _cancel(self._lingering | self._ends)
+            await _cancel(self._lingering | self._ends | ({self._watcher} if self._watcher else set()))
             for session in (self.model, self.again, self._route):
                 await session.close()
 

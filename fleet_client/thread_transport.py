@@ -6,15 +6,16 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Unpack
 
 import httpx2
 
 from fleet_client.call import Call, forwarded, returned
-from fleet_client.connection_pool import BadHttp, Connection, ConnectionPool
+from fleet_client.connection_pool import LOOK_S, BadHttp, Connection, ConnectionPool
 from fleet_client.forks import start_anew_in_forks
-from fleet_client.lease_keeper import LeaseKeeper
-from fleet_client.leases import Posted, Refusal, read_route
+from fleet_client.lease_keeper import DONE_S, LeaseKeeper
+from fleet_client.leases import ClientLease, Posted, Refusal, read_route, read_well
 from fleet_client.options import LOADBALANCER, FleetOptions, OptionFields
 from fleet_client.reply import HttpReply, kept_reply
 from fleet_client.retry import ELSEWHERE, AcquireLease, Came, Send, Setback, Step, is_last
@@ -27,6 +28,7 @@ from fleet_client.transport import (
     MOMENT_S,
     ROUTE_KEEP_ALIVE_S,
     BodyBuffer,
+    InstanceOut,
     TransportCore,
     cut_off,
     named,
@@ -35,6 +37,9 @@ from fleet_client.transport import (
     require_httpx2,
     response_of,
 )
+
+ASKED_S = LOOK_S / 2
+"""Seconds for which what the loadbalancer said of an instance is good for all that wait for it."""
 
 
 class _Loadbalancer:
@@ -50,6 +55,9 @@ class _Loadbalancer:
         self._headers = [(name.encode(), value.encode()) for name, value in self.core.headers.items()]
         self._connections = ConnectionPool(ROUTE_KEEP_ALIVE_S)
         self._thread: threading.Thread | None = None
+        self._looked: dict[
+            int, tuple[float, str | None]
+        ] = {}  # instance -> (when it was asked about, why out)
         self.closed = False
 
     def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> Posted | Refusal:
@@ -81,6 +89,23 @@ class _Loadbalancer:
             self._connections.drop(connection)
         after = next((v.decode("latin-1") for n, v in headers if n.lower() == b"retry-after"), None)
         return status, raw, after
+
+    def look(self, lease: ClientLease) -> None:
+        """Raise InstanceOut when the loadbalancer says that nothing more will come from that instance.
+
+        It is asked about each instance once in a while, however many wait for it.
+        """
+        one, now = lease.instance_id, time.monotonic()
+        asked_at, why = self._looked.get(one, (0.0, None))
+        if now >= asked_at + ASKED_S:
+            with self._awake:
+                self._looked[one] = now, why  # the others take what was said before, until the answer is here
+            why = read_well(self.post("/well", {"instances": [one]}, DONE_S)).get(one)
+            with self._awake:
+                self._looked = {i: said for i, said in self._looked.items() if now < said[0] + LOOK_S}
+                self._looked[one] = now, why
+        if why is not None:
+            raise InstanceOut(why)
 
     def _start(self) -> None:
         """Have the jobs done; the lock is held."""
@@ -281,6 +306,7 @@ class FleetTransport(httpx2.BaseTransport):
             # A server may answer and close before it has read everything.
             with contextlib.suppress(ConnectionError):
                 connection.send(call.method, call.target, forwarded(call.headers, lease.token), call.body)
+            connection.watch(partial(self._loadbalancer.look, lease))
             connection.head(timeouts.read)
         except OSError as e:
             self._connections.drop(connection)

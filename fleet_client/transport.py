@@ -223,6 +223,9 @@ def not_connected(lease: ClientLease, error: BaseException) -> Setback:
 
 def not_answered(lease: ClientLease, error: BaseException, *, bad_http: bool, again: bool) -> Setback:
     """Return the setback of a request that was sent and had no answer. bad_http: what came is none."""
+    if isinstance(error, InstanceOut):
+        said = f"{lease} went out before it answered: {error}"
+        return Setback("instance_out", httpx2.ReadError(said), elsewhere=True)
     if isinstance(error, TimeoutError):
         return Setback("read_timeout", httpx2.ReadTimeout(f"{lease}: no answer in time"), elsewhere=False)
     said = f"{lease}: the connection broke before an answer came: {type(error).__name__}"
@@ -231,8 +234,15 @@ def not_answered(lease: ClientLease, error: BaseException, *, bad_http: bool, ag
     return Setback("broke_off", httpx2.ReadError(said), elsewhere=False, again=again)
 
 
+class InstanceOut(OSError):
+    """The loadbalancer says that an instance answers nothing any more; the text is its word for why."""
+
+
 def cut_off(lease: ClientLease | None, error: BaseException) -> tuple[str, httpx2.RequestError]:
     """Return (a word for the loadbalancer, the error) of an answer that stopped before its end."""
+    if isinstance(error, InstanceOut):
+        said = f"{lease} went out while it answered: {error}"
+        return "instance_out", httpx2.RemoteProtocolError(said)
     if isinstance(error, TimeoutError):
         return "read_timeout", httpx2.ReadTimeout(f"{lease}: nothing came in time")
     said = f"{lease}: the answer broke off: {type(error).__name__}"

@@ -21,6 +21,7 @@ from loadbalancer import LoadBalancer
 from web.answers import JsonAnswer, error_answer
 from web.direct import Held
 from web.messages.hot_set import HotSet
+from web.messages.leases import WellAnswer, WellBody
 from web.messages.reports import PushedReport, ReportTaken, read_report
 from web.signatures import claimed_name, name_and_key, signer
 from web.slices import in_slices
@@ -143,6 +144,11 @@ class LoadBalancerService:
             self._refused_after(0.0)
         self.route_times.add(time.perf_counter() - begun)
         return answer
+
+    def well(self, asked: WellBody, _client: str) -> JsonAnswer:
+        """Answer which of the instances answer nothing any more, and why."""
+        why = {one: self.balancer.instances.why_out(one) for one in asked.instances}
+        return JsonAnswer(WellAnswer({one: word for one, word in why.items() if word is not None}))
 
     def serve_waiting(self) -> None:
         """Give leases to the waiting requests that find room: some now, others in the loop's next turns."""

@@ -1,4 +1,4 @@
-"""What a client asks of the loadbalancer and what it is given: POST /route and POST /done."""
+"""What a client asks of the loadbalancer and what it is given: POST /route, /done and /well."""
 
 import re
 from typing import Annotated, Literal
@@ -25,6 +25,9 @@ MAX_PROMPTS = 100_000
 
 MAX_COUNT = 64
 """Leases of one answer, 20 kB of them."""
+
+MAX_ASKED = 256
+"""Instances that a client may ask about at once."""
 
 PrefixHash = Annotated[str, Meta(min_length=8, max_length=32)]
 _HEX = re.compile("[0-9a-f]*")
@@ -70,6 +73,18 @@ class DoneBody(Struct, frozen=True, forbid_unknown_fields=True):
     request_id: Annotated[str, Meta(min_length=1, max_length=64)]
     outcome: Outcome
     why: Annotated[str, Meta(pattern=r"\A[a-z0-9_]{0,40}\Z")] | None = None
+
+
+class WellBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /well, by which a client asks about instances whose answers have fallen silent."""
+
+    instances: Annotated[list[Annotated[int, Meta(ge=0, le=2**53)]], Meta(max_length=MAX_ASKED)]
+
+
+class WellAnswer(Struct, frozen=True):
+    """Of the instances that were asked about, those that answer nothing any more, each with one word why."""
+
+    out: dict[int, str]
 
 
 class LeaseAnswer(Struct, frozen=True, gc=False, omit_defaults=True):

@@ -27,11 +27,12 @@ from tests.loadbalancer_app import (
     LoadBalancerApp,
     TwoInstances,
 )
-from tests.messages import hot_set
+from tests.messages import hot_set, load_report
 from web.direct import DirectRoutes
 from web.keys import AccessKeys
 from web.messages.decoding import BadField, decode
 from web.messages.leases import LeaseAnswer, LeaseBatch
+from web.messages.reports import LoadReport
 
 
 def test_a_lease_holds_what_a_client_needs() -> None:
@@ -101,6 +102,35 @@ def test_a_client_may_say_how_its_lease_ended_and_say_it_twice() -> None:
         assert (answer.status_code, answer.get_json()) == (200, {})
     assert app.balancer.usage(app.service.clock()).instances[7].failures == 1
     assert app.client.post("/route", json={"work": 1000}).status_code == 200
+
+
+def test_a_client_asks_which_instances_answer_nothing_any_more() -> None:
+    app = LoadBalancerApp()
+
+    def out() -> Any:
+        return app.client.post("/well", json={"instances": [7, 8]}).get_json()["out"]
+
+    assert out() == {}, "without a hot set nothing is known"
+    app.stock()
+    assert out() == {"8": "not_hot"}
+    app.client.post("/route", json={"work": 500})
+
+    def poll(report: LoadReport | None) -> None:
+        app.clock.now += 1.0
+        (asked,) = app.balancer.polls(app.clock.now)
+        app.balancer.complete_poll(asked, report, app.clock.now)
+
+    for _ in range(2):
+        poll(None)
+        assert out() == {"8": "not_hot"}
+    poll(None)
+    assert out() == {"7": "silent", "8": "not_hot"}
+    poll(load_report(model_up=False))
+    assert out() == {"7": "model_down", "8": "not_hot"}
+    poll(load_report())
+    assert out() == {"8": "not_hot"}
+    assert app.client.post("/well", json={"instances": list(range(257))}).status_code == 400
+    assert app.client.post("/well", json={"instances": ["7"]}).status_code == 400
 
 
 def test_status_and_metrics_show_the_instances_and_no_secret() -> None:
@@ -433,6 +463,7 @@ def test_an_old_hot_set_is_answered_with_what_is_known() -> None:
 PROTECTED = [
     ("POST", "/route", CLIENT, {"work": 5}),
     ("POST", "/done", CLIENT, {"request_id": "x", "outcome": "unused"}),
+    ("POST", "/well", CLIENT, {"instances": [7]}),
     ("PUT", "/hot", CONTROL, HOT),
     ("GET", "/status", OPERATOR, None),
     ("GET", "/metrics", OPERATOR, None),
