@@ -29,6 +29,9 @@ from remote.tokens import LIFE_S, Issuer, TooMany
 MAX_BODY = 65_536
 MOST_TOKENS = 2_000
 
+_MOST_NEW = 99
+"""Connections of which the first request has not come: strangers can open many."""
+
 _THREADS = 4
 """Requests that are answered at a time: one may wait for the model server's figures."""
 
@@ -88,13 +91,11 @@ def create_app(
             said = json.loads(body)
         except (ValueError, RecursionError):
             said = None
-        if not isinstance(said, dict):
-            return _error(400, "bad_request", "count: wanted a JSON object with it")
-        count = said.get("count")
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_TOKENS:
+        count = said.get("count") if isinstance(said, dict) else None
+        if type(count) is not int or not 1 <= count <= MOST_TOKENS:
             return _error(400, "bad_request", f"count: wanted a whole number from 1 to {MOST_TOKENS}")
         report_to = said.get("report_to")
-        if report_to is not None and not (isinstance(report_to, str) and _URL.fullmatch(report_to)):
+        if report_to is not None and not _URL.fullmatch(str(report_to)):
             return _error(400, "bad_request", "report_to: wanted http://… or https://…")
         try:
             with issuing:
@@ -143,6 +144,8 @@ def create_app(
         status, said = await answer(scope, receive)
         body = json.dumps(said).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if status == 401 or scope["path"] == "/health":  # strangers keep no connection
+            headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -150,6 +153,26 @@ def create_app(
 
 
 # --- outside world ---------------------------------------------------------------------------------
+
+
+def _http() -> Any:
+    """Return the class of connections, which bounds what strangers can make it keep."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Http(H11Protocol):
+        """h11 bounds a head (64 KiB) and reads the body of a request that offers HTTP/2."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            """Part of H11Protocol: begin, and end the oldest of the new ones that has sent no request."""
+            super().connection_made(transport)
+            new.append(self)
+            if len(new) > _MOST_NEW:
+                old = new.pop(0)
+                if not old.cycle:
+                    old.transport.abort()
+
+    new: list[Http] = []
+    return Http
 
 
 def main() -> None:
@@ -195,13 +218,9 @@ def main() -> None:
         port=port,
         ssl_certfile=certificate,
         ssl_keyfile=key,
-        limit_concurrency=1000,
+        http=_http(),
         timeout_keep_alive=120,
         log_level="error",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        lifespan="off",
         ws="none",
     )
     Server(config).run()

@@ -64,7 +64,8 @@ def _packed() -> str:
 
 def minified(source: str) -> str:
     """Return the program without comments, docstrings and types, with short names where only it uses them."""
-    tree = ast.parse(_minified(ast.unparse(_ShortArguments().visit(ast.parse(source)))))
+    # With long names, since a short one may be that of something else that is used.
+    tree = ast.parse(_minified(ast.unparse(_ShortArguments().visit(ast.parse(source))), rename=False))
     for node in reversed(tree.body):  # what was there for the types only
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         match node:
@@ -114,20 +115,18 @@ class _ShortAttributes(ast.NodeTransformer):
         """Return an attribute under its short name, if it has one."""
         return ast.Attribute(self.visit(node.value), self._short.get(node.attr, node.attr), node.ctx)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Return a function under its short name, if it has one."""
-        return self._renamed(node)
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        """Return a class whose methods are under their short names, if they have some."""
+        inside = dict(ast.iter_fields(self.generic_visit(node)))
+        return ast.ClassDef(**(inside | {"body": [self._renamed(one) for one in inside["body"]]}))
 
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
-        """Return an async function under its short name, if it has one."""
-        return self._renamed(node)
-
-    def _renamed(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
-        inside = self.generic_visit(node)
-        return type(node)(**{**dict(ast.iter_fields(inside)), "name": self._short.get(node.name, node.name)})
+    def _renamed(self, node: ast.stmt) -> ast.stmt:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return node
+        return type(node)(**(dict(ast.iter_fields(node)) | {"name": self._short.get(node.name, node.name)}))
 
 
-def _minified(source: str) -> str:
+def _minified(source: str, *, rename: bool = True) -> str:
     types = RemoveAnnotationsOptions(
         remove_variable_annotations=True,
         remove_return_annotations=True,
@@ -139,7 +138,9 @@ def _minified(source: str) -> str:
         remove_literal_statements=True,
         remove_annotations=types,
         hoist_literals=False,
-        rename_globals=True,
+        convert_posargs_to_args=rename,  # arguments that are not, are not renamed
+        rename_locals=rename,
+        rename_globals=rename,
         preserve_globals=re.findall(r"\b[^\W_]\w*", source),  # all but those of the file alone: _name
     )
     return small

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import socket
 import stat
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from fleet_client.tls_pins import pinned_context
 from remote import boot, events
 from remote.events import Events
 from remote.supervise import (
@@ -238,3 +241,35 @@ def test_no_secret_of_an_instance_can_be_seen_by_others(machine: Machine) -> Non
             if path.is_file() and path.parent != keys:
                 assert not [s for s in secrets if s in path.read_text(errors="replace")], path
         assert not [s for s in secrets if s in machine.log.read_text()]
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+def test_strangers_at_the_auth_server_keep_its_owner_from_nothing(machine: Machine) -> None:
+    """No connection without a request, no long head, and an offer of HTTP/2 loses no body."""
+    with machine.running(), ExitStack() as stack:
+        wait_for("tokens", machine.tokens)
+        context = pinned_context((machine.fleet / "tls.crt").read_text())
+
+        def connected() -> socket.socket:
+            sock = socket.create_connection(("127.0.0.1", machine.auth_port), timeout=20.0)
+            return stack.enter_context(context.wrap_socket(sock, server_hostname="127.0.0.1"))
+
+        silent = [connected() for _ in range(150)]
+        assert silent[0].recv(1) == b"", "the oldest have ended"
+        body, key = b'{"count": 1}', b"Authorization: Bearer " + MASTER.encode() + b"\r\n"
+        head = b"POST /tokens HTTP/1.1\r\nHost: i\r\nContent-Length: 12\r\n"
+        owner = connected()
+        for _ in range(2):
+            owner.sendall(head + key + H2C + b"\r\n" + body)
+            assert b'"tokens"' in owner.recv(65536) + owner.recv(65536)
+        stranger = connected()
+        stranger.sendall(head + b"\r\n")  # the body never comes
+        answer = stranger.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert b"connection: close" in answer
+        long = connected()
+        long.sendall(b"GET /health HTTP/1.1\r\nHost: i\r\nX: " + b"a" * 100_000)
+        assert long.recv(65536).startswith(b"HTTP/1.1 400 ")
+        assert machine.tokens()
