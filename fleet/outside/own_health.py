@@ -1,6 +1,7 @@
 """Whether this autoscaler process can do its job, and why not where it cannot: what `GET /health` says."""
 
 import logging
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -121,6 +122,19 @@ class OwnHealth:
                 return False
             self._complained[about] = now
             return True
+
+    def complain(self, about: str, error: Exception, now: float) -> None:
+        """Log an error, once a minute for what disk or lock of the ledger cause; GET /health says that, too.
+
+        Of our own code the traceback is told; a disk that is full has none that helps.
+        """
+        of_disk = isinstance(error, sqlite3.OperationalError | OSError)
+        if not self.may_complain("ledger" if of_disk else f"{about} {type(error).__name__}", now):
+            return
+        if of_disk:
+            log.warning("%s: %s: %s", about, type(error).__name__, error)
+        else:
+            log.error("%s", about, exc_info=error)
 
     def reasons(self, failed_creates: int, last_failure: str, now: float) -> list[Reason]:
         """Return the reasons why the autoscaler cannot do its job now; an empty list when it can.

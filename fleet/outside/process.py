@@ -178,8 +178,8 @@ class AutoscalerProcess:
             thread.join(timeout=30.0)
         try:
             self.scaler.write_counts()
-        except Exception:
-            log.exception("the arrivals of the last seconds are lost")
+        except Exception as e:  # noqa: BLE001 it is told
+            self.scaler.own.complain("the arrivals of the last seconds are lost", e, self.scaler.clock())
 
     def close(self) -> None:
         """Close the ledger and unlock the state directory."""
@@ -191,10 +191,9 @@ class AutoscalerProcess:
             begun = time.monotonic()
             try:
                 self.scaler.turn()
-            except Exception as e:  # the loop must live: what it does not do now it does next turn
+            except Exception as e:  # noqa: BLE001 the loop must live: what it does not do now it does next turn
                 self.scaler.note_failed_turn(e)
-                if self.scaler.own.may_complain(f"turn {type(e).__name__}", self.scaler.clock()):
-                    log.exception("a turn failed")
+                self.scaler.own.complain("a turn failed", e, self.scaler.clock())
             self._look_at_ourselves()
             # An instance that reports before the listing shows it makes a turn due, but not without a pause.
             self._stopped.wait(min(MIN_TURN_S, self.config.poll_interval_s))

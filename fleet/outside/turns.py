@@ -339,9 +339,8 @@ class Autoscaler:
         """Call a function that writes to the ledger; return whether it could. Failures are logged rarely."""
         try:
             write()
-        except Exception:
-            if self.own.may_complain("ledger", self.clock()):
-                log.exception("not written down yet")
+        except Exception as e:  # noqa: BLE001 it is told, and what was to be written is kept
+            self.own.complain("not written down yet", e, self.clock())
             return False
         return True
 

@@ -359,6 +359,32 @@ def test_with_a_full_disk_what_is_drained_is_stopped_and_nothing_fails(ledger: L
     assert not any(isinstance(c, Destroy) for c in loop.cloud.sent)
 
 
+def test_a_disk_that_fails_is_a_line_a_minute_and_no_traceback(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, label = hot_loop(ledger)
+    ledger.write = ledger.note = full_disk  # type: ignore[method-assign, assignment]
+    for _ in range(20):
+        loop.world.now += 5.0
+        loop.scaler.judge(HealthCheck(label, loop.world.now, Verdict.FAILED, "no answer"))
+        loop.scaler.judge(HealthCheck(label, loop.world.now, Verdict.PASSED, "ok"))
+        try:
+            loop.scaler.turn()
+        except sqlite3.Error as e:
+            loop.scaler.own.complain("a turn failed", e, loop.world.now)
+    told = [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert 1 <= len(told) <= 2
+    assert not any(r.exc_info for r in told)
+    assert "full" in told[0].getMessage()
+
+
+def test_a_fault_of_our_own_code_is_told_with_its_traceback(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    Loop(ledger).scaler.own.complain("a turn failed", KeyError("x"), 0.0)
+    assert caplog.records[-1].exc_info
+
+
 def test_with_a_full_disk_nothing_is_started_and_the_machine_is_not_blamed(ledger: Ledger) -> None:
     world = World().with_pool(hot=0, total=1)
     (label,) = world.contracts
