@@ -60,17 +60,17 @@ Background = Callable[[], Awaitable[None]]
 
 
 class AsgiApp(Protocol):
-    """An ASGI application; all of it runs on the loop's thread."""
+    """An ASGI application; all of it runs on the thread of the event loop."""
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Answer one request."""
 
     def close(self) -> None:
-        """Answer every request that waits: the server ends."""
+        """Answer every request that still waits, because the server ends."""
 
 
 async def _keep_running(make: Background) -> None:
-    """Run a background coroutine until it returns; log a crash and start it again."""
+    """Run a background coroutine until it returns; log a crash and start the coroutine again."""
     name = getattr(make, "__name__", repr(make))
     while True:
         try:
@@ -83,7 +83,7 @@ async def _keep_running(make: Background) -> None:
 
 
 class UvicornServer(uvicorn.Server):
-    """uvicorn that accepts every client at once, ends when told to, and lets its caller go on afterwards.
+    """A uvicorn that accepts many clients a turn, ends when told to, and lets its caller go on afterwards.
 
     It speaks HTTP within the bounds of bounded_http.py and connection_table.py.
     """
@@ -96,10 +96,10 @@ class UvicornServer(uvicorn.Server):
         break_off: bool = False,
         tls: "ServerTls | None" = None,
     ) -> None:
-        """on_end: called when the server is told to end. break_off: then cut the answers that are being made.
+        """Make a server that does not listen yet. on_end: called when the server is told to end.
 
-        Without break_off they have the graceful timeout of the config to end. tls: what it shows, where that
-        may change; else the config says it.
+        break_off: cut the answers that are being made then; otherwise they have the graceful timeout of the
+        config to end. tls: what the server shows, where that may change; else the config says it.
         """
         super().__init__(config)
         self._tls = tls
@@ -132,12 +132,12 @@ class UvicornServer(uvicorn.Server):
         self.started = True
 
     async def main_loop(self) -> None:
-        """Wait until told to end: uvicorn's own looks ten times a second, 0.2 % of a core (2026-11)."""
+        """Wait until told to end: uvicorn's own loop looks ten times a second, 0.2 % of a core (2026-11)."""
         await self.on_tick(0)  # sets the headers that every answer has; a date would stand still
         await self._told_to_end.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening, then uvicorn's own end."""
+        """Stop listening, then do what uvicorn does at its end."""
         for sock in sockets or []:
             asyncio.get_running_loop().remove_reader(sock)
         if self._break_off:
@@ -201,7 +201,7 @@ class UvicornServer(uvicorn.Server):
         )
 
     def end(self) -> None:
-        """Call on_end, then end; a second call does not wait for answers that are being made."""
+        """Call on_end, then end the server; a second call does not wait for answers that are being made."""
         self._on_end()
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -209,10 +209,10 @@ class UvicornServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """End on SIGTERM and Ctrl-C, in a callback of the loop.
+        """End the server on SIGTERM and Ctrl-C, in a callback of the loop.
 
-        uvicorn's own handler runs between any two bytecodes, so also in the middle of a view, and
-        raises the signal again at the end, so the process would die without the caller's clean-up.
+        uvicorn's own handler runs between any two bytecodes, so also in the middle of a view, and raises the
+        signal again at the end, so the process would die without the caller's clean-up.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -232,13 +232,13 @@ _TLS_LIMITS = {"ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": FAR
 
 
 def _hang_up(connection: socket.socket) -> None:
-    """End a connection whose protocol is not there yet: the loop, to which it belongs, sees its end."""
+    """Shut down a connection whose protocol is not there yet; the loop, which owns it, then sees its end."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 
 
 class AsgiServer:
-    """One application on one socket; `run` returns when SIGTERM, Ctrl-C or `stop` has ended it."""
+    """Serves one application on one socket; `run` returns when SIGTERM, Ctrl-C or `stop` has ended it."""
 
     def __init__(
         self,
@@ -249,8 +249,8 @@ class AsgiServer:
     ) -> None:
         """Start nothing yet.
 
-        background: coroutine functions that run on the same loop as long as the server does. tls: what it
-        shows; None for plain HTTP.
+        background: coroutine functions that run on the same loop as long as the server does. tls: the
+        certificate that the server shows; None for plain HTTP.
         """
         self._app = app
         self._sock = sock
@@ -261,7 +261,7 @@ class AsgiServer:
         self._stopped = threading.Event()
 
     def run(self) -> None:
-        """Serve until the end; the socket is closed then. Outside the main thread only `stop` ends it."""
+        """Serve until the end, then close the socket. Outside the main thread only `stop` ends the server."""
         allow_many_files()
         gc.collect()
         gc.freeze()  # what is there now stays: full collections then look at 150,000 objects less, some 80 ms
@@ -288,7 +288,7 @@ class AsgiServer:
             runner.run(self._run(self._uvicorn))
 
     def stop(self) -> None:
-        """End it; from any thread."""
+        """End the server; may be called from any thread."""
         self._stopped.set()
         if self._loop is not None and self._uvicorn is not None:
             self._loop.call_soon_threadsafe(self._uvicorn.end)

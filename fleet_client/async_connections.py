@@ -1,4 +1,4 @@
-"""Connections of an event loop, by aiohttp.
+"""HTTP connections of an event loop, by aiohttp.
 
 Its C parser is why: 500 streams of 50 events/s take 0.7 of a core and keep up, where httpx2's own pool takes
 all of one and falls behind.
@@ -21,21 +21,21 @@ from fleet_client.transport import CLOSE_S, KEPT_ANSWER, MOMENT_S
 
 
 class Stage:
-    """How far the request of this task has come, which aiohttp's errors do not say."""
+    """How far a request has come: whether it has a connection, and a new one; aiohttp's errors do not say."""
 
     __slots__ = ("connected", "fresh")
 
     def __init__(self) -> None:
-        """Begin before any connection."""
+        """Begin before the request has a connection."""
         self.connected = False
         self.fresh = False
 
     def connect(self) -> None:
-        """Note that it has a connection."""
+        """Note that the request has a connection."""
         self.connected = True
 
     def open(self) -> None:
-        """Note that its connection is new."""
+        """Note that the connection of the request is a new one."""
         self.fresh = True
 
 
@@ -44,7 +44,7 @@ _STAGE: ContextVar[Stage | None] = ContextVar("fleet_client_stage", default=None
 
 @contextmanager
 def staged() -> Iterator[Stage]:
-    """Note the stage of a request that is sent inside."""
+    """Give a Stage that follows the request which is sent inside the context."""
     stage = Stage()
     token = _STAGE.set(stage)
     try:
@@ -54,7 +54,7 @@ def staged() -> Iterator[Stage]:
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Notes the stage of each request, and the connections that it made."""
+    """A connector that notes the stage of each request, and remembers the connections that it made."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**more)
@@ -74,7 +74,7 @@ class _Connector(aiohttp.TCPConnector):
         return made
 
     def disown(self, nowhere: socket.socket) -> None:
-        """Have all its connections lead there."""
+        """Replace the sockets of all its connections by `nowhere`."""
         for protocol in list(self._made):
             transport = protocol.transport
             number = -1 if transport is None else transport.get_extra_info("socket").fileno()
@@ -83,7 +83,7 @@ class _Connector(aiohttp.TCPConnector):
 
 
 def disown(session: aiohttp.ClientSession, nowhere: socket.socket) -> None:
-    """Let go of a session in a fork: all that is written to its connections from now on goes nowhere.
+    """Let go of a session in a fork of the process: what is written to its connections goes nowhere.
 
     They cannot be closed: the goodbye of TLS would reach the other side, and a selector of Linux that both
     processes share would forget the parent's.
@@ -93,7 +93,7 @@ def disown(session: aiohttp.ClientSession, nowhere: socket.socket) -> None:
 
 
 def new_session(keep_alive_s: float | None) -> aiohttp.ClientSession:
-    """Return a session; keep_alive_s: None for a new connection each time."""
+    """Return an aiohttp session that keeps idle connections for so long; None: a new one each time."""
     if keep_alive_s is None:
         connector = _Connector(limit=0, force_close=True)
     else:
@@ -111,7 +111,7 @@ def new_session(keep_alive_s: float | None) -> aiohttp.ClientSession:
 
 
 def header_texts(headers: Iterable[Header]) -> CIMultiDict[str]:
-    """Return headers as aiohttp wants them, which sends texts as UTF-8."""
+    """Return headers as aiohttp wants them: texts, which it sends as UTF-8."""
     out: CIMultiDict[str] = CIMultiDict()
     for name, value in headers:
         try:
@@ -122,7 +122,7 @@ def header_texts(headers: Iterable[Header]) -> CIMultiDict[str]:
 
 
 def abort(source: aiohttp.ClientResponse) -> None:
-    """Close the connection without waiting for TLS to say goodbye."""
+    """Close an answer's connection at once, without waiting for TLS to say goodbye."""
     connection = source.connection
     if connection is not None and connection.transport is not None:
         connection.transport.abort()
@@ -143,7 +143,7 @@ async def await_end(source: aiohttp.ClientResponse) -> None:
 
 
 async def read_whole(source: aiohttp.ClientResponse, most: int) -> bytes:
-    """Read the body; raises aiohttp.ClientPayloadError when it is longer than that."""
+    """Return the body of an answer; raise aiohttp.ClientPayloadError when it has over `most` bytes."""
     parts: list[bytes] = []
     size = 0
     async for part in source.content.iter_any():
@@ -156,7 +156,7 @@ async def read_whole(source: aiohttp.ClientResponse, most: int) -> bytes:
 
 
 async def read_some(source: aiohttp.ClientResponse) -> bytes:
-    """Read the body of an answer that is not wanted, as far as it comes soon and is not long."""
+    """Return the body of an answer that is not wanted, as far as it comes soon and is not long."""
     raw = b""
     try:
         async with asyncio.timeout(CLOSE_S):

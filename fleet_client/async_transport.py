@@ -1,4 +1,4 @@
-"""The fleet as a transport for httpx2.AsyncClient; what can wait is done in tasks of its own."""
+"""The fleet as a transport for httpx2.AsyncClient; what can wait is done in tasks beside the requests."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ from fleet_client.transport import (
 
 
 class AsyncAnswer(httpx2.AsyncByteStream):
-    """An answer of an instance: status and headers are here, its bytes come as they come.
+    """The answer of an instance: status and headers are here, its bytes come while they are read.
 
     It must be read to its end or closed; closing it early ends the connection to the instance at once.
     """
@@ -52,9 +52,10 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         linger: Callable[[aiohttp.ClientResponse], None],
         end: Callable[["AsyncAnswer"], None] = lambda _: None,
     ) -> None:
-        """Made by `AsyncFleetTransport.exchange`. tell: takes note of how a lease ended.
+        """Wrap what came for a call; `AsyncFleetTransport.exchange` does this.
 
-        linger: waits a moment for the end of the answer. end: is told that nothing more is read of it.
+        tell: takes note of how a lease ended. linger: waits a moment for the end of the answer. end: called
+        when nothing more is read of the answer.
         """
         self.call = call
         self.status = reply.status
@@ -73,7 +74,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         self._over = reply.source is None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield its bytes, not decoded, in the pieces they come in; raises httpx2's errors."""
+        """Yield the answer's bytes, not decoded, in the pieces they come in; raise httpx2's errors."""
         if self._source is None:
             body, self._body = self._body, None
             if body:
@@ -97,7 +98,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         raise error
 
     def fail(self, why: str) -> None:
-        """Read no more, because what came is wrong; the loadbalancer is told that word."""
+        """Stop reading, because what came is wrong; `why` is the word that the loadbalancer is told."""
         self._ended()
         if self._source is not None:
             abort(self._source)
@@ -118,7 +119,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
             abort(self._source)
 
     async def aclose(self) -> None:
-        """Be done with it; the instance learns at once when it was not read to its end."""
+        """Close the answer; if it was not read to its end, the instance notices at once."""
         if self._over or self._source is None:
             return
         self._ended()
@@ -155,7 +156,7 @@ class _Head:
 
 
 class AsyncFleetTransport(httpx2.AsyncBaseTransport):
-    """For `httpx2.AsyncClient(transport=...)`, and so for `openai.AsyncOpenAI(http_client=...)`.
+    """A transport for `httpx2.AsyncClient(transport=...)`, and so for `openai.AsyncOpenAI(http_client=...)`.
 
     It belongs to the event loop of its first request as long as that runs, then to the next, and begins anew
     in a fork of the process. Close it (`aclose`, or the client's) when done: leases that were fetched ahead
@@ -166,7 +167,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
     def __init__(self, loadbalancer: str = LOADBALANCER, **options: Unpack[OptionFields]) -> None:
         """Open nothing before the first request; `FleetOptions` explains the options.
 
-        Raises ValueError for what cannot be.
+        Raises ValueError for options that are out of range.
         """
         self._core = TransportCore(
             FleetOptions(loadbalancer, **options), contextlib.nullcontext(), self._start_jobs
@@ -176,21 +177,21 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         start_anew_in_forks(self)
 
     def __repr__(self) -> str:
-        """Describe it without keys."""
+        """Describe the transport, without keys."""
         return self._core.described("AsyncFleetTransport", closed=self._closed)
 
     @property
     def leases_ahead(self) -> int:
-        """Leases at hand that were fetched before they are needed."""
+        """How many leases are at hand that were fetched before they are needed."""
         return self._core.leases.at_hand
 
     @property
     def untold(self) -> int:
-        """Ends of leases that the loadbalancer did not take in."""
+        """How many ends of leases the loadbalancer could not be told."""
         return self._core.leases.untold
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Serve one request: what httpx2 calls; TypeError under the client of another package."""
+        """Answer one request of an httpx2 client; raise TypeError for the request of another package."""
         require_httpx2(request, "httpx2.AsyncClient")
         try:
             body: bytes | None = request.content
@@ -210,14 +211,14 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         body: bytes,
         timeouts: Timeouts = NO_TIMEOUTS,
     ) -> Call | HttpReply:
-        """Return a request for `exchange`, with size, hashes and priority; or what is wrong with it.
+        """Return a request for `exchange`, with its size, hashes and priority; or the answer that refuses it.
 
         Raises httpx2.LocalProtocolError for one that HTTP cannot carry.
         """
         return self._core.call(method, target, headers, body, timeouts)
 
     async def exchange(self, call: Call) -> AsyncAnswer:
-        """Return the answer from its first byte on, without httpx2's objects; raises httpx2's errors."""
+        """Return the answer to a call from its first byte on, without httpx2's objects; raise its errors."""
         return (await self._answer(call))[0]
 
     async def why_unwell(self) -> str | None:
@@ -225,7 +226,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         return await self._opened().why_unwell()
 
     async def aclose(self) -> None:
-        """Give back what is left, tell what is to be told (2 s at most), close what is not in use."""
+        """Close the transport: give leases back, tell of ended ones (2 s at most), close idle connections."""
         if self._closed:
             return
         self._closed = True
@@ -242,7 +243,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
     # -- life cycle
 
     def _opened(self) -> LoopSide:
-        """Return what is open in the loop that runs; open it, also when that of another loop has ended."""
+        """Return what is open in the running event loop; open it first, also when another loop has ended."""
         loop, side = asyncio.get_running_loop(), self._side
         if side is not None and side.loop is loop and not side.over:
             return side

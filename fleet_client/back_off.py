@@ -1,7 +1,7 @@
 """How long to wait after a failure before the next try: each pause is twice the one before, up to a longest.
 
-Pure arithmetic, for servers and clients alike. Who fails keeps the count and sets it to 0 when it succeeds;
-who wants jitter multiplies.
+Pure arithmetic, for servers and clients alike. The caller counts the failures in a row and adds jitter if it
+wants some.
 """
 
 _MOST_DOUBLINGS = 60

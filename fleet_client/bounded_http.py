@@ -54,34 +54,34 @@ _TOO_LARGE = (
 
 
 class _OverBound(Exception):
-    """What the client sends is more than may be kept."""
+    """A client sends more than a server keeps for one connection."""
 
 
 class Corked:
-    """A transport that sends everything written in one turn of the loop in one piece.
+    """A transport that collects all that is written in one turn of the loop and sends it in one piece.
 
     uvicorn writes head and body apart, which wakes the client twice; on a virtual machine, where waking
     another core is slow, that was a quarter of an answer's time (measured 2026-11).
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
-        """Write to that transport."""
+        """Send what is written to that transport."""
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._waiting: list[bytes] = []
 
     def __getattr__(self, name: str) -> Any:
-        """Be the transport in all else."""
+        """Return all other attributes of the transport."""
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Send it at the end of this turn."""
+        """Keep the bytes, and send them at the end of this turn of the loop."""
         if not self._waiting:
             self._loop.call_soon(self._flush)
         self._waiting.append(data)
 
     def close(self) -> None:
-        """Close it once what was written is sent."""
+        """Send what was written, then close the transport."""
         self._flush()
         self._transport.close()
 
@@ -93,10 +93,10 @@ class Corked:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's HTTP on a corked transport, within the bounds above."""
+    """The HTTP protocol of one connection: uvicorn's, with writes collected, within this module's bounds."""
 
     def __init__(self, seat: Seat, **more: Any) -> None:
-        """seat: of this connection; more: what uvicorn gives its protocols."""
+        """Serve one connection. seat: its place in the ConnectionTable; more: uvicorn's arguments."""
         super().__init__(**more)
         self._seat = seat
         self._begun = False  # a byte of a request has come, and not its end
@@ -114,13 +114,13 @@ class BoundedHttp(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin; the first head has its time from now on."""
+        """Begin to serve the connection; its first head must come within HEAD_S from now on."""
         super().connection_made(cast(asyncio.Transport, Corked(transport)))
         self._seat.closes(transport.abort)
         self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Clean up: the connection has ended."""
         self._seat.leave()
         self._stop_head_timer()
         for timer in (self._body_timer, self._write_timer):
@@ -129,7 +129,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, within the bounds."""
+        """Parse the bytes that came; refuse the client where they exceed a bound."""
         if self._deaf or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
@@ -146,7 +146,7 @@ class BoundedHttp(HttpToolsProtocol):
                 self._set_timers()
 
     def _set_timers(self) -> None:
-        """Give what is to come its time: the rest of a head or of a body, or the next request."""
+        """Limit the time for what has to come: the rest of a head or of a body, or the next request."""
         if self._in_head and not self._between_requests:
             if self._head_timer is None:
                 self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
@@ -170,7 +170,7 @@ class BoundedHttp(HttpToolsProtocol):
         return not self._begun and self._unparsed == 0
 
     def _feed(self, data: bytes) -> None:
-        """Parse it; a request that offers another protocol is parsed again as one that does not."""
+        """Parse bytes; a request that offers another protocol is parsed again as one that does not."""
         while True:
             try:
                 self.parser.feed_data(data)
@@ -184,7 +184,7 @@ class BoundedHttp(HttpToolsProtocol):
                 return
 
     def _plain_head(self) -> bytes:
-        """Return the head that was just parsed, without its offer of another protocol."""
+        """Return the head that was just parsed, without its offer of another protocol (Upgrade)."""
         kept = [b"%b: %b\r\n" % one for one in self.headers if one[0] not in _OF_THE_UPGRADE]
         method = self.parser.get_method()
         return b"".join((b"%b %b HTTP/1.1\r\n" % (method, self.url), *kept, b"\r\n"))
@@ -192,7 +192,7 @@ class BoundedHttp(HttpToolsProtocol):
     # -- what httptools calls
 
     def on_message_begin(self) -> None:
-        """Begin a request, unless too many wait already."""
+        """Begin a request; refuse it when MAX_PIPELINED wait already. The parser calls this."""
         self._calls += 1
         if len(self.pipeline) >= MAX_PIPELINED:
             self._deaf = True
@@ -201,7 +201,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Take a piece of the request line."""
+        """Add a piece of the request line's URL. The parser calls this."""
         self._calls += 1
         self._head_size += len(url)
         if self._head_size > MAX_HEAD:
@@ -209,7 +209,7 @@ class BoundedHttp(HttpToolsProtocol):
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, also of a trailer."""
+        """Add a header, also of a trailer. The parser calls this."""
         self._calls += 1
         self._head_size += len(name) + len(value) + 4
         if self._head_size > MAX_HEAD or len(self.headers) >= MAX_HEADERS:
@@ -221,7 +221,7 @@ class BoundedHttp(HttpToolsProtocol):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Begin to answer."""
+        """Begin to answer the request, whose head is complete. The parser calls this."""
         self._calls += 1
         if self.parser.should_upgrade():
             self._upgrading = self.parser.get_method() != b"CONNECT"
@@ -231,7 +231,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Take a piece of the body, or drop it when its request has been answered."""
+        """Add a piece of the body, or drop it when its request has been answered. The parser calls this."""
         self._calls += 1
         self._body_came += len(body)
         if self.cycle.response_complete:
@@ -242,7 +242,7 @@ class BoundedHttp(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End the request."""
+        """Note that the request has been received whole. The parser calls this."""
         self._calls += 1
         if self.parser.should_upgrade():  # it is parsed again
             return
@@ -252,7 +252,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request."""
+        """Go on to the next request, because the answer has been sent."""
         if not self.pipeline:
             self._seat.rests()
         super().on_response_complete()
@@ -260,13 +260,13 @@ class BoundedHttp(HttpToolsProtocol):
     # -- a client that does not read its answer
 
     def pause_writing(self) -> None:
-        """Wait for the client, for some time."""
+        """Stop writing until the client takes something of its answer, for WRITE_S at most."""
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(WRITE_S, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Go on writing, because the client has taken something of its answer."""
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
@@ -275,7 +275,7 @@ class BoundedHttp(HttpToolsProtocol):
     # -- the end of what is too much
 
     def _refuse(self, *, too_large: bool) -> None:
-        """Read no more, and say why, where nothing else is being said on this connection."""
+        """Read no more of this client, and tell it why, where no answer is being sent on the connection."""
         self._stop_head_timer()
         waiting = self.pipeline[0][0] if self.pipeline else self.cycle
         if self._drained > MAX_DRAINED:
@@ -299,7 +299,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._body_timer = self.loop.call_later(BODY_S, self._look_at_body)
 
     def _look_at_body(self) -> None:
-        """End the connection when too little of the body has come, though it was waited for."""
+        """End the connection when too little of the body has come in BODY_S, though it was being read."""
         self._body_timer = None
         if self._in_body and not self.transport.is_closing():
             if self._body_came >= BODY_RATE * BODY_S or self.flow.read_paused:

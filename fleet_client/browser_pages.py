@@ -1,4 +1,4 @@
-"""Tell pages in somebody's browser from programs.
+"""Tells requests of pages in somebody's browser from those of programs.
 
 A browser says where a request comes from, and a page cannot keep it from that:
 
@@ -18,7 +18,7 @@ FOREIGN_SITES = frozenset((b"cross-site", b"same-site"))
 
 
 def by_name(headers: Sequence[Header]) -> dict[bytes, bytes]:
-    """Return headers by name, in small letters; those that come several times are joined with commas."""
+    """Return headers by name, in lower case; values of the same name are joined with commas."""
     said = dict(headers)
     if len(said) != len(headers):
         said = {}
@@ -28,9 +28,9 @@ def by_name(headers: Sequence[Header]) -> dict[bytes, bytes]:
 
 
 def page_refusal(method: str, path: str, said: Mapping[bytes, bytes]) -> tuple[int, str, str] | None:
-    """Return (status, code, message) for what a foreign page may have caused, None for all else.
+    """Return (status, code, message) that refuses a request which a foreign page may have caused, or None.
 
-    said: the headers by name.
+    said: the request's headers by name.
     """
     origin, site, host = said.get(b"origin"), said.get(b"sec-fetch-site"), said.get(b"host", b"")
     if b"," in host:

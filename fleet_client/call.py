@@ -1,4 +1,4 @@
-"""One request as it is to reach an instance: what of it is passed on, and what is for us."""
+"""One request on its way to an instance: which of its headers are passed on, and which are for us."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -31,9 +31,9 @@ _HEADER_NAME, _NO_HEADER_VALUE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"), re
 
 
 def forwarded(headers: Iterable[Header], token: str) -> list[Header]:
-    """Return a request's headers as they go to an instance.
+    """Return a request's headers as they are sent to an instance, with the token as the key.
 
-    Those of the connection stay behind, and so do keys: they are for others, and the token is the key here.
+    Those of the connection stay behind, and so do the program's keys, which are for others.
     """
     out = _without(headers, _NOT_FORWARDED)
     out.append((b"Authorization", b"Bearer " + token.encode()))
@@ -41,19 +41,22 @@ def forwarded(headers: Iterable[Header], token: str) -> list[Header]:
 
 
 def returned(headers: Iterable[Header], address: str) -> list[Header]:
-    """Return the headers of that instance's answer without what is of its connection, or leads to it."""
+    """Return the headers of an instance's answer without those of its connection or that lead to it.
+
+    address: of the instance.
+    """
     return without_address(_without(headers, _NOT_RETURNED), address)
 
 
 def _without(headers: Iterable[Header], names: frozenset[bytes]) -> list[Header]:
-    """Drop the headers of these names and those that a Connection header names."""
+    """Return headers without those of these names, and without those that a Connection header names."""
     kept = [(name, value, name.lower()) for name, value in headers]
     hop = {one.strip().lower() for _, value, low in kept if low == b"connection" for one in value.split(b",")}
     return [(name, value) for name, value, low in kept if low not in names and low not in hop]
 
 
 def priority_in(headers: Iterable[Header]) -> str | None:
-    """Return the priority that a request asks for, None without one; ValueError names the header."""
+    """Return the priority that a request's headers ask for, or None; raise ValueError if it is wrong."""
     values = [value.strip().decode("latin-1") for name, value in headers if name.lower() == _PRIORITY]
     if not values:
         return None
@@ -78,9 +81,10 @@ NO_TIMEOUTS = Timeouts()
 
 @dataclass(slots=True)
 class Call:
-    """One request as it is to reach an instance, and what became of it. target: path and query, encoded.
+    """One request that is to be sent to an instance, and what became of it.
 
-    Raises httpx2.LocalProtocolError for one that HTTP cannot carry, ValueError for an unknown priority.
+    target: path and query, encoded. Raises httpx2.LocalProtocolError for a request that HTTP cannot carry,
+    ValueError for an unknown priority.
     """
 
     method: str
@@ -98,7 +102,7 @@ class Call:
     asked_s: float = 0.0  # seconds spent on getting leases, pauses included
 
     def __post_init__(self) -> None:
-        """Check it: a line end in a header would be a second header, or a second request."""
+        """Check the request: a line end in a header would be a second header, or a second request."""
         if self.priority is not None and self.priority not in PRIORITIES:
             raise ValueError(f"priority: wanted high, normal or low, got {self.priority!r}")
         if not _METHOD.fullmatch(self.method) or not _TARGET.fullmatch(self.target):
@@ -114,9 +118,9 @@ class Call:
             self.refusals.append(said.code)
 
     def note_lease(self) -> None:
-        """Count a lease that it is sent with."""
+        """Count a lease that the request is sent with."""
         self.leases += 1
 
     def note_setback(self, lease: ClientLease, why: str) -> None:
-        """Keep that the instance failed it."""
+        """Record that the instance of that lease failed the request. why: one word."""
         self.setbacks.append((lease.instance_id, why))

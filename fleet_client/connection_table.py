@@ -33,12 +33,12 @@ END_AT_ONCE = 32
 
 
 class Seat:
-    """The place of one connection, which says here what it does and how it is ended."""
+    """The place of one connection in a ConnectionTable; its protocol says here what the connection does."""
 
     __slots__ = ("_close", "_place", "_table", "address")
 
     def __init__(self, table: "ConnectionTable", address: str, close: Callable[[], object]) -> None:
-        """Made by the table."""
+        """Sit among the silent connections of a table; `ConnectionTable.admit` does this."""
         self._table = table
         self._close = close
         self._place: OrderedDict[Seat, None] | None = table.silent
@@ -46,24 +46,24 @@ class Seat:
         table.silent[self] = None
 
     def closes(self, close: Callable[[], object]) -> None:
-        """Note how it is ended from now on."""
+        """Set the function that ends the connection from now on."""
         self._close = close
 
     def works(self) -> None:
-        """Note that a request is being answered."""
+        """Note that a request of the connection is being answered."""
         if self._place is not None:
             self._place.pop(self, None)
             self._place = None
 
     def rests(self) -> None:
-        """Note that an answer was given and nothing is to be done."""
+        """Note that an answer was given and no other request of the connection waits."""
         if self._place is not None:
             self._place.pop(self, None)
         self._place = self._table.rested
         self._place[self] = None
 
     def leave(self) -> None:
-        """Be gone; a second time changes nothing."""
+        """Remove the connection from the table, because it has ended; a second call changes nothing."""
         self.works()
         self._table.forget(self)
 
@@ -74,10 +74,10 @@ class Seat:
 
 
 class ConnectionTable:
-    """The connections of one server; silent and rested: the one that is it longest is first."""
+    """The connections of one server, as seats. silent, rested: those that are it longest come first."""
 
     def __init__(self, files: int) -> None:
-        """files: how many this process may have open; below 0 is without a limit, as the system says it."""
+        """Start without connections. files: how many this process may open; below 0: without a limit."""
         self._most = max(1, int(files * MOST_SHARE)) if files >= 0 else sys.maxsize
         self._most_of_address = max(1, int(self._most * ADDRESS_SHARE))
         self._seats: set[Seat] = set()
@@ -86,11 +86,14 @@ class ConnectionTable:
         self.rested: OrderedDict[Seat, None] = OrderedDict()
 
     def __len__(self) -> int:
-        """Return how many are connected."""
+        """Return the number of connections."""
         return len(self._seats)
 
     def admit(self, address: str, close: Callable[[], object]) -> Seat | None:
-        """Return the place of a client that comes, None when it is refused. close: ends the connection."""
+        """Return a seat for a new connection from that address, or None when it is refused.
+
+        close: a function that ends the connection.
+        """
         address = network_of(address)
         if self._of_address[address] >= self._most_of_address and not self.end_oldest(address=address):
             return None
@@ -106,9 +109,9 @@ class ConnectionTable:
         return seat
 
     def end_oldest(self, *places: "OrderedDict[Seat, None]", address: str | None = None) -> bool:
-        """End those that wait longest in these places, by default all; return whether there were any.
+        """End the connections that waited longest in these places, by default all; return if there were any.
 
-        address: whose; None: of the one that has most of them.
+        address: whose; None: of the address that has most of them.
         """
         waiting = [seat for place in places or (self.silent, self.rested) for seat in place]
         if address is None and waiting:
@@ -119,7 +122,7 @@ class ConnectionTable:
         return bool(found)
 
     def forget(self, seat: Seat) -> None:
-        """Part of `Seat.leave`."""
+        """Remove a seat; only `Seat.leave` calls this."""
         if seat in self._seats:
             self._seats.remove(seat)
             self._of_address[seat.address] -= 1
@@ -128,7 +131,10 @@ class ConnectionTable:
 
 
 def network_of(address: str) -> str:
-    """Return what counts as one address: of IPv6 the network, which one client has all of."""
+    """Return what counts as one address: an IPv4 address, or the /64 network of an IPv6 one.
+
+    One client usually has the whole of such a network.
+    """
     if ":" not in address:
         return address
     try:

@@ -1,5 +1,5 @@
-"""The error that an operator must act on."""
+"""The error that tells an operator of a mistake in the settings."""
 
 
 class ConfigError(Exception):
-    """A wrong flag, a missing key, a port in use. One line, exit 2, no traceback."""
+    """A mistake of the operator: a wrong flag, a missing key, a port in use. One line, exit 2."""

@@ -1,7 +1,7 @@
-"""Flags from elsewhere than the command line: a TOML file, and the environment.
+"""Reads flags from elsewhere than the command line: from a TOML file, and from the environment.
 
-What they say is looked at in full, also where the command line says otherwise: a mistake in a file shows at
-the first start, not at the one that needs it.
+All of it is checked, also where the command line says otherwise: a mistake in a file shows at the first
+start, not at the one that needs it.
 """
 
 import difflib
@@ -19,23 +19,24 @@ What is further off is somebody else's: AUTOSCALER_SERVICE_HOST is set by Kubern
 
 
 class ReadsValues(Protocol):
-    """A declared flag, as far as it matters here. Each raises ConfigError that begins with `before`."""
+    """What this module needs of a declared flag. Its methods raise ConfigError, beginning with `before`."""
 
     @property
     def key(self) -> str:
-        """Return its name in a file."""
+        """The flag's name in a file."""
 
     def from_text(self, before: str, text: str) -> Any:
-        """Return the value of a text."""
+        """Return the flag's value, given as text in the environment."""
 
     def from_toml(self, before: str, value: Any) -> Any:
-        """Return the value of what TOML has."""
+        """Return the flag's value, given in a TOML file."""
 
 
 def read_file(path: Path, flags: Mapping[str, ReadsValues], passed_over: Collection[str]) -> dict[str, Any]:
-    """Return the values in a TOML file, by field; passed_over: fields that may be there and are not wanted.
+    """Return the values of flags in a TOML file, by field.
 
-    Raises ConfigError that names the file, and the name or line.
+    passed_over: fields that may be in the file and are not wanted. Raises ConfigError that names the file,
+    and the name or line.
     """
     try:
         said = tomllib.loads(read_text(path, "the file of --config"))
@@ -59,9 +60,10 @@ def read_file(path: Path, flags: Mapping[str, ReadsValues], passed_over: Collect
 def read_environment(
     prefix: str, flags: Mapping[str, ReadsValues], environ: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the values of variables that begin with the prefix, by field. An empty one says nothing.
+    """Return the values of flags in environment variables whose names begin with prefix, by field.
 
-    Raises ConfigError for a wrong value, and for a name that is nearly a flag's.
+    An empty variable is ignored. Raises ConfigError for a wrong value, and for a name that is nearly a
+    flag's.
     """
     found = {}
     for variable, text in environ.items():

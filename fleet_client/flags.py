@@ -61,11 +61,11 @@ def flag(
     shown: str | None = None,
     read: Callable[[str], Any] | None = None,
 ) -> Any:
-    """Declare a field that is a flag, too.
+    """Declare a field of a settings dataclass that is also a command-line flag.
 
-    least, most: the allowed range. unit: of a number; that of a name which ends in _s is seconds. shown: the
-    default in words, where the value itself says little. read: makes the value of a text, or raises
-    ValueError or ConfigError, whose text then says what was wanted.
+    meaning: its text in --help. least, most: the allowed range. unit: of a number; that of a name which ends
+    in _s is seconds. shown: the default in words, where the value itself says little. read: makes the value
+    of a text, or raises ValueError or ConfigError, whose text then says what was wanted.
     """
     declared = {
         "meaning": meaning,
@@ -81,7 +81,7 @@ def flag(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """One flag as it was declared. Of a flag that may be repeated (many) kind is the type of one value."""
+    """The declaration of one flag. many: it may be repeated; kind is then the type of one value."""
 
     name: str
     kind: type[Any]
@@ -97,22 +97,22 @@ class Flag:
 
     @property
     def option(self) -> str:
-        """The flag on the command line."""
+        """The flag's name on the command line, as --max-tries."""
         return flag_of(self.name)
 
     @property
     def key(self) -> str:
-        """The flag in a file."""
+        """The flag's name in a file, as max-tries."""
         return self.name.replace("_", "-")
 
     def from_text(self, before: str, text: str) -> Any:
-        """Return the value of a text; several have spaces between. A ConfigError begins with `before`."""
+        """Return the flag's value in a text, several with spaces between; errors begin with `before`."""
         if self.many:
             return tuple(self.one_value(before, part) for part in text.split())
         return self.one_value(before, text)
 
     def from_toml(self, before: str, value: Any) -> Any:
-        """Return the value of what a TOML file has; raise ConfigError."""
+        """Return the flag's value, given in a TOML file; raise ConfigError if it is wrong."""
         if self.many and isinstance(value, list):
             return tuple(self._from_toml(before, one) for one in value)
         found = self._from_toml(before, value)
@@ -132,7 +132,7 @@ class Flag:
         raise ConfigError(f"{before}{_shown(value)}: wanted {self._wanted}")
 
     def one_value(self, before: str, text: str) -> Any:
-        """Return the value of a text, of a flag that may be repeated one value; raise ConfigError."""
+        """Return one value of the flag, given as text; raise ConfigError, which begins with `before`."""
         try:
             if self.read is not None:
                 return self.read(text)
@@ -153,7 +153,7 @@ class Flag:
         return kinds.get(self.kind, "a text")
 
     def checked(self, before: str, value: Any) -> Any:
-        """Return the value; raise ConfigError when it is out of its range or none of its choices."""
+        """Return a value of the flag; raise ConfigError when it is out of range or none of the choices."""
         if self.bounds and not self.bounds[0] <= value <= self.bounds[1]:  # not a number is in no range
             raise ConfigError(f"{before}{value:g}: wanted {self.bounds[0]:g} to {self.bounds[1]:g}")
         if self.choices and value not in self.choices:
@@ -162,19 +162,19 @@ class Flag:
 
     @property
     def unit_shown(self) -> str:
-        """The unit, "" for none."""
+        """The unit of the flag's value, "" for none."""
         return self.unit or ("s" if self.name.endswith("_s") else "")
 
     @property
     def bounds_shown(self) -> str:
-        """The range or the choices, "" without one."""
+        """The flag's range or choices in words, "" without any."""
         if self.choices:
             return ", ".join(self.choices)
         return " to ".join(map(_number, self.bounds)) if self.bounds else ""
 
     @property
     def default_shown(self) -> str:
-        """The default in words."""
+        """The flag's default in words."""
         if self.shown is not None:
             return self.shown
         if isinstance(self.default, bool):
@@ -187,7 +187,7 @@ class Flag:
 
     @property
     def stand_in(self) -> str | None:
-        """What stands for the value in --help; None for a switch."""
+        """The word that stands for the flag's value in --help; None for a switch."""
         if self.kind is bool:
             return None
         if self.choices:
@@ -203,12 +203,12 @@ class Flag:
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a field."""
+    """Return the flag's name on the command line, given the name of its field."""
     return f"--{name.replace('_', '-')}"
 
 
 def flags_in(settings: type[Any]) -> Iterator[Flag]:
-    """Yield the flags of a settings class: its fields that are declared with `flag`."""
+    """Yield the flags of a settings class: those of its fields that are declared with `flag`."""
     types = get_type_hints(settings)
     for field in dataclasses.fields(settings):
         if "flag" in field.metadata:
@@ -220,7 +220,7 @@ def flags_in(settings: type[Any]) -> Iterator[Flag]:
 
 
 def check_flags(settings: Any) -> None:
-    """Raise ConfigError for the first field outside its range, or that is none of its choices."""
+    """Raise ConfigError for the first field of a settings object that is out of range or no choice."""
     for one in flags_in(type(settings)):
         value = getattr(settings, one.name)
         if value is not None and not one.many:
@@ -228,10 +228,11 @@ def check_flags(settings: Any) -> None:
 
 
 def add_flags(parser: "Parser", settings: type[Any], without: Collection[str] = ()) -> None:
-    """Add a flag for each field of a settings class that is declared with `flag`, but for those without.
+    """Add to a parser the flags of a settings class: its fields that are declared with `flag`.
 
     A field of type bool is a switch: --name where the default is False, else --name and --no-name. One that
-    is a tuple of texts may be repeated. What is without may be in a file: it is another command's.
+    is a tuple of texts may be repeated. without: fields that get no flag, because they belong to another
+    command; they may still be in the file.
     """
     for one in flags_in(settings):
         if one.name in without:
@@ -253,7 +254,7 @@ def add_flags(parser: "Parser", settings: type[Any], without: Collection[str] = 
 
 
 class _Repeated(argparse.Action):
-    """Collects the values of a flag in a tuple."""
+    """An argparse action that collects the values of a repeated flag in a tuple."""
 
     def __call__(
         self,
@@ -262,19 +263,19 @@ class _Repeated(argparse.Action):
         values: Any,
         option_string: str | None = None,  # noqa: ARG002
     ) -> None:
-        """Add one value."""
+        """Add one value to the tuple."""
         setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), values))
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError for a wrong flag, so that it is one line like every other operator's error.
+    """A parser of flags that raises ConfigError for a wrong one, so that the error is one line.
 
-    With the beginning of names in the environment, as "AUTOSCALER_", it takes the flags of `add_flags` from
-    there, too, and from the file that --config names. What it returns has only what was given somewhere.
+    With an environment prefix, such as "AUTOSCALER_", it takes the flags of `add_flags` from variables, too,
+    and from the file that --config names. What it returns has only what was given somewhere.
     """
 
     def __init__(self, *, environment: str = "", **more: Any) -> None:
-        """Take argparse's own arguments beside."""
+        """Make a parser without flags. environment: the prefix of variables; more: argparse's arguments."""
         self.environment = environment
         self.flags: dict[str, Flag] = {}
         self.passed_over: set[str] = set()
@@ -293,7 +294,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the command line, and add what environment and file say beside it."""
+        """Parse the command line, and add what environment and file say besides."""
         found, rest = super().parse_known_args(args, namespace)
         if self.environment:
             said = read_environment(self.environment, self.flags, os.environ)
@@ -306,18 +307,18 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError."""
+        """Raise ConfigError with argparse's message."""
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
 def within(flag: str, value: float, least: float, most: float) -> None:
-    """Raise ConfigError unless the value is in the range; not a number is not."""
+    """Raise ConfigError, which names the flag, unless its value is in the range."""
     if not least <= value <= most:
         raise ConfigError(f"{flag} {value:g}: wanted {least:g} to {most:g}")
 
 
 def server_url(flag: str, text: str) -> str:
-    """Return the URL without a slash at its end; raise ConfigError unless it is http(s)://HOST:PORT."""
+    """Return a flag's URL without a slash at its end; raise ConfigError unless it is http(s)://HOST:PORT."""
     try:
         url = urlsplit(text)
         good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not url.username
@@ -338,7 +339,7 @@ def _shown(value: Any) -> str:
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a process's main: ConfigError is one line and exit 2, Ctrl-C is quiet."""
+    """Run the main function of a process and exit: ConfigError is one line and exit 2, Ctrl-C is quiet."""
     try:
         main()
     except ConfigError as e:

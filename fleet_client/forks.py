@@ -1,4 +1,4 @@
-"""Let what holds connections, leases and threads start anew in a process that is a fork of another.
+"""Lets objects with connections, leases and threads start anew in a process that is a fork of another.
 
 After os.fork (gunicorn --preload, multiprocessing, Celery, a daemon) both processes have the same open
 connections, the same leases and, in the child, threads that do not run and locks that nobody will release.
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class StartsAnew(Protocol):
-    """Something that a child must not share with its parent."""
+    """The protocol of objects that hold something which a child process must not share with its parent."""
 
     def start_anew(self) -> None:
         """Let go of what is the parent's without touching it; called in the child, before anything else."""
@@ -22,7 +22,7 @@ _SHARED: "weakref.WeakSet[StartsAnew]" = weakref.WeakSet()
 
 
 def start_anew_in_forks(one: StartsAnew) -> None:
-    """Have it start anew in each fork of this process, as long as it lives."""
+    """Call the object's `start_anew` in each fork of this process, as long as the object lives."""
     _SHARED.add(one)
 
 

@@ -61,7 +61,7 @@ NO_KEY = error_reply(
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """Everything that may be set. Times in seconds."""
+    """The settings of a gateway. Times in seconds."""
 
     host: str = flag("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = flag(8300, "port to listen on", least=1, most=65535)
@@ -106,13 +106,13 @@ class GatewayConfig:
     no_affinity: bool = flag(False, "tell the loadbalancer no hashes of prompts' beginnings")
 
     def checked(self) -> "GatewayConfig":
-        """Return itself, or raise ConfigError naming the flag, the value and the range."""
+        """Return this configuration, or raise ConfigError naming the flag, the value and the range."""
         check_flags(self)
         server_url("--loadbalancer", self.loadbalancer)
         return self
 
     def in_the_clear(self) -> list[InTheClear]:
-        """Return what goes over a network unencrypted."""
+        """Return what goes over a network unencrypted with this configuration."""
         leases = "our key for it and the leases, by which prompts find their way,"
         return [
             *clear_bind(self.host, "prompts, answers and keys", encrypted=self.tls_cert is not None),
@@ -121,7 +121,7 @@ class GatewayConfig:
 
 
 def failure_reply(error: httpx2.RequestError) -> HttpReply:
-    """Return what a program is told when no instance answered."""
+    """Return the answer that tells a program why no instance answered its request."""
     if isinstance(error, NoLoadbalancer):
         return error_reply(503, "loadbalancer_unreachable", str(error), retry_after_s=1.0)
     if isinstance(error, httpx2.LocalProtocolError):
@@ -138,7 +138,10 @@ class Gateway:
     """
 
     def __init__(self, transport: AsyncFleetTransport, keys: Collection[str], *, loopback: bool) -> None:
-        """loopback: whether it listens there and nowhere else."""
+        """Pass requests to that transport. keys: one of them is wanted, if there are any.
+
+        loopback: whether the server listens on loopback and nowhere else.
+        """
         self._transport = transport
         self._keys = keys
         self._loopback = loopback
@@ -174,7 +177,7 @@ class Gateway:
         await self._pass_on(method, target, headers, body, origin, receive, send)
 
     async def _health(self) -> HttpReply:
-        """Say whether requests can be served, as far as that is known without one."""
+        """Return the answer to GET /health: whether requests can be served, as far as is known."""
         now = time.monotonic()
         if now >= self._health_until:
             why = await self._transport.why_unwell()
@@ -234,13 +237,13 @@ class Gateway:
                 await answer.aclose()
 
     def close(self) -> None:
-        """Answer the requests that have no answer yet: 503."""
+        """Answer 503 to all requests that have no answer yet, because the server ends."""
         self._closing = True
         for task in list(self._waiting):
             task.cancel()
 
     async def leases(self) -> None:
-        """Run as long as the server does; give back the leases that are left at the end."""
+        """Run as long as the server does; then give back the leases that are left."""
         try:
             await asyncio.Event().wait()
         finally:
@@ -248,7 +251,7 @@ class Gateway:
 
 
 class _DisconnectWatch:
-    """Cancels the task that made it when the client goes away."""
+    """Cancels the task that serves a request when the request's client goes away."""
 
     def __init__(self, receive: Any) -> None:
         task = asyncio.current_task()
@@ -264,7 +267,7 @@ class _DisconnectWatch:
             self.task.cancel()
 
     def forget(self) -> None:
-        """Watch no more: the answer is complete."""
+        """Stop watching, because the answer is complete."""
         self._watch.remove_done_callback(self._cancel)
         self._watch.cancel()
 
@@ -275,7 +278,7 @@ async def _disconnected(receive: Any) -> None:
 
 
 async def _read(receive: Any) -> bytes | None:
-    """Read the body; one byte more than allowed when it is longer; None when the client has gone."""
+    """Return a request's body, MAX_BODY + 1 bytes where it is longer; None when the client has gone."""
     parts: list[bytes] = []
     size = 0
     while True:
@@ -300,7 +303,7 @@ def _start(status: int, headers: Sequence[Header]) -> dict[str, Any]:
 
 
 def serve(config: GatewayConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C; leases that were fetched ahead go back then."""
+    """Run a gateway until SIGTERM or Ctrl-C; leases that were fetched ahead go back then."""
     config = config.checked()
     keys = load_keys(config.key_file)
     check_bind(config.host, config.port, keys_present=bool(keys))
@@ -333,7 +336,7 @@ def serve(config: GatewayConfig) -> None:
 
 
 def parser() -> Parser:
-    """Return the parser of the command line."""
+    """Return the parser of the gateway's flags."""
     # Called by the name it was started with: gateway.py, or fleet-gateway where it is installed.
     made = Parser(
         environment="FLEET_GATEWAY_",
@@ -345,14 +348,14 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and serve."""
+    """Parse the flags and run the gateway."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     serve(GatewayConfig(**vars(args)))
 
 
 def run() -> None:
-    """Run the command `fleet-gateway`; wrong flags are one line and exit 2."""
+    """Run the command `fleet-gateway`; a wrong flag is one line of error and exit 2."""
     run_main(main)
 
 

@@ -1,4 +1,4 @@
-"""Tell the user's programs from pages in a browser: which requests the gateway serves.
+"""Which requests the gateway serves: it tells the user's programs from pages in the user's browser.
 
 On loopback the gateway asks for no key, so it must tell the user's programs from pages in the user's browser,
 which can reach loopback, too. A page cannot keep its browser from saying where it comes from:
@@ -23,7 +23,10 @@ CORS_AGE_S = 600
 
 
 def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool) -> HttpReply | None:
-    """Return why a request is not served, or None. loopback: whether that is where the server listens."""
+    """Return the answer that refuses a request, or None when the gateway serves it.
+
+    keys: one of them is wanted, if there are any. loopback: whether the server listens on loopback only.
+    """
     if keys:
         # Given twice they are joined, so two Authorization headers match no key.
         given = b",".join(values_of(headers, b"authorization"))
@@ -65,7 +68,7 @@ def _shown(value: bytes) -> str:
 
 
 def preflight(headers: Sequence[Header]) -> HttpReply | None:
-    """Return the answer to a browser that asks whether a page of this machine may ask, None otherwise."""
+    """Return the answer to a browser that asks whether a page of this machine may ask (OPTIONS), or None."""
     origin = values_of(headers, b"origin")
     method = values_of(headers, b"access-control-request-method")
     if len(origin) != 1 or not method or not from_loopback(origin[0]):
@@ -83,7 +86,7 @@ def preflight(headers: Sequence[Header]) -> HttpReply | None:
 
 
 def readable_by(origin: Sequence[bytes], headers: Sequence[Header]) -> Sequence[Header]:
-    """Return the headers of an answer, so that a page of this machine may read it."""
+    """Return an answer's headers with those that let a page of this machine (origin) read the answer."""
     if len(origin) != 1 or any(name.lower() == b"access-control-allow-origin" for name, _ in headers):
         return headers
     return [*headers, (b"Access-Control-Allow-Origin", origin[0]), (b"Vary", b"Origin")]

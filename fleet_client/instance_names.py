@@ -1,8 +1,9 @@
-"""Keep from a client's program where an instance is: it speaks with the fleet.
+"""Keeps from a client's program where an instance is: the program speaks with the fleet.
 
 A program that follows a Location to an instance, or has read its address in an error, sends its next prompt
 there without a lease. So a redirect leads to the same path of the fleet, wherever it pointed, and takes a
 lease of its own; a header that names the instance says the path alone, or is left out; errors say its number.
+
 What an answer's body says is the instance's own, and passes as it is.
 """
 
@@ -24,7 +25,7 @@ _RELATIVE = re.compile(rb"(?![A-Za-z][A-Za-z0-9+.-]*:)(?![/\\]{2})[!-~]+")
 
 @functools.lru_cache(maxsize=4096)
 def _named_as(address: str) -> tuple[bytes, re.Pattern[bytes]]:
-    """Return (how a header may name that address, its origin before a path)."""
+    """Return (how a header may name that address, a pattern of the origin that stands before a path)."""
     parts = urlsplit(address)
     host = parts.hostname or ""
     # On loopback there are others, and pages of this machine are named in Access-Control-Allow-Origin.
@@ -35,7 +36,7 @@ def _named_as(address: str) -> tuple[bytes, re.Pattern[bytes]]:
 
 
 def without_address(headers: Sequence[tuple[bytes, bytes]], address: str) -> list[tuple[bytes, bytes]]:
-    """Return an answer's headers so that none leads to the instance at that address."""
+    """Return the headers of an answer so that none leads to the instance at that address."""
     name, origin = _named_as(address)
     text = b"\n".join([part for header in headers for part in header]).lower()
     if name not in text and b"location" not in text:
@@ -56,7 +57,7 @@ def without_address(headers: Sequence[tuple[bytes, bytes]], address: str) -> lis
 
 
 def error_without_address(text: str, error: BaseException, address: str) -> str:
-    """Return an error's text; where it names the address, what kind of error it is. text: what it says."""
+    """Return an error's text, or only what kind of error it is where the text names the address."""
     host = urlsplit(address).hostname or ""
     if host.lower() not in text.lower():
         return text

@@ -1,4 +1,4 @@
-"""The leases of one transport beside its requests: those at hand, and ends that the loadbalancer is told of.
+"""The leases of one transport: those at hand, and the ends of leases that the loadbalancer is to be told.
 
 A request takes a lease at hand or asks for one; everything else can wait and is a `LoadbalancerJob`, which a
 transport performs beside its requests, in tasks or in a thread:
@@ -31,7 +31,10 @@ BATCH_S, DONE_S = 5.0, 5.0
 
 @dataclass(frozen=True, slots=True)
 class LoadbalancerJob:
-    """POST this to the loadbalancer. begun: when it was handed out. wanted: leases of a batch; 0: an end."""
+    """A message that a transport is to POST to the loadbalancer, beside its requests.
+
+    begun: when the job was handed out. wanted: leases of a batch; 0: the message tells the end of a lease.
+    """
 
     path: str
     body: Mapping[str, Any]
@@ -41,7 +44,7 @@ class LoadbalancerJob:
 
 
 class LeaseKeeper:
-    """Knows the leases at hand, which instance has read which prefix, and the jobs that wait.
+    """Keeps one transport's leases at hand, which instance has read which prefix, and the waiting jobs.
 
     lock: held whenever anything changes, so that threads may share it. wake: called with the lock held when
     there may be a job.
@@ -50,14 +53,14 @@ class LeaseKeeper:
     def __init__(
         self, options: FleetOptions, lock: AbstractContextManager[Any], wake: Callable[[], None]
     ) -> None:
-        """Keep nothing yet."""
+        """Start without leases and jobs."""
         self.options = options
         self.untold = 0  # ends of leases that the loadbalancer did not take in
         self._wake = wake
         self.start_anew(lock)
 
     def start_anew(self, lock: AbstractContextManager[Any]) -> None:
-        """Know nothing, as at first: in a fork, whose leases are its parent's, or in a new event loop."""
+        """Forget all leases and jobs, in a fork, where they are the parent's, or in a new event loop."""
         self._lock = lock
         self._ahead = LeasesAhead(self.options.ahead)
         self._served = Served()
@@ -65,25 +68,25 @@ class LeaseKeeper:
         self._over = False
 
     def __str__(self) -> str:
-        """Say how many leases are at hand; nothing where none are fetched ahead."""
+        """Return how many leases are at hand, in words; "" where none are fetched ahead."""
         return f"{len(self._ahead)} leases ahead, {self._ahead.coming} coming" if self._ahead.most else ""
 
     @property
     def at_hand(self) -> int:
-        """Leases at hand."""
+        """How many leases are at hand."""
         return len(self._ahead)
 
     # -- what a request asks of it
 
     def may_take(self, call: Call) -> bool:
-        """Return whether leases at hand are for it: one of lower priority would pass others by with them."""
+        """Return whether a call may take leases at hand; with them low priority would pass others by."""
         own = self.options.priority
         return self._ahead.most > 0 and PRIORITIES.index(call.priority or own) <= PRIORITIES.index(own)
 
     def first(self, call: Call, now: float) -> tuple[ClientLease | None, bool]:
-        """Return (a lease at hand, whether none is taken because /route may know a nearer one).
+        """Return (a lease at hand or None, whether /route should be asked for one nearer to the prefix).
 
-        In the latter case none counts as used: those that only ever lie there go back.
+        Where it should, no lease counts as used: those that only ever lie at hand go back.
         """
         with self._lock:
             near = self._served.blocks(call.affinity) if len(self._ahead) else {}
@@ -95,30 +98,30 @@ class LeaseKeeper:
             return lease, False
 
     def another(self, call: Call, avoid: Collection[int], now: float) -> ClientLease | None:
-        """Take a lease at hand for another try, of none of these instances."""
+        """Take a lease at hand for another try of a call, on none of these instances; None without one."""
         with self._lock:
             lease = self._ahead.take(call.size, now, avoid, self._served.blocks(call.affinity))
             self._wake()
             return lease
 
     def refill(self) -> None:
-        """Have leases fetched: a request that found none at hand has one now."""
+        """Have leases fetched, because a request found none at hand and has got one otherwise."""
         with self._lock:
             self._wake()
 
     def note_route_time(self, took_s: float) -> None:
-        """Note how long POST /route took to answer when it was not told to wait."""
+        """Note how long POST /route took to answer when it was not asked to wait."""
         with self._lock:
             self._ahead.answered(took_s)
 
     def note_answer(self, call: Call, reply: HttpReply) -> None:
-        """Note that the instance has read the prompt, and is likely to have it at hand for a while."""
+        """Note that the instance that answered has read the call's prompt, and may have it in memory now."""
         if self._ahead.most and call.affinity and reply.status == 200 and reply.lease is not None:
             with self._lock:
                 self._served.note(call.affinity, reply.lease.instance_id)
 
     def tell(self, lease: ClientLease, outcome: str, why: str = "") -> None:
-        """Have the loadbalancer told how a lease ended: failed (why), or unused."""
+        """Queue a job that tells the loadbalancer how a lease ended: failed (why), or unused."""
         with self._lock:
             if self._over or len(self._ends) >= ENDS_KEPT:
                 self.untold += 1
@@ -135,7 +138,7 @@ class LeaseKeeper:
     # -- jobs
 
     def next_job(self, now: float, *, ends: bool = True) -> LoadbalancerJob | None:
-        """Hand out a job that is due now. ends: whether it may be the end of a lease."""
+        """Return a job that is due now, or None. ends: whether it may tell the end of a lease."""
         with self._lock:
             self._give_back(self._ahead.sweep(now))
             if wanted := self._ahead.want(now):
@@ -146,7 +149,7 @@ class LeaseKeeper:
             return None
 
     def finish_job(self, job: LoadbalancerJob, came: Posted | Refusal, now: float) -> None:
-        """Take in what came of a job."""
+        """Take in what the loadbalancer answered to a job."""
         with self._lock:
             if not job.wanted:
                 self.untold += isinstance(came, Refusal) or came[0] != 200
@@ -161,21 +164,21 @@ class LeaseKeeper:
                 self._wake()
 
     def look_in_s(self, now: float) -> float | None:
-        """Return seconds until there may be a job without any call; None: not before a request."""
+        """Return in how many seconds a job may become due by itself; None: not before a request."""
         with self._lock:
             return self._ahead.look_in_s(now)
 
     # -- the end
 
     def give_all_back(self) -> None:
-        """Fetch no more leases; those at hand go back as jobs."""
+        """Fetch no more leases; queue jobs that give back those at hand."""
         with self._lock:
             self._give_back(self._ahead.close())
             if self._ends:
                 self._wake()
 
     def abandon(self) -> None:
-        """Leave what is not told yet untold: there are no jobs any more."""
+        """Drop the ends of leases that the loadbalancer was not told, and make no more jobs."""
         with self._lock:
             self._over = True
             self.untold += len(self._ends)

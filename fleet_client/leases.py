@@ -30,7 +30,10 @@ Posted = tuple[int, bytes, str | None]
 
 @dataclass(frozen=True, slots=True)
 class ClientLease:
-    """Where one request may go. granted and expires are of this process's own clock."""
+    """A lease as its client has it: where one request may go, with which token, until when.
+
+    granted and expires are seconds of this process's own clock.
+    """
 
     address: str
     request_id: str
@@ -41,12 +44,12 @@ class ClientLease:
     certificate: str | None = field(repr=False)
 
     def fresh(self, now: float) -> bool:
-        """Return whether it is not yet in the last part of its life."""
+        """Return whether the lease may still be used: it is not yet in the last part of its life."""
         return now < self.stale_at
 
     @property
     def stale_at(self) -> float:
-        """When the last part of its life begins."""
+        """The time from which on the lease is not used any more, though it has not expired."""
         return self.expires - STALE_SHARE * (self.expires - self.granted)
 
     def __str__(self) -> str:
@@ -56,9 +59,10 @@ class ClientLease:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why there is no lease. status: the answer's, 0 without one. final: asking again cannot help.
+    """Why the loadbalancer gave no lease.
 
-    code: the loadbalancer's one word for the reason.
+    status: the answer's, 0 without one. final: asking again cannot help. code: the loadbalancer's one word
+    for the reason.
     """
 
     status: int
@@ -100,7 +104,10 @@ def route_body(
 
 
 def read_route(status: int, raw: bytes, retry_after: str | None, now: float) -> ClientLease | Refusal:
-    """Read an answer of POST /route. No part of a lease is ever in a refusal's message."""
+    """Return the lease or the refusal in an answer of POST /route.
+
+    No part of a lease is ever in a refusal's message.
+    """
     said = _read(raw)
     if status != 200:
         return _refusal(status, said, retry_after)
@@ -109,7 +116,7 @@ def read_route(status: int, raw: bytes, retry_after: str | None, now: float) -> 
 
 
 def read_batch(status: int, raw: bytes, retry_after: str | None, now: float) -> list[ClientLease] | Refusal:
-    """Read an answer of POST /route with `count`: at least one lease, in the order they came."""
+    """Return the leases, at least one, or the refusal in an answer of POST /route with `count`."""
     said = _read(raw)
     if status != 200:
         return _refusal(status, said, retry_after)
@@ -145,7 +152,10 @@ def _unreadable() -> Refusal:
 
 
 def _lease_in(said: Mapping[str, Any], known: Mapping[str, Any], now: float) -> ClientLease | None:
-    """Read one lease; None when a field of it is missing or wrong. known: where the certificate is."""
+    """Return the lease in a JSON object; None when a field is missing or wrong.
+
+    known: the object that has the certificate.
+    """
     texts = [said.get(name) for name in ("address", "request_id", "token")]
     number, life_s, certificate = said.get("instance_id"), said.get("expires_in_s"), known.get("certificate")
     if not isinstance(number, int) or not isinstance(life_s, int | float):
@@ -159,7 +169,7 @@ def _lease_in(said: Mapping[str, Any], known: Mapping[str, Any], now: float) -> 
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Read a Retry-After in seconds; 0 for one that is a date or no number."""
+    """Return the seconds of a Retry-After header; 0 where it is a date or no number."""
     try:
         return min(600.0, max(0.0, float(retry_after or 0.0)))
     except ValueError:
@@ -167,7 +177,7 @@ def _seconds(retry_after: str | None) -> float:
 
 
 def done_body(lease: ClientLease, outcome: str, why: str) -> dict[str, str]:
-    """Return the body of POST /done."""
+    """Return the body of POST /done, which tells how a lease ended."""
     return {"request_id": lease.request_id, "outcome": outcome} | ({"why": why} if why else {})
 
 

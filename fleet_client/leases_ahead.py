@@ -57,10 +57,13 @@ ROUTE_WEIGHT = 0.2
 
 
 class LeasesAhead:
-    """Leases at hand: up to `most`, for requests of typical size, none when idle."""
+    """The leases at hand that one client has fetched ahead: up to `most`, for requests of typical size.
+
+    When no request came for IDLE_S they go back.
+    """
 
     def __init__(self, most: int) -> None:
-        """Want none before the first request."""
+        """Start without leases, and fetch none before the first request."""
         self.most = most
         self.coming = 0  # asked for and not here yet
         self.route_s = 0.0  # what POST /route takes when it does not wait, a running mean
@@ -75,19 +78,19 @@ class LeasesAhead:
         self._closed = False
 
     def __len__(self) -> int:
-        """Count the leases at hand."""
+        """Return the number of leases at hand."""
         return len(self._ready)
 
     @property
     def typical(self) -> TokenEstimate:
-        """The size that the next leases are asked for."""
+        """The request size for which the next leases are fetched."""
         output = max(1, round(self._output)) if self._limited else None
         return TokenEstimate(round(self._prompt), output)
 
     # -- what a request takes
 
     def better_asked(self, blocks: int, near: Mapping[int, int], avoid: Collection[int], now: float) -> bool:
-        """Return whether /route should be asked where the prefix lies, though there are leases at hand.
+        """Return whether /route should be asked for a lease where the prefix lies, though some are at hand.
 
         blocks: of the whole prompt. near: of its prefix, by the instance that has answered them.
         """
@@ -111,7 +114,7 @@ class LeasesAhead:
         avoid: Collection[int] = (),
         near: Mapping[int, int] | None = None,
     ) -> ClientLease | None:
-        """Take the fresh lease nearest to the prefix, of equal ones the oldest; None: ask for one.
+        """Take the fresh lease nearest to the prefix, of equal ones the oldest; None: one must be asked for.
 
         avoid: instances that it must not be for. near: as in `better_asked`.
         """
@@ -149,7 +152,7 @@ class LeasesAhead:
     # -- what is fetched
 
     def want(self, now: float) -> int:
-        """Return how many to ask for in one call now; they are coming until `arrived` or `refused`."""
+        """Return how many leases to ask for in one call now; they are coming until `arrived` or `refused`."""
         if self._closed or self._used_at is None or now >= self._used_at + IDLE_S or now < self._retry_at:
             return 0
         missing = self.most - sum(lease.fresh(now) for lease in self._ready) - self.coming
@@ -164,7 +167,7 @@ class LeasesAhead:
         self.route_s += (ROUTE_WEIGHT if self.route_s else 1.0) * (took_s - self.route_s)
 
     def arrived(self, leases: Sequence[ClientLease], wanted: int, now: float) -> Sequence[ClientLease]:
-        """Keep the leases that came for `wanted`; return those that go back: all, when none is used now."""
+        """Keep the leases that came for `wanted`; return those to give back: all, if none is used now."""
         if len(leases) < wanted:
             self.refused(wanted, 0.0, now)  # there is no room for the others
         else:
@@ -176,7 +179,7 @@ class LeasesAhead:
         return ()
 
     def refused(self, wanted: int, retry_after_s: float, now: float) -> None:
-        """Give up so many that were asked for; ask again after a pause."""
+        """Note that `wanted` leases are not coming; ask again after a pause."""
         self.coming -= wanted
         self._refusals += 1
         rest_s = max(retry_after_s, back_off_s(self._refusals, *PAUSE_S))
@@ -196,7 +199,7 @@ class LeasesAhead:
     # -- what goes back
 
     def sweep(self, now: float) -> list[ClientLease]:
-        """Remove and return the leases that are too old, or all when none was used for a while."""
+        """Remove and return the leases that are too old, or all when none was used for IDLE_S."""
         if self._used_at is not None and now >= self._used_at + IDLE_S:
             return self._remove(lambda _: True)
         return self._remove(lambda lease: not lease.fresh(now))
@@ -206,7 +209,7 @@ class LeasesAhead:
         return self._remove(lambda lease: lease.instance_id == instance_id)
 
     def close(self) -> list[ClientLease]:
-        """Remove and return all leases, and want no more."""
+        """Remove and return all leases, and fetch no more."""
         self._closed = True
         return self._remove(lambda _: True)
 

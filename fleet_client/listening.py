@@ -8,13 +8,13 @@ from fleet_client.loopback import is_loopback_host
 
 
 def check_bind(host: str, port: int, *, keys_present: bool) -> None:
-    """Raise ConfigError unless the address is loopback or there are keys."""
+    """Raise ConfigError unless a server listens on loopback only or wants keys."""
     if not is_loopback_host(host) and not keys_present:
         raise ConfigError(f"listening on {host}:{port} needs keys: everybody could reach it without")
 
 
 def bind_socket(host: str, port: int, *, listen: bool = True) -> socket.socket:
-    """Return a socket that has the address; raise ConfigError when the port is taken.
+    """Return a socket bound to the address; raise ConfigError when the port is taken.
 
     listen: take connections at once, also before they are accepted; otherwise they are refused for now.
     """
@@ -32,9 +32,10 @@ def bind_socket(host: str, port: int, *, listen: bool = True) -> socket.socket:
 
 
 def allow_many_files() -> None:
-    """Raise the limit on open files to what the system allows, up to 65,536.
+    """Raise this process's limit on open files to what the system allows, up to 65,536.
 
-    Each client and each instance is one. The usual soft limit of 1,024 is for programs that use select().
+    Each client and each instance is one file. The usual soft limit of 1,024 is for programs that use
+    select().
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)

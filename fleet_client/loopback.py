@@ -1,4 +1,4 @@
-"""Whether something leads to this machine and nowhere else: where things may travel in the clear."""
+"""Whether a host, URL or header leads to this machine only, where things may travel in the clear."""
 
 import functools
 import ipaddress
@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 
 def is_loopback_host(host: str) -> bool:
-    """Return whether that name or address can be reached from this machine only."""
+    """Return whether a host's name or address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -14,7 +14,7 @@ def is_loopback_host(host: str) -> bool:
 
 
 def is_loopback_url(url: str) -> bool:
-    """Return whether the host of that URL is this machine, by name or by number."""
+    """Return whether a URL's host is this machine, by name or by number."""
     return is_loopback_host(urlsplit(url).hostname or "")
 
 

@@ -1,4 +1,4 @@
-"""What of ours goes over a network in the clear, and whether the operator said that it may."""
+"""What our programs send over a network unencrypted, and whether the operator has allowed it."""
 
 import logging
 from collections.abc import Iterable
@@ -13,7 +13,10 @@ log = logging.getLogger("network")
 
 @dataclass(frozen=True)
 class InTheClear:
-    """A way by which others on the network can listen. flag: with its value. shows: what they learn."""
+    """One way by which others on the network can listen.
+
+    flag: the flag that opens it, with its value. shows: what they learn. instead: what to use for safety.
+    """
 
     flag: str
     shows: str
@@ -21,19 +24,25 @@ class InTheClear:
 
 
 def clear_call(flag: str, url: str, shows: str) -> list[InTheClear]:
-    """Return the way to that URL, if it is plain HTTP to another machine."""
+    """Return [how a call to that URL can be overheard], empty unless it is plain HTTP to another machine.
+
+    flag: the flag that names the URL. shows: what the call tells.
+    """
     plain = urlsplit(url).scheme == "http" and not is_loopback_url(url)
     return [InTheClear(f"{flag} {url}", shows)] if plain else []
 
 
 def clear_bind(host: str, shows: str, *, encrypted: bool) -> list[InTheClear]:
-    """Return the way to a server that listens there, if it is plain HTTP from other machines."""
+    """Return [how a server listening on that host can be overheard], empty where it cannot be.
+
+    It can be where other machines reach it by plain HTTP. shows: what its connections tell.
+    """
     plain = not encrypted and not is_loopback_host(host)
     return [InTheClear(f"--host {host}", shows, "--tls-cert and --tls-key")] if plain else []
 
 
 def allow(ways: Iterable[InTheClear], *, trust_network: bool) -> None:
-    """Say in the log what is open to the network; raise ConfigError unless the operator trusts it."""
+    """Log what is sent over the network unencrypted; raise ConfigError unless trust_network allows it."""
     for way in ways:
         if not trust_network:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a transport can be told: one list for threads and asyncio."""
+"""The options of a transport: one list for threads and asyncio."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ class OptionFields(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class FleetOptions:
-    """How a transport reaches the fleet and how far it goes for a request. Times in seconds.
+    """The options of a transport: how it reaches the fleet, how far it goes for a request. Times in seconds.
 
     Raises ValueError that names what is out of range; no key and no salt is in its text.
     """
@@ -55,7 +55,7 @@ class FleetOptions:
     affinity_salt: bytes | str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Check every field but the salt, which `prefix_hashes.Hasher` checks."""
+        """Check all options but the salt, which `prefix_hashes.Hasher` checks."""
         if not 0 <= self.ahead <= 256:
             raise ValueError(f"ahead: wanted 0 to 256, got {self.ahead}")
         check_loadbalancer(self.loadbalancer, trust_network=self.trust_network)
@@ -74,7 +74,7 @@ class FleetOptions:
 
 
 def check_loadbalancer(text: str, *, trust_network: bool) -> None:
-    """Raise ValueError for a URL that is none of a server, or where leases may not travel.
+    """Raise ValueError for a URL that is not a server's, or over which leases may not travel.
 
     A lease holds the certificate that a prompt is sent to: whoever can change it on its way reads the prompt.
     """

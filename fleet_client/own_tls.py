@@ -1,10 +1,11 @@
-"""TLS of our own servers: what a server shows, and what its callers trust; files are read again when changed.
+"""TLS of our own servers: the certificates that they show, and that their callers trust.
 
     autoscaler    --tls-cert a.pem --tls-key a.key  ◄─ https ─  loadbalancer         --autoscaler-cert a.pem
     loadbalancer  --tls-cert b.pem --tls-key b.key  ◄─ https ─  autoscaler, gateway  --loadbalancer-cert b.pem
 
 A caller that is given certificates trusts them and no others, whatever names and dates they have, as it is
 with instances (tls_pins.py). Without any it trusts the authorities of its machine, and looks at the name.
+Files are read again when they have changed.
 """
 
 import asyncio
@@ -30,10 +31,10 @@ _Stamps = tuple[tuple[int, int, int] | None, ...]
 
 
 class Reread(Generic[T]):
-    """What is made of files, made again when they have changed; what cannot be used changes nothing."""
+    """A value that is made of files, and made again when they change; unusable files leave it as it is."""
 
     def __init__(self, paths: Sequence[Path], make: Callable[[], T]) -> None:
-        """Read them; raises ConfigError as make does."""
+        """Make the value of the files; raise ConfigError as `make` does."""
         self._paths = paths
         self._make = make
         self._read = self._seen = self._stamps()
@@ -68,7 +69,7 @@ class Reread(Generic[T]):
         return tuple(found)
 
     async def watch(self) -> None:
-        """Look again and again."""
+        """Look at the files every LOOK_S; never return."""
         while True:
             await asyncio.sleep(LOOK_S)
             self.look()
@@ -79,7 +80,7 @@ ServerTls = Reread[ssl.SSLContext]
 
 
 def server_tls(certificate: Path | None, key: Path | None) -> ServerTls | None:
-    """Return what a server with these files shows; None without any. Raises ConfigError."""
+    """Return the TLS context of a server with these files; None without any. Raises ConfigError."""
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
@@ -104,17 +105,17 @@ def _server_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 class TrustedServer:
-    """Which certificates are trusted of one of our servers."""
+    """The certificates that a caller trusts of one of our servers."""
 
     def __init__(self, flag: str, path: Path | None) -> None:
-        """path: a file of certificates, PEM; None: what the machine's authorities vouch for, by name.
+        """Trust the certificates in a PEM file; None: what the machine's authorities vouch for, by name.
 
         Raises ConfigError that begins with the flag.
         """
         self._pins = None if path is None else Reread((path,), lambda: _client_context(flag, path))
 
     def context(self) -> ssl.SSLContext | None:
-        """Return what to talk https with, as the file is now; None for the machine's authorities."""
+        """Return the TLS context for calls, by the file as it is now; None for the machine's authorities."""
         if self._pins is None:
             return None
         self._pins.look()
@@ -133,5 +134,5 @@ def _client_context(flag: str, path: Path) -> ssl.SSLContext:
 
 
 def scheme(tls: object) -> str:
-    """Return the scheme of a server's URL."""
+    """Return the scheme of a server's URL, https or http. tls: None for http."""
     return "http" if tls is None else "https"

@@ -53,16 +53,19 @@ _TEXTS = frozenset(("text", "input_text", "output_text"))
 
 
 class Hasher:
-    """Makes the hashes under one salt. The salt is never shown."""
+    """Makes the hashes of prompts' prefixes under one salt, which is never shown."""
 
     def __init__(self, salt: bytes) -> None:
-        """Raise ValueError for a salt that can be guessed."""
+        """Use that salt; raise ValueError for one that can be guessed."""
         if len(salt) < LEAST_SALT:
             raise ValueError(f"affinity_salt: wanted at least {LEAST_SALT} bytes, got {len(salt)}")
         self._key = hashlib.blake2b(salt, digest_size=32, person=b"fleet affinity").digest()
 
     def hashes(self, target: str, said: Mapping[str, Any] | None, size: TokenEstimate) -> tuple[str, ...]:
-        """Return the hashes of a body's prompt, shortest prefix first: none when it has no whole block."""
+        """Return the hashes of a prompt's prefixes, the shortest first; none if it has no whole block.
+
+        target: the path. said: the request's body as JSON. size: its estimated size.
+        """
         blocks = min(MOST_BLOCKS, size.prompt_tokens // BLOCK_TOKENS)
         if said is None or blocks == 0 or not makes_text(target):
             return ()
@@ -76,7 +79,7 @@ class Hasher:
 
 
 def canonical(said: Mapping[str, Any], limit: int, key: bytes) -> bytes:
-    """Return the first `limit` bytes of what a model reads, the same however it is written as JSON.
+    """Return the first `limit` bytes of the text that a model reads, however it is written as JSON.
 
     Of several prompts the first counts. key: pictures and sounds stand there as their hashes under it.
     """
@@ -92,7 +95,7 @@ def canonical(said: Mapping[str, Any], limit: int, key: bytes) -> bytes:
 
 
 class _Text:
-    """Canonical text, up to a length."""
+    """Canonical text that is put together, up to a length in bytes."""
 
     def __init__(self, limit: int, key: bytes) -> None:
         self._parts: list[bytes] = []
@@ -146,7 +149,7 @@ class _Text:
         return True
 
     def _add_media(self, value: Mapping[str, Any], depth: int) -> None:
-        """Add a digest as long as token_estimate takes it to be, and different for a different one."""
+        """Add a picture, a sound or the like as its digest, of the length that token_estimate assumes."""
         whole = _Text(2**62, self._key)
         for name in sorted(value):
             whole.add(name)
@@ -160,15 +163,15 @@ class _Text:
 
 
 class Served:
-    """Which instances have answered which prefixes, as far as this client knows. Bounded."""
+    """Which instances have answered which prefixes, as far as this client knows; a bounded number."""
 
     def __init__(self, most: int = REMEMBERED) -> None:
-        """Know nothing yet. most: hashes kept."""
+        """Start without prefixes. most: how many hashes are kept."""
         self._most = most
         self._holders: OrderedDict[str, tuple[int, ...]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Count the hashes kept."""
+        """Return the number of hashes that are kept."""
         return len(self._holders)
 
     def note(self, hashes: Sequence[str], instance_id: int) -> None:
@@ -184,7 +187,7 @@ class Served:
             kept.popitem(last=False)
 
     def blocks(self, hashes: Sequence[str]) -> dict[int, int]:
-        """Return, by instance, how many blocks of the prefix it has answered; only those that have any."""
+        """Return how many blocks of the prefix each instance has answered, by instance, if any."""
         found: dict[int, int] = {}
         for n in range(len(hashes), 0, -1):
             for instance_id in self._holders.get(hashes[n - 1], ()):

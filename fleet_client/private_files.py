@@ -1,4 +1,4 @@
-"""Directories and files that only their owner may look into: states, and keys made on first use."""
+"""Directories and files that only their owner may read: state directories, and keys made on first use."""
 
 import os
 import secrets
@@ -13,7 +13,7 @@ LEAST_KEY, LONGEST_KEY = 16, 1024
 
 
 def default_state_dir(label: str) -> Path:
-    """Return where the processes of one fleet keep keys and ledger; ConfigError for an impossible label."""
+    """Return the directory of one fleet's keys and ledger; raise ConfigError for an impossible label."""
     if not label or "/" in label or not label.isprintable() or label in (".", "..") or len(label) > 64:
         raise ConfigError(f"--label {label!r}: wanted 1 to 64 printable characters without '/'")
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
@@ -21,7 +21,10 @@ def default_state_dir(label: str) -> Path:
 
 
 def make_private_dir(path: Path) -> Path:
-    """Return the directory, 0700; raise ConfigError when it cannot be made or is open to others."""
+    """Make a directory with mode 0700 if it is missing, and return it.
+
+    Raises ConfigError when it cannot be made or is open to others.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_mode & 0o077:
@@ -32,7 +35,7 @@ def make_private_dir(path: Path) -> Path:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write the file, 0600, in one step: a reader sees all of it or none; an existing one is left alone.
+    """Write a file atomically, mode 0600; leave an existing one alone.
 
     Raises OSError when the directory cannot be written.
     """
@@ -51,9 +54,10 @@ def write_private(path: Path, text: str) -> None:
 
 
 def load_or_make_key(path: Path) -> str:
-    """Return the key in the file, made on first use (256 bits, 0600). Two processes at once get the same one.
+    """Return the key in a file, which is made on first use (256 bits, 0600).
 
-    Raises ConfigError when it cannot be made, is open to others, or holds anything but one key.
+    Two processes at once get the same key. Raises ConfigError when the file cannot be made, is open to
+    others, or holds anything but one key.
     """
     try:
         if not path.exists():
@@ -64,7 +68,7 @@ def load_or_make_key(path: Path) -> str:
 
 
 def load_one_key(path: Path) -> str:
-    """Return the only key of a 0600 file; raise ConfigError when there is not one."""
+    """Return the only key in a file of mode 0600; raise ConfigError when it does not hold one."""
     keys = load_keys(path)
     if len(keys) != 1:
         raise ConfigError(f"key file {path}: wanted one key, got {len(keys)}")
@@ -72,7 +76,7 @@ def load_one_key(path: Path) -> str:
 
 
 def load_keys(path: Path | None) -> frozenset[str]:
-    """Return the keys of a 0600 file, one a line; none without a file.
+    """Return the keys in a file of mode 0600, one a line; an empty set for None.
 
     Blank lines, lines that begin with # and a byte order mark are no keys. Raises ConfigError that names the
     line, and never shows it, for what a client could not send or somebody could guess.
@@ -102,7 +106,7 @@ def load_keys(path: Path | None) -> frozenset[str]:
 
 
 def load_salt(path: Path) -> str:
-    """Return the salt in a 0600 file: its only line that is no comment, which may have spaces."""
+    """Return the salt in a file of mode 0600: its only line that is no comment; it may have spaces."""
     what = "salt file"
     lines = list(said_in(_read_private(path, what)))
     if len(lines) != 1:
@@ -115,7 +119,7 @@ def load_salt(path: Path) -> str:
 
 
 def check_private(path: Path, what: str) -> None:
-    """Raise ConfigError unless the file is there and only its owner can read it."""
+    """Raise ConfigError unless the file exists and only its owner can read it. what: its name in errors."""
     try:
         if path.stat().st_mode & 0o077:
             raise ConfigError(f"{what} {path} can be read by others: chmod 600 it")

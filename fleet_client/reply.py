@@ -12,7 +12,7 @@ from fleet_client.leases import ClientLease
 
 @dataclass(frozen=True, slots=True)
 class HttpReply:
-    """An answer from its first byte on. body: all of it, when it was read; source: where it comes from."""
+    """An answer from its first byte on. body: all of it, if it was read; source: what it is read from."""
 
     status: int
     headers: Sequence[Header]
@@ -40,14 +40,14 @@ def error_reply(
 
 
 def json_reply(status: int, said: Mapping[str, Any], *, headers: Sequence[Header] = ()) -> HttpReply:
-    """Return an answer of ours that says this."""
+    """Return an answer of our own with a body of JSON."""
     body = json.dumps(said).encode()
     own = [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(body))]
     return HttpReply(status, [*own, *headers], body=body)
 
 
 def kept_reply(status: int, headers: Iterable[Header], body: bytes, lease: ClientLease) -> HttpReply:
-    """Return an instance's answer that has been read to its end."""
+    """Return the answer of an instance whose body has been read to its end."""
     kept = [
         (name, value) for name, value in returned(headers, lease.address) if name.lower() != b"content-length"
     ]

@@ -1,12 +1,12 @@
-"""One request from its beginning to the first byte of an answer: where it goes next, and when to stop.
+"""One request up to the first byte of an answer: which instance it is sent to next, and when to stop.
 
     request ─► lease at hand, or AcquireLease ─► Send ─► answer, passed on as it comes
                 ▲                                  │ no connection, wrong certificate, 401, 429, 503
                 └──────────────────────────────────┘ before the first byte of an answer, and never after
 
-`attempt` decides, and neither reads a clock nor opens anything: it is a generator that yields what to do
-next and is sent what came of it, and the time. Times are seconds of the caller's monotonic clock, so a
-clock that is wrong changes nothing.
+`attempt` decides, and neither reads a clock nor opens anything: it is a generator that yields what to do next
+and is sent what came of it, and the time. Times are seconds of the caller's monotonic clock, so a clock that
+is wrong changes nothing.
 
 A request never goes back to an instance that has failed it while there are others: each question, and each
 look at the leases at hand, names all that it has tried, also when the lease had been fetched ahead.
@@ -50,9 +50,10 @@ PROMPT_TOO_LONG = "prompt_too_long"
 
 @dataclass(frozen=True, slots=True)
 class Setback:
-    """No answer. why: one word for the loadbalancer. elsewhere: the engine never saw the prompt.
+    """A request that was sent to an instance got no answer.
 
-    again: the connection was kept alive and may have been closed before the request got there.
+    why: one word for the loadbalancer. elsewhere: the engine never saw the prompt. again: the connection was
+    kept alive and may have been closed before the request got there.
     """
 
     why: str
@@ -67,9 +68,9 @@ class NoLoadbalancer(httpx2.ConnectError):
 
 @dataclass(frozen=True, slots=True)
 class AcquireLease:
-    """Do: POST /route, whose body says how long it may hold it. What came: ClientLease or Refusal.
+    """A step: ask POST /route for a lease, and send back the ClientLease or Refusal.
 
-    slack_s: what it may take beyond that.
+    hold_s: how long the body lets it hold the request. slack_s: seconds that it may take beyond that.
     """
 
     body: dict[str, Any]
@@ -79,7 +80,10 @@ class AcquireLease:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Do: send the request there, on a connection that is new if again. What came: HttpReply or Setback."""
+    """A step: send the request with a lease, if `again` on a new connection; send back what came of it.
+
+    That is an HttpReply or a Setback.
+    """
 
     lease: ClientLease
     again: bool
@@ -87,7 +91,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """Do: nothing, for so long."""
+    """A step: wait for so many seconds."""
 
     seconds: float
 
@@ -101,7 +105,10 @@ Attempt = Generator[Step, tuple[Came, float], HttpReply]
 
 
 def attempt(call: Call, leases: LeaseKeeper, now: float, rng: random.Random) -> Attempt:
-    """Take one request from its beginning to the first byte of an answer; raises httpx2's errors."""
+    """Serve one request up to the first byte of its answer: yield steps, be sent what came of them.
+
+    Returns the answer; raises httpx2's errors.
+    """
     options = leases.options
     acquirer = LeaseAcquirer(call, leases, rng)
     last: HttpReply | httpx2.RequestError | None = None
@@ -130,10 +137,10 @@ def attempt(call: Call, leases: LeaseKeeper, now: float, rng: random.Random) -> 
 
 
 class LeaseAcquirer:
-    """Gets the leases of one request, and keeps which instances it avoids."""
+    """Gets the leases of one request, one for each try, and keeps which instances to avoid."""
 
     def __init__(self, call: Call, leases: LeaseKeeper, rng: random.Random) -> None:
-        """Nothing has been tried."""
+        """Begin before the first try of a request. rng: jitter of the pauses."""
         self._call = call
         self._leases = leases
         self._rng = rng
@@ -146,13 +153,16 @@ class LeaseAcquirer:
         self._left_s = wait_s if given_s is None else min(wait_s, given_s)
 
     def avoid(self, lease: ClientLease, *, impostor: bool) -> None:
-        """Do not try its instance again. impostor: not even when there are no others."""
+        """Give this request no further lease on the instance of that lease, while there are others.
+
+        impostor: not even when there are no others.
+        """
         self._avoid.append(lease.instance_id)
         if impostor:
             self._impostors.add(lease.instance_id)
 
     def acquire(self, now: float) -> Generator[Step, tuple[Came, float], tuple[ClientLease | Refusal, float]]:
-        """Return (a lease or why there is none, the time)."""
+        """Yield steps until there is a lease or there can be none; return (lease or Refusal, the time)."""
         look = self._stocked
         if self._first:
             self._first = False
@@ -173,9 +183,9 @@ class LeaseAcquirer:
         return said, now
 
     def _wait(self, now: float) -> Generator[Step, tuple[Came, float], tuple[ClientLease | Refusal, float]]:
-        """Ask until there is a lease or the time is up.
+        """Ask the loadbalancer until there is a lease or the time for it is up.
 
-        When all that are left are to be avoided those are forgotten, but for the impostors.
+        When all instances that are left are to be avoided they are tried again, but for the impostors.
         """
         impostors = self._impostors
         silent_s = min(self._left_s, UNREACHABLE_S)
@@ -227,7 +237,7 @@ class LeaseAcquirer:
 def _try(
     lease: ClientLease, now: float
 ) -> Generator[Step, tuple[Came, float], tuple[HttpReply | Setback, float]]:
-    """Send it to one instance; return what that said, or how it failed, and the time."""
+    """Send the request to one instance; return (its answer or the setback, the time)."""
     try:
         context_for(lease.address, lease.certificate)
         _check_origin(lease.address)
@@ -251,7 +261,7 @@ def _check_origin(address: str) -> None:
 
 
 def _no_lease(refusal: Refusal, url: str) -> HttpReply:
-    """Return the answer when there is no lease; raises when the loadbalancer did not answer."""
+    """Return the answer for a request without a lease; raise NoLoadbalancer if that did not answer."""
     if refusal.status == 0:
         raise NoLoadbalancer(f"loadbalancer {url} does not answer: {refusal.message}")
     if refusal.code == PROMPT_TOO_LONG:
@@ -269,7 +279,7 @@ def _no_lease(refusal: Refusal, url: str) -> HttpReply:
 
 
 def _last_word(last: HttpReply | httpx2.RequestError) -> HttpReply:
-    """Return what is said when there is nothing left to try; raises where that is an error."""
+    """Return the last instance's answer when there is nothing left to try; raise the last error."""
     if not isinstance(last, HttpReply):
         raise last
     if last.status != 401:

@@ -1,4 +1,4 @@
-"""Text files that a person edits: read in one way, and what is wrong with them is said with its line."""
+"""Text files that a person edits: they are read in one way, and errors name the line."""
 
 import codecs
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ _NOT_UTF_8 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, cod
 
 
 def read_text(path: Path, what: str) -> str:
-    """Return what the file has, in UTF-8, without a byte order mark (Windows' editors write one).
+    """Return the text of a file in UTF-8, without a byte order mark (Windows' editors write one).
 
-    what: the file is that, in the text of the ConfigError that is raised when it cannot be read.
+    what: a name of the file for the text of ConfigError, which is raised when it cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -34,7 +34,7 @@ def read_text(path: Path, what: str) -> str:
 
 
 def said_in(text: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line) of a list with one thing a line: no blank lines, no comments (# …)."""
+    """Yield (line number, line) of a text with one item a line, without blank lines and comments (# …)."""
     for number, line in enumerate(text.split("\n"), start=1):
         found = line.strip(" \t\r")
         if found and not found.startswith("#"):

@@ -1,4 +1,4 @@
-"""The fleet as a transport for httpx2.Client, on blocking sockets; what can wait has a thread of its own."""
+"""The fleet as a transport for httpx2.Client, on blocking sockets; what can wait is done in a thread."""
 
 import contextlib
 import json
@@ -43,10 +43,10 @@ ASKED_S = LOOK_S / 2
 
 
 class _Loadbalancer:
-    """The loadbalancer, as threads ask it; jobs are done in a thread of their own."""
+    """The loadbalancer as seen by a FleetTransport's threads; one thread of its own does the jobs."""
 
     def __init__(self, options: FleetOptions) -> None:
-        """Open nothing yet."""
+        """Open nothing before the first request."""
         self._awake = threading.Condition()
         self.core = TransportCore(options, self._awake, self._start)
         self._key = (options.url, None)
@@ -61,7 +61,7 @@ class _Loadbalancer:
         self.closed = False
 
     def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> Posted | Refusal:
-        """Ask it; a Refusal with status 0 says why there is no answer."""
+        """Ask the loadbalancer; return its answer, or a Refusal with status 0 when there is none."""
         try:
             return self._post(path, json.dumps(body).encode(), limit_s)
         except OSError as e:
@@ -108,7 +108,7 @@ class _Loadbalancer:
             raise InstanceOut(why)
 
     def _start(self) -> None:
-        """Have the jobs done; the lock is held."""
+        """Start or wake the thread that does the jobs; the caller holds the lock."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name="fleet-jobs", daemon=True)
             self._thread.start()
@@ -116,7 +116,7 @@ class _Loadbalancer:
             self._awake.notify_all()
 
     def _work(self) -> None:
-        """Do jobs until there will be none without a request."""
+        """Do the leases' jobs until none will be due before the next request."""
         leases = self.core.leases
         while True:
             with self._awake:
@@ -132,7 +132,7 @@ class _Loadbalancer:
             leases.finish_job(job, self.post(job.path, job.body, job.limit_s), time.monotonic())
 
     def close(self) -> None:
-        """Give back what is left and tell what is to be told, 2 s at most."""
+        """Give leases back and tell how others ended, for 2 s at most; then close all connections."""
         with self._awake:
             if self.closed:
                 return
@@ -146,7 +146,7 @@ class _Loadbalancer:
         self._connections.close()
 
     def start_anew(self) -> None:
-        """Leave leases, thread and connections to the parent of this process."""
+        """Leave leases, thread and connections to the parent of this process, which is a fork."""
         self._awake = threading.Condition()
         self._thread = None
         self.core.start_anew(self._awake)
@@ -154,12 +154,12 @@ class _Loadbalancer:
 
 
 class SyncAnswer(httpx2.SyncByteStream):
-    """The bytes of an instance's answer as they come."""
+    """The answer of an instance as a stream of bytes, which come while they are read."""
 
     def __init__(
         self, call: Call, reply: HttpReply, leases: LeaseKeeper, connections: ConnectionPool, owner: object
     ) -> None:
-        """owner: is not to be forgotten, and so closed, while this is read."""
+        """Read that reply of a call. owner: kept alive, so not closed, while the answer is read."""
         assert reply.lease is not None  # noqa: S101 it came from an instance
         self._call = call
         self._lease = reply.lease
@@ -171,7 +171,7 @@ class SyncAnswer(httpx2.SyncByteStream):
         self._open = True
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield them, not decoded, in the pieces they come in; raises httpx2's errors."""
+        """Yield the answer's bytes, not decoded, in the pieces they come in; raise httpx2's errors."""
         chunks = self._connection.body()
         while True:
             try:
@@ -195,7 +195,7 @@ class SyncAnswer(httpx2.SyncByteStream):
         raise error
 
     def close(self) -> None:
-        """Be done with it; a connection that was not read to its end is closed at once."""
+        """Close the answer; a connection that was not read to its end is closed, another is kept."""
         if not self._open:
             return
         self._open = False
@@ -209,7 +209,7 @@ class SyncAnswer(httpx2.SyncByteStream):
 
 
 class FleetTransport(httpx2.BaseTransport):
-    """For `httpx2.Client(transport=...)`, and so for `openai.OpenAI(http_client=...)`.
+    """A transport for `httpx2.Client(transport=...)`, and so for `openai.OpenAI(http_client=...)`.
 
     Any number of threads may use it, and forks of the process: each has connections and leases of its own.
     Close it (or the client) when done: leases that were fetched ahead go back then, and answers that are
@@ -219,7 +219,7 @@ class FleetTransport(httpx2.BaseTransport):
     def __init__(self, loadbalancer: str = LOADBALANCER, **options: Unpack[OptionFields]) -> None:
         """Open nothing before the first request; `FleetOptions` explains the options.
 
-        Raises ValueError for what cannot be.
+        Raises ValueError for options that are out of range.
         """
         self._loadbalancer = _Loadbalancer(FleetOptions(loadbalancer, **options))
         self._core = self._loadbalancer.core
@@ -229,21 +229,21 @@ class FleetTransport(httpx2.BaseTransport):
         start_anew_in_forks(self)
 
     def __repr__(self) -> str:
-        """Describe it without keys."""
+        """Describe the transport, without keys."""
         return self._core.described("FleetTransport", closed=self._loadbalancer.closed)
 
     @property
     def leases_ahead(self) -> int:
-        """Leases at hand that were fetched before they are needed."""
+        """How many leases are at hand that were fetched before they are needed."""
         return self._core.leases.at_hand
 
     @property
     def untold(self) -> int:
-        """Ends of leases that the loadbalancer did not take in."""
+        """How many ends of leases the loadbalancer could not be told."""
         return self._core.leases.untold
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Serve one request: what httpx2 calls; TypeError under the client of another package."""
+        """Answer one request of an httpx2 client; raise TypeError for the request of another package."""
         require_httpx2(request, "httpx2.Client")
         try:
             body: bytes | None = request.content
@@ -259,7 +259,7 @@ class FleetTransport(httpx2.BaseTransport):
         return response_of(call, reply, stream)
 
     def close(self) -> None:
-        """Give back what is left, tell what is to be told (2 s at most), close what is not in use."""
+        """Close the transport: give leases back, tell of ended ones (2 s at most), close idle connections."""
         self._finalizer()
 
     def start_anew(self) -> None:
@@ -328,7 +328,7 @@ def _close_both(loadbalancer: _Loadbalancer, connections: ConnectionPool) -> Non
 
 
 def _read_some(connection: Connection) -> bytes:
-    """Read the body of an answer that is not wanted, as far as it comes soon and is not long."""
+    """Return the body of an answer that is not wanted, as far as it comes soon and is not long."""
     raw, end = b"", time.monotonic() + CLOSE_S
     connection.limit(CLOSE_S)
     with contextlib.suppress(OSError):

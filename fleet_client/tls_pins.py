@@ -1,4 +1,4 @@
-"""TLS to a machine whose certificate is known beforehand: that certificate and no other.
+"""TLS to a machine whose certificate is known beforehand: it must show that certificate and no other.
 
 A rented machine has no name that a certificate authority could vouch for. The autoscaler vouches for it: it
 reads its certificate over ssh (fleet/outside/ssh_log.py). Every program that talks to the machine is given
@@ -30,13 +30,13 @@ class BadAddress(ValueError):
 
 @functools.lru_cache(maxsize=4096)
 def pinned_context(certificate: str) -> ssl.SSLContext:
-    """Return a client's context that trusts only that certificate (PEM); raises ValueError."""
+    """Return a client's TLS context that trusts only that certificate (PEM); raise ValueError."""
     _parsed(certificate)
     return _anchored_in(certificate)
 
 
 def trusting(certificates: str) -> ssl.SSLContext:
-    """Return a client's context that trusts only these certificates, at least one; raises ValueError."""
+    """Return a client's TLS context that trusts only these certificates (PEM); raise ValueError."""
     try:
         x509.load_pem_x509_certificates(certificates.encode())
     except ValueError:
@@ -62,7 +62,10 @@ def _anchored_in(certificates: str) -> ssl.SSLContext:
 
 @functools.lru_cache(maxsize=16_384)
 def public_key_sha256(certificate: str) -> str:
-    """Return SHA-256 of its public key in base64, for `curl --pinnedpubkey sha256//…`; raises ValueError."""
+    """Return the SHA-256 of a certificate's public key in base64, for `curl --pinnedpubkey sha256//…`.
+
+    Raises ValueError for what is no certificate.
+    """
     key = _parsed(certificate).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return base64.b64encode(hashlib.sha256(key).digest()).decode()
 
@@ -76,7 +79,7 @@ def _parsed(certificate: str) -> x509.Certificate:
 
 
 def context_for(url: str, certificate: str | None) -> ssl.SSLContext | None:
-    """Return a context to talk to that URL: TLS with this certificate, or None, in the clear, on loopback.
+    """Return the TLS context for calls to a URL, with that certificate; None: in the clear, on loopback.
 
     Raises BadAddress for everything else.
     """
@@ -86,7 +89,7 @@ def context_for(url: str, certificate: str | None) -> ssl.SSLContext | None:
 
 
 def check(url: str, certificate: str | None) -> None:
-    """Raise BadAddress where `context_for` does, without making anything."""
+    """Raise BadAddress where `context_for` would: nothing may be sent to that URL."""
     scheme = urlsplit(url).scheme
     if scheme == "https" and certificate is None:
         raise BadAddress("https, but its certificate is not known")

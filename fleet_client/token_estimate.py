@@ -62,7 +62,7 @@ _NO_OUTPUT = (
 
 @dataclass(frozen=True, slots=True)
 class TokenEstimate:
-    """How long a request is, about; max_tokens is None when it sets no limit.
+    """The estimated size of a request. max_tokens: the limit of its answer; None: it sets none.
 
     prompts: how many prompts it holds, each of which may be as long as the model takes.
     """
@@ -73,13 +73,13 @@ class TokenEstimate:
 
     @property
     def work(self) -> float:
-        """Work in output tokens, for comparing requests with each other."""
+        """The work of the request in output tokens, for comparing requests with each other."""
         output = OUTPUT_GUESS if self.max_tokens is None else self.max_tokens
         return self.prompt_tokens * PROMPT_WEIGHT + output
 
 
 def read_body(method: str, body: bytes) -> Mapping[str, Any] | None:
-    """Return a request's body as JSON; None where it has none."""
+    """Return a request's body as a JSON object; None where it has none."""
     if method not in ("POST", "PUT") or not body:
         return None
     try:
@@ -95,7 +95,7 @@ def makes_text(target: str) -> bool:
 
 
 def estimate_request(method: str, target: str, body: bytes) -> TokenEstimate:
-    """Estimate a request to a model server: token ids are counted, text is taken by its length.
+    """Return the estimated size of a request: token ids are counted, text is taken by its length.
 
     Whatever cannot be understood counts something, and nothing is refused here.
     """
@@ -103,7 +103,7 @@ def estimate_request(method: str, target: str, body: bytes) -> TokenEstimate:
 
 
 def estimate_body(method: str, target: str, body: bytes, said: Mapping[str, Any] | None) -> TokenEstimate:
-    """Estimate a request whose body `read_body` has read."""
+    """Return the estimated size of a request whose body `read_body` has read as `said`."""
     if method not in ("POST", "PUT") or not body:
         return TokenEstimate(0, 1)
     if said is None:
@@ -128,7 +128,7 @@ def _sequences(prompt: object) -> int:
 
 
 def _texts_in(said: Mapping[str, Any]) -> int:
-    """Return how many texts a request that makes no text has: each is read by itself."""
+    """Return how many texts are in a request that makes no text (embeddings, scores): each is read alone."""
     return max(_sequences(said.get(name)) for name in ("input", "prompt", "texts", "inputs", *_MANY))
 
 
@@ -137,7 +137,7 @@ def _whole(value: object) -> int | None:
 
 
 def _text_bytes(said: Mapping[str, Any]) -> int:
-    """Return the bytes of text that all that goes in counts as."""
+    """Return how many bytes of text a request's body counts as, repeated texts included."""
     one, many = (max((said.get(name) or () for name in names), key=_weigh) for names in (_ONE, _MANY))
     times = max(1, _count(many)) if _count(one) == 1 else 1
     return _weigh([said.get(name) for name in _ALONE]) + times * _weigh(one) + _weigh(many)
@@ -148,7 +148,7 @@ def _count(value: object) -> int:
 
 
 def _weigh(value: object, depth: int = 0) -> int:
-    """Return the bytes of text that the value counts as."""
+    """Return how many bytes of text a JSON value counts as."""
     if isinstance(value, str):
         if ";base64," in value[:99]:
             return MEDIA_TOKENS * BYTES_PER_TOKEN
@@ -167,7 +167,7 @@ def _weigh(value: object, depth: int = 0) -> int:
 
 
 def is_media(value: Mapping[str, Any]) -> bool:
-    """Return whether that part of a message is a picture, a sound, a file or the like, and not plain text."""
+    """Return whether a part of a message is a picture, a sound, a file or the like, and not plain text."""
     kind, source = value.get("type"), value.get("source")
     if isinstance(source, dict) and source.get("type") in ("text", "content"):
         return False
