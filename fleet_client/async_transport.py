@@ -107,13 +107,13 @@ class AsyncAnswer(httpx2.AsyncByteStream):
             self._tell(self.lease, "failed", why)
 
     def silent_s(self, now: float) -> float:
-        """Return the seconds since something came, or it was first asked."""
+        """Return how many seconds ago a call of this first saw the last piece of the answer that came."""
         if self._chunk is not self._seen:
             self._seen, self._since = self._chunk, now
         return now - self._since
 
     def break_off(self, why: str) -> None:
-        """Let reading fail, because the instance is out, unless all of it is here."""
+        """Let reading fail because the instance is out, unless the whole answer is here. why: one word."""
         if self._source is not None and not self._source.content.is_eof():
             self._out = InstanceOut(why)
             abort(self._source)
@@ -137,7 +137,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
 
 
 class _Head:
-    """The head of an answer that is waited for."""
+    """An answer whose head is waited for, to be broken off when its instance is out."""
 
     def __init__(self, lease: ClientLease, limit: asyncio.Timeout) -> None:
         self.instance_id = lease.instance_id
@@ -146,11 +146,11 @@ class _Head:
         self._limit = limit
 
     def silent_s(self, now: float) -> float:
-        """Return the seconds since it has been waited for."""
+        """Return for how many seconds the head has been waited for."""
         return now - self._begun
 
     def break_off(self, why: str) -> None:
-        """Let the waiting time out."""
+        """Let the waiting for the head time out."""
         self.out = InstanceOut(why)
         self._limit.reschedule(asyncio.get_running_loop().time())
 

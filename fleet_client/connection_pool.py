@@ -34,10 +34,13 @@ it is asked again. A token takes 0.1 s; before the first one a prompt is read, a
 
 
 class Connection:
-    """One connection, with one request at a time."""
+    """One connection to a server, with one request at a time."""
 
     def __init__(self, address: str, context: ssl.SSLContext | None, connect_s: float) -> None:
-        """Connect; raises OSError."""
+        """Connect to an address, under TLS if there is a context; raise OSError.
+
+        connect_s: seconds that connecting and the handshake may take each.
+        """
         parts = urlsplit(address)
         host, port = parts.hostname or "", parts.port or (80 if context is None else 443)
         self.fresh = True  # whether it has had no request before the one under way
@@ -72,11 +75,11 @@ class Connection:
     # -- what httptools calls
 
     def on_message_begin(self) -> None:
-        """Begin a status line: the first, or the one after an interim answer."""
+        """Begin a status line, the first or one after an interim answer. The parser calls this."""
         self.headers, self._framed = [], False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Add a header, also of a trailer."""
+        """Add a header of the answer, also of a trailer. The parser calls this."""
         self.headers.append((name, value))
         if len(self.headers) > MAX_HEADERS:
             self._break(f"over {MAX_HEADERS} headers")
@@ -84,7 +87,7 @@ class Connection:
         self._framed = self._framed or low == b"content-length" or low == b"transfer-encoding"
 
     def on_headers_complete(self) -> None:
-        """Take the status; an interim answer (below 200) is followed by another."""
+        """Take the status; after an interim answer (below 200) another comes. The parser calls this."""
         self.status = self._parser.get_status_code()
         if self.status >= 200:
             self._headed = True
@@ -97,23 +100,23 @@ class Connection:
             self._break(f"over {MAX_INTERIM} interim answers")
 
     def _break(self, why: str) -> None:
-        """End the parsing from inside of it."""
+        """End the parsing of an answer, from within one of the parser's calls."""
         self._over = why
         raise ValueError(why)
 
     def on_body(self, body: bytes) -> None:
-        """Add a piece of the body."""
+        """Add a piece of the answer's body. The parser calls this."""
         self._chunks.append(body)
         self._head_size = 0
 
     def on_message_complete(self) -> None:
-        """End the answer."""
+        """Note that the answer is complete. The parser calls this."""
         self.complete = self.complete or self._headed
 
     # -- one request
 
     def send(self, method: str, target: str, headers: Iterable[Header], body: bytes) -> None:
-        """Send the request; raises OSError."""
+        """Send a request; raise OSError."""
         self._begin(method == "HEAD")
         lines = [b"%b: %b\r\n" % header for header in headers]
         length = b"Content-Length: %d\r\n" % len(body) if body or method in ("POST", "PUT", "PATCH") else b""
@@ -121,7 +124,7 @@ class Connection:
         self._sock.sendall(b"".join((first, *lines, length, b"\r\n", body)))
 
     def head(self, limit_s: float | None) -> None:
-        """Wait for status and headers, which have so long in all; raises OSError.
+        """Wait for the answer's status and headers, limit_s seconds in all; raise OSError.
 
         Each read of the body may take so long, too.
         """
@@ -132,7 +135,7 @@ class Connection:
         self.limit(limit_s)
 
     def whole_body(self, most: int, limit_s: float) -> bytes:
-        """Return the body, which has so many bytes and so long in all; raises OSError."""
+        """Return the answer's body, of at most `most` bytes within limit_s seconds; raise OSError."""
         end = time.monotonic() + limit_s
         parts: list[bytes] = []
         size = 0
@@ -154,7 +157,7 @@ class Connection:
         self.limit(left)
 
     def body(self) -> Iterator[bytes]:
-        """Yield the body as it comes; raises OSError."""
+        """Yield the answer's body in the pieces it comes in; raise OSError."""
         while True:
             if self._chunks:
                 chunks, self._chunks = self._chunks, []
@@ -165,7 +168,7 @@ class Connection:
                 self._receive()
 
     def watch(self, look: Callable[[], None]) -> None:
-        """Call look now and then while nothing comes; it raises OSError when nothing will."""
+        """Call `look` now and then while nothing comes; it raises OSError when nothing more will come."""
         self._look = look
         self.limit(self._limit_s)
 
@@ -178,7 +181,7 @@ class Connection:
             return self._read_on(self._look)
 
     def _read_on(self, look: Callable[[], None]) -> bytes:
-        """Read after a first time of silence."""
+        """Go on reading after a first time of silence, calling `look` every LOOK_S."""
         limit_s, silent_s = self._limit_s, self._sock.gettimeout() or 0.0
         while limit_s is None or silent_s < limit_s:
             look()
@@ -213,7 +216,7 @@ class Connection:
             raise BadHttp(f"an answer with a head or trailer of over {MAX_HEAD} bytes")
 
     def limit(self, limit_s: float | None) -> None:
-        """Let each read and each write take so long from now on."""
+        """Let each read and each write take limit_s seconds from now on; None: no limit."""
         self._limit_s = limit_s
         if self._look is not None:
             limit_s = SILENT_S if limit_s is None else min(SILENT_S, limit_s)
@@ -222,22 +225,22 @@ class Connection:
     # -- between requests
 
     def rest(self, now: float) -> None:
-        """Note that it is idle."""
+        """Note that the connection is idle from now on."""
         self._idle_since = now
 
     def idle_for(self, now: float) -> float:
-        """Return seconds since it was used."""
+        """Return for how many seconds the connection has been idle."""
         return now - self._idle_since
 
     def use_again(self) -> bool:
-        """Return whether it can be used again: the server has neither closed it nor sent anything unasked."""
+        """Return whether another request may be sent: the server has not closed it nor sent more bytes."""
         self.fresh = False
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         return not poll.poll(0)
 
     def finish(self, moment_s: float) -> bool:
-        """Wait at most so long for the end of the answer; return whether it can be used again."""
+        """Wait moment_s at most for the end of the answer; return whether the connection is usable again."""
         try:
             if not self.complete:
                 self.limit(moment_s)
@@ -247,19 +250,19 @@ class Connection:
         return self.complete and self._reusable and not self._chunks
 
     def disown(self) -> None:
-        """Let go of it in a fork: shut down, or told goodbye under TLS, it would end for the parent, too."""
+        """Close the socket in a fork only: no shutdown, no goodbye of TLS, which would end the parent's."""
         self.inherited = True
         self._sock.close()
 
     def close(self) -> None:
-        """Close it at once, also when another thread is reading."""
+        """Close the connection at once, also when another thread is reading from it."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
 
 class BadHttp(OSError):
-    """Bytes that are no HTTP answer."""
+    """A server sent bytes that are no HTTP answer."""
 
 
 Key = tuple[str, str | None]
@@ -267,10 +270,10 @@ Key = tuple[str, str | None]
 
 
 class ConnectionPool:
-    """Kept-alive connections, by address and certificate."""
+    """Kept-alive connections to servers, by address and certificate. Threads may share it."""
 
     def __init__(self, keep_alive_s: float) -> None:
-        """Keep an idle connection for so long."""
+        """Start without connections. keep_alive_s: seconds for which an idle connection is kept."""
         self._keep_alive_s = keep_alive_s
         self._lock = threading.RLock()  # a collection of garbage may close a forgotten transport anywhere
         self._idle: dict[Key, list[Connection]] = {}
@@ -279,7 +282,7 @@ class ConnectionPool:
         self._closed = False
 
     def take(self, key: Key) -> Connection | None:
-        """Return an idle connection that can be used again, None without one."""
+        """Return an idle connection that can be used again; None when there is none."""
         now = time.monotonic()
         while True:
             with self._lock:
@@ -293,14 +296,14 @@ class ConnectionPool:
             self.drop(connection)
 
     def connect(self, key: Key, context: ssl.SSLContext | None, connect_s: float) -> Connection:
-        """Return a new connection; raises OSError."""
+        """Open and return a new connection; raise OSError."""
         connection = Connection(key[0], context, connect_s)
         with self._lock:
             self._busy.add(connection)
         return connection
 
     def put(self, key: Key, connection: Connection) -> None:
-        """Keep it for another request; close those that were not used for long."""
+        """Keep a connection for another request; close those that were idle for too long."""
         now = time.monotonic()
         connection.rest(now)
         with self._lock:
@@ -326,13 +329,13 @@ class ConnectionPool:
         return old
 
     def drop(self, connection: Connection) -> None:
-        """Close one that is of no more use."""
+        """Close a connection that cannot be used again."""
         with self._lock:
             self._busy.discard(connection)
         connection.close()
 
     def close(self) -> None:
-        """Close the idle ones now, and those in use when their answers have ended."""
+        """Close the idle connections now, and those in use when their answers have ended."""
         with self._lock:
             self._closed = True
             idle = [one for some in self._idle.values() for one in some]

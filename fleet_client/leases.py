@@ -182,7 +182,7 @@ def done_body(lease: ClientLease, outcome: str, why: str) -> dict[str, str]:
 
 
 def read_well(said: Posted | Refusal) -> dict[int, str]:
-    """Read an answer of POST /well: why instances answer nothing any more; none where it says nothing."""
+    """Return why instances answer nothing any more, by id, from an answer of POST /well; empty otherwise."""
     out = {} if isinstance(said, Refusal) or said[0] != 200 else _read(said[1]).get("out")
     found = out.items() if isinstance(out, dict) else ()
     return {int(one): str(why)[:40] for one, why in found if one.isascii() and one.isdigit()}

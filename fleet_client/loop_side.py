@@ -39,22 +39,25 @@ _INHERITED: list[tuple["LoopSide", socket.socket]] = []
 
 
 class Waiting(Protocol):
-    """A request at an instance, of which something is to come."""
+    """The protocol of a request that waits for something from an instance."""
 
     instance_id: int
 
     def silent_s(self, now: float) -> float:
-        """Return the seconds since something came, as far as it has been asked."""
+        """Return how many seconds nothing has come, while it was waited for."""
 
     def break_off(self, why: str) -> None:
-        """Wait no more: the loadbalancer says that word of the instance."""
+        """Stop waiting, because the instance is out. why: the loadbalancer's word for that."""
 
 
 class LoopSide:
-    """It ends when it was told to and no request runs, or when its event loop cancels all tasks."""
+    """The sessions and jobs of an AsyncFleetTransport in one event loop.
+
+    It ends when it was told to and no request runs, or when its event loop cancels all tasks.
+    """
 
     def __init__(self, core: TransportCore) -> None:
-        """Open sessions in the loop that runs."""
+        """Open HTTP sessions in the running event loop."""
         self.loop = asyncio.get_running_loop()
         self.over = False  # no more requests
         self.model = new_session(MODEL_KEEP_ALIVE_S)
@@ -73,11 +76,11 @@ class LoopSide:
     # -- requests
 
     def begin(self) -> None:
-        """Count a request."""
+        """Count a request that begins."""
         self._running += 1
 
     def end(self, waiting: Waiting | None = None) -> None:
-        """Count the end of its answer; the last one of a transport that was closed closes the sessions."""
+        """Count the end of a request's answer; after `close`, the last one closes the sessions."""
         if waiting is not None:
             self._waiting.discard(waiting)
         self._running -= 1
@@ -85,7 +88,7 @@ class LoopSide:
             self._closer.cancel()
 
     def linger(self, source: aiohttp.ClientResponse) -> None:
-        """Wait a moment for the end of an answer, in a task."""
+        """Wait a moment for the end of an answer whose last event was read, in a task."""
         task = self.loop.create_task(await_end(source))
         self._lingering.add(task)
         task.add_done_callback(self._lingering.discard)
@@ -93,13 +96,13 @@ class LoopSide:
     # -- instances that fall silent
 
     def watch(self, waiting: Waiting) -> None:
-        """Ask the loadbalancer about its instance while nothing comes, and break it off when that is out."""
+        """Ask the loadbalancer about a request's instance while nothing comes; break off when that is out."""
         self._waiting.add(waiting)
         if self._watcher is None or self._watcher.done():
             self._watcher = self.loop.create_task(self._watch())
 
     def unwatch(self, waiting: Waiting) -> None:
-        """Watch it no more."""
+        """Stop watching a request."""
         self._waiting.discard(waiting)
 
     async def _watch(self) -> None:
@@ -119,7 +122,7 @@ class LoopSide:
     # -- the loadbalancer
 
     async def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> Posted | Refusal:
-        """Ask the loadbalancer; a Refusal with status 0 says why there is no answer."""
+        """Ask the loadbalancer; return its answer, or a Refusal with status 0 when there is none."""
         options = self._core.options
         try:
             async with self._route.post(
@@ -151,7 +154,7 @@ class LoopSide:
             return f"{where} does not answer: {named(e)}"
 
     def start_jobs(self) -> None:
-        """Do the jobs that are due; look again when it is time to."""
+        """Begin the leases' jobs that are due, and call this again when others may be."""
         leases, now = self._core.leases, time.monotonic()
         while (job := leases.next_job(now, ends=len(self._ends) < ENDS_AT_ONCE)) is not None:
             tasks = self._batches if job.wanted else self._ends
@@ -178,7 +181,7 @@ class LoopSide:
     # -- the end
 
     async def close(self) -> None:
-        """Give back what is left, tell what is to be told; close all, after the answers that run."""
+        """Give leases back and tell how others ended; close the sessions, after the answers that run."""
         self.over = True
         if self._running:
             await self._settle()
@@ -187,7 +190,7 @@ class LoopSide:
             await asyncio.gather(self._closer, return_exceptions=True)
 
     async def _close_when_cancelled(self) -> None:
-        """Close everything when cancelled: by `close` or `end`, or by asyncio.run at the end of a program."""
+        """Wait to be cancelled (by `close`, `end`, or asyncio.run at a program's end), then close all."""
         try:
             await self.loop.create_future()
         finally:
@@ -209,7 +212,7 @@ class LoopSide:
             self._look.cancel()
 
     def disown(self) -> None:
-        """Leave everything to the parent of this process."""
+        """Leave all sessions to the parent of this process, which is a fork."""
         nowhere, other_end = socket.socketpair()  # what is written there stays there
         for session in (self.model, self.again, self._route):
             disown(session, nowhere)

@@ -1,4 +1,4 @@
-"""What the transports for asyncio and threads share: options, leases, httpx2's objects, names of failures."""
+"""What the transports for threads and asyncio share: options, leases, httpx2's objects, names of failures."""
 
 import os
 import random
@@ -46,12 +46,12 @@ MOMENT_S = 0.02
 
 
 class TransportCore:
-    """Turns httpx2's requests into calls, and calls into attempts."""
+    """The part of a transport that opens nothing: it turns requests into calls, and calls into attempts."""
 
     def __init__(
         self, options: FleetOptions, lock: AbstractContextManager[Any], wake: Callable[[], None]
     ) -> None:
-        """Take what is not given from the environment; lock and wake are the `LeaseKeeper`'s."""
+        """Take options that are not given from the environment. lock, wake: for the `LeaseKeeper`."""
         if options.api_key is None:
             options = replace(options, api_key=os.environ.get("FLEET_CLIENT_KEY"))
         self.options = options
@@ -64,12 +64,12 @@ class TransportCore:
         self._rng = random.Random()
 
     def start_anew(self, lock: AbstractContextManager[Any]) -> None:
-        """Know no lease, in a fork or a new event loop; a fork's pauses are not to be its brothers'."""
+        """Forget all leases, in a fork or a new event loop, and draw other pauses than the parent."""
         self.leases.start_anew(lock)
         self._rng = random.Random()
 
     def described(self, kind: str, *, closed: bool) -> str:
-        """Describe the transport without any key."""
+        """Return a description of the transport, without any key."""
         parts = (kind, self.options.url, str(self.leases), "closed" if closed else "")
         return f"<{' '.join(filter(None, parts))}>"
 
@@ -90,7 +90,7 @@ class TransportCore:
     def call(
         self, method: str, target: str, headers: Sequence[Header], body: bytes, timeouts: Timeouts
     ) -> Call | HttpReply:
-        """Return the request with all that the loadbalancer is told of it; or what is wrong with it.
+        """Return the request with all that the loadbalancer is told of it, or the answer that refuses it.
 
         Raises httpx2.LocalProtocolError for one that HTTP cannot carry.
         """
@@ -104,14 +104,14 @@ class TransportCore:
         return Call(method, target, headers, body, size, timeouts, affinity=affinity, priority=priority)
 
     def call_of(self, request: httpx2.Request, body: bytes | None) -> Call | HttpReply:
-        """Return httpx2's request as a call, or what is wrong with it. body: None when it is too large."""
+        """Return httpx2's request as a call, or the answer that refuses it. body: None: it is too large."""
         if body is None:
             return error_reply(413, "request_too_large", f"a request body may have {MAX_BODY} bytes")
         target = request.url.raw_path.decode("ascii")
         return self.call(request.method, target, request.headers.raw, body, _timeouts_of(request))
 
     def attempt(self, call: Call, now: float) -> Attempt:
-        """Begin to serve it: what is yielded is to be done."""
+        """Begin to serve a call; the caller performs the steps that the attempt yields."""
         return attempt(call, self.leases, now, self._rng)
 
 
@@ -146,21 +146,21 @@ def require_httpx2(request: object, client: str) -> None:
 
 
 class BodyBuffer:
-    """Keeps a request body that comes in parts."""
+    """Collects a request body that comes in parts, up to MAX_BODY bytes."""
 
     def __init__(self) -> None:
-        """Keep nothing yet."""
+        """Start without parts."""
         self._parts: list[bytes] = []
         self._size = 0
 
     def add(self, part: bytes) -> bool:
-        """Keep a part; return whether there may be more."""
+        """Add a part of the body; return whether more may be added."""
         self._size += len(part)
         self._parts.append(part)
         return self._size <= MAX_BODY
 
     def joined(self) -> bytes | None:
-        """Return all of it; None when it is too large."""
+        """Return the whole body; None when it is too large."""
         return b"".join(self._parts) if self._size <= MAX_BODY else None
 
 
@@ -172,7 +172,7 @@ def _timeouts_of(request: httpx2.Request) -> Timeouts:
 
 
 def response_of(call: Call | HttpReply, reply: HttpReply, stream: Any = None) -> httpx2.Response:
-    """Return the answer as httpx2 wants it. stream: of its bytes, where they are not here yet.
+    """Return an answer as an httpx2.Response. stream: yields its bytes, where they are not here yet.
 
     call: the request, or the reply that says what was wrong with it.
     """
@@ -192,7 +192,7 @@ def response_of(call: Call | HttpReply, reply: HttpReply, stream: Any = None) ->
 
 
 def named(error: BaseException) -> str:
-    """Return the error's type and text; a timeout's own text is empty.
+    """Return an error's type and text, or only its type, because the text of a timeout is empty.
 
     aiohttp's are said by their cause: "Cannot connect to host … ssl:default" seems to be about TLS.
     """
@@ -208,7 +208,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def not_connected(lease: ClientLease, error: BaseException) -> Setback:
-    """Return the setback of a connection that did not come about: no byte of the request was sent."""
+    """Return the setback of a failed connection to an instance: no byte of the request was sent."""
     causes = list(_causes(error))
     if any(isinstance(e, ssl.SSLCertVerificationError) for e in causes):
         said = f"{lease} does not have the certificate that is known of it"
@@ -222,7 +222,7 @@ def not_connected(lease: ClientLease, error: BaseException) -> Setback:
 
 
 def not_answered(lease: ClientLease, error: BaseException, *, bad_http: bool, again: bool) -> Setback:
-    """Return the setback of a request that was sent and had no answer. bad_http: what came is none."""
+    """Return the setback of a request that was sent and not answered. bad_http: what came is no HTTP."""
     if isinstance(error, InstanceOut):
         said = f"{lease} went out before it answered: {error}"
         return Setback("instance_out", httpx2.ReadError(said), elsewhere=True)
@@ -239,7 +239,7 @@ class InstanceOut(OSError):
 
 
 def cut_off(lease: ClientLease | None, error: BaseException) -> tuple[str, httpx2.RequestError]:
-    """Return (a word for the loadbalancer, the error) of an answer that stopped before its end."""
+    """Return (a word for the loadbalancer, the error) for an answer that stopped before its end."""
     if isinstance(error, InstanceOut):
         said = f"{lease} went out while it answered: {error}"
         return "instance_out", httpx2.RemoteProtocolError(said)
