@@ -34,6 +34,7 @@ from fleet.durations import MeasuredDurations
 from fleet.evidence import Health
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.instance import Instance
+from fleet.instance_messages import Hearing
 from fleet.journal import Decision, Journal, SavedFleet
 from fleet.limits import Commitment, Limits, commitment
 from fleet.market import Market
@@ -43,6 +44,7 @@ from fleet.snapshot import take_snapshot
 from fleet.states import CHECKED, SERVING, State
 from policies import FleetSnapshot, Policy
 from vast.rows import Row
+from web.messages.reports import ReadyBody
 
 
 class InstanceSet:
@@ -185,24 +187,27 @@ class InstanceSet:
         """Take in what a check of our own network found."""
         self._reconciler.reach.note(health, now)
 
-    def record_message(self, label: str, boot_id: str, number: int, why: str) -> bool:
-        """Take in what an instance says of itself; return False when that was heard before.
+    def record_message(self, label: str, said: ReadyBody, now: float) -> Hearing:
+        """Take in what an instance says of itself.
 
         It makes nothing hot or failed; the next health check is due at once.
         """
-        return label in self and self[label].hear(boot_id, number, why)
+        return self[label].hear(said, now) if label in self else Hearing.HEARD
 
-    def record_report(self, throughput_work_s: Mapping[int, float], failing: Collection[int]) -> None:
+    def record_report(
+        self, throughput_work_s: Mapping[int, float], failing: Collection[int], now: float
+    ) -> None:
         """Take in what a loadbalancer reports of instances, by their ids.
 
-        throughput_work_s: measured work per second. failing: instances with new failures, whose next health
-        check is due at once.
+        throughput_work_s: measured work per second. failing: instances where clients met new failures: that
+        is evidence of its own, and their next health check is due at once.
         """
         for i in self:
             if i.id is None:
                 continue
             if i.id in failing:
                 i.check_at_once()
+                i.trouble.note_clients(now)
             measured = throughput_work_s.get(i.id)
             if measured is not None and i.measure(measured):
                 self.journal.save(i.saved())

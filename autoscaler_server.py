@@ -16,6 +16,7 @@ from typing import Any
 
 from flask import Flask, Response, jsonify, request
 
+from fleet.instance_messages import Hearing
 from fleet.outside.config import SERVE_ONLY, AutoscalerConfig
 from fleet.outside.costs import cost_answer
 from fleet.outside.decisions import decisions_answer
@@ -168,10 +169,13 @@ def _add_ready(
             return response(NOT_SIGNED)
         label = known[name][0]
         said = decode(raw, ReadyBody)
-        why = safe_text(f"{said.state}: {said.why}" if said.why else said.state)
-        if not scaler.record_message(label, said.boot_id, said.number, why):
+        hearing = scaler.record_message(label, said)
+        if hearing is Hearing.TOO_MANY:
+            return error(429, "too_many", "an instance may say something every two seconds")
+        if hearing is Hearing.HEARD:
             return error(409, "heard_before", "this message, or one after it, was heard before")
-        log.info("%s says: %s", label, why)
+        if hearing is Hearing.NEWS:
+            log.info("%s says: %s", label, safe_text(f"{said.state}: {said.why or ''}"))
         nudge()
         return jsonify(label=label)
 

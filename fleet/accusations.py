@@ -14,17 +14,21 @@ FAILED_STARTS = 3
 def final_accusation(i: Instance, d: Deadlines, now: float) -> Accusation | None:
     """Return what is wrong with an instance and does not pass by itself; None: nothing."""
     t = i.trouble
-    against = set()
+    unreached = {Source.CHECK} if t.silent_since is not None else set()
+    clients = {Source.CLIENTS} if t.clients_since is not None else set()
     if t.fatal is not None:
         # Over ssh with its own host key it is the machine that says so, and we that have read it.
-        against = {Source.CHECK} if t.silent_since is not None else {Source.CHECK, Source.WORD}
+        against = {Source.CHECK} | (set() if unreached else {Source.WORD})
         why, lasts_s, deadline_s = t.fatal, now - i.since, d.recover_s
+    elif t.word is not None:
+        against = {Source.WORD} | ({Source.CHECK} if t.failing else set())
+        why, lasts_s, deadline_s = f"it says: {t.word}", now - t.word_since, d.recover_s
     elif t.ended_since is not None:
-        against = {Source.LISTING, Source.CHECK} if t.silent_since is not None else {Source.LISTING}
+        against = {Source.LISTING} | unreached
         why, lasts_s, deadline_s = "its container ended by itself", now - t.ended_since, d.broken_host_s
     else:
         return None
-    return Accusation(why, frozenset(against), lasts_s, deadline_s, final=True)
+    return Accusation(why, frozenset(against | clients), lasts_s, deadline_s, final=True)
 
 
 def no_gpu(i: Instance, d: Deadlines, now: float) -> Accusation | None:

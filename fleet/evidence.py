@@ -123,11 +123,14 @@ class Trouble:
     silent_since: float | None = None  # when the first of an unbroken row that met nobody had ended
     ended_since: float | None = None  # the listing says that its container ended by itself
     fatal: str | None = None  # what does not pass by itself, as our check found it
+    word: str | None = None  # the same, as its own signed word has it
+    word_since: float = 0.0
+    clients_since: float | None = None  # clients, or the loadbalancer for them, met failures there
 
     def note_pass(self, started_at: float) -> None:
         """Note that the machine passed a check, which began at started_at."""
         self.passed_at = max(self.passed_at, started_at)
-        self.failing, self.silent_since, self.fatal = False, None, None
+        self._forget_failures()
 
     def note_trouble(self, now: float, *, met: bool) -> None:
         """Note a check that the machine did not pass. met: the machine itself answered."""
@@ -142,10 +145,24 @@ class Trouble:
         """Note a fault of the machine that does not pass by itself, such as a fatal line in its log."""
         self.fatal = fatal
 
+    def note_word(self, word: str | None, now: float) -> None:
+        """Note what it says itself does not pass; None: it says that it is well, or loads."""
+        if word is None or self.word is None:
+            self.word_since = now
+        self.word = word
+
+    def note_clients(self, now: float) -> None:
+        """Note that clients met failures there."""
+        self.clients_since = now if self.clients_since is None else self.clients_since
+
     def forget(self) -> None:
         """Forget all trouble, because the machine begins a new boot."""
-        self.passed_at = float("-inf")
-        self.failing, self.silent_since, self.ended_since, self.fatal = False, None, None, None
+        self.passed_at, self.ended_since = float("-inf"), None
+        self._forget_failures()
+
+    def _forget_failures(self) -> None:
+        self.failing, self.silent_since = False, None
+        self.fatal = self.word = self.clients_since = None
 
     def shows_well_since(self, at: float) -> bool:
         """Return whether the machine is well by a check that began after that time."""

@@ -11,11 +11,12 @@ from engine.profiles import Profile
 from fleet.deadlines import Deadlines
 from fleet.evidence import Trouble
 from fleet.health_check import HealthCheck, HealthCheckOrder
+from fleet.instance_messages import Ear, Hearing
 from fleet.journal import BillingInterval, SavedInstance
 from fleet.states import BILLS_GPU, CHECKED, SERVING, State, check_transition
 from fleet_client.back_off import back_off_s
 from vast.rows import Offer, Row
-from web.replay_guard import ReplayGuard
+from web.messages.reports import ReadyBody
 
 # Words of `actual_status` (vast-contract 2.12).
 UP = frozenset({"running"})
@@ -206,7 +207,7 @@ class Instance:
     trouble: Trouble = field(default_factory=Trouble)
     boot: BootRecord = field(default_factory=BootRecord)
     orders: Orders = field(default_factory=Orders)
-    replay_guard: ReplayGuard = field(default_factory=ReplayGuard)
+    ear: Ear = field(default_factory=Ear)
 
     # -- how it comes to be known ----------------------------------------------------------------------
 
@@ -372,14 +373,15 @@ class Instance:
             self.certificate = check.certificate
         return renewed
 
-    def hear(self, boot_id: str, number: int, why: str) -> bool:
-        """Take in a numbered message of the instance itself; return False when it was heard before."""
-        if not self.replay_guard.accept(boot_id, number):
-            return False
-        self.check_at_once()
-        if self.state is State.RUNNING:
-            self.why = f"it says: {why}"
-        return True
+    def hear(self, said: ReadyBody, now: float) -> Hearing:
+        """Take in a numbered message of the instance itself."""
+        if (hearing := self.ear.hear(said, now)).taken:
+            self.check_at_once()
+            if self.state is State.RUNNING:
+                self.why = f"it says: {self.ear.says}"
+            if self.state in CHECKED:
+                self.trouble.note_word(self.ear.says if said.state == "failed" else None, now)
+        return hearing
 
     def measure(self, throughput_work_s: float) -> bool:
         """Take over a measured throughput (work a second); return whether it differs by more than noise."""

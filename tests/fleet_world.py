@@ -328,7 +328,7 @@ class World:
     def measure(self, *work_s: float, state: State | None = None) -> None:
         """A loadbalancer has measured these throughputs, of all instances or of those in that state."""
         ids = [i.id for i in self.fleet if i.id is not None and state in (None, i.state)]
-        self.fleet.record_report(dict(zip(ids, work_s, strict=True)), ())
+        self.fleet.record_report(dict(zip(ids, work_s, strict=True)), (), self.now)
 
     # -- what a test asks ---------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from fleet.commands import (
 from fleet.demand import Demand
 from fleet.evidence import Health
 from fleet.health_check import HealthCheck, HealthCheckOrder
+from fleet.instance_messages import Hearing
 from fleet.journal import Decision
 from fleet.outside.ledger import BUCKET_S, Ledger
 from fleet.outside.order_queue import OrderQueue
@@ -36,6 +37,7 @@ from process.errors import CloudError
 from vast.client import Vast
 from vast.rows import Row
 from web.messages.busy import BusyReport
+from web.messages.reports import ReadyBody
 
 log = logging.getLogger("autoscaler")
 
@@ -252,14 +254,13 @@ class Autoscaler:
         with self.lock:
             self.instances.record_reach(health, self.clock())
 
-    def record_message(self, label: str, boot_id: str, number: int, why: str) -> bool:
-        """Take in what an instance says of itself; return False when that was heard before."""
+    def record_message(self, label: str, said: ReadyBody) -> Hearing:
+        """Take in what an instance says of itself."""
         with self.lock:
-            new = self.instances.record_message(label, boot_id, number, why)
-            waiting = new and self.instances[label].state not in CHECKED
-        if waiting:
-            self.turn_due.set()  # the last listing is older than the machine
-        return new
+            hearing = self.instances.record_message(label, said, self.clock())
+            if hearing.taken and self.instances[label].state not in CHECKED:
+                self.turn_due.set()  # the last listing is older than the machine
+        return hearing
 
     def record_report(self, report: BusyReport) -> None:
         """Take in the busy report of a loadbalancer."""
@@ -268,7 +269,7 @@ class Autoscaler:
         self.own.note_report(report.loadbalancer, now)
         with self.lock:
             worked, failing = self.demand.add_report(report, now)
-            self.instances.record_report(measured, failing)
+            self.instances.record_report(measured, failing, now)
             if worked:
                 bucket = int(now // BUCKET_S)
                 for i in self.instances:

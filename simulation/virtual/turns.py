@@ -17,6 +17,7 @@ from simulation.virtual.instances import SimulatedInstance, SimulatedInstances
 from simulation.virtual.loop import EventLoop
 from simulation.virtual.outcome import FleetSamples
 from simulation.virtual.setting import CALL_S, Setting
+from web.messages.reports import ReadyBody
 
 MIN_TURN_S = 1.0
 """Least seconds between two turns, also when an instance has become ready and asks for one."""
@@ -169,7 +170,7 @@ class VirtualTurns:
         scaler = self._scaler
         for i in scaler.instances:
             if i.id == instance.id:
-                scaler.record_message(i.label, instance.boot_id, 1, "ready")
+                scaler.record_message(i.label, ReadyBody("ready", instance.boot_id, 1))
                 self._check()
                 break
         if scaler.turn_due.is_set():  # the listing that we have is older than the machine

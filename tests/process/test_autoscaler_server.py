@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from fleet.arrivals import Arrived
 from fleet.commands import Destroy
 from fleet.demand import Demand
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
+from fleet.instance_messages import BURST
 from fleet.journal import Entries
 from fleet.outside import process
 from fleet.outside.config import AutoscalerConfig, local_cloud_key
@@ -389,6 +392,19 @@ def test_what_an_instance_says_brings_its_next_check_forward(face: Face) -> None
     assert face.say_ready({**said, "number": 6}).status_code == 409
     assert face.say_ready({**said, "boot_id": "c", "number": 1}).status_code == 200
     assert face.say_ready({**said, "number": 8}).status_code == 409, "of a boot that is over"
+
+
+def test_an_instance_that_says_too_much_is_refused_and_not_logged(
+    face: Face, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    statuses = [
+        face.say_ready({"state": "loading", "boot_id": "b", "number": n, "why": "7 %"}).status_code
+        for n in range(100)
+    ]
+    assert Counter(statuses) == {200: BURST, 429: 100 - BURST}
+    assert len([r for r in caplog.records if "says: " in r.getMessage()]) == 1
+    assert face.nudged == BURST
 
 
 @pytest.mark.parametrize("what", ["body", "path", "key", "none", "bearer"])

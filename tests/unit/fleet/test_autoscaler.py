@@ -1,15 +1,18 @@
 """What others ask of an InstanceSet and tell it: health checks, messages, reports, the hot set."""
 
 import time
+from collections import Counter
 
 from autoscaler import InstanceSet
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.health_check import HealthCheck, Verdict
+from fleet.instance_messages import Hearing
 from fleet.limits import Limits
 from fleet.states import State
 from policies import Fixed
 from tests.fleet_world import Contract, World
+from web.messages.reports import ReadyBody
 
 
 def test_what_was_hot_before_a_restart_is_not_told_before_it_was_checked() -> None:
@@ -90,13 +93,28 @@ def test_what_is_gone_can_be_asked_why() -> None:
 def test_what_an_instance_says_of_itself_makes_it_neither_hot_nor_failed() -> None:
     w = World(policy=Fixed(1, 1)).tick(80)
     label = w.only(State.RUNNING)
-    for number, said in enumerate(("ready", "failed: no such model")):
-        assert w.fleet.record_message(label, "boot", number, said)
+    for said in (ReadyBody("ready", "boot", 1), ReadyBody("failed", "boot", 2, "no such model")):
+        assert w.fleet.record_message(label, said, w.now) is Hearing.NEWS
         assert w.fleet[label].state is State.RUNNING
-        assert w.fleet[label].why == f"it says: {said}"
+        assert w.fleet[label].why == f"it says: {said.state}" + (f": {said.why}" if said.why else "")
         assert [order.label for order in w.fleet.checks_due(w.now)] == [label]
-        assert not w.fleet.record_message(label, "boot", number, said), "heard before"
-    assert not w.fleet.record_message("fleet/unknown", "boot", 9, "ready")
+        assert w.fleet.record_message(label, said, w.now) is Hearing.HEARD
+    assert w.fleet.record_message("fleet/unknown", ReadyBody("ready", "boot", 9), w.now) is Hearing.HEARD
+
+
+def test_an_instance_may_say_little_and_what_it_repeats_is_no_news() -> None:
+    """`POST /ready` came 1,530 times in 75 s, and each was logged (field fault A8)."""
+    w = World(policy=Fixed(1, 1)).tick(80)
+    label = w.only(State.RUNNING)
+    heard = Counter(
+        w.fleet.record_message(label, ReadyBody("loading", "boot", n), w.now + n * 75 / 1530)
+        for n in range(1530)
+    )
+    assert heard == {Hearing.NEWS: 1, Hearing.AGAIN: 56, Hearing.TOO_MANY: 1473}
+    copies = [w.fleet.record_message(label, ReadyBody("loading", "boot", 1), w.now + 75) for _ in range(99)]
+    assert set(copies) == {Hearing.HEARD}
+    later = ReadyBody("ready", "boot", 2000)
+    assert w.fleet.record_message(label, later, w.now + 80) is Hearing.NEWS, "copies took nothing from it"
 
 
 def test_a_measured_rate_that_hardly_changed_is_not_written_down_again() -> None:
@@ -104,7 +122,7 @@ def test_a_measured_rate_that_hardly_changed_is_not_written_down_again() -> None
     (i,) = w.fleet
     assert i.id is not None
     w.fleet.journal.take()
-    w.fleet.record_report({i.id: i.throughput_work_s * 1.01, 99: 5.0}, ())
+    w.fleet.record_report({i.id: i.throughput_work_s * 1.01, 99: 5.0}, (), w.now)
     assert w.fleet.journal.take().instances == {}
-    w.fleet.record_report({i.id: 500.0}, ())
+    w.fleet.record_report({i.id: 500.0}, (), w.now)
     assert [r.throughput for r in w.fleet.journal.take().instances.values()] == [500.0]

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 
+from fleet.accusations import final_accusation
 from fleet.commands import Create, Destroy, Start
 from fleet.evidence import Accusation, Circumstances, Health, Source, weigh
 from fleet.health_check import Verdict
+from fleet.instance_messages import Hearing
 from fleet.states import State
 from policies import Fixed
 from tests.fleet_world import World
+from web.messages.reports import ReadyBody
 
 CHECK, LISTING, WORD = Source.CHECK, Source.LISTING, Source.WORD
 ALONE = Circumstances(believed=True, others_well=False, reach=Health.WELL, together_s=600.0)
@@ -241,3 +244,76 @@ def test_a_listing_that_shows_a_loading_machine_as_stopped_for_a_turn_destroys_n
     w.tick(1800)
     assert set(w.contracts) == {label}
     assert w.states() == {"hot": 1}
+
+
+def says_failed(w: World, label: str, number: int = 1) -> None:
+    said = ReadyBody("failed", "boot", number, "the model server ended 3 times")
+    assert w.fleet.record_message(label, said, w.now) is Hearing.NEWS
+
+
+def test_its_own_signed_word_and_a_failed_check_are_two_kinds() -> None:
+    """It said that it had given up, and was waited for until its deadline."""
+    w = World().with_pool(hot=1, total=1)
+    label = w.only()
+    w.check_hook = lambda _: Verdict.FAILED
+    says_failed(w, label)
+    w.tick(10)
+    assert label not in w.contracts
+    (destroy,) = [c for c in w.ordered if isinstance(c, Destroy)]
+    assert destroy.evidence == (
+        "broken: it says: failed: the model server ended 3 times (its own word and our check)"
+    )
+
+
+def test_its_own_word_alone_is_one_kind() -> None:
+    w = World().with_pool(hot=1, total=1)
+    label = w.only()
+    w.check_hook = lambda _: Verdict.UNKNOWN
+    says_failed(w, label)
+    w.fleet[label].trouble.failing = False
+    ruling = weigh(final(w, label), ALONE)
+    assert (ruling.health, ruling.evidence) == (
+        Health.UNKNOWN,
+        "it says: failed: the model server ended 3 times (its own word)",
+    )
+    assert weigh(final(w, label), OTHERS_WELL).health is Health.BROKEN
+
+
+def final(w: World, label: str) -> Accusation:
+    found = final_accusation(w.fleet[label], w.deadlines, w.now)
+    assert found is not None
+    return found
+
+
+def test_a_check_that_passes_takes_back_what_was_said_and_met() -> None:
+    w = World().with_pool(hot=1, total=1)
+    label = w.only()
+    says_failed(w, label)
+    w.tick(60)
+    w.fleet.record_report({}, [w.fleet[label].id or 0], w.now)
+    w.tick(60)
+    assert w.states() == {"hot": 1}
+    assert final_accusation(w.fleet[label], w.deadlines, w.now) is None
+    assert w.fleet[label].trouble.clients_since is None
+
+
+def test_a_listing_that_says_ended_and_clients_that_met_failures_are_two_kinds() -> None:
+    w = World().with_pool(hot=1, total=1)
+    label = w.only()
+    w.contracts[label].status = "exited"
+    w.fleet.observe(w.listing(), (), w.now)
+    assert weigh(final(w, label), ALONE).health is Health.UNKNOWN
+    w.fleet.record_report({}, [w.fleet[label].id or 0], w.now)
+    ruling = weigh(final(w, label), ALONE)
+    assert ruling.health is Health.BROKEN
+    assert ruling.evidence == "its container ended by itself (its clients and the listing)"
+
+
+def test_what_clients_met_is_no_evidence_against_our_own_network() -> None:
+    """They may sit beside us: with the network gone they meet failures everywhere."""
+    w = World(reach=Health.BROKEN).with_pool(hot=2, total=2)
+    w.check_hook = all_silent
+    for _ in range(60):
+        w.fleet.record_report({}, [i.id or 0 for i in w.fleet], w.now)
+        w.tick(60)
+    assert w.ordered == []

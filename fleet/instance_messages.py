@@ -1,0 +1,63 @@
+"""What an instance says unasked: how often it may, and what it said last; it is somebody else's computer."""
+
+from enum import StrEnum
+
+from process.safe_text import safe_text
+from web.messages.reports import ReadyBody
+from web.replay_guard import ReplayGuard
+
+BURST = 20
+"""Messages at once: a model server that ends and begins again says three."""
+
+REST_S = 2.0
+"""Seconds after which one more is taken; an instance that loads says how far it is every five."""
+
+
+class MessageBudget:
+    """A bucket of messages that fills by one each REST_S."""
+
+    def __init__(self) -> None:
+        """Begin with a full one."""
+        self._left, self._at = float(BURST), float("-inf")
+
+    def take(self, now: float) -> bool:
+        """Return whether one more message may be taken in, and count it."""
+        self._left = min(float(BURST), self._left + max(0.0, now - self._at) / REST_S)
+        self._at = max(now, self._at)
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
+class Hearing(StrEnum):
+    """What became of a message of an instance."""
+
+    NEWS = "news"  # it says something else than the one before
+    AGAIN = "again"  # it says the same
+    HEARD = "heard before"
+    TOO_MANY = "too many"
+
+    @property
+    def taken(self) -> bool:
+        """Whether it was taken in."""
+        return self in (Hearing.NEWS, Hearing.AGAIN)
+
+
+class Ear:
+    """What was heard of one instance."""
+
+    def __init__(self) -> None:
+        """Begin with nothing heard."""
+        self.says = ""  # its last message
+        self._budget = MessageBudget()
+        self._guard = ReplayGuard()
+
+    def hear(self, said: ReadyBody, now: float) -> Hearing:
+        """Take in a message, unless it is a copy or one too many."""
+        if not self._guard.accept(said.boot_id, said.number):
+            return Hearing.HEARD  # perhaps somebody else's copy: it takes nothing from the instance
+        if not self._budget.take(now):
+            return Hearing.TOO_MANY
+        before, self.says = self.says, safe_text(f"{said.state}: {said.why}" if said.why else said.state)
+        return Hearing.AGAIN if before == self.says else Hearing.NEWS
