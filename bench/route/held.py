@@ -63,6 +63,15 @@ class Pusher:
     def next(self) -> bytes:
         """Return the push of the instance whose request has been there for longest."""
         number, request_id = self._serving.popleft()
+        return self._push(
+            number, request_id, [{"id": request_id, "status": "finished", "output_tokens": 150}]
+        )
+
+    def starts(self) -> list[bytes]:
+        """Return the pushes of all that serve a request: that it has started."""
+        return [self._push(number, request_id, []) for number, request_id in self._serving]
+
+    def _push(self, number: int, request_id: str, ended: list[dict[str, Any]]) -> bytes:
         instance = self._instances[number]
         self._numbers[number] += 1
         told = {
@@ -72,7 +81,7 @@ class Pusher:
             "seq": 0,
             "missed": False,
             "started": [request_id],
-            "ended": [{"id": request_id, "status": "finished", "output_tokens": 150}],
+            "ended": ended,
             "model_up": True,
         }
         return signed_push(instance, told)
@@ -105,10 +114,11 @@ class WaitingClients:
 
     async def fill(self, waiting: int) -> None:
         """Have every instance serve one request, and so many clients wait."""
-        clients = [await self.connect() for _ in range(len(self._instances) + waiting)]
         request = post_route({"work": REQUEST_WORK, "wait_s": 300})
-        for client in clients:
-            client.send(request)
+        for _ in range(len(self._instances) + waiting):
+            (await self.connect()).send(
+                request
+            )  # at once: the server ends silent connections of whoever has many
         await asyncio.to_thread(self._server.wait_held, waiting)
         self.answered.clear()
 
@@ -127,6 +137,14 @@ class WaitingClients:
         await _until(lambda: len(self.answered) >= wakes)
         # One lease for each push, in their order.
         return [at - since for since, at in zip(pushed, self.answered, strict=False)]
+
+    async def report_starts(self) -> None:
+        """Push that all has started which is being served: until then it counts as unused."""
+        reports = await self.connect()
+        for push in self._pusher.starts():
+            reports.send(push)
+            while reports.waiting:
+                await asyncio.sleep(0)
 
     async def keep(self, waiting: int) -> None:
         """Hang up all that wait but so many."""
@@ -172,6 +190,7 @@ async def hold(server: RunningLoadbalancer, instances: list[StubInstance]) -> He
     took = await clients.wake_one_by_one(wakes)
     woken = len(clients.answered)
     await clients.keep(BURST)
+    await clients.report_starts()
     cpu, begun = cpu_s(pid), time.perf_counter()
     autoscaler.send(hot_set(2, REQUEST_WORK * 2 * BURST / len(instances), instances, control))
     await _until(lambda: len(clients.answered) >= BURST)

@@ -81,11 +81,13 @@ class RouteDriver:
         self._due: deque[float] = deque()
 
     async def connect(self, port: int, connections: int) -> None:
-        """Open them all."""
+        """Open them all; those that ask again and again begin at once: of many silent ones some are ended."""
         loop = asyncio.get_running_loop()
         for _ in range(connections):
             _, client = await loop.create_connection(lambda: KeepAliveClient(self._heard), "127.0.0.1", port)
             self._clients.append(client)
+            if self._again:
+                client.send(self._request)
         self._idle.extend(self._clients)
 
     def _heard(self, client: KeepAliveClient, head: bytes, body: bytes, took_s: float) -> None:
@@ -103,11 +105,6 @@ class RouteDriver:
             client.send(self._request, self._due.popleft())
         else:
             self._idle.append(client)
-
-    def ask_all(self) -> None:
-        """Have every client ask."""
-        for client in self._clients:
-            client.send(self._request)
 
     async def pace(self, rate: float, rng: random.Random) -> None:
         """Send by the clock, so many a second on average; on the first connection that is free."""
@@ -167,9 +164,7 @@ async def drive(
     driver = RouteDriver(post_route(body), again=rate is None)
     await driver.connect(server.port, cell.connections)
     tasks = [asyncio.create_task(driver.tell(fleet_port))]
-    if rate is None:
-        driver.ask_all()
-    else:
+    if rate is not None:
         tasks.append(asyncio.create_task(driver.pace(rate, random.Random(1))))
     await asyncio.sleep(SETTLE_S)
     cpu, begun = cpu_s(server.pid), time.perf_counter()
