@@ -229,6 +229,24 @@ class InstanceClient:
             "GET", url, master_token, None, timeout_s, certificate, LoadReport, read_report
         )
 
+    async def check_address(self, address: str, timeout_s: float, certificate: str | None = None) -> None:
+        """Raise InstanceError unless the model server says there that it is well, with that certificate."""
+        assert self._model is not None, "used outside its context"  # noqa: S101 a mistake of ours
+        try:
+            async with self._model.get(
+                f"{address}/health",
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
+                ssl=_context(address, certificate),
+                allow_redirects=False,
+            ) as reply:
+                status = reply.status
+        except (aiohttp.ClientSSLError, ssl.SSLError) as e:
+            raise _wrong(address, e) from e
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            raise InstanceError(f"{address}: {_named(e)}") from e
+        if status != 200:
+            raise InstanceError(f"{address}: health: wanted 200, got {status}")
+
     async def test_prompt(
         self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
     ) -> int:

@@ -39,7 +39,6 @@ from typing import Any
 
 from dispatch.allowance import MOST_UNUSED
 from dispatch.chooser import FIRST_TOKEN_WEIGHT, Chooser
-from dispatch.circuit_breaker import ALONE
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
 from dispatch.instance_failures import InstanceFailures
@@ -193,7 +192,7 @@ class LoadBalancer:
         client, allowance = ask.client, self.leases.allowance
         after_s = allowance.asks(client, instances.hot, now)
         if after_s is not None:
-            return RouteRefused("too_many_unused", after_s, allowance.unused(client))
+            return self._too_many(ask, after_s)
         given = self._give(ask, count, now)
         if not again:  # a batch is as many arrivals as it is given leases, and at least one
             self._demand.arrived(ask, self._estimates.prefill_weight, len(given) or 1)
@@ -226,11 +225,11 @@ class LoadBalancer:
     def time_out(self, queued: QueuedRequest, now: float) -> RouteRefused:
         """Refuse a waiting request that has waited for as long as it may."""
         self.queue.cancel(queued)
-        client, allowance = queued.ask.client, self.leases.allowance
-        after_s = allowance.refuse(client, self.instances.hot, now)
-        if after_s is not None:
-            return RouteRefused("too_many_unused", after_s, allowance.unused(client))
-        return self._refuse(queued.ask, now)
+        after_s = self.leases.allowance.refuse(queued.ask.client, self.instances.hot, now)
+        return self._refuse(queued.ask, now) if after_s is None else self._too_many(queued.ask, after_s)
+
+    def _too_many(self, ask: RouteRequest, after_s: float) -> RouteRefused:
+        return RouteRefused("too_many_unused", after_s, self.leases.allowance.unused(ask.client))
 
     def grant(self, now: float) -> list[tuple[QueuedRequest, list[Lease]]]:
         """Give leases to the waiting requests that can be served now, in the order of the queue.
@@ -269,25 +268,23 @@ class LoadBalancer:
         return [] if lease is None else [lease]
 
     def end_lease(
-        self, request_id: str, outcome: str, now: float, *, blame: bool = True, impostor: bool = False
+        self, request_id: str, outcome: str, now: float, *, blame: bool = True, missed: bool = False
     ) -> bool:
         """End a lease as its client says: finished, failed or unused. False when no such lease is unfinished.
 
         An unused token is kept for the same client, which knows it and could use it; it is dropped where a
         report said that it was taken. blame: whether the request failed in a way that may be the instance's
-        fault. impostor: what answered at the instance's address had another certificate.
+        fault. missed: its client met nobody there, or somebody else.
         """
         lease = self.leases.get(request_id)
         if lease is None:
             return False
         inst = self.instances.by_id[lease.instance_id]
         if outcome == "finished":
-            inst.circuit.finished(request_id)
+            self._failures.record_finished(inst, request_id, now)
             self.leases.remember_early(lease)
         elif outcome == "failed":
-            self._failures.record_client_failure(
-                inst, lease, now, blame=blame, weight=ALONE if impostor else 1
-            )
+            self._failures.record_client_failure(inst, lease, now, blame=blame, missed=missed)
         elif not lease.started and lease.boot_id == inst.boot_id:
             inst.stock.give_back(lease.token, lease.lot, lease.client)
         self.leases.end(inst, lease, outcome, now)
@@ -330,9 +327,15 @@ class LoadBalancer:
         """Take in the tokens that a refill fetched; None: the refill failed."""
         self._refills.complete(refill, batch, now)
 
-    def complete_poll(self, poll: Poll, report: LoadReport | None, now: float) -> None:
-        """Take in the load report that a poll asked for; None: the report did not come."""
-        self._reports.complete(poll, report, now)
+    def complete_poll(
+        self, poll: Poll, report: LoadReport | None, now: float, *, reached: bool | None = None
+    ) -> None:
+        """Take in the load report that a poll asked for; None: the report did not come.
+
+        reached: whether the address that clients use answered with the instance's certificate; None: nobody
+        has looked.
+        """
+        self._reports.complete(poll, report, now, reached=reached)
 
     def pushed(self, instance_id: int, report: PushedReport, now: float) -> float | None:
         """Take in a report that an instance pushed; return the least seconds until its next one.
@@ -350,7 +353,7 @@ class LoadBalancer:
 
     def describe(self, now: float) -> dict[str, Any]:
         """Return the figures of the whole that an operator may see, without those of each instance."""
-        return describe(self.usage(now), self.instances, self.leases, self._demand)
+        return describe(self.usage(now), self.instances, self.leases, self._demand, self._failures)
 
     def describe_instances(self, now: float) -> Iterator[dict[str, Any]]:
         """Yield the figures of each instance that an operator may see; they may change between steps."""

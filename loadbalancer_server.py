@@ -56,6 +56,10 @@ NO_FAULT = re.compile("status_4..")
 more than it can take. All else says that it refuses, times out or breaks."""
 
 
+MISSED = frozenset(("no_connection", "no_tls", "wrong_certificate", "bad_address"))
+"""What a client says that met nobody there, or somebody else: that we can look into ourselves."""
+
+
 @dataclass(frozen=True)
 class LoadBalancerConfig:
     """The settings of a loadbalancer process that an operator may give. Times in seconds."""
@@ -206,7 +210,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
             said.outcome,
             service.clock(),
             blame=not NO_FAULT.fullmatch(why),
-            impostor=why == "wrong_certificate",
+            missed=why in MISSED,
         )
         if known and said.outcome == "failed":
             log.warning("a client's request %s failed: %s", said.request_id, why or "no reason given")

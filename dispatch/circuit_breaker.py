@@ -1,22 +1,25 @@
 """Whether an instance may be given requests: avoided at once when it fails, and trusted again step by step.
 
-             a client reports a failure         its report is good, or a request is finished
+             a client says that one failed      our own contact is good, or a request is finished
     CLOSED ────────────────────► DOUBTED ──────────────────────────────────────────────────► CLOSED
-       │                            │ no report within DOUBT_S, or it says: engine down
-       │ sure                       │ a second client reports one, or one client reports ALONE of them
+       │                            │ our own contact is bad, or there is none within DOUBT_S
+       │ sure                       │ answers failed for two clients, or ALONE times for one
        └─────────────► OPEN ◄───────┘◄───────────────────────────┐
                         │ after a pause that doubles,            │ a probe fails
-                        │ and its report is good                 │
+                        │ and our own contact is good            │
                         ▼                                        │
                      PROBING: 1 lease ─ finished ─► 2 ─► 4 ─► 8 … ─► CLOSED
 
 Sure is what the loadbalancer has seen itself: a load report that did not come, or that says that the engine
-is down. What a client reports is no more than that: it makes the instance DOUBTED, so that it gets single
-leases, as probes, and is asked for a report at once. The report takes milliseconds, so a client that lies
-costs an instance that, and when it was found to be wrong its reports raise no doubt for CALM_S. What a load
-report cannot show (a port that is closed for clients only, answers of 500) is believed when two clients
-report it, or one client ALONE times while no request of any client is finished there; the caller bounds how
-many instances one client alone may open.
+is down. What a client says is no more than a claim: it makes the instance DOUBTED, so that it gets single
+leases, as probes, and is contacted at once, its report and the address that clients use. That takes
+milliseconds, so a client that lies costs an instance that.
+
+A claim that nobody was reached there, or somebody else, is true or false by our own contact and never opens
+the circuit beside it. A claim that an answer failed (500, a connection that breaks off) our contact cannot
+decide: it is believed of two clients, or of one ALONE times while no request is finished there, where the
+caller lets clients' words open it: for a bounded share of the instances only, and of clients whose claims
+have not proven false (dispatch/client_votes.py). What the instance itself says of an answer counts the same.
 
 An instance that comes back has nothing to do and so looks better than all others: without the steps it would
 be given everything at once (a stampede), and fail again.
@@ -25,6 +28,8 @@ Times are epoch seconds.
 """
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass
 from enum import Enum
 
 from fleet_client.back_off import back_off_s
@@ -32,17 +37,18 @@ from fleet_client.back_off import back_off_s
 PAUSE_S = (1.0, 30.0)
 """Least seconds OPEN: the first time, doubling up to the second until it is CLOSED again."""
 
-DOUBT_S = 1.0
-"""Seconds within which a report comes that was asked for because of a doubt: it takes milliseconds."""
+DOUBT_S = 1.5
+"""Seconds within which a report comes that was asked for because of a doubt: it takes milliseconds, and a new
+connection under TLS to the other side of the world four round trips of 0.3 s."""
 
 ALONE = 3
-"""Consecutive failures one client must report to open the breaker, with no request finished in between."""
+"""Answers in a row of one client that must fail to open the breaker, with no request finished in between."""
 
 MEMORY_S = 10.0
 """Seconds after which a reported failure is forgotten: two in an hour say nothing about the instance."""
 
 CALM_S = 10.0
-"""Seconds in which a client whose report was wrong raises no doubt about the instance."""
+"""Seconds in which a client whose claim our own contact did not confirm raises no doubt about it."""
 
 PROBE_S = 10.0
 """Seconds after which a probe that has not started does not count: its client may never use it."""
@@ -60,6 +66,35 @@ class CircuitState(Enum):
     PROBING = "probing"
 
 
+@dataclass(slots=True)
+class Claim:
+    """What one client says of the instance.
+
+    answers: that failed, in a row. missed_at: when it met nobody there. seen: of some the instance says so.
+    """
+
+    at: float
+    answers: int = 0
+    missed_at: float | None = None
+    seen: bool = False
+
+    def count(self, now: float, *, missed: bool, seen: bool) -> None:
+        """Count one more."""
+        self.at = now
+        self.seen = self.seen or seen
+        if missed:
+            self.missed_at = now
+        else:
+            self.answers += 1
+
+    def is_refuted(self, asked_at: float) -> bool:
+        """Return whether it says that nobody is there, and our own contact has met him since; only once."""
+        if self.missed_at is None or self.missed_at > asked_at:
+            return False
+        self.missed_at = None
+        return True
+
+
 class CircuitBreaker:
     """The circuit breaker of one instance: whether it is trusted with requests, and with how many."""
 
@@ -71,7 +106,8 @@ class CircuitBreaker:
         self._opened = 0  # times in a row, without having been CLOSED
         self._most = 1  # leases at a time while PROBING
         self._probes: dict[str, float] = {}  # request id -> until when it counts
-        self._reported: dict[str, tuple[int, float]] = {}  # client -> (failures in a row, time of the last)
+        self._claims: dict[str, Claim] = {}  # by client
+        self._accusers: frozenset[str] = frozenset()  # clients by whose word alone it was opened
         self._calm: dict[str, float] = {}  # client -> until when it raises no doubt
         self._doubted_at = -math.inf
         self._asked_at: float | None = None
@@ -111,15 +147,21 @@ class CircuitBreaker:
         """Forget the probe of a lease that is over in whatever way."""
         self._probes.pop(request_id, None)
 
-    def finished(self, request_id: str) -> None:
-        """Trust the instance more, because it answered a request in full; call this before `over`."""
-        self._reported.clear()
+    def finished(self, request_id: str) -> Collection[str]:
+        """Count a request that was answered in full; call it before `over`.
+
+        Return the clients whose claims it proves false: they opened the circuit, and the first probe is fine.
+        """
+        self._claims.clear()
         if self.state is CircuitState.DOUBTED:
             self._close()
         elif self.state is CircuitState.PROBING and request_id in self._probes:
             self._most *= 2
+            liars, self._accusers = self._accusers, frozenset()
             if self._most > WHOLE:
                 self._close()
+            return liars
+        return ()
 
     # -- what is reported of the instance --
 
@@ -128,45 +170,64 @@ class CircuitBreaker:
         self.failures += 1
         self._doubt(now)
 
-    def trip(self, now: float) -> None:
-        """Open the breaker: the loadbalancer itself saw the instance fail."""
+    def trip(self, now: float) -> Collection[str]:
+        """Open the breaker: the instance failed for sure. Return the clients whose claims that confirms."""
         self.failures += 1
+        right = list(self._claims)
         self._open(now)
+        return right
 
     def record_harmless_failure(self) -> None:
         """Count a failure that may be no fault of the instance, and nothing more."""
         self.failures += 1
 
     def record_client_failure(
-        self, client: str, now: float, *, alone: bool, probe: str | None = None, weight: int = 1
+        self,
+        client: str,
+        now: float,
+        *,
+        on_word: bool,
+        missed: bool = False,
+        seen: bool = False,
+        probe: str | None = None,
     ) -> None:
         """Count a request that failed at the instance, as its client says.
 
-        alone: whether the reports of a single client may open the breaker. probe: request id of the lease,
-        which may be a probe. weight: how many failures it counts for.
+        on_word: whether clients' words may open the breaker. missed: the client met nobody, or somebody else.
+        seen: the instance itself says that its answer failed. probe: the lease, if it may have been a probe.
         """
         self.failures += 1
-        self._reported = {c: r for c, r in self._reported.items() if now - r[1] <= MEMORY_S}
-        times = self._reported.get(client, (0, now))[0] + weight
-        self._reported[client] = times, now
+        if self.state is CircuitState.OPEN:
+            return
         if self.state is CircuitState.PROBING:
-            if probe in self._probes:
+            if probe in self._probes and on_word and not missed:
                 self._open(now)
-        elif self.state is not CircuitState.OPEN:
-            if len(self._reported) > 1 or (times >= ALONE and alone):
-                self._open(now)
-            elif self._calm.get(client, -math.inf) <= now:
-                self._doubt(now)
+            return
+        self._claims = {c: claim for c, claim in self._claims.items() if now - claim.at <= MEMORY_S}
+        claim = self._claims.setdefault(client, Claim(now))
+        claim.count(now, missed=missed, seen=seen)
+        accusers = {c: said for c, said in self._claims.items() if said.answers}
+        if on_word and (len(accusers) > 1 or claim.answers >= ALONE):
+            self._open(now)
+            self._accusers = frozenset(c for c, said in accusers.items() if not said.seen)
+        elif self._calm.get(client, -math.inf) <= now:
+            self._doubt(now)
 
-    def record_healthy_report(self, asked_at: float, now: float) -> None:
-        """Take in a load report without a fault. asked_at: when it was asked for, in epoch seconds."""
+    def record_healthy_report(self, asked_at: float, now: float, *, reached: bool = True) -> Collection[str]:
+        """Take in a load report that finds nothing wrong; return the clients whose claims it proves false.
+
+        asked_at: when it was asked for. reached: whether the address that clients use answered, too.
+        """
         if self.state is CircuitState.DOUBTED and asked_at >= self._doubted_at:
             self._calm = {c: until for c, until in self._calm.items() if until > now}
-            self._calm.update(dict.fromkeys(self._reported, now + CALM_S))
+            self._calm.update(dict.fromkeys(self._claims, now + CALM_S))
             self._probes.clear()
             self.state = CircuitState.CLOSED
         elif self.state is CircuitState.OPEN and now >= self.until:
             self.state, self._most = CircuitState.PROBING, 1
+        if not reached:
+            return ()
+        return [c for c, claim in self._claims.items() if claim.is_refuted(asked_at)]
 
     def tick(self, now: float) -> bool:
         """Open the breaker if a doubt got no report in time; drop old probes. Return whether it changed."""
@@ -188,7 +249,8 @@ class CircuitBreaker:
             self._opened += 1
             self.state, self.until = CircuitState.OPEN, now + back_off_s(self._opened, *PAUSE_S)
             self._probes.clear()
-            self._reported.clear()
+            self._claims.clear()
+            self._accusers = frozenset()
 
     def _close(self) -> None:
         self.state = CircuitState.CLOSED

@@ -1,51 +1,84 @@
-"""Failures that clients report of all instances: which instances to ask at once, which clients to believe.
+"""Failures that clients report, across all instances: whom to contact at once, and which clients to believe.
 
-One client alone may open the circuit breakers of a few instances only (dispatch/circuit_breaker.py); an
-instance in doubt is asked for a load report before all others.
+Clients' words alone may open the circuit breakers of a bounded share of the instances
+(dispatch/circuit_breaker.py); an instance in doubt is contacted before all others.
 """
 
+from collections.abc import Collection
 from itertools import islice
 
 from dispatch.circuit_breaker import CircuitState
+from dispatch.client_votes import ClientVotes
 from dispatch.hot_instances import HotInstances
 from dispatch.instance import ServingInstance
 from dispatch.lease import Lease
 
-ALONE_SHARE = 0.1
-"""Share of the hot instances, and at least one, that may be avoided by one client's reports alone. A client
-that finds more of them broken, which no other client and no load report confirms, is more likely broken
-itself."""
+WORD_SHARE = 0.1
+"""Share of the hot instances, and at least one, that may be avoided at a time on clients' words, as
+max_ejection_percent of Envoy's outlier detection; of a single instance none, since nobody is helped then.
+Clients that find more of them broken, which our own contact does not confirm, are more likely broken
+themselves."""
 
 
 class InstanceFailures:
-    """Which instances are in doubt, and which are avoided because of one client's reports alone."""
+    """Instances in doubt, those avoided on clients' words, and which clients are believed."""
 
     def __init__(self, instances: HotInstances) -> None:
-        """Start without failures. instances: those that failures will be reported of."""
+        """Start without failures."""
+        self.votes = ClientVotes()
         self._instances = instances
-        self._by_client: set[int] = set()  # avoided by one client's reports alone, or have been
-        self._in_doubt: dict[int, None] = {}  # to be asked for a report at once
+        self._on_word: set[int] = set()  # avoided on clients' words, or have been
+        self._in_doubt: dict[int, None] = {}  # to be contacted at once
 
     def record_client_failure(
-        self, inst: ServingInstance, lease: Lease, now: float, *, blame: bool = True, weight: int = 1
+        self,
+        inst: ServingInstance,
+        lease: Lease,
+        now: float,
+        *,
+        blame: bool = True,
+        missed: bool = False,
+        seen: bool = False,
     ) -> None:
-        """Take in that a lease's request failed at the instance, as its client or the instance's report says.
+        """Take in that a request failed at inst.
 
-        blame: whether that may be the instance's fault. weight: how many failures it counts for.
+        blame: whether it may be the instance's fault. missed: its client met nobody there, or somebody else.
+        seen: the instance itself says so of the answer, not the client.
         """
+        if not (seen or self.votes.counts(lease.client, now)):
+            return
         if not blame:
             inst.circuit.record_harmless_failure()
             return
-        self._by_client = {i for i in self._by_client if self._is_avoided(i)}
-        alone = inst.id in self._by_client or len(self._by_client) < max(
-            1.0, ALONE_SHARE * self._instances.hot
-        )
+        self._on_word = {i for i in self._on_word if self._is_avoided(i)}
+        on_word = inst.id in self._on_word or len(self._on_word) < self._most_on_word()
         inst.circuit.record_client_failure(
-            lease.client, now, alone=alone, probe=lease.request_id, weight=weight
+            lease.client, now, on_word=on_word, missed=missed, seen=seen, probe=lease.request_id
         )
         if inst.circuit.state is CircuitState.OPEN:
-            self._by_client.add(inst.id)
+            self._on_word.add(inst.id)
         self._ask_at_once(inst)
+
+    def _most_on_word(self) -> float:
+        hot = self._instances.hot
+        return max(1.0, WORD_SHARE * hot) if hot > 1 else 0.0
+
+    def record_finished(self, inst: ServingInstance, request_id: str, now: float) -> None:
+        """Take in that a request was answered in full."""
+        self._contradict(inst.circuit.finished(request_id), now)
+
+    def record_contact(self, inst: ServingInstance, asked_at: float, now: float, *, reached: bool) -> None:
+        """Take in a good report of inst, asked for then. reached: its address for clients is well, too."""
+        self._contradict(inst.circuit.record_healthy_report(asked_at, now, reached=reached), now)
+
+    def record_sure_failure(self, inst: ServingInstance, now: float) -> None:
+        """Take in that inst failed before our own eyes."""
+        for client in inst.circuit.trip(now):
+            self.votes.confirm(client)
+
+    def _contradict(self, clients: Collection[str], now: float) -> None:
+        for client in clients:
+            self.votes.contradict(client, now)
 
     def record_failed_refill(self, inst: ServingInstance, now: float) -> None:
         """Doubt the instance, because it gave no tokens when asked for some."""

@@ -49,11 +49,13 @@ SWEEP, POLL_FEW = 10, 4
 class Poll:
     """An order to ask an instance for its load report, and then to call LoadBalancer.complete_poll.
 
-    after: number of the last event of that instance that is known.
+    after: number of the last event that is known. address_too: look whether the address that clients use
+    answers, too, with the instance's certificate.
     """
 
     spec: HotInstance = field(repr=False)
     after: int
+    address_too: bool = False
 
     @property
     def instance_id(self) -> int:
@@ -106,7 +108,7 @@ class LoadReports:
     def _poll(self, inst: ServingInstance, now: float) -> Poll:
         inst.reports.begin_poll(now)
         inst.circuit.asked(now)
-        return Poll(inst.spec, inst.reports.seq)
+        return Poll(inst.spec, inst.reports.seq, inst.circuit.state is not CircuitState.CLOSED)
 
     def _interval_s(self, inst: ServingInstance) -> float:
         """Return how old the instance's report may get, in seconds; older for idle ones and in large fleets.
@@ -123,24 +125,27 @@ class LoadReports:
 
     # -- polled reports --
 
-    def complete(self, poll: Poll, load: LoadReport | None, now: float) -> None:
-        """Take in the load report that a poll asked for; None: it did not come, a failure of the instance."""
+    def complete(self, poll: Poll, load: LoadReport | None, now: float, *, reached: bool | None) -> None:
+        """Take in the load report that a poll asked for; None: it did not come, a failure of the instance.
+
+        reached: whether the address that clients use answered; None: nobody has looked.
+        """
         inst = self.instances.same(poll.spec)
         if inst is None:
             return
         if load is None:
             inst.reports.fail_poll(now)
-            inst.circuit.trip(now)
+            self.failures.record_sure_failure(inst, now)
             if inst.reports.silent:
                 self.leases.lose_all(inst, now)
         elif inst.reports.budget.take(len(load.started) + len(load.ended), now):
-            self._take(inst, load, now)
+            self._take(inst, load, now, reached)
         else:
             inst.reports.fail_poll(now)
-            inst.circuit.trip(now)
+            self.failures.record_sure_failure(inst, now)
         self.instances.index.update(inst, now)
 
-    def _take(self, inst: ServingInstance, load: LoadReport, now: float) -> None:
+    def _take(self, inst: ServingInstance, load: LoadReport, now: float, reached: bool | None) -> None:
         """Learn from a load report, end the requests that it says ended, and set the instance's work anew."""
         estimates = self.estimates
         asked_at = inst.reports.end_poll(now)
@@ -157,10 +162,10 @@ class LoadReports:
         inst.learn_step_times(load, estimates.mean_prompt, estimates.mean_prompt_squares, now)
         inst.count_requests(load, estimates.mean_work, now)
         down_twice = inst.reports.down_twice(load)
-        if load.model_up:
-            inst.circuit.record_healthy_report(asked_at, now)
+        if load.model_up and reached is not False:
+            self.failures.record_contact(inst, asked_at, now, reached=reached is True)
         else:
-            inst.circuit.trip(now)
+            self.failures.record_sure_failure(inst, now)
             if down_twice:  # what it was answering has died with it
                 self.leases.lose_all(inst, now, started_only=True)
 
@@ -184,7 +189,7 @@ class LoadReports:
         if inst is None or inst.boot_id != push.boot_id or inst.reports.budget.excludes(now):
             return None
         if not inst.reports.budget.take_push(len(push.started) + len(push.ended), now):
-            inst.circuit.trip(now)
+            self.failures.record_sure_failure(inst, now)
             self.instances.index.update(inst, now)
             return None
         if not inst.reports.take_push(push):
@@ -193,7 +198,7 @@ class LoadReports:
         inst.load.mark_reported(now)
         inst.reports.follow_push(push, now)
         if not push.model_up:
-            inst.circuit.trip(now)
+            self.failures.record_sure_failure(inst, now)
         self.instances.index.update(inst, now)
         if inst.other_requests:
             next_in_s = max(PUSH_SOON_S, self.leases.working / MAX_PUSHES_SOON_S)
@@ -229,9 +234,9 @@ class LoadReports:
         lease = inst.leases.get(end.id)
         if lease is not None:
             if end.status == "finished":
-                inst.circuit.finished(end.id)
+                self.failures.record_finished(inst, end.id, now)
             elif end.status == "failed":
-                self.failures.record_client_failure(inst, lease, now)
+                self.failures.record_client_failure(inst, lease, now, seen=True)
             self.leases.end(inst, lease, end.status if end.status in ENDS else "failed", now)
             kind: int | None = int(lease.row[KIND])
             most = float(lease.row[MOST])

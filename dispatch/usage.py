@@ -6,6 +6,7 @@ from dispatch.circuit_breaker import CircuitState
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
 from dispatch.instance import ServingInstance
+from dispatch.instance_failures import InstanceFailures
 from dispatch.lease_book import LeaseBook
 from dispatch.request_queue import RequestQueue
 from engine.slo import Slo
@@ -65,7 +66,11 @@ def measure(
 
 
 def describe(
-    usage: BusyReport, instances: HotInstances, leases: LeaseBook, demand: DemandCounter
+    usage: BusyReport,
+    instances: HotInstances,
+    leases: LeaseBook,
+    demand: DemandCounter,
+    failures: InstanceFailures,
 ) -> dict[str, Any]:
     """Return the figures of the whole loadbalancer that an operator may see in GET /status: no tokens."""
     hot_set = instances.hot_set
@@ -86,6 +91,7 @@ def describe(
         "refused": demand.refused,
         "too_many_unused": leases.allowance.refused,
         "prompt_too_long": demand.impossible,
+        "unheard_clients": failures.votes.unheard,
         "ends": dict(leases.ends),
     }
 

@@ -18,6 +18,7 @@ from instance_client import InstanceClient
 from process.errors import InstanceError
 from web.messages.busy import LOADBALANCER, BusyAnswer
 from web.messages.decoding import BadField, decode
+from web.messages.hot_set import HotInstance
 from web.slices import in_slices
 
 log = logging.getLogger("loadbalancer")
@@ -138,20 +139,33 @@ class BackgroundTasks:
             service.serve_waiting()
 
     async def _poll(self, client: InstanceClient, poll: Poll) -> None:
-        service = self._service
-        load = None
+        service, spec = self._service, poll.spec
+        load = reached = None
+        look = asyncio.create_task(self._reaches(client, spec)) if poll.address_too else None
         try:
-            spec = poll.spec
             load = await client.fetch_load(
                 spec.auth_url, spec.master_token, poll.after, INSTANCE_TIMEOUT_S, spec.certificate
             )
+            if look is not None:
+                reached = await look
         except InstanceError as e:
             self._silent(poll.instance_id, e)
         finally:
-            service.balancer.complete_poll(poll, load, service.clock())
-        if load is not None:
+            if look is not None:
+                look.cancel()
+            service.balancer.complete_poll(poll, load, service.clock(), reached=reached)
+        if load is not None and reached is not False:
             self._silent(poll.instance_id, None)
             service.serve_waiting()
+
+    async def _reaches(self, client: InstanceClient, spec: HotInstance) -> bool:
+        """Return whether the address that clients use answers that it is well."""
+        try:
+            await client.check_address(spec.address, INSTANCE_TIMEOUT_S, spec.certificate)
+        except InstanceError as e:
+            self._silent(spec.id, e)
+            return False
+        return True
 
     def _silent(self, instance_id: int, why: InstanceError | None) -> None:
         """Log when an instance stops answering and when it answers again, not every time between."""

@@ -15,7 +15,9 @@ from dispatch.circuit_breaker import (
     CircuitBreaker,
     CircuitState,
 )
+from dispatch.client_votes import FALSE_MOST, UNHEARD_S, ClientVotes
 from dispatch.lease import Lease
+from dispatch.load_reports import Poll
 from tests.dispatch_world import T0, DispatchWorld, instance, world
 from tests.messages import load_report, request_end
 from web.messages.reports import PushedReport
@@ -73,7 +75,7 @@ def test_a_probe_that_fails_opens_it_for_twice_as_long() -> None:
     pauses = []
     for n in range(8):
         circuit.given(f"r{n}", now)
-        circuit.record_client_failure("a", now, alone=False, probe=f"r{n}")
+        circuit.record_client_failure("a", now, on_word=True, probe=f"r{n}")
         assert circuit.state is CircuitState.OPEN
         pauses.append(circuit.until - now)
         now = circuit.until
@@ -95,7 +97,7 @@ def test_when_it_is_trusted_again_the_pause_is_short_again() -> None:
 def test_a_failure_of_a_request_from_before_says_nothing_about_a_probe() -> None:
     circuit, now = probing()
     circuit.given("probe", now)
-    circuit.record_client_failure("a", now, alone=True, probe="from before")
+    circuit.record_client_failure("a", now, on_word=True, probe="from before")
     assert circuit.state is CircuitState.PROBING
     circuit.finished("from before")
     assert circuit.left == 0
@@ -115,7 +117,7 @@ def test_a_probe_whose_client_does_not_use_it_makes_room_for_another_and_one_tha
 
 def test_one_word_makes_it_doubted_with_single_leases_and_a_report_asked_for() -> None:
     circuit = CircuitBreaker()
-    circuit.record_client_failure("a", T0, alone=True)
+    circuit.record_client_failure("a", T0, on_word=True)
     assert (circuit.state, circuit.left, circuit.to_ask) == (CircuitState.DOUBTED, 1, True)
     circuit.given("r", T0)
     assert circuit.left == 0
@@ -125,7 +127,7 @@ def test_one_word_makes_it_doubted_with_single_leases_and_a_report_asked_for() -
 
 def test_a_good_report_ends_the_doubt_but_not_one_that_was_asked_for_before() -> None:
     circuit = CircuitBreaker()
-    circuit.record_client_failure("a", T0, alone=True)
+    circuit.record_client_failure("a", T0, on_word=True)
     states = []
     for asked_at in (T0 - 0.1, T0 + 0.02):
         circuit.record_healthy_report(asked_at, T0 + 0.1)
@@ -135,7 +137,7 @@ def test_a_good_report_ends_the_doubt_but_not_one_that_was_asked_for_before() ->
 
 def test_a_report_that_does_not_come_within_a_second_confirms_the_doubt() -> None:
     circuit = CircuitBreaker()
-    circuit.record_client_failure("a", T0, alone=True)
+    circuit.record_client_failure("a", T0, on_word=True)
     assert not circuit.tick(T0 + 60.0), "the instance was not asked yet"
     circuit.asked(T0 + 60.0)
     assert not circuit.tick(T0 + 60.0 + DOUBT_S)
@@ -147,18 +149,18 @@ def test_a_request_that_is_finished_ends_the_doubt_and_all_words() -> None:
     circuit = CircuitBreaker()
     for _ in range(5):
         for _ in range(ALONE - 1):
-            circuit.record_client_failure("a", T0, alone=True)
+            circuit.record_client_failure("a", T0, on_word=True)
         circuit.finished("any")
         assert circuit.state is CircuitState.CLOSED
 
 
 def test_whose_word_was_wrong_is_not_believed_for_a_while_but_counted() -> None:
     circuit = CircuitBreaker()
-    circuit.record_client_failure("liar", T0, alone=False)
+    circuit.record_client_failure("liar", T0, on_word=False)
     circuit.record_healthy_report(T0, T0)
     states = []
     for client, at in (("liar", 1.0), ("liar", CALM_S + 0.1), ("honest", CALM_S + 0.2)):
-        circuit.record_client_failure(client, T0 + at, alone=False)
+        circuit.record_client_failure(client, T0 + at, on_word=client == "honest")
         states.append(circuit.state)
     assert states == [CircuitState.CLOSED, CircuitState.DOUBTED, CircuitState.OPEN]
 
@@ -167,7 +169,7 @@ def test_the_third_word_in_a_row_of_one_client_is_believed_where_the_caller_lets
     for alone, state in ((True, CircuitState.OPEN), (False, CircuitState.CLOSED)):
         circuit = CircuitBreaker()
         for _ in range(ALONE):
-            circuit.record_client_failure("a", T0, alone=alone)
+            circuit.record_client_failure("a", T0, on_word=alone)
             if circuit.state is CircuitState.DOUBTED:
                 circuit.record_healthy_report(T0, T0)
         assert circuit.state is state
@@ -175,9 +177,9 @@ def test_the_third_word_in_a_row_of_one_client_is_believed_where_the_caller_lets
 
 def test_words_are_forgotten() -> None:
     circuit = CircuitBreaker()
-    circuit.record_client_failure("a", T0, alone=True)
+    circuit.record_client_failure("a", T0, on_word=True)
     circuit.record_healthy_report(T0, T0)
-    circuit.record_client_failure("b", T0 + MEMORY_S + 0.1, alone=True)
+    circuit.record_client_failure("b", T0 + MEMORY_S + 0.1, on_word=True)
     assert circuit.state is CircuitState.DOUBTED
 
 
@@ -200,15 +202,22 @@ def failed(b: DispatchWorld, id: int, client: str = "", of: int = 3, **more: boo
     b.end(lease, "failed", **more)
 
 
-def answer_polls(b: DispatchWorld, *silent: int, down: tuple[int, ...] = ()) -> list[int]:
-    """Ask for the reports that are due; those instances say nothing, or that their engine is down."""
+def answer_polls(
+    b: DispatchWorld, *silent: int, down: tuple[int, ...] = (), unreached: tuple[int, ...] = ()
+) -> list[int]:
+    """Ask for the reports that are due; those instances say nothing, or that their engine is down.
+
+    unreached: those whose address for clients does not answer.
+    """
     asked = []
     for poll in b.balancer.polls(b.now):
         asked.append(poll.instance_id)
         if poll.instance_id in silent:
             b.balancer.complete_poll(poll, None, b.now)
         else:
-            b.balancer.complete_poll(poll, load_report(model_up=poll.instance_id not in down), b.now)
+            report = load_report(model_up=poll.instance_id not in down)
+            reached = poll.instance_id not in unreached if poll.address_too else None
+            b.balancer.complete_poll(poll, report, b.now, reached=reached)
     return asked
 
 
@@ -269,24 +278,121 @@ def test_a_report_asked_for_before_the_word_does_not_answer_it() -> None:
     assert state(b, 1) == "closed"
 
 
-def test_another_certificate_takes_it_out_at_once_but_no_client_takes_out_more_than_a_few_so() -> None:
-    b = world(*(instance(i) for i in range(1, 31)))
-    for id in range(1, 31):
-        failed(b, id, "liar", of=30, impostor=True)
-    states = Counter(state(b, id) for id in range(1, 31))
-    assert states == {"open": 3, "doubted": 27}
-    for _ in range(10):
+def test_a_claim_that_nobody_is_there_is_true_where_we_meet_nobody_either() -> None:
+    """Also where the port is closed for clients only, or somebody else answers there."""
+    b = world(*(instance(i) for i in (1, 2, 3)))
+    failed(b, 1, "a", missed=True)
+    assert answer_polls(b, unreached=(1,)) == [1]
+    assert state(b, 1) == "open"
+    b.now += 1.5
+    b.balancer.complete_poll(Poll(instance(1), 0, address_too=True), load_report(), b.now, reached=False)
+    assert state(b, 1) == "open", "its report alone does not open it again"
+    b.now += 3.0
+    b.balancer.complete_poll(Poll(instance(1), 0, address_too=True), load_report(), b.now, reached=True)
+    assert state(b, 1) == "probing"
+
+
+def test_however_many_say_that_nobody_is_there_our_own_contact_counts() -> None:
+    """Two keys said 17 times wrong_certificate, and the circuits of all instances were open."""
+    b = world(*(instance(i) for i in (1, 2)))
+    seen: Counter[object] = Counter()
+    doubts = 0
+    for n in range(17 * 2):
+        b.now += 0.5
+        lease = b.ask(1.0, client=f"key {n % 2}")
+        if lease is not None:
+            b.end(lease, "failed", missed=True)
+        seen.update(state(b, id) for id in (1, 2))
+        doubts += sum(state(b, id) == "doubted" for id in (1, 2))
+        b.now += 0.02
         answer_polls(b)
-    assert Counter(state(b, id) for id in range(1, 31)) == {"open": 3, "closed": 27}
+        b.balancer.tick(b.now)
+        assert [state(b, id) for id in (1, 2)] == ["closed", "closed"]
+    assert seen["open"] == 0
+    assert doubts <= 2 * FALSE_MOST, "then they are not believed"
+    assert b.describe()["unheard_clients"] == 2
 
 
-def test_two_clients_are_believed_although_the_report_finds_nothing() -> None:
-    """A port that is closed for clients only."""
+def test_claims_that_prove_false_take_a_clients_vote_away_and_true_ones_do_not() -> None:
+    for unreached in (False, True):
+        b = world(*(instance(i) for i in range(1, 9)))
+        for id in range(1, 2 + FALSE_MOST):
+            failed(b, id, "a", of=8, missed=True)
+            answer_polls(b, unreached=(id,) if unreached else ())
+        states = [state(b, id) for id in range(1, 2 + FALSE_MOST)]
+        assert states == ["open" if unreached else "closed"] * (1 + FALSE_MOST)
+        failed(b, 8, "a", of=8, missed=True)
+        assert state(b, 8) == ("doubted" if unreached else "closed"), "it is heard, or not"
+        if not unreached:
+            b.tick(UNHEARD_S[0] + 1.0)
+            failed(b, 8, "a", of=8, missed=True)
+            assert state(b, 8) == "doubted", "a minute later it is"
+
+
+def test_a_client_that_is_not_believed_is_so_for_longer_each_time() -> None:
+    votes, now, pauses = ClientVotes(), T0, []
+    for _ in range(3):
+        for _ in range(FALSE_MOST):
+            assert votes.counts("a", now)
+            votes.contradict("a", now)
+        since = now
+        while not votes.counts("a", now):
+            now += 1.0
+        pauses.append(now - since)
+    assert pauses == [UNHEARD_S[0], 2 * UNHEARD_S[0], 4 * UNHEARD_S[0]]
+    assert votes.counts("b", now)
+    for n in range(3000):
+        votes.contradict(f"{n}", now)
+    votes.contradict("a", now)
+    assert votes.unheard == 3
+
+
+def test_two_clients_whose_answers_failed_are_believed_although_our_contact_finds_nothing() -> None:
     b = world(*(instance(i) for i in (1, 2, 3)))
     failed(b, 1, "a")
     answer_polls(b)
     failed(b, 1, "b")
     assert state(b, 1) == "open"
+
+
+def test_clients_words_take_out_a_tenth_of_the_fleet_and_never_the_only_instance() -> None:
+    for hot, most in ((1, 0), (2, 1), (5, 1), (30, 3)):
+        b = world(*(instance(i) for i in range(1, hot + 1)))
+        for id in range(1, hot + 1):
+            for client in ("a", "b"):
+                failed(b, id, client, of=hot)
+                answer_polls(b)
+        assert sum(state(b, id) == "open" for id in range(1, hot + 1)) == most
+
+
+def test_who_opened_a_circuit_by_its_word_alone_loses_its_vote_where_the_first_probe_is_fine() -> None:
+    b = world(instance(1), instance(2))
+    for n in range(FALSE_MOST):
+        for client in ("liar", "other liar"):
+            failed(b, 1, client, of=2)
+            answer_polls(b)
+        assert state(b, 1) == "open", n
+        while state(b, 1) != "closed":
+            b.now += 0.5
+            b.report(1)
+            if (lease := b.ask(1.0, avoid=(2,), client="honest")) is not None:
+                b.end(lease)
+            b.refill()
+    for client in ("liar", "other liar"):
+        failed(b, 1, client, of=2)
+    assert state(b, 1) == "closed"
+    assert b.describe()["unheard_clients"] == 2
+
+
+def test_a_client_that_says_of_a_probe_that_nobody_is_there_does_not_decide_that() -> None:
+    b = world(instance(1), instance(2))
+    b.fail_poll(1)
+    b.now += 1.5
+    b.report(1)
+    probe = b.lease(1.0, avoid=(2,), client="liar")
+    b.end(probe, "failed", missed=True)
+    assert state(b, 1) == "probing"
+    assert b.lease(1.0, avoid=(2,), client="honest")
 
 
 def test_answers_of_500_are_as_words_of_their_clients() -> None:

@@ -289,6 +289,21 @@ def test_an_instance_that_never_answers_costs_its_timeout() -> None:
         ask(handler, lambda c, url: c.fetch_load(url, "master", 0, timeout_s=0.2))
 
 
+def test_the_address_for_clients_is_well_where_its_health_is() -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append((request.path_qs, request.headers.get("Authorization")))
+        return web.Response()
+
+    ask(handler, lambda c, url: c.check_address(url, timeout_s=5.0))
+    assert seen == [("/health", None)], "no token of anybody"
+    with pytest.raises(InstanceError, match="503"):
+        ask(answers(503, {}), lambda c, url: c.check_address(url, timeout_s=5.0))
+    with pytest.raises(InstanceError, match="Connect"):
+        ask(answers(200, {}), lambda c, _: c.check_address("http://127.0.0.1:1", timeout_s=5.0))
+
+
 def test_a_streamed_answer_is_measured() -> None:
     answer = complete(streams(token_event(), token_event(), USAGE, DONE))
     assert (answer.status, answer.error, answer.prompt_tokens, answer.completion_tokens) == (200, None, 3, 2)

@@ -133,6 +133,42 @@ def test_a_client_asks_which_instances_answer_nothing_any_more() -> None:
     assert app.client.post("/well", json={"instances": ["7"]}).status_code == 400
 
 
+def test_how_a_lease_ended_is_taken_from_the_client_that_was_given_it_and_from_no_other() -> None:
+    """Two clients by their keys: one ends, fails or gives back the other's lease, and nothing happens."""
+    other = "other-" + "o" * 32
+    app = LoadBalancerApp(frozenset({CLIENT, other}))
+    app.stock()
+
+    def post(key: str, path: str, **said: object) -> Any:
+        return app.client.post(path, json=said, headers={"Authorization": f"Bearer {key}"})
+
+    lease = post(CLIENT, "/route", work=10).get_json()
+    for outcome in ("finished", "failed", "unused"):
+        done = {"request_id": lease["request_id"], "outcome": outcome, "why": "wrong_certificate"}
+        answer = post(other, "/done", **done)
+        assert (answer.status_code, answer.get_json()) == (200, {}), "nor is it told whose it is"
+    now = app.service.clock()
+    assert (app.balancer.leases.ends, app.balancer.usage(now).instances[7].failures) == ({}, 0)
+    post(CLIENT, "/done", request_id=lease["request_id"], outcome="finished")
+    assert app.balancer.leases.ends == {"finished": 1}
+
+
+def test_what_a_client_says_that_met_nobody_is_looked_into_and_not_believed() -> None:
+    app = LoadBalancerApp()
+    app.stock()
+    for why in ("no_connection", "no_tls", "wrong_certificate", "bad_address") * 3:
+        lease = app.client.post("/route", json={"work": 10}).get_json()
+        done = {"request_id": lease["request_id"], "outcome": "failed", "why": why}
+        app.client.post("/done", json=done)
+        for poll in app.balancer.polls(app.service.clock()):
+            assert poll.address_too
+            app.balancer.complete_poll(poll, load_report(), app.service.clock(), reached=True)
+        assert app.balancer.instances.by_id[7].circuit.state.value == "closed"
+    assert app.balancer.describe(app.service.clock())["unheard_clients"] == 0, (
+        "one instance that is met once is one false claim"
+    )
+
+
 def test_status_and_metrics_show_the_instances_and_no_secret() -> None:
     app = LoadBalancerApp()
     app.stock()
