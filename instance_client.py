@@ -27,6 +27,7 @@ import aiohttp
 import msgspec
 from msgspec import Meta, Struct
 
+from fleet_client.bounded_answers import BoundedConnector
 from fleet_client.tls_pins import BadAddress, context_for
 from process.errors import InstanceError
 from web.messages.decoding import BadField, decode
@@ -338,7 +339,7 @@ class InstanceClient:
 
 def _session(keep_alive_s: float) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive_s),
+        connector=BoundedConnector(limit=0, keepalive_timeout=keep_alive_s),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,  # a proxy from the environment must not see tokens or prompts
     )

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 from multidict import CIMultiDict
 
+from fleet_client.bounded_answers import BoundedConnector
 from fleet_client.connection_pool import MAX_HEADERS, Header
 from fleet_client.transport import CLOSE_S, KEPT_ANSWER, MOMENT_S
 
@@ -53,7 +54,7 @@ def staged() -> Iterator[Stage]:
         _STAGE.reset(token)
 
 
-class _Connector(aiohttp.TCPConnector):
+class _Connector(BoundedConnector):
     """A connector that notes the stage of each request, and remembers the connections that it made."""
 
     def __init__(self, **more: Any) -> None:

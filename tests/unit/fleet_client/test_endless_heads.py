@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx2
 import pytest
 
 from fleet_client.connection_pool import BadHttp, Connection
+from tests.fake_fleet import FakeFleet
+from tests.unit.fleet_client.users import Make
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -41,7 +44,7 @@ def answering(parts: Iterator[bytes], pause_s: float = 0.0) -> Iterator[str]:
             except OSError:
                 return
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -102,3 +105,29 @@ def test_an_answer_that_is_read_whole_has_a_size_and_a_time(
         connection.head(5.0)
         with pytest.raises(error):
             connection.whole_body(100_000, 1.0 if pause_s else 20.0)
+
+
+# -- the same through both transports -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_no_transport_keeps_a_head_without_an_end(user: Make, fleet: FakeFleet, kind: str) -> None:
+    begin, then = PARTS[kind]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with answering(itertools.chain(begin, itertools.repeat(then))) as address:
+        fleet.loadbalancer.wrong = {n: {"address": address, "certificate": None} for n in (1, 2)}
+        with pytest.raises(httpx2.RemoteProtocolError):
+            user(fleet.url).request("GET", "/v1/models")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # kB
+
+
+@pytest.mark.parametrize(("begin", "then"), [((OK + b"X: ",), b"a"), ((), CONTINUE)], ids=["byte", "interim"])
+def test_a_transports_timeout_is_for_the_whole_head(
+    user: Make, fleet: FakeFleet, begin: tuple[bytes, ...], then: bytes
+) -> None:
+    begun = time.monotonic()
+    with answering(itertools.chain(begin, itertools.repeat(then)), 0.2) as address:
+        fleet.loadbalancer.wrong = {n: {"address": address, "certificate": None} for n in (1, 2)}
+        with pytest.raises(httpx2.ReadTimeout):
+            user(fleet.url).request("GET", "/v1/models", timeout=0.5)
+    assert time.monotonic() - begun < 5.0

@@ -1,6 +1,7 @@
 """Calls to an instance: what answers mean, what is retried elsewhere, and that no token is shown."""
 
 import asyncio
+import itertools
 import json
 import pickle
 import socket
@@ -23,6 +24,7 @@ from instance_client import (
     request_id,
 )
 from process.errors import InstanceError
+from tests.unit.fleet_client.test_endless_heads import CONTINUE, answering
 from web.messages.decoding import BadField, decode
 from web.messages.reports import LoadReport, RequestEnd, TokenBatch
 
@@ -302,6 +304,15 @@ def test_the_address_for_clients_is_well_where_its_health_is() -> None:
         ask(answers(503, {}), lambda c, url: c.check_address(url, timeout_s=5.0))
     with pytest.raises(InstanceError, match="Connect"):
         ask(answers(200, {}), lambda c, _: c.check_address("http://127.0.0.1:1", timeout_s=5.0))
+
+
+def test_an_instance_that_answers_with_interim_answers_only_is_refused() -> None:
+    async def fetch(url: str) -> None:
+        async with InstanceClient() as client:
+            await client.fetch_load(url, "master", 0, timeout_s=20.0)
+
+    with answering(itertools.repeat(CONTINUE)) as url, pytest.raises(InstanceError, match="interim answers"):
+        asyncio.run(fetch(url))
 
 
 def test_a_streamed_answer_is_measured() -> None:
