@@ -60,10 +60,10 @@ def create_app(
     clock: Callable[[], float] = time.monotonic,
     listen: Callable[[str], None] = lambda _: None,
 ) -> Callable[[Mapping[str, Any], _Receive, _Send], Awaitable[None]]:
-    """The three routes, as an ASGI app: uvicorn is in every image of vLLM, so that nothing is installed.
+    """Make the auth_server's three routes as an ASGI app, which needs nothing but what vLLM brings.
 
-    model_load: how busy the model server is; clock: monotonic seconds. listen: reports are to be sent to that
-    URL.
+    model_load: returns how busy the model server is. clock: monotonic seconds. listen: called with the URL to
+    which reports are to be sent from now on.
     """
     issuing = threading.Lock()
     threads = ThreadPoolExecutor(_THREADS)
@@ -176,7 +176,10 @@ def _http() -> Any:
 
 
 def main() -> None:
-    """Serve until SIGTERM; what it needs is in the home directory and the environment (supervise.py)."""
+    """Run the auth_server until SIGTERM, with what is in the home directory and the environment.
+
+    supervise.py puts it there.
+    """
     import uvicorn
 
     from remote.model_load import ModelServer
@@ -190,10 +193,10 @@ def main() -> None:
             return f.read().strip()
 
     class Server(uvicorn.Server):
-        """uvicorn looks ten times a second whether it shall end, and at the time for a header Date."""
+        """A uvicorn server that looks rarely whether it shall end; its own looks ten times a second."""
 
         async def main_loop(self) -> None:
-            """Part of uvicorn.Server: return when it shall end."""
+            """Return when the server shall end; uvicorn.Server calls this."""
             while not self.should_exit:
                 await asyncio.sleep(_END_S)
 

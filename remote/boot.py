@@ -1,7 +1,7 @@
-"""What a boot begins with, and what a dead model server leaves behind.
+"""The steps at the beginning of an instance's boot, and after the death of its model server.
 
-    python3 -m remote.boot begin        fleet/boot is new, and there is a certificate
-    python3 -m remote.boot fail_open    requests that were under way have failed
+    python3 -m remote.boot begin        make fleet/boot anew, and a certificate
+    python3 -m remote.boot fail_open    report that the requests that were under way have failed
 
 A program of its own, so that what it imports does not stay in the supervisor's memory.
 """
@@ -24,7 +24,7 @@ _OPENSSL = (
 
 
 def begin(fleet: str) -> str:
-    """fleet/boot is new: another boot id, other keys, no token issued, no event. Gives the directory."""
+    """Make the directory fleet/boot anew and return it: new boot id and keys, no tokens, no events."""
     boot = os.path.join(fleet, "boot")
     shutil.rmtree(boot, ignore_errors=True)
     os.mkdir(boot, 0o700)
@@ -40,9 +40,9 @@ def begin(fleet: str) -> str:
 
 
 def take_certificate(fleet: str, given: str) -> bool:
-    """Take the pair given.crt and given.key as fleet/tls.crt and tls.key; else whether there is one already.
+    """Copy the pair given.crt and given.key to fleet/tls.crt and tls.key; return whether there is a pair.
 
-    One that was made stays as long as the disk does, so that what is known of it outlives a stop.
+    A pair that was made before stays as long as the disk does, so that what is known of it outlives a stop.
     """
     for path in (given, os.path.join(fleet, "tls")):
         try:
@@ -56,7 +56,10 @@ def take_certificate(fleet: str, given: str) -> bool:
 
 
 def make_certificate(fleet: str) -> None:
-    """A new key and a certificate that it signs itself. Its dates say nothing: it is known by itself."""
+    """Make a key and a certificate that it signs itself, as fleet/tls.key and tls.crt.
+
+    The dates in it say nothing: callers know the certificate itself.
+    """
     try:
         _write_pair(fleet, *_make_pair())
     except ImportError:
@@ -107,7 +110,10 @@ def _write_pair(fleet: str, certificate: bytes, key: bytes) -> None:
 
 
 def fail_open(fleet: str) -> int:
-    """Each request that has started and not ended has failed: its model server is gone. How many."""
+    """Record that all requests that have started and not ended have failed; return how many.
+
+    Their model server is gone.
+    """
     return events.Events(os.path.join(fleet, "boot")).fail_open()
 
 

@@ -1,9 +1,9 @@
-"""What happened to requests, in order: a ring of numbered records that the auth_server reports from.
+"""The events of an instance's requests: a ring of numbered records that the auth_server reports from.
 
     record = request id (8 bytes) | kind u8 | size u32: bytes of a request, or output tokens
 
-Numbers count from 1 in a boot. The ring holds the last RECORDS; who asks for older ones is told that some
-are missing. Several processes may write; records stand in the order in which they were written.
+Numbers count from 1 in a boot. The ring holds the last RECORDS; a reader that asks for older ones is told
+that some are missing. Several processes may write; records stand in the order in which they were written.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ _RECORD = struct.Struct("<8sB3xI")
 
 @dataclass(frozen=True)
 class Event:
-    """One record: "started" with so many bytes, or how the request ended and with how many output tokens.
+    """One event of a request: "started", or how it ended ("finished", "aborted", "failed").
 
-    size: of a request that did not say how long it is, 0.
+    size: bytes of a request that started, or output tokens of one that ended; 0 where not known.
     """
 
     request_id: str
@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True)
 class News:
-    """Events up to number seq. missed: some of those asked for are gone from the ring."""
+    """The events after some number, up to number seq. missed: some of them are gone from the ring."""
 
     seq: int
     missed: bool
@@ -51,7 +51,7 @@ class News:
 
 
 def events_told(news: News) -> dict[str, object]:
-    """The part of a load report that tells them."""
+    """Return the fields of a load report that tell these events."""
     started = [e for e in news.events if e.kind == "started"]
     return {
         "seq": news.seq,
@@ -67,27 +67,27 @@ def events_told(news: News) -> dict[str, object]:
 
 
 def make_ring(boot_dir: str) -> None:
-    """An empty ring is in the directory, and a pipe that wakes who waits for events."""
+    """Make an empty ring in the boot directory, and the pipe that wakes a process waiting for events."""
     os.mkfifo(os.path.join(boot_dir, "wake"), 0o600)
     make_file(os.path.join(boot_dir, "events"), RECORDS * _RECORD.size)
 
 
 class Events:
-    """The ring of one boot, opened."""
+    """The ring of events of one boot, opened."""
 
     def __init__(self, boot_dir: str) -> None:
-        """Open it; raises OSError."""
+        """Open the ring in that boot directory; raise OSError."""
         self._file = SharedFile(os.path.join(boot_dir, "events"))
         # Open for both ways nobody waits for the other side, or ends with it (Linux, fifo(7)).
         self._pipe = os.open(os.path.join(boot_dir, "wake"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files of the ring."""
         self._file.close()
         os.close(self._pipe)
 
     def write(self, request_id: str, kind: int, size: int = 0) -> None:
-        """The event is the newest one."""
+        """Add an event, which becomes the newest one. kind: STARTED, FINISHED, ABORTED or FAILED."""
         record = _RECORD.pack(bytes.fromhex(request_id), kind, min(size, 0xFFFFFFFF))
         with self._file as file:
             at = HEADER + file.counter % RECORDS * _RECORD.size
@@ -96,23 +96,23 @@ class Events:
         self.wake()
 
     def wake(self) -> None:
-        """Who waits for events goes on; if nobody does, the next one who would."""
+        """End the wait of the process that waits for events; if none does, the next wait."""
         with _FULL_OR_EMPTY:
             os.write(self._pipe, b"!")
 
     def wait(self, limit_s: float) -> None:
-        """Return when there is an event or wake since `forget`, or after so long."""
+        """Wait for an event or a wake since `forget`, or for limit_s seconds."""
         poll = select.poll()  # select() takes no number of a file above 1023
         poll.register(self._pipe, select.POLLIN)
         poll.poll(limit_s * 1e3)
 
     def forget(self) -> None:
-        """What is written so far ends no wait. For the only one in a boot who waits, before a look."""
+        """Let the events so far end no wait. Only for the one process that waits, before it looks at them."""
         with _FULL_OR_EMPTY:
             os.read(self._pipe, _PIPE_BYTES)
 
     def after(self, seq: int) -> News:
-        """The events with greater numbers. A number from the future is another boot's: all there are."""
+        """Return the events with greater numbers; all, when the number is another boot's, from the future."""
         with self._file as file:
             newest = file.counter
             asked = seq if seq <= newest else 0
@@ -123,16 +123,19 @@ class Events:
         return News(newest, begin > asked, tuple(_event(*fields) for fields in _RECORD.iter_unpack(raw)))
 
     def newest(self) -> int:
-        """The number of the newest event."""
+        """Return the number of the newest event."""
         with self._file as file:
             return file.counter
 
     def peek(self) -> int:
-        """The number of the newest event, without the lock: one that is just being written may be missed."""
+        """Return the number of the newest event without the lock; one that is being written may be missed."""
         return self._file.counter
 
     def fail_open(self) -> int:
-        """Every request that has started and not ended has failed: its model server is gone. How many."""
+        """Record that all requests that have started and not ended have failed; return how many.
+
+        Their model server is gone.
+        """
         under_way: dict[str, None] = {}
         for event in self.after(0).events:
             if event.kind == "started":

@@ -1,4 +1,4 @@
-"""How long a request and its answer are, without a tokenizer.
+"""Estimates how long a request and its answer are, without a tokenizer.
 
     request   bytes of the text in it, 4 a token; a token id counts 4, a picture, sound or file _MEDIA
     answer    tokens: as its usage says, else one for each event, else its text
@@ -39,7 +39,7 @@ _KEYS = b"content text reasoning reasoning_content arguments thinking partial_js
 
 
 def request_size(body: bytes) -> int:
-    """Bytes that the text of a request counts as."""
+    """Return how many bytes of text a request's body counts as; 0 without a body."""
     if not body:
         return 0
     try:
@@ -56,7 +56,7 @@ def _count(value: Any) -> int:
 
 
 def _weigh(value: Any, depth: int = 0) -> int:
-    """Bytes of all that is in the value."""
+    """Return how many bytes of text a JSON value counts as."""
     if isinstance(value, str):
         return _MEDIA if ";base64," in value[:99] else len(value.encode(errors="surrogatepass"))
     if depth > _DEEPEST:
@@ -75,17 +75,17 @@ def _weigh(value: Any, depth: int = 0) -> int:
 
 
 class AnswerLength:
-    """Counts the tokens of one answer from its pieces."""
+    """Counts the output tokens of one answer from its pieces. failed: the answer tells of an error."""
 
     def __init__(self) -> None:
-        """Nothing has come. failed: the answer tells of an error."""
+        """Start before the first piece of the answer."""
         self.failed = False
         self._usage = -1
         self._events = self._bytes = 0
         self._rest = b"\n"
 
     def look(self, text: bytes, stream: bool, last: bool) -> None:
-        """Count what the next part of the answer says. last: nothing follows."""
+        """Count the tokens in the next piece of the answer. stream: it is an event stream; last: it ends."""
         text = self._rest + text
         self._rest = b""
         if not last and len(text) < _LONGEST_REST:
@@ -118,7 +118,7 @@ class AnswerLength:
                 break
 
     def tokens(self, complete: bool) -> int:
-        """Output tokens so far. complete: what the usage says is the whole."""
+        """Return the output tokens so far. complete: the answer is, so the usage in it counts all."""
         many = self._bytes > _LONG_EVENT * self._events
         counted = self._bytes // _TOKEN if many else self._events
         if complete and self._usage >= 0:

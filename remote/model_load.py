@@ -1,4 +1,4 @@
-"""How busy the model server is, read from its /metrics: requests, KV memory, and token counters."""
+"""Reads how busy the model server is from its /metrics: requests, KV memory, and token counters."""
 
 import http.client
 import ssl
@@ -27,7 +27,10 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class ModelLoad:
-    """One reading; zeros when the model server does not answer. kv_use: share of 1, None where unknown."""
+    """One reading of the model server's figures; all are zero when it does not answer.
+
+    kv_use: share of the KV memory in use, None where it is not known.
+    """
 
     model_up: bool = False
     running: int = 0
@@ -39,7 +42,10 @@ class ModelLoad:
 
 
 def parse_metrics(text: str) -> ModelLoad:
-    """A reading of Prometheus text; several engines are added up, of their KV use the mean is taken."""
+    """Return the reading in a page of Prometheus text.
+
+    Figures of several engines are added up; of their KV use the mean is taken.
+    """
     found: dict[str, list[float]] = {}
     for line in text.splitlines():
         name = _NAMES.get(line.partition("{")[0].partition(" ")[0])
@@ -68,14 +74,14 @@ def parse_metrics(text: str) -> ModelLoad:
 
 
 class ModelServer:
-    """The model server beside us. Safe in several threads: one reads, the others get its reading."""
+    """The model server on this machine. Safe in several threads: one reads, the others get its reading."""
 
     def __init__(
         self, port: int, local_key: str, certificate: str | None, clock: Callable[[], float]
     ) -> None:
-        """port: on this machine. certificate: a file with the only one to talk to; None: no TLS.
+        """Prepare to read from a port of this machine. clock: monotonic seconds.
 
-        clock: monotonic seconds.
+        certificate: a file with the only one that the server may show; None: no TLS.
         """
         self._connection = _connection(port, certificate)
         self._headers = {"Authorization": f"Bearer {local_key}"}
@@ -86,7 +92,7 @@ class ModelServer:
         self._base: tuple[float, int] | None = None
 
     def load(self, fresh_s: float = _FRESH_S) -> ModelLoad:
-        """The last reading if it is not older than that, or a new one."""
+        """Return the last reading if it is at most fresh_s seconds old, else a new one."""
         with self._lock:
             if self._clock() - self._read_at > fresh_s:
                 self._last = self._with_rate(self._read(), self._clock())
@@ -121,7 +127,7 @@ class ModelServer:
 
 
 def _connection(port: int, certificate: str | None) -> http.client.HTTPConnection:
-    """To this machine; with TLS, to nobody but who has that certificate."""
+    """Return a connection to a port of this machine; with TLS only to a server with that certificate."""
     if certificate is None:
         return http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,8 +1,8 @@
 """A file of fixed size that several processes of one instance read and write: a header and slots.
 
-The pages are mapped and shared, so what was written survives `kill -9` of the writer. `flock` keeps
-processes apart (it belongs to the open file, so two openings in one process are kept apart as well), a
-thread lock those that share one opening. Both are held for a few microseconds of arithmetic.
+The pages are mapped and shared, so what was written survives `kill -9` of the writer. `flock` keeps processes
+apart (it belongs to the open file, so two openings in one process are kept apart as well); a thread lock
+keeps the threads apart that share one opening. Both are held for a few microseconds of arithmetic.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ _NUMBER = struct.Struct("<Q")
 
 
 def make_file(path: str, slots_bytes: int) -> None:
-    """The file is there, 0600, all zeros."""
+    """Make a file with a header and so many bytes of slots, all zeros, mode 0600."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, HEADER + slots_bytes)
@@ -31,7 +31,7 @@ class SharedFile:
     """An opened file; `with` holds its lock, under which `counter`, `mark` and `data` may be used."""
 
     def __init__(self, path: str) -> None:
-        """Open it; raises OSError, or ValueError when it is empty."""
+        """Open the file; raise OSError, or ValueError when it is empty."""
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self.data = mmap.mmap(self._fd, 0)
@@ -41,7 +41,7 @@ class SharedFile:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "SharedFile":
-        """Nobody else is inside."""
+        """Lock the file, against threads and processes."""
         self._lock.acquire()
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         return self
@@ -49,13 +49,13 @@ class SharedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let the next one in."""
+        """Unlock the file."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         self._lock.release()
 
     @property
     def counter(self) -> int:
-        """The header's counter."""
+        """The first number in the file's header: its users count with it."""
         found: int = _NUMBER.unpack_from(self.data, 0)[0]
         return found
 
@@ -65,7 +65,7 @@ class SharedFile:
 
     @property
     def mark(self) -> int:
-        """The header's second number: what before it is done with."""
+        """The second number in the file's header: what came before it is done with."""
         found: int = _NUMBER.unpack_from(self.data, _NUMBER.size)[0]
         return found
 
@@ -74,6 +74,6 @@ class SharedFile:
         _NUMBER.pack_into(self.data, _NUMBER.size, value)
 
     def close(self) -> None:
-        """Let go of the file; what was written stays."""
+        """Close the file; what was written stays."""
         self.data.close()
         os.close(self._fd)

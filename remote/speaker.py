@@ -1,4 +1,4 @@
-"""The instance speaks up: how its model is, and what becomes of its requests; nobody must ask for it.
+"""Sends messages from the instance: the state of its model, and the events of its requests.
 
     model.log ─┐           ┌─► POST /ready   to the autoscaler, when the model's state has changed
                ├─► Watch ──┤
@@ -58,22 +58,25 @@ _PERCENT = re.compile(rb"\b(\d{1,3})%")
 
 
 def signed(key: str, path: str, body: bytes) -> str:
-    """The Authorization header of a message: who signs, by a name that tells nothing, and the signature."""
+    """Return a message's Authorization header: the signer's name, which tells nothing, and a signature."""
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     return f"Fleet {name}:{hmac.new(key.encode(), path.encode() + b' ' + body, hashlib.sha256).hexdigest()}"
 
 
 class ModelState:
-    """What the log of a model server says of it. Nothing of a line but a percentage is ever repeated."""
+    """The state of the model server by its log: loading, ready or failed, and why.
+
+    Nothing of a line but a percentage is ever repeated.
+    """
 
     def __init__(self) -> None:
-        """A model server was started, and has said nothing."""
+        """Begin with a model server that was just started and has logged nothing."""
         self.state, self.why = "loading", ""
         self.said_ready = False
         self._rest = b""
 
     def feed(self, raw: bytes) -> None:
-        """Take in what was written to the log."""
+        """Take in bytes that were written to the log."""
         *lines, self._rest = (self._rest + raw).split(b"\n")
         self._rest = self._rest[-_READ_BYTES:]
         for line in lines:
@@ -89,7 +92,7 @@ class ModelState:
                 self.why = f"{int(percent[1])} %"
 
     def answers(self) -> None:
-        """After its ready line it answered a request."""
+        """Note that the model server answered a request after its ready line: it is ready."""
         self.state, self.why = "ready", ""
 
 
@@ -97,10 +100,10 @@ class ModelState:
 
 
 class Watch(threading.Thread):
-    """Looks at the log, hears of events, and wakes those who wait for news of them."""
+    """A thread that follows log and events, and wakes the threads that wait for news of them."""
 
     def __init__(self, log: str, ring: Events, answers: Callable[[], bool]) -> None:
-        """answers: whether the model server answers at this moment."""
+        """Prepare the thread. log: path of model.log. answers: whether the model server answers now."""
         super().__init__(name="watch", daemon=True)
         self.changed = threading.Condition()
         self.model = ModelState()
@@ -111,16 +114,19 @@ class Watch(threading.Thread):
 
     @property
     def news(self) -> tuple[int, bool]:
-        """(number of the newest event, whether the model server is ready)."""
+        """The pair (number of the newest event, whether the model server is ready)."""
         return self._ring.peek(), self.model.state == "ready"
 
     def wait_for_other(self, read: Callable[[], object], than: object, limit_s: float | None = None) -> None:
-        """Return when read() gives something else, or after so long. Nothing is missed between two calls."""
+        """Wait until read() returns something else than `than`, or for limit_s seconds.
+
+        Nothing is missed between two calls.
+        """
         with self.changed:
             self.changed.wait_for(lambda: read() != than, limit_s)
 
     def run(self) -> None:
-        """Look, for ever. An event is seen at once, those that follow it after a tick."""
+        """Follow log and events for ever. An event is seen at once, those that follow it after a tick."""
         seen: tuple[object, ...] = ()
         while True:
             self._ring.forget()
@@ -150,10 +156,10 @@ class Watch(threading.Thread):
 
 
 class Speaker:
-    """Posts the model server's state to the autoscaler, and ends of requests to loadbalancers that asked."""
+    """Posts the model's state to the autoscaler, and requests' events to loadbalancers that asked."""
 
     def __init__(self, watch: Watch, ring: Events, key: str, boot_id: str) -> None:
-        """key: SHA-256 of the master token. Call `begin` to start."""
+        """Start nothing before `begin`. key: SHA-256 of the master token, which signs the messages."""
         self._watch = watch
         self._ring = ring
         self._key = key
@@ -162,14 +168,17 @@ class Speaker:
         self._lock = threading.Lock()
 
     def begin(self, ready_url: str, *, again: bool) -> None:
-        """Watch, and tell that URL how the model is, if there is one. again: we ran before in this boot."""
+        """Start to watch, and to post the model's state to ready_url, if there is one.
+
+        again: an auth_server ran before in this boot.
+        """
         self._watch.start()
         if ready_url:
             target = threading.Thread(target=self._say_ready, args=(_Line(ready_url), again), daemon=True)
             target.start()
 
     def listen(self, url: str) -> None:
-        """Send reports to that URL from now on."""
+        """Start to post reports to a loadbalancer's URL, unless they are posted there already."""
         with self._lock:
             self._listeners = {u: t for u, t in self._listeners.items() if t.is_alive()}
             if url in self._listeners or len(self._listeners) >= MOST_LISTENERS:
@@ -228,7 +237,7 @@ class Speaker:
 
 
 class _Line:
-    """A kept-alive connection to one URL, for one thread."""
+    """A kept-alive HTTP connection to one URL, for one thread."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -241,7 +250,7 @@ class _Line:
             self._connection = http.client.HTTPSConnection(self._host, context=any_of_them, timeout=_POST_S)
 
     def post(self, body: bytes, authorization: str) -> tuple[int, dict[str, Any]]:
-        """(status, answer); status 0 when there was none."""
+        """Post a body; return (status, answer), with status 0 when there was no answer."""
         # By hand, and at once: http.client takes 0.1 ms to write a head, and wakes who reads it once more.
         head = f"POST {self.path} HTTP/1.1\r\nHost: {self._host}\r\nAuthorization: {authorization}\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
@@ -267,5 +276,5 @@ class _Line:
         return int(head[9:12]), said if isinstance(said, dict) else {}
 
     def close(self) -> None:
-        """Nothing is open until the next message."""
+        """Close the connection; the next message opens another."""
         self._connection.close()

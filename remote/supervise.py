@@ -1,4 +1,4 @@
-"""One boot of an instance: auth_server and model server run, a dead one is started again.
+"""Runs auth_server and model server for one boot of an instance, and starts again the one that dies.
 
     VLLM_MODEL=MODEL VLLM_ARGS='arguments of vLLM' python3 -m remote.supervise PROFILE
 
@@ -9,8 +9,8 @@ that dies again and again is given up with a line that the autoscaler's log chec
 It sleeps until a child dies or a signal comes. Of its children none outlives it: each asked the kernel for
 SIGKILL at its parent's death, and a model server's own children are in its process group.
 
-It is on every machine all the time and does next to nothing, so it imports little: 10 MB instead of 19.
-What needs more is done by a process that ends (remote/boot.py).
+It is on every machine all the time and does next to nothing, so it imports little: 10 MB instead of 19. What
+needs more is done by a process that ends (remote/boot.py).
 """
 
 import ctypes
@@ -42,15 +42,18 @@ TERM_GRACE_S = 8.0
 
 
 class Deaths:
-    """Counts deaths of the model server and says when it is enough. Pure: takes `now`, seconds."""
+    """Counts deaths of the model server and decides when to give it up. Pure: takes `now`, seconds."""
 
     def __init__(self) -> None:
-        """None yet."""
+        """Start without deaths."""
         self._early = 0
         self._at: list[float] = []
 
     def died(self, was_ready: bool, now: float) -> str | None:
-        """Note one; why it should be given up, or None."""
+        """Count a death; return why the model server should be given up, or None.
+
+        was_ready: it had been ready before it died.
+        """
         self._early = 0 if was_ready else self._early + 1
         self._at = [at for at in self._at if now - at < DEATHS_IN_S] + [now]
         if self._early >= EARLY_DEATHS:
@@ -61,14 +64,14 @@ class Deaths:
 
 
 class Pause:
-    """How long to wait before a dead process is started again. Pure."""
+    """How long to wait before a dead process is started again; it doubles for short lives. Pure."""
 
     def __init__(self) -> None:
-        """The first pause is next."""
+        """Start with the shortest pause."""
         self._next_s = PAUSE_S[0]
 
     def after(self, lived_s: float) -> float:
-        """The pause after a life of so long."""
+        """Return the pause, in seconds, after a process that lived lived_s seconds."""
         if lived_s >= SETTLED_S:
             self._next_s = PAUSE_S[0]
         pause_s, self._next_s = self._next_s, min(PAUSE_S[1], 2.0 * self._next_s)
@@ -78,7 +81,7 @@ class Pause:
 def model_command(
     fleet: str, name: str, model: str, args: list[str], environ: "os._Environ[str]"
 ) -> list[str]:
-    """The command line of the model server. It serves the model under the profile's name and its own."""
+    """Return the model server's command line. The model is served under the profile's name and its own."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", *dict.fromkeys((name, model))]
     command += ["--host", environ.get("FLEET_BIND", "0.0.0.0")]  # noqa: S104 the host maps the port
@@ -96,7 +99,7 @@ def model_command(
 
 
 def _has_line(path: str, text: bytes) -> bool:
-    """Whether a line of the file has the text; a file that somebody removed has none."""
+    """Return whether a line of the file has the text; False for a file that somebody removed."""
     try:
         with open(path, "rb") as f:
             return any(text in line for line in f)
@@ -112,7 +115,7 @@ _libc = ctypes.CDLL(None)
 
 
 def boot_step(step: str, python_path: Iterable[str]) -> bool:
-    """That step of remote/boot.py is done; whether it went well."""
+    """Run a step of remote/boot.py in a process of its own; return whether it went well."""
     command = [sys.executable, "-m", "remote.boot", step]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in python_path if p)}
     try:
@@ -122,10 +125,10 @@ def boot_step(step: str, python_path: Iterable[str]) -> bool:
 
 
 class Child:
-    """A process that shall run, with its log."""
+    """A process that is kept running, with its log."""
 
     def __init__(self, command: list[str], log: str, python_path: Iterable[str]) -> None:
-        """Nothing runs yet. python_path: what its Python looks into before everything else."""
+        """Start nothing yet. python_path: directories that the child's Python looks into first."""
         self.command = command
         self.log = log
         self.pid = 0  # 0: does not run
@@ -135,7 +138,7 @@ class Child:
         self._started_at = 0.0
 
     def start(self, now: float) -> None:
-        """It runs, in a process group of its own, with a new log; the last one is kept as .old.
+        """Start the process, in a process group of its own, with a new log; keep the last log as .old.
 
         Raises OSError when there is no memory or no space for it.
         """
@@ -154,7 +157,7 @@ class Child:
         self.start_at, self._started_at = None, now
 
     def _become(self, out: int, parent: int) -> None:
-        """In the new process: be the program, or end."""
+        """Turn the forked process into the command's program, or end it."""
         try:
             os.setpgid(0, 0)
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -169,16 +172,16 @@ class Child:
             os._exit(127)
 
     def start_later(self, now: float) -> None:
-        """It could not be started; a new start is set."""
+        """Set the time of a new start, because the process could not be started."""
         self.start_at = now + self._pause.after(0.0)
 
     def has_ended(self) -> bool:
-        """Whether it does not run. It stays known to the kernel until `kill`, so nobody gets its number."""
+        """Return whether the process does not run. Until `kill` the kernel keeps its number for it."""
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return not self.pid or os.waitid(os.P_PID, self.pid, look) is not None
 
     def died(self, now: float) -> bool:
-        """Whether it has ended since the last call; then its group is ended too, and a new start is set."""
+        """Return whether the process has ended since the last call; then end its group, set a new start."""
         if not self.pid or not self.has_ended():
             return False
         self.kill()
@@ -186,12 +189,12 @@ class Child:
         return True
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Ask the process to end, by SIGTERM."""
         if self.pid:
             os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """It has ended, and what it started."""
+        """End the process and all of its group, and wait for its end."""
         if self.pid:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -200,12 +203,12 @@ class Child:
 
 
 class Supervisor:
-    """The two children of one boot."""
+    """Runs the two children of one boot: auth_server and model server."""
 
     def __init__(
         self, fleet: str, name: str, model: str, args: list[str], clock: Callable[[], float]
     ) -> None:
-        """Begin a boot; nothing runs yet."""
+        """Begin a boot; start no child yet. name: the profile's; model, args: for vLLM."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         self._path = (fleet, *inherited)
         if not boot_step("begin", self._path):
@@ -224,7 +227,7 @@ class Supervisor:
         )
 
     def run(self) -> None:
-        """Keep both running until SIGTERM or SIGINT."""
+        """Keep both children running until SIGTERM or SIGINT."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         while True:
             now = self._clock()
@@ -241,7 +244,7 @@ class Supervisor:
             self._see_deaths(self._clock())
 
     def _start_due(self, now: float) -> float | None:
-        """Start what is to be started; when the next one is due."""
+        """Start the children that are due; return when the next one will be, or None."""
         waiting = []
         for child in (self._auth, self._model):
             if child.start_at is not None and child.start_at <= now:
@@ -266,7 +269,7 @@ class Supervisor:
             boot_step("fail_open", self._path)
 
     def _end(self) -> None:
-        """Both have ended, within TERM_GRACE_S of being asked."""
+        """End both children: SIGTERM, and SIGKILL to what is left after TERM_GRACE_S."""
         children = (self._auth, self._model)
         for child in children:
             child.terminate()
@@ -281,7 +284,7 @@ class Supervisor:
 
 
 def main() -> None:
-    """Run until told to end. A second one in the same home ends at once: the first is at work."""
+    """Supervise this instance until told to end; exit at once if another supervisor runs in this home."""
     if len(sys.argv) != 2 or "VLLM_MODEL" not in os.environ:
         sys.exit("usage: VLLM_MODEL=MODEL VLLM_ARGS='arguments' python3 -m remote.supervise PROFILE")
     # Not left for vLLM, which wonders about variables with its name.

@@ -3,9 +3,9 @@
     request ─► one Bearer token, taken? ─► no: 401, the engine sees nothing
                                      └──► yes: event "started" ─► vLLM ─► event "finished|aborted|failed"
 
-Open is only `GET /health`. `GET /metrics` is also for the auth_server beside it, which has the key of this
-boot. What is asked and answered is not looked at, but for its length (lengths.py), which loadbalancers that
-did not send it cannot know. Nothing here logs.
+Open is only `GET /health`. `GET /metrics` is also for the auth_server on the same machine, which has the key
+of this boot. What is asked and answered is not looked at, but for its length (lengths.py), which
+loadbalancers that did not send it cannot know. Nothing here logs.
 """
 
 import hmac
@@ -37,7 +37,7 @@ _REFUSAL = (
 
 
 def bearer(scope: Scope) -> str | None:
-    """The token of the only Authorization header; None for anything else."""
+    """Return the token in the request's only Authorization header; None for anything else."""
     found = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
     if len(found) != 1 or len(found[0]) > _LONGEST_HEADER or found[0][:7].lower() != b"bearer ":
         return None
@@ -49,10 +49,10 @@ def bearer(scope: Scope) -> str | None:
 
 
 class Watched:
-    """One admitted request: everything of it is passed on, and how it goes is noted."""
+    """One admitted request: all of it is passed on, and its start, end and lengths are recorded."""
 
     def __init__(self, name: str, ring: events.Events, receive: Receive, send: Send) -> None:
-        """Nothing of it has come yet."""
+        """Begin before the first byte of the request. name: its id in events."""
         self._name = name
         self._ring = ring
         self._receive = receive
@@ -78,13 +78,16 @@ class Watched:
         return message
 
     def _start(self) -> None:
-        """Note once that it has begun: the engine has the whole of it, or answers, or will not."""
+        """Record once that the request has started: the engine has all of it, or answers, or will not."""
         if self._asked is not None:
             asked, self._asked = b"".join(self._asked), None
             self._ring.write(self._name, events.STARTED, request_size(asked))
 
     def sender(self) -> Send:
-        """ASGI send. Of a piece that others follow it is kept what it says, and no coroutine is made."""
+        """Return an ASGI send that also keeps what the pieces of the answer say.
+
+        For a piece that others follow it makes no coroutine.
+        """
         pieces, send, keep = self._pieces, self._send, self._pieces.append
 
         def pass_on(message: Message) -> Awaitable[None]:
@@ -113,12 +116,15 @@ class Watched:
             self.end(events.FINISHED)
 
     def _look(self, last: bool) -> None:
-        """Count what the pieces say, and let go of them."""
+        """Count the tokens in the pieces kept so far, and drop them."""
         self._length.look(b"".join(self._pieces), self._stream, last)
         self._pieces.clear()
 
     def end(self, kind: int) -> None:
-        """The request is over; the first to say how is believed, but for an answer that tells of an error."""
+        """Record that the request is over; a second call changes nothing.
+
+        kind: how it ended; an answer that tells of an error has failed.
+        """
         if self._ended:
             return
         self._ended = True
@@ -130,12 +136,18 @@ class Watched:
 
 
 class TokenCheck:
-    """The middleware. Whatever is missing or wrong in the boot directory refuses everybody."""
+    """ASGI middleware that admits a request once for each single-use token, and refuses all others with 401.
+
+    If anything is missing or wrong in the boot directory, it refuses every request.
+    """
 
     def __init__(
         self, app: App, boot_dir: str | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """boot_dir: where the keys of this boot's tokens are; default $FLEET_BOOT_DIR, else ~/fleet/boot."""
+        """Check the requests to an app. boot_dir: has the keys of this boot's tokens.
+
+        Its default is $FLEET_BOOT_DIR, else ~/fleet/boot.
+        """
         self._app = app
         self._clock = clock
         boot_dir = boot_dir or os.environ.get("FLEET_BOOT_DIR") or os.path.expanduser("~/fleet/boot")
@@ -151,7 +163,7 @@ class TokenCheck:
             self._gate = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. In one coroutine: through each one more every event of a stream would have to come back."""
+        """Serve one ASGI request, in one coroutine, because each event would pass through every other."""
         kind = scope["type"]
         if kind != "lifespan" and not self._quiet:
             # uvicorn has said that it is ready; from here on each malformed request would be a line.
@@ -178,7 +190,7 @@ class TokenCheck:
                 watched.end(how)
 
     def _admitted(self, scope: Scope) -> str | None:
-        """The name of the request, "" for the auth_server's own; None: it is refused."""
+        """Return the name of an admitted request, "" for the auth_server's own; None: it is refused."""
         token = bearer(scope)
         if token is None or self._gate is None:
             return None
@@ -193,7 +205,7 @@ def _asks(scope: Scope, path: str) -> bool:
 
 
 def _without_token(scope: Scope) -> Scope:
-    """What the app sees: it has no use for the token, and cannot log it."""
+    """Return the request as the app sees it: without the token, which it does not need and could log."""
     return {**scope, "headers": [h for h in scope["headers"] if h[0].lower() != b"authorization"]}
 
 

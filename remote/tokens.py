@@ -47,7 +47,7 @@ class TooMany(Exception):
 
 
 def make_store(boot_dir: str) -> None:
-    """A key of this boot and an empty ring are in the directory."""
+    """Make a key for this boot's tokens and an empty ring of slots, in the boot directory."""
     make_file(os.path.join(boot_dir, "spent"), SLOTS)
     fd = os.open(os.path.join(boot_dir, "token.key"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "wb") as f:
@@ -55,21 +55,21 @@ def make_store(boot_dir: str) -> None:
 
 
 def request_id(token: str) -> str:
-    """The public name of the request that the token admits; the loadbalancer computes the same."""
+    """Return the public name of the request that a token admits; the loadbalancer computes the same."""
     return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
 class _Store:
-    """The key and the ring of one boot."""
+    """The key and the ring of slots for the tokens of one boot, opened."""
 
     def __init__(self, boot_dir: str) -> None:
-        """Open them; raises OSError."""
+        """Open the files in that boot directory; raise OSError."""
         with open(os.path.join(boot_dir, "token.key"), "rb") as f:
             self._key = f.read()
         self._ring = SharedFile(os.path.join(boot_dir, "spent"))
 
     def close(self) -> None:
-        """Let go of the ring."""
+        """Close the file of the ring."""
         self._ring.close()
 
     def _mac(self, signed: bytes) -> bytes:
@@ -77,10 +77,10 @@ class _Store:
 
 
 class Gate(_Store):
-    """Takes tokens."""
+    """Checks and takes tokens: each admits one request."""
 
     def take(self, token: str, now: float) -> bool:
-        """Whether the token admits one request; from then on it admits none."""
+        """Take a token; return whether it admits a request. From then on it admits none."""
         if len(token) != TOKEN_CHARS:
             return False
         try:
@@ -103,10 +103,10 @@ class Gate(_Store):
 
 
 class Issuer(_Store):
-    """Makes tokens; one a boot, restarted or not. Not for several threads at once."""
+    """Makes tokens; there is one issuer in a boot, restarted or not. Not for several threads at once."""
 
     def __init__(self, boot_dir: str, now: float) -> None:
-        """Go on where an earlier one ended: what it issued and is unspent counts as fresh."""
+        """Go on where an earlier issuer ended: its unspent tokens count as if they were fresh."""
         super().__init__(boot_dir)
         with self._ring as ring:
             # Before the mark all had expired when the last batch was made: those do not count again.
@@ -116,7 +116,7 @@ class Issuer(_Store):
             self._batches.append((now + LIFE_S, left))
 
     def issue(self, count: int, now: float) -> list[str]:
-        """So many fresh tokens, good for LIFE_S; raises TooMany and makes none when they would exceed CAP."""
+        """Return `count` fresh tokens, good for LIFE_S; raise TooMany if they would exceed CAP."""
         while self._batches and self._batches[0][0] <= now:
             self._batches.popleft()
         if self._bound() + count > CAP:
@@ -144,7 +144,7 @@ class Issuer(_Store):
         return [_encode(s + self._mac(s)) for s in signed]
 
     def outstanding(self, now: float) -> int:
-        """How many are neither spent nor expired."""
+        """Return how many tokens are neither spent nor expired."""
         return sum(len(self._outstanding(numbers)) for expires, numbers in self._batches if expires > now)
 
     def _bound(self) -> int:
@@ -157,7 +157,10 @@ class Issuer(_Store):
 
 
 def _unspent(number: int) -> int:
-    """What the slot of an unspent token holds. It repeats SLOTS × 127 tokens later, long after it expired."""
+    """Return what the slot of an unspent token holds.
+
+    It repeats SLOTS × 127 tokens later, long after the token expired.
+    """
     return 1 + (number & 0xFFFFFFFF) // SLOTS % _ROUNDS
 
 
