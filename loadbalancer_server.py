@@ -220,6 +220,8 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
 
     direct.post("/well", WellBody, keys.for_clients)(service.well)
 
+    direct.get("/model", keys.for_clients)(service.model)
+
     @direct.put("/hot", keys.for_control)
     async def hot(raw: bytes) -> JsonAnswer:
         news = await service.take_hot_set(await service.reader.read(raw))
@@ -234,9 +236,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
         service.report_refusal,
     )
 
-    @direct.get("/status", keys.for_operator)
-    async def status(_: str) -> Answer:
-        return await service.status()
+    direct.get("/status", keys.for_operator)(service.status)
 
     @app.get("/health")
     def health() -> Response:

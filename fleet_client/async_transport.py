@@ -225,6 +225,10 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         """Return why the loadbalancer cannot serve, by its GET /health; None when it can."""
         return await self._opened().why_unwell()
 
+    async def look(self, path: str) -> tuple[int, str]:
+        """GET that path of the loadbalancer; return status (0: no answer) and text, or what was wrong."""
+        return await self._opened().look(path)
+
     async def aclose(self) -> None:
         """Close the transport: give leases back, tell of ended ones (2 s at most), close idle connections."""
         if self._closed:

@@ -12,6 +12,7 @@ decided in gateway_access.py.
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -23,11 +24,12 @@ import httpx2
 
 from fleet_client.asgi_server import AsgiServer
 from fleet_client.async_transport import AsyncAnswer, AsyncFleetTransport
-from fleet_client.call import Timeouts
+from fleet_client.call import Call, Timeouts
 from fleet_client.connection_pool import Header
 from fleet_client.errors import ConfigError
 from fleet_client.flags import Parser, add_flags, check_flags, flag, run_main, server_url
 from fleet_client.gateway_access import preflight, readable_by, refusal, values_of
+from fleet_client.gateway_metrics import GatewayMetrics
 from fleet_client.leases import NORMAL, PRIORITIES
 from fleet_client.listening import bind_socket, check_bind
 from fleet_client.loopback import is_loopback_host
@@ -131,6 +133,20 @@ def failure_reply(error: httpx2.RequestError) -> HttpReply:
     return error_reply(502, "instance_failed", str(error))
 
 
+def model_card(said: str, created: int) -> dict[str, Any] | None:
+    """Return the model as GET /v1/models lists it; None for what names none.
+
+    said: by the loadbalancer; created: epoch seconds.
+    """
+    try:
+        told = json.loads(said)
+        name, most = str(told["model"]), told.get("max_model_len")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    card = {"id": name, "object": "model", "created": created, "owned_by": "fleet", "root": name}
+    return card | {"parent": None, "max_model_len": most}
+
+
 class Gateway:
     """The gateway as an ASGI application.
 
@@ -149,17 +165,20 @@ class Gateway:
         self._closing = False
         self._health_until = float("-inf")  # is known until then, on the monotonic clock
         self._health_said = OK
+        self._started = int(time.time())
+        self._metrics = GatewayMetrics()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Serve one request."""
         headers: Sequence[Header] = scope["headers"]
         method: str = scope["method"]
         reply = preflight(headers) if method == "OPTIONS" else None
-        health = method == "GET" and scope["path"] == "/health"
+        path = scope["path"]
         if reply is None:
+            health = method == "GET" and path == "/health"
             reply = refusal(headers, () if health else self._keys, loopback=self._loopback)
-        if reply is None and health:
-            reply = await self._health()
+        if reply is None and method == "GET":
+            reply = await self._own(path, headers)
         origin = values_of(headers, b"origin")
         if reply is not None:
             await _send(send, reply, origin)
@@ -175,6 +194,30 @@ class Gateway:
         if scope["query_string"]:
             target += "?" + scope["query_string"].decode("latin-1")
         await self._pass_on(method, target, headers, body, origin, receive, send)
+
+    async def _own(self, path: str, headers: Sequence[Header]) -> HttpReply | None:
+        """Answer what needs no instance; None for everything else."""
+        if path == "/health":
+            return await self._health()
+        if path == "/metrics":
+            return self._metrics.page(b",".join(values_of(headers, b"accept")).decode("latin-1"))
+        return await self._models() if path == "/v1/models" else None
+
+    async def _models(self) -> HttpReply | None:
+        """Say what the fleet serves, also when nothing is hot; None when the loadbalancer is too old to."""
+        status, said = await self._transport.look("/model")
+        if status == 200:
+            card = model_card(said, self._started)
+            if card is None:
+                return error_reply(
+                    502, "loadbalancer_unwell", "what answers there is no loadbalancer of ours"
+                )
+            return json_reply(200, {"object": "list", "data": [card]})
+        if status == 401:
+            return NO_KEY
+        if status in (404, 405):
+            return None
+        return error_reply(503, "loadbalancer_unwell", said, retry_after_s=1.0)
 
     async def _health(self) -> HttpReply:
         """Return the answer to GET /health: whether requests can be served, as far as is known."""
@@ -197,6 +240,9 @@ class Gateway:
     ) -> None:
         gone = _DisconnectWatch(receive)
         answer: AsyncAnswer | None = None
+        call: Call | HttpReply | None = None
+        metrics, begun = self._metrics, time.monotonic()
+        metrics.open.inc()
         try:
             try:
                 call = self._transport.call(method, target, headers, body, TIMEOUTS)
@@ -213,8 +259,11 @@ class Gateway:
             finally:
                 self._waiting.discard(gone.task)
             if answer is None:
+                metrics.answered(reply.status)
                 await _send(send, reply, origin)
                 return
+            metrics.first_byte.observe(time.monotonic() - begun)
+            metrics.answered(answer.status)
             await send(_start(answer.status, readable_by(origin, answer.headers)))
             async for chunk in answer:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -222,6 +271,7 @@ class Gateway:
             await send({"type": "http.response.body", "body": b""})
         except httpx2.RequestError as e:
             # The connection ends without the end of the answer: the program sees that it broke off.
+            metrics.broken.inc()
             log.warning("%s %s: %s", method, target.partition("?")[0][:100], e)
         except asyncio.CancelledError:
             if self._closing and answer is None and not gone.happened:
@@ -233,6 +283,9 @@ class Gateway:
                 raise
         finally:
             gone.forget()
+            metrics.open.dec()
+            for _, why in call.setbacks if isinstance(call, Call) else ():
+                metrics.setback(why)
             if answer is not None:
                 await answer.aclose()
 

@@ -7,7 +7,8 @@ which can reach loopback, too. A page cannot keep its browser from saying where 
     from its own site, in a script or a form     Origin is not this machine        403
     from its own site, a picture or a link       Sec-Fetch-Site: cross-, same-site 403
 
-With keys (--key-file) the key is the proof, and none of this is looked at. Off loopback it wants keys.
+With keys (--key-file) the key is the proof, and none of this is looked at: as a bearer, or in x-api-key or
+api-key. Off loopback it wants keys.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,18 +31,27 @@ def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool)
     if keys:
         # Given twice they are joined, so two Authorization headers match no key.
         given = b",".join(values_of(headers, b"authorization"))
+        if not given:  # as programs for Anthropic's API and Azure's say it
+            given = b"Bearer " + b",".join(
+                [*values_of(headers, b"x-api-key"), *values_of(headers, b"api-key")]
+            )
         if bearer_is(given.decode("latin-1"), keys):
             return None
         return error_reply(
             401,
             "invalid_api_key",
-            "this gateway wants its own key: Authorization: Bearer <key>",
+            "this gateway wants its own key: Authorization: Bearer <key>, or x-api-key: <key>",
             headers=[(b"WWW-Authenticate", b"Bearer")],
         )
     if loopback:
         for host in values_of(headers, b"host"):
             if not names_loopback(host):
-                return error_reply(403, "wrong_host", f"Host: {_shown(host)} is not this machine")
+                return error_reply(
+                    403,
+                    "wrong_host",
+                    f"Host: {_shown(host)} is not this machine, so a page in a browser may have sent it. "
+                    "Behind a reverse proxy give the gateway --key-file: then its keys are the proof",
+                )
     origins = values_of(headers, b"origin")
     for origin in origins:
         if not from_loopback(origin):

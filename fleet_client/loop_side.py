@@ -26,7 +26,7 @@ from fleet_client.transport import (
 )
 
 HEALTH_S = 2.0
-"""Seconds that the loadbalancer has to say how it is."""
+"""Seconds that the loadbalancer has to say how it is, and what model it serves."""
 
 MOST_ASKED = 256
 """Instances that the loadbalancer can be asked about at once."""
@@ -139,19 +139,30 @@ class LoopSide:
 
     async def why_unwell(self) -> str | None:
         """Return why the loadbalancer cannot serve, by its GET /health; None when it can."""
+        status, said = await self.look("/health")
+        return None if status == 200 else said
+
+    async def look(self, path: str) -> tuple[int, str]:
+        """GET that path of the loadbalancer; return status and text, or why there is no answer with 200.
+
+        The status is 0 where nothing answers.
+        """
         options, timeout = self._core.options, aiohttp.ClientTimeout(total=HEALTH_S)
         where = f"loadbalancer {options.url}"
         try:
             async with self._route.get(
-                options.url + "/health",
+                options.url + path,
+                headers=self._core.headers,
                 timeout=timeout,
                 ssl=self._core.trusted.context() or True,
                 allow_redirects=False,
             ) as reply:
                 said = (await reply.content.read(1000)).decode(errors="replace")
-                return None if reply.status == 200 else f"{where}: status {reply.status}: {said[:300]}"
+                if reply.status == 200:
+                    return 200, said
+                return reply.status, f"{where}: status {reply.status}: {said[:300]}"
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
-            return f"{where} does not answer: {named(e)}"
+            return 0, f"{where} does not answer: {named(e)}"
 
     def start_jobs(self) -> None:
         """Begin the leases' jobs that are due, and call this again when others may be."""

@@ -105,7 +105,7 @@ class TransportCore:
 
     def call_of(self, request: httpx2.Request, body: bytes | None) -> Call | HttpReply:
         """Return httpx2's request as a call, or the answer that refuses it. body: None: it is too large."""
-        if body is None:
+        if body is None or len(body) > MAX_BODY:
             return error_reply(413, "request_too_large", f"a request body may have {MAX_BODY} bytes")
         target = request.url.raw_path.decode("ascii")
         return self.call(request.method, target, request.headers.raw, body, _timeouts_of(request))

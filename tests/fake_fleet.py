@@ -409,6 +409,7 @@ class FakeLoadbalancer(FakeServer):
         self.holders: dict[str, int] = {}  # instance that was given the prefix last
         self.room: int | None = None  # leases that are left to give
         self.key: str | None = None
+        self.model: tuple[int, Any] = (200, {"model": "vllm-13", "max_model_len": 4096})
         self.lease_s = 60.0
         self.clock_wrong_s = 0.0
         self.wrong: dict[int, dict[str, Any]] = {}  # instance_id -> fields of its leases that are not so
@@ -421,6 +422,8 @@ class FakeLoadbalancer(FakeServer):
             await out.answer(200, {"status": "ok"})
         elif self.key is not None and seen.header("authorization") != f"Bearer {self.key}":
             await out.answer(401, {"error": "unauthorized", "message": "this route needs a key"})
+        elif seen.target == "/model":
+            await out.answer(*self.model)
         elif seen.target == "/done":
             self.dones.append(seen.json)
             await out.answer(200, {})

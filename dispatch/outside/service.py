@@ -92,7 +92,7 @@ class LoadBalancerService:
             raise RuntimeError("the loadbalancer's state belongs to the thread of the event loop")
         return self._balancer
 
-    async def status(self) -> JsonAnswer:
+    async def status(self, _accept: str = "") -> JsonAnswer:
         """Answer GET /status with all that an operator may see: everything but tokens and keys."""
         head, rows = await self.described(lambda row: msgspec.Raw(msgspec.json.encode(row)))
         return JsonAnswer(msgspec.json.encode(head | {"instances": rows}))
@@ -217,6 +217,14 @@ class LoadBalancerService:
         if count is None:
             return JsonAnswer(encode_lease(leases[0], self._model, now))
         return JsonAnswer(encode_leases(leases, self._model, now))
+
+    async def model(self, _accept: str = "") -> JsonAnswer:
+        """Answer which model is served, also when no instance is hot."""
+        hot_set = self.balancer.instances.hot_set
+        if hot_set is None:
+            why = f"no hot set has come; {self._news_of_autoscaler()}ask again"
+            return error_answer(503, "not_ready", why, ("Retry-After", "1"))
+        return JsonAnswer({"model": hot_set.model, "max_model_len": hot_set.max_model_len})
 
     # -- autoscaler and instances --
 

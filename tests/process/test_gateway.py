@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from fleet_client import AsyncFleetTransport, gateway
 from fleet_client.asgi_server import AsgiServer
@@ -100,6 +101,16 @@ def test_with_keys_the_key_is_the_proof_and_nothing_else() -> None:
     assert status((b"authorization", b"Bearer " + b"x" * 32), keys=keys) == 401
     assert status((b"authorization", KEY.encode()), keys=keys) == 401
     assert status((b"authorization", b"Bearer \xff"), keys=keys) == 401
+    for name in (b"x-api-key", b"api-key"):  # as anthropic's package says it, and Azure's
+        assert status((name, KEY.encode()), keys=keys) == 200
+        assert status((name, b"x" * 32), keys=keys) == 401
+        assert status((name, KEY.encode()), (b"authorization", b"Bearer " + b"x" * 32), keys=keys) == 401
+
+
+def test_who_is_refused_for_his_host_is_told_what_to_do() -> None:
+    reply = refusal([(b"host", b"gateway.example")], (), loopback=True)
+    assert reply is not None
+    assert b"give the gateway --key-file" in (reply.body or b"")
 
 
 def test_off_loopback_a_host_has_any_name() -> None:
@@ -246,7 +257,7 @@ def test_openai_works_with_nothing_but_a_base_url(fleet: FakeFleet) -> None:
         assert chat(one).choices[0].message.content == ALL
         assert text(one) == ALL
         assert one.completions.create(model="m", prompt=SECRET).choices[0].text == ALL
-        assert [model.id for model in one.models.list()] == ["m"]
+        assert [model.id for model in one.models.list()] == ["vllm-13"]
     assert SECRET.encode() not in fleet.loadbalancer.received
     assert all(b"sk-any-key" not in instance.received for instance in fleet.instances)
     tokens = [f"Bearer {given.token}" for given in fleet.loadbalancer.given]
@@ -503,6 +514,62 @@ def test_health_is_its_own_and_the_loadbalancers(fleet: FakeFleet, monkeypatch: 
     assert fleet.loadbalancer.routes == []
 
 
+def test_the_model_is_told_at_once_with_nothing_hot(fleet: FakeFleet) -> None:
+    """Programs that list models at their start would hang for as long as a start takes."""
+    fleet.loadbalancer.room = 0
+    with running(fleet, wait_s=60.0) as port:
+        with client(port) as one:
+            (card,) = one.models.list().data
+        assert (card.id, card.owned_by, card.object) == ("vllm-13", "fleet", "model")
+        assert json.loads(ask(port, "GET", "/v1/models")[2])["data"][0]["max_model_len"] == 4096
+        for said, status, code in (
+            ((503, {"error": "not_ready", "message": "no hot set"}), 503, "loadbalancer_unwell"),
+            ((401, {"error": "unauthorized", "message": "no"}), 502, "loadbalancer_key"),
+            ((200, []), 502, "loadbalancer_unwell"),
+        ):
+            fleet.loadbalancer.model = said
+            got, _, body = ask(port, "GET", "/v1/models")
+            assert (got, json.loads(body)["error"]["code"]) == (status, code)
+        assert fleet.loadbalancer.routes == []
+        fleet.loadbalancer.stop()
+        assert ask(port, "GET", "/v1/models")[0] == 503
+
+
+def test_the_models_of_a_loadbalancer_that_is_older_are_asked_of_an_instance(fleet: FakeFleet) -> None:
+    fleet.loadbalancer.model = (404, {"error": "not_found", "message": "no"})
+    with running(fleet) as port:
+        ask(port, "GET", "/v1/models")
+    assert [seen.target for seen in fleet.requests] == ["/v1/models"]
+
+
+def test_its_metrics_are_its_own_and_cost_no_lease(fleet: FakeFleet) -> None:
+    plan(fleet, break_off_after_a_word)
+    with running(fleet, max_tries=1) as port:
+        assert ask(port, "GET", "/metrics")[0] == 200
+        assert fleet.loadbalancer.routes == []
+        with client(port) as one, pytest.raises((openai.APIError, httpx2.RemoteProtocolError)):
+            text(one)
+        for instance in fleet.instances:
+            instance.plan.clear()
+        with client(port) as one:
+            assert text(one) == ALL
+        wait_for("the end", lambda: b"gateway_open_requests 0.0" in ask(port, "GET", "/metrics")[2])
+        page = ask(port, "GET", "/metrics")[2].decode()
+    found = {s.name: s.value for f in text_string_to_metric_families(page) for s in f.samples}
+    assert found["gateway_answers_total"] == 2.0
+    assert found["gateway_broken_answers_total"] == 1.0
+    assert found["gateway_setbacks_total"] == 1.0
+    assert found["gateway_first_byte_seconds_count"] == 2.0
+    assert "vllm" not in page
+
+
+async def break_off_after_a_word(seen: Seen, out: Out) -> None:
+    """An answer that ends in the middle."""
+    await out.start(200, {"Content-Type": "text/event-stream"})
+    await out.chunk(b'data: {"choices": [{"delta": {"content": "one"}}]}\n\n')
+    out.abort()
+
+
 def test_a_body_that_is_too_large_is_refused(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "MAX_BODY", 100_000)
     with running(fleet) as port:
@@ -560,7 +627,7 @@ def test_who_waits_for_a_lease_is_told_when_it_ends(fleet: FakeFleet) -> None:
     fleet.loadbalancer.act = hold  # type: ignore[method-assign]
     answers: list[tuple[int, bytes, bytes]] = []
     with running(fleet) as port:
-        thread = threading.Thread(target=lambda: answers.append(ask(port, "GET", "/v1/models")))
+        thread = threading.Thread(target=lambda: answers.append(ask(port, "POST", "/tokenize")))
         thread.start()
         wait_for("it waits", lambda: fleet.loadbalancer.routes)
     thread.join(20)

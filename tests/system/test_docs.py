@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import pytest
-from prometheus_client.registry import Collector
+from prometheus_client.registry import Collector, CollectorRegistry
 
 import autoscaler_server
 import loadbalancer_server
@@ -19,6 +19,7 @@ from dispatch.outside import service
 from dispatch.outside.metrics import LoadBalancerMetrics
 from fleet.outside.metrics import AutoscalerMetrics
 from fleet_client import gateway
+from fleet_client.gateway_metrics import GatewayMetrics
 from loadbalancer import LoadBalancer
 from localcloud import __main__ as localcloud_main
 from localcloud.api import create_app as cloud_app
@@ -104,7 +105,7 @@ def test_every_route_is_in_the_docs(tmp_path: Path) -> None:
         assert f"`{route}`" in DOCS, route
 
 
-def metric_names(collector: Collector) -> set[str]:
+def metric_names(collector: Collector | CollectorRegistry) -> set[str]:
     """The names of what a metrics page has, a counter's with _total."""
     return {f.name + "_total" * (f.type == "counter") for f in collector.collect()}
 
@@ -118,6 +119,7 @@ def test_every_metric_is_in_the_docs_and_every_one_in_the_docs_exists() -> None:
     names = metric_names(asyncio.run(LoadBalancerMetrics.read(desk))) | metric_names(
         AutoscalerMetrics(scaler)
     )
+    names |= metric_names(GatewayMetrics().registry)
     rows = re.findall(r"^\| `(\w+)(?:\{\w+\})?` \| [^|]+ \| [^|]+ \|$", PAGES[OPERATING], re.M)
     assert sorted(rows) == sorted(names)
 

@@ -127,7 +127,7 @@ def test_a_body_that_is_streamed_is_kept_to_be_sent_again(user: Make, fleet: Fak
     assert [seen.body for seen in fleet.requests] == [b"".join(parts)] * 2
 
 
-def test_a_streamed_body_that_is_too_large_to_be_kept_is_refused(
+def test_a_body_that_is_too_large_to_be_kept_is_refused_streamed_or_whole(
     user: Make, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "MAX_BODY", 1000)
@@ -141,6 +141,8 @@ def test_a_streamed_body_that_is_too_large_to_be_kept_is_refused(
     response = one.request("POST", "/v1/completions", content=content)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
+    whole = one.request("POST", "/v1/completions", content=b"x" * 2000)
+    assert (whole.status_code, whole.json()) == (413, response.json())
     assert fleet.loadbalancer.routes == []
 
 

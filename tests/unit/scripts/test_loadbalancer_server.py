@@ -500,6 +500,7 @@ PROTECTED = [
     ("POST", "/route", CLIENT, {"work": 5}),
     ("POST", "/done", CLIENT, {"request_id": "x", "outcome": "unused"}),
     ("POST", "/well", CLIENT, {"instances": [7]}),
+    ("GET", "/model", CLIENT, None),
     ("PUT", "/hot", CONTROL, HOT),
     ("GET", "/status", OPERATOR, None),
     ("GET", "/metrics", OPERATOR, None),
