@@ -115,7 +115,7 @@ class InstanceSet:
     def situation(
         self, demand: Demand, now: float, memory_s: float = math.inf, *, writable: bool = True
     ) -> Situation:
-        """Return all that a decision depends on, for a policy that looks back memory_s."""
+        """Return all that a decision now depends on, for a policy that looks back memory_s seconds."""
         return Situation(
             now=now,
             believed=self.listing_believed,
@@ -188,7 +188,7 @@ class InstanceSet:
         self._reconciler.reach.note(health, now)
 
     def record_message(self, label: str, said: ReadyBody, now: float) -> Hearing:
-        """Take in what an instance says of itself.
+        """Take in a message that an instance sends about itself; return whether it was news.
 
         It makes nothing hot or failed; the next health check is due at once.
         """
@@ -241,7 +241,7 @@ class InstanceSet:
 
     @property
     def listing_believed(self) -> bool:
-        """Whether the last listing came and is believed."""
+        """Whether the last listing of the cloud came and is believed."""
         return self._reconciler.listing.believed
 
     @property
@@ -255,7 +255,7 @@ class InstanceSet:
         return self._reconciler.hot_version
 
     def knows_hot_set(self) -> bool:
-        """Return whether a listing came and all that was hot before a restart was checked since."""
+        """Return whether it is known what is hot: a listing came, and no check after a restart is missing."""
         return self._reconciler.listing.read_at is not None and not any(i.unverified for i in self)
 
     def serving(self) -> list[Instance]:

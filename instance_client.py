@@ -71,10 +71,10 @@ def request_id(token: str) -> str:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer of the model server. Times are time.perf_counter(); tokens as counted by the server.
+    """The answer of a model server to one request. Times are of time.perf_counter().
 
-    error: what an answer other than 200, or an error inside the stream, says. first_token_s is 0 when no
-    token came or nothing was streamed.
+    Tokens are as the server counted them. error: what an answer other than 200, or an error inside the
+    stream, says. first_token_s is 0 when no token came or nothing was streamed.
     """
 
     status: int
@@ -96,7 +96,7 @@ class TokenUsage(Struct, frozen=True):
 
 
 class WithUsage(Struct, frozen=True):
-    """A whole completion, or the event of a stream that says its usage."""
+    """The part of a completion, or of the last event of its stream, that says how many tokens it has."""
 
     usage: TokenUsage
 
@@ -231,7 +231,10 @@ class InstanceClient:
         )
 
     async def check_address(self, address: str, timeout_s: float, certificate: str | None = None) -> None:
-        """Raise InstanceError unless the model server says there that it is well, with that certificate."""
+        """Raise InstanceError unless a model server answers at that address that it is well.
+
+        certificate: the only one that it may show.
+        """
         assert self._model is not None, "used outside its context"  # noqa: S101 a mistake of ours
         try:
             async with self._model.get(

@@ -232,7 +232,7 @@ class LoadBalancer:
         return RouteRefused("too_many_unused", after_s, self.leases.allowance.unused(ask.client))
 
     def grant(self, now: float) -> list[tuple[QueuedRequest, list[Lease]]]:
-        """Give leases to the waiting requests that can be served now, in the order of the queue.
+        """Give leases to the waiting requests that can be served now; return (request, its leases) pairs.
 
         Call it whenever room may have appeared, also with time alone, and again when queue.cut.
         """

@@ -71,7 +71,7 @@ class CandidateIndex:
 
     @property
     def classes(self) -> int:
-        """The number of classes of speed: instances of one class work equally fast."""
+        """The number of classes of speed; instances of one class work about equally fast."""
         return len(self._classes)
 
     def update(self, inst: ServingInstance, now: float) -> None:

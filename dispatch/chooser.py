@@ -137,7 +137,7 @@ class Chooser:
         self._claims_for = None
 
     def _claim(self, inst: ServingInstance, ask: RouteRequest) -> None:
-        """Reserve inst for this waiting request."""
+        """Reserve an instance for a waiting request, so that no later request is given it."""
         self._claimed.add(inst.id)
         self._claims_for = ask
 

@@ -68,9 +68,10 @@ class CircuitState(Enum):
 
 @dataclass(slots=True)
 class Claim:
-    """What one client says of the instance.
+    """What one client claims about an instance: that requests of the client failed there.
 
-    answers: that failed, in a row. missed_at: when it met nobody there. seen: of some the instance says so.
+    at: when the last one did. answers: how many answers in a row failed. missed_at: when the client met
+    nobody there. seen: the instance itself has said so of some of them.
     """
 
     at: float
@@ -79,7 +80,7 @@ class Claim:
     seen: bool = False
 
     def count(self, now: float, *, missed: bool, seen: bool) -> None:
-        """Count one more."""
+        """Count one more failed request. missed: the client met nobody; seen: the instance itself says so."""
         self.at = now
         self.seen = self.seen or seen
         if missed:
@@ -88,7 +89,10 @@ class Claim:
             self.answers += 1
 
     def is_refuted(self, asked_at: float) -> bool:
-        """Return whether it says that nobody is there, and our own contact has met him since; only once."""
+        """Return whether our own contact since has met the instance that the client did not meet; only once.
+
+        asked_at: when our contact began.
+        """
         if self.missed_at is None or self.missed_at > asked_at:
             return False
         self.missed_at = None
@@ -114,7 +118,7 @@ class CircuitBreaker:
 
     @property
     def left(self) -> float:
-        """Leases that the instance may be given now; inf when CLOSED."""
+        """How many leases the instance may be given now; inf when CLOSED."""
         if self.state is CircuitState.CLOSED:
             return math.inf
         if self.state is CircuitState.OPEN:
@@ -148,9 +152,10 @@ class CircuitBreaker:
         self._probes.pop(request_id, None)
 
     def finished(self, request_id: str) -> Collection[str]:
-        """Count a request that was answered in full; call it before `over`.
+        """Trust the instance more, because it answered a request in full; call this before `over`.
 
-        Return the clients whose claims it proves false: they opened the circuit, and the first probe is fine.
+        Return the clients whose claims this proves false: they opened the circuit, and the first probe is
+        fine.
         """
         self._claims.clear()
         if self.state is CircuitState.DOUBTED:
@@ -171,14 +176,17 @@ class CircuitBreaker:
         self._doubt(now)
 
     def trip(self, now: float) -> Collection[str]:
-        """Open the breaker: the instance failed for sure. Return the clients whose claims that confirms."""
+        """Open the breaker, because the loadbalancer itself saw the instance fail.
+
+        Return the clients whose claims this confirms.
+        """
         self.failures += 1
         right = list(self._claims)
         self._open(now)
         return right
 
     def record_harmless_failure(self) -> None:
-        """Count a failure that may be no fault of the instance, and nothing more."""
+        """Count a failed request that may be no fault of the instance; its state does not change."""
         self.failures += 1
 
     def record_client_failure(
@@ -194,7 +202,8 @@ class CircuitBreaker:
         """Count a request that failed at the instance, as its client says.
 
         on_word: whether clients' words may open the breaker. missed: the client met nobody, or somebody else.
-        seen: the instance itself says that its answer failed. probe: the lease, if it may have been a probe.
+        seen: the instance itself says that its answer failed. probe: the lease's request id, if it may be a
+        probe.
         """
         self.failures += 1
         if self.state is CircuitState.OPEN:
@@ -214,9 +223,10 @@ class CircuitBreaker:
             self._doubt(now)
 
     def record_healthy_report(self, asked_at: float, now: float, *, reached: bool = True) -> Collection[str]:
-        """Take in a load report that finds nothing wrong; return the clients whose claims it proves false.
+        """Take in a load report without a fault; return the clients whose claims it proves false.
 
-        asked_at: when it was asked for. reached: whether the address that clients use answered, too.
+        asked_at: when it was asked for, epoch seconds. reached: whether the address that clients use
+        answered, too.
         """
         if self.state is CircuitState.DOUBTED and asked_at >= self._doubted_at:
             self._calm = {c: until for c, until in self._calm.items() if until > now}

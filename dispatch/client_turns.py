@@ -53,7 +53,7 @@ class WaitingClient:
 
 
 class ClientTurns:
-    """The clients whose requests wait, and their turns."""
+    """The clients whose requests wait, and whose turn it is."""
 
     def __init__(self) -> None:
         """Start without clients."""

@@ -26,7 +26,10 @@ MOST_CLIENTS = 1000
 
 @dataclass(slots=True)
 class FalseClaims:
-    """What is remembered of a client. times: in a row that it was not believed."""
+    """The false claims of one client lately, and until when the client is not believed.
+
+    times: how often in a row it came to that.
+    """
 
     false: int = 0
     first_at: float = -math.inf
@@ -34,7 +37,7 @@ class FalseClaims:
     times: int = 0
 
     def count_false(self, now: float) -> bool:
-        """Count a false claim; return whether the client is not believed from now on."""
+        """Count a false claim; return whether the client is no longer believed from now on."""
         if now - self.first_at > FALSE_S:
             self.false, self.first_at = 0, now
         self.false += 1
@@ -47,15 +50,15 @@ class FalseClaims:
 
 
 class ClientVotes:
-    """The clients that have made false claims."""
+    """Which clients are believed, by the false claims that they have made about instances."""
 
     def __init__(self) -> None:
-        """Believe everybody."""
+        """Start without false claims: every client is believed."""
         self.unheard = 0  # times that a client was not to be believed any more
         self._records: dict[str, FalseClaims] = {}  # those with the latest false claim last
 
     def counts(self, client: str, now: float) -> bool:
-        """Return whether a claim of that client is to be looked into."""
+        """Return whether that client is believed now, so that its claim is looked into."""
         it = self._records.get(client)
         return it is None or now >= it.unheard_until
 
@@ -68,5 +71,5 @@ class ClientVotes:
             del self._records[next(iter(self._records))]
 
     def confirm(self, client: str) -> None:
-        """Note that a claim of a client was right."""
+        """Forget a client's false claims, because a claim of it was right."""
         self._records.pop(client, None)

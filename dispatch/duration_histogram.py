@@ -14,12 +14,12 @@ class DurationHistogram:
     __slots__ = ("bounds", "counts", "sum_s")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        """Start empty. bounds: upper ends of the buckets, ascending seconds; an end is in its bucket."""
+        """Start without durations. bounds: upper ends of the buckets in seconds, ascending, inclusive."""
         self.bounds = tuple(bounds)
         self.counts = [0] * (len(self.bounds) + 1)  # the last: longer than every bound
         self.sum_s = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one duration."""
+        """Count one duration, in seconds."""
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.sum_s += seconds

@@ -17,7 +17,7 @@ PAST_EPOCHS = 16
 
 
 class HotInstances:
-    """The instances by id, the index of those that can serve, and the table of their predicted load."""
+    """The instances of the hot set by id, the index of those that can serve, their predicted load."""
 
     def __init__(self, rng: random.Random, expected_output_tokens: float) -> None:
         """Start without instances. rng: breaks ties. expected_output_tokens: of an answer, on average."""
@@ -68,7 +68,7 @@ class HotInstances:
         return inst if inst is not None and inst.spec.auth_url == spec.auth_url else None
 
     def why_out(self, instance_id: int) -> str | None:
-        """Return in a word why an instance answers nothing any more; None: it may, or is not known."""
+        """Return in a word why an instance answers nothing any more; None: it may, or nothing is known."""
         if self.hot_set is None:
             return None
         inst = self.by_id.get(instance_id)

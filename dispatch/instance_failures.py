@@ -1,4 +1,4 @@
-"""Failures that clients report, across all instances: whom to contact at once, and which clients to believe.
+"""Failures that clients report of all instances: which to contact at once, which clients to believe.
 
 Clients' words alone may open the circuit breakers of a bounded share of the instances
 (dispatch/circuit_breaker.py); an instance in doubt is contacted before all others.
@@ -21,10 +21,10 @@ themselves."""
 
 
 class InstanceFailures:
-    """Instances in doubt, those avoided on clients' words, and which clients are believed."""
+    """Which instances are in doubt or avoided on clients' words, and which clients are believed."""
 
     def __init__(self, instances: HotInstances) -> None:
-        """Start without failures."""
+        """Start without failures. instances: those that failures will be reported of."""
         self.votes = ClientVotes()
         self._instances = instances
         self._on_word: set[int] = set()  # avoided on clients' words, or have been
@@ -40,7 +40,7 @@ class InstanceFailures:
         missed: bool = False,
         seen: bool = False,
     ) -> None:
-        """Take in that a request failed at inst.
+        """Take in that the request of a lease failed at an instance.
 
         blame: whether it may be the instance's fault. missed: its client met nobody there, or somebody else.
         seen: the instance itself says so of the answer, not the client.
@@ -64,15 +64,18 @@ class InstanceFailures:
         return max(1.0, WORD_SHARE * hot) if hot > 1 else 0.0
 
     def record_finished(self, inst: ServingInstance, request_id: str, now: float) -> None:
-        """Take in that a request was answered in full."""
+        """Take in that an instance answered a request in full."""
         self._contradict(inst.circuit.finished(request_id), now)
 
     def record_contact(self, inst: ServingInstance, asked_at: float, now: float, *, reached: bool) -> None:
-        """Take in a good report of inst, asked for then. reached: its address for clients is well, too."""
+        """Take in a good load report of an instance. asked_at: when it was asked for, epoch seconds.
+
+        reached: whether the address that clients use answered, too.
+        """
         self._contradict(inst.circuit.record_healthy_report(asked_at, now, reached=reached), now)
 
     def record_sure_failure(self, inst: ServingInstance, now: float) -> None:
-        """Take in that inst failed before our own eyes."""
+        """Take in that the loadbalancer itself saw an instance fail."""
         for client in inst.circuit.trip(now):
             self.votes.confirm(client)
 

@@ -36,7 +36,7 @@ REMEMBER_DONE = 10_000
 
 
 class LeaseBook:
-    """Unfinished leases by request id, and counts of those that were given and have ended."""
+    """The unfinished leases by request id, and counts of all leases that were given and have ended."""
 
     def __init__(self, lease_s: float, max_unused: int) -> None:
         """Start without leases. lease_s: seconds in which one must start; max_unused: most of one client."""

@@ -49,8 +49,8 @@ SWEEP, POLL_FEW = 10, 4
 class Poll:
     """An order to ask an instance for its load report, and then to call LoadBalancer.complete_poll.
 
-    after: number of the last event that is known. address_too: look whether the address that clients use
-    answers, too, with the instance's certificate.
+    after: number of the last event of that instance that is known. address_too: also look whether the address
+    that clients use answers, with the instance's certificate.
     """
 
     spec: HotInstance = field(repr=False)

@@ -89,7 +89,7 @@ class OutputLengths:
         return found
 
     def ended(self, tokens: int, kind: int) -> None:
-        """Learn from a request of that kind that was answered with so many tokens."""
+        """Learn from a request of that kind whose answer had so many tokens."""
         self.completions += 1
         self._last = None
         _ended(self._figures, self._count, self._sum, self._alive, self.table, self.told, float(tokens), kind)

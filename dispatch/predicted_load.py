@@ -187,7 +187,7 @@ class PredictedLoad:
         self.ids.append(request_id)
 
     def remove(self, request_id: str, now: float) -> None:
-        """Remove a request that has ended or will not come, if it is there."""
+        """Remove a request that has ended or will not come from those of the instance, if it is there."""
         try:
             i = self.ids.index(request_id)
         except ValueError:
@@ -196,7 +196,7 @@ class PredictedLoad:
         del self.ids[i]
 
     def clear(self, now: float) -> None:
-        """Remove all requests: the instance has rebooted."""
+        """Remove all requests of the instance, because it has rebooted."""
         self.ids.clear()
         server = self._table.servers[self.place]
         server[COUNT], server[AT] = 0.0, now

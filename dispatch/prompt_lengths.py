@@ -14,7 +14,7 @@ class PromptLengths:
     """How many bytes a prompt token takes, learned from our own requests."""
 
     def __init__(self) -> None:
-        """Know nothing yet."""
+        """Start before any request was seen: the bytes of a token are not known."""
         self._bytes = self._tokens = self._longest = 0.0
 
     def learn(self, body_bytes: int, prompt_tokens: float) -> None:

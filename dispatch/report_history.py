@@ -45,7 +45,7 @@ class ReportHistory:
         return asked_at
 
     def fail_poll(self, now: float) -> None:
-        """Note that a load report did not come."""
+        """Note that a load report that was asked for did not come."""
         self.polling = False
         self.polled_at = now
         self._failures += 1
@@ -56,7 +56,7 @@ class ReportHistory:
 
     @property
     def silent(self) -> bool:
-        """Whether it has not answered for several polls in a row."""
+        """Whether the instance has not answered for SILENT polls in a row."""
         return self._failures >= SILENT
 
     # -- what was reported --
@@ -93,7 +93,7 @@ class ReportHistory:
 
     @property
     def model_down(self) -> bool:
-        """Whether the last report that was polled says that its model server is down."""
+        """Whether the instance's model server is down, by the last report that was polled."""
         return self._down
 
     def reboot(self, seq: int) -> None:

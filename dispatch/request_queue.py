@@ -225,7 +225,7 @@ class RequestQueue:
         return this.granted
 
     def _move_overdue(self, now: float) -> None:
-        """Put late requests that have waited for as long as they may before all others of their clients."""
+        """Put requests that have been late for late_bound_s before all others of their clients."""
         while (first := self._oldest_late()) is not None and self._is_overdue(first, now):
             rank, number, queued = heappop(self._ageing)
             queued.turn_overdue()

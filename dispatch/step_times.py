@@ -107,10 +107,10 @@ class StepTimes:
     def report(
         self, now: float, running: float, context: float, made: int, read: int, prompt: float, squares: float
     ) -> bool:
-        """Add a report of a busy instance; return whether the constants may have changed.
+        """Add a load report of a busy instance; return whether the constants may have changed.
 
-        running: requests that make tokens; context: KV tokens in use; made, read: counters of tokens.
-        prompt, squares: mean tokens of a prompt, and of their squares.
+        running: requests that make tokens; context: KV tokens in use; made, read: counters of tokens. prompt,
+        squares: mean tokens of a prompt, and of their squares.
         """
         window = self._window
         if window is None or not window.goes_on(now, made, read):

@@ -48,7 +48,7 @@ class TokenLot:
 
 
 class TokenStock:
-    """The tokens of one instance, and the state of its refills."""
+    """The unused tokens of one instance, and the state of its refills."""
 
     def __init__(self, now: float) -> None:
         """Start without tokens."""
@@ -125,7 +125,7 @@ class TokenStock:
         return gone
 
     def clear(self) -> None:
-        """Drop all tokens: the instance has rebooted."""
+        """Drop all tokens of the stock, because the instance has rebooted."""
         self._lots.clear()
         self._returned.clear()
         self.size, self._old_at = 0, math.inf

@@ -24,7 +24,7 @@ LOOK_AT = 8
 
 @dataclass(slots=True, eq=False)
 class WaitTimes:
-    """Estimates of waiting times, in seconds. slo: what counts as in time."""
+    """Estimates of how long requests wait, in seconds. slo: the objective, which says what is in time."""
 
     instances: HotInstances
     queue: RequestQueue
@@ -50,7 +50,7 @@ class WaitTimes:
         return max(0.0, hot.expected_in_s(now) or 0.0)
 
     def retry_after_s(self, ask: RouteRequest, now: float) -> float:
-        """Return in how many seconds there may be room for a request that is refused now."""
+        """Return in how many seconds a request that is refused now may find room."""
         least, most = RETRY_S
         if not self.instances.hot:
             expected_s = self.instances.expected_in_s(now)

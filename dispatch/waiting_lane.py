@@ -36,7 +36,7 @@ class Lane:
         self._entries = 0  # in lines
 
     def __len__(self) -> int:
-        """Return the number of entries, also of requests that left."""
+        """Return the number of entries, with those of requests that have left."""
         return self._entries + len(self.aside)
 
     def __iter__(self) -> Iterator[QueuedRequest]:

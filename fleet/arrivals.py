@@ -125,7 +125,7 @@ class ArrivalHistory:
         return Mix(r.work / r.requests, r.prompt_tokens / r.requests, r.output_tokens / r.requests)
 
     def work_s(self, now: float, memory_s: float) -> NDArray[np.float64]:
-        """Return the work per second that arrived in each BIN_S of the last memory_s; read-only.
+        """Return the mean work per second that arrived, for each BIN_S of the last memory_s; read-only.
 
         The oldest bin is the first, the last one ends with the last second that was reported. Before the
         first report nothing is known, so there are fewer bins then; ARRIVING_S is kept at most.
@@ -182,7 +182,7 @@ class _WorkBySecond:
             self._since = self._until = self._first = second
 
     def note_until(self, second: int) -> None:
-        """Note that nothing more arrived up to the end of that second."""
+        """Note that nothing else arrived up to the end of that second."""
         if second >= self._until:
             self._until = second + 1
 

@@ -22,7 +22,7 @@ class Create:
 
 @dataclass(frozen=True)
 class Start:
-    """Start a stopped instance."""
+    """Start a stopped instance, with the model still on its disk."""
 
     label: str
     id: int

@@ -31,7 +31,7 @@ class CostBreakdown:
 
     @property
     def total(self) -> float:
-        """All dollars of the window."""
+        """All that the fleet cost within the window, in dollars."""
         return self.hot_working + self.hot_idle + self.loading + self.stopped + self.lost
 
 

@@ -59,7 +59,7 @@ class Deadlines:
 
     @classmethod
     def for_profile(cls, profile: Profile, speedup: float = 1.0) -> "Deadlines":
-        """Return deadlines that fit the profile's load and start times, divided by speedup.
+        """Return deadlines that fit the load and start times of a model's profile, divided by speedup.
 
         None becomes shorter than FLOORS_S. Requests, leases and outages take their real time on a fast cloud,
         too: draining_s, lease_s and disbelief_s stay.

@@ -124,7 +124,7 @@ class Demand:
 
     @property
     def traffic(self) -> Traffic:
-        """The load as the loadbalancers heard of lately report it, and counters of what has arrived."""
+        """The present load at the loadbalancers heard of lately, and counters of all that has arrived."""
         in_flight = held = prompt_tokens = 0
         held_work = oldest_s = kv_tokens = 0.0
         for _, r in self._last.values():
@@ -232,5 +232,5 @@ class Saturation:
 
     @property
     def work_s(self) -> float | None:
-        """Work per second of one hot instance; None until SATURATED_S were seen."""
+        """The work per second of one hot instance when requests wait; None until SATURATED_S were seen."""
         return None if self._seconds < SATURATED_S else self._work / self._seconds

@@ -46,7 +46,7 @@ def end_of_drain(i: Instance, id: int, is_drained: bool, deadlines: Deadlines, n
 
 
 def drain_order(hot: Iterable[Instance]) -> list[Instance]:
-    """Return the hot instances in the order in which they are drained.
+    """Return the hot instances in the order in which they are to be drained.
 
     Idle ones come before busy ones, then the dearest for its throughput comes first.
     """

@@ -12,7 +12,7 @@ class MeasuredDurations:
     """The last measured times from start to hot and from order to hot, in seconds, and their medians."""
 
     def __init__(self, profile: Profile, speedup: float) -> None:
-        """Begin with the profile's times, divided by the speedup of a local cloud."""
+        """Begin with the times in the model's profile, divided by the speedup of a local cloud."""
         self._expected_s = profile.start_time_s / speedup, profile.load_time_s / speedup
         self._starts: list[float] = []
         self._loads: list[float] = []
@@ -41,7 +41,7 @@ class MeasuredDurations:
 
     @property
     def start_range_s(self) -> tuple[float, float]:
-        """The shortest and the longest start-to-hot time measured lately, or the profile's -+ a third."""
+        """The shortest and longest time from start to hot lately, in seconds, or the profile's ± a third."""
         if len(self._starts) > 1:
             return min(self._starts), max(self._starts)
         return self.start_s * 2.0 / 3.0, self.start_s * 4.0 / 3.0

@@ -146,13 +146,13 @@ class Trouble:
         self.fatal = fatal
 
     def note_word(self, word: str | None, now: float) -> None:
-        """Note what it says itself does not pass; None: it says that it is well, or loads."""
+        """Note what the machine itself says is wrong and does not pass; None: it is well, or loads."""
         if word is None or self.word is None:
             self.word_since = now
         self.word = word
 
     def note_clients(self, now: float) -> None:
-        """Note that clients met failures there."""
+        """Note that clients report failures of the machine."""
         self.clients_since = now if self.clients_since is None else self.clients_since
 
     def forget(self) -> None:

@@ -39,7 +39,7 @@ class HealthCheck:
 
     @property
     def met(self) -> bool:
-        """Whether it was the machine itself that answered, and not nobody or a stranger."""
+        """Whether the check met the machine itself, and not nobody or a stranger."""
         by_verdict = self.verdict not in (Verdict.FAILED, Verdict.UNKNOWN)
         return not self.stranger and (self.answered or by_verdict)
 

@@ -123,7 +123,7 @@ class Absence:
 
 @dataclass
 class BootRecord:
-    """The present boot of one instance, and the starts since it was last hot."""
+    """What happened in the present boot of one instance, and the starts since it was last hot."""
 
     ordered_at: float | None = None  # None: it boots for the first time
     up_at: float = 0.0  # container up
@@ -213,7 +213,7 @@ class Instance:
 
     @classmethod
     def ordered(cls, label: str, offer: Offer, why: str, profile: Profile, now: float) -> "Instance":
-        """Return the instance that is about to be created from that offer."""
+        """Return a new instance that is about to be created from that offer."""
         return cls(
             label=label,
             state=State.ORDERED,
@@ -374,7 +374,7 @@ class Instance:
         return renewed
 
     def hear(self, said: ReadyBody, now: float) -> Hearing:
-        """Take in a numbered message of the instance itself."""
+        """Take in a message of the instance itself, and have it checked; return what became of it."""
         if (hearing := self.ear.hear(said, now)).taken:
             self.check_at_once()
             if self.state is State.RUNNING:
@@ -462,7 +462,7 @@ class Instance:
         )
 
     def __repr__(self) -> str:
-        """Return <1001 fleet/3f2a… hot 'ok'>, to be read in test failures."""
+        """Return the instance in short, as <1001 fleet/3f2a… hot 'ok'>, for test failures."""
         return f"<{self.id} {self.label} {self.state} {self.why!r}>"
 
 

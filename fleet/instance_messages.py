@@ -1,4 +1,7 @@
-"""What an instance says unasked: how often it may, and what it said last; it is somebody else's computer."""
+"""The messages that an instance sends by itself: how often it may, and what it said last.
+
+An instance is somebody else's computer, so the messages that are taken in are bounded.
+"""
 
 from enum import StrEnum
 
@@ -14,14 +17,14 @@ REST_S = 2.0
 
 
 class MessageBudget:
-    """A bucket of messages that fills by one each REST_S."""
+    """How many messages of one instance may be taken in now: up to BURST, one more each REST_S."""
 
     def __init__(self) -> None:
-        """Begin with a full one."""
+        """Begin with room for BURST messages."""
         self._left, self._at = float(BURST), float("-inf")
 
     def take(self, now: float) -> bool:
-        """Return whether one more message may be taken in, and count it."""
+        """Return whether one more message may be taken in, and count it if so."""
         self._left = min(float(BURST), self._left + max(0.0, now - self._at) / REST_S)
         self._at = max(now, self._at)
         if self._left < 1.0:
@@ -31,7 +34,7 @@ class MessageBudget:
 
 
 class Hearing(StrEnum):
-    """What became of a message of an instance."""
+    """What became of a message that an instance sent."""
 
     NEWS = "news"  # it says something else than the one before
     AGAIN = "again"  # it says the same
@@ -40,21 +43,21 @@ class Hearing(StrEnum):
 
     @property
     def taken(self) -> bool:
-        """Whether it was taken in."""
+        """Whether the message was taken in: it was neither a copy nor one too many."""
         return self in (Hearing.NEWS, Hearing.AGAIN)
 
 
 class Ear:
-    """What was heard of one instance."""
+    """The messages of one instance: the last one that was taken in, and what guards against too many."""
 
     def __init__(self) -> None:
-        """Begin with nothing heard."""
+        """Begin without a message."""
         self.says = ""  # its last message
         self._budget = MessageBudget()
         self._guard = ReplayGuard()
 
     def hear(self, said: ReadyBody, now: float) -> Hearing:
-        """Take in a message, unless it is a copy or one too many."""
+        """Take in a message unless it is a copy or one too many; return what became of it."""
         if not self._guard.accept(said.boot_id, said.number):
             return Hearing.HEARD  # perhaps somebody else's copy: it takes nothing from the instance
         if not self._budget.take(now):

@@ -33,7 +33,7 @@ class BillingInterval:
 
 @dataclass(frozen=True)
 class SavedInstance:
-    """What a restarted autoscaler must know of an instance; from `state` on it is its open interval.
+    """What a restarted autoscaler must know of an instance; the fields from `state` on say its last state.
 
     An instance that is gone has no state; it is kept when it is condemned, in case the cloud shows it again.
     """
@@ -121,7 +121,7 @@ class Journal:
         self._lacked = False
 
     def log(self, line: str) -> None:
-        """Add a line for the log."""
+        """Add a line to what is to be logged."""
         self._entries.lines.append(line)
 
     def open_interval(self, interval: BillingInterval) -> None:

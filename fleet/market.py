@@ -45,7 +45,7 @@ class Market:
         self._no_create_before = float("-inf")
 
     def snapshot(self, now: float) -> MarketSnapshot:
-        """Return the market as it is now."""
+        """Return the offers and the state of the market as they are now."""
         bad, old_s = self.bad_machines, self._deadlines.offers_s
         return MarketSnapshot(
             offers=tuple(o for o in self._offers if bad.get(o.machine_id, now) <= now),

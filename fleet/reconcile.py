@@ -192,7 +192,7 @@ class Judge(InstanceBook):
         )
 
     def wants_reach(self) -> bool:
-        """Return whether our own reachability is in question: a machine does not answer."""
+        """Return whether our own network should be checked, because a machine does not answer."""
         return any(i.trouble.silent_since is not None for i in self.instances.values() if i.state in CHECKED)
 
     def _warm_up(self, i: Instance, now: float) -> None:

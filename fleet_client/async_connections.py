@@ -131,7 +131,7 @@ def abort(source: aiohttp.ClientResponse) -> None:
 
 
 async def await_end(source: aiohttp.ClientResponse) -> None:
-    """Wait a moment for the end of an answer whose last event was read; its connection is kept then."""
+    """Wait a moment for the end of an answer whose last event was read, so that its connection is kept."""
     try:
         async with asyncio.timeout(MOMENT_S):
             if await source.content.readany() == b"":

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 
 def bearer_is(header: str | None, keys: Collection[str]) -> bool:
-    """Return whether the header carries one of the keys; every key is compared, each in constant time."""
+    """Return whether an Authorization header carries one of the keys; each is compared in constant time."""
     if header is None or header[:7].lower() != "bearer ":
         return False
     given = header[7:].encode()

@@ -1,4 +1,4 @@
-"""Bound what aiohttp reads before an answer: it reads interim answers (1xx) on and on, and counts none."""
+"""Bounds what aiohttp reads before an answer: it reads any number of interim answers (1xx) otherwise."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from fleet_client.connection_pool import MAX_INTERIM
 
 
 class _BoundedProtocol(ResponseHandler):
-    """A connection whose interim answers are counted."""
+    """A connection of aiohttp that fails after MAX_INTERIM interim answers."""
 
     _interim = 0
 
@@ -25,10 +25,10 @@ class _BoundedProtocol(ResponseHandler):
 
 
 class BoundedConnector(aiohttp.TCPConnector):
-    """A connector for answers of machines that are somebody else's."""
+    """An aiohttp connector for machines of other people, whose interim answers must be bounded."""
 
     def __init__(self, **more: Any) -> None:
-        """Take what aiohttp's takes."""
+        """Make a connector with the arguments that aiohttp's takes."""
         super().__init__(**more)
         make: Callable[..., ResponseHandler] = _BoundedProtocol
         self._factory = partial(make, loop=self._loop)

@@ -112,7 +112,7 @@ class Call:
                 raise httpx2.LocalProtocolError(f"no header: {name[:40]!r}")
 
     def note_wait(self, seconds: float, said: ClientLease | Refusal | None = None) -> None:
-        """Count time spent on getting a lease. said: what the loadbalancer answered."""
+        """Count seconds spent on getting a lease. said: what the loadbalancer answered."""
         self.asked_s += seconds
         if isinstance(said, Refusal):
             self.refusals.append(said.code)

@@ -344,7 +344,10 @@ class ConnectionPool:
             connection.close()
 
     def start_anew(self) -> None:
-        """Leave all connections to the parent of this process; the lock may have been held when it forked."""
+        """Forget all connections, which in a fork are the parent's, and make a new lock.
+
+        The old lock may have been held when the parent forked.
+        """
         inherited = [*self._busy, *(one for idle in self._idle.values() for one in idle)]
         self._lock = threading.RLock()
         self._busy, self._idle = weakref.WeakSet(), {}

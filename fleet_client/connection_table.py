@@ -68,7 +68,7 @@ class Seat:
         self._table.forget(self)
 
     def end(self) -> None:
-        """End the connection."""
+        """End the connection and leave the table."""
         self.leave()
         self._close()
 

@@ -15,7 +15,7 @@ class StartsAnew(Protocol):
     """The protocol of objects that hold something which a child process must not share with its parent."""
 
     def start_anew(self) -> None:
-        """Let go of what is the parent's without touching it; called in the child, before anything else."""
+        """Drop what is the parent's without touching it; called in the child, before anything else."""
 
 
 _SHARED: "weakref.WeakSet[StartsAnew]" = weakref.WeakSet()

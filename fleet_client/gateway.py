@@ -169,7 +169,7 @@ class Gateway:
         self._metrics = GatewayMetrics()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
-        """Serve one request."""
+        """Answer one HTTP request, as ASGI wants it."""
         headers: Sequence[Header] = scope["headers"]
         method: str = scope["method"]
         reply = preflight(headers) if method == "OPTIONS" else None

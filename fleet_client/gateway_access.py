@@ -69,7 +69,7 @@ def from_loopback(origin: bytes) -> bool:
 
 
 def values_of(headers: Sequence[Header], name: bytes) -> list[bytes]:
-    """Return the values of every header of that name."""
+    """Return the values of all headers of that name."""
     return [value for one, value in headers if one == name]
 
 

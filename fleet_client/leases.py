@@ -53,7 +53,7 @@ class ClientLease:
         return self.expires - STALE_SHARE * (self.expires - self.granted)
 
     def __str__(self) -> str:
-        """Name the instance by its number, for messages: its address is not for the client's program."""
+        """Return the instance's number in words, because its address is not for the client's program."""
         return f"instance {self.instance_id}"
 
 

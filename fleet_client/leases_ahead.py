@@ -163,7 +163,7 @@ class LeasesAhead:
         return wanted
 
     def answered(self, took_s: float) -> None:
-        """Note how long POST /route took to answer, or to fail, when it was not told to wait."""
+        """Note how long POST /route took to answer, or to fail, when it was not asked to wait."""
         self.route_s += (ROUTE_WEIGHT if self.route_s else 1.0) * (took_s - self.route_s)
 
     def arrived(self, leases: Sequence[ClientLease], wanted: int, now: float) -> Sequence[ClientLease]:
@@ -186,7 +186,7 @@ class LeasesAhead:
         self._retry_at = max(self._retry_at, now + rest_s)
 
     def look_in_s(self, now: float) -> float | None:
-        """Return seconds until `sweep` and `want` have something new to say; None: not before a `take`."""
+        """Return in how many seconds `sweep` or `want` may have news; None: not before a `take`."""
         if self._closed or self._used_at is None or now >= self._used_at + IDLE_S:
             return 0.0 if self._ready else None
         due = self._used_at + IDLE_S

@@ -107,7 +107,7 @@ class _Text:
         return b"".join(self._parts)[: self._limit]
 
     def add(self, value: object, depth: int = 0) -> None:
-        """Add a value's text; one that is empty or no text of the prompt adds nothing."""
+        """Add the text in a JSON value; one that is empty or no text of the prompt adds nothing."""
         if self._left <= 0 or not value or depth > DEEPEST:
             return
         if isinstance(value, str):
@@ -175,7 +175,7 @@ class Served:
         return len(self._holders)
 
     def note(self, hashes: Sequence[str], instance_id: int) -> None:
-        """Note that the instance has answered a request with these prefixes."""
+        """Note that an instance has answered a request with these prefixes."""
         kept = self._holders
         for one in hashes:
             before = kept.get(one)

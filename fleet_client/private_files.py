@@ -128,6 +128,6 @@ def check_private(path: Path, what: str) -> None:
 
 
 def _read_private(path: Path, what: str) -> str:
-    """Return the text of a file that only its owner can read; raise ConfigError."""
+    """Return the text of a file; raise ConfigError unless only its owner can read it."""
     check_private(path, what)
     return read_text(path, what)

@@ -91,9 +91,9 @@ class _Loadbalancer:
         return status, raw, after
 
     def look(self, lease: ClientLease) -> None:
-        """Raise InstanceOut when the loadbalancer says that nothing more will come from that instance.
+        """Raise InstanceOut when the loadbalancer says that the lease's instance answers nothing any more.
 
-        It is asked about each instance once in a while, however many wait for it.
+        It is asked about each instance once in a while, however many requests wait for it.
         """
         one, now = lease.instance_id, time.monotonic()
         asked_at, why = self._looked.get(one, (0.0, None))

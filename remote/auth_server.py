@@ -156,14 +156,14 @@ def create_app(
 
 
 def _http() -> Any:
-    """Return the class of connections, which bounds what strangers can make it keep."""
+    """Return uvicorn's class of HTTP connections, with a bound on those that have sent no request yet."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Http(H11Protocol):
-        """h11 bounds a head (64 KiB) and reads the body of a request that offers HTTP/2."""
+        """A connection by h11, which bounds a head (64 KiB) and reads requests that offer HTTP/2."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            """Part of H11Protocol: begin, and end the oldest of the new ones that has sent no request."""
+            """Begin a connection, and end the oldest new one without a request if there are too many."""
             super().connection_made(transport)
             new.append(self)
             if len(new) > _MOST_NEW:

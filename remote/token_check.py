@@ -66,7 +66,7 @@ class Watched:
         self._ended = False
 
     async def receive(self) -> Message:
-        """ASGI receive; a client that goes away before the answer is complete ends the request at once."""
+        """Receive a part of the request, as ASGI does; if the client leaves early the request is over."""
         message = await self._receive()
         if message["type"] == "http.disconnect":
             if not self._complete:

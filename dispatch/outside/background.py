@@ -69,7 +69,7 @@ class BackgroundTasks:
         self._asking: set[asyncio.Task[None]] = set()
 
     async def clockwork(self) -> None:
-        """Keep stocks full and reports fresh, and let no request wait that an instance could serve."""
+        """Keep asking instances for tokens and load reports when due; give leases to waiting requests."""
         service, looks = self._service, 1
         async with InstanceClient() as client:
             try:
@@ -159,7 +159,7 @@ class BackgroundTasks:
             service.serve_waiting()
 
     async def _reaches(self, client: InstanceClient, spec: HotInstance) -> bool:
-        """Return whether the address that clients use answers that it is well."""
+        """Return whether the model server of an instance answers at the address that clients use."""
         try:
             await client.check_address(spec.address, INSTANCE_TIMEOUT_S, spec.certificate)
         except InstanceError as e:
@@ -168,7 +168,10 @@ class BackgroundTasks:
         return True
 
     def _silent(self, instance_id: int, why: InstanceError | None) -> None:
-        """Log when an instance stops answering and when it answers again, not every time between."""
+        """Log when an instance stops answering and when it answers again, not every time between.
+
+        why: the error of this call; None: it answered.
+        """
         if why is not None and instance_id not in self._not_answering:
             self._not_answering.add(instance_id)
             log.warning("instance %d does not answer: %s", instance_id, why)

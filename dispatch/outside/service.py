@@ -146,7 +146,7 @@ class LoadBalancerService:
         return answer
 
     def well(self, asked: WellBody, _client: str) -> JsonAnswer:
-        """Answer which of the instances answer nothing any more, and why."""
+        """Answer POST /well: which of the instances asked about answer nothing any more, and why."""
         why = {one: self.balancer.instances.why_out(one) for one in asked.instances}
         return JsonAnswer(WellAnswer({one: word for one, word in why.items() if word is not None}))
 

@@ -67,7 +67,7 @@ def _destroy_fleet(process: AutoscalerProcess, ask: Callable[[str], str] | None)
 
 
 def _lists_none(process: AutoscalerProcess) -> bool:
-    """Return whether the cloud itself says that nothing of the fleet is left."""
+    """Return whether the cloud lists no instance of the fleet any more; False when it cannot be asked."""
     try:
         return not process.vast.list_instances(process.config.label + "/")
     except CloudError as e:

@@ -30,7 +30,7 @@ COMPLAIN_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class Reason:
-    """Why the process cannot do its job: a word for programs, and a sentence."""
+    """One reason why the autoscaler cannot do its job: a word for programs, and a sentence."""
 
     code: str
     message: str
@@ -48,7 +48,7 @@ class OwnHealth:
     """What went wrong in this autoscaler process. Any thread may call; times are the caller's seconds."""
 
     def __init__(self) -> None:
-        """Begin with nothing wrong."""
+        """Begin a process in which nothing went wrong."""
         self.credit_usd: float | None = None
         self.restarts: Counter[str] = Counter()  # of threads that ended by an error
         self.clock_steps: list[tuple[float, float]] = []  # when, and by how many seconds
@@ -84,7 +84,7 @@ class OwnHealth:
                 self._heard[loadbalancer] = Heard(now, now)
 
     def note_report(self, loadbalancer: str, now: float) -> None:
-        """Note that a loadbalancer's report was understood."""
+        """Note that a busy report of a loadbalancer was understood."""
         with self._lock:
             for name in (loadbalancer, ""):  # before 2026-12 they named themselves in reports only
                 if name in self._heard:
@@ -124,9 +124,9 @@ class OwnHealth:
             return True
 
     def complain(self, about: str, error: Exception, now: float) -> None:
-        """Log an error, once a minute for what disk or lock of the ledger cause; GET /health says that, too.
+        """Log an error, with its traceback if it is our own code's; about: what could not be done.
 
-        Of our own code the traceback is told; a disk that is full has none that helps.
+        What a full disk or a locked ledger causes is logged without one; all of it once a minute.
         """
         of_disk = isinstance(error, sqlite3.OperationalError | OSError)
         if not self.may_complain("ledger" if of_disk else f"{about} {type(error).__name__}", now):

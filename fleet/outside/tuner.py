@@ -63,7 +63,7 @@ class Tuner:
     """Sets the level of the policy. `run` is for a thread of its own; the rest may be called from others."""
 
     def __init__(self, scaler: Autoscaler, state_dir: Path, replay: Replay, every_s: float = 1800.0) -> None:
-        """Take over the last result, if there is one for the policy's goal.
+        """Tune the policy of an autoscaler; begin with the last result, if that was for the policy's goal.
 
         every_s: seconds from one replay to the next; 0: none is made.
         """
@@ -87,7 +87,10 @@ class Tuner:
     # -- what others ask ----------------------------------------------------------------------------
 
     def curve(self) -> dict[str, Any]:
-        """Return what each level would have cost yesterday, for `GET /policy/curve`; raise NoCurve."""
+        """Return what each level of the policy would have cost yesterday, for `GET /policy/curve`.
+
+        Raises NoCurve, which says why there is none.
+        """
         with self._scaler.lock:
             policy = self._scaler.policy
         last = self._last
@@ -132,7 +135,7 @@ class Tuner:
             self._news.clear()
 
     def stop(self) -> None:
-        """End `run`, and the replay that is under way."""
+        """End the loop of `run`, and the replay that is under way."""
         self._stopping.set()
         self._news.set()
         self._replay.stop()

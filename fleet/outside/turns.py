@@ -47,7 +47,7 @@ log = logging.getLogger("autoscaler")
 
 @dataclass(frozen=True)
 class Failure:
-    """An order that was not done, or perhaps not, and why."""
+    """A command that the cloud did not do, or perhaps not, and why."""
 
     at: float
     command: Command
@@ -255,7 +255,7 @@ class Autoscaler:
             self.instances.record_reach(health, self.clock())
 
     def record_message(self, label: str, said: ReadyBody) -> Hearing:
-        """Take in what an instance says of itself."""
+        """Take in a message that an instance sends about itself; return what became of it."""
         with self.lock:
             hearing = self.instances.record_message(label, said, self.clock())
             if hearing.taken and self.instances[label].state not in CHECKED:
