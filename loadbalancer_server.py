@@ -15,6 +15,7 @@ import asyncio
 import logging
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,7 +41,7 @@ from process.clock import steady_clock
 from web.answers import Answer, JsonAnswer
 from web.app import make_app
 from web.bridge import serve_flask
-from web.direct import DirectRoutes, Held
+from web.direct import DirectRoutes, Held, key_name
 from web.keys import AccessKeys
 from web.messages.hot_set import MAX_HOT_BODY, HotSetTaken
 from web.messages.leases import DoneBody, RouteBody, WellBody
@@ -50,6 +51,10 @@ from web.metrics import metrics_page
 log = logging.getLogger("loadbalancer")
 
 PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+
+UNSAID_PRIORITY = "normal"
+"""The highest priority of a client key whose line in the file says none. Without keys all is open: then the
+clients are the operator's own programs."""
 
 NO_FAULT = re.compile("status_4..")
 """How a request may fail through no fault of the instance: a token that is too old, a request that is wrong,
@@ -80,7 +85,8 @@ class LoadBalancerConfig:
     )
     client_keys_file: Path | None = flag(
         None,
-        "file of keys that /route, /done and /well then want, one a line, mode 0600",
+        "file of keys that /route, /done and /well then want, one a line, mode 0600; "
+        "KEY priority=high may ask for high priority",
         shown="open on loopback",
     )
     operator_key_file: Path | None = flag(
@@ -197,10 +203,11 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     """
     app = make_app("loadbalancer", large_bodies={"/hot": MAX_HOT_BODY, "/report": MAX_REPORT_BODY})
     direct = DirectRoutes(app)
+    highest = {key_name(k): PRIORITIES[keys.priorities.get(k, UNSAID_PRIORITY)] for k in keys.clients}
 
     @direct.post("/route", RouteBody, keys.for_clients)
     def route(said: RouteBody, client: str) -> JsonAnswer | Held:
-        return service.route(_ask(service.balancer, said, client), said.wait_s or 0.0, said.count)
+        return service.route(_ask(service.balancer, said, client, highest), said.wait_s or 0.0, said.count)
 
     @direct.post("/done", DoneBody, keys.for_clients)
     def done(said: DoneBody, client: str) -> JsonAnswer:
@@ -251,8 +258,13 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     return app
 
 
-def _ask(balancer: LoadBalancer, said: RouteBody, client: str) -> RouteRequest | None:
-    """Return the request that a `POST /route` body asks for; None if the model can never take its prompt."""
+def _ask(
+    balancer: LoadBalancer, said: RouteBody, client: str, highest: Mapping[str, int]
+) -> RouteRequest | None:
+    """Return the request that a `POST /route` body asks for; None if the model can never take its prompt.
+
+    highest: the priority that each client may ask for.
+    """
     prompt = balancer.possible_prompt(said.prompt_tokens or 0, said.prompts or 1)
     if prompt is None:
         return None
@@ -262,7 +274,7 @@ def _ask(balancer: LoadBalancer, said: RouteBody, client: str) -> RouteRequest |
         frozenset(said.avoid or ()),
         prompt,
         tuple(said.affinity or ()),
-        PRIORITIES[said.priority or "normal"],
+        max(PRIORITIES[said.priority or "normal"], highest.get(client, 0)),
         client,
     )
 
@@ -289,7 +301,8 @@ def serve(config: LoadBalancerConfig) -> None:
     Its leases and tokens are forgotten then: clients hold what they need.
     """
     config = config.checked()
-    clients = private_files.load_keys(config.client_keys_file)
+    rights = private_files.load_key_rights(config.client_keys_file, "priority", tuple(PRIORITIES))
+    clients = frozenset(rights)
     operator = private_files.load_keys(config.operator_key_file)
     check_bind(config.host, config.port, keys_present=bool(clients) and bool(operator))
     allow(config.in_the_clear(), trust_network=config.trust_network)
@@ -298,7 +311,8 @@ def serve(config: LoadBalancerConfig) -> None:
     state_dir = private_files.make_private_dir(
         config.state_dir or private_files.default_state_dir(config.label)
     )
-    keys = AccessKeys(private_files.load_or_make_key(state_dir / "control.key"), clients, operator)
+    said = {key: priority for key, priority in rights.items() if priority is not None}
+    keys = AccessKeys(private_files.load_or_make_key(state_dir / "control.key"), clients, operator, said)
     sock = bind_socket(config.host, config.port)
     service = LoadBalancerService(make_balancer(config), steady_clock())
     tasks = BackgroundTasks(service, config.autoscaler, keys.control, config.report_to, trusted)

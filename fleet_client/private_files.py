@@ -3,6 +3,7 @@
 import os
 import secrets
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from fleet_client.errors import ConfigError
@@ -81,15 +82,27 @@ def load_keys(path: Path | None) -> frozenset[str]:
     Blank lines, lines that begin with # and a byte order mark are no keys. Raises ConfigError that names the
     line, and never shows it, for what a client could not send or somebody could guess.
     """
+    return frozenset(load_key_rights(path, "", ()))
+
+
+def load_key_rights(path: Path | None, right: str, values: Collection[str]) -> dict[str, str | None]:
+    """Return the keys in such a file as `load_keys`, each with what its line says of that right, or None.
+
+    A line is a key, and where values are given it may end with ` right=value`, one of them.
+    """
     if path is None:
-        return frozenset()
+        return {}
     what = "key file"
-    found = set()
-    for number, line in said_in(_read_private(path, what)):
+    found: dict[str, str | None] = {}
+    for number, said in said_in(_read_private(path, what)):
         where = f"{what} {path}, line {number}"
-        if not line.isascii() or not line.isprintable():
+        if not said.isascii() or not said.isprintable():
             raise ConfigError(f"{where}: a key has printable ASCII characters only")
-        if " " in line:
+        line, spaced, rest = said.partition(" ")
+        value = rest.strip().removeprefix(f"{right}=") if values else ""
+        if values and spaced and (value not in values or not rest.strip().startswith(f"{right}=")):
+            raise ConfigError(f"{where}: after a key there may be {right}=, with one of {', '.join(values)}")
+        if spaced and not values:
             raise ConfigError(
                 f"{where}: a key has no spaces; a comment has a line of its own and begins with #"
             )
@@ -97,12 +110,12 @@ def load_keys(path: Path | None) -> frozenset[str]:
             raise ConfigError(
                 f"{where}: a key has at least {LEAST_KEY} characters, and {LONGEST_KEY} at most"
             )
-        found.add(line)
+        found[line] = value or None
     if not found:
         raise ConfigError(
             f"{what} {path}: wanted keys of at least {LEAST_KEY} characters, one a line; got none"
         )
-    return frozenset(found)
+    return found
 
 
 def load_salt(path: Path) -> str:

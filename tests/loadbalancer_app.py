@@ -1,6 +1,7 @@
 """The loadbalancer's routes with a clock that stands still, for tests without processes."""
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 from bench.route.stub_fleet import certificate
@@ -46,20 +47,26 @@ class StandingClock:
 class LoadBalancerApp:
     """A face with a clock that only the test moves, one hot instance and tokens for it."""
 
-    def __init__(self, clients: frozenset[str] = frozenset(), operator: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        clients: frozenset[str] = frozenset(),
+        operator: frozenset[str] = frozenset(),
+        priorities: Mapping[str, str] | None = None,
+    ) -> None:
         self.balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
         self.clock = StandingClock()
         self.service = LoadBalancerService(self.balancer, self.clock)
-        self.client = self.client_of(self.service, clients, operator)
+        self.client = self.client_of(self.service, clients, operator, priorities)
 
     @staticmethod
     def client_of(
         service: LoadBalancerService,
         clients: frozenset[str] = frozenset(),
         operator: frozenset[str] = frozenset(),
+        priorities: Mapping[str, str] | None = None,
     ) -> AsgiClient:
         """Return a client of that service's routes."""
-        return AsgiClient(create_app(service, AccessKeys(CONTROL, clients, operator)))
+        return AsgiClient(create_app(service, AccessKeys(CONTROL, clients, operator, priorities or {})))
 
     def stock(self) -> None:
         """Make the instance hot and give it tokens."""

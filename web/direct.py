@@ -121,7 +121,12 @@ def client_name(asker: Asker) -> str:
     """Return a name for a client: of its key the beginning of the SHA-256, without one its address."""
     if not asker.authorization:
         return asker.peer
-    return "key-" + hashlib.sha256(asker.authorization[7:].encode()).hexdigest()[:16]
+    return key_name(asker.authorization[7:])
+
+
+def key_name(key: str) -> str:
+    """Return the name of the client that has this key."""
+    return "key-" + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 class Held:

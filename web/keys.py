@@ -1,18 +1,21 @@
 """The access keys of a server, by who may call which routes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class AccessKeys:
     """The access keys of one server. Without client or operator keys their routes are open: on loopback only.
 
-    control: shared by autoscaler and loadbalancer; it opens the operator's routes, too.
+    control: shared by autoscaler and loadbalancer; it opens the operator's routes, too. priorities: the
+    highest that a client key may ask for, where its line in the file says one.
     """
 
     control: str
     clients: frozenset[str] = frozenset()
     operator: frozenset[str] = frozenset()
+    priorities: Mapping[str, str] = field(default_factory=dict)
 
     def for_control(self) -> frozenset[str]:
         """Return the keys that open the routes between autoscaler and loadbalancer."""

@@ -69,6 +69,23 @@ def private(path: Path, raw: bytes) -> Path:
     return path
 
 
+def test_a_line_may_say_what_its_key_may(tmp_path: Path) -> None:
+    raw = (
+        f"{KEY} priority=high\n{'b' * 32}\n# {'c' * 32} priority=high\n{'d' * 32}   priority=low \n".encode()
+    )
+    rights = private_files.load_key_rights(private(tmp_path / "keys", raw), "priority", ("high", "low"))
+    assert rights == {KEY: "high", "b" * 32: None, "d" * 32: "low"}
+    for rest in ("priority=highest", "priority=", "high", "owner=bob", "priority=high priority=low"):
+        with pytest.raises(
+            ConfigError, match="line 1: after a key there may be priority=, with one of high, low"
+        ):
+            private_files.load_key_rights(
+                private(tmp_path / "keys", f"{KEY} {rest}".encode()), "priority", ("high", "low")
+            )
+    with pytest.raises(ConfigError, match="line 1: a key has no spaces"):
+        private_files.load_keys(private(tmp_path / "keys", raw))
+
+
 TWO_KEYS = f"# keys of the team\n{KEY}\n\n  # of Bob\n {'b' * 32} \n"
 
 

@@ -133,6 +133,30 @@ def test_a_client_asks_which_instances_answer_nothing_any_more() -> None:
     assert app.client.post("/well", json={"instances": ["7"]}).status_code == 400
 
 
+def test_priority_is_a_right_of_the_key() -> None:
+    """High counts as normal for a key that may not ask for it; without keys all may."""
+    low, plain, high = ("low-" + "l" * 32, "plain-" + "p" * 32, "high-" + "h" * 32)
+    app = LoadBalancerApp(frozenset({low, plain, high}), priorities={low: "low", high: "high"})
+    asked: list[int] = []
+
+    def request(ask: RouteRequest, *_: object) -> RouteRefused:
+        asked.append(ask.priority)
+        return RouteRefused("all_busy", 1.0)
+
+    def ask(app: LoadBalancerApp, key: str | None) -> list[int]:
+        app.balancer.request = request  # type: ignore[method-assign, assignment]
+        asked.clear()
+        for priority in ("high", "normal", "low", None):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            app.client.post("/route", json={"work": 10, "priority": priority}, headers=headers)
+        return list(asked)
+
+    assert ask(app, high) == [0, 1, 2, 1]
+    assert ask(app, plain) == [1, 1, 2, 1]
+    assert ask(app, low) == [2, 2, 2, 2]
+    assert ask(LoadBalancerApp(), None) == [0, 1, 2, 1]
+
+
 def test_how_a_lease_ended_is_taken_from_the_client_that_was_given_it_and_from_no_other() -> None:
     """Two clients by their keys: one ends, fails or gives back the other's lease, and nothing happens."""
     other = "other-" + "o" * 32
