@@ -13,9 +13,9 @@ from engine.profiles import PROFILES
 from engine.reference import SteppedModelServer
 from engine.step_time_constants import PROFILE_MODELS, timing_for
 from fleet_client.listening import bind_socket
-from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import VERSION, App, PacedEngine
 from localcloud.paced.machine import SimulatedMachine
+from localcloud.paced.served_model import ServedModel
 from localcloud.paced.server import serve
 from process.errors import ConfigError
 
@@ -42,6 +42,11 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max-num-batched-tokens", type=_count, default=None)
     parser.add_argument("--quantization", "-q", default=None)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--enable-auto-tool-choice", action="store_true")
+    parser.add_argument("--tool-call-parser", default=None)
+    parser.add_argument("--reasoning-parser", default=None)
+    parser.add_argument("--runner", choices=("auto", "generate", "pooling"), default="auto")
+    parser.add_argument("--convert", choices=("auto", "none", "embed", "classify"), default="auto")
     parser.add_argument("--middleware", action="append", default=[])
     parser.add_argument("--ssl-keyfile", default=None)
     parser.add_argument("--ssl-certfile", default=None)
@@ -142,7 +147,19 @@ def _make_app(flags: argparse.Namespace, names: tuple[str, ...], machine: Simula
     profile = PROFILES[name]
     timing = timing_for(name, machine.gpu_name, flags.tensor_parallel_size)
     max_model_len = flags.max_model_len or profile.max_model_len
-    model = ServedModel(names, flags.model, max_model_len, profile.expected_output_tokens)
+    if flags.enable_auto_tool_choice and not flags.tool_call_parser:
+        raise ConfigError("Error: --enable-auto-tool-choice requires --tool-call-parser")
+    pooling = ("classify" if flags.convert == "classify" else "embed") if flags.runner == "pooling" else None
+    model = ServedModel(
+        names,
+        flags.model,
+        max_model_len,
+        profile.expected_output_tokens,
+        auto_tools=flags.enable_auto_tool_choice,
+        tool_parser=flags.tool_call_parser,
+        reasoning_parser=flags.reasoning_parser,
+        pooling=pooling,
+    )
     try:
         server = SteppedModelServer(timing, flags.max_num_seqs, flags.max_num_batched_tokens)
         engine = PacedEngine(model, server)

@@ -10,6 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from localcloud.paced.request_error import RequestError
+from localcloud.paced.served_model import ServedModel
+from localcloud.paced.shapes import CHARACTERS_A_TOKEN, PLACEHOLDER, Shape
+from localcloud.paced.tool_use import read_logprobs, read_shape
+
 PIECES = tuple(
     b" " + word
     for word in (
@@ -22,34 +27,11 @@ PIECES = tuple(
 MAX_AT_ONCE = 1024
 """Most answers that one request may ask for: prompts times n."""
 
-CHARACTERS_A_TOKEN = 4
 MESSAGE_TOKENS, OPENING_TOKENS = 4, 3
 """Tokens that a chat template adds to each message, and to begin the answer; about as many as Llama's."""
 
 COMPLETION_MAX_TOKENS = 16
 """Default of max_tokens for /v1/completions in vLLM; a chat may fill the context."""
-
-NATURAL_TOKENS = 180.0
-"""Mean natural length of an answer, in tokens, where the profile says no other."""
-
-
-class RequestError(Exception):
-    """A request that the engine refuses, answered in vLLM's shape; param: the wrong field, if it is one."""
-
-    def __init__(
-        self, message: str, param: str | None = None, status: int = 400, kind: str = "BadRequestError"
-    ) -> None:
-        """Make a refusal with a message for the client; the default is that of a bad request."""
-        super().__init__(message)
-        self.status = status
-        self.kind = kind
-        self.param = param
-
-    @property
-    def said(self) -> dict[str, Any]:
-        """The body of the error answer, as vLLM writes it."""
-        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}
-        return {"error": error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +61,9 @@ class CompletionRequest:
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    shape: Shape = PLACEHOLDER
+    logprobs: int | None = None
+    reasoning: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -86,22 +71,33 @@ class CompletionRequest:
         return sum(p.tokens for p in self.prompts)
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """The model that the engine serves: its names, of which answers carry the first, and its limits.
-
-    natural_tokens: mean length of an answer that nothing cuts off.
-    """
-
-    names: tuple[str, ...]
-    root: str
-    max_model_len: int
-    natural_tokens: float = NATURAL_TOKENS
-
-
 def count_tokens(text: str) -> int:
     """Return how many tokens a text counts as: one for each CHARACTERS_A_TOKEN characters, rounded up."""
     return -(-len(text) // CHARACTERS_A_TOKEN)
+
+
+def token_at(request: CompletionRequest, whole: int, at: int) -> tuple[str, str]:
+    """Return the at-th token (from 0) of an answer of so many: (what it is of, its text).
+
+    It is of the name or the arguments of a tool's call, of reasoning, or of the content.
+    """
+    shape = request.shape
+    if shape.pieces is not None:
+        if shape.tool is None:
+            return "content", shape.pieces[at]
+        return ("arguments", shape.pieces[at - 1]) if at else ("name", shape.tool)
+    return ("reasoning" if request.reasoning and at < whole // 3 else "content"), PIECES[
+        at % len(PIECES)
+    ].decode()
+
+
+def tokens_of(request: CompletionRequest, whole: int) -> dict[str, str]:
+    """Return the texts of an answer of so many tokens, by what they are of."""
+    texts: dict[str, str] = {}
+    for at in range(whole):
+        of, text = token_at(request, whole, at)
+        texts[of] = texts.get(of, "") + text
+    return texts
 
 
 def natural_length(key: bytes, mean: float) -> int:
@@ -128,7 +124,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
 def read_request(said: Mapping[str, Any], model: ServedModel, *, chat: bool) -> CompletionRequest:
     """Return what the body of a completion request asks for; raise RequestError with the wrong field."""
     read_model(said, model)
-    prompts = (chat_prompt(said),) if chat else _prompts(said)
+    prompts = (chat_prompt(said),) if chat else prompts_of(said.get("prompt"), "prompt")
     echo = not chat and typed(said, "echo", bool, default=False)
     options = typed(said, "stream_options", dict, {})
     stream = typed(said, "stream", bool, default=False)
@@ -145,6 +141,9 @@ def read_request(said: Mapping[str, Any], model: ServedModel, *, chat: bool) -> 
         stream=stream,
         include_usage=typed(options, "include_usage", bool, default=False),
         continuous_usage=typed(options, "continuous_usage_stats", bool, default=False),
+        shape=read_shape(said, model) if chat else PLACEHOLDER,
+        logprobs=read_logprobs(said, chat=chat),
+        reasoning=chat and model.reasoning_parser is not None,
     )
     if len(request.prompts) * request.n > MAX_AT_ONCE:
         raise RequestError(
@@ -193,15 +192,12 @@ def _max_tokens(said: Mapping[str, Any], *, chat: bool, least: int) -> int | Non
     return None if chat else COMPLETION_MAX_TOKENS
 
 
-def _prompts(said: Mapping[str, Any]) -> tuple[Prompt, ...]:
-    """Return the prompts of a completion request: a text, texts, token ids, or lists of token ids."""
-    prompt = said.get("prompt")
+def prompts_of(prompt: object, name: str) -> tuple[Prompt, ...]:
+    """Return the prompts that a field has: a text, texts, token ids, or lists of token ids."""
     if isinstance(prompt, str):
         return (_text_prompt(prompt),)
     if not isinstance(prompt, list) or not prompt:
-        raise RequestError(
-            "prompt: wanted a text, a list of texts, or token ids; it cannot be empty", "prompt"
-        )
+        raise RequestError(f"{name}: wanted a text, a list of texts, or token ids; it cannot be empty", name)
     if all(isinstance(p, str) for p in prompt):
         return tuple(_text_prompt(p) for p in prompt)
     if all(isinstance(p, list) for p in prompt):
@@ -225,6 +221,9 @@ def _ids_prompt(ids: list[Any]) -> Prompt:
     return Prompt(len(ids), repr(ids).encode(), text)
 
 
+_TEXT_KINDS = ("text", "input_text", "output_text", "refusal", "thinking")
+
+
 def chat_prompt(said: Mapping[str, Any]) -> Prompt:
     messages = said.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -234,8 +233,12 @@ def chat_prompt(said: Mapping[str, Any]) -> Prompt:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RequestError("messages: each is an object with a role", "messages")
         text = "".join(_message_texts(message.get("content")))
+        if message.get("tool_calls"):
+            text += json.dumps(message["tool_calls"])
         tokens += count_tokens(text) + MESSAGE_TOKENS
         parts.append(f"{message['role']}\0{text}\0")
+    if said.get("tools") and said.get("tool_choice") != "none":
+        tokens += count_tokens(json.dumps(said["tools"], separators=(",", ":")))
     return Prompt(tokens, "".join(parts).encode(errors="surrogatepass"))
 
 
@@ -245,7 +248,15 @@ def _message_texts(content: object) -> Iterator[str]:
         yield content or ""
         return
     for part in content if isinstance(content, list) else (content,):
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video")):
+            raise RequestError("this is not a multimodal model")
+        if kind not in _TEXT_KINDS:
+            raise RequestError(
+                f"Unsupported chat content part type: {kind!r:.40}. (parameter=type, value={kind!s:.40})",
+                "type",
+            )
+        text = part.get("text", part.get("refusal", part.get("thinking"))) if isinstance(part, dict) else part
         if not isinstance(text, str):
             raise RequestError("messages: content is a text, or a list of parts of type text", "messages")
         yield text
@@ -253,9 +264,10 @@ def _message_texts(content: object) -> Iterator[str]:
 
 def _check_ignored(said: Mapping[str, Any], *, chat: bool) -> None:
     """Raise RequestError for options that the engine lacks, and for wrong types of those it ignores."""
-    for name in ("logprobs", "suffix", "echo"):
-        if said.get(name) and (chat or name != "echo"):
-            raise RequestError(f"{name}: the paced engine of localcloud does not have it", name)
+    if said.get("suffix"):
+        raise RequestError("suffix is only supported for models with FIM completion rendering", "suffix")
+    if said.get("echo") and chat:
+        raise RequestError("echo: the paced engine of localcloud does not have it", "echo")
     for name, least, most in (("temperature", 0.0, math.inf), ("top_p", 0.0, 1.0)):
         value = said.get(name, 0.0)
         if value is None:
@@ -292,6 +304,8 @@ def _length(prompt: Prompt, request: CompletionRequest, model: ServedModel, whic
     most = model.max_model_len - prompt.tokens
     if request.max_tokens is not None:
         most = min(most, max(1, request.max_tokens))
+    if (tokens := request.shape.tokens) is not None:
+        return (tokens, request.shape.finish) if tokens <= most else (most, "length")
     if request.ignore_eos:
         return most, "length"
     natural = max(request.min_tokens, natural_length(prompt.key + b"\0%d" % which, model.natural_tokens))

@@ -10,26 +10,27 @@ errors, names of metrics, lines of the log. What differs, beside the text:
 - an answer ends where `max_tokens` says or, without `ignore_eos`, at a length drawn from the hash of its
   prompt, so that the same prompt always has the same length;
 - `echo` of a completion repeats the prompt; of token ids, which are no text here, placeholder text;
-- `logprobs`, `suffix` and a chat's `echo` are refused; what shapes text (temperature, stop, tools) changes
-  nothing.
+- a tool is called with the least arguments its schema takes, JSON is the least of its schema (shapes.py), and
+  logprobs are made up; temperature and stop change nothing; a chat's `echo` and regular expressions are
+  refused;
+- with --runner pooling embeddings, rerank and score are answered by hashes; without it they are 404.
 
 One process, one event loop. All streams share one timer, which is set for the end of the step under way;
 when nothing is under way there is no timer, and nothing wakes up.
 """
 
 import asyncio
+import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from engine.reference import SteppedModelServer
-from localcloud.paced.answers import CompletionAnswer, compact
+from localcloud.paced.answers import AnswerPlan, CompletionAnswer, compact
 from localcloud.paced.completion_request import (
     CompletionRequest,
-    RequestError,
-    ServedModel,
     answer_lengths,
     chat_prompt,
     count_tokens,
@@ -38,8 +39,13 @@ from localcloud.paced.completion_request import (
     read_request,
     typed,
 )
+from localcloud.paced.messages_route import MessageAnswer, as_chat, read_message
 from localcloud.paced.metrics import metrics
 from localcloud.paced.pacer import Clock, Pacer, TokenInbox
+from localcloud.paced.pooling_routes import PooledAnswer, read_embeddings, read_pairs
+from localcloud.paced.request_error import RequestError
+from localcloud.paced.responses_route import ResponseAnswer, read_response
+from localcloud.paced.served_model import ServedModel
 
 VERSION = "0.11.0+paced"
 """The version of vLLM that is imitated, and the mark that it is not vLLM."""
@@ -51,6 +57,46 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class Answer(Protocol):
+    """Makes the bytes of one answer."""
+
+    id: str
+
+    @property
+    def done(self) -> bool:
+        """Whether `events` has returned the whole answer."""
+
+    def events(self, came: Iterable[tuple[int, int]]) -> bytes:
+        """Return the events of these tokens, (choice, tokens) in the order they came."""
+
+    def whole(self) -> bytes:
+        """Return the whole answer, not streamed."""
+
+
+class _Made(NamedTuple):
+    """A route whose answer the model makes: how its body is read, and what its answer looks like."""
+
+    read: Callable[[dict[str, Any], ServedModel], CompletionRequest]
+    answer: Callable[[AnswerPlan], Answer]
+
+
+_View = Callable[[bytes], tuple[bytes, bytes]]
+
+_EMBED, _PAIRS = _Made(read_embeddings, PooledAnswer), _Made(read_pairs, PooledAnswer)
+
+MADE: Mapping[str | None, Mapping[str, _Made]] = {
+    None: {
+        "/v1/completions": _Made(partial(read_request, chat=False), CompletionAnswer),
+        "/v1/chat/completions": _Made(partial(read_request, chat=True), CompletionAnswer),
+        "/v1/responses": _Made(read_response, ResponseAnswer),
+        "/v1/messages": _Made(read_message, MessageAnswer),
+    },
+    "embed": {"/v1/embeddings": _EMBED},
+    "classify": dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"), _PAIRS),
+}
+"""The routes of a model that makes text, of one that embeds, and of one that compares."""
 
 
 class PacedEngine:
@@ -72,15 +118,16 @@ class PacedEngine:
         self.ended: Counter[str] = Counter()
         self._clock = clock
         self._pacer: Pacer | None = None if clock is None else Pacer(server, clock)
-        self._routes: Mapping[str, tuple[str, Callable[[bytes], tuple[bytes, bytes]] | None]] = {
+        self._routes: dict[str, tuple[str, _View | _Made]] = {
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics),
             "/v1/models": ("GET", self._models),
             "/version": ("GET", self._version),
             "/tokenize": ("POST", self._tokenize),
-            "/v1/completions": ("POST", None),
-            "/v1/chat/completions": ("POST", None),
         }
+        self._routes |= {path: ("POST", made) for path, made in MADE.get(model.pooling, {}).items()}
+        if model.pooling is None:
+            self._routes["/v1/messages/count_tokens"] = ("POST", self._count)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request, as ASGI wants it, or take part in the server's start and end."""
@@ -94,16 +141,21 @@ class PacedEngine:
             try:
                 await self._http(scope, receive, send)
             except RequestError as e:
-                allow = [(b"allow", self._routes[scope["path"]][0].encode())] if e.status == 405 else []
-                await _respond(send, e.status, b"application/json", compact(e.said), allow)
+                said = e.said
+                if scope["path"].startswith("/v1/messages") and e.kind != "Bad Request":
+                    said = {"type": "error", "error": {"type": e.kind, "message": str(e)}}
+                await _respond(send, e.status, b"application/json", compact(said))
 
     async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if path not in self._routes:
-            raise RequestError("Not Found", status=404, kind="NotFoundError")
+            await _respond(send, 404, b"application/json", compact({"detail": "Not Found"}))
+            return
         method, view = self._routes[path]
         if scope["method"] != method:
-            raise RequestError("Method Not Allowed", status=405, kind="MethodNotAllowedError")
+            allow = [(b"allow", method.encode())]
+            await _respond(send, 405, b"application/json", compact({"detail": "Method Not Allowed"}), allow)
+            return
         raw = b""
         if method == "POST":
             body = await _read_body(receive)
@@ -113,12 +165,12 @@ class PacedEngine:
             media = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
             if media != b"application/json":
                 raise RequestError("Unsupported media type: only application/json is taken")
-        if view is not None:
-            kind, answer = view(raw)
-            await _respond(send, 200, kind, answer)
+        if isinstance(view, _Made):
+            said = read_json(raw)
+            await self._answer(view, view.read(said, self.model), said, receive, send)
             return
-        request = read_request(read_json(raw), self.model, chat=path == "/v1/chat/completions")
-        await self._complete(request, receive, send)
+        kind, answer = view(raw)
+        await _respond(send, 200, kind, answer)
 
     # -- small routes --
 
@@ -158,14 +210,23 @@ class PacedEngine:
         answer = {"count": count, "max_model_len": self.model.max_model_len, "tokens": list(range(count))}
         return b"application/json", compact(answer | {"token_strs": None})
 
-    # -- completions --
+    def _count(self, raw: bytes) -> tuple[bytes, bytes]:
+        """Count the tokens of a message of Anthropic's."""
+        count = chat_prompt(as_chat(read_json(raw), self.model)).tokens
+        return b"application/json", compact({"input_tokens": count})
 
-    async def _complete(self, request: CompletionRequest, receive: Receive, send: Send) -> None:
+    # -- answers --
+
+    async def _answer(
+        self, made: "_Made", request: CompletionRequest, said: dict[str, Any], receive: Receive, send: Send
+    ) -> None:
         """Submit a completion request and send its answer as it comes; drop it when the client leaves."""
         if self._pacer is None:
             self._pacer = Pacer(self.server, asyncio.get_running_loop())
         lengths = answer_lengths(request, self.model)
-        answer = CompletionAnswer(request, self.model, lengths, int(time.time()))
+        answer = made.answer(
+            AnswerPlan(request, self.model, lengths, int(time.time()), said, secrets.token_hex(16))
+        )
         inbox = TokenInbox(sum(tokens for tokens, _ in lengths), patient=not request.stream)
         ids = [f"{answer.id}-{index}" for index in range(len(lengths))]
         watcher = asyncio.ensure_future(_watch(receive, inbox))
@@ -183,7 +244,7 @@ class PacedEngine:
             for id, (_, reason) in zip(ids, lengths, strict=True):
                 self.ended["abort" if self._pacer.cancel(id) else reason] += 1
 
-    async def _stream(self, answer: CompletionAnswer, inbox: TokenInbox, send: Send) -> None:
+    async def _stream(self, answer: Answer, inbox: TokenInbox, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         begun = False
         while not answer.done and (came := await inbox.take()):

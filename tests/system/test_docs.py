@@ -61,6 +61,7 @@ def flags_of(program: str) -> set[str]:
 
 FLAGS = {program: flags_of(program) for program in COMMANDS}
 OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps", "--only", "--keep", "--list"}
+OTHERS |= {"--runner", "--reasoning-parser"}  # vLLM's
 
 
 @pytest.mark.parametrize("program", list(FLAGS))

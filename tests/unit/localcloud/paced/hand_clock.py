@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.reference import SteppedModelServer
 from engine.step_time_constants import Timing
-from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import Message, PacedEngine
+from localcloud.paced.served_model import ServedModel
 
 # 10 ms a token for anybody, 10 ms for any prompt.
 EVEN = Timing("even", a=10.0, b=0.0, c=0.0, d=10.0, e=0.0, f=0.0, kv_tokens=2_000)
@@ -124,11 +124,17 @@ class PacedWorld:
             assert c.whole
 
 
-def asked(path: str, body: object = None, method: str = "POST", timing: Timing = EVEN) -> Call:
+def asked(
+    path: str,
+    body: object = None,
+    method: str = "POST",
+    timing: Timing = EVEN,
+    model: ServedModel = MODEL,
+) -> Call:
     """One request to a fresh engine, to its end."""
 
     async def run() -> Call:
-        world = PacedWorld(timing)
+        world = PacedWorld(timing, model)
         call = world.call(path, body, method)
         await world.finish(call)
         assert world.server.running == world.server.waiting == world.clock.pending == 0

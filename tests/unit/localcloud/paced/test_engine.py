@@ -6,8 +6,8 @@ import json
 import pytest
 
 from engine.reference import SteppedModelServer
-from localcloud.paced.completion_request import ServedModel
 from localcloud.paced.engine import MAX_BODY, Message, PacedEngine
+from localcloud.paced.served_model import ServedModel
 from tests.unit.localcloud.paced.hand_clock import (
     CHAT,
     COMPLETION,
@@ -137,7 +137,7 @@ def test_the_server_may_start_and_end() -> None:
 
 def test_an_unknown_path_is_a_404_and_a_wrong_method_a_405() -> None:
     assert asked("/v1/embeddings", {}).status == 404
-    assert asked("/", b"", "GET").said["error"]["code"] == 404
+    assert asked("/", b"", "GET").said == {"detail": "Not Found"}
     wrong = asked(COMPLETION, b"", "GET")
     assert (wrong.status, wrong.headers[b"allow"]) == (405, b"POST")
     assert asked("/health", {}).status == 405
