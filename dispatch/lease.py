@@ -31,11 +31,16 @@ class Lease:
     started: int = 0
     rests: bool = False
     over: bool = False
+    first_token_s: float = 0.0  # after it was given, as is expected
 
     @property
     def address(self) -> str:
         """The URL of the instance that the lease's request is to be sent to."""
         return self.spec.address
+
+    def expect(self, first_token_s: float) -> None:
+        """Note when its first token is expected, in seconds after it was given."""
+        self.first_token_s = first_token_s
 
     def start(self, report: int) -> None:
         """Note the number of the report that said that the lease's token was taken."""

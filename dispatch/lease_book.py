@@ -107,6 +107,7 @@ class LeaseBook:
         if not inst.leases:
             self.working += 1
         inst.add_lease(lease, prompt_work, now)
+        lease.expect(inst.read_at - now)
         self._leases[request_id] = lease
         self._expiring.append(lease)
         self.allowance.given(lease)

@@ -31,6 +31,7 @@ from fleet_client.transport import (
     InstanceOut,
     TransportCore,
     cut_off,
+    late,
     not_answered,
     not_connected,
     require_httpx2,
@@ -62,6 +63,7 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         self.headers = reply.headers
         self.lease = reply.lease
         self._body = reply.body
+        self._first = reply.first
         self._source: aiohttp.ClientResponse | None = reply.source
         self._tell = tell
         self._linger = linger
@@ -80,6 +82,9 @@ class AsyncAnswer(httpx2.AsyncByteStream):
             if body:
                 yield body
             return
+        if self._first:
+            self._chunk, self._first = self._first, b""
+            yield self._chunk
         read = self._source.content.readany
         while True:
             try:
@@ -309,8 +314,11 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         body: Any = call.body or None
         if body is not None and len(body) > 2**20:
             body = io.BytesIO(body)  # goes in pieces
-        limit = asyncio.timeout(self._core.head_s(timeouts))
+        limit_s = step.sooner_than(timeouts.read)
+        limit = asyncio.timeout(self._core.head_s(timeouts) if limit_s is None else limit_s)
         head = _Head(lease, limit)
+        source: aiohttp.ClientResponse | None = None
+        first = b""
         with staged() as stage:
             try:
                 side.watch(head)
@@ -326,14 +334,22 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                         ssl=context_for(lease.address, lease.certificate) or True,
                         allow_redirects=False,
                     )
+                    if limit_s is not None and call.streamed and source.status == 200:
+                        first = await _first_part(source)
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
+                if source is not None:
+                    abort(source)
                 if head.out is not None:
                     return not_answered(lease, head.out, bad_http=False, again=False)
                 if not stage.connected:
                     return not_connected(lease, e)
+                if limit_s is not None and limit.expired():
+                    return late(lease, limit_s)
                 bad = isinstance(e, aiohttp.ClientResponseError | aiohttp.ClientPayloadError)
                 return not_answered(lease, e, bad_http=bad, again=not stage.fresh)
             except BaseException:
+                if source is not None:
+                    abort(source)
                 if not stage.connected:
                     self._core.leases.tell(lease, "unused")
                 raise
@@ -341,8 +357,16 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                 side.unwatch(head)
         if source.status not in ELSEWHERE:
             headers = returned(source.raw_headers, lease.address)
-            return HttpReply(source.status, headers, source, lease=lease)
+            return HttpReply(source.status, headers, source, lease=lease, first=first)
         return kept_reply(source.status, source.raw_headers, await read_some(source), lease)
+
+
+async def _first_part(source: aiohttp.ClientResponse) -> bytes:
+    """Return the first bytes of a body; how the answer breaks, reading on will say."""
+    try:
+        return await source.content.readany()
+    except (aiohttp.ClientError, ConnectionError):
+        return b""
 
 
 async def _buffered(request: httpx2.Request) -> bytes | None:

@@ -71,6 +71,7 @@ class Connection:
         self._head_size = 0  # bytes that came while no body did
         self._interim = 0
         self._over: str | None = None  # which bound was passed
+        self._broken: ConnectionError | None = None  # how it ended after its head
 
     # -- what httptools calls
 
@@ -134,6 +135,17 @@ class Connection:
             self._receive()
         self.limit(limit_s)
 
+    def first_part(self, limit_s: float) -> None:
+        """Wait for the first bytes of the body; raises TimeoutError. How the answer breaks, `body` says."""
+        end = time.monotonic() + limit_s
+        while not self._chunks and not self.complete:
+            self._limit_until(end)
+            try:
+                self._receive()
+            except ConnectionError as e:
+                self._broken = e
+                return
+
     def whole_body(self, most: int, limit_s: float) -> bytes:
         """Return the answer's body, of at most `most` bytes within limit_s seconds; raise OSError."""
         end = time.monotonic() + limit_s
@@ -164,6 +176,8 @@ class Connection:
                 yield chunks[0] if len(chunks) == 1 else b"".join(chunks)
             elif self.complete:
                 return
+            elif self._broken is not None:
+                raise self._broken
             else:
                 self._receive()
 

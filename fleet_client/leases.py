@@ -42,6 +42,7 @@ class ClientLease:
     expires: float
     token: str = field(repr=False)
     certificate: str | None = field(repr=False)
+    first_token_s: float | None = None  # in which the loadbalancer expects the first token
 
     def fresh(self, now: float) -> bool:
         """Return whether the lease may still be used: it is not yet in the last part of its life."""
@@ -165,7 +166,10 @@ def _lease_in(said: Mapping[str, Any], known: Mapping[str, Any], now: float) -> 
     if certificate is not None and not isinstance(certificate, str):
         return None
     address, request_id, token = (str(t) for t in texts)
-    return ClientLease(address.rstrip("/"), request_id, number, now, now + float(life_s), token, certificate)
+    first_s = said.get("first_token_s")
+    expected_s = float(first_s) if isinstance(first_s, int | float) and 0.0 <= first_s <= 1e5 else None
+    expires = now + float(life_s)
+    return ClientLease(address.rstrip("/"), request_id, number, now, expires, token, certificate, expected_s)
 
 
 def _seconds(retry_after: str | None) -> float:

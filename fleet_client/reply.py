@@ -12,13 +12,17 @@ from fleet_client.leases import ClientLease
 
 @dataclass(frozen=True, slots=True)
 class HttpReply:
-    """An answer from its first byte on. body: all of it, if it was read; source: what it is read from."""
+    """An answer from its first byte on. body: all of it, if it was read; source: what it is read from.
+
+    first: the first part of its body, if that was waited for.
+    """
 
     status: int
     headers: Sequence[Header]
     source: Any = None
     body: bytes | None = None
     lease: ClientLease | None = None
+    first: bytes = b""
 
 
 def error_reply(

@@ -40,6 +40,13 @@ machine in 5. The time for which it held the request, as it was asked to, is no 
 ROUTE_SLACK_S, NEARER_SLACK_S = 5.0, 1.0
 """Seconds POST /route may take beyond the wait that was asked for: usually, and with a lease at hand."""
 
+FIRST_BYTE_S, FIRST_BYTE_FACTOR, SLOW_TOKEN_S = 30.0, 10.0, 0.5
+"""Seconds for the first byte of an answer beside ten times the expected ones, and half a second for each
+token of an answer that comes in one piece: more than a busy machine takes, far below a program's 600 s."""
+
+LATE = "first_byte"
+"""The word for an instance whose answer did not begin in that time."""
+
 TOO_MANY_UNUSED = "too_many_unused"
 """The loadbalancer's word for a client that has taken many leases that it has not used."""
 
@@ -82,11 +89,18 @@ class AcquireLease:
 class Send:
     """A step: send the request with a lease, if `again` on a new connection; send back what came of it.
 
-    That is an HttpReply or a Setback.
+    That is an HttpReply or a Setback. first_byte_s: give it up when the answer has not begun by then, a
+    streamed one with its first part; None: wait for as long as its program does.
     """
 
     lease: ClientLease
     again: bool
+    first_byte_s: float | None = None
+
+    def sooner_than(self, read_s: float | None) -> float | None:
+        """Return that limit where a program waits for longer than it; None elsewhere."""
+        limit_s = self.first_byte_s
+        return limit_s if limit_s is not None and (read_s is None or limit_s < read_s) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +126,14 @@ def attempt(call: Call, leases: LeaseKeeper, now: float, rng: random.Random) -> 
     options = leases.options
     acquirer = LeaseAcquirer(call, leases, rng)
     last: HttpReply | httpx2.RequestError | None = None
-    for _ in range(options.max_tries):
+    patient = False  # limited once: a fleet that is slow as a whole would be made slower
+    for left in reversed(range(options.max_tries)):
         lease, now = yield from acquirer.acquire(now)
         if isinstance(lease, Refusal):
             return _last_word(last) if last is not None else _no_lease(lease, options.url)
         call.note_lease()
-        came, now = yield from _try(lease, now)
+        limit_s = None if patient or not left else first_byte_s(call, lease)
+        came, now = yield from _try(lease, now, limit_s)
         if isinstance(came, HttpReply):
             if came.status not in ELSEWHERE:
                 leases.note_answer(call, came)
@@ -127,6 +143,7 @@ def attempt(call: Call, leases: LeaseKeeper, now: float, rng: random.Random) -> 
         else:
             why = came.why
             last = came.error
+            patient = patient or why == LATE
         call.note_setback(lease, why)
         leases.tell(lease, "failed", why)
         if isinstance(came, Setback) and not came.elsewhere:
@@ -234,8 +251,22 @@ class LeaseAcquirer:
         self._call.note_wait(seconds, said)
 
 
+def first_byte_s(call: Call, lease: ClientLease) -> float | None:
+    """Return the seconds after which an answer that has not begun will hardly come; None: not known.
+
+    An answer in one piece begins when its last token is made, so it must be known how many those may be.
+    """
+    if lease.first_token_s is None:
+        return None
+    limit_s = FIRST_BYTE_S + FIRST_BYTE_FACTOR * lease.first_token_s
+    if call.streamed:
+        return limit_s
+    most = call.size.max_tokens
+    return None if most is None else limit_s + SLOW_TOKEN_S * most
+
+
 def _try(
-    lease: ClientLease, now: float
+    lease: ClientLease, now: float, limit_s: float | None
 ) -> Generator[Step, tuple[Came, float], tuple[HttpReply | Setback, float]]:
     """Send the request to one instance; return (its answer or the setback, the time)."""
     try:
@@ -243,7 +274,7 @@ def _try(
         _check_origin(lease.address)
     except ValueError as e:
         return Setback("bad_address", httpx2.ConnectError(f"{lease}: {e}"), elsewhere=True), now
-    came, now = yield Send(lease, again=False)
+    came, now = yield Send(lease, again=False, first_byte_s=limit_s)
     assert isinstance(came, HttpReply | Setback)  # noqa: S101 what Send gives
     if not isinstance(came, Setback) or not came.again:
         return came, now

@@ -31,6 +31,7 @@ from fleet_client.transport import (
     InstanceOut,
     TransportCore,
     cut_off,
+    late,
     named,
     not_answered,
     not_connected,
@@ -290,6 +291,7 @@ class FleetTransport(httpx2.BaseTransport):
 
     def _send(self, call: Call, step: Send) -> HttpReply | Setback:
         lease, timeouts = step.lease, call.timeouts
+        limit_s = step.sooner_than(timeouts.read)
         key = (lease.address, lease.certificate)
         connection = None if step.again else self._connections.take(key)
         if connection is None:
@@ -307,9 +309,15 @@ class FleetTransport(httpx2.BaseTransport):
             with contextlib.suppress(ConnectionError):
                 connection.send(call.method, call.target, forwarded(call.headers, lease.token), call.body)
             connection.watch(partial(self._loadbalancer.look, lease))
-            connection.head(timeouts.read)
+            begun = time.monotonic()
+            connection.head(timeouts.read if limit_s is None else limit_s)
+            if limit_s is not None and call.streamed and connection.status == 200:
+                connection.first_part(max(0.0, limit_s - (time.monotonic() - begun)))
+            connection.limit(timeouts.read)
         except OSError as e:
             self._connections.drop(connection)
+            if limit_s is not None and isinstance(e, TimeoutError):
+                return late(lease, limit_s)
             return not_answered(lease, e, bad_http=isinstance(e, BadHttp), again=not connection.fresh)
         except BaseException:
             self._connections.drop(connection)

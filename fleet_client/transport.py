@@ -22,7 +22,7 @@ from fleet_client.options import FleetOptions
 from fleet_client.own_tls import TrustedServer
 from fleet_client.prefix_hashes import Hasher
 from fleet_client.reply import HttpReply, error_reply
-from fleet_client.retry import Attempt, Setback, attempt
+from fleet_client.retry import LATE, Attempt, Setback, attempt
 from fleet_client.token_estimate import estimate_body, read_body
 
 MAX_BODY = 64 * 2**20
@@ -101,7 +101,10 @@ class TransportCore:
         said = read_body(method, body)
         size = estimate_body(method, target, body, said)
         affinity = () if self._hasher is None else self._hasher.hashes(target, said, size)
-        return Call(method, target, headers, body, size, timeouts, affinity=affinity, priority=priority)
+        streamed = said is not None and said.get("stream") is True
+        return Call(
+            method, target, headers, body, size, timeouts, (), affinity, priority=priority, streamed=streamed
+        )
 
     def call_of(self, request: httpx2.Request, body: bytes | None) -> Call | HttpReply:
         """Return httpx2's request as a call, or the answer that refuses it. body: None: it is too large."""
@@ -236,6 +239,12 @@ def not_answered(lease: ClientLease, error: BaseException, *, bad_http: bool, ag
 
 class InstanceOut(OSError):
     """The loadbalancer says that an instance answers nothing any more; the text is its word for why."""
+
+
+def late(lease: ClientLease, limit_s: float) -> Setback:
+    """Return the setback of a request whose first byte did not come when it should have."""
+    said = f"{lease}: no first byte within {limit_s:.0f} s; {lease.first_token_s:.1f} were expected"
+    return Setback(LATE, httpx2.ReadTimeout(said), elsewhere=True)
 
 
 def cut_off(lease: ClientLease | None, error: BaseException) -> tuple[str, httpx2.RequestError]:

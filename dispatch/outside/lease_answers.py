@@ -43,4 +43,5 @@ def _answer(
         round(lease.expires_at - now, 3),
         certificate,
         key,
+        round(lease.first_token_s, 3),
     )

@@ -92,6 +92,7 @@ class LeaseAnswer(Struct, frozen=True, gc=False, omit_defaults=True):
 
     expires_at: epoch seconds; expires_in_s: for a client whose clock is wrong. certificate (PEM) and
     public_key_sha256 (base64): of an instance with TLS; leases of a batch have them in `certificates`.
+    first_token_s: seconds in which the first token is expected; of a batch those of a typical request.
     """
 
     address: str
@@ -103,6 +104,7 @@ class LeaseAnswer(Struct, frozen=True, gc=False, omit_defaults=True):
     expires_in_s: float
     certificate: str | None = None
     public_key_sha256: str | None = None
+    first_token_s: float | None = None
 
     def __repr__(self) -> str:
         """Return a text for logs, which leaves out the lease's token."""

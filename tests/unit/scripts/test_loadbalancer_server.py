@@ -48,6 +48,7 @@ def test_a_lease_holds_what_a_client_needs() -> None:
         "model": "vllm-13",
         "expires_at": 1_700_000_060.0,
         "expires_in_s": 60.0,
+        "first_token_s": 0.1,
     }
 
 
@@ -102,6 +103,14 @@ def test_a_client_may_say_how_its_lease_ended_and_say_it_twice() -> None:
         assert (answer.status_code, answer.get_json()) == (200, {})
     assert app.balancer.usage(app.service.clock()).instances[7].failures == 1
     assert app.client.post("/route", json={"work": 1000}).status_code == 200
+
+
+def test_a_lease_says_when_its_first_token_is_expected() -> None:
+    app = LoadBalancerApp()
+    app.stock()
+    said = {"prompt_tokens": 500, "max_tokens": 50}
+    leases = [app.client.post("/route", json=said).get_json() for _ in range(2)]
+    assert [lease["first_token_s"] for lease in leases] == [0.5, 1.0], "the second is read after the first"
 
 
 def test_a_client_asks_which_instances_answer_nothing_any_more() -> None:
