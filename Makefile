@@ -13,9 +13,11 @@ ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 WHEEL := build/wheel
 WHEEL_READY := $(WHEEL)/.ready
+PAGE_LIB := build/page-lib
+PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo flags sizes picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo flags sizes picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -44,6 +46,10 @@ test-bench: $(READY) $(COMPILED)
 # The client's wheel, installed apart from the checkout.
 test-wheel: $(READY) $(COMPILED) $(WHEEL_READY)
 	$(TESTS) tests/wheel
+
+# The operator's page in Debian's Chromium; pictures of it go to build/page-shots.
+test-page: $(READY) $(COMPILED) $(PAGE_READY)
+	PYTHONPATH=$(PAGE_LIB) $(TESTS) tests/page
 
 test-vllm: $(READY) $(COMPILED) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/vllm
@@ -150,6 +156,12 @@ $(ROUTERS_READY): requirements-routers.txt
 
 # Built from a copy, since setuptools leaves its own build/ and *.egg-info beside the sources.
 CLIENT := pyproject.toml README.md LICENSE $(wildcard fleet_client/*.py) fleet_client/py.typed
+$(PAGE_READY): requirements-page.txt $(READY)
+	rm -rf $(PAGE_LIB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(PAGE_LIB) -r requirements-page.txt
+	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
+	touch $@
+
 $(WHEEL_READY): $(CLIENT)
 	rm -rf $(WHEEL)
 	mkdir -p $(WHEEL)/source

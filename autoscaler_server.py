@@ -17,13 +17,16 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 
 from fleet.instance_messages import Hearing
-from fleet.outside.config import SERVE_ONLY, AutoscalerConfig
+from fleet.outside.by_hand import ByHand
+from fleet.outside.config import PRODUCTION_URL, SERVE_ONLY, AutoscalerConfig
 from fleet.outside.costs import cost_answer
 from fleet.outside.decisions import decisions_answer
 from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.hot_set_push import current_hot_set
 from fleet.outside.metrics import AutoscalerMetrics
+from fleet.outside.overview import FleetPlace, Overview
 from fleet.outside.own_health import Reason
+from fleet.outside.page_routes import add_page
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.tuner import NoCurve, Tuner
@@ -45,6 +48,7 @@ from web.messages.decoding import BadField, decode
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import ReadyBody
 from web.metrics import metrics_page
+from web.page_files import PageToken
 from web.signatures import claimed_name, name_and_key, signer
 
 log = logging.getLogger("autoscaler")
@@ -55,7 +59,7 @@ ENVIRONMENT = "AUTOSCALER_"
 REPLAY = (sys.executable, "-m", "simulation.virtual.replay")
 """What replays the fleet's last day for the tuner, in a process of its own."""
 
-SLOW_ROUTES = frozenset({"/costs", "/metrics"})
+SLOW_ROUTES = frozenset({"/costs", "/metrics", "/overview", "/history"})
 """They read the whole ledger: in a thread, so that nothing else waits for it."""
 
 HEALTHY_FOR = 60.0, 5.0
@@ -74,25 +78,31 @@ def create_app(
     master_token: Callable[[str], str],
     nudge: Callable[[], None] = lambda: None,
     tuner: Tuner | None = None,
+    place: FleetPlace | None = None,
+    by_hand: ByHand | None = None,
 ) -> Flask:
     """Make the autoscaler's Flask app with its routes. Views fetch, check, act and answer.
 
     nudge: called when a health check has become due. tuner: gives the curve, and is told of a new policy.
+    place: what the operator's page says of this process. by_hand: carries out what a person asks.
     """
     app = make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
-    _add_health(app, scaler, poll_interval_s)
+    health = _add_health(app, scaler, poll_interval_s)
+    place = place or FleetPlace(scaler.instances.fleet_name, "", local=False, speedup=1.0)
+    token = PageToken()
+    add_page(app, Overview(scaler, place, tuner), by_hand or ByHand(scaler), keys, token, health)
     _add_loadbalancer_routes(app, scaler, keys, master_token)
     _add_ready(app, scaler, master_token, nudge)
     _add_operator_views(app, scaler, keys)
-    _add_operator_orders(app, scaler, keys, tuner)
+    _add_operator_orders(app, scaler, keys, token, tuner)
     return app
 
 
-def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> None:
+def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Callable[[], dict[str, Any]]:
+    """Register GET /health; return what makes its answer, which has an `error` where the status is 503."""
     started = scaler.clock()
 
-    @app.get("/health")
-    def health() -> tuple[Response, int]:
+    def answer() -> dict[str, Any]:
         last = scaler.last_good_turn
         age = scaler.clock() - (started if last is None else last)
         shown = round(age, 1)
@@ -107,10 +117,17 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> None:
         if scaler.own.clock_steps:
             more["clock_steps"] = [{"at": at, "by_s": round(by_s, 1)} for at, by_s in scaler.own.clock_steps]
         if not reasons:
-            return jsonify(status="ok", **more), 200
+            return {"status": "ok", **more}
         said = [{"reason": r.code, "message": safe_text(r.message)} for r in reasons]
         message = "; ".join(one["message"] for one in said)
-        return jsonify(error=reasons[0].code, message=message, reasons=said, **more), 503
+        return {"error": reasons[0].code, "message": message, "reasons": said, **more}
+
+    @app.get("/health")
+    def health() -> tuple[Response, int]:
+        said = answer()
+        return jsonify(said), 503 if "error" in said else 200
+
+    return answer
 
 
 def _add_loadbalancer_routes(
@@ -211,11 +228,14 @@ def _add_operator_views(app: Flask, scaler: Autoscaler, keys: AccessKeys) -> Non
         return response(metrics_page(figures, request.headers.get("Accept", "")))
 
 
-def _add_operator_orders(app: Flask, scaler: Autoscaler, keys: AccessKeys, tuner: Tuner | None) -> None:
+def _add_operator_orders(
+    app: Flask, scaler: Autoscaler, keys: AccessKeys, token: PageToken, tuner: Tuner | None
+) -> None:
     operator = requires(keys.for_operator)
 
     @app.put("/manage")
     @operator
+    @token.required
     def manage() -> Response:
         wanted = body(ManageBody).manage
         with scaler.lock:
@@ -225,6 +245,7 @@ def _add_operator_orders(app: Flask, scaler: Autoscaler, keys: AccessKeys, tuner
 
     @app.put("/policy")
     @operator
+    @token.required
     def policy() -> Response:
         wanted = body(PolicyBody)
         try:
@@ -273,6 +294,10 @@ def serve(config: AutoscalerConfig) -> None:
         process.keys.master_token,
         process.health_rounds.wakeup.wake,
         process.tuner,
+        FleetPlace(
+            config.label, config.cloud_url if config.local else PRODUCTION_URL, config.local, config.speedup
+        ),
+        process.by_hand,
     )
     url = f"{scheme(tls)}://{config.host}:{config.port}"
     log.info("autoscaler of fleet %s (%s) on %s", config.label, config.model, url)

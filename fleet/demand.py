@@ -148,6 +148,15 @@ class Demand:
             kv_tokens,
         )
 
+    def use_of_instances(self) -> dict[int, tuple[int, float, int]]:
+        """Return requests under way, their work, and failures so far, by instance id."""
+        found: dict[int, tuple[int, float, int]] = {}
+        for _, report in self._last.values():
+            for i, use in report.instances.items():
+                requests, work, failures = found.get(i, (0, 0.0, 0))
+                found[i] = requests + use.unfinished, work + use.work, failures + use.failures
+        return found
+
     @property
     def demand(self) -> float:
         """The demand of all loadbalancers heard of lately, in instances' worth of capacity."""

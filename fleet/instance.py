@@ -14,6 +14,7 @@ from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.instance_messages import Ear, Hearing
 from fleet.journal import BillingInterval, SavedInstance
 from fleet.states import BILLS_GPU, CHECKED, SERVING, State, check_transition
+from fleet.taken_out import TakenOut
 from fleet_client.back_off import back_off_s
 from vast.rows import Offer, Row
 from web.messages.reports import ReadyBody
@@ -205,6 +206,7 @@ class Instance:
     suspected: bool = False  # silent for so long that another takes its place meanwhile
     absence: Absence = field(default_factory=Absence)
     trouble: Trouble = field(default_factory=Trouble)
+    taken_out: TakenOut = field(default_factory=TakenOut)
     boot: BootRecord = field(default_factory=BootRecord)
     orders: Orders = field(default_factory=Orders)
     ear: Ear = field(default_factory=Ear)
@@ -232,8 +234,7 @@ class Instance:
     def found(cls, label: str, row: Row, now: float, *, first: bool) -> "Instance":
         """Return an instance that is listed but was not known: its order was lost, or the ledger is.
 
-        A stopped one is taken to hold the model: a start will show. A running one may have requests, and may
-        be hot if no listing was read before (first): its first check will tell.
+        A stopped one is taken to hold the model. first: no listing came before, so a running one may be hot.
         """
         down, up = row.actual_status in DOWN, row.actual_status in UP
         return cls(
@@ -286,6 +287,7 @@ class Instance:
         check_transition(self.state, state)
         self.state, self.since, self.why = state, now, why
         self.unverified = self.suspected = False
+        self.taken_out.end(state)
 
     def explain(self, why: str) -> None:
         """Replace the reason why the instance is in its state by a better one."""
@@ -307,10 +309,9 @@ class Instance:
         self.broken_since = _since(self.broken_since, now, _has_host_error(row.status_msg))
         ended = row.actual_status in DOWN and row.intended_status != "stopped" and self.state in RUNS
         self.trouble.note_ended(now, ended=ended)
-        moved = (self.host, self.ports) != (row.public_ip, row.ports)
-        if moved:
-            self.host, self.ports = row.public_ip, row.ports
-        return moved
+        before = self.host, self.ports
+        self.host, self.ports = row.public_ip, row.ports
+        return before != (self.host, self.ports)
 
     def spare_until(self, until: float) -> None:
         """Let no deadline of the instance pass before that time."""

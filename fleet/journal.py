@@ -1,7 +1,8 @@
 """What the fleet decided and what happened to its instances, as plain data for ledger, log and operator."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fleet.commands import Command
 from policies import FleetSnapshot, Targets
@@ -83,6 +84,15 @@ class Decision:
     commands: tuple[Command, ...]
     notes: tuple[str, ...]
     clamped: tuple[str, ...] = ()
+
+
+def remember(decisions: deque[Decision], decision: Decision) -> None:
+    """Append a decision that orders or says something new; of the demand only its last value is kept."""
+    last = decisions[-1] if decisions else None
+    said = (decision.targets, decision.notes)
+    if decision.commands or last is None or (last.targets, last.notes) != said:
+        seen = decision.seen and replace(decision.seen, demand=decision.seen.demand[-1:], arriving=())
+        decisions.append(replace(decision, seen=seen))
 
 
 @dataclass

@@ -100,11 +100,20 @@ class Market:
         """How many creates in a row have failed."""
         return self._failed_creates
 
-    def avoid(self, machine_id: int, why: str, now: float) -> float:
-        """Do not rent that machine for a while, on the evidence `why`; return until when."""
+    def avoid(self, machine_id: int, why: str, now: float, for_s: float | None = None) -> float:
+        """Do not rent that machine for a while, on the evidence `why`; return until when.
+
+        for_s: seconds for which it is not rented; None: as long as any machine that failed.
+        """
         self.bad_reasons[machine_id] = why
-        until = self.bad_machines[machine_id] = now + self._deadlines.bad_machine_s
+        until = now + (self._deadlines.bad_machine_s if for_s is None else for_s)
+        self.bad_machines[machine_id] = until
         return until
+
+    def forgive(self, machine_id: int) -> bool:
+        """Let that machine be rented again; return whether it was avoided."""
+        self.bad_reasons.pop(machine_id, None)
+        return self.bad_machines.pop(machine_id, None) is not None
 
     def restore(self, bad_machines: Mapping[int, float]) -> None:
         """Take over until when machines that failed before a restart are not rented."""

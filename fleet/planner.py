@@ -85,6 +85,10 @@ def _pages(situation: Situation) -> Iterator[AskPage]:
             yield AskPage(i.label, i.id, f"{i.absence.turns} listings in a row lack it")
 
 
+NOT_NOW = GIVEN_UP | {State.STOPPING}
+"""States in which a retired instance is left alone: it ends already, or its stop does first."""
+
+
 class Planner:
     """Puts one decision together, from a situation and a policy."""
 
@@ -94,7 +98,8 @@ class Planner:
         self._now, self._deadlines = situation.now, situation.deadlines
         self._by_state: dict[State, list[Instance]] = {state: [] for state in State}
         for i in situation.instances:
-            self._by_state[i.state].append(i)
+            if not i.taken_out.for_good:  # else it is on its way out, and another is to take its place
+                self._by_state[i.state].append(i)
         self._notes: list[str] = []
         self._clamped: list[str] = []
         self._commands: list[Command] = []
@@ -156,7 +161,11 @@ class Planner:
             elif i.state is State.DRAINING:
                 drained = i.label in self._situation.drained
                 if stop := end_of_drain(i, i.id, drained, self._deadlines, self._now):
-                    yield stop
+                    yield Destroy(i.label, i.id, stop.why, i.evidence) if i.taken_out.for_good else stop
+            elif i.state is State.HOT and i.taken_out:
+                yield Drain(i.label, i.id, "a person takes it out of service")
+            elif i.taken_out.for_good and i.state not in NOT_NOW:
+                yield Destroy(i.label, i.id, "another takes its place", i.evidence)
 
     # -- 2. hot ----------------------------------------------------------------------------------------
 
@@ -182,7 +191,7 @@ class Planner:
         """Take draining instances back, the cheapest first; return how many are still missing."""
         stopped = self._labels(Stop)
         for i in sorted(self._by_state[State.DRAINING], key=_cheapest_first):
-            if missing > 0 and i.id is not None and i.label not in stopped:
+            if missing > 0 and i.id is not None and i.label not in stopped and not i.taken_out:
                 self._commands.append(Undrain(i.label, i.id, "needed again"))
                 missing -= 1
         return missing
@@ -250,12 +259,14 @@ class Planner:
             self._commands.append(LookForOffers(why))
 
     def _take_offers(self, most: int, why: str) -> None:
-        failed = {i.machine_id for i in self._by_state[State.FAILED]}
+        avoided = {
+            i.machine_id for i in self._situation.instances if i.taken_out.for_good or i.state is State.FAILED
+        }
         taken: set[int] = set()
         for offer in self._situation.market.offers:
             if len(taken) >= most:
                 break
-            if offer.machine_id in failed or offer.id in taken:
+            if offer.machine_id in avoided or offer.id in taken:
                 continue
             if self._guard.admit_create(offer.dph_total):
                 self._commands.append(Create(offer, why, evidence=self._evidence))

@@ -53,7 +53,7 @@ def _destroy_fleet(process: AutoscalerProcess, ask: Callable[[str], str] | None)
     shown = ""
     process.start()
     while True:
-        scaler.destroy_all("destroy-fleet")
+        scaler.destroy("destroy-fleet")
         with scaler.lock:
             left = [f"{i.id or 'ordered'} {i.state}" for i in scaler.instances]
         if not left and _lists_none(process):

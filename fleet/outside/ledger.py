@@ -13,6 +13,7 @@ process goes on from them, and no dollar between is lost.
     bad_machine  machine_id, and until when it is not rented again
     took         how long orders, starts and loads took
     host_key     the ssh host key that an instance showed first
+    sampled      the fleet over time, as the page draws it (fleet/history.py), kept as long as arrivals
     noted        single values by name: since when listings lack most of the fleet, the clock's offset
     clock_step   when the wall clock was set, and by how many seconds
 
@@ -23,13 +24,14 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
 from fleet.arrivals import Arrived
 from fleet.costs import CostBreakdown, break_down
 from fleet.durations import KEPT
+from fleet.history import NAMES, FleetSample
 from fleet.journal import BillingInterval, Entries, SavedFleet, SavedInstance
 from fleet.outside.ledger_mending import in_order
 from fleet.states import State
@@ -77,7 +79,15 @@ CREATE TABLE IF NOT EXISTS noted(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS clock_step(at_s REAL NOT NULL, by_s REAL NOT NULL);
 """
 
-MIGRATIONS = ((1, _VERSION_1), (2, _VERSION_2))
+_VERSION_3 = """
+CREATE TABLE IF NOT EXISTS sampled(
+  at_s REAL PRIMARY KEY, hot INTEGER NOT NULL, draining INTEGER NOT NULL, booting INTEGER NOT NULL,
+  cold INTEGER NOT NULL, lost INTEGER NOT NULL, wanted_hot INTEGER NOT NULL, wanted_total INTEGER NOT NULL,
+  offered REAL NOT NULL, busy REAL NOT NULL, held INTEGER NOT NULL, oldest_wait_s REAL NOT NULL,
+  arrived INTEGER NOT NULL, late INTEGER NOT NULL, usd_h REAL NOT NULL);
+"""
+
+MIGRATIONS = ((1, _VERSION_1), (2, _VERSION_2), (3, _VERSION_3))
 """(version, SQL that brings a ledger of the version before to it), oldest first; released ones never change.
 
 Version 0 is an empty file, or a ledger from before versions (commit 0abccd6), which has these tables, or all
@@ -162,12 +172,19 @@ class Ledger:
                 self._note({"lacking_since": since, "lacking_seen_at": seen_at})
 
     def add_counts(
-        self, worked: Mapping[tuple[str, int], float], arrived: Iterable[Arrived], now: float
+        self,
+        worked: Mapping[tuple[str, int], float],
+        arrived: Iterable[Arrived],
+        now: float,
+        samples: Sequence[FleetSample] = (),
     ) -> None:
-        """Add seconds worked, by (label, number of the bucket), and arrivals; once an hour drop old ones."""
+        """Add seconds worked, by (label, number of the bucket), arrivals and samples of the fleet.
+
+        Once an hour drop old ones.
+        """
         seconds = [(label, bucket, s) for (label, bucket), s in worked.items() if s > 0.0]
         arrivals = [(a.second, a.requests, a.work, a.prompt_tokens) for a in arrived]
-        if not seconds and not arrivals:
+        if not seconds and not arrivals and not samples:
             return
         with self._lock, self._transaction():
             self._db.executemany(
@@ -181,6 +198,10 @@ class Ledger:
                 " prompt_tokens = prompt_tokens + excluded.prompt_tokens",
                 arrivals,
             )
+            self._db.executemany(
+                f"INSERT OR REPLACE INTO sampled VALUES ({','.join('?' * len(NAMES))})",  # noqa: S608 no data
+                [astuple(sample) for sample in samples],
+            )
             if now >= self._prune_at:
                 self._prune(now - KEPT_S)
                 self._prune_at = now + PRUNE_EVERY_S
@@ -188,6 +209,7 @@ class Ledger:
     def _prune(self, before_s: float) -> None:
         """Drop older arrivals, and sum up older buckets of work by day, so that costs stay the same."""
         self._db.execute("DELETE FROM arrived WHERE second < ?", (before_s,))
+        self._db.execute("DELETE FROM sampled WHERE at_s < ?", (before_s,))
         old = int(before_s // DAY_S * DAY_S // BUCKET_S)  # whole days only
         self._db.execute(
             "INSERT INTO worked_day SELECT label, CAST(bucket * ?1 / ?2 AS INTEGER) AS day, SUM(seconds)"
@@ -229,6 +251,7 @@ class Ledger:
                 [(from_s, to_s, rowid) for rowid, (from_s, to_s) in changed.items()],
             )
             self._db.execute("DELETE FROM arrived WHERE second > ?", (now,))
+            self._db.execute("DELETE FROM sampled WHERE at_s > ?", (now,))
             self._db.execute("DELETE FROM took WHERE seconds < 0 OR at_s > ?", (now,))
         return len(changed)
 
@@ -300,6 +323,14 @@ class Ledger:
             ).fetchall()
         return [Arrived(*row) for row in rows]
 
+    def samples(self, from_s: float, to_s: float) -> list[FleetSample]:
+        """Return the samples of the fleet that were taken inside the window, oldest first."""
+        with self._reading:
+            rows = self._reader.execute(
+                "SELECT * FROM sampled WHERE at_s >= ? AND at_s < ? ORDER BY at_s", (from_s, to_s)
+            ).fetchall()
+        return [FleetSample(*row) for row in rows]
+
     def costs(self, from_s: float, to_s: float) -> CostBreakdown:
         """Return what the fleet cost inside the window; to_s is at most now."""
         with self._reading:
@@ -365,6 +396,7 @@ _TABLES = {
     "mourned": "label, until_s, usd_h",
     "host_key": "label, key",
     "took": "kind, at_s, seconds",
+    "sampled": ", ".join(NAMES),
     "noted": "name, value",
     "clock_step": "at_s, by_s",
 }

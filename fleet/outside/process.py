@@ -17,6 +17,7 @@ from engine.profiles import get_profile
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.limits import Limits
+from fleet.outside.by_hand import ByHand
 from fleet.outside.config import AutoscalerConfig, local_cloud_key
 from fleet.outside.health_checker import HealthChecker
 from fleet.outside.health_rounds import HealthRounds
@@ -92,6 +93,8 @@ class AutoscalerProcess:
         self.tuner = Tuner(
             scaler, self.state_dir, ReplayProcess(replay), config.replay_every_s if replay else 0.0
         )
+        self.by_hand = ByHand(scaler)
+        self.by_hand.take_over()
         self.hot_push = HotSetPush(
             lambda: scaler.instances.hot_version,
             lambda: current_hot_set(scaler, self.keys.master_token),
@@ -201,7 +204,8 @@ class AutoscalerProcess:
             self.scaler.turn_due.clear()
 
     def _look_at_ourselves(self) -> None:
-        """Notice whether the wall clock was set, and every CREDIT_EVERY_S what credit is left."""
+        """Notice a clock that was set, what is over that a person asked, and now and then the credit."""
+        self.by_hand.remember()
         now = self.scaler.clock()
         by_s = self._steps.step_s()
         if by_s:

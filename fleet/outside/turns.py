@@ -24,8 +24,9 @@ from fleet.commands import (
 from fleet.demand import Demand
 from fleet.evidence import Health
 from fleet.health_check import HealthCheck, HealthCheckOrder
+from fleet.history import History, take_sample
 from fleet.instance_messages import Hearing
-from fleet.journal import Decision
+from fleet.journal import Decision, remember
 from fleet.outside.ledger import BUCKET_S, Ledger
 from fleet.outside.order_queue import OrderQueue
 from fleet.outside.own_health import OwnHealth
@@ -92,6 +93,7 @@ class Autoscaler:
         self.decisions: deque[Decision] = deque(maxlen=500)
         self.failures: deque[Failure] = deque(maxlen=100)
         self.clamps: Counter[str] = Counter()  # turns in which the policy wanted what the limits forbid
+        self.history = History()
         self.last_good_turn: float | None = None
         self.last_error = "no turn yet"
         self._new_label = new_label
@@ -132,7 +134,8 @@ class Autoscaler:
             if trouble is not None:
                 decision = replace(decision, notes=(*decision.notes, trouble))
             begun = self._begin(decision, now)
-            self._keep(decision)
+            remember(self.decisions, decision)
+            self.history.note(take_sample(decision, self.instances, self.demand, self.history))
             self.clamps.update(decision.clamped)
         self._send(begun)
         if now >= self._counts_at:
@@ -155,14 +158,6 @@ class Autoscaler:
             self.last_error = str(e)
             log.warning("listing failed, nothing is decided this turn: %s", e)
             return None, self.last_error
-
-    def _keep(self, decision: Decision) -> None:
-        """Keep a decision for `GET /decisions` if it orders or says something new."""
-        last = self.decisions[-1] if self.decisions else None
-        said = (decision.targets, decision.notes)
-        if decision.commands or last is None or (last.targets, last.notes) != said:
-            seen = decision.seen and replace(decision.seen, demand=decision.seen.demand[-1:], arriving=())
-            self.decisions.append(replace(decision, seen=seen))
 
     def _send(self, begun: Sequence[Command]) -> None:
         """Write down the orders that were begun, then queue them for sending.
@@ -226,7 +221,7 @@ class Autoscaler:
             if done.reply is not Reply.DONE:
                 self.failures.append(Failure(now, command, done.reply, done.why))
             self.instances.finish(command, done, now)
-        self._flush_soon()
+        self.flush_soon()
 
     def checks_due(self, under_way: Collection[str] = ()) -> list[HealthCheckOrder]:
         """Return the health checks to make now, except of labels that are being checked."""
@@ -237,7 +232,7 @@ class Autoscaler:
         """Apply a finished health check at once: a new hot instance should not wait for the next turn."""
         with self.lock:
             self.instances.judge(check, self.clock())
-        self._flush_soon()
+        self.flush_soon()
 
     def remember_host_key(self, label: str, key: str) -> str:
         """Return the ssh host key that the instance showed first; a new one is kept for the ledger."""
@@ -288,31 +283,35 @@ class Autoscaler:
             with self.lock:
                 worked, self._worked = self._worked, {}
                 arrived = self.demand.history.take_unsaved()
+                samples = self.history.take_unsaved()
                 self._counts_at = now + COUNTS_EVERY_S
             try:
-                self.ledger.add_counts(worked, arrived, now)
+                self.ledger.add_counts(worked, arrived, now, samples)
             except Exception as e:
                 self.own.note_unwritten(e, now)
                 with self.lock:
                     for where, seconds in worked.items():
                         self._worked[where] = self._worked.get(where, 0.0) + seconds
                     self.demand.history.put_back(arrived)
+                    self.history.put_back(samples)
                 raise
 
     def try_write_counts(self) -> bool:
         """Write working seconds and arrivals to the ledger if possible; return whether it was possible."""
         return self._try_to(self.write_counts)
 
-    def destroy_all(self, why: str) -> None:
-        """Order the end of every instance of the fleet, busy ones too, because a person asked."""
+    def destroy(self, why: str, label: str | None = None) -> None:
+        """Order the end of one instance, or of all, busy ones too: a person asked."""
         now = self.clock()
         with self.lock:
             commands = [
                 Destroy(i.label, i.id, why, f"a person asked: {why}")
                 for i in self.instances
-                if i.id is not None and i.state is not State.DESTROYING
+                if label in (None, i.label) and i.id is not None and i.state is not State.DESTROYING
             ]
-            begun = self._begin(Decision(now, None, None, tuple(commands), (why,)), now)
+            decision = Decision(now, None, None, tuple(commands), (why,))
+            begun = self._begin(decision, now)
+            remember(self.decisions, decision)
         self._send(begun)
 
     def _flush(self) -> None:
@@ -332,8 +331,8 @@ class Autoscaler:
                     self.instances.journal.put_back(entries)
                 raise
 
-    def _flush_soon(self) -> None:
-        """Write to the ledger what has happened, or leave it to the next turn, which says what is wrong."""
+    def flush_soon(self) -> None:
+        """Write down what has happened, or leave it to the next turn."""
         self._try_to(self._flush)
 
     def _try_to(self, write: Callable[[], None]) -> bool:

@@ -286,6 +286,7 @@ class LocalStack:
             if states.count("hot") >= self.config.hot:
                 self.say(f"hot: {states.count('hot')} of {len(states)} instances")
                 self.say(f"loadbalancer: {self.loadbalancer_url}  autoscaler: {self.autoscaler_url}")
+                self.say(f"watch the fleet in a browser: {self.autoscaler_url}/")
                 return
             if time.monotonic() > limit:
                 raise ChildFailed(

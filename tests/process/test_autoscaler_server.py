@@ -58,6 +58,7 @@ from web.app import MAX_BODY
 from web.keys import AccessKeys
 from web.messages.busy import LOADBALANCER, MAX_BUSY_BODY
 from web.messages.hot_set import HotSet, HotTiming
+from web.page_files import KINDS
 from web.signatures import instance_key
 
 CONTROL, OPERATOR = "control-" + "c" * 32, "operator-" + "o" * 32
@@ -186,7 +187,16 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("PUT", "/policy", {"name": "fixed", "params": {"hot": 2}}, "operator"),
     ("GET", "/metrics", None, "operator"),
     ("GET", "/policy/curve", None, "operator"),
+    ("GET", "/overview", None, "operator"),
+    ("GET", "/history", None, "operator"),
+    ("POST", "/instances/1002/drain", None, "operator"),
+    ("POST", "/machines/101/ban", {"hours": 2}, "operator"),
+    ("POST", "/machines/101/forgive", None, "operator"),
 ]
+
+
+OPEN = {"/health", "/", *(f"/page/{name}" for name in KINDS)}
+"""Anyone may ask them: the page's files have nothing of the fleet in them."""
 
 
 @pytest.mark.parametrize(("method", "path", "body", "who"), ROUTES, ids=[r[1] for r in ROUTES])
@@ -218,11 +228,14 @@ def test_each_protected_route_lets_its_caller_in_and_refuses_every_other(
 
 def test_every_route_there_is_stands_in_the_table_above(face: Face) -> None:
     there = {
-        (method, rule.rule)
-        for rule in face.app.url_map.iter_rules()
-        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        (
+            method,
+            rule.replace("<int:instance_id>/<act>", "1002/drain").replace("<int:machine_id>", "101"),
+        )
+        for rule, methods in ((r.rule, r.methods or set()) for r in face.app.url_map.iter_rules())
+        for method in methods - {"HEAD", "OPTIONS"}
     }
-    assert there == {(method, path) for method, path, _, _ in ROUTES} | {("GET", "/health")}
+    assert there == {(method, path) for method, path, _, _ in ROUTES} | {("GET", path) for path in OPEN}
 
 
 def test_without_operator_keys_the_operators_routes_are_open_and_the_others_are_not(face: Face) -> None:
@@ -445,7 +458,7 @@ def test_decisions_show_what_was_seen_wanted_ordered_and_what_failed(face: Face)
     assert all(c["label"] and c["why"] for c in decided["commands"])
     assert said["failures"] == []
     face.cloud.listing_error, face.cloud.error = None, RuntimeError("x")
-    face.scaler.destroy_all("a person asked")
+    face.scaler.destroy("a person asked")
     face.scaler.perform_next()
     (failure,) = face.ask("GET", "/decisions").get_json()["failures"]
     assert (failure["do"], failure["reply"]) == ("destroy", "unknown")
@@ -647,9 +660,8 @@ def test_a_report_of_a_newer_loadbalancer_may_say_more(face: Face) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
         ("GET", "/nothing", 404),
-        ("GET", "//hot", 404),
+        ("GET", "/page/nothing.js", 404),
         ("GET", "/hot/", 404),
         ("POST", "/hot", 405),
         ("GET", "/busy", 405),

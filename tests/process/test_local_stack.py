@@ -93,6 +93,7 @@ def test_inside_it_all_run_and_after_it_none_does(tmp_path: Path, rows: Path) ->
         assert "prepared 1 of 1" in said
         assert "hot: 1 of 1 instances" in said
         assert f"loadbalancer: {stack.loadbalancer_url}  autoscaler: {stack.autoscaler_url}" in said
+        assert f"watch the fleet in a browser: {stack.autoscaler_url}/" in said
     assert running(tmp_path) == []
     end = stack.stop()
     assert (end.left_behind, dict(end.restarts)) == ((), {})

@@ -1,4 +1,4 @@
-"""What an operator tells the autoscaler: PUT /manage and PUT /policy."""
+"""What an operator tells the autoscaler: PUT /manage, PUT /policy, POST /machines/ID/ban."""
 
 from typing import Annotated, Any
 
@@ -16,3 +16,9 @@ class PolicyBody(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     params: dict[str, Any] | None = None
+
+
+class BanBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """For how long a machine is not rented."""
+
+    hours: Annotated[float, Meta(ge=0.01, le=8760.0)] = 24.0

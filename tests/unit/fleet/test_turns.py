@@ -138,7 +138,7 @@ def test_a_fault_of_ours_in_sending_answers_the_order_and_the_loop_goes_on(ledge
     loop.scaler.turn()
     (i,) = loop.scaler.instances
     loop.cloud.error = KeyError("a bug")
-    loop.scaler.destroy_all("a person asked")
+    loop.scaler.destroy("a person asked")
     loop.send_all()
     assert i.orders.out == 0
     assert [(f.reply, "KeyError" in f.why) for f in loop.scaler.failures] == [(Reply.UNKNOWN, True)]
@@ -416,7 +416,7 @@ def test_any_fault_in_writing_keeps_the_journal_and_answers_what_was_begun(ledge
     write = ledger.write
     ledger.write = broken_write  # type: ignore[method-assign]
     with pytest.raises(UnicodeEncodeError):
-        loop.scaler.destroy_all("a person asked")
+        loop.scaler.destroy("a person asked")
     i = loop.scaler.instances[label]
     assert (i.state, i.orders.out) == (State.DESTROYING, 0)
     ledger.write = write  # type: ignore[method-assign]
@@ -439,7 +439,7 @@ def test_an_order_that_got_lost_is_sent_again(ledger: Ledger) -> None:
     """Its thread ended with it: the instance must not be destroying, and billed, for ever."""
     loop, label = hot_loop(ledger)
     loop.scaler.instances.set_manage(False)
-    loop.scaler.destroy_all("a person asked")
+    loop.scaler.destroy("a person asked")
     assert loop.scaler.orders.take() is not None  # and never performed
     loop.world.now += 120.0
     loop.scaler.turn()

@@ -17,10 +17,11 @@ from tests.sample_app import sample_app
 from tests.web_server import BEARER, raw, served, served_asgi
 from web.direct import DirectRoutes
 from web.keys import AccessKeys
+from web.page_files import KINDS
 
 KEYS = AccessKeys("c" * 32, frozenset({"u" * 32}), frozenset({"o" * 32}))
 
-OPEN = {"/health"}
+OPEN = {"/health", "/", *(f"/page/{name}" for name in KINDS)}
 """Routes without a key."""
 
 
@@ -35,9 +36,8 @@ def face_of_the_autoscaler() -> Flask:
 
 def guarded(app: Flask) -> list[tuple[str, str]]:
     """(method, path) of every route that has a key."""
-    found = [
-        (m, rule.rule) for rule in app.url_map.iter_rules() for m in (rule.methods or ()) if m != "OPTIONS"
-    ]
+    rules = [(re.sub(r"<(\w+:)?\w+>", "7", r.rule), r.methods or ()) for r in app.url_map.iter_rules()]
+    found = [(m, path) for path, methods in rules for m in methods if m != "OPTIONS"]
     found += [(m, path) for path, methods in DirectRoutes.of(app).by_path.items() for m in methods]
     return sorted((m, path) for m, path in found if path not in OPEN)
 

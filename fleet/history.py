@@ -1,0 +1,186 @@
+"""The fleet over time, as the page draws it: one sample a turn, the older ones thinned.
+
+    turn ─► note ─┬─► the last MEMORY samples, each turn
+                  └─► one every SAVED_EVERY_S for the ledger, so that a restart keeps the picture
+
+Pure: its methods take now, in seconds.
+"""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+from fleet.demand import Demand
+from fleet.instance import Instance
+from fleet.journal import Decision
+from fleet.limits import Limits
+
+MEMORY = 3600
+"""Samples kept in memory: five hours of turns that come every five seconds."""
+
+SAVED_EVERY_S = 15.0
+"""Least seconds between two samples that are written down: 5,760 a day, half a megabyte."""
+
+OFFERED_OVER_S = 60.0
+"""Seconds over which arriving work is averaged: shorter, and a few long requests look like a burst."""
+
+
+class Fleet(Protocol):
+    """What is drawn of an InstanceSet."""
+
+    limits: Limits
+
+    def __iter__(self) -> Iterator[Instance]:
+        """Iterate over the instances."""
+        ...
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+
+@dataclass(frozen=True)
+class FleetSample:
+    """The fleet and its load at one moment; instances are counted by where they are in their life.
+
+    at_s: on the autoscaler's clock. booting: on their way to hot. lost: failed, or being destroyed.
+    wanted_hot, wanted_total: what the policy asked for, inside the limits. offered: arriving work, in
+    instances' worth of capacity, without what waits. busy: the same of what is being served. held: requests
+    that wait; oldest_wait_s: the longest of them so far. arrived, late: requests since the start of this
+    process, and how many of them could not be in time. usd_h: what all instances cost now.
+    """
+
+    at_s: float
+    hot: int
+    draining: int
+    booting: int
+    cold: int
+    lost: int
+    wanted_hot: int
+    wanted_total: int
+    offered: float
+    busy: float
+    held: int
+    oldest_wait_s: float
+    arrived: int
+    late: int
+    usd_h: float
+
+
+NAMES = tuple(f.name for f in fields(FleetSample))
+"""Names of the columns, in the ledger and in `GET /history`."""
+
+_PEAKS = frozenset({"held", "oldest_wait_s", "lost", "arrived", "late"})
+"""Of several samples drawn as one point the largest is shown: a mean would hide a short wait."""
+
+
+class History:
+    """The samples of this process."""
+
+    def __init__(self) -> None:
+        """Begin without samples."""
+        self._samples: deque[FleetSample] = deque(maxlen=MEMORY)
+        self._unsaved: list[FleetSample] = []
+        self._saved_at = float("-inf")
+        self._work: deque[tuple[float, float]] = deque()  # (when, work that had arrived by then)
+
+    def note(self, sample: FleetSample | None) -> None:
+        """Add a sample, which is newer than all others; None changes nothing."""
+        if sample is None:
+            return
+        self._samples.append(sample)
+        if sample.at_s - self._saved_at >= SAVED_EVERY_S:
+            self._saved_at = sample.at_s
+            self._unsaved.append(sample)
+
+    def offered(self, work_total: float, work_s: float | None, now: float) -> float:
+        """Return the work that arrives, in instances' worth; call it once a turn.
+
+        work_total: arrived since the start. work_s: what one instance does in a second, None if not known.
+        """
+        self._work.append((now, work_total))
+        while len(self._work) > 2 and self._work[1][0] <= now - OFFERED_OVER_S:
+            self._work.popleft()
+        at, before = self._work[0]
+        if not work_s or now <= at:
+            return 0.0
+        return max(0.0, work_total - before) / (now - at) / work_s
+
+    @property
+    def begins_at(self) -> float:
+        """When the oldest sample in memory was taken; infinity while there is none."""
+        return self._samples[0].at_s if self._samples else float("inf")
+
+    def since(self, from_s: float) -> list[FleetSample]:
+        """Return the samples in memory from that time on, oldest first."""
+        found = list(self._samples)
+        return found[bisect_left(found, from_s, key=lambda s: s.at_s) :]
+
+    @property
+    def latest(self) -> FleetSample | None:
+        """The newest sample."""
+        return self._samples[-1] if self._samples else None
+
+    def share_in_time(self, over_s: float, now: float) -> float | None:
+        """Return which share of the last seconds' requests could be in time; None where none arrived."""
+        found = self.since(now - over_s)
+        if len(found) < 2:
+            return None
+        arrived, late = found[-1].arrived - found[0].arrived, found[-1].late - found[0].late
+        return None if arrived <= 0 else max(0.0, 1.0 - late / arrived)
+
+    def take_unsaved(self) -> list[FleetSample]:
+        """Return the samples for the ledger since the last call."""
+        taken, self._unsaved = self._unsaved, []
+        return taken
+
+    def put_back(self, samples: Iterable[FleetSample]) -> None:
+        """Keep samples that could not be written."""
+        self._unsaved = [*samples, *self._unsaved][-MEMORY:]
+
+
+def take_sample(decision: Decision, fleet: Fleet, demand: Demand, history: History) -> FleetSample | None:
+    """Return what the page draws of this turn; None where nothing was decided, for then nothing is known."""
+    seen, targets = decision.seen, decision.targets
+    if seen is None or targets is None:
+        return None
+    traffic, most = seen.traffic, fleet.limits.max_instances
+    work_s = seen.capacity.work_s if seen.capacity is not None else None
+    return FleetSample(
+        at_s=decision.at,
+        hot=seen.hot,
+        draining=seen.draining,
+        booting=seen.coming + seen.loading,
+        cold=seen.cold,
+        lost=len(fleet) - seen.total,
+        wanted_hot=max(0, min(targets.hot, most)),
+        wanted_total=max(0, min(targets.total, most)),
+        offered=round(history.offered(traffic.work_total, work_s, decision.at), 4),
+        busy=round(demand.busy, 4),
+        held=int(traffic.held),
+        oldest_wait_s=round(traffic.oldest_wait_s, 3),
+        arrived=demand.arrivals,
+        late=demand.turned_late,
+        usd_h=round(sum(i.price_usd_h for i in fleet), 6),
+    )
+
+
+def columns(samples: Sequence[FleetSample], points: int) -> dict[str, list[float]]:
+    """Return the samples as one list a column, as at most so many points evenly over their time."""
+    if not samples:
+        return {name: [] for name in NAMES}
+    begin = samples[0].at_s
+    width = max((samples[-1].at_s - begin) / points, 1e-9)
+    groups: dict[int, list[FleetSample]] = {}
+    for sample in samples:
+        groups.setdefault(min(points - 1, int((sample.at_s - begin) / width)), []).append(sample)
+    return {name: [_drawn(group, name) for group in groups.values()] for name in NAMES}
+
+
+def _drawn(group: Sequence[FleetSample], name: str) -> float:
+    values = [float(getattr(sample, name)) for sample in group]
+    if name == "at_s":
+        return values[-1]
+    return max(values) if name in _PEAKS else round(sum(values) / len(values), 4)

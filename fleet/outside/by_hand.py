@@ -1,0 +1,113 @@
+"""What an operator does by hand to single instances and machines.
+
+    drain     out of service; its requests end first, then it is stopped and is cold like others
+    replace   the same, but it is destroyed in the end, and another is rented meanwhile
+    destroy   ended at once, with its disk and its requests
+    ban       its machine is rented no more for a while; forgive: it is, from now on
+
+Each act is logged with who asked. Drains and replacements that are not over yet survive a restart.
+"""
+
+import json
+import logging
+import sqlite3
+from enum import StrEnum
+
+from fleet.outside.turns import Autoscaler
+from fleet.states import GIVEN_UP, SERVING
+
+log = logging.getLogger("autoscaler")
+
+NOTED = "taken_out"
+"""Name in the ledger of what is under way: JSON, label -> act."""
+
+
+class Act(StrEnum):
+    """What can be done to one instance."""
+
+    DRAIN = "drain"
+    REPLACE = "replace"
+    DESTROY = "destroy"
+
+
+class ActRefused(Exception):
+    """The act makes no sense now; the message says why."""
+
+
+class ByHand:
+    """Carries out what an operator asks; any thread may call."""
+
+    def __init__(self, scaler: Autoscaler) -> None:
+        """scaler: what carries it out."""
+        self._scaler = scaler
+        self._noted: dict[str, str] = {}
+
+    def take_over(self) -> None:
+        """Go on with what was asked of the process before and is not over."""
+        scaler = self._scaler
+        try:
+            noted = json.loads(scaler.ledger.noted(NOTED) or "{}")
+        except (sqlite3.Error, ValueError) as e:
+            log.warning("what was taken out by hand is not known: %s", e)
+            noted = {}
+        self._noted = noted
+        with scaler.lock:
+            for label, act in noted.items():
+                if label in scaler.instances:
+                    scaler.instances.take_out(label, for_good=act == Act.REPLACE)
+
+    def act(self, act: Act, instance_id: int, who: str) -> str:
+        """Carry it out on that instance; return its label. Raises KeyError for no such one, ActRefused."""
+        scaler, why = self._scaler, f"{who} asked: {act}"
+        with scaler.lock:
+            found = next((i for i in scaler.instances if i.id == instance_id), None)
+            if found is None:
+                raise KeyError(instance_id)
+            if found.state in GIVEN_UP:
+                raise ActRefused(f"instance {instance_id} is {found.state} already")
+            if act is Act.DRAIN and found.state not in SERVING:
+                raise ActRefused(f"instance {instance_id} is {found.state}: only what is hot can be drained")
+            if act is not Act.DESTROY:
+                scaler.instances.take_out(found.label, for_good=act is Act.REPLACE)
+                found.explain(why)
+        log.info("by hand: %s instance %d (%s), asked by %s", act, instance_id, found.label, who)
+        if act is Act.DESTROY:
+            scaler.destroy(why, found.label)
+        else:
+            self.remember()
+            scaler.turn_due.set()
+        return found.label
+
+    def ban(self, machine_id: int, for_s: float | None, who: str) -> None:
+        """Rent that machine no more for so many seconds."""
+        scaler, now = self._scaler, self._scaler.clock()
+        with scaler.lock:
+            scaler.instances.ban(machine_id, f"{who} asked", now, for_s)
+        log.info("by hand: machine %d is banned, asked by %s", machine_id, who)
+        scaler.flush_soon()
+
+    def forgive(self, machine_id: int, who: str) -> bool:
+        """Let that machine be rented again; return whether it was avoided."""
+        scaler, now = self._scaler, self._scaler.clock()
+        with scaler.lock:
+            avoided = scaler.instances.forgive(machine_id, now)
+        log.info("by hand: machine %d is forgiven, asked by %s", machine_id, who)
+        scaler.flush_soon()
+        return avoided
+
+    def remember(self) -> None:
+        """Write down what is still taken out, where that has changed; each turn calls it."""
+        with self._scaler.lock:
+            out: dict[str, str] = {
+                i.label: Act.REPLACE if i.taken_out.for_good else Act.DRAIN
+                for i in self._scaler.instances
+                if i.taken_out
+            }
+        if out == self._noted:
+            return
+        try:
+            self._scaler.ledger.note({NOTED: json.dumps(out)})
+        except sqlite3.Error as e:
+            log.warning("what was taken out by hand will not survive a restart: %s", e)
+            return
+        self._noted = out

@@ -1,0 +1,80 @@
+"""The routes behind the operator's page: how things stand, how they came about, and what is done by hand."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+
+from fleet.outside.by_hand import Act, ActRefused, ByHand
+from fleet.outside.overview import Overview
+from web.answers import error
+from web.app import body, query_number, requires
+from web.direct import Asker, client_name
+from web.keys import AccessKeys
+from web.messages.operator import BanBody
+from web.page_files import PageToken, add_page_files
+
+HISTORY_S, MOST_HISTORY_S = 3600.0, 8 * 86_400.0
+"""Seconds of history that are shown, unless asked for more; the ledger keeps no more."""
+
+POINTS, MOST_POINTS = 360, 2000
+"""Points of a picture: about one for two pixels of a wide screen."""
+
+
+def add_page(
+    app: Flask,
+    overview: Overview,
+    by_hand: ByHand,
+    keys: AccessKeys,
+    token: PageToken,
+    health: Callable[[], dict[str, Any]],
+) -> None:
+    """Register them. health: the answer of GET /health."""
+    operator = requires(keys.for_operator)
+    add_page_files(app, token)
+
+    @app.get("/overview")
+    @operator
+    def how_things_stand() -> Response:
+        return jsonify(overview.now(health()))
+
+    @app.get("/history")
+    @operator
+    def how_it_came_about() -> Response:
+        to_s = query_number("to", overview.clock(), 0.0, 1e12)
+        from_s = query_number("from", max(0.0, to_s - HISTORY_S), 0.0, 1e12)
+        points = int(query_number("points", POINTS, 1, MOST_POINTS))
+        return jsonify(overview.history(max(from_s, to_s - MOST_HISTORY_S), to_s, points))
+
+    def asked_by() -> str:
+        known = keys.for_operator()
+        peer = request.remote_addr or "?"
+        return client_name(Asker(request.headers.get("Authorization", ""), peer, {})) if known else peer
+
+    @app.post("/instances/<int:instance_id>/<act>")
+    @operator
+    @token.required
+    def act(instance_id: int, act: str) -> Response:
+        if act not in set(Act):
+            return error(404, "not_found", f"an instance can be asked to {', '.join(Act)}")
+        try:
+            label = by_hand.act(Act(act), instance_id, asked_by())
+        except KeyError:
+            return error(404, "no_such_instance", f"the fleet has no instance {instance_id}")
+        except ActRefused as e:
+            return error(409, "not_now", str(e))
+        return jsonify(instance=instance_id, label=label, act=act)
+
+    @app.post("/machines/<int:machine_id>/ban")
+    @operator
+    @token.required
+    def ban(machine_id: int) -> Response:
+        hours = body(BanBody).hours
+        by_hand.ban(machine_id, hours * 3600.0, asked_by())
+        return jsonify(machine=machine_id, banned_hours=hours)
+
+    @app.post("/machines/<int:machine_id>/forgive")
+    @operator
+    @token.required
+    def forgive(machine_id: int) -> Response:
+        return jsonify(machine=machine_id, was_banned=by_hand.forgive(machine_id, asked_by()))
