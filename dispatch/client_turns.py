@@ -38,7 +38,7 @@ class WaitingClient:
     ahead: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
     def begin(self, turn: float) -> None:
-        """Note that the client begins to wait, at that turn or at its own if that is later."""
+        """Note that the client begins to wait; its turn is that one, or its own if that is later."""
         self.turn = max(self.turn, turn)
 
     def count(self, more: int) -> None:

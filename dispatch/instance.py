@@ -52,7 +52,7 @@ class KvMemory:
     __slots__ = ("instance",)
 
     def __init__(self, instance: "ServingInstance | None" = None) -> None:
-        """Refer to the KV memory of that instance."""
+        """Start as the memory of an instance's present boot; None: of no boot."""
         self.instance = instance
 
     def lose(self) -> None:

@@ -84,7 +84,7 @@ class LeaseBook:
         prompt_work: float,
         now: float,
     ) -> Lease:
-        """Make a lease on an instance and enter it as unfinished. lot: the tokens that its token is of.
+        """Make a lease on an instance and enter it as unfinished. lot: the batch that its token came in.
 
         row: the request as the instance sees it. prompt_work: the part of its work that is reading its
         prompt.

@@ -76,7 +76,7 @@ class BusyWindow:
 
 
 class StepTimes:
-    """The step-time constants of one instance: the told ones, corrected by what its reports show.
+    """How long the engine steps of one instance take: the told constants, corrected by its reports.
 
     constants: the instance's row of constants for engine/forward.py.
     """

@@ -40,7 +40,7 @@ REFILL_RETRY_S = (0.25, 10.0)
 
 @dataclass(slots=True, eq=False)
 class TokenLot:
-    """Tokens that were fetched together; after lease_until none of them is leased. In epoch seconds."""
+    """Tokens that were fetched together; none is leased after lease_until. Times are epoch seconds."""
 
     tokens: list[str]
     lease_until: float

@@ -75,7 +75,7 @@ class LookForOffers:
 
 @dataclass(frozen=True)
 class AskPage:
-    """Ask for an instance's own page: the listings lack it, and only this page says whether it is gone."""
+    """Ask for the cloud's page of one instance that the listings lack: only it says whether it is gone."""
 
     label: str
     id: int

@@ -88,7 +88,7 @@ class Orders:
 
 @dataclass
 class Absence:
-    """The listings in a row that lack one instance, and the asking for the instance's own page."""
+    """The listings in a row that lack one instance, and the asking for the cloud's page of that instance."""
 
     since: float | None = None
     turns: int = 0
@@ -107,17 +107,17 @@ class Absence:
         self.since, self.turns = None, 0
 
     def ask(self, now: float) -> None:
-        """Note that the instance's own page is asked for."""
+        """Note that the cloud's page of the instance is asked for."""
         self.asking, self.asked_at = True, now
 
     def answer(self, now: float, *, shown: bool) -> None:
-        """Note that the instance's own page was answered for. shown: it shows the instance."""
+        """Note that the cloud's page of the instance was answered for. shown: it shows the instance."""
         self.asking = False
         if shown:
             self.shown_at = now
 
     def page_due(self, repeat_s: float, now: float) -> bool:
-        """Return whether the instance's own page is to be asked for now."""
+        """Return whether the cloud's page of the instance is to be asked for now."""
         waiting = self.asking and now - self.asked_at <= STUCK_S
         return self.turns >= PAGE_TURNS and not waiting and now - self.asked_at >= repeat_s
 

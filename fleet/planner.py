@@ -77,7 +77,10 @@ def decide(situation: Situation, policy: Policy) -> Decision:
 
 
 def _pages(situation: Situation) -> Iterator[AskPage]:
-    """Yield requests for the own pages of instances that the listings lack, the longest unasked first."""
+    """Yield orders to ask the cloud for its pages of single instances that the listings lack.
+
+    At most MOST_PAGES, those first that were not asked for longest.
+    """
     repeat_s, now = situation.deadlines.repeat_s, situation.now
     due = [i for i in situation.instances if i.id is not None and i.absence.page_due(repeat_s, now)]
     for i in sorted(due, key=lambda i: (i.absence.asked_at, i.label))[:MOST_PAGES]:
@@ -197,7 +200,7 @@ class Planner:
         return missing
 
     def _start(self, missing: int) -> None:
-        """Start cold instances: the cheapest first, behind the others those whose last start failed."""
+        """Start as many cold instances as are missing, in order of fewest failed starts, then of price."""
         for i in sorted(self._by_state[State.COLD], key=_likeliest_first):
             if missing <= 0:
                 break

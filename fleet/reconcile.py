@@ -322,7 +322,7 @@ class Reconciler(Judge):
             self._vanish(i, f"not listed for {absent_s:.0f} s, and its page cannot be had", now)
 
     def finish_page(self, command: AskPage, done: Performed, now: float) -> None:
-        """Take over what an instance's own page says; without an answer nothing changes."""
+        """Take over what the cloud's page of an instance says; without an answer nothing changes."""
         i = self.instances.get(command.label)
         if i is None:
             return

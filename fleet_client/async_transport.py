@@ -231,7 +231,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         return await self._opened().why_unwell()
 
     async def look(self, path: str) -> tuple[int, str]:
-        """GET that path of the loadbalancer; return status (0: no answer) and text, or what was wrong."""
+        """GET a path of the loadbalancer; return (status, text); without an answer (0, why there is none)."""
         return await self._opened().look(path)
 
     async def aclose(self) -> None:

@@ -134,9 +134,9 @@ def failure_reply(error: httpx2.RequestError) -> HttpReply:
 
 
 def model_card(said: str, created: int) -> dict[str, Any] | None:
-    """Return the model as GET /v1/models lists it; None for what names none.
+    """Return a model as GET /v1/models lists it; None where the loadbalancer's answer names none.
 
-    said: by the loadbalancer; created: epoch seconds.
+    said: that answer. created: epoch seconds.
     """
     try:
         told = json.loads(said)
@@ -154,7 +154,7 @@ class Gateway:
     """
 
     def __init__(self, transport: AsyncFleetTransport, keys: Collection[str], *, loopback: bool) -> None:
-        """Pass requests to that transport. keys: one of them is wanted, if there are any.
+        """Pass requests to that transport. keys: each request must carry one of them, if there are any.
 
         loopback: whether the server listens on loopback and nowhere else.
         """
@@ -196,7 +196,7 @@ class Gateway:
         await self._pass_on(method, target, headers, body, origin, receive, send)
 
     async def _own(self, path: str, headers: Sequence[Header]) -> HttpReply | None:
-        """Answer what needs no instance; None for everything else."""
+        """Return the answer to a request that needs no instance (health, models, metrics), or None."""
         if path == "/health":
             return await self._health()
         if path == "/metrics":
@@ -204,7 +204,7 @@ class Gateway:
         return await self._models() if path == "/v1/models" else None
 
     async def _models(self) -> HttpReply | None:
-        """Say what the fleet serves, also when nothing is hot; None when the loadbalancer is too old to."""
+        """Return the answer to GET /v1/models, also if nothing is hot; None: the loadbalancer is too old."""
         status, said = await self._transport.look("/model")
         if status == 200:
             card = model_card(said, self._started)

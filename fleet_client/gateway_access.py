@@ -26,7 +26,8 @@ CORS_AGE_S = 600
 def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool) -> HttpReply | None:
     """Return the answer that refuses a request, or None when the gateway serves it.
 
-    keys: one of them is wanted, if there are any. loopback: whether the server listens on loopback only.
+    keys: each request must carry one of them, if there are any. loopback: whether the server listens on
+    loopback only.
     """
     if keys:
         # Given twice they are joined, so two Authorization headers match no key.

@@ -10,10 +10,10 @@ FIRST_BYTE_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300
 
 
 class GatewayMetrics:
-    """The figures of one gateway process."""
+    """The figures of one gateway process, which GET /metrics shows."""
 
     def __init__(self) -> None:
-        """Begin at zero."""
+        """Start with all figures at zero."""
         self.registry = registry = CollectorRegistry()
         self.open = Gauge(
             "gateway_open_requests", "Requests whose answers are not complete.", registry=registry
@@ -35,15 +35,15 @@ class GatewayMetrics:
         )
 
     def answered(self, status: int) -> None:
-        """Count an answer."""
+        """Count an answer to a program, by its status."""
         self._answered.labels(str(status)).inc()
 
     def setback(self, why: str) -> None:
-        """Count an instance that failed a request. why: one word."""
+        """Count an instance that failed a request. why: how, in one word."""
         self._setbacks.labels(why).inc()
 
     def page(self, accept: str) -> HttpReply:
-        """Return the page, in the format that the asker's Accept header wants."""
+        """Return the page of all figures, in the format that the asker's Accept header wants."""
         encode, content_type = choose_encoder(accept)
         body = encode(self.registry)
         headers = [(b"Content-Type", content_type.encode("latin-1")), (b"Content-Length", b"%d" % len(body))]

@@ -68,12 +68,12 @@ class LeaseKeeper:
         self._over = False
 
     def __str__(self) -> str:
-        """Return how many leases are at hand, in words; "" where none are fetched ahead."""
+        """Return how many fetched leases are unused, in words; "" where none are fetched ahead."""
         return f"{len(self._ahead)} leases ahead, {self._ahead.coming} coming" if self._ahead.most else ""
 
     @property
     def at_hand(self) -> int:
-        """How many leases are at hand."""
+        """How many leases were fetched ahead and are not used yet."""
         return len(self._ahead)
 
     # -- what a request asks of it

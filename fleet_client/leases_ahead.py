@@ -78,7 +78,7 @@ class LeasesAhead:
         self._closed = False
 
     def __len__(self) -> int:
-        """Return the number of leases at hand."""
+        """Return the number of leases that were fetched and are not used yet."""
         return len(self._ready)
 
     @property
@@ -167,7 +167,7 @@ class LeasesAhead:
         self.route_s += (ROUTE_WEIGHT if self.route_s else 1.0) * (took_s - self.route_s)
 
     def arrived(self, leases: Sequence[ClientLease], wanted: int, now: float) -> Sequence[ClientLease]:
-        """Keep the leases that came for `wanted`; return those to give back: all, if none is used now."""
+        """Keep leases that were fetched, of `wanted` asked for; return those to give back: all, if idle."""
         if len(leases) < wanted:
             self.refused(wanted, 0.0, now)  # there is no room for the others
         else:

@@ -102,7 +102,7 @@ class LoopSide:
             self._watcher = self.loop.create_task(self._watch())
 
     def unwatch(self, waiting: Waiting) -> None:
-        """Stop watching a request."""
+        """Stop asking the loadbalancer about a request's instance, because nothing more is waited for."""
         self._waiting.discard(waiting)
 
     async def _watch(self) -> None:
@@ -143,10 +143,7 @@ class LoopSide:
         return None if status == 200 else said
 
     async def look(self, path: str) -> tuple[int, str]:
-        """GET that path of the loadbalancer; return status and text, or why there is no answer with 200.
-
-        The status is 0 where nothing answers.
-        """
+        """GET a path of the loadbalancer; return (status, text), the text being why where it is not 200."""
         options, timeout = self._core.options, aiohttp.ClientTimeout(total=HEALTH_S)
         where = f"loadbalancer {options.url}"
         try:

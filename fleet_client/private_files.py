@@ -86,7 +86,7 @@ def load_keys(path: Path | None) -> frozenset[str]:
 
 
 def load_key_rights(path: Path | None, right: str, values: Collection[str]) -> dict[str, str | None]:
-    """Return the keys in such a file as `load_keys`, each with what its line says of that right, or None.
+    """Return the keys in a file as `load_keys` does, each with the value of that right, or None.
 
     A line is a key, and where values are given it may end with ` right=value`, one of them.
     """

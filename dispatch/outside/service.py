@@ -219,7 +219,7 @@ class LoadBalancerService:
         return JsonAnswer(encode_leases(leases, self._model, now))
 
     async def model(self, _accept: str = "") -> JsonAnswer:
-        """Answer which model is served, also when no instance is hot."""
+        """Answer GET /model: which model the fleet serves, also when no instance is hot."""
         hot_set = self.balancer.instances.hot_set
         if hot_set is None:
             why = f"no hot set has come; {self._news_of_autoscaler()}ask again"
