@@ -3,6 +3,8 @@
 python autoscaler_server.py [flags]                     serve: keep the fleet as the policy wants it
 python autoscaler_server.py prepare --count N [flags]   rent N instances, load the model, stop them
 python autoscaler_server.py destroy-fleet [flags]       end everything that carries the label, after asking
+python autoscaler_server.py status [flags]              how a fleet stands; also decisions, costs
+python autoscaler_server.py drain ID [flags]            by hand; also replace, destroy, ban, forgive
 """
 
 import argparse
@@ -24,6 +26,7 @@ from fleet.outside.decisions import decisions_answer
 from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.hot_set_push import current_hot_set
 from fleet.outside.metrics import AutoscalerMetrics
+from fleet.outside.operator_commands import ACT, MACHINES, SHOW, OperatorConfig, run_operator_command
 from fleet.outside.overview import FleetPlace, Overview
 from fleet.outside.own_health import Reason
 from fleet.outside.page_routes import add_page
@@ -55,6 +58,9 @@ log = logging.getLogger("autoscaler")
 
 ENVIRONMENT = "AUTOSCALER_"
 """Beginning of the flags' names in the environment, for all commands."""
+
+OPERATOR_ENVIRONMENT = "OPERATOR_"
+"""The same for the commands that ask an autoscaler which runs already."""
 
 REPLAY = (sys.executable, "-m", "simulation.virtual.replay")
 """What replays the fleet's last day for the tuner, in a process of its own."""
@@ -324,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
         "serve",
         environment=ENVIRONMENT,
         description="Keep the fleet as the policy wants it. This is what runs without a command.",
-        epilog="Other commands: prepare, destroy-fleet; each has a --help of its own.",
+        epilog=f"Other commands, each with a --help: prepare, destroy-fleet, {', '.join(SHOW | ACT)}.",
         help="keep the fleet as the policy wants it (default)",
     )
     add_flags(serve_it, AutoscalerConfig)
@@ -349,6 +355,17 @@ def parser() -> argparse.ArgumentParser:
     )
     add_flags(destroy_it, AutoscalerConfig, without=SERVE_ONLY)
     destroy_it.add_argument("--yes", action="store_true", help="do not ask (default: ask)")
+    for name, does in (SHOW | ACT).items():
+        it = commands.add_parser(
+            name,
+            environment=OPERATOR_ENVIRONMENT,
+            description=f"Of an autoscaler that runs: {does}.",
+            help=does,
+        )
+        if name in ACT:
+            what = "machine_id" if name in MACHINES else "id of the instance"
+            it.add_argument("number", type=int, metavar="ID", help=f"{what}, as `status` shows it")
+        add_flags(it, OperatorConfig, without=() if name in SHOW else ("watch",))
     return found
 
 
@@ -366,6 +383,10 @@ def main(argv: list[str] | None = None) -> None:
         argv.insert(0, "serve")
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    if args.command in SHOW | ACT:
+        given = {f.name: vars(args)[f.name] for f in fields(OperatorConfig) if f.name in args}
+        run_operator_command(args.command, getattr(args, "number", None), OperatorConfig(**given))
+        return
     config = _config(args)
     if args.command == "prepare":
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -18,6 +18,7 @@ import sim
 from dispatch.outside import service
 from dispatch.outside.metrics import LoadBalancerMetrics
 from fleet.outside.metrics import AutoscalerMetrics
+from fleet.outside.operator_commands import ACT, SHOW
 from fleet_client import gateway
 from fleet_client.gateway_metrics import GatewayMetrics
 from loadbalancer import LoadBalancer
@@ -39,7 +40,7 @@ OPERATING = ROOT / "docs" / "operating.md"
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], object], tuple[str, ...]]] = {
-    "autoscaler_server.py": (autoscaler_server.main, ("serve", "prepare", "destroy-fleet")),
+    "autoscaler_server.py": (autoscaler_server.main, ("serve", "prepare", "destroy-fleet", *SHOW, *ACT)),
     "loadbalancer_server.py": (loadbalancer_server.main, ("",)),
     "sim.py": (sim.main, ("",)),
     "sim.py --virtual": (sim.main, ("--virtual",)),
