@@ -215,16 +215,16 @@ class InstanceSet:
     # -- what a person asks ----------------------------------------------------------------------------
 
     def take_out(self, label: str, *, for_good: bool) -> None:
-        """Drain that instance, whatever the policy wants; for_good: destroy it then, and rent another."""
+        """Drain an instance, whatever the policy wants. for_good: destroy it after that, and rent another."""
         self[label].taken_out.ask(for_good=for_good)
 
     def ban(self, machine_id: int, why: str, now: float, for_s: float | None = None) -> None:
-        """Rent that machine no more for so many seconds, None for as long as one that failed."""
+        """Rent a machine no more for so many seconds; None: for as long as one that failed."""
         until = self.market.avoid(machine_id, why, now, for_s)
         self.journal.add_bad_machine(machine_id, until, why)
 
     def forgive(self, machine_id: int, now: float) -> bool:
-        """Let a machine be rented again that failed or was banned; return whether it was avoided."""
+        """Let a machine that failed or was banned be rented again; return whether it was avoided."""
         avoided = self.market.forgive(machine_id)
         if avoided:
             self.journal.add_bad_machine(machine_id, now, "forgiven")

@@ -105,7 +105,7 @@ def create_app(
 
 
 def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Callable[[], dict[str, Any]]:
-    """Register GET /health; return what makes its answer, which has an `error` where the status is 503."""
+    """Register GET /health; return the function that makes its answer, with an `error` where it is 503."""
     started = scaler.clock()
 
     def answer() -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Lease:
         return self.spec.address
 
     def expect(self, first_token_s: float) -> None:
-        """Note when its first token is expected, in seconds after it was given."""
+        """Note in how many seconds after the lease was given its request's first token is expected."""
         self.first_token_s = first_token_s
 
     def start(self, report: int) -> None:

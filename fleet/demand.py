@@ -149,7 +149,7 @@ class Demand:
         )
 
     def use_of_instances(self) -> dict[int, tuple[int, float, int]]:
-        """Return requests under way, their work, and failures so far, by instance id."""
+        """Return (requests under way, their work, failures so far) of each instance, by id."""
         found: dict[int, tuple[int, float, int]] = {}
         for _, report in self._last.values():
             for i, use in report.instances.items():

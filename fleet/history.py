@@ -1,4 +1,4 @@
-"""The fleet over time, as the page draws it: one sample a turn, the older ones thinned.
+"""The fleet over time, as the operator's page draws it: one sample a turn, the older ones thinned.
 
     turn ─► note ─┬─► the last MEMORY samples, each turn
                   └─► one every SAVED_EVERY_S for the ledger, so that a restart keeps the picture
@@ -28,16 +28,16 @@ OFFERED_OVER_S = 60.0
 
 
 class Fleet(Protocol):
-    """What is drawn of an InstanceSet."""
+    """The protocol of an InstanceSet, as far as samples are taken of it."""
 
     limits: Limits
 
     def __iter__(self) -> Iterator[Instance]:
-        """Iterate over the instances."""
+        """Iterate over the instances of the fleet."""
         ...
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of instances."""
         ...
 
 
@@ -77,7 +77,7 @@ _PEAKS = frozenset({"held", "oldest_wait_s", "lost", "arrived", "late"})
 
 
 class History:
-    """The samples of this process."""
+    """The samples of the fleet that this process has taken."""
 
     def __init__(self) -> None:
         """Begin without samples."""
@@ -87,7 +87,7 @@ class History:
         self._work: deque[tuple[float, float]] = deque()  # (when, work that had arrived by then)
 
     def note(self, sample: FleetSample | None) -> None:
-        """Add a sample, which is newer than all others; None changes nothing."""
+        """Add a sample of the fleet, which is newer than all others; None changes nothing."""
         if sample is None:
             return
         self._samples.append(sample)
@@ -96,9 +96,10 @@ class History:
             self._unsaved.append(sample)
 
     def offered(self, work_total: float, work_s: float | None, now: float) -> float:
-        """Return the work that arrives, in instances' worth; call it once a turn.
+        """Return the work that arrives, in instances' worth of capacity; call it once a turn.
 
-        work_total: arrived since the start. work_s: what one instance does in a second, None if not known.
+        work_total: work arrived since the start. work_s: what one instance does in a second, None if not
+        known.
         """
         self._work.append((now, work_total))
         while len(self._work) > 2 and self._work[1][0] <= now - OFFERED_OVER_S:
@@ -120,7 +121,7 @@ class History:
 
     @property
     def latest(self) -> FleetSample | None:
-        """The newest sample."""
+        """The newest sample of the fleet, or None."""
         return self._samples[-1] if self._samples else None
 
     def share_in_time(self, over_s: float, now: float) -> float | None:
@@ -132,17 +133,17 @@ class History:
         return None if arrived <= 0 else max(0.0, 1.0 - late / arrived)
 
     def take_unsaved(self) -> list[FleetSample]:
-        """Return the samples for the ledger since the last call."""
+        """Return the samples that the ledger is to keep of those added since the last call."""
         taken, self._unsaved = self._unsaved, []
         return taken
 
     def put_back(self, samples: Iterable[FleetSample]) -> None:
-        """Keep samples that could not be written."""
+        """Keep samples that could not be written, for the next `take_unsaved`."""
         self._unsaved = [*samples, *self._unsaved][-MEMORY:]
 
 
 def take_sample(decision: Decision, fleet: Fleet, demand: Demand, history: History) -> FleetSample | None:
-    """Return what the page draws of this turn; None where nothing was decided, for then nothing is known."""
+    """Return a sample of the fleet after a turn; None where the turn decided nothing, as nothing is known."""
     seen, targets = decision.seen, decision.targets
     if seen is None or targets is None:
         return None
@@ -168,7 +169,7 @@ def take_sample(decision: Decision, fleet: Fleet, demand: Demand, history: Histo
 
 
 def columns(samples: Sequence[FleetSample], points: int) -> dict[str, list[float]]:
-    """Return the samples as one list a column, as at most so many points evenly over their time."""
+    """Return samples as lists by field, of at most `points` values, evenly over the time of the samples."""
     if not samples:
         return {name: [] for name in NAMES}
     begin = samples[0].at_s

@@ -87,7 +87,7 @@ class Decision:
 
 
 def remember(decisions: deque[Decision], decision: Decision) -> None:
-    """Append a decision that orders or says something new; of the demand only its last value is kept."""
+    """Append a decision to the kept ones if it orders or says something new, with the last demand only."""
     last = decisions[-1] if decisions else None
     said = (decision.targets, decision.notes)
     if decision.commands or last is None or (last.targets, last.notes) != said:

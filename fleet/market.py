@@ -111,7 +111,7 @@ class Market:
         return until
 
     def forgive(self, machine_id: int) -> bool:
-        """Let that machine be rented again; return whether it was avoided."""
+        """Let a machine be rented again; return whether it was avoided."""
         self.bad_reasons.pop(machine_id, None)
         return self.bad_machines.pop(machine_id, None) is not None
 

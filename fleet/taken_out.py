@@ -10,7 +10,7 @@ TAKEN_OUT = SERVING | {State.RUNNING, State.STOPPING}
 
 @dataclass
 class TakenOut:
-    """Whether a person wants the instance out of service; true while that is so.
+    """Whether a person wants an instance out of service; true while that is so.
 
     for_good: another takes its place, and it is destroyed once it is drained.
     """
@@ -19,13 +19,13 @@ class TakenOut:
     for_good: bool = False
 
     def ask(self, *, for_good: bool) -> None:
-        """Take it out of service: no drain of it is taken back."""
+        """Take the instance out of service: no drain of it is taken back."""
         self.asked, self.for_good = True, self.for_good or for_good
 
     def end(self, state: State) -> None:
-        """Note its new state: once it is cold it is as others."""
+        """Note the instance's new state: once it is cold it is as others."""
         self.asked = self.asked and state in TAKEN_OUT
 
     def __bool__(self) -> bool:
-        """Return whether it is asked for and not over."""
+        """Return whether the instance is to be out of service and that is not over."""
         return self.asked

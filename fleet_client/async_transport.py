@@ -362,7 +362,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
 
 
 async def _first_part(source: aiohttp.ClientResponse) -> bytes:
-    """Return the first bytes of a body; how the answer breaks, reading on will say."""
+    """Return the first bytes of an answer's body; b"" where it breaks, which reading on will show."""
     try:
         return await source.content.readany()
     except (aiohttp.ClientError, ConnectionError):

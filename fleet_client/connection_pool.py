@@ -136,7 +136,7 @@ class Connection:
         self.limit(limit_s)
 
     def first_part(self, limit_s: float) -> None:
-        """Wait for the first bytes of the body; raises TimeoutError. How the answer breaks, `body` says."""
+        """Wait for the first bytes of the answer's body; raise TimeoutError. `body` says how it breaks."""
         end = time.monotonic() + limit_s
         while not self._chunks and not self.complete:
             self._limit_until(end)

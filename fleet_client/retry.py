@@ -98,7 +98,7 @@ class Send:
     first_byte_s: float | None = None
 
     def sooner_than(self, read_s: float | None) -> float | None:
-        """Return that limit where a program waits for longer than it; None elsewhere."""
+        """Return first_byte_s where that is less than the time a program would wait (read_s), else None."""
         limit_s = self.first_byte_s
         return limit_s if limit_s is not None and (read_s is None or limit_s < read_s) else None
 

@@ -242,7 +242,7 @@ class InstanceOut(OSError):
 
 
 def late(lease: ClientLease, limit_s: float) -> Setback:
-    """Return the setback of a request whose first byte did not come when it should have."""
+    """Return the setback of a request whose answer's first byte did not come when it should have."""
     said = f"{lease}: no first byte within {limit_s:.0f} s; {lease.first_token_s:.1f} were expected"
     return Setback(LATE, httpx2.ReadTimeout(said), elsewhere=True)
 

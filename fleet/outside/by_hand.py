@@ -23,7 +23,7 @@ NOTED = "taken_out"
 
 
 class Act(StrEnum):
-    """What can be done to one instance."""
+    """What an operator can do by hand to one instance."""
 
     DRAIN = "drain"
     REPLACE = "replace"
@@ -31,19 +31,19 @@ class Act(StrEnum):
 
 
 class ActRefused(Exception):
-    """The act makes no sense now; the message says why."""
+    """What an operator asked for makes no sense now; the message says why."""
 
 
 class ByHand:
-    """Carries out what an operator asks; any thread may call."""
+    """Carries out what an operator does by hand to instances and machines; any thread may call."""
 
     def __init__(self, scaler: Autoscaler) -> None:
-        """scaler: what carries it out."""
+        """Act on the instances of that autoscaler."""
         self._scaler = scaler
         self._noted: dict[str, str] = {}
 
     def take_over(self) -> None:
-        """Go on with what was asked of the process before and is not over."""
+        """Go on with drains and replacements that the last process had begun and not ended."""
         scaler = self._scaler
         try:
             noted = json.loads(scaler.ledger.noted(NOTED) or "{}")
@@ -57,7 +57,10 @@ class ByHand:
                     scaler.instances.take_out(label, for_good=act == Act.REPLACE)
 
     def act(self, act: Act, instance_id: int, who: str) -> str:
-        """Carry it out on that instance; return its label. Raises KeyError for no such one, ActRefused."""
+        """Carry out an act on an instance; return its label. who: the operator, for the log.
+
+        Raises KeyError when there is no such instance, ActRefused when the act makes no sense now.
+        """
         scaler, why = self._scaler, f"{who} asked: {act}"
         with scaler.lock:
             found = next((i for i in scaler.instances if i.id == instance_id), None)
@@ -79,7 +82,7 @@ class ByHand:
         return found.label
 
     def ban(self, machine_id: int, for_s: float | None, who: str) -> None:
-        """Rent that machine no more for so many seconds."""
+        """Rent a machine no more for for_s seconds; None: for as long as one that failed."""
         scaler, now = self._scaler, self._scaler.clock()
         with scaler.lock:
             scaler.instances.ban(machine_id, f"{who} asked", now, for_s)
@@ -87,7 +90,7 @@ class ByHand:
         scaler.flush_soon()
 
     def forgive(self, machine_id: int, who: str) -> bool:
-        """Let that machine be rented again; return whether it was avoided."""
+        """Let a machine be rented again; return whether it was avoided."""
         scaler, now = self._scaler, self._scaler.clock()
         with scaler.lock:
             avoided = scaler.instances.forgive(machine_id, now)
@@ -96,7 +99,7 @@ class ByHand:
         return avoided
 
     def remember(self) -> None:
-        """Write down what is still taken out, where that has changed; each turn calls it."""
+        """Write to the ledger which instances are taken out by hand, where that changed; called each turn."""
         with self._scaler.lock:
             out: dict[str, str] = {
                 i.label: Act.REPLACE if i.taken_out.for_good else Act.DRAIN

@@ -34,7 +34,10 @@ SPENT = ("hot_working", "hot_idle", "loading", "stopped", "lost")
 
 @dataclass(frozen=True)
 class FleetPlace:
-    """What the page says of this process. cloud: where the instances are; local: it is a local cloud."""
+    """What the operator's page says of this autoscaler process.
+
+    cloud: where the instances are. local: it is a local cloud.
+    """
 
     label: str
     cloud: str
@@ -43,7 +46,7 @@ class FleetPlace:
 
 
 class Overview:
-    """Makes the answers; any thread may call."""
+    """Makes the answers of GET /overview and GET /history; any thread may call."""
 
     def __init__(self, scaler: Autoscaler, place: FleetPlace, tuner: Tuner | None = None) -> None:
         """Begin with nothing added up. tuner: knows what other goals would have cost."""
@@ -54,7 +57,7 @@ class Overview:
         self._money: tuple[float, dict[str, Any]] | None = None
 
     def now(self, health: Mapping[str, Any]) -> dict[str, Any]:
-        """Return how things stand. health: the answer of GET /health."""
+        """Return the answer of GET /overview: how things stand. health: the answer of GET /health."""
         scaler = self._scaler
         now = scaler.clock()
         money = self._sums(now)
@@ -104,7 +107,7 @@ class Overview:
             return {"message": str(e)}
 
     def history(self, from_s: float, to_s: float, points: int) -> dict[str, Any]:
-        """Return the samples of that window as columns of at most so many points."""
+        """Return the answer of GET /history: the window's samples as columns of at most `points` values."""
         with self._scaler.lock:
             samples, begin = self._scaler.history.since(from_s), self._scaler.history.begins_at
         if from_s < begin:
@@ -130,7 +133,7 @@ class Overview:
 
 
 def told(d: Decision) -> dict[str, Any]:
-    """Return a decision as a sentence, with its orders and the evidence of those that cost money."""
+    """Return a decision for people: a sentence, its orders, and the evidence of those that cost money."""
     said = []
     if d.seen is not None and d.targets is not None:
         demand = d.seen.demand[-1][1] if d.seen.demand else 0.0
@@ -161,7 +164,7 @@ def _order(i: Instance) -> tuple[float, str]:
 
 
 def _load(i: Instance, use: Mapping[int, tuple[int, float, int]]) -> dict[str, Any]:
-    """Return what the loadbalancers say of it, and dollars per million units of work."""
+    """Return the load of an instance, by the loadbalancers, and its $ per million units of work."""
     requests, work, failures = use.get(i.id, (0, 0.0, 0)) if i.id is not None else (0, 0.0, 0)
     return {
         "requests": requests,
@@ -181,6 +184,6 @@ def _by_kind(costs: CostBreakdown) -> dict[str, float]:
 
 
 def _midnight(now: float) -> float:
-    """Return when this day began, by the clock on the wall."""
+    """Return when the present day began, by this computer's time zone."""
     local = time.localtime(now)
     return now - (local.tm_hour * 3600 + local.tm_min * 60 + local.tm_sec)

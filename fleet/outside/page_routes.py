@@ -29,7 +29,7 @@ def add_page(
     token: PageToken,
     health: Callable[[], dict[str, Any]],
 ) -> None:
-    """Register them. health: the answer of GET /health."""
+    """Register the routes of the operator's page. health: returns the answer of GET /health."""
     operator = requires(keys.for_operator)
     add_page_files(app, token)
 

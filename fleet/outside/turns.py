@@ -301,7 +301,7 @@ class Autoscaler:
         return self._try_to(self.write_counts)
 
     def destroy(self, why: str, label: str | None = None) -> None:
-        """Order the end of one instance, or of all, busy ones too: a person asked."""
+        """Order the end of one instance, or of all, busy ones too, because a person asked."""
         now = self.clock()
         with self.lock:
             commands = [
@@ -332,7 +332,7 @@ class Autoscaler:
                 raise
 
     def flush_soon(self) -> None:
-        """Write down what has happened, or leave it to the next turn."""
+        """Write to the ledger what has happened, or leave it to the next turn."""
         self._try_to(self._flush)
 
     def _try_to(self, write: Callable[[], None]) -> bool:
