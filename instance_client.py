@@ -20,7 +20,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Annotated, Any, Self, TypeVar
 
 import aiohttp
@@ -45,8 +45,9 @@ MAX_ANSWER = 4 * 2**20
 TAIL = 4096
 """Bytes of a stream that are kept: usage and [DONE] are its last events."""
 
-TEST_PROMPT_TOKENS = 4
-"""What a test prompt asks for; one that comes back is enough."""
+
+class PromptRefused(InstanceError):
+    """The engine does not take a request of that kind, such as a chat of a model without a chat template."""
 
 
 class NotStarted(InstanceError):
@@ -252,13 +253,23 @@ class InstanceClient:
             raise InstanceError(f"{address}: health: wanted 200, got {status}")
 
     async def test_prompt(
-        self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
+        self,
+        address: str,
+        token: str,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        certificate: str | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> int:
-        """Send a short prompt; return how many tokens came back, at least one, or raise InstanceError."""
-        body = {"model": model, "prompt": "Hello", "max_tokens": TEST_PROMPT_TOKENS, "temperature": 0.0}
-        answer = await self.stream(address, token, body, aiohttp.ClientTimeout(total=timeout_s), certificate)
+        """Send a short prompt; return how many tokens came back, at least one, or raise InstanceError.
+
+        Raises PromptRefused where the engine does not take such a request at all.
+        """
+        timeouts = aiohttp.ClientTimeout(total=timeout_s)
+        answer = await self.stream(address, token, body, timeouts, certificate, headers)
         if answer.status != 200:
-            raise InstanceError(f"{address}: test prompt: wanted 200, got {answer.status}: {answer.error}")
+            kind = PromptRefused if answer.status in (400, 404, 405, 422) else InstanceError
+            raise kind(f"{address}: test prompt: wanted 200, got {answer.status}: {answer.error}")
         if answer.completion_tokens < 1:
             raise InstanceError(f"{address}: test prompt: wanted a token, got none")
         return answer.completion_tokens
@@ -270,6 +281,7 @@ class InstanceClient:
         body: Mapping[str, Any],
         timeouts: aiohttp.ClientTimeout,
         certificate: str | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Completion:
         """Send a completion request and read its answer to the end, streamed or not as the body says.
 
@@ -283,7 +295,7 @@ class InstanceClient:
             async with self._model.post(
                 f"{address}{path}",
                 json=body,
-                headers={"Authorization": f"Bearer {token}"},
+                headers={**headers, "Authorization": f"Bearer {token}"},
                 timeout=timeouts,
                 ssl=_context(address, certificate),
                 allow_redirects=False,

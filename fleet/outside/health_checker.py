@@ -12,17 +12,19 @@ import asyncio
 import contextlib
 import errno
 import logging
+import random
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import aiohttp
 import paramiko
 
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.ssh_log import HostKeyChanged, LogView, SshLog
+from fleet.probe_prompts import HEADERS, as_completion, probe
 from fleet.states import State
-from instance_client import InstanceClient, WrongCertificate
+from instance_client import InstanceClient, PromptRefused, WrongCertificate
 from process.errors import InstanceError
 from process.safe_text import safe_text
 from web.messages.reports import LoadReport
@@ -49,6 +51,7 @@ class HealthChecker:
         model: str,
         timeout_s: float,
         clock: Callable[[], float],
+        rng: random.Random | None = None,
     ) -> None:
         """Prepare for checks. model: the served model's name. timeout_s: seconds for a whole check."""
         self._client = client
@@ -57,6 +60,7 @@ class HealthChecker:
         self._model = model
         self._timeout_s = timeout_s
         self._clock = clock
+        self._rng = rng or random.Random()
 
     async def check(self, order: HealthCheckOrder) -> HealthCheck:
         """Make one health check; never raise, and never take longer than the timeout."""
@@ -98,10 +102,27 @@ class HealthChecker:
             found.read_certificate(view.certificate)
         certificate = found.certificate or order.certificate
         auth_url, address = (_secure(url, certificate) for url in (order.auth_url, order.address))
-        batch = await self._client.fetch_tokens(auth_url, token, 1, self._timeout_s, certificate)
-        tokens = await self._client.test_prompt(
-            address, batch.tokens[0], self._model, self._timeout_s, certificate
-        )
+        body = probe(self._rng, self._model)
+        try:
+            return await self._prompt(auth_url, address, token, body, certificate, found)
+        except PromptRefused:
+            if "messages" not in body:
+                raise
+            return await self._prompt(auth_url, address, token, as_completion(body), certificate, found)
+
+    async def _prompt(
+        self,
+        auth_url: str,
+        address: str,
+        master: str,
+        body: Mapping[str, Any],
+        certificate: str | None,
+        found: "_Found",
+    ) -> HealthCheck:
+        """Have a test prompt answered, with a token of its own."""
+        limit_s = self._timeout_s
+        batch = await self._client.fetch_tokens(auth_url, master, 1, limit_s, certificate)
+        tokens = await self._client.test_prompt(address, batch.tokens[0], body, limit_s, certificate, HEADERS)
         return found(Verdict.PASSED, f"test prompt: {tokens} token(s)", _in_flight(batch.load))
 
     async def _read_log(self, order: HealthCheckOrder) -> LogView:

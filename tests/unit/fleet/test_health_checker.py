@@ -7,9 +7,10 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import paramiko
@@ -28,6 +29,7 @@ from fleet.outside.ssh_log import (
     parse,
 )
 from fleet.states import State
+from instance_client import PromptRefused
 from process.errors import InstanceError
 from web.messages.reports import LoadReport, TokenBatch
 
@@ -48,10 +50,15 @@ LOAD = LoadReport(
 
 @dataclass
 class Client:
-    """An instance's HTTP side. hangs: auth urls that never answer; refuses: prompts that fail."""
+    """An instance's HTTP side. hangs: auth urls that never answer; refuses: prompts that fail.
+
+    no_chats: as a model without a chat template. prompted: what was sent.
+    """
 
     hangs: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
+    no_chats: bool = False
+    prompted: list[Mapping[str, Any]] = field(default_factory=list)
 
     async def fetch_tokens(
         self, auth_url: str, master: str, count: int, timeout_s: float, certificate: str | None = None
@@ -66,8 +73,17 @@ class Client:
         return LOAD
 
     async def test_prompt(
-        self, address: str, token: str, model: str, timeout_s: float, certificate: str | None = None
+        self,
+        address: str,
+        token: str,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        certificate: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> int:
+        self.prompted.append(body)
+        if self.no_chats and "messages" in body:
+            raise PromptRefused(f"{address}: 400")
         if address in self.refuses:
             raise InstanceError(f"{address}: expected a token, got 500")
         return 1
@@ -87,6 +103,20 @@ class Log:
         if isinstance(self.view, Exception):
             raise self.view
         return self.view
+
+
+def test_a_model_without_a_chat_template_is_asked_for_a_completion() -> None:
+    client = Client(no_chats=True)
+    for _ in range(20):
+        assert check(order(), Log(READY), client).verdict is Verdict.PASSED
+    chats = [n for n, body in enumerate(client.prompted) if "messages" in body]
+    assert 0 < len(chats) < len(client.prompted)
+    for n in chats:
+        text = " ".join(said["content"] for said in client.prompted[n]["messages"])
+        assert client.prompted[n + 1]["prompt"] == text
+    broken = Client(refuses=frozenset({"http://m1"}))
+    assert check(order(), Log(READY), broken).verdict is Verdict.FAILED
+    assert len(broken.prompted) == 1
 
 
 def order(n: int = 1, state: State = State.RUNNING, read_log: bool = True) -> HealthCheckOrder:

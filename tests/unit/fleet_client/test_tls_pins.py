@@ -357,7 +357,7 @@ def impostor(tmp_path: Path) -> Iterator[Impostor]:
     [
         lambda c, url: c.fetch_tokens(url, TOKEN, 5, 10.0, MINE[0]),
         lambda c, url: c.fetch_load(url, TOKEN, 0, 10.0, MINE[0]),
-        lambda c, url: c.test_prompt(url, TOKEN, "m", 10.0, MINE[0]),
+        lambda c, url: c.test_prompt(url, TOKEN, BODY, 10.0, MINE[0]),
         lambda c, url: c.stream(url, TOKEN, BODY, PATIENT, MINE[0]),
     ],
     ids=["tokens", "load", "test prompt", "stream"],

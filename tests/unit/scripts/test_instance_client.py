@@ -18,6 +18,7 @@ from instance_client import (
     Completion,
     InstanceClient,
     NotStarted,
+    PromptRefused,
     Stream,
     TokenUsage,
     error_message,
@@ -379,11 +380,18 @@ def test_an_error_within_the_stream_is_told() -> None:
     assert (answer.status, answer.error) == (200, "engine died")
 
 
+def test_a_test_prompt_is_told_from_one_of_a_kind_that_the_engine_does_not_take() -> None:
+    for status, kind in ((400, PromptRefused), (404, PromptRefused), (500, InstanceError)):
+        with pytest.raises(InstanceError, match=str(status)) as failed:
+            ask(answers(status, {}), lambda c, url: c.test_prompt(url, "t", BODY, timeout_s=5.0))
+        assert type(failed.value) is kind
+
+
 def test_a_test_prompt_needs_at_least_one_token() -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 0}
     with pytest.raises(InstanceError, match="got none"):
-        ask(answers(200, {"usage": usage}), lambda c, url: c.test_prompt(url, "t", "m", timeout_s=5.0))
+        ask(answers(200, {"usage": usage}), lambda c, url: c.test_prompt(url, "t", BODY, timeout_s=5.0))
     usage = {"prompt_tokens": 3, "completion_tokens": 4}
     assert (
-        ask(answers(200, {"usage": usage}), lambda c, url: c.test_prompt(url, "t", "m", timeout_s=5.0)) == 4
+        ask(answers(200, {"usage": usage}), lambda c, url: c.test_prompt(url, "t", BODY, timeout_s=5.0)) == 4
     )
