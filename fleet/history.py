@@ -125,7 +125,7 @@ class History:
         return self._samples[-1] if self._samples else None
 
     def share_in_time(self, over_s: float, now: float) -> float | None:
-        """Return which share of the last seconds' requests could be in time; None where none arrived."""
+        """Return which share of the requests of the last over_s seconds could be in time; None: none came."""
         found = self.since(now - over_s)
         if len(found) < 2:
             return None

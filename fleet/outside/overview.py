@@ -49,7 +49,7 @@ class Overview:
     """Makes the answers of GET /overview and GET /history; any thread may call."""
 
     def __init__(self, scaler: Autoscaler, place: FleetPlace, tuner: Tuner | None = None) -> None:
-        """Begin with nothing added up. tuner: knows what other goals would have cost."""
+        """Describe an autoscaler. place: what is said of its process; tuner: knows what other goals cost."""
         self._scaler = scaler
         self._place = place
         self._tuner = tuner

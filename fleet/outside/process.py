@@ -204,7 +204,7 @@ class AutoscalerProcess:
             self.scaler.turn_due.clear()
 
     def _look_at_ourselves(self) -> None:
-        """Notice a clock that was set, what is over that a person asked, and now and then the credit."""
+        """Notice a wall clock that was set, what is over that a person asked, and now and then the credit."""
         self.by_hand.remember()
         now = self.scaler.clock()
         by_s = self._steps.step_s()
