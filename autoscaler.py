@@ -152,6 +152,12 @@ class InstanceSet:
         elif not isinstance(command, Drain | Undrain):
             self._reconciler.finish(command, done, now)
 
+    def record_anew(self, now: float) -> None:
+        """Put all that a ledger must know into the journal: it begins anew."""
+        for label, key in self._host_keys.items():
+            self.journal.add_host_key(label, key)
+        self._reconciler.record_anew(now)
+
     def excuse(self, now: float) -> None:
         """Let no deadline pass for a while, because for some time a fault of ours kept us from acting."""
         self._reconciler.excuse(now)

@@ -11,6 +11,7 @@ import argparse
 import logging
 import math
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -93,6 +94,7 @@ def create_app(
     place: what the operator's page says of this process. by_hand: carries out what a person asks.
     """
     app = make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
+    app.register_error_handler(sqlite3.Error, _ledger_fails)
     health = _add_health(app, scaler, poll_interval_s)
     place = place or FleetPlace(scaler.instances.fleet_name, "", local=False, speedup=1.0)
     token = PageToken()
@@ -102,6 +104,10 @@ def create_app(
     _add_operator_views(app, scaler, keys)
     _add_operator_orders(app, scaler, keys, token, tuner)
     return app
+
+
+def _ledger_fails(e: Exception) -> Response:
+    return error(503, "ledger_not_readable", f"the ledger cannot be read: {e}")
 
 
 def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Callable[[], dict[str, Any]]:
@@ -115,7 +121,7 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Calla
         market = scaler.instances.market
         reasons = scaler.own.reasons(market.failed_creates, market.last_failure, scaler.clock())
         if last is None or age > max(HEALTHY_FOR[0], HEALTHY_FOR[1] * poll_interval_s):
-            message = f"no listing worked for {age:.0f} s: {scaler.last_error}"
+            message = f"no turn went well for {age:.0f} s: {scaler.last_error}"
             reasons.insert(0, Reason("no_good_turn", message))
         more: dict[str, Any] = {"last_good_turn_age_s": shown}
         if scaler.own.restarts:

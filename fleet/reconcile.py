@@ -127,6 +127,15 @@ class InstanceBook:
         i.condemn(evidence)
         self._condemned.add(i.label)
 
+    def record_anew(self, now: float) -> None:
+        """Put all that a ledger must know into the journal: it begins anew."""
+        for i in self.instances.values():
+            self._record(i, now)
+        for machine, until in self.market.bad_machines.items():
+            self.journal.add_bad_machine(machine, until, self.market.bad_reasons.get(machine, ""))
+        for label, (until, usd_h) in self.vanished.items():
+            self.journal.add_vanished(label, until, usd_h)
+
     def _record(self, i: Instance, now: float) -> None:
         self.journal.open_interval(i.interval(now))
         self.journal.save(i.saved())

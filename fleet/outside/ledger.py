@@ -20,11 +20,11 @@ process goes on from them, and no dollar between is lost.
 Times are epoch seconds. Any thread may call.
 """
 
+import contextlib
 import logging
-import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from fleet.costs import CostBreakdown, break_down
 from fleet.durations import KEPT
 from fleet.history import NAMES, FleetSample
 from fleet.journal import BillingInterval, Entries, SavedFleet, SavedInstance
+from fleet.outside.ledger_file import Transaction, is_damage, loss, set_aside
 from fleet.outside.ledger_mending import in_order
 from fleet.states import State
 from process.errors import ConfigError
@@ -109,21 +110,63 @@ class Ledger:
         A damaged file is kept beside it, and a new one begun: what is rented is found again by its label.
         Raises OSError too, and ConfigError when a newer autoscaler wrote it.
         """
-        path.touch(mode=0o600, exist_ok=True)
+        self._path = path
         self._lock = threading.Lock()
+        # Readers have a connection of their own: they wait for nobody who writes.
+        self._reading = threading.Lock()
         self._prune_at = float("-inf")
+        self._notes: dict[str, str | float | None] = {}  # that this process has made
+        self._damage: str | None = None  # why the file cannot be gone on with
+        self._open()
+
+    def _open(self) -> None:
+        """Open the file, or a new one where it is damaged."""
+        path = self._path
+        path.touch(mode=0o600, exist_ok=True)
         try:
             self._db = _opened(path)
         except sqlite3.DatabaseError as e:
-            if not _is_damage(e):
+            if not is_damage(e):
                 raise
-            kept = _set_aside(path)
+            kept = set_aside(path)
             log.warning("%s is damaged (%s): kept as %s, a new one begins", path, e, kept.name)
             path.touch(mode=0o600, exist_ok=True)
             self._db = _opened(path)
-        # Readers have a connection of their own: they wait for nobody who writes.
-        self._reading = threading.Lock()
         self._reader = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
+        self._inode = path.stat().st_ino
+
+    def begin_anew(self) -> bool:
+        """Open another file where this one was found damaged, or was taken away; return whether that was so.
+
+        The caller then writes down all that it knows. Raises sqlite3.Error and OSError, and is called again.
+        """
+        why = self._damage or loss(self._path, self._inode)
+        if why is None:
+            return False
+        with self._lock, self._reading:
+            self._damage = why  # until there is another
+            log.warning("%s %s while it was in use: the fleet is written down anew", self._path, why)
+            for db in (self._reader, self._db):
+                with contextlib.suppress(sqlite3.Error):
+                    db.close()
+            self._open()
+            self._damage = None
+        self.note(dict(self._notes))
+        return True
+
+    def _note_damage(self, error: BaseException | None) -> None:
+        """Note what a reader or writer met."""
+        if isinstance(error, sqlite3.DatabaseError) and is_damage(error):
+            self._damage = f"is damaged ({error})"
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        with self._reading:
+            try:
+                yield self._reader
+            except sqlite3.DatabaseError as e:
+                self._note_damage(e)
+                raise
 
     def close(self) -> None:
         """Close the ledger's file; open intervals stay open."""
@@ -223,6 +266,7 @@ class Ledger:
         """Write single values by name; None removes the value of a name."""
         with self._lock, self._transaction():
             self._note(values)
+        self._notes.update(values)
 
     def _note(self, values: Mapping[str, str | float | None]) -> None:
         for name, value in values.items():
@@ -262,8 +306,7 @@ class Ledger:
 
         Of the instances those that were not gone when it ended, and the condemned ones.
         """
-        with self._reading:
-            db = self._reader
+        with self._read() as db:
             instances = db.execute(
                 "SELECT f.label, f.instance, f.machine, f.loaded, f.doomed, f.ordered_s, f.throughput,"
                 " s.state, s.from_s, COALESCE(s.usd_h, 0.0), COALESCE(s.running_usd_h, 0.0)"
@@ -281,42 +324,42 @@ class Ledger:
                 ],
                 dict(bad.fetchall()),
                 {label: (until_s, usd_h) for label, until_s, usd_h in vanished},
-                self._last_durations("boot"),
-                self._last_durations("load"),
+                self._last_durations(db, "boot"),
+                self._last_durations(db, "load"),
                 (None if since is None else float(since), float(noted.get("lacking_seen_at", "-inf"))),
                 dict(db.execute("SELECT label, key FROM host_key").fetchall()),
             )
 
     def noted(self, name: str) -> str | None:
         """Return the value that `note` wrote under that name; None when there is none."""
-        with self._reading:
-            row = self._reader.execute("SELECT value FROM noted WHERE name = ?", (name,)).fetchone()
+        with self._read() as db:
+            row = db.execute("SELECT value FROM noted WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
     def begins_at(self) -> float | None:
         """Return when the first interval begins, before which costs are not known; None without intervals."""
-        with self._reading:
-            return self._reader.execute("SELECT MIN(from_s) FROM stretch").fetchone()[0]  # type: ignore[no-any-return]
+        with self._read() as db:
+            return db.execute("SELECT MIN(from_s) FROM stretch").fetchone()[0]  # type: ignore[no-any-return]
 
-    def _last_durations(self, kind: str) -> list[float]:
+    def _last_durations(self, db: sqlite3.Connection, kind: str) -> list[float]:
         """Return the last durations of a kind in seconds, oldest first; the caller holds the lock."""
-        rows = self._reader.execute(
+        rows = db.execute(
             "SELECT seconds FROM took WHERE kind = ? ORDER BY at_s DESC LIMIT ?", (kind, KEPT)
         ).fetchall()
         return [float(seconds) for (seconds,) in reversed(rows)]
 
     def durations(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
         """Return (kind, at, seconds) of each duration that ended inside the window."""
-        with self._reading:
-            return self._reader.execute(
+        with self._read() as db:
+            return db.execute(
                 "SELECT kind, at_s, seconds FROM took WHERE at_s >= ? AND at_s < ? ORDER BY at_s",
                 (from_s, to_s),
             ).fetchall()
 
     def arrived(self, from_s: float, to_s: float) -> list[Arrived]:
         """Return what arrived in the seconds that begin in the window, oldest first, empty ones omitted."""
-        with self._reading:
-            rows = self._reader.execute(
+        with self._read() as db:
+            rows = db.execute(
                 "SELECT second, requests, work, prompt_tokens FROM arrived"
                 " WHERE second >= ? AND second < ? ORDER BY second",
                 (from_s, to_s),
@@ -325,22 +368,22 @@ class Ledger:
 
     def samples(self, from_s: float, to_s: float) -> list[FleetSample]:
         """Return the samples of the fleet that were taken inside the window, oldest first."""
-        with self._reading:
-            rows = self._reader.execute(
+        with self._read() as db:
+            rows = db.execute(
                 "SELECT * FROM sampled WHERE at_s >= ? AND at_s < ? ORDER BY at_s", (from_s, to_s)
             ).fetchall()
         return [FleetSample(*row) for row in rows]
 
     def costs(self, from_s: float, to_s: float) -> CostBreakdown:
         """Return what the fleet cost inside the window; to_s is at most now."""
-        with self._reading:
-            rows = self._reader.execute(
+        with self._read() as db:
+            rows = db.execute(
                 "SELECT label, instance, machine, state, from_s, to_s, usd_h, running_usd_h, why FROM stretch"
                 " WHERE from_s < ? AND (to_s IS NULL OR to_s > ?) ORDER BY from_s",
                 (to_s, from_s),
             ).fetchall()
             worked = dict(
-                self._reader.execute(
+                db.execute(
                     "SELECT label,"
                     " SUM(seconds * MAX(0.0, MIN(from_s + wide_s, ?2) - MAX(from_s, ?1)) / wide_s) FROM ("
                     "SELECT label, bucket * ?3 AS from_s, ?3 AS wide_s, seconds FROM worked"
@@ -353,8 +396,8 @@ class Ledger:
             )
         return break_down([BillingInterval(*row) for row in rows], worked, from_s, to_s)
 
-    def _transaction(self) -> "_Transaction":
-        return _Transaction(self._db)
+    def _transaction(self) -> Transaction:
+        return Transaction(self._db, self._note_damage)
 
 
 def _opened(path: Path) -> sqlite3.Connection:
@@ -417,24 +460,6 @@ def _migrate(db: sqlite3.Connection, path: Path) -> None:
             db.executescript(f"BEGIN IMMEDIATE;{sql}PRAGMA user_version={to_version};COMMIT;")
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Return whether the file itself is at fault, and not a lock, a full disk or a missing right."""
-    # What SQLite calls corrupt or no database comes as plain DatabaseError, those as kinds of it.
-    return type(error) is sqlite3.DatabaseError
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename a damaged ledger and the files that belong to it; return the new name of the ledger."""
-    number = 1
-    while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    for end in ("-wal", "-shm", ""):
-        found = path.with_name(path.name + end)
-        if found.exists():
-            os.replace(found, path.with_name(kept.name + end))
-    return kept
-
-
 def _sound(row: tuple[object, ...]) -> bool:
     """Return whether a row of the fleet is valid; the instance of one that is not is found by its label."""
     label, instance, machine, _, _, ordered_s, throughput, state, since, *prices = row
@@ -446,22 +471,3 @@ def _sound(row: tuple[object, ...]) -> bool:
         log.warning("a row of the ledger left out, it cannot be: %.100r", label)
         return False
     return True
-
-
-class _Transaction:
-    """A context manager: BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the block raises."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._db.execute("COMMIT")
-        finally:
-            # Also after a COMMIT that failed: else no transaction could ever begin again.
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")

@@ -124,8 +124,7 @@ class Autoscaler:
     def turn(self) -> Decision:
         """Take one turn; raise when the ledger cannot be written. Without a listing nothing is decided."""
         rows, trouble = self._list()
-        if not self.own.writable:
-            self._try_ledger()
+        self._mind_ledger()
         now = self.clock()
         with self.lock:
             self.instances.observe(rows, (), now)
@@ -344,10 +343,15 @@ class Autoscaler:
             return False
         return True
 
-    def _try_ledger(self) -> None:
-        """Try to write to the ledger; when that works again, give all machines time before deadlines pass."""
+    def _mind_ledger(self) -> None:
+        """Begin a ledger that is damaged or lost anew, and try one that failed; then no machine is late."""
         now = self.clock()
         try:
+            if self.ledger.begin_anew():
+                with self.lock:
+                    self.instances.record_anew(now)
+            elif self.own.writable:
+                return
             self.ledger.note({"tried_at": now})
         except Exception as e:  # noqa: BLE001 it is noted, and said by GET /health
             self.own.note_unwritten(e, now)

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -369,3 +370,46 @@ def test_a_locked_ledger_is_no_damage(tmp_path: Path) -> None:
         other.execute("ROLLBACK")
     Ledger(path).close()
     assert [p.name for p in tmp_path.glob("*damaged*")] == []
+
+
+def another(path: Path) -> Path:
+    made = path.with_name("another")
+    made.touch(mode=0o600)
+    return made
+
+
+GONE_WRONG: list[tuple[str, Callable[[Path], object]]] = [
+    ("was removed", lambda path: path.unlink()),
+    ("was emptied", lambda path: os.truncate(path, 0)),
+    ("was replaced", lambda path: another(path).replace(path)),
+    ("is damaged", lambda path: path.write_bytes(b"no database " * 2000)),
+    ("is damaged", lambda path: os.truncate(path, 5000)),
+]
+
+
+@pytest.mark.parametrize(("what", "spoil"), GONE_WRONG)
+def test_a_ledger_that_is_spoilt_while_it_is_in_use_begins_anew(
+    tmp_path: Path, what: str, spoil: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Field fault C8, under load: it went on into a file that nobody could open again, and said nothing."""
+    path = tmp_path / "ledger.sqlite"
+    made = Ledger(path)
+    made.note({"clock_offset": "7.5"})
+    made.write(Entries([interval("f/a", "hot", 5.0, 1.0)]))
+    assert not made.begin_anew()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    spoil(path)
+    if what == "is damaged":
+        with pytest.raises(sqlite3.DatabaseError):
+            made.costs(0.0, 1e9)
+    assert made.begin_anew()
+    assert f"ledger.sqlite {what}" in caplog.text
+    made.write(Entries([interval("f/b", "hot", 6.0, 1.0)]))
+    assert not made.begin_anew()
+    made.close()
+    again = Ledger(path)
+    assert [i.label for i in again.costs(0.0, 1e9).intervals] == ["f/b"]
+    assert again.noted("clock_offset") == "7.5", "what this process noted is noted again"
+    again.close()
+    assert path.stat().st_mode & 0o777 == 0o600

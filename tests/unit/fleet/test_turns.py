@@ -525,3 +525,21 @@ def test_without_any_loadbalancer_the_fleet_does_not_stay_hot_for_ever(ledger: L
             loop.scaler.judge(HealthCheck(label, world.now, Verdict.PASSED, "ok"))
         loop.scaler.turn()
     assert {str(i.state) for i in loop.scaler.instances} == {"draining"}
+
+
+def test_a_ledger_that_was_lost_while_in_use_learns_the_fleet_again(ledger: Ledger, tmp_path: Path) -> None:
+    loop, label = hot_loop(ledger)
+    loop.scaler.remember_host_key(label, "ssh-ed25519 AAAA")
+    loop.scaler.instances.market.avoid(7, "three starts found no GPU", loop.world.now)
+    (tmp_path / "ledger.sqlite").unlink()
+    loop.world.now += 5.0
+    loop.scaler.turn()
+    before = loop.scaler.instances[label]
+    again = Ledger(tmp_path / "ledger.sqlite")
+    saved = again.saved_fleet(loop.world.now)
+    assert [(s.label, s.instance, s.state, s.loaded) for s in saved.instances] == [
+        (label, before.id, before.state, before.loaded)
+    ]
+    assert (saved.host_keys, list(saved.bad_machines)) == ({label: "ssh-ed25519 AAAA"}, [7])
+    assert again.costs(0.0, loop.world.now + 3600.0).total > 0.0, "it bills on"
+    again.close()
