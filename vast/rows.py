@@ -1,12 +1,17 @@
 """The rows of Vast.ai's JSON as typed values: offers and instances."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from process.safe_text import safe_text
 from vast.errors import short, unexpected
+
+T = TypeVar("T")
+
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,254}")
 
 PAGE_ROWS = 25  # the most that one page of the listing holds; vast-contract 2.3
 MAX_WHOLE = 2**53
@@ -14,6 +19,16 @@ MAX_WHOLE = 2**53
 
 MAX_NUMBER = 1e15
 """The largest number that is believed, in any unit: dates are seconds."""
+
+MAX_USD_H = 10_000.0
+"""The highest price that is believed, $/h, and $ per GB and month: a hundred times the dearest machine."""
+
+MAX_GPUS = 1_024
+"""The most GPUs of one machine that are believed."""
+
+MAX_PORT = 65_535
+
+PRICE = f"a price from 0 to {MAX_USD_H:,.0f}"
 
 MAX_TEXT = 1_000
 """Characters of a text that are kept: status messages are the longest, and their beginning says all."""
@@ -96,6 +111,25 @@ class Fields:
             raise unexpected(command, f"an object for each {what}", _shape(data))
         self._data: dict[str, object] = data
 
+    def whole_from(self, key: str, least: int, most: int = MAX_WHOLE) -> int | None:
+        """Return the whole number if it is in that range."""
+        value = self.maybe_whole(key)
+        return value if value is not None and least <= value <= most else None
+
+    def required(self, key: str, expected: str, value: T | None) -> T:
+        """Return the value of that key as it was read; raise where it is none."""
+        return self._refuse(key, expected) if value is None else value
+
+    def price(self, key: str) -> float | None:
+        """Return a price, or None where there is none that can be."""
+        value = self.maybe_amount(key)
+        return value if value is not None and value <= MAX_USD_H else None
+
+    def host(self, key: str) -> str | None:
+        """Return an address or name of a computer: it becomes part of URLs."""
+        value = self.maybe_text(key)
+        return value if value is not None and _HOST.fullmatch(value) else None
+
     def whole(self, key: str) -> int:
         value = self.maybe_whole(key)
         return self._refuse(key, "a whole number") if value is None else value
@@ -118,8 +152,8 @@ class Fields:
         value = self.maybe_number(key)
         return value if value is not None and value >= 0 else None
 
-    def maybe_amount_in(self, outer: str, key: str) -> float | None:
-        return Fields(self._command, f"{self._what}.{outer}", self.mapping(outer)).maybe_amount(key)
+    def price_in(self, outer: str, key: str) -> float | None:
+        return Fields(self._command, f"{self._what}.{outer}", self.mapping(outer)).price(key)
 
     def number(self, key: str) -> float:
         value = self.maybe_number(key)
@@ -204,17 +238,17 @@ def offer_of(f: Fields) -> Offer:
         machine_id=f.whole("machine_id"),
         host_id=f.maybe_whole("host_id"),
         gpu_name=f.text("gpu_name"),
-        num_gpus=f.whole("num_gpus"),
+        num_gpus=f.required("num_gpus", f"1 to {MAX_GPUS}", f.whole_from("num_gpus", 1, MAX_GPUS)),
         gpu_ram_mb=f.amount("gpu_ram"),
-        dph_total=f.amount("dph_total"),
-        dph_base=f.amount("dph_base"),
-        storage_cost_gb_month=f.amount("storage_cost"),
+        dph_total=f.required("dph_total", PRICE, f.price("dph_total")),
+        dph_base=f.required("dph_base", PRICE, f.price("dph_base")),
+        storage_cost_gb_month=f.required("storage_cost", PRICE, f.price("storage_cost")),
         inet_down_mbps=f.maybe_amount("inet_down") or 0.0,
         reliability=f.maybe_amount("reliability") or f.maybe_amount("reliability2") or 0.0,
         dlperf=f.maybe_amount("dlperf"),
         geolocation=f.maybe_text("geolocation"),
         is_bid=f.flag("is_bid") is True,
-        min_bid=f.maybe_amount("min_bid"),
+        min_bid=f.price("min_bid"),
         duration_s=f.maybe_amount("duration"),
     )
 
@@ -226,20 +260,20 @@ def row_of(f: Fields) -> Row:
     read. One that lacks its machine or its price is odd, and still a machine of ours that bills: the others
     must not suffer from it, nor may it be overlooked.
     """
-    priced = f.maybe_amount("dph_total") is not None
-    machine_id = f.maybe_whole("machine_id")
+    priced = f.price("dph_total") is not None
+    machine_id = f.whole_from("machine_id", 0)
     lacks = [
         name for name, there in (("dph_total", priced), ("machine_id", machine_id is not None)) if not there
     ]
-    dph_total = f.maybe_amount("dph_total") or 0.0
-    storage_usd_h = f.maybe_amount("storage_total_cost")
+    dph_total = f.price("dph_total") or 0.0
+    storage_usd_h = f.price("storage_total_cost")
     if storage_usd_h is None:
-        gb, usd_gb_month = f.maybe_amount("disk_space"), f.maybe_amount("storage_cost")
-        storage_usd_h = (gb or 0.0) * (usd_gb_month or 0.0) / HOURS_PER_MONTH
-    dph_base = f.maybe_amount("dph_base")
+        gb, usd_gb_month = f.maybe_amount("disk_space"), f.price("storage_cost")
+        storage_usd_h = min(MAX_USD_H, (gb or 0.0) * (usd_gb_month or 0.0) / HOURS_PER_MONTH)
+    dph_base = f.price("dph_base")
     cur_state = f.maybe_text("cur_state")
     # cur_state is the contract's: while it is stopped the GPU is given up, and not paid (2.12, 2.13).
-    price_now = f.maybe_amount_in("instance", "totalHour")
+    price_now = f.price_in("instance", "totalHour")
     if price_now is None:
         price_now = storage_usd_h if cur_state in ("stopped", "unloaded") else dph_total
     return Row(
@@ -250,12 +284,12 @@ def row_of(f: Fields) -> Row:
         intended_status=f.maybe_text("intended_status"),
         cur_state=cur_state,
         status_msg=f.maybe_text("status_msg"),
-        public_ip=f.maybe_text("public_ipaddr"),
+        public_ip=f.host("public_ipaddr"),
         ports=_ports(f.mapping("ports")),
-        ssh_host=f.maybe_text("ssh_host"),
-        ssh_port=f.maybe_whole("ssh_port"),
+        ssh_host=f.host("ssh_host"),
+        ssh_port=f.whole_from("ssh_port", 1, MAX_PORT),
         gpu_name=f.maybe_text("gpu_name") or "",
-        num_gpus=f.maybe_whole("num_gpus") or 1,
+        num_gpus=f.whole_from("num_gpus", 1, MAX_GPUS) or 1,
         dph_base=max(0.0, dph_total - storage_usd_h) if dph_base is None else dph_base,
         dph_total=dph_total,
         storage_usd_h=storage_usd_h,
@@ -285,6 +319,10 @@ def _ports(mapped: Mapping[str, object]) -> dict[int, int]:
         port, _, protocol = inside.partition("/")
         first = outside[0] if isinstance(outside, list) and outside else None
         host_port = str(first.get("HostPort")) if isinstance(first, dict) else ""
-        if protocol == "tcp" and port.isdecimal() and host_port.isdecimal():
+        if protocol == "tcp" and _is_port(port) and _is_port(host_port):
             ports[int(port)] = int(host_port)
     return ports
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) <= MAX_PORT

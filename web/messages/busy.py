@@ -62,7 +62,7 @@ class TrafficReport(Struct, frozen=True, gc=False, omit_defaults=True):
     first_token_s: Annotated[float, Meta(ge=1e-3, le=3600.0)]
     prompt_token_s: Annotated[float, Meta(ge=0.0, le=1.0)]
     late_bound_s: Annotated[float, Meta(ge=0.0, le=86_400.0)] | None = None
-    kv_tokens: float = 0.0
+    kv_tokens: Work = 0.0
 
     @property
     def slo(self) -> Slo:
