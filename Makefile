@@ -17,7 +17,7 @@ PAGE_LIB := build/page-lib
 PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-vllm lint structure bench-route bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo flags sizes picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-vllm lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo flags sizes picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -65,6 +65,10 @@ structure: $(READY)
 
 bench-route: $(READY)
 	$(BIN)/python -m bench.route --json build/bench-route.json
+
+# One client beside others that attack: hoarder, liars, silent connections, bodies without a key.
+bench-fairness: $(READY)
+	$(BIN)/python -m bench.fairness --json build/bench-fairness.json
 
 bench-turn: $(READY)
 	$(BIN)/python -m bench.turn --json build/bench-turn.json

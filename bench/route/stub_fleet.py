@@ -174,6 +174,8 @@ class StubHttp(asyncio.Protocol):
             if target.endswith("/tokens"):
                 said = json.loads(body)
                 return instance.token_batch(said["count"], said.get("report_to", ""))
+            if target.endswith("/health"):
+                return {}
             return instance.load(int(target.partition("after=")[2]))
         if target == "/leased":
             now = time.monotonic()

@@ -1,0 +1,1 @@
+"""What one client suffers from others that attack the loadbalancer."""
