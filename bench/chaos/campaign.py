@@ -52,7 +52,7 @@ DARK_S = 10.0
 
 @dataclass(frozen=True)
 class CampaignSettings:
-    """What to do. only: names of kinds, else all of the seed. rest_s: of a calm
+    """What to do. only: names of kinds, else all of the seed. most: faults of a storm. rest_s: of a calm
     beyond the full fleet. keep: the directory for all logs."""
 
     seed: int
@@ -61,6 +61,7 @@ class CampaignSettings:
     rate_s: float = 3.0
     storm_s: float = STORM_S
     pause_s: float = PAUSE_S
+    most: int | None = None
     rest_s: float = 8.0
     keep: Path | None = None
     stack: StackSettings | None = None
@@ -199,9 +200,10 @@ class Campaign:
     def _storm(self, until: float) -> None:
         """Strike until then; return when everything is off again."""
         self._calm.clear()
-        threads = []
+        threads: list[threading.Thread] = []
         while time.monotonic() < until:
-            kind = self._next_kind()
+            enough = self.settings.most is not None and len(threads) >= self.settings.most
+            kind = None if enough else self._next_kind()
             if kind is not None:
                 for_s = min(self._rng.uniform(*kind.lasts_s), max(0.5, until - time.monotonic()))
                 scene = Scene(self.stack, self.truth, random.Random(self._rng.getrandbits(64)), for_s, [])

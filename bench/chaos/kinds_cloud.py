@@ -17,8 +17,8 @@ ROUTED = ("api-error", "api-hangs")
 """Faults that strike a route, before or after the effect: chosen anew each time."""
 
 
-def cloud_fault(name: str) -> Effect:
-    """A fault of the local cloud is on; those of an instance strike one."""
+def cloud_fault(name: str, **more: object) -> Effect:
+    """A fault of the local cloud is on; those of an instance strike one. more: its parameters."""
     scope = FAULTS[name].scope
 
     @contextlib.contextmanager
@@ -26,8 +26,10 @@ def cloud_fault(name: str) -> Effect:
         arguments: dict[str, object] = {
             "name": name,
             "seconds": round(scene.for_s, 2),
-            **ARGUMENTS.get(name, {}),
+            **{**ARGUMENTS.get(name, {}), **more},
         }
+        if name == "list-missing" and not more:
+            arguments["which"] = scene.rng.choice(("newest", "random"))
         if name in ROUTED:
             arguments["when"] = scene.rng.choice(("before", "after"))
             arguments["route"] = scene.rng.choice(
@@ -85,6 +87,13 @@ KINDS = (
     *(
         Kind(f"cloud:{name}", cloud_fault(name), (2.0, 15.0), f"cloud:{name}", dark=name == "credit-zero")
         for name in FAULTS
+    ),
+    Kind(
+        "list-missing-long",
+        cloud_fault("list-missing", which="newest"),
+        (40.0, 50.0),
+        "cloud:list-missing",
+        frozenset({"trial"}),
     ),
     Kind("destroyed-behind", destroy, (0.5, 1.0)),
     Kind("instance-killed", kill_instance("all"), (0.5, 1.0)),

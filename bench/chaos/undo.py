@@ -1,7 +1,11 @@
 """Fixes that a child can run without, by name: the campaign must notice each, else its audit is nothing."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what is changed is imported where it is changed, after the child has said which
+    from fleet.commands import AskPage
 
 
 def _quorum() -> None:
@@ -15,17 +19,17 @@ def _quorum() -> None:
     evidence._weigh_silence = weigh_silence
 
 
-def _disbelief() -> None:
-    """C4: the time of disbelief is forgotten at a restart."""
-    from fleet.listing import ListingTrust
-
-    def restore(self: ListingTrust, lacking_since: float | None) -> None:
-        """Forget it."""
-
-    ListingTrust.restore = restore  # type: ignore[method-assign]
-
-
 def _own_page() -> None:
+    """C4: nobody asks for the own page of what the listings lack."""
+    from fleet import planner
+
+    def none(situation: planner.Situation) -> "Iterator[AskPage]":  # noqa: ARG001
+        return iter(())
+
+    planner._pages = none
+
+
+def _absence() -> None:
     """C5: what believed listings lack for a while is gone, whatever its own page says."""
     from fleet.instance import Instance
     from fleet.reconcile import Reconciler
@@ -65,8 +69,8 @@ def _clock() -> None:
 
 UNDONE: Mapping[str, Callable[[], None]] = {
     "quorum": _quorum,
-    "disbelief": _disbelief,
     "own-page": _own_page,
+    "absence": _absence,
     "budgets": _budgets,
     "clock": _clock,
 }
