@@ -119,6 +119,8 @@ class Trouble:
     """What our checks and the listing hold against one machine in its present boot, and since when."""
 
     passed_at: float = float("-inf")  # when the last check that passed began
+    well_since: float = float("inf")  # when the first of the unbroken row of those began
+    silent_at: float = float("-inf")  # when the last check that met nobody began
     failing: bool = False  # the last check did not pass
     silent_since: float | None = None  # when the first of an unbroken row that met nobody had ended
     ended_since: float | None = None  # the listing says that its container ended by itself
@@ -130,11 +132,14 @@ class Trouble:
     def note_pass(self, started_at: float) -> None:
         """Note that the machine passed a check, which began at started_at."""
         self.passed_at = max(self.passed_at, started_at)
+        self.well_since = min(self.well_since, started_at)
         self._forget_failures()
 
-    def note_trouble(self, now: float, *, met: bool) -> None:
-        """Note a check that the machine did not pass. met: the machine itself answered."""
-        self.failing = True
+    def note_trouble(self, started_at: float, now: float, *, met: bool) -> None:
+        """Note a check that the machine did not pass, which began at started_at. met: it answered itself."""
+        self.failing, self.well_since = True, float("inf")
+        if not met:
+            self.silent_at = started_at
         self.silent_since = None if met else now if self.silent_since is None else self.silent_since
 
     def note_ended(self, now: float, *, ended: bool) -> None:
@@ -157,12 +162,24 @@ class Trouble:
 
     def forget(self) -> None:
         """Forget all trouble, because the machine begins a new boot."""
-        self.passed_at, self.ended_since = float("-inf"), None
+        self.passed_at, self.well_since, self.ended_since = float("-inf"), float("inf"), None
         self._forget_failures()
 
     def _forget_failures(self) -> None:
         self.failing, self.silent_since = False, None
         self.fatal = self.word = self.clients_since = None
+
+    def contrasts_with(self, other: "Trouble") -> bool:
+        """Return whether this machine has been well since before the other's last check met nobody.
+
+        When our own network comes back, one machine is the first to answer: that says nothing against those
+        whose checks had begun before.
+        """
+        return (
+            other.silent_since is not None
+            and self.shows_well_since(other.silent_since)
+            and self.well_since <= other.silent_at
+        )
 
     def shows_well_since(self, at: float) -> bool:
         """Return whether the machine is well by a check that began after that time."""

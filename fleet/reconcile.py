@@ -167,7 +167,7 @@ class Judge(InstanceBook):
             self._move(i, State.RUNNING, check.why, now)
         else:
             i.explain(check.why)
-        i.trouble.note_trouble(now, met=check.met)
+        i.trouble.note_trouble(check.started_at, now, met=check.met)
         if check.verdict is Verdict.FATAL:
             i.trouble.accuse(check.why)
         if self.listing.believed:
@@ -193,8 +193,10 @@ class Judge(InstanceBook):
         others = [o for o in self.instances.values() if o is not i and o.state in CHECKED]
         if i.state is State.STARTING:
             others_well = any(o.boot.up_at > (i.boot.no_gpu_since or now) for o in others)
+        elif i.trouble.silent_since is not None:
+            others_well = any(o.trouble.contrasts_with(i.trouble) for o in others)
         else:
-            since = i.trouble.silent_since or now - self.deadlines.absent_s
+            since = now - self.deadlines.absent_s
             others_well = any(o.trouble.shows_well_since(since) for o in others)
         return Circumstances(
             self.listing.believed, others_well, self.reach.at(now), self.deadlines.together_s

@@ -86,7 +86,7 @@ def run_trial(name: str, trial: Trial) -> dict[str, object]:
         )
         figures = run_seed(settings)
         line = next(line for line in audit([figures]) if line.what == trial.line)
-        told[how] = line.figure
+        told[how] = " ".join((line.figure, *line.details[:3]))
         kept[how] = trial.spared(figures) if trial.spared and undone is None else line.kept is not False
     told["told apart"] = kept == {"with it": True, "without it": False}
     return told

@@ -7,7 +7,7 @@ import pytest
 from fleet.accusations import final_accusation
 from fleet.commands import Create, Destroy, Start
 from fleet.evidence import Accusation, Circumstances, Health, Source, weigh
-from fleet.health_check import Verdict
+from fleet.health_check import HealthCheck, Verdict
 from fleet.instance_messages import Hearing
 from fleet.states import State
 from policies import Fixed
@@ -103,6 +103,24 @@ def test_one_silent_machine_is_replaced_by_a_cold_one_which_then_accuses_it() ->
     w.tick(w.start_s + w.reload_s + 30)
     assert sick not in w.contracts
     assert w.states()["hot"] == 1
+
+
+def test_the_first_machine_that_answers_again_accuses_none_whose_check_had_begun_before() -> None:
+    """Our own network comes back after a minute: one is looked at a moment before the other."""
+    w = World().with_pool(hot=2, total=2)
+    first, second = w.contracts
+    w.check_hook = all_silent
+    w.tick(w.deadlines.recover_s + 20)
+    began = w.now
+    w.now += 1.0
+    w.fleet.judge(HealthCheck(first, w.now, Verdict.PASSED, "ok"), w.now)
+    w.now += 1.0
+    w.fleet.judge(HealthCheck(second, began, Verdict.FAILED, "no answer"), w.now)
+    w.fleet.observe(w.listing(), (), w.now)
+    w.check_hook = lambda _: None
+    w.tick(20)
+    assert {first, second} == set(w.contracts)
+    assert w.states() == {"hot": 2}
 
 
 def test_a_check_that_began_before_our_network_failed_accuses_nobody() -> None:
