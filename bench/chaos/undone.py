@@ -21,7 +21,7 @@ from fleet_client.flags import run_main
 WRONGED = "machines destroyed or banned that were well"
 FULL = "seconds from the last fault to the full fleet"
 OVER = "seconds over max_instances"
-HOLD = "longest processor time of a loadbalancer without yielding"
+FAILED = "requests that fail with the openai package's default retries, the same"
 LEDGER = "the ledger's dollars to the cloud's, seed by seed"
 
 
@@ -29,7 +29,7 @@ LEDGER = "the ledger's dollars to the cloud's, seed by seed"
 class Trial:
     """What shows that a fix is undone: the kinds that strike, the line that must be missed, and the fleet.
 
-    spared: whether a run with the fix was spared; None: that its line was kept.
+    spared: whether a run was spared, where a short one cannot keep the line; None: that the line was kept.
     """
 
     kinds: tuple[str, ...]
@@ -52,8 +52,8 @@ TRIALS: Mapping[str, Trial] = MappingProxyType(
         "quorum": Trial(("unreachable-long",), WRONGED, storm_s=75.0),
         "own-page": Trial(("destroyed-behind",), FULL, hot=1, total=1, max_instances=1, storm_s=30.0, most=1),
         "absence": Trial(("list-missing-long",), OVER, total=5),
-        "budgets": Trial(("host:huge-load",), HOLD, storm_s=40.0),
-        "clock": Trial(("clock-forward",), LEDGER, storm_s=40.0, spared=_about_right),
+        "silence": Trial(("kill-loadbalancer-1", "kill-loadbalancer-2"), FAILED, storm_s=40.0),
+        "clock": Trial(("clock-forward", "model-killed"), LEDGER, storm_s=40.0, spared=_about_right),
     }
 )
 
@@ -87,7 +87,7 @@ def run_trial(name: str, trial: Trial) -> dict[str, object]:
         figures = run_seed(settings)
         line = next(line for line in audit([figures]) if line.what == trial.line)
         told[how] = " ".join((line.figure, *line.details[:3]))
-        kept[how] = trial.spared(figures) if trial.spared and undone is None else line.kept is not False
+        kept[how] = line.kept is not False if trial.spared is None else trial.spared(figures)
     told["told apart"] = kept == {"with it": True, "without it": False}
     return told
 
