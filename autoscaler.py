@@ -22,6 +22,7 @@ Invariants
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from engine.profiles import Profile
@@ -298,10 +299,15 @@ class InstanceSet:
                 waits.append(self.durations.load_s - (now - i.ordered_at))
         return max(1.0, min(waits)) if waits else None
 
-    def describe(self, now: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return (all instances, those that went last, newest first) as JSON for people, without secrets."""
+    def describe(
+        self, now: float, out: Mapping[int, str] = MappingProxyType({})
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return (all instances, those that went last, newest first) as JSON for people, without secrets.
+
+        out: the instances that a loadbalancer does not listen to, and why.
+        """
         there = sorted(self, key=lambda i: (i.ordered_at, i.label))
-        return [_described(i, now) for i in there], [
+        return [_described(i, now) | {"out": out.get(i.id or 0)} for i in there], [
             _described(i, now) for i in reversed(self._reconciler.gone)
         ]
 

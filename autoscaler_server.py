@@ -218,7 +218,7 @@ def _add_operator_views(app: Flask, scaler: Autoscaler, keys: AccessKeys) -> Non
     def instances() -> Response:
         with scaler.lock:
             now, manage = scaler.clock(), scaler.instances.manage
-            there, gone = scaler.instances.describe(now)
+            there, gone = scaler.instances.describe(now, scaler.demand.out())
         return jsonify(instances=there, gone=gone, manage=manage)
 
     @app.get("/decisions")

@@ -45,6 +45,10 @@ class ReportBudget:
         """Return whether the instance is being ignored now, because it has reported too much."""
         return now < self.out_until
 
+    def reason(self, now: float) -> str | None:
+        """Return why the instance is not listened to now; None when it is."""
+        return self.why if self.excludes(now) else None
+
     def take_push(self, events: int, now: float) -> bool:
         """Spend the budget for a pushed report; False when it was one too many: the instance is ignored now.
 

@@ -34,7 +34,12 @@ def measure(
         # Draining instances count with what they have: the work is there, and more like it will come.
         shares += work / inst.capacity
         uses[inst.id] = InstanceUse(
-            len(inst.leases), min(work, MAX_WORK), inst.working_s(now), inst.throughput, inst.circuit.failures
+            len(inst.leases),
+            min(work, MAX_WORK),
+            inst.working_s(now),
+            inst.throughput,
+            inst.circuit.failures,
+            inst.reports.budget.reason(now),
         )
     held_work = max(0.0, queue.work)
     waiting = held_work + demand.refused_work(now, instances.typical_capacity, instances.hot)
@@ -114,7 +119,7 @@ def describe_instance(inst: ServingInstance, now: float) -> dict[str, Any]:
         "tokens_in_stock": inst.stock.size,
         "reports_pushed": inst.reports.pushes,
         "failures": inst.circuit.failures,
-        "out": inst.reports.budget.why if inst.reports.budget.excludes(now) else None,
+        "out": inst.reports.budget.reason(now),
         "avoided": inst.circuit.state is CircuitState.OPEN,
         "circuit": inst.circuit.state.value,
         "working_s": round(inst.working_s(now), 1),

@@ -157,6 +157,11 @@ class Demand:
                 found[i] = requests + use.unfinished, work + use.work, failures + use.failures
         return found
 
+    def out(self) -> dict[int, str]:
+        """Return the instances that a loadbalancer heard of lately does not listen to, and why."""
+        reports = [report.instances for _, report in self._last.values()]
+        return {i: use.out for rows in reports for i, use in rows.items() if use.out is not None}
+
     @property
     def demand(self) -> float:
         """The demand of all loadbalancers heard of lately, in instances' worth of capacity."""

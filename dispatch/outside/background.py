@@ -154,6 +154,7 @@ class BackgroundTasks:
             if look is not None:
                 look.cancel()
             service.balancer.complete_poll(poll, load, service.clock(), reached=reached)
+            service.tell_out(poll.instance_id)
         if load is not None and reached is not False:
             self._silent(poll.instance_id, None)
             service.serve_waiting()

@@ -16,6 +16,7 @@ from dispatch.duration_histogram import DurationHistogram
 from dispatch.lease import Lease
 from dispatch.outside.hot_set import HotSetReader
 from dispatch.outside.lease_answers import encode_lease, encode_leases
+from dispatch.report_budget import OUT_S
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from loadbalancer import LoadBalancer
 from web.answers import JsonAnswer, error_answer
@@ -80,6 +81,7 @@ class LoadBalancerService:
         self._serving = False  # the next turn of the loop goes on serving
         self._signers: dict[str, int] = {}  # what an instance calls itself -> its id
         self._signing_keys: dict[str, str] = {}
+        self._out: dict[int, float] = {}  # instances that said too much -> until when they were out last
         self._thread: int | None = None
 
     @property
@@ -291,6 +293,16 @@ class LoadBalancerService:
         """
         return None if claimed_name(authorization) in self._signing_keys else NOT_SIGNED
 
+    def tell_out(self, instance_id: int) -> None:
+        """Log that an instance is not listened to any more, once each time that it said too much."""
+        inst = self.balancer.instances.by_id.get(instance_id)
+        if inst is None or (why := inst.reports.budget.reason(self.clock())) is None:
+            return
+        until = inst.reports.budget.out_until
+        if self._out.get(instance_id) != until:
+            self._out[instance_id] = until
+            log.warning("instance %d is out for %g s: %s", instance_id, OUT_S, why)
+
     def report(self, raw: bytes, authorization: str | None) -> JsonAnswer:
         """Take in a report that an instance pushed, if its signature is right; answer when the next may come.
 
@@ -303,6 +315,7 @@ class LoadBalancerService:
         instance_id = self._signers[name]
         next_in_s = self.balancer.pushed(instance_id, report, self.clock())
         if next_in_s is None:
+            self.tell_out(instance_id)
             return error_answer(409, "not_now", "of a boot that is not known here, or heard before")
         if any(end.status == "failed" for end in report.ended):
             self.activity.set()  # the instance may be in doubt

@@ -26,11 +26,11 @@ Instances = Annotated[float, Meta(ge=0.0, le=MAX_INSTANCES)]
 HotEpoch = Annotated[str, Meta(max_length=64)]
 
 
-class InstanceUse(Struct, frozen=True, gc=False):
+class InstanceUse(Struct, frozen=True, gc=False, omit_defaults=True):
     """What a loadbalancer reports of one instance; working_s and failures are cumulative.
 
     unfinished: its requests, with their work. working_s: seconds with a request under way. throughput_work_s:
-    0 where it was not measured.
+    0 where it was not measured. out: why the loadbalancer does not listen to it now, if so.
     """
 
     unfinished: Requests
@@ -38,6 +38,7 @@ class InstanceUse(Struct, frozen=True, gc=False):
     working_s: Annotated[float, Meta(ge=0.0, le=1e12)]
     throughput_work_s: Annotated[float, Meta(ge=0.0, le=1e9)]
     failures: Counter
+    out: Annotated[str, Meta(max_length=200)] | None = None
 
 
 Rows = Mapping[Counter, InstanceUse]

@@ -34,7 +34,10 @@ def test_an_instance_with_more_events_than_it_can_keep_is_out_for_a_while_and_th
     for id in (1, 2):
         b.report(id)
     b.report(1, started=strangers(150_000))
-    assert row(b, 1)["out"] == "it reported 150000 events in a report, of 65536 at most"
+    said = "it reported 150000 events in a report, of 65536 at most"
+    assert row(b, 1)["out"] == said
+    report, odd = read_busy(msgspec.json.encode(b.balancer.usage(b.now, "lb")))
+    assert ([report.instances[id].out for id in (1, 2)], odd) == ([said, None], None)
     assert [row(b, id)["in_queue"] for id in (1, 2)] == [False, True]
     assert row(b, 1)["work"] == 0.0
     assert b.lease(10.0).instance_id == 2

@@ -2,11 +2,14 @@
 
 import math
 
+import msgspec
 import pytest
 
 from fleet.demand import SILENT_S, Demand
 from policies import Traffic
+from tests.messages import busy_report
 from tests.unit.fleet.test_arrivals import arrived, report
+from web.messages.busy import InstanceUse
 
 NOW = 1_700_000_000.0
 
@@ -157,3 +160,10 @@ def test_late_requests_are_counted_over_loadbalancers_and_their_restarts() -> No
     d.add_report(report(turned_late=9, arrivals=20), NOW + 1.0)
     d.add_report(report(turned_late=2, arrivals=40), NOW + 2.0)
     assert d.turned_late == 4
+
+
+def test_an_operator_is_told_which_instances_a_loadbalancer_does_not_listen_to() -> None:
+    demand = Demand("e")
+    uses = {7: InstanceUse(0, 0.0, 0.0, 0.0, 1, "it reported too much"), 8: InstanceUse(0, 0.0, 0.0, 0.0, 0)}
+    demand.add_report(msgspec.structs.replace(busy_report(), instances=uses), 0.0)
+    assert demand.out() == {7: "it reported too much"}

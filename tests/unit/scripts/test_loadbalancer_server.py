@@ -166,6 +166,22 @@ def test_priority_is_a_right_of_the_key() -> None:
     assert ask(LoadBalancerApp(), None) == [0, 1, 2, 1]
 
 
+def test_an_instance_that_is_out_is_told_in_one_line_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    app = LoadBalancerApp()
+    app.stock()
+    inst = app.balancer.instances.by_id[7]
+    for _ in range(2):
+        app.service.tell_out(7)
+        assert not inst.reports.budget.take(10**6, app.clock.now)
+        for _ in range(3):
+            app.service.tell_out(7)
+        app.clock.now += 31.0
+    lines = [r.message for r in caplog.records if "is out" in r.message]
+    assert (
+        lines == ["instance 7 is out for 30 s: it reported 1000000 events in a report, of 65536 at most"] * 2
+    )
+
+
 def test_how_a_lease_ended_is_taken_from_the_client_that_was_given_it_and_from_no_other() -> None:
     """Two clients by their keys: one ends, fails or gives back the other's lease, and nothing happens."""
     other = "other-" + "o" * 32
