@@ -17,7 +17,7 @@ PAGE_LIB := build/page-lib
 PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-vllm lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo flags sizes picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-vllm lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -119,6 +119,11 @@ chaos: $(READY) $(COMPILED)
 # The audit itself: without each of five fixes it must fail. About 15 minutes.
 chaos-undo: $(READY) $(COMPILED)
 	$(CHAOS).undone --json build/chaos-undone.json
+
+# 200,000 hostile inputs over all faces and 22,500 idle connections: a few minutes. SEED=N for others.
+SEED ?= 1
+hostile: $(READY) $(COMPILED)
+	$(BIN)/python -m bench.hostile --seed $(SEED) --json build/hostile.json
 
 # docs/flags.md, from the declarations of the flags.
 flags: $(READY)

@@ -5,6 +5,7 @@ clock, counted from when it arrived, so a clock that is wrong changes nothing.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ STALE_SHARE = 0.3
 
 MOST_AVOIDED = 64
 """Most instances that POST /route can be asked to avoid."""
+
+MAX_ID, MAX_LIFE_S = 2**53, 1e6
+"""Highest id of an instance, and longest life of a lease in seconds: a lease beyond them is not believed."""
 
 PRIORITIES = ("high", "normal", "low")
 NORMAL = "normal"
@@ -142,7 +146,8 @@ def _read(raw: bytes) -> dict[str, Any]:
 
 
 def _refusal(status: int, said: Mapping[str, Any], retry_after: str | None) -> Refusal:
-    message = str(said.get("message") or said.get("error") or f"status {status}")[:300]
+    told = str(said.get("message") or said.get("error") or f"status {status}")[:300]
+    message = "".join(letter if letter.isprintable() else "?" for letter in told)  # half letters, too
     final = 400 <= status < 500 and status not in (408, 429)
     code = str(said.get("error") or f"http_{status}")[:40]
     return Refusal(status, message, _seconds(retry_after), final, code)
@@ -159,7 +164,9 @@ def _lease_in(said: Mapping[str, Any], known: Mapping[str, Any], now: float) -> 
     """
     texts = [said.get(name) for name in ("address", "request_id", "token")]
     number, life_s, certificate = said.get("instance_id"), said.get("expires_in_s"), known.get("certificate")
-    if not isinstance(number, int) or not isinstance(life_s, int | float):
+    if not isinstance(number, int) or not 0 <= number <= MAX_ID:
+        return None
+    if not isinstance(life_s, int | float) or not 0.0 <= life_s <= MAX_LIFE_S:  # nor is NaN
         return None
     if not all(isinstance(t, str) and t.isascii() and t.isprintable() and t for t in texts):
         return None
@@ -189,4 +196,4 @@ def read_well(said: Posted | Refusal) -> dict[int, str]:
     """Return why instances answer nothing any more, by id, from an answer of POST /well; empty otherwise."""
     out = {} if isinstance(said, Refusal) or said[0] != 200 else _read(said[1]).get("out")
     found = out.items() if isinstance(out, dict) else ()
-    return {int(one): str(why)[:40] for one, why in found if one.isascii() and one.isdigit()}
+    return {int(one): str(why)[:40] for one, why in found if re.fullmatch("[0-9]{1,16}", one)}
