@@ -17,7 +17,7 @@ PAGE_LIB := build/page-lib
 PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-vllm lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -50,6 +50,11 @@ test-wheel: $(READY) $(COMPILED) $(WHEEL_READY)
 # The operator's page in Debian's Chromium; pictures of it go to build/page-shots.
 test-page: $(READY) $(COMPILED) $(PAGE_READY)
 	PYTHONPATH=$(PAGE_LIB) $(TESTS) tests/page
+
+# What is shipped for Prometheus, and both metrics pages, by Debian's promtool.
+test-deploy: $(READY) $(COMPILED)
+	command -v promtool >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus)
+	$(TESTS) tests/system/test_deploy.py
 
 test-vllm: $(READY) $(COMPILED) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/vllm

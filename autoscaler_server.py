@@ -101,7 +101,7 @@ def create_app(
     add_page(app, Overview(scaler, place, tuner), by_hand or ByHand(scaler), keys, token, health)
     _add_loadbalancer_routes(app, scaler, keys, master_token)
     _add_ready(app, scaler, master_token, nudge)
-    _add_operator_views(app, scaler, keys)
+    _add_operator_views(app, scaler, keys, health)
     _add_operator_orders(app, scaler, keys, token, tuner)
     return app
 
@@ -209,9 +209,11 @@ def _add_ready(
         return jsonify(label=label)
 
 
-def _add_operator_views(app: Flask, scaler: Autoscaler, keys: AccessKeys) -> None:
+def _add_operator_views(
+    app: Flask, scaler: Autoscaler, keys: AccessKeys, health: Callable[[], dict[str, Any]]
+) -> None:
     operator = requires(keys.for_operator)
-    figures = AutoscalerMetrics(scaler)
+    figures = AutoscalerMetrics(scaler, lambda: [r["reason"] for r in health().get("reasons", ())])
 
     @app.get("/instances")
     @operator

@@ -1,11 +1,12 @@
 """The autoscaler's page of figures for Prometheus, GET /metrics."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from fleet.outside.own_health import REASONS
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
 from web.metrics import Family, counter, gauge, histogram, labelled
@@ -26,9 +27,13 @@ EFFECTS = {"create": "create", "start": "start", "stop": "stop", "destroyed": "d
 class AutoscalerMetrics(Collector):
     """Reads the figures of an autoscaler; those of the ledger include all processes before this one."""
 
-    def __init__(self, scaler: Autoscaler) -> None:
-        """Read the figures of that autoscaler, in any thread; its lock is held for arithmetic only."""
+    def __init__(self, scaler: Autoscaler, reasons: Callable[[], Collection[str]] = tuple) -> None:
+        """Read the figures of that autoscaler, in any thread; its lock is held for arithmetic only.
+
+        reasons: returns the words of the reasons for which it cannot do its job now.
+        """
         self._scaler = scaler
+        self._reasons = reasons
         self._started_at = scaler.clock()
 
     def collect(self) -> Iterator[Family]:
@@ -54,6 +59,12 @@ class AutoscalerMetrics(Collector):
         yield gauge("autoscaler_held_requests", "Requests that wait at the loadbalancers.", held)
         yield counter("autoscaler_arrived_requests_total", "Requests that loadbalancers reported.", arrivals)
         yield gauge("autoscaler_burn_dollars_per_hour", "What the fleet costs at present.", burn_usd_h)
+        says = "What the fleet may cost at most."
+        yield gauge("autoscaler_limit_dollars_per_hour", says, scaler.instances.limits.max_usd_h)
+        now_not = set(self._reasons())
+        not_well = ((reason, float(reason in now_not)) for reason in REASONS)
+        says = "Whether the autoscaler cannot do its job for this reason, as GET /health says it."
+        yield labelled(GaugeMetricFamily, "autoscaler_not_well", says, "reason", not_well)
         spent = ((on, getattr(costs, on)) for on in SPENT_ON)
         says = "Dollars spent by this fleet, by what they were spent on."
         yield labelled(CounterMetricFamily, "autoscaler_spent_dollars_total", says, "on", spent)

@@ -28,6 +28,10 @@ COMPLAIN_EVERY_S = 60.0
 """Seconds between two lines of log about the same trouble."""
 
 
+REASONS = ("no_good_turn", "ledger_not_writable", "no_reports", "no_credit", "creates_fail", "thread_dies")
+"""Every word that a Reason may have."""
+
+
 @dataclass(frozen=True)
 class Reason:
     """One reason why the autoscaler cannot do its job: a word for programs, and a sentence."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fleet import evidence, planner
+from fleet.outside.own_health import REASONS
 from tests.paths import ROOT
 
 PAGE = (ROOT / "docs" / "operating.md").read_text()
@@ -108,3 +109,7 @@ def test_every_test_that_security_names_exists() -> None:
             assert re.search(rf"^(async )?def {test}\(", (ROOT / path).read_text(), re.M), f"{path}::{test}"
             named += 1
     assert named > 20
+
+
+def test_every_reason_is_a_row_of_the_metrics_page() -> None:
+    assert set(REASONS) == reasons()
