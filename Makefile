@@ -11,13 +11,15 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
+CLIENTS_VENV := .venv-clients
+CLIENTS_READY := $(CLIENTS_VENV)/.ready
 WHEEL := build/wheel
 WHEEL_READY := $(WHEEL)/.ready
 PAGE_LIB := build/page-lib
 PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
 sim: $(READY) $(COMPILED)
@@ -134,6 +136,10 @@ hostile: $(READY) $(COMPILED)
 flags: $(READY)
 	$(BIN)/python -m tests.flags_page
 
+# Client programs of others against a fleet on the local cloud, in an environment of their own (0.9 GB).
+test-clients: $(READY) $(COMPILED) $(CLIENTS_READY)
+	$(BIN)/python -m tests.clients
+
 # The sizes of requests in docs/clients.md, as clients tell and instances count them.
 sizes: $(READY)
 	$(BIN)/python -m tests.sizes_page
@@ -143,7 +149,7 @@ picture:
 	dot -Tsvg docs/system.dot -o docs/system.svg
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(ROUTERS_VENV) build .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(ROUTERS_VENV) $(CLIENTS_VENV) build .mypy_cache .ruff_cache
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -161,6 +167,14 @@ $(VLLM_READY): requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Those of JavaScript where there is npm.
+$(CLIENTS_READY): requirements-clients.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
+	mkdir -p $(CLIENTS_VENV)/node && cp tests/clients/package.json $(CLIENTS_VENV)/node/
+	! command -v npm || npm install --prefix $(CLIENTS_VENV)/node --no-audit --no-fund --silent
 	touch $@
 
 $(ROUTERS_READY): requirements-routers.txt
