@@ -96,7 +96,7 @@ def create_app(
     app = make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
     app.register_error_handler(sqlite3.Error, _ledger_fails)
     health = _add_health(app, scaler, poll_interval_s)
-    place = place or FleetPlace(scaler.instances.fleet_name, "", local=False, speedup=1.0)
+    place = place or FleetPlace("fleet", "", local=False, speedup=1.0)
     token = PageToken()
     add_page(app, Overview(scaler, place, tuner), by_hand or ByHand(scaler), keys, token, health)
     _add_loadbalancer_routes(app, scaler, keys, master_token)

@@ -28,6 +28,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 from urllib.parse import quote, urlsplit
 
 import httpx2
@@ -374,7 +375,7 @@ def get_routes() -> list[tuple[str, str]]:
     clock: Any = SimpleNamespace(clock=time.time)
     apps = {
         "autoscaler": autoscaler_server.create_app(clock, AccessKeys("x"), 1.0, lambda _: ""),
-        "loadbalancer": loadbalancer_server.create_app(cast(Any, None), AccessKeys("x")),
+        "loadbalancer": loadbalancer_server.create_app(MagicMock(), AccessKeys("x")),
     }
     return [
         (name, rule.rule)
@@ -553,7 +554,7 @@ def test_they_write_no_file_elsewhere(run: Run) -> None:
     probed = {
         str(folder) for package in ("dispatch", "engine") for folder in Path(CACHE).glob(f"{package}_*")
     }
-    assert len(probed) == 2
+    assert len(probed) >= 2  # more where the sources have changed since the cache was made
     assert strange <= {"/dev/null"} | probed
     assert len(written) > 3
 

@@ -42,11 +42,10 @@ from remote.events import Events
 from remote.model_load import ModelLoad
 from remote.tokens import Gate, Issuer
 from tests.asgi_client import AsgiClient
-from tests.dispatch_world import instance, world
 from tests.fake_fleet import FakeInstance, make_certificate
 from tests.fleet_world import Contract
 from tests.loadbalancer_app import CONTROL, HOT
-from tests.messages import hot_set, token_batch
+from tests.messages import hot_set, load_report, token_batch
 from tests.waiting import wait_for
 from web.keys import AccessKeys
 
@@ -471,7 +470,7 @@ def hot(**what: object) -> dict[str, object]:
     return {**HOT, "instances": [{**HOT["instances"][0], **what}]}
 
 
-def test_a_client_that_met_another_certificate_takes_the_instance_out_at_once() -> None:
+def test_where_a_client_met_another_certificate_we_look_ourselves_at_once() -> None:
     balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
     desk = LoadBalancerService(balancer, lambda: 1_700_000_000.0)
     client = AsgiClient(create_app(desk, AccessKeys(CONTROL)))
@@ -485,16 +484,12 @@ def test_a_client_that_met_another_certificate_takes_the_instance_out_at_once() 
     done = {"request_id": lease["request_id"], "outcome": "failed", "why": "wrong_certificate"}
     assert client.post("/done", json=done).status_code == 200
     row = client.get("/status").get_json()["instances"][0]
-    assert (row["in_queue"], row["failures"], row["unfinished"]) == (False, 1, 0)
+    assert (row["failures"], row["unfinished"]) == (1, 0)
+    [poll] = balancer.polls(desk.clock())
+    assert poll.address_too, "over the address and certificate that clients have"
+    balancer.complete_poll(poll, load_report(), desk.clock(), reached=False)
+    assert client.get("/status").get_json()["instances"][0]["in_queue"] is False
     assert client.post("/route", json={"work": 10}).status_code == 503
-
-
-def test_a_single_failure_of_another_kind_does_not() -> None:
-    b = world(instance(1))
-    b.end(b.lease(), "failed")
-    probe = b.lease()
-    b.end(probe, "failed", impostor=True)
-    assert b.ask() is None
 
 
 @pytest.mark.parametrize(
