@@ -132,9 +132,9 @@ class Allowance:
         return self.refuse(client, hot, now)
 
     def refuse(self, client: str, hot: int, now: float) -> float | None:
-        """Return in how many seconds a client may ask again, and count it as refused; None: it is not.
+        """Refuse a client that has too many unused leases; return in how many seconds it may ask again.
 
-        hot: number of hot instances.
+        None: it may have a lease, and is not refused. hot: number of hot instances.
         """
         if not self.is_used_up(client, hot, now):
             return None

@@ -134,8 +134,8 @@ def run(
     rows: one request a row, in the order in which they came; changed. come: when each comes (0: it is already
     there); those that come later stand last, in that order. s: the server's constants. first, end: filled
     with the times of each request's first token and end. With a finite until_s the run stops at the first
-    step that ends then or later; all requests must be there from start_s on, and none is taken to end, since
-    it is not known which did.
+    step that ends then or later; all requests must be there from start_s on, and each is taken to run on
+    beyond its expected length, since which of them would have ended is not known.
     """
     total = len(rows)
     endless = until_s < np.inf

@@ -156,8 +156,8 @@ class ModelServers:
     def play(self, until_s: float, every_change: bool) -> tuple[int, float, int]:
         """Let all servers run until a request ends; return (server, time, row of the first that ended).
 
-        every_change: return also when a request got its first token or was admitted; the third is 0 where
-        none has ended. When nothing happens before until_s return (0, until_s, 0).
+        every_change: return also when a request got its first token or was admitted. Rows count from 1: the
+        third is 0 where no request has ended, and (0, until_s, 0) says that nothing happened before until_s.
         """
         if self._next_due >= until_s:  # a third of all calls, that need not ask the table
             return 0, until_s, 0

@@ -177,7 +177,7 @@ class _WorkBySecond:
         self._bins = _EMPTY
 
     def begin(self, second: int) -> None:
-        """Note that what arrived is known from that second on, if nothing was known yet."""
+        """Note that arrivals are counted from that second on, unless they were counted before it already."""
         if self._since is None:
             self._since = self._until = self._first = second
 

@@ -34,7 +34,10 @@ class Reread(Generic[T]):
     """A value that is made of files, and made again when they change; unusable files leave it as it is."""
 
     def __init__(self, paths: Sequence[Path], make: Callable[[], T]) -> None:
-        """Make the value of the files; raise ConfigError as `make` does."""
+        """Read the files at these paths with `make`, which returns the value, and keep it as `value`.
+
+        Raises what `make` raises for files that cannot be used, a ConfigError.
+        """
         self._paths = paths
         self._make = make
         self._read = self._seen = self._stamps()

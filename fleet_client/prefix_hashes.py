@@ -95,7 +95,10 @@ def canonical(said: Mapping[str, Any], limit: int, key: bytes) -> bytes:
 
 
 class _Text:
-    """Canonical text that is put together, up to a length in bytes."""
+    """The text of a prompt, put together from the JSON of its request so that its beginnings can be hashed.
+
+    The same prompt gives the same bytes; what is longer than `limit` bytes is cut off.
+    """
 
     def __init__(self, limit: int, key: bytes) -> None:
         self._parts: list[bytes] = []

@@ -114,9 +114,10 @@ class Objective:
         return self.hold_s + MEANS_LOOK_BACK * max(self.fast_s, self.slow_s)
 
     def scaled(self, speedup: float) -> "Objective":
-        """Return this policy for a cloud that is `speedup` times as fast: its times are divided.
+        """Return this policy for a cloud that is `speedup` times as fast: its times are divided by that.
 
-        Means stay at least three bins long, because arrivals are not sped up.
+        The times over which arrivals are averaged stay at least three bins (of BIN_S seconds) long, because
+        arrivals are not sped up.
         """
         return replace(
             self,

@@ -94,7 +94,10 @@ class _ShortArguments(ast.NodeTransformer):
         self._named = {"app"}.union(*(_KEYWORDS.findall(path.read_text()) for path in REMOTE.glob("*.py")))
 
     def visit_arguments(self, node: ast.arguments) -> ast.arguments:
-        """Return a function's arguments, made positional if no call names one of them."""
+        """Return the arguments of a function, made positional so that the minifier may shorten their names.
+
+        They stay as they are if any call in remote/ gives one of them by its name.
+        """
         if not self._named.isdisjoint(argument.arg for argument in node.args):
             return node
         values = {name: value for name, value in ast.iter_fields(node) if name not in ("posonlyargs", "args")}

@@ -200,7 +200,7 @@ def _document(
 
 
 def _listed(path: Path, text: str, reader: JsonRows) -> Iterator[LogRow]:
-    """Yield the rows of a list, each with the line on which it begins."""
+    """Yield the rows of a log that is one JSON array, each with the line of the file on which it begins."""
     decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
     seen = 0
     while True:

@@ -129,7 +129,7 @@ def test_of_our_modules_only_the_client_is_there(tmp_path: Path) -> None:
 
 def test_nothing_of_the_servers_is_installed(tmp_path: Path) -> None:
     listed = installed(tmp_path, "python", "-m", "pip", "list", "--format", "json")
-    there = {package["name"].lower() for package in json.loads(listed)}
+    there = {package["name"].lower().replace("_", "-") for package in json.loads(listed)}
     client = names(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
     servers = names((ROOT / "requirements.txt").read_text().splitlines()) - client - {"openai"}
     assert {"flask", "vastai", "numba", "paramiko"} < servers
