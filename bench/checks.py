@@ -82,29 +82,40 @@ def serve_ssh(listener: socket.socket, host_key: paramiko.PKey) -> None:
         transport.start_server(event=threading.Event(), server=Session())
 
 
+def http_answer(kind: str, payload: bytes) -> bytes:
+    """A whole HTTP answer with that payload."""
+    return b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (
+        kind.encode(),
+        len(payload),
+        payload,
+    )
+
+
 async def answer_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Give tokens, and an answer of four tokens to any prompt."""
+    """Give tokens, and an answer of four tokens to any prompt, streamed where that is asked for."""
     load = {
         **{"boot_id": "b", "seq": 0, "missed": False, "started": [], "ended": [], "running": 0, "waiting": 0},
         **{"kv_use": 0.1, "model_up": True, "prompt_tokens_total": 0, "generation_tokens_total": 0},
     }
+    text, usage = (
+        {"text": "a b c d", "delta": {"content": "a b c d"}},
+        {"prompt_tokens": 1, "completion_tokens": 4},
+    )
     said = {
         **{"tokens": ["t" * 64], "boot_id": "b", "expires_at": time.time() + 600, "expires_in_s": 600.0},
-        **{
-            "load": load,
-            "choices": [{"text": "a b c d"}],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 4},
-        },
+        **{"load": load, "choices": [text], "usage": usage},
     }
-    payload = json.dumps(said).encode()
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(payload)
+    event = json.dumps({"choices": [text], "usage": usage})
+    whole = http_answer("application/json", json.dumps(said).encode())
+    streamed = http_answer("text/event-stream", f"data: {event}\n\ndata: [DONE]\n\n".encode())
     try:
         while True:
             asked = await reader.readuntil(b"\r\n\r\n")
+            body = b""
             for line in asked.lower().split(b"\r\n"):
                 if line.startswith(b"content-length:"):
-                    await reader.readexactly(int(line.partition(b":")[2]))
-            writer.write(head + payload)
+                    body = await reader.readexactly(int(line.partition(b":")[2]))
+            writer.write(streamed if body and json.loads(body).get("stream") else whole)
             await writer.drain()
     except (asyncio.IncompleteReadError, ConnectionError):
         writer.close()
