@@ -150,7 +150,12 @@ def test_an_instance_counts_what_vllm_says_on_every_route(fleet: Fleet, path: st
     lease = fleet.lease()
     assert fleet.post(lease, path, {"model": MODEL, "ignore_eos": True, **COUNTED[path]}).status == 200
     ring = Events(str(fleet.home(lease.instance_id) / "fleet" / "boot"))
-    told = [(e.kind, e.size) for e in ring.after(0).events if e.request_id == lease.request_id]
+
+    def both() -> list[tuple[str, int]] | None:
+        told = [(e.kind, e.size) for e in ring.after(0).events if e.request_id == lease.request_id]
+        return told if len(told) > 1 else None
+
+    told = wait_for("the end to be told, which may come after the answer", both)
     ring.close()
     assert [kind for kind, _ in told] == ["started", "finished"]
     assert told[1][1] == 9
