@@ -31,6 +31,9 @@ WATCH_EVERY_S = 2.0
 
 DECISIONS_SHOWN = 12
 
+WIDE = 200
+"""Columns of a table that goes to a file or a program."""
+
 SHOW = {
     "status": "every instance, and how the fleet stands",
     "decisions": "the newest decisions as sentences, with their evidence",
@@ -127,7 +130,7 @@ def run_operator_command(
     number: id of the instance, for ban and forgive of the machine.
     """
     caller = AutoscalerCaller(config)
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else WIDE)
     if command in ACT:
         path = f"/{'machines' if command in MACHINES else 'instances'}/{number}/{command}"
         said = caller.ask("POST", path, {} if command == "ban" else None)
@@ -149,7 +152,7 @@ def _print(console: Console, said: Any, config: OperatorConfig, page: Iterable[A
         sys.stdout.flush()
         return
     for part in page:
-        console.print(part, highlight=False, markup=False)
+        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
 
 
 def _status(o: Mapping[str, Any]) -> list[Any]:
@@ -200,7 +203,9 @@ def _costs(o: Mapping[str, Any]) -> list[Any]:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(*columns, box=None)
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column, no_wrap=column != columns[-1])
     for row in rows:
         table.add_row(*(safe_text(cell) for cell in row))
     return table
