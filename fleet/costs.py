@@ -10,6 +10,9 @@ from fleet.states import SERVING, State
 BOOTING = frozenset({State.ORDERED, State.LOADING, State.RUNNING, State.STARTING})
 LOST = frozenset({State.FAILED, State.DESTROYING})
 
+SPENT_ON = ("hot_working", "hot_idle", "loading", "stopped", "lost")
+"""What dollars are spent on: fields of CostBreakdown."""
+
 
 @dataclass(frozen=True)
 class CostBreakdown:

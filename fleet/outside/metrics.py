@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from fleet.costs import SPENT_ON
 from fleet.outside.own_health import REASONS
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
@@ -13,9 +14,6 @@ from web.metrics import Family, counter, gauge, histogram, labelled
 
 BOUNDS_S = (1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14400.0)
 """Upper ends of the buckets, seconds: from a start on a local cloud to the load of a large model."""
-
-SPENT_ON = ("hot_working", "hot_idle", "loading", "stopped", "lost")
-"""What dollars are spent on: fields of CostBreakdown."""
 
 CLAMPED = ("hot", "total")
 """What a policy may want more of than the hard limits allow: Decision.clamped."""

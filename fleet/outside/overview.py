@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fleet.commands import Command, Create, Destroy, LookForOffers
-from fleet.costs import CostBreakdown
+from fleet.costs import SPENT_ON, CostBreakdown
 from fleet.history import columns
 from fleet.instance import Instance
 from fleet.journal import Decision
+from fleet.outside.ledger import DAY_S
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
 from policies import Objective
@@ -26,10 +27,7 @@ MONEY_EVERY_S = 15.0
 LEAST_KNOWN_S = 3600.0
 """Seconds of dollars that are known, from which on a month is told from them."""
 
-DAY_S = 86_400.0
 DAYS_A_MONTH = 30.0
-
-SPENT = ("hot_working", "hot_idle", "loading", "stopped", "lost")
 
 
 @dataclass(frozen=True)
@@ -151,12 +149,12 @@ def told(d: Decision) -> dict[str, Any]:
 
 
 def _order_told(c: Command) -> dict[str, str]:
-    told = {"do": type(c).__name__.lower(), "why": c.why}
+    shown = {"do": type(c).__name__.lower(), "why": c.why}
     if not isinstance(c, LookForOffers):
-        told["label"] = c.label
+        shown["label"] = c.label
     if isinstance(c, Create | Destroy):
-        told["evidence"] = c.evidence
-    return told
+        shown["evidence"] = c.evidence
+    return shown
 
 
 def _order(i: Instance) -> tuple[float, str]:
@@ -180,7 +178,7 @@ def _goal(policy: object) -> float | None:
 
 
 def _by_kind(costs: CostBreakdown) -> dict[str, float]:
-    return {"total": costs.total} | {kind: getattr(costs, kind) for kind in SPENT}
+    return {"total": costs.total} | {kind: getattr(costs, kind) for kind in SPENT_ON}
 
 
 def _midnight(now: float) -> float:
