@@ -32,6 +32,7 @@ from simulation.traces import logs, synthetic
 from simulation.traces.reading import read
 from simulation.traces.request import ReadNotes, Request
 from simulation.traces.time_units import AUTO, UNITS
+from simulation.virtual.beginning import Beginning, begin
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
 from simulation.virtual.outcome import Outcome
 from simulation.virtual.setting import Setting
@@ -107,8 +108,12 @@ class VirtualConfig:
         shown="nothing",
         read=parse_hazards,
     )
-    pool: int = flag(4, "loaded instances when the trace begins", unit="instances")
-    hot: int = flag(1, "how many of them are hot", unit="instances")
+    pool: int | None = flag(
+        None, "loaded instances when the trace begins", unit="instances", shown="as its first 15 min need"
+    )
+    hot: int | None = flag(
+        None, "how many of them are hot", unit="instances", shown="as its first 15 min need"
+    )
     max_instances: int = flag(200, "hard limit on instances", least=1, most=100_000, unit="instances")
     max_usd_h: float = flag(
         1000.0, "hard limit on what all cost together", least=0.01, most=1e6, metavar="USD", unit="$/h"
@@ -120,8 +125,19 @@ class VirtualConfig:
     request_timeout_s: float = flag(
         600.0, "seconds for a request, all tries together", least=0.1, most=86_400.0
     )
-    score_from_s: float = flag(
-        0.0, "seconds from the first arrival before which nothing counts", least=0.0, most=1e9
+    lead_in_s: float | None = flag(
+        None,
+        "seconds of the trace's beginning that are played once before it, uncounted",
+        least=0.0,
+        most=1e6,
+        shown="900; 0 with --hot",
+    )
+    score_from_s: float | None = flag(
+        None,
+        "seconds from the first arrival before which nothing counts",
+        least=0.0,
+        most=1e9,
+        shown="the longest start",
     )
     score_to_s: float = flag(
         float("inf"), "seconds from the first arrival after which nothing counts", shown="the end"
@@ -141,8 +157,8 @@ class VirtualConfig:
         if not self.trace:
             raise ConfigError("--virtual needs --trace FILE, or --trace synthetic for one that is made up")
         check_flags(self)
-        within("--pool", self.pool, 0, self.max_instances)
-        within("--hot", self.hot, 0, self.max_instances)
+        within("--pool", self.pool or 0, 0, self.max_instances)
+        within("--hot", self.hot or 0, 0, self.max_instances)
         get_profile(self.profile)
         check_output("--json", self.json)
         check_output("--plot", self.plot)
@@ -184,7 +200,7 @@ def _log(config: VirtualConfig, seed: int, notes: ReadNotes | None) -> Iterator[
 
 
 def setting_of(config: VirtualConfig) -> Setting:
-    """Return everything that the run depends on beside trace and policy; raise ConfigError."""
+    """Return what the run depends on beside trace, policy and beginning; raise ConfigError."""
     return Setting(
         profile=get_profile(config.profile),
         machines=_market(config),
@@ -194,10 +210,7 @@ def setting_of(config: VirtualConfig) -> Setting:
         timings={} if config.timings is None else read_timings(config.timings),
         late_bound_s=config.late_bound_s if config.late_lane else None,
         timeout_s=config.request_timeout_s,
-        pool=config.pool,
-        hot=config.hot,
         seed=config.seed,
-        score_from_s=config.score_from_s,
         score_to_s=config.score_to_s,
         replay_every_s=config.replay_every_s,
     )
@@ -212,8 +225,10 @@ def _market(config: VirtualConfig) -> tuple[Machine, ...]:
     return machines
 
 
-def report_of(config: VirtualConfig, outcome: Outcome, policy: Policy) -> dict[str, Any]:
-    """Return a run's report, with what only virtual time knows: policy, clamped targets, curve, audit."""
+def report_of(
+    config: VirtualConfig, outcome: Outcome, policy: Policy, beginning: Beginning
+) -> dict[str, Any]:
+    """Return a run's report, with what only virtual time knows: policy, beginning, curve, audit and so on."""
     o = outcome
     requests = report.Counted(
         sent=o.requests,
@@ -241,7 +256,9 @@ def report_of(config: VirtualConfig, outcome: Outcome, policy: Policy) -> dict[s
         "policy": config.policy,
         "late_lane": config.late_lane,
         "gpu": config.gpu,
-        "pool": config.pool,
+        "pool": beginning.pool,
+        "hot": beginning.hot,
+        "score_from_s": beginning.score_from_s,
         "hazards": None if config.hazards == Hazards() else asdict(config.hazards),
         "prompts_cut": o.cut or None,
     }
@@ -260,6 +277,7 @@ def report_of(config: VirtualConfig, outcome: Outcome, policy: Policy) -> dict[s
     )
     found = report.assemble(run, requests, o.samples, _costs(o), None, Slo(), None)
     found["policy"] = {"name": config.policy, "began_as": _fields(policy), "ended_as": _fields(o.policy)}
+    found["beginning"] = beginning.report()
     found["clamped"] = dict(o.clamped)
     found["curve"] = o.curve
     found["audit"] = o.audit
@@ -288,6 +306,8 @@ def _costs(o: Outcome) -> report.RunCosts:
 def table(found: dict[str, Any]) -> str:
     """Return the report of a run in virtual time as text for people."""
     lines = [report_table.table(found)]
+    for n, sentence in enumerate(found["beginning"]["sentences"]):
+        lines.append(f"{'' if n else 'began with':14}{sentence}")
     for what, turns in found["clamped"].items():
         lines.append(f"{'hard limits':14}in {turns:,} turns the policy wanted a number of {what} beyond them")
     curve = found["curve"]
@@ -335,8 +355,17 @@ def carry_out(config: VirtualConfig) -> dict[str, Any]:
     first = next(requests, None)
     if first is None:
         raise ConfigError(f"{config.trace}: no requests are left at --rate-scale {config.rate_scale:g}")
-    outcome = simulate(setting_of(config), policy, itertools.chain((first,), requests))
-    found = report_of(config, outcome, policy)
+    setting, beginning, requests = begin(
+        setting_of(config),
+        policy,
+        itertools.chain((first,), requests),
+        hot=config.hot,
+        pool=config.pool,
+        lead_in_s=config.lead_in_s,
+        score_from_s=config.score_from_s,
+    )
+    outcome = simulate(setting, policy, requests)
+    found = report_of(config, outcome, policy, beginning)
     found["settings"]["trace_read_as"] = "; ".join(notes.lines) or None
     if config.plot is not None:
         plots.fleet(found, config.plot)

@@ -25,8 +25,9 @@ CALL_S = 0.5
 class Setting:
     """All that a run in virtual time depends on, beside trace and policy. Times in seconds.
 
-    pool, hot: loaded instances, and hot ones, when the trace begins. score_from_s, score_to_s: only what
-    arrives and is spent between them counts, measured from the first arrival. context: the longest request,
+    pool, hot: loaded instances, and hot ones, when the first request arrives. lead_in_s: how long before the
+    trace's beginning, its time 0, that is. score_from_s, score_to_s: only what
+    arrives and is spent between them counts, measured from that beginning. context: the longest request,
     prompt and answer; longer prompts are cut, and counted. timings: constants that replace or add to those
     of engine/step_time_constants.py. late_bound_s: None for one line, first come first served. tells_length:
     users say how long their answer will be (as sim.py's do), or not at all, so that the loadbalancer expects
@@ -45,6 +46,7 @@ class Setting:
     timeout_s: float = 600.0
     pool: int = 4
     hot: int = 1
+    lead_in_s: float = 0.0
     seed: int = 0
     score_from_s: float = 0.0
     score_to_s: float = float("inf")

@@ -52,7 +52,7 @@ class VirtualTurns:
         self._cloud = cloud
         self._instances = instances
         self._background = background
-        self._begun_at: float | None = None
+        self._begun_at = float("inf")
         self._tune_at = float("inf")
         self._turn_number = 0
         self._turned_at = 0.0
@@ -61,9 +61,9 @@ class VirtualTurns:
         self._last_create = float("-inf")
         self._cloud_due = float("inf")
 
-    def begin(self, tune_at: float) -> None:
-        """Note that the trace begins now: tune the policy from tune_at on, and keep samples of the fleet."""
-        self._begun_at = self._loop.now
+    def begin(self, begun_at: float, tune_at: float) -> None:
+        """Keep samples of the fleet from begun_at on, when the trace begins; tune from tune_at on."""
+        self._begun_at = begun_at
         self._tune_at = tune_at
 
     # -- turns --
@@ -90,7 +90,7 @@ class VirtualTurns:
         self._check()
         self._background.take_hot_set()
         self._plan_command()
-        if self._begun_at is not None:
+        if now >= self._begun_at:
             self.samples.look(now - self._begun_at, scaler.instances, scaler.demand.demand)
         self.turn_at(now + s.turn_s)
 

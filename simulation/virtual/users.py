@@ -81,10 +81,10 @@ class Users:
 
     # -- arrivals --
 
-    def play(self, requests: Iterable[Request]) -> None:
-        """Let the requests of this trace arrive from now on; raise ConfigError when it has none."""
+    def play(self, requests: Iterable[Request], begun_at: float) -> None:
+        """Let the requests of this trace arrive; raise ConfigError when it has none. begun_at: its time 0."""
         self._requests = iter(requests)
-        self._begun = self._loop.now
+        self._begun = begun_at
         self._next_arrival()
         if not self._coming:
             raise ConfigError("the trace has no request")

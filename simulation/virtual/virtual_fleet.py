@@ -184,8 +184,9 @@ class VirtualFleet:
         self._scaler.set_policy(self._policy)
         self._scaler.clamps.clear()
         self._cloud.begin_hazards(s.hazards)
-        self._begun_at = now = self.loop.now
-        self._turns.begin(now + LEAST_S if s.replay_every_s > 0.0 else float("inf"))
+        now = self.loop.now
+        self._begun_at = now + s.lead_in_s
+        self._turns.begin(self._begun_at, now + LEAST_S if s.replay_every_s > 0.0 else float("inf"))
 
     def _prepared(self, hot: int, total: int) -> bool:
         instances = self._scaler.instances
@@ -199,7 +200,7 @@ class VirtualFleet:
     def play(self) -> None:
         """Let the requests of the trace arrive at their times, until the last of them has ended."""
         users, step, play = self._users, self.loop.step, self.instances.play
-        users.play(self._requests)
+        users.play(self._requests, self._begun_at)
         while not users.idle:
             step(play)
 
