@@ -20,6 +20,7 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 
 from fleet.instance_messages import Hearing
+from fleet.outside.api_description import OPERATIONS
 from fleet.outside.by_hand import ByHand
 from fleet.outside.config import PRODUCTION_URL, SERVE_ONLY, AutoscalerConfig
 from fleet.outside.costs import cost_answer
@@ -30,7 +31,7 @@ from fleet.outside.metrics import AutoscalerMetrics
 from fleet.outside.operator_commands import ACT, MACHINES, SHOW, OperatorConfig, run_operator_command
 from fleet.outside.overview import FleetPlace, Overview
 from fleet.outside.own_health import Reason
-from fleet.outside.page_routes import add_page
+from fleet.outside.page_routes import FROM, TO, add_page
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.tuner import NoCurve, Tuner
@@ -43,8 +44,8 @@ from fleet_client.own_tls import scheme, server_tls
 from policies import POLICIES, make_policy
 from process.errors import ConfigError
 from process.safe_text import safe_text
-from web.answers import JsonAnswer, error, error_answer, response
-from web.app import admits, body, make_app, query_number, requires
+from web.answers import JsonAnswer, error, error_answer, problem, response
+from web.app import admits, body, check_query, make_app, requires
 from web.bridge import serve_flask
 from web.keys import AccessKeys
 from web.messages.busy import LOADBALANCER, MAX_BUSY_BODY, BusyAnswer, read_busy
@@ -52,6 +53,7 @@ from web.messages.decoding import BadField, decode
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import ReadyBody
 from web.metrics import metrics_page
+from web.openapi import add_openapi
 from web.page_files import PageToken
 from web.signatures import claimed_name, name_and_key, signer
 
@@ -103,6 +105,7 @@ def create_app(
     _add_ready(app, scaler, master_token, nudge)
     _add_operator_views(app, scaler, keys, health)
     _add_operator_orders(app, scaler, keys, token, tuner)
+    add_openapi(app, "autoscaler", OPERATIONS)
     return app
 
 
@@ -132,12 +135,12 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Calla
             return {"status": "ok", **more}
         said = [{"reason": r.code, "message": safe_text(r.message)} for r in reasons]
         message = "; ".join(one["message"] for one in said)
-        return {"error": reasons[0].code, "message": message, "reasons": said, **more}
+        return problem(503, reasons[0].code, message, reasons=said, **more)
 
     @app.get("/health")
-    def health() -> tuple[Response, int]:
+    def health() -> Response:
         said = answer()
-        return jsonify(said), 503 if "error" in said else 200
+        return response(JsonAnswer(said, 503 if "error" in said else 200))
 
     return answer
 
@@ -231,9 +234,10 @@ def _add_operator_views(
     @app.get("/costs")
     @operator
     def costs() -> Response:
+        check_query(FROM, TO)
         now = scaler.clock()
-        from_s = query_number("from", 0.0, 0.0, 1e12)
-        to_s = min(now, query_number("to", now, 0.0, 1e12))
+        from_s = FROM.asked(0.0)
+        to_s = min(now, TO.asked(now))
         return jsonify(cost_answer(scaler, from_s, to_s))
 
     @app.get("/metrics")

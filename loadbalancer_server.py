@@ -24,6 +24,7 @@ from flask import Flask, Response, jsonify
 
 from dispatch.allowance import MOST_UNUSED
 from dispatch.chooser import FIRST_TOKEN_WEIGHT
+from dispatch.outside.api_description import OPERATIONS
 from dispatch.outside.background import BackgroundTasks
 from dispatch.outside.metrics import LoadBalancerMetrics
 from dispatch.outside.service import GRANT_AT_ONCE, LoadBalancerService
@@ -47,6 +48,7 @@ from web.messages.hot_set import MAX_HOT_BODY, HotSetTaken
 from web.messages.leases import DoneBody, RouteBody, WellBody
 from web.messages.reports import MAX_REPORT_BODY
 from web.metrics import metrics_page
+from web.openapi import add_openapi
 
 log = logging.getLogger("loadbalancer")
 
@@ -255,6 +257,7 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
         # 10,000 instances take 0.3 s to write; the loop then waits for Python's lock 5 ms at a time.
         return await asyncio.to_thread(metrics_page, figures, accept)
 
+    add_openapi(app, "loadbalancer", OPERATIONS)
     return app
 
 

@@ -11,6 +11,7 @@ from loadbalancer_server import create_app
 from tests.asgi_client import AsgiClient
 from tests.messages import hot_set, token_batch
 from web.keys import AccessKeys
+from web.messages.hot_set import HotSet
 
 CONTROL, CLIENT, OPERATOR = "control-" + "c" * 32, "client-" + "u" * 32, "operator-" + "o" * 32
 
@@ -56,27 +57,36 @@ class LoadBalancerApp:
         self.balancer = LoadBalancer(random.Random(1), lambda token: token[-16:])
         self.clock = StandingClock()
         self.service = LoadBalancerService(self.balancer, self.clock)
-        self.client = self.client_of(self.service, clients, operator, priorities)
+        self.app = create_app(self.service, AccessKeys(CONTROL, clients, operator, priorities or {}))
+        self.client = AsgiClient(self.app)
 
     @staticmethod
-    def client_of(
-        service: LoadBalancerService,
-        clients: frozenset[str] = frozenset(),
-        operator: frozenset[str] = frozenset(),
-        priorities: Mapping[str, str] | None = None,
-    ) -> AsgiClient:
+    def client_of(service: LoadBalancerService) -> AsgiClient:
         """Return a client of that service's routes."""
-        return AsgiClient(create_app(service, AccessKeys(CONTROL, clients, operator, priorities or {})))
+        return AsgiClient(create_app(service, AccessKeys(CONTROL)))
 
     def stock(self) -> None:
         """Make the instance hot and give it tokens."""
-        self.service.hot_set(hot_set(HOT))
+        self.supply(hot_set(HOT))
+
+    def supply(self, hot: HotSet) -> None:
+        """Make these instances hot and give them tokens, of which the first instance has the smallest."""
+        self.service.hot_set(hot)
+        first = hot.instances[0].id
         for refill in self.balancer.refills(self.service.clock()):
-            tokens = [f"token-{n:016d}" for n in range(refill.count)]
+            numbers = range(
+                1000 * (refill.instance_id - first), 1000 * (refill.instance_id - first) + refill.count
+            )
+            tokens = [f"token-{n:016d}" for n in numbers]
             self.balancer.complete_refill(refill, token_batch(tokens), self.service.clock())
 
 
 CERTIFIED = {**INSTANCE, "id": 8, "address": "https://127.0.0.8:8000"}
+
+
+def both_hot(**more: Any) -> HotSet:
+    """Return the hot set with both instances."""
+    return hot_set({**HOT, "instances": [INSTANCE, {**CERTIFIED, "certificate": certificate()}], **more})
 
 
 class TwoInstances(LoadBalancerApp):
@@ -84,12 +94,7 @@ class TwoInstances(LoadBalancerApp):
 
     def stock(self, **more: Any) -> None:
         """Make them hot and give them tokens."""
-        self.service.hot_set(
-            hot_set({**HOT, "instances": [INSTANCE, {**CERTIFIED, "certificate": certificate()}], **more})
-        )
-        for refill in self.balancer.refills(self.service.clock()):
-            tokens = [f"token-{1000 * refill.instance_id + n:016d}" for n in range(refill.count)]
-            self.balancer.complete_refill(refill, token_batch(tokens), self.service.clock())
+        self.supply(both_hot(**more))
 
     def route(self, **said: Any) -> tuple[int, Any]:
         """POST /route."""

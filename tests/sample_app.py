@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 
 from tests.web_server import KEY
 from web.answers import JsonAnswer
-from web.app import body, make_app, query_number, requires
+from web.app import QueryNumber, body, make_app, requires
 from web.direct import DirectRoutes
 
 
@@ -39,7 +39,7 @@ def sample_app() -> Flask:
 
     @app.get("/number")
     def number() -> Any:
-        return jsonify(query_number("x", 7.0, 0.0, 9.0))
+        return jsonify(QueryNumber("x", "A number.", 0.0, 9.0).asked(7.0))
 
     @app.get("/guarded")
     @requires(lambda: {KEY, "another-key-of-16"})

@@ -1,14 +1,32 @@
-"""JSON answers of our HTTP servers, and the one shape that their errors have."""
+"""JSON answers of our HTTP servers, and the one shape that their errors have (RFC 9457)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from flask import Response
 from msgspec import Struct
 
 from web.messages.decoding import BadField
+
+PROBLEM_TYPE = "urn:autoscaler-py:problem:"
+"""Beginning of a problem's type, which ends in its code."""
+
+
+class Problem(Struct, frozen=True):
+    """An error of a server, by RFC 9457.
+
+    error: a code for programs, with which type ends. message: a sentence for people, the same as detail.
+    """
+
+    error: str
+    message: str
+    type: str
+    title: str
+    status: int
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +36,11 @@ class JsonAnswer:
     said: Mapping[str, Any] | Struct | bytes
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
-    content_type: ClassVar[bytes] = b"application/json"
+
+    @property
+    def content_type(self) -> bytes:
+        """The media type of the answer."""
+        return b"application/json" if self.status < 400 else b"application/problem+json"
 
     @property
     def payload(self) -> bytes:
@@ -46,7 +68,21 @@ def error(status: int, code: str, message: str) -> Response:
 
 def error_answer(status: int, code: str, message: str, *headers: tuple[str, str]) -> JsonAnswer:
     """Return an error answer: HTTP status, a code for programs, a message for people, and headers."""
-    return JsonAnswer({"error": code, "message": message}, status, headers)
+    return JsonAnswer(problem(status, code, message), status, headers)
+
+
+def problem(status: int, code: str, message: str, **more: Any) -> dict[str, Any]:
+    """Return the fields of a Problem, and more that this kind of problem says."""
+    title = HTTPStatus(status).phrase
+    return {
+        "error": code,
+        "message": message,
+        "type": PROBLEM_TYPE + code,
+        "title": title,
+        "status": status,
+        "detail": message,
+        **more,
+    }
 
 
 def bad_request(wrong: BadField) -> JsonAnswer:

@@ -3,11 +3,12 @@
 import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
-from werkzeug.routing import MapAdapter
+from werkzeug.routing import IntegerConverter, Map, MapAdapter
 
 from fleet_client.bearer import bearer_is
 from fleet_client.browser_pages import by_name, page_refusal
@@ -23,8 +24,18 @@ T = TypeVar("T")
 HeadCheck = Callable[[str | None], JsonAnswer | None]
 """Of the Authorization header, before the body is read: the refusal, None for one that may go on."""
 
+MAX_ID = 2**53
+"""Largest id of an instance, machine or offer in a path: what JSON's numbers hold exactly."""
+
 MAX_BODY = 65536
 """Bytes a request body may have: none of our routes takes a prompt, and everything else is small."""
+
+
+class _IdConverter(IntegerConverter):
+    """Lets <id:name> in a route stand for an id: a whole number that fits everywhere it is kept."""
+
+    def __init__(self, into: Map) -> None:
+        super().__init__(into, max=MAX_ID)
 
 
 def make_app(name: str, *, large_bodies: Mapping[str, int] | None = None) -> Flask:
@@ -37,6 +48,7 @@ def make_app(name: str, *, large_bodies: Mapping[str, int] | None = None) -> Fla
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["LARGE_BODIES"] = dict(large_bodies or {})
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.converters["id"] = _IdConverter
     app.url_map.merge_slashes = False  # //route is an unknown route, not a redirect
 
     @app.before_request
@@ -95,19 +107,38 @@ def body(kind: type[T]) -> T:
     return decode(request.get_data(cache=False), kind)
 
 
-def query_number(name: str, default: float, least: float, most: float) -> float:
-    """Return a number from the query string of the request being served, or the default if it has none.
+@dataclass(frozen=True)
+class QueryNumber:
+    """A number that may stand in a route's query string, from least to most."""
 
-    Raises BadField for what is no number from least to most.
-    """
-    raw = request.args.get(name)
-    try:
-        value = default if raw is None else float(raw)
-    except ValueError:
-        value = float("nan")
-    if not least <= value <= most:
-        raise BadField(name, f"wanted a number {least:g} to {most:g}")
-    return value
+    name: str
+    says: str
+    least: float
+    most: float
+    whole: bool = False
+
+    def asked(self, default: float) -> float:
+        """Return the number of the request being served, or the default if it has none.
+
+        Raises BadField for what is no number from least to most.
+        """
+        raw = request.args.get(self.name)
+        try:
+            value = default if raw is None else float(raw)
+        except ValueError:
+            value = float("nan")
+        if not self.least <= value <= self.most or (self.whole and value != int(value)):
+            kind = "a whole number" if self.whole else "a number"
+            raise BadField(self.name, f"wanted {kind} {self.least:g} to {self.most:g}")
+        return value
+
+
+def check_query(*known: QueryNumber) -> None:
+    """Raise BadField if the request being served has a parameter that is none of these."""
+    names = {one.name for one in known}
+    for name in request.args:
+        if name not in names:
+            raise BadField(name[:60], f"is no parameter here; wanted {', '.join(sorted(names))}")
 
 
 def admits(check: HeadCheck) -> Callable[[Callable[P, R]], Callable[P, R | Response]]:

@@ -19,7 +19,7 @@ from dispatch.outside.lease_answers import encode_lease, encode_leases
 from dispatch.report_budget import OUT_S
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from loadbalancer import LoadBalancer
-from web.answers import JsonAnswer, error_answer
+from web.answers import JsonAnswer, error_answer, problem
 from web.direct import Held
 from web.messages.hot_set import HotSet
 from web.messages.leases import WellAnswer, WellBody
@@ -197,8 +197,8 @@ class LoadBalancerService:
         message = REFUSALS[refused.why].format(
             autoscaler=self._news_of_autoscaler(), waited=waited, unused=refused.unused
         )
-        said = {"error": refused.why, "message": message, "retry_after_s": round(refused.retry_after_s, 1)}
         status = 429 if refused.why == "too_many_unused" else 503
+        said = problem(status, refused.why, message, retry_after_s=round(refused.retry_after_s, 1))
         return JsonAnswer(said, status, (("Retry-After", str(math.ceil(refused.retry_after_s))),))
 
     def _news_of_autoscaler(self) -> str:

@@ -8,7 +8,7 @@ from flask import Flask, Response, jsonify, request
 from fleet.outside.by_hand import Act, ActRefused, ByHand
 from fleet.outside.overview import Overview
 from web.answers import error
-from web.app import body, query_number, requires
+from web.app import QueryNumber, body, check_query, requires
 from web.direct import Asker, client_name
 from web.keys import AccessKeys
 from web.messages.operator import BanBody
@@ -19,6 +19,10 @@ HISTORY_S, MOST_HISTORY_S = 3600.0, 8 * 86_400.0
 
 POINTS, MOST_POINTS = 360, 2000
 """Points of a picture: about one for two pixels of a wide screen."""
+
+FROM = QueryNumber("from", "Begin of the window, epoch seconds.", 0.0, 1e12)
+TO = QueryNumber("to", "End of the window, epoch seconds.", 0.0, 1e12)
+OF_POINTS = QueryNumber("points", "Points of a picture.", 1, MOST_POINTS, whole=True)
 
 
 def add_page(
@@ -41,9 +45,10 @@ def add_page(
     @app.get("/history")
     @operator
     def how_it_came_about() -> Response:
-        to_s = query_number("to", overview.clock(), 0.0, 1e12)
-        from_s = query_number("from", max(0.0, to_s - HISTORY_S), 0.0, 1e12)
-        points = int(query_number("points", POINTS, 1, MOST_POINTS))
+        check_query(FROM, TO, OF_POINTS)
+        to_s = TO.asked(overview.clock())
+        from_s = FROM.asked(max(0.0, to_s - HISTORY_S))
+        points = int(OF_POINTS.asked(POINTS))
         return jsonify(overview.history(max(from_s, to_s - MOST_HISTORY_S), to_s, points))
 
     def asked_by() -> str:
@@ -51,7 +56,7 @@ def add_page(
         peer = request.remote_addr or "?"
         return client_name(Asker(request.headers.get("Authorization", ""), peer, {})) if known else peer
 
-    @app.post("/instances/<int:instance_id>/<act>")
+    @app.post("/instances/<id:instance_id>/<act>")
     @operator
     @token.required
     def act(instance_id: int, act: str) -> Response:
@@ -65,7 +70,7 @@ def add_page(
             return error(409, "not_now", str(e))
         return jsonify(instance=instance_id, label=label, act=act)
 
-    @app.post("/machines/<int:machine_id>/ban")
+    @app.post("/machines/<id:machine_id>/ban")
     @operator
     @token.required
     def ban(machine_id: int) -> Response:
@@ -73,7 +78,7 @@ def add_page(
         by_hand.ban(machine_id, hours * 3600.0, asked_by())
         return jsonify(machine=machine_id, banned_hours=hours)
 
-    @app.post("/machines/<int:machine_id>/forgive")
+    @app.post("/machines/<id:machine_id>/forgive")
     @operator
     @token.required
     def forgive(machine_id: int) -> Response:

@@ -75,7 +75,7 @@ def remove_fault(name: str) -> Any:
     return jsonify(removed=removed)
 
 
-@routes.post("/localcloud/instances/<int:instance_id>/kill")
+@routes.post("/localcloud/instances/<id:instance_id>/kill")
 @_keyed
 def kill(instance_id: int) -> Any:
     part = body(KillBody).part or "all"

@@ -13,7 +13,7 @@ from localcloud.orders import CloudRefusal
 routes = Blueprint("instances", __name__, url_prefix="/api/v0/instances")
 
 
-@routes.put("/<int:instance_id>/")
+@routes.put("/<id:instance_id>/")
 @api("change", every_s=1.0)
 def put_instance(cloud: Cloud, now: float, instance_id: int) -> Response:
     _change(cloud, now, instance_id, bodies.body())
@@ -44,7 +44,7 @@ def _change(cloud: Cloud, now: float, instance_id: int, said: Mapping[str, Any])
             rental.relabel(str(label))
 
 
-@routes.delete("/<int:instance_id>/")
+@routes.delete("/<id:instance_id>/")
 @api("destroy", every_s=3.0)
 def destroy(cloud: Cloud, now: float, instance_id: int) -> Response:
     cloud.destroy(instance_id, now)
@@ -59,7 +59,7 @@ def destroy_many(cloud: Cloud, now: float) -> Response:
     return jsonify(success=True)
 
 
-@routes.put("/reboot/<int:instance_id>/")
+@routes.put("/reboot/<id:instance_id>/")
 @api("change", every_s=1.0)
 def reboot(cloud: Cloud, now: float, instance_id: int) -> Response:
     with cloud.changing(instance_id, now) as rental:
@@ -67,7 +67,7 @@ def reboot(cloud: Cloud, now: float, instance_id: int) -> Response:
     return jsonify(success=True)
 
 
-@routes.put("/recycle/<int:instance_id>/")
+@routes.put("/recycle/<id:instance_id>/")
 @api("change", every_s=1.0)
 def recycle(cloud: Cloud, now: float, instance_id: int) -> Response:
     with cloud.changing(instance_id, now) as rental:
@@ -75,14 +75,14 @@ def recycle(cloud: Cloud, now: float, instance_id: int) -> Response:
     return jsonify(success=True)
 
 
-@routes.put("/bid_price/<int:instance_id>/")
+@routes.put("/bid_price/<id:instance_id>/")
 @api("change", every_s=5.5)
 def bid_price(cloud: Cloud, now: float, instance_id: int) -> Response:
     cloud.change_bid(instance_id, bodies.price(bodies.body().get("price")), now)
     return jsonify(success=True)
 
 
-@routes.post("/<int:instance_id>/ssh/")
+@routes.post("/<id:instance_id>/ssh/")
 @api("change", every_s=1.0)
 def attach(cloud: Cloud, now: float, instance_id: int) -> Response:
     key = bodies.ssh_key(bodies.body())

@@ -66,7 +66,7 @@ def filters(cloud: Cloud, now: float) -> Response:
     return jsonify(filters=[{k: row[k] for k in names} for row in _rows(cloud, now)])
 
 
-@routes.get("/v0/instances/<int:instance_id>/")
+@routes.get("/v0/instances/<id:instance_id>/")
 @api("show", every_s=2.0)
 def show(cloud: Cloud, now: float, instance_id: int) -> Response:
     cloud.advance(now)

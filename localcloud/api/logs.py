@@ -17,7 +17,7 @@ UPLOAD_S = 0.4
 routes = Blueprint("logs", __name__)
 
 
-@routes.put("/api/v0/instances/request_logs/<int:instance_id>/", strict_slashes=False)
+@routes.put("/api/v0/instances/request_logs/<id:instance_id>/", strict_slashes=False)
 @api("logs")
 def request_logs(cloud: Cloud, now: float, instance_id: int) -> Later:
     said = bodies.body()
@@ -35,7 +35,7 @@ def request_logs(cloud: Cloud, now: float, instance_id: int) -> Later:
     return _uploaded_later(cloud, now, find)
 
 
-@routes.put("/api/v0/instances/command/<int:instance_id>/", strict_slashes=False)
+@routes.put("/api/v0/instances/command/<id:instance_id>/", strict_slashes=False)
 @api("logs", every_s=1.5)
 def command(cloud: Cloud, now: float, instance_id: int) -> Later:
     said = bodies.body().get("command")

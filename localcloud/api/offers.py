@@ -28,7 +28,7 @@ def search_asks(cloud: Cloud, now: float) -> Response:
     return jsonify(offers=cloud.search(Query.read(query), now))
 
 
-@routes.put("/api/v0/asks/<int:offer_id>/")
+@routes.put("/api/v0/asks/<id:offer_id>/")
 @api("create", every_s=4.5)
 def create(cloud: Cloud, now: float, offer_id: int) -> Any:
     key = secrets.token_hex(32)

@@ -54,6 +54,7 @@ from tests.messages import hot_set
 from tests.paths import ROOT
 from tests.ports import free_port
 from vast.rows import Offer, Row
+from web.answers import Problem
 from web.app import MAX_BODY
 from web.keys import AccessKeys
 from web.messages.busy import LOADBALANCER, MAX_BUSY_BODY
@@ -195,7 +196,9 @@ ROUTES: list[tuple[str, str, Any, str]] = [
 ]
 
 
-OPEN = {"/health", "/", *(f"/page/{name}" for name in KINDS)}
+PROBLEM = set(Problem.__struct_fields__)
+
+OPEN = {"/health", "/openapi.json", "/", *(f"/page/{name}" for name in KINDS)}
 """Anyone may ask them: the page's files have nothing of the fleet in them."""
 
 
@@ -230,7 +233,7 @@ def test_every_route_there_is_stands_in_the_table_above(face: Face) -> None:
     there = {
         (
             method,
-            rule.replace("<int:instance_id>/<act>", "1002/drain").replace("<int:machine_id>", "101"),
+            rule.replace("<id:instance_id>/<act>", "1002/drain").replace("<id:machine_id>", "101"),
         )
         for rule, methods in ((r.rule, r.methods or set()) for r in face.app.url_map.iter_rules())
         for method in methods - {"HEAD", "OPTIONS"}
@@ -610,7 +613,7 @@ def test_a_bad_request_is_answered_400_with_the_field_named(
     key = {"/busy": CONTROL, "/ready": instance_key(master_token(face.hot_label))}.get(path)
     answer = face.ask(method, path, key, data=body)
     assert answer.status_code == 400, answer.text
-    assert set(answer.get_json()) == {"error", "message"}
+    assert set(answer.get_json()) == PROBLEM
     assert answer.get_json()["message"].startswith(f"{field}: ")
     assert face.scaler.policy == Busy()
 
@@ -674,13 +677,13 @@ def test_unknown_routes_and_methods_are_answered_in_json(
 ) -> None:
     answer = face.ask(method, path, CONTROL, json={})
     assert answer.status_code == status
-    assert set(answer.get_json()) == {"error", "message"}
+    assert set(answer.get_json()) == PROBLEM
 
 
 @pytest.mark.parametrize("path", ["/manage", "/policy"])
 def test_an_over_long_body_is_refused(face: Face, path: str) -> None:
     answer = face.ask("PUT", path, data=b" " * (MAX_BODY + 1))
-    assert (answer.status_code, set(answer.get_json())) == (413, {"error", "message"})
+    assert (answer.status_code, set(answer.get_json())) == (413, PROBLEM)
 
 
 def test_no_body_however_odd_is_a_fault_of_ours(face: Face) -> None:

@@ -84,7 +84,7 @@ def routes(app: Any) -> set[str]:
     """METHOD /path of every route."""
     found = set()
     for rule in app.url_map.iter_rules():
-        path = re.sub(r"<(?:int:)?(\w+)>", lambda m: "ID" if "id" in m[1] else m[1].upper(), rule.rule)
+        path = re.sub(r"<(?:id:)?(\w+)>", lambda m: "ID" if "id" in m[1] else m[1].upper(), rule.rule)
         found |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
     for path, methods in DirectRoutes.of(app).by_path.items():
         found |= {f"{method} {path}" for method in methods}

@@ -574,7 +574,7 @@ def test_every_route_is_protected_or_known_to_be_open() -> None:
     """A route that is added must be added to the list above, or be open on purpose."""
     app = create_app(LoadBalancerApp().service, AccessKeys(CONTROL))
     paths = {rule.rule for rule in app.url_map.iter_rules()} | DirectRoutes.of(app).by_path.keys()
-    assert paths == {p[1] for p in PROTECTED} | {"/health", "/report"}
+    assert paths == {p[1] for p in PROTECTED} | {"/health", "/openapi.json", "/report"}
 
 
 def test_without_keys_clients_and_operator_are_let_in_but_nobody_may_set_the_hot_set() -> None:

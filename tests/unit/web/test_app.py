@@ -1,6 +1,7 @@
 """What every Flask face of ours promises: errors of one shape, keys, and bodies that are not too long."""
 
 import json
+from http import HTTPStatus
 
 import pytest
 
@@ -30,7 +31,15 @@ def test_every_error_is_json_of_one_shape(
 ) -> None:
     answer = sample_app().test_client().open(path, method=method, data=body)
     said = json.loads(answer.data)
-    assert (answer.status_code, said["error"], set(said)) == (status, code, {"error", "message"})
+    assert (answer.status_code, answer.mimetype) == (status, "application/problem+json")
+    assert said == {
+        "error": code,
+        "message": said["detail"],
+        "type": f"urn:autoscaler-py:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": said["message"],
+    }
     assert "secret detail" not in said["message"]
     assert ("secret detail" in caplog.text) == (status == 500)
 

@@ -15,7 +15,7 @@ from flask import Flask, jsonify
 from tests.asgi_client import AsgiClient
 from tests.sample_app import Empty, sample_app
 from tests.web_server import BEARER, KEY, call, client_of, raw, served, wait_until
-from web.answers import JsonAnswer
+from web.answers import JsonAnswer, problem
 from web.app import make_app
 from web.direct import Asker, DirectRoutes, Held
 from web.messages.decoding import BadField
@@ -84,7 +84,7 @@ def test_a_signed_view_gets_the_body_as_it_came_and_answers_without_flask() -> N
         assert call(port, "POST", "/short", b"\0\xff{", Authorization="Fleet a:b") == (200, said)
         assert call(port, "POST", "/short", b"wrong") == (
             400,
-            {"error": "bad_request", "message": "body: is wrong"},
+            problem(400, "bad_request", "body: is wrong"),
         )
         assert call(port, "POST", "/short", b" " * 65_537)[0] == 413
         assert call(port, "POST", "/long", b" " * 65_537)[0] == 200

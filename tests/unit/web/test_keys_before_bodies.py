@@ -21,7 +21,7 @@ from web.page_files import KINDS
 
 KEYS = AccessKeys("c" * 32, frozenset({"u" * 32}), frozenset({"o" * 32}))
 
-OPEN = {"/health", "/", *(f"/page/{name}" for name in KINDS)}
+OPEN = {"/health", "/openapi.json", "/", *(f"/page/{name}" for name in KINDS)}
 """Routes without a key."""
 
 
