@@ -185,6 +185,7 @@ class Instance:
     ports: Mapping[int, int] = field(default_factory=dict)
     ssh: tuple[str, int] | None = None
     listed: bool = False  # to this process
+    looked_at: float | None = None  # when a row of it was last read
     intended: str | None = None  # intended_status
     odd: str | None = None  # what its row does not say, or says wrongly
     lost_since: float | None = None  # host offline
@@ -270,6 +271,7 @@ class Instance:
             running_usd_h=saved.running_usd_h,
             loaded=saved.loaded,
             condemned=saved.condemned,
+            looked_at=saved.looked_at,
             unverified=was_hot,
             throughput_work_s=saved.throughput or profile.throughput_work_s,
             boot=BootRecord(
@@ -289,13 +291,14 @@ class Instance:
         self.unverified = self.suspected = False
         self.taken_out.end(state)
 
-    def explain(self, why: str) -> None:
-        """Replace the reason why the instance is in its state by a better one."""
-        self.why = why
+    def explain(self, why: str, *, suspected: bool = False) -> None:
+        """Replace the reason for the state by a better one. suspected: it will hardly become hot soon."""
+        self.why, self.suspected = why, self.suspected or suspected
 
     def read_row(self, row: Row, profile: Profile, now: float) -> bool:
         """Copy what the listing shows of the instance; return whether its address has changed."""
         self.absence.end()
+        self.looked_at = now
         self.listed, self.intended, self.odd = True, row.intended_status, row.odd
         self.id, self.machine_id = row.id, row.machine_id or self.machine_id
         self.gpu_name, self.num_gpus = row.gpu_name or self.gpu_name, row.num_gpus
@@ -317,10 +320,6 @@ class Instance:
         """Let no deadline of the instance pass before that time."""
         self.patience_until = max(until, self.patience_until)
 
-    def suspect(self) -> None:
-        """Expect the instance not to become hot soon, without giving it up."""
-        self.suspected = True
-
     def condemn(self, evidence: str = "") -> None:
         """Give the instance up for good, on that evidence: if its label reappears it is destroyed."""
         self.condemned = True
@@ -340,6 +339,10 @@ class Instance:
     def drain_from(self, version: int) -> None:
         """Note the version of the first hot set that says that the instance is draining."""
         self.drain_version = version
+
+    def end_bill(self) -> None:
+        """Note that the instance costs nothing any more."""
+        self.price_usd_h = 0.0
 
     def accept_id(self, new_id: int | None) -> None:
         """Take the id that the cloud's answer gives, unless the listing gave one before."""
@@ -450,16 +453,9 @@ class Instance:
 
     def interval(self, now: float) -> BillingInterval:
         """Return the billing interval that begins now, with the instance's present state and price."""
+        prices = self.price_usd_h, self.running_usd_h
         return BillingInterval(
-            self.label,
-            self.id,
-            self.machine_id,
-            str(self.state),
-            now,
-            None,
-            self.price_usd_h,
-            self.running_usd_h,
-            self.why,
+            self.label, self.id, self.machine_id, str(self.state), now, None, *prices, self.why
         )
 
     def __repr__(self) -> str:

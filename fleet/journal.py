@@ -33,10 +33,20 @@ class BillingInterval:
 
 
 @dataclass(frozen=True)
+class PriceChange:
+    """A price that an instance has had since a time that is over: in the ledger it is dated back."""
+
+    label: str
+    since: float
+    usd_h: float
+
+
+@dataclass(frozen=True)
 class SavedInstance:
     """What a restarted autoscaler must know of an instance; the fields from `state` on say its last state.
 
     An instance that is gone has no state; it is kept when it is condemned, in case the cloud shows it again.
+    looked_at: when the last process last looked at the cloud, and wrote it.
     """
 
     label: str
@@ -50,6 +60,7 @@ class SavedInstance:
     since: float | None
     usd_h: float = 0.0
     running_usd_h: float = 0.0
+    looked_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,12 @@ def remember(decisions: deque[Decision], decision: Decision) -> None:
 class Entries:
     """What happened since the ledger was last written: rows for the ledger, and lines for the log.
 
-    instances: by label, as they are now. durations: (kind, at, seconds). bad_machines: (until, why) by
-    machine_id. vanished: (until, $/h) by label. lacking: as in SavedFleet. host_keys: by label.
+    intervals: with changes of price, in the order of writing. instances: by label, as they are now.
+    durations: (kind, at, seconds). bad_machines: (until, why) by machine_id. vanished: (until, $/h) by label.
+    lacking: as in SavedFleet. host_keys: by label.
     """
 
-    intervals: list[BillingInterval] = field(default_factory=list)
+    intervals: list[BillingInterval | PriceChange] = field(default_factory=list)
     instances: dict[str, SavedInstance] = field(default_factory=dict)
     durations: list[tuple[str, float, float]] = field(default_factory=list)
     bad_machines: dict[int, tuple[float, str]] = field(default_factory=dict)
@@ -137,6 +149,10 @@ class Journal:
     def open_interval(self, interval: BillingInterval) -> None:
         """Add a billing interval that begins now; it ends the one before of the same instance."""
         self._entries.intervals.append(interval)
+
+    def change_price(self, label: str, since: float, usd_h: float) -> None:
+        """Add a price that an instance has had since then, whatever state it was in."""
+        self._entries.intervals.append(PriceChange(label, since, usd_h))
 
     def save(self, instance: SavedInstance) -> None:
         """Add what a restarted autoscaler must know of an instance."""

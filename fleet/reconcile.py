@@ -47,6 +47,7 @@ from fleet.instance import DOWN, UP, Instance
 from fleet.journal import Journal, SavedFleet
 from fleet.listing import ListingTrust, rows_by_label
 from fleet.market import Market
+from fleet.price_dates import ended_at, price_changes
 from fleet.states import CHECKED, GIVEN_UP, SERVING, IllegalTransition, State
 from process.errors import ConfigError
 from vast.rows import Row
@@ -127,6 +128,11 @@ class InstanceBook:
         i.condemn(evidence)
         self._condemned.add(i.label)
 
+    def _end_bill(self, i: Instance, since: float) -> None:
+        if i.price_usd_h:
+            self.journal.change_price(i.label, since, 0.0)
+            i.end_bill()
+
     def record_anew(self, now: float) -> None:
         """Put all that a ledger must know into the journal: it begins anew."""
         for i in self.instances.values():
@@ -183,10 +189,9 @@ class Judge(InstanceBook):
         if ruling.health is Health.BROKEN:
             self._fail(i, ruling, now)
         elif i.state is State.RUNNING and accusation.lasts_s > accusation.deadline_s:
-            i.explain(ruling.evidence)
             # One silent machine may be broken, and another takes its place; several show our own network.
-            if sum(o.trouble.silent_since is not None for o in self.instances.values()) == 1:
-                i.suspect()
+            silent = sum(o.trouble.silent_since is not None for o in self.instances.values())
+            i.explain(ruling.evidence, suspected=silent == 1)
 
     def _circumstances(self, i: Instance, now: float) -> Circumstances:
         """Return what is known besides an accusation of that instance."""
@@ -342,10 +347,10 @@ class Reconciler(Judge):
             return
         if done.row is not None:
             self._read_row(i, done.row, now)
-        elif i.state is State.DESTROYING:
-            self._move(i, State.GONE, "destroyed", now)
         else:
-            self._move(i, State.GONE, "the listings lack it, and its own page says that it is gone", now)
+            self._end_bill(i, ended_at(i, now))
+            why = "the listings lack it, and its own page says that it is gone"
+            self._move(i, State.GONE, "destroyed" if i.state is State.DESTROYING else why, now)
 
     def _adopt(self, label: str, row: Row, now: float, *, first: bool) -> Instance:
         """Take in a listed instance that is not known. first: this process has read no listing before."""
@@ -359,7 +364,9 @@ class Reconciler(Judge):
 
     def _read_row(self, i: Instance, row: Row, now: float) -> None:
         """Copy one row of a listing to its instance, then make the transitions that follow from it."""
-        before, price, odd, ended = i.state, i.price_usd_h, i.odd, i.trouble.ended_since
+        odd, ended = i.odd, i.trouble.ended_since
+        for since, usd_h in price_changes(i, row, now):
+            self.journal.change_price(i.label, since, usd_h)
         if i.read_row(row, self.profile, now) and i.state in SERVING:
             self.hot_version += 1
         if i.odd not in (None, odd):
@@ -376,8 +383,6 @@ class Reconciler(Judge):
                 i.come_up(now)  # its container was started again: what a check found before says nothing
         elif row.actual_status in DOWN:
             self._go_down(i, now)
-        if price != i.price_usd_h and i.state is before:
-            self._record(i, now)
 
     def _come_up(self, i: Instance, why: str, now: float) -> None:
         kind = "start" if i.state is State.STARTING else "create"
@@ -464,6 +469,7 @@ class Reconciler(Judge):
             i.orders.ask(now)  # it cannot be late with what it was not asked for
         if destroyed:
             self.journal.add_duration("destroy", i.orders.asked_at, now)
+            self._end_bill(i, now)
         elif isinstance(command, Create) and done.reply is Reply.DONE:
             i.accept_id(done.new_id)
             self.journal.save(i.saved())

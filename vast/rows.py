@@ -67,7 +67,8 @@ class Row:
 
     ports: tcp port in the container -> port at public_ip, empty unless it runs. dph_total: $/h when it runs;
     price_now_usd_h: in its present state; both 0 unless it is priced. Dates are epoch seconds. onstart holds
-    a master token, so repr leaves it out. odd: what is missing in it that every row should have.
+    a master token, so repr leaves it out. odd: what is missing in it that every row should have. up_s: the
+    age of its container.
     """
 
     id: int
@@ -93,6 +94,7 @@ class Row:
     onstart: str | None = field(default=None, repr=False)
     priced: bool = True
     odd: str | None = None
+    up_s: float | None = None
 
 
 # --- reading what the CLI printed ------------------------------------------------------------------
@@ -270,7 +272,7 @@ def row_of(f: Fields) -> Row:
     if storage_usd_h is None:
         gb, usd_gb_month = f.maybe_amount("disk_space"), f.price("storage_cost")
         storage_usd_h = min(MAX_USD_H, (gb or 0.0) * (usd_gb_month or 0.0) / HOURS_PER_MONTH)
-    dph_base = f.price("dph_base")
+    dph_base, up_mins = f.price("dph_base"), f.maybe_amount("uptime_mins")
     cur_state = f.maybe_text("cur_state")
     # cur_state is the contract's: while it is stopped the GPU is given up, and not paid (2.12, 2.13).
     price_now = f.price_in("instance", "totalHour")
@@ -300,6 +302,7 @@ def row_of(f: Fields) -> Row:
         onstart=f.script("onstart"),
         priced=priced,
         odd=f"it lacks {' and '.join(lacks)}" if lacks else None,
+        up_s=None if up_mins is None else 60.0 * up_mins,
     )
 
 

@@ -22,6 +22,7 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
         "from": from_s,
         "known_from": scaler.ledger.begins_at(),
         "unwritten": unwritten,
+        "unwatched": scaler.ledger.unwatched(from_s, to_s),
         "to": to_s,
         "usd": {
             "total": costs.total,

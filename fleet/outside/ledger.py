@@ -16,6 +16,7 @@ process goes on from them, and no dollar between is lost.
     sampled      the fleet over time, as the page draws it (fleet/history.py), kept as long as arrivals
     noted        single values by name: since when listings lack most of the fleet, the clock's offset
     clock_step   when the wall clock was set, and by how many seconds
+    unwatched    times in which nobody looked at the cloud, or nobody could write what was seen
 
 Times are epoch seconds. Any thread may call.
 """
@@ -32,9 +33,10 @@ from fleet.arrivals import Arrived
 from fleet.costs import CostBreakdown, break_down
 from fleet.durations import KEPT
 from fleet.history import NAMES, FleetSample
-from fleet.journal import BillingInterval, Entries, SavedFleet, SavedInstance
+from fleet.journal import BillingInterval, Entries, PriceChange, SavedFleet, SavedInstance
 from fleet.outside.ledger_file import Transaction, is_damage, loss, set_aside
 from fleet.outside.ledger_mending import in_order
+from fleet.outside.ledger_prices import LOOKED_AT, change_price, note_unwatched
 from fleet.states import State
 from process.errors import ConfigError
 from process.safe_text import safe_text
@@ -88,7 +90,11 @@ CREATE TABLE IF NOT EXISTS sampled(
   arrived INTEGER NOT NULL, late INTEGER NOT NULL, usd_h REAL NOT NULL);
 """
 
-MIGRATIONS = ((1, _VERSION_1), (2, _VERSION_2), (3, _VERSION_3))
+_VERSION_4 = """
+CREATE TABLE IF NOT EXISTS unwatched(from_s REAL NOT NULL, to_s REAL NOT NULL);
+"""
+
+MIGRATIONS = ((1, _VERSION_1), (2, _VERSION_2), (3, _VERSION_3), (4, _VERSION_4))
 """(version, SQL that brings a ledger of the version before to it), oldest first; released ones never change.
 
 Version 0 is an empty file, or a ledger from before versions (commit 0abccd6), which has these tables, or all
@@ -186,6 +192,9 @@ class Ledger:
         """
         with self._lock, self._transaction():
             for i in entries.intervals:
+                if isinstance(i, PriceChange):
+                    change_price(self._db, i)
+                    continue
                 self._db.execute(
                     "UPDATE stretch SET to_s = MAX(from_s, ?) WHERE label = ? AND to_s IS NULL",
                     (i.from_s, i.label),
@@ -246,21 +255,8 @@ class Ledger:
                 [astuple(sample) for sample in samples],
             )
             if now >= self._prune_at:
-                self._prune(now - KEPT_S)
+                _prune(self._db, now - KEPT_S)
                 self._prune_at = now + PRUNE_EVERY_S
-
-    def _prune(self, before_s: float) -> None:
-        """Drop older arrivals, and sum up older buckets of work by day, so that costs stay the same."""
-        self._db.execute("DELETE FROM arrived WHERE second < ?", (before_s,))
-        self._db.execute("DELETE FROM sampled WHERE at_s < ?", (before_s,))
-        old = int(before_s // DAY_S * DAY_S // BUCKET_S)  # whole days only
-        self._db.execute(
-            "INSERT INTO worked_day SELECT label, CAST(bucket * ?1 / ?2 AS INTEGER) AS day, SUM(seconds)"
-            " FROM worked WHERE bucket < ?3 GROUP BY label, day"
-            " ON CONFLICT(label, day) DO UPDATE SET seconds = seconds + excluded.seconds",
-            (BUCKET_S, DAY_S, old),
-        )
-        self._db.execute("DELETE FROM worked WHERE bucket < ?", (old,))
 
     def note(self, values: Mapping[str, str | float | None]) -> None:
         """Write single values by name; None removes the value of a name."""
@@ -294,6 +290,7 @@ class Ledger:
                 "UPDATE stretch SET from_s = ?, to_s = ? WHERE rowid = ?",
                 [(from_s, to_s, rowid) for rowid, (from_s, to_s) in changed.items()],
             )
+            note_unwatched(self._db, now)
             self._db.execute("DELETE FROM arrived WHERE second > ?", (now,))
             self._db.execute("DELETE FROM sampled WHERE at_s > ?", (now,))
             self._db.execute("DELETE FROM took WHERE seconds < 0 OR at_s > ?", (now,))
@@ -317,15 +314,16 @@ class Ledger:
             vanished = db.execute("SELECT label, until_s, usd_h FROM mourned WHERE until_s > ?", (now,))
             noted = dict(db.execute("SELECT name, value FROM noted").fetchall())
             since = noted.get("lacking_since")
+            looked_at = float(noted[LOOKED_AT]) if LOOKED_AT in noted else None
             return SavedFleet(
                 [
-                    SavedInstance(r[0], r[1], r[2], bool(r[3]), bool(r[4]), *r[5:])
+                    SavedInstance(*(*r[:3], bool(r[3]), bool(r[4]), *r[5:], looked_at))
                     for r in filter(_sound, instances)
                 ],
                 dict(bad.fetchall()),
                 {label: (until_s, usd_h) for label, until_s, usd_h in vanished},
-                self._last_durations(db, "boot"),
-                self._last_durations(db, "load"),
+                _last_durations(db, "boot"),
+                _last_durations(db, "load"),
                 (None if since is None else float(since), float(noted.get("lacking_seen_at", "-inf"))),
                 dict(db.execute("SELECT label, key FROM host_key").fetchall()),
             )
@@ -341,12 +339,13 @@ class Ledger:
         with self._read() as db:
             return db.execute("SELECT MIN(from_s) FROM stretch").fetchone()[0]  # type: ignore[no-any-return]
 
-    def _last_durations(self, db: sqlite3.Connection, kind: str) -> list[float]:
-        """Return the last durations of a kind in seconds, oldest first; the caller holds the lock."""
-        rows = db.execute(
-            "SELECT seconds FROM took WHERE kind = ? ORDER BY at_s DESC LIMIT ?", (kind, KEPT)
-        ).fetchall()
-        return [float(seconds) for (seconds,) in reversed(rows)]
+    def unwatched(self, from_s: float, to_s: float) -> list[tuple[float, float]]:
+        """Return the times inside the window of which nothing was written."""
+        with self._read() as db:
+            return db.execute(
+                "SELECT MAX(from_s, ?1), MIN(to_s, ?2) FROM unwatched WHERE from_s < ?2 AND to_s > ?1",
+                (from_s, to_s),
+            ).fetchall()
 
     def durations(self, from_s: float, to_s: float) -> list[tuple[str, float, float]]:
         """Return (kind, at, seconds) of each duration that ended inside the window."""
@@ -400,6 +399,28 @@ class Ledger:
         return Transaction(self._db, self._note_damage)
 
 
+def _prune(db: sqlite3.Connection, before_s: float) -> None:
+    """Drop older arrivals, and sum up older buckets of work by day, so that costs stay the same."""
+    db.execute("DELETE FROM arrived WHERE second < ?", (before_s,))
+    db.execute("DELETE FROM sampled WHERE at_s < ?", (before_s,))
+    old = int(before_s // DAY_S * DAY_S // BUCKET_S)  # whole days only
+    db.execute(
+        "INSERT INTO worked_day SELECT label, CAST(bucket * ?1 / ?2 AS INTEGER) AS day, SUM(seconds)"
+        " FROM worked WHERE bucket < ?3 GROUP BY label, day"
+        " ON CONFLICT(label, day) DO UPDATE SET seconds = seconds + excluded.seconds",
+        (BUCKET_S, DAY_S, old),
+    )
+    db.execute("DELETE FROM worked WHERE bucket < ?", (old,))
+
+
+def _last_durations(db: sqlite3.Connection, kind: str) -> list[float]:
+    """Return the last durations of a kind in seconds, oldest first."""
+    rows = db.execute(
+        "SELECT seconds FROM took WHERE kind = ? ORDER BY at_s DESC LIMIT ?", (kind, KEPT)
+    ).fetchall()
+    return [float(seconds) for (seconds,) in reversed(rows)]
+
+
 def _opened(path: Path) -> sqlite3.Connection:
     """Return a connection to a ledger's file, after checking it and bringing it to the newest version."""
     db = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
@@ -442,6 +463,7 @@ _TABLES = {
     "sampled": ", ".join(NAMES),
     "noted": "name, value",
     "clock_step": "at_s, by_s",
+    "unwatched": "from_s, to_s",
 }
 """What a sound ledger has."""
 

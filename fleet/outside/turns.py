@@ -28,6 +28,7 @@ from fleet.history import History, take_sample
 from fleet.instance_messages import Hearing
 from fleet.journal import Decision, remember
 from fleet.outside.ledger import BUCKET_S, Ledger
+from fleet.outside.ledger_prices import LOOKED_AT
 from fleet.outside.order_queue import OrderQueue
 from fleet.outside.own_health import OwnHealth
 from fleet.outside.performer import Performer
@@ -124,8 +125,8 @@ class Autoscaler:
     def turn(self) -> Decision:
         """Take one turn; raise when the ledger cannot be written. Without a listing nothing is decided."""
         rows, trouble = self._list()
-        self._mind_ledger()
         now = self.clock()
+        self._mind_ledger(now, looked=rows is not None)
         with self.lock:
             self.instances.observe(rows, (), now)
             self.demand.tick(now, self.instances.hot)
@@ -343,16 +344,18 @@ class Autoscaler:
             return False
         return True
 
-    def _mind_ledger(self) -> None:
-        """Begin a ledger that is damaged or lost anew, and try one that failed; then no machine is late."""
-        now = self.clock()
+    def _mind_ledger(self, now: float, *, looked: bool) -> None:
+        """Begin a ledger that is damaged or lost anew, and try one that failed; then no machine is late.
+
+        looked: the cloud was looked at, which is noted.
+        """
         try:
             if self.ledger.begin_anew():
                 with self.lock:
                     self.instances.record_anew(now)
-            elif self.own.writable:
+            elif self.own.writable and not looked:
                 return
-            self.ledger.note({"tried_at": now})
+            self.ledger.note({LOOKED_AT if looked else "tried_at": now})
         except Exception as e:  # noqa: BLE001 it is noted, and said by GET /health
             self.own.note_unwritten(e, now)
             return
