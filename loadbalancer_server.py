@@ -42,7 +42,7 @@ from process.clock import steady_clock
 from web.answers import Answer, JsonAnswer
 from web.app import make_app
 from web.bridge import serve_flask
-from web.direct import DirectRoutes, Held, key_name
+from web.direct import Asker, DirectRoutes, Held, key_name
 from web.keys import AccessKeys
 from web.messages.hot_set import MAX_HOT_BODY, HotSetTaken
 from web.messages.leases import DoneBody, RouteBody, WellBody
@@ -237,13 +237,11 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
         now = service.balancer.instances.hot_set
         return JsonAnswer(HotSetTaken(news, now.epoch if now else None, now.version if now else None))
 
+    def report(raw: bytes, asker: Asker) -> JsonAnswer:
+        return service.report(raw, asker.authorization)
+
     # Its body is signed, so it must be read to be sure; only that of an instance that is known is.
-    direct.add(
-        "POST",
-        "/report",
-        lambda raw, asker: service.report(raw, asker.authorization),
-        service.report_refusal,
-    )
+    direct.add("POST", "/report", report, service.report_refusal)
 
     direct.get("/status", keys.for_operator)(service.status)
 

@@ -34,7 +34,7 @@ AskedRoute = Annotated[
 """A RouteBody with the rule that it has either work or tokens."""
 
 
-class ServedModel(Struct, frozen=True):
+class ModelAnswer(Struct, frozen=True):
     """Which model the fleet serves, and how many tokens a prompt with its answer may have; None: not told."""
 
     model: str
@@ -91,7 +91,7 @@ OPERATIONS = (
         WellAnswer,
         body=WellBody,
     ),
-    Operation("GET", "/model", "The model that the fleet serves.", "client", ServedModel, errors=(503,)),
+    Operation("GET", "/model", "The model that the fleet serves.", "client", ModelAnswer, errors=(503,)),
     Operation(
         "POST",
         "/report",
