@@ -23,6 +23,7 @@ All that is known of one instance is in dispatch/instance.py; each other part ow
     dispatch/load_reports.py        polls and pushed reports, and what is learned from them
     dispatch/request_estimates.py   expected work of a request, the usual request
     dispatch/demand_counter.py      arrivals and refusals
+    dispatch/client_paces.py        instances that are slow by what clients met
 
 True after every call:
 - the work of an instance is the sum over its unfinished leases; a token is leased once;
@@ -39,6 +40,7 @@ from typing import Any
 
 from dispatch.allowance import MOST_UNUSED
 from dispatch.chooser import FIRST_TOKEN_WEIGHT, Chooser
+from dispatch.client_paces import ClientPaces
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
 from dispatch.instance_failures import InstanceFailures
@@ -62,7 +64,7 @@ from web.messages.reports import LoadReport, PushedReport, TokenBatch
 class LoadBalancer:
     """The hot instances with their work, tokens and leases, and the requests that wait.
 
-    instances, leases, queue: to be looked at; only the methods here change them.
+    instances, leases, queue: to be looked at; only the methods here change them. paces: what clients met.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class LoadBalancer:
         self._failures = failures = InstanceFailures(instances)
         self.leases = leases = LeaseBook(lease_s, max_unused)
         self.queue = queue = RequestQueue(max_held, late_bound_s)
+        self.paces = ClientPaces(instances, leases, failures, slo)
         self._refills = refills = TokenRefills(instances, leases, failures)
         token_s = slo.output_token_s
         self._chooser = Chooser(instances, estimates, demand, queue, token_s, first_token_weight)
@@ -300,6 +303,7 @@ class LoadBalancer:
             if inst.circuit.tick(now) or (not inst.stock.size and inst in self._index):
                 self._index.update(inst, now)
             self._refills.check(inst, now)
+        self.paces.tick(now)
         self._demand.tick(now)
         self._estimates.tick()
         self._index.drop_empty_classes()
@@ -332,16 +336,14 @@ class LoadBalancer:
     ) -> None:
         """Take in the load report that a poll asked for; None: the report did not come.
 
-        reached: whether the address that clients use answered with the instance's certificate; None: nobody
-        has looked.
+        reached: whether the address that clients use answered, as it must; None: nobody has looked.
         """
         self._reports.complete(poll, report, now, reached=reached)
 
     def pushed(self, instance_id: int, report: PushedReport, now: float) -> float | None:
         """Take in a report that an instance pushed; return the least seconds until its next one.
 
-        None when the report is not believed: of a boot that is not known here, not newer than the last one,
-        or of an instance that reports too much.
+        None when it is not believed: of an unknown boot, no newer than the last one, or one too many.
         """
         return self._reports.take_push(instance_id, report, now)
 

@@ -14,7 +14,6 @@ Nothing is locked because nothing is shared between threads; `LoadBalancerServic
 import asyncio
 import logging
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from web.bridge import serve_flask
 from web.direct import Asker, DirectRoutes, Held, key_name
 from web.keys import AccessKeys
 from web.messages.hot_set import MAX_HOT_BODY, HotSetTaken
-from web.messages.leases import DoneBody, RouteBody, WellBody
+from web.messages.leases import DoneBody, PaceBody, RouteBody, WellBody
 from web.messages.reports import MAX_REPORT_BODY
 from web.metrics import metrics_page
 from web.openapi import add_openapi
@@ -57,14 +56,6 @@ PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 UNSAID_PRIORITY = "normal"
 """The highest priority of a client key whose line in the file says none. Without keys all is open: then the
 clients are the operator's own programs."""
-
-NO_FAULT = re.compile("status_4..")
-"""How a request may fail through no fault of the instance: a token that is too old, a request that is wrong,
-more than it can take. All else says that it refuses, times out or breaks."""
-
-
-MISSED = frozenset(("no_connection", "no_tls", "wrong_certificate", "bad_address"))
-"""What a client says that met nobody there, or somebody else: that we can look into ourselves."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,7 @@ class LoadBalancerConfig:
     )
     client_keys_file: Path | None = flag(
         None,
-        "file of keys that /route, /done and /well then want, one a line, mode 0600; "
+        "file of keys that /route, /done, /pace and /well then want, one a line, mode 0600; "
         "KEY priority=high may ask for high priority",
         shown="open on loopback",
     )
@@ -211,21 +202,9 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     def route(said: RouteBody, client: str) -> JsonAnswer | Held:
         return service.route(_ask(service.balancer, said, client, highest), said.wait_s or 0.0, said.count)
 
-    @direct.post("/done", DoneBody, keys.for_clients)
-    def done(said: DoneBody, client: str) -> JsonAnswer:
-        why = said.why or ""
-        known = service.balancer.leases.belongs(said.request_id, client) and service.balancer.end_lease(
-            said.request_id,
-            said.outcome,
-            service.clock(),
-            blame=not NO_FAULT.fullmatch(why),
-            missed=why in MISSED,
-        )
-        if known and said.outcome == "failed":
-            log.warning("a client's request %s failed: %s", said.request_id, why or "no reason given")
-        service.activity.set()
-        service.serve_waiting()
-        return JsonAnswer({})
+    direct.post("/done", DoneBody, keys.for_clients)(service.done)
+
+    direct.post("/pace", PaceBody, keys.for_clients)(service.pace)
 
     direct.post("/well", WellBody, keys.for_clients)(service.well)
 

@@ -24,6 +24,9 @@ have not proven false (dispatch/client_votes.py). What the instance itself says 
 An instance that comes back has nothing to do and so looks better than all others: without the steps it would
 be given everything at once (a stampede), and fail again.
 
+Beside all that an instance may be slow, by what clients met there (dispatch/client_paces.py): then it gets
+one lease now and then, as a probe.
+
 Times are epoch seconds.
 """
 
@@ -52,6 +55,9 @@ CALM_S = 10.0
 
 PROBE_S = 10.0
 """Seconds after which a probe that has not started does not count: its client may never use it."""
+
+SLOW_PROBE_S = (15.0, 120.0)
+"""Seconds between two leases of a slow instance: the first time, doubling up to the second."""
 
 WHOLE = 32
 """Probes at a time after which, when all are finished, the instance may have as many as it holds."""
@@ -115,12 +121,19 @@ class CircuitBreaker:
         self._calm: dict[str, float] = {}  # client -> until when it raises no doubt
         self._doubted_at = -math.inf
         self._asked_at: float | None = None
+        self.slow: str | None = None  # why it is held back as slow
+        self._slow_boot: str | None = None
+        self._slow_probes = 0
+        self._slow_probe_at = math.inf
+        self._spared = False  # slow, but no other can serve
 
     @property
     def left(self) -> float:
         """How many leases the instance may be given now; inf when CLOSED."""
+        if self.slow is not None and not self._spared and self._slow_probe_at > -math.inf:
+            return 0
         if self.state is CircuitState.CLOSED:
-            return math.inf
+            return math.inf if self.slow is None or self._spared else 1
         if self.state is CircuitState.OPEN:
             return 0
         return max(0, (self._most if self.state is CircuitState.PROBING else 1) - len(self._probes))
@@ -139,6 +152,9 @@ class CircuitBreaker:
 
     def given(self, request_id: str, now: float) -> None:
         """Count a lease as a probe, unless CLOSED; the caller gives no more leases than `left`."""
+        if self.slow is not None:
+            self._slow_probes += 1
+            self._slow_probe_at = now + back_off_s(self._slow_probes, *SLOW_PROBE_S)
         if self.state in (CircuitState.DOUBTED, CircuitState.PROBING):
             self._probes[request_id] = now + PROBE_S
 
@@ -245,10 +261,35 @@ class CircuitBreaker:
         if self.state is CircuitState.DOUBTED and asked_at is not None and now - asked_at > DOUBT_S:
             self._open(now)
             return True
+        due = -math.inf < self._slow_probe_at <= now
+        if due:
+            self._slow_probe_at = -math.inf
         before = len(self._probes)
         if before:
             self._probes = {i: until for i, until in self._probes.items() if until > now}
-        return len(self._probes) < before
+        return due or len(self._probes) < before
+
+    # -- slow by what clients met
+
+    def hold_back(self, why: str, boot_id: str | None, now: float) -> None:
+        """Give the instance a lease now and then only, because in this boot it is slow. why: in words."""
+        self.slow, self._slow_boot, self._slow_probes, self._spared = why, boot_id, 0, False
+        self._slow_probe_at = now + SLOW_PROBE_S[0]
+
+    def trust_pace(self) -> None:
+        """Hold the instance back as slow no longer."""
+        self.slow, self._slow_probe_at = None, math.inf
+
+    def spare(self, *, alone: bool, boot_id: str | None) -> bool:
+        """Let a slow instance serve as others do while it is alone, or when it has rebooted since.
+
+        Return whether that changes anything.
+        """
+        if boot_id != self._slow_boot:
+            self.trust_pace()
+            return True
+        changed, self._spared = alone != self._spared, alone
+        return changed
 
     def _doubt(self, now: float) -> None:
         if self.state is CircuitState.CLOSED:

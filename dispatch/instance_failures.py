@@ -63,6 +63,23 @@ class InstanceFailures:
         hot = self._instances.hot
         return max(1.0, WORD_SHARE * hot) if hot > 1 else 0.0
 
+    def hold_back(self, inst: ServingInstance, why: str, now: float) -> bool:
+        """Give an instance single requests only, since clients say that it is slow; False: not one more.
+
+        It is one of those that may be avoided on clients' words.
+        """
+        self._on_word = {i for i in self._on_word if self._is_avoided(i)}
+        if inst.id not in self._on_word and len(self._on_word) >= self._most_on_word():
+            return False
+        self._on_word.add(inst.id)
+        inst.circuit.hold_back(why, inst.boot_id, now)
+        return True
+
+    def held_back(self) -> list[ServingInstance]:
+        """Return the instances that are held back because they are slow."""
+        found = (self._instances.by_id.get(i) for i in self._on_word)
+        return [inst for inst in found if inst is not None and inst.circuit.slow is not None]
+
     def record_finished(self, inst: ServingInstance, request_id: str, now: float) -> None:
         """Take in that an instance answered a request in full."""
         self._contradict(inst.circuit.finished(request_id), now)
@@ -104,7 +121,9 @@ class InstanceFailures:
 
     def _is_avoided(self, instance_id: int) -> bool:
         inst = self._instances.by_id.get(instance_id)
-        return inst is not None and inst.circuit.state is not CircuitState.CLOSED
+        if inst is None:
+            return False
+        return inst.circuit.state is not CircuitState.CLOSED or inst.circuit.slow is not None
 
     def _ask_at_once(self, inst: ServingInstance) -> None:
         if inst.circuit.to_ask:

@@ -32,15 +32,21 @@ class Lease:
     rests: bool = False
     over: bool = False
     first_token_s: float = 0.0  # after it was given, as is expected
+    token_s: float = 0.0  # from one token to the next, by what was told of the instance
+    pace_told: bool = False  # its client has told how fast the answer came
 
     @property
     def address(self) -> str:
         """The URL of the instance that the lease's request is to be sent to."""
         return self.spec.address
 
-    def expect(self, first_token_s: float) -> None:
-        """Note in how many seconds after the lease was given its request's first token is expected."""
-        self.first_token_s = first_token_s
+    def expect(self, first_token_s: float, token_s: float) -> None:
+        """Note in how many seconds after the lease was given its first token is due, and then each other."""
+        self.first_token_s, self.token_s = first_token_s, token_s
+
+    def tell_pace(self) -> None:
+        """Note that its client has told how fast the answer came."""
+        self.pace_told = True
 
     def start(self, report: int) -> None:
         """Note the number of the report that said that the lease's token was taken."""

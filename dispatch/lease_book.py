@@ -28,11 +28,18 @@ ENDS = ("finished", "aborted", "failed", "unused", "expired", "lost")
 """How a lease ends: the first three by a report or its client, unused by its client; expired without having
 started; lost with its instance, or because no end was reported."""
 
+NOT_USED = frozenset(("unused", "expired"))
+"""Ends of leases whose requests were never sent, as far as is known."""
+
 LASTED_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 """Upper ends of the buckets by which leases are counted, seconds from their start to their end."""
 
 REMEMBER_DONE = 10_000
 """Leases ended by their client that are remembered until the report that tells their length."""
+
+REMEMBER_ENDED = 4_096
+"""Used leases that are remembered until their client tells how fast the answer came: two seconds of 2,000
+requests a second, about 2 MB. Of more requests some answers will do."""
 
 
 class LeaseBook:
@@ -50,6 +57,7 @@ class LeaseBook:
         self._expiring: deque[Lease] = deque()  # by expires_at
         self._serving: deque[Lease] = deque()  # started when they would have expired; by given_at
         self._ended_early: dict[str, int] = {}  # request id -> kind, ended by their client
+        self._ended: dict[str, Lease] = {}  # the last ones that were used, until their client tells of them
 
     def __len__(self) -> int:
         """Return the number of unfinished leases."""
@@ -107,7 +115,7 @@ class LeaseBook:
         if not inst.leases:
             self.working += 1
         inst.add_lease(lease, prompt_work, now)
-        lease.expect(inst.read_at - now)
+        lease.expect(inst.read_at - now, inst.step_times.told_token_s(len(inst.load.ids)))
         self._leases[request_id] = lease
         self._expiring.append(lease)
         self.allowance.given(lease)
@@ -127,6 +135,10 @@ class LeaseBook:
         lease.end()
         if not lease.started:
             self.allowance.settled(lease)
+        if not lease.pace_told and how not in NOT_USED:
+            self._ended[lease.request_id] = lease
+            if len(self._ended) > REMEMBER_ENDED:
+                del self._ended[next(iter(self._ended))]
         del self._leases[lease.request_id]
         inst.end_lease(lease, now)
         if not inst.leases:
@@ -142,6 +154,15 @@ class LeaseBook:
         for lease in list(inst.leases.values()):
             if lease.started or not started_only:
                 self.end(inst, lease, "lost", now)
+
+    def take_pace(self, request_id: str, client: str) -> Lease | None:
+        """Return a lease of that client whose answer it tells of, once; None: there is none, or it has."""
+        lease = self._ended.get(request_id) or self._leases.get(request_id)
+        if lease is None or lease.client != client or lease.pace_told:
+            return None
+        self._ended.pop(request_id, None)
+        lease.tell_pace()
+        return lease
 
     def remember_early(self, lease: Lease) -> None:
         """Remember a lease that its client ended, until the report comes that tells the answer's length."""

@@ -100,6 +100,10 @@ class StepTimes:
         """A copy of the factors by which the told constants a to f are multiplied."""
         return self._factors.copy()
 
+    def told_token_s(self, running: int) -> float:
+        """Return the seconds from one token to the next with so many requests, by what was told."""
+        return (self.told.a + self.told.b * running) * 1e-3
+
     def pause(self) -> None:
         """End the window that is being measured: the instance is not busy, or has paused."""
         self._window = None

@@ -40,6 +40,7 @@ def measure(
             inst.throughput,
             inst.circuit.failures,
             inst.reports.budget.reason(now),
+            inst.circuit.slow,
         )
     held_work = max(0.0, queue.work)
     waiting = held_work + demand.refused_work(now, instances.typical_capacity, instances.hot)
@@ -120,6 +121,7 @@ def describe_instance(inst: ServingInstance, now: float) -> dict[str, Any]:
         "reports_pushed": inst.reports.pushes,
         "failures": inst.circuit.failures,
         "out": inst.reports.budget.reason(now),
+        "slow": inst.circuit.slow,
         "avoided": inst.circuit.state is CircuitState.OPEN,
         "circuit": inst.circuit.state.value,
         "working_s": round(inst.working_s(now), 1),

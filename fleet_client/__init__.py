@@ -33,6 +33,7 @@ small files. Where it is:
     call, reply     what is passed on, and what is for us       forks             what a fork does not share
     instance_names  which of it would lead to an instance       gateway           the same as a small server
     retry           one request: where next, and when to stop
+    answer_pace     how fast its answer came
 """
 
 from importlib import import_module

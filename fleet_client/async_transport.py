@@ -11,6 +11,7 @@ import aiohttp
 import httpx2
 from yarl import URL
 
+from fleet_client.answer_pace import AnswerPace
 from fleet_client.async_connections import (
     abort,
     header_texts,
@@ -52,11 +53,12 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         tell: Callable[[ClientLease, str, str], None],
         linger: Callable[[aiohttp.ClientResponse], None],
         end: Callable[["AsyncAnswer"], None] = lambda _: None,
+        note_pace: Callable[[ClientLease, AnswerPace, float], None] = lambda *_: None,
     ) -> None:
         """Wrap what came for a call; `AsyncFleetTransport.exchange` does this.
 
         tell: takes note of how a lease ended. linger: waits a moment for the end of the answer. end: called
-        when nothing more is read of the answer.
+        when nothing more is read of the answer. note_pace: takes note of how fast it came.
         """
         self.call = call
         self.status = reply.status
@@ -68,6 +70,8 @@ class AsyncAnswer(httpx2.AsyncByteStream):
         self._tell = tell
         self._linger = linger
         self._end = end
+        self._note_pace = note_pace
+        self._pace = AnswerPace(reply.head_s)
         self._seen: bytes | None = None  # the last chunk when it was last asked for its silence
         self._since = 0.0
         self._out: InstanceOut | None = None
@@ -84,11 +88,14 @@ class AsyncAnswer(httpx2.AsyncByteStream):
             return
         if self._first:
             self._chunk, self._first = self._first, b""
+            self._pace.came(self._chunk, 0.0)
             yield self._chunk
-        read = self._source.content.readany
+        read, pace, clock = self._source.content.readany, self._pace, time.monotonic
         while True:
             try:
+                pace.ask(clock())
                 chunk = await read()
+                pace.came(chunk, clock())
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
                 why, error = cut_off(self.lease, self._out or e)
                 break
@@ -138,6 +145,10 @@ class AsyncAnswer(httpx2.AsyncByteStream):
     def _ended(self) -> None:
         if not self._over:
             self._over = True
+            if self.lease is not None and self.status == 200:
+                now = time.monotonic()
+                if self._pace.end(now):
+                    self._note_pace(self.lease, self._pace, now)
             self._end(self)
 
 
@@ -284,7 +295,8 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
             raise
         if reply.source is None:
             side.end()
-        answer = AsyncAnswer(call, reply, self._core.leases.tell, side.linger, side.end)
+        leases = self._core.leases
+        answer = AsyncAnswer(call, reply, leases.tell, side.linger, side.end, leases.note_pace)
         if reply.source is not None:
             side.watch(answer)
         return answer, reply
@@ -357,7 +369,8 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                 side.unwatch(head)
         if source.status not in ELSEWHERE:
             headers = returned(source.raw_headers, lease.address)
-            return HttpReply(source.status, headers, source, lease=lease, first=first)
+            took_s = head.silent_s(time.monotonic())
+            return HttpReply(source.status, headers, source, lease=lease, first=first, head_s=took_s)
         return kept_reply(source.status, source.raw_headers, await read_some(source), lease)
 
 

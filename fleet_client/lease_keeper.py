@@ -5,6 +5,7 @@ transport performs beside its requests, in tasks or in a thread:
 
     fetch a batch of leases ahead      POST /route with `count`     none left: those that come go back
     tell how a lease ended             POST /done                   failed: why; unused: it goes back
+    tell how fast answers came         POST /pace                   seconds and pieces of some
 
 Only failed and unused leases are told: the instance itself reports the ends of requests that it has served.
 """
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from fleet_client.answer_pace import AnswerPace, PaceLog
 from fleet_client.call import Call
 from fleet_client.leases import PRIORITIES, ClientLease, Posted, Refusal, done_body, read_batch, route_body
 from fleet_client.leases_ahead import LeasesAhead
@@ -25,6 +27,9 @@ from fleet_client.reply import HttpReply
 ENDS_KEPT = 10_000
 """Most ends of leases that wait to be told."""
 
+PACE_ROUTE = "/pace"
+"""Where the loadbalancer is told how fast answers came."""
+
 BATCH_S, DONE_S = 5.0, 5.0
 """Seconds that a POST /route for a batch, and a POST /done, may take."""
 
@@ -33,7 +38,8 @@ BATCH_S, DONE_S = 5.0, 5.0
 class LoadbalancerJob:
     """A message that a transport is to POST to the loadbalancer, beside its requests.
 
-    begun: when the job was handed out. wanted: leases of a batch; 0: the message tells the end of a lease.
+    begun: when the job was handed out. wanted: leases of a batch; 0: the message tells the end of a lease, or
+    how fast answers came.
     """
 
     path: str
@@ -65,6 +71,7 @@ class LeaseKeeper:
         self._ahead = LeasesAhead(self.options.ahead)
         self._served = Served()
         self._ends: deque[tuple[ClientLease, str, str]] = deque()
+        self._paces = PaceLog()
         self._over = False
 
     def __str__(self) -> str:
@@ -132,6 +139,12 @@ class LeaseKeeper:
             if not self._over:
                 self._wake()
 
+    def note_pace(self, lease: ClientLease, pace: AnswerPace, now: float) -> None:
+        """Note how fast the answer to a lease's request came, which the loadbalancer is told soon."""
+        with self._lock:
+            if not self._over and self._paces.add(pace.told(lease.request_id), now):
+                self._wake()
+
     def _give_back(self, leases: Iterable[ClientLease]) -> None:
         self._ends.extend((lease, "unused", "") for lease in leases)
 
@@ -146,12 +159,17 @@ class LeaseKeeper:
                 return LoadbalancerJob("/route", body, BATCH_S, now, wanted)
             if ends and self._ends:
                 return LoadbalancerJob("/done", done_body(*self._ends.popleft()), DONE_S, now)
+            if ends and (paces := self._paces.take(now)):
+                return LoadbalancerJob(PACE_ROUTE, {"answers": paces}, DONE_S, now)
             return None
 
     def finish_job(self, job: LoadbalancerJob, came: Posted | Refusal, now: float) -> None:
         """Take in what the loadbalancer answered to a job."""
         with self._lock:
-            if not job.wanted:
+            if job.path == PACE_ROUTE:
+                if not isinstance(came, Refusal) and came[0] in (404, 405):
+                    self._paces.refuse(now)
+            elif not job.wanted:
                 self.untold += isinstance(came, Refusal) or came[0] != 200
             else:
                 self._ahead.answered(now - job.begun)
@@ -166,13 +184,15 @@ class LeaseKeeper:
     def look_in_s(self, now: float) -> float | None:
         """Return in how many seconds a job may become due by itself; None: not before a request."""
         with self._lock:
-            return self._ahead.look_in_s(now)
+            looks = self._ahead.look_in_s(now), self._paces.look_in_s(now)
+            return min((one for one in looks if one is not None), default=None)
 
     # -- the end
 
     def give_all_back(self) -> None:
         """Fetch no more leases; queue jobs that give back those at hand."""
         with self._lock:
+            self._paces.clear()
             self._give_back(self._ahead.close())
             if self._ends:
                 self._wake()
@@ -183,3 +203,4 @@ class LeaseKeeper:
             self._over = True
             self.untold += len(self._ends)
             self._ends.clear()
+            self._paces.clear()

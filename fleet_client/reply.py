@@ -14,7 +14,8 @@ from fleet_client.leases import ClientLease
 class HttpReply:
     """An answer from its first byte on. body: all of it, if it was read; source: what it is read from.
 
-    first: the first part of its body, if that was waited for.
+    first: the first part of its body, if that was waited for. head_s: seconds from sending the request to its
+    head, and to that part.
     """
 
     status: int
@@ -23,6 +24,7 @@ class HttpReply:
     body: bytes | None = None
     lease: ClientLease | None = None
     first: bytes = b""
+    head_s: float = 0.0
 
 
 def error_reply(

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 import httpx2
 
+from fleet_client.answer_pace import AnswerPace
 from fleet_client.call import Call, forwarded, returned
 from fleet_client.connection_pool import LOOK_S, BadHttp, Connection, ConnectionPool
 from fleet_client.forks import start_anew_in_forks
@@ -169,14 +170,18 @@ class SyncAnswer(httpx2.SyncByteStream):
         self._connections = connections
         self._owner = owner
         self._last = b""
+        self._pace = AnswerPace(reply.head_s)
+        self._ok = reply.status == 200
         self._open = True
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the answer's bytes, not decoded, in the pieces they come in; raise httpx2's errors."""
-        chunks = self._connection.body()
+        chunks, pace, clock = self._connection.body(), self._pace, time.monotonic
         while True:
             try:
+                pace.ask(clock())
                 chunk = next(chunks, None)
+                pace.came(chunk or b"", clock())
             except (OSError, ValueError) as e:  # ValueError: it was closed in another thread
                 why, error = cut_off(self._lease, e)
                 break
@@ -189,7 +194,7 @@ class SyncAnswer(httpx2.SyncByteStream):
             self._open = False
             raise httpx2.ReadError(f"{self._lease}: this process is a fork, and the answer its parent's")
         if self._open:  # it was not closed here
-            self._open = False
+            self._ended()
             self._connections.drop(self._connection)
             self._call.note_setback(self._lease, why)
             self._leases.tell(self._lease, "failed", why)
@@ -199,14 +204,22 @@ class SyncAnswer(httpx2.SyncByteStream):
         """Close the answer; a connection that was not read to its end is closed, another is kept."""
         if not self._open:
             return
-        self._open = False
         if self._connection.inherited:
+            self._open = False
             return
+        self._ended()
         done = self._connection.complete or is_last(self._last)
         if done and self._connection.finish(MOMENT_S):
             self._connections.put((self._lease.address, self._lease.certificate), self._connection)
         else:
             self._connections.drop(self._connection)
+
+    def _ended(self) -> None:
+        self._open = False
+        if self._ok:
+            now = time.monotonic()
+            if self._pace.end(now):
+                self._leases.note_pace(self._lease, self._pace, now)
 
 
 class FleetTransport(httpx2.BaseTransport):
@@ -324,7 +337,8 @@ class FleetTransport(httpx2.BaseTransport):
             raise
         if connection.status not in ELSEWHERE:
             headers = returned(connection.headers, lease.address)
-            return HttpReply(connection.status, headers, connection, lease=lease)
+            took_s = time.monotonic() - begun
+            return HttpReply(connection.status, headers, connection, lease=lease, head_s=took_s)
         body = _read_some(connection)
         self._connections.drop(connection)
         return kept_reply(connection.status, connection.headers, body, lease)

@@ -405,6 +405,7 @@ class FakeLoadbalancer(FakeServer):
         self.routes: list[Any] = []
         self.given: list[Given] = []
         self.dones: list[Any] = []
+        self.paces: list[Any] = []
         self.refusals: deque[tuple[int, float] | tuple[int, float, str]] = deque()
         self.holders: dict[str, int] = {}  # instance that was given the prefix last
         self.room: int | None = None  # leases that are left to give
@@ -426,6 +427,9 @@ class FakeLoadbalancer(FakeServer):
             await out.answer(*self.model)
         elif seen.target == "/done":
             self.dones.append(seen.json)
+            await out.answer(200, {})
+        elif seen.target == "/pace":
+            self.paces += seen.json["answers"]
             await out.answer(200, {})
         else:
             self.routes.append(seen.json)

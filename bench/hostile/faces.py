@@ -18,7 +18,7 @@ from localcloud.paced.machine import SimulatedMachine
 from remote.speaker import signed
 from web.messages.busy import BusyReport
 from web.messages.hot_set import HotSet
-from web.messages.leases import DoneBody, RouteBody, WellBody
+from web.messages.leases import DoneBody, PaceBody, RouteBody, WellBody
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import PushedReport, ReadyBody
 from web.signatures import instance_key
@@ -85,6 +85,7 @@ class Face:
 LOADBALANCER = (
     Route("POST", "/route", RouteBody),
     Route("POST", "/done", DoneBody),
+    Route("POST", "/pace", PaceBody),
     Route("POST", "/well", WellBody),
     Route("PUT", "/hot", HotSet, "control"),
     Route("POST", "/report", PushedReport, "instance"),

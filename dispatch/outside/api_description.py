@@ -6,7 +6,7 @@ from msgspec import Meta, Struct
 
 from web.answers import Problem
 from web.messages.hot_set import HotSet, HotSetTaken
-from web.messages.leases import DoneBody, LeaseAnswer, LeaseBatch, RouteBody, WellAnswer, WellBody
+from web.messages.leases import DoneBody, LeaseAnswer, LeaseBatch, PaceBody, RouteBody, WellAnswer, WellBody
 from web.messages.reports import PushedReport, ReportTaken
 from web.openapi import Operation, Page
 
@@ -83,6 +83,7 @@ OPERATIONS = (
     Operation(
         "POST", "/done", "Say how the request of a lease ended.", "client", dict[str, Any], body=DoneBody
     ),
+    Operation("POST", "/pace", "Say how fast answers came.", "client", dict[str, Any], body=PaceBody),
     Operation(
         "POST",
         "/well",

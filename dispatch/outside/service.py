@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import re
 import secrets
 import threading
 import time
@@ -22,7 +23,7 @@ from loadbalancer import LoadBalancer
 from web.answers import JsonAnswer, error_answer, problem
 from web.direct import Held
 from web.messages.hot_set import HotSet
-from web.messages.leases import WellAnswer, WellBody
+from web.messages.leases import DoneBody, PaceBody, WellAnswer, WellBody
 from web.messages.reports import PushedReport, ReportTaken, read_report
 from web.signatures import claimed_name, name_and_key, signer
 from web.slices import in_slices
@@ -48,6 +49,16 @@ REFUSALS = {
     "and others ask, too, or it is as many as may be: use them, or give them back with POST /done",
 }
 """What a refused client is told, by RouteRefused.why."""
+
+NO_FAULT = re.compile("status_4..")
+"""How a request may fail through no fault of the instance: a token that is too old, a request that is wrong,
+more than it can take. All else says that it refuses, times out or breaks."""
+
+GAVE_UP = "first_byte"
+"""What a client says that has given up waiting for the first byte of an answer."""
+
+MISSED = frozenset(("no_connection", "no_tls", "wrong_certificate", "bad_address"))
+"""What a client says that met nobody there, or somebody else: that we can look into ourselves."""
 
 NOT_SIGNED = error_answer(401, "unauthorized", "wanted the signature of an instance that is hot")
 
@@ -146,6 +157,28 @@ class LoadBalancerService:
             self._refused_after(0.0)
         self.route_times.add(time.perf_counter() - begun)
         return answer
+
+    def done(self, said: DoneBody, client: str) -> JsonAnswer:
+        """Answer POST /done, by which a client says how the request of its lease ended."""
+        why, now, balancer = said.why or "", self.clock(), self.balancer
+        failed = said.outcome == "failed"
+        if failed and why == GAVE_UP:
+            balancer.paces.give_up(said.request_id, client, now)
+        known = balancer.leases.belongs(said.request_id, client) and balancer.end_lease(
+            said.request_id, said.outcome, now, blame=not NO_FAULT.fullmatch(why), missed=why in MISSED
+        )
+        if known and failed:
+            log.warning("a client's request %s failed: %s", said.request_id, why or "no reason given")
+        self.activity.set()
+        self.serve_waiting()
+        return JsonAnswer({})
+
+    def pace(self, told: PaceBody, client: str) -> JsonAnswer:
+        """Answer POST /pace, by which a client says how fast answers came."""
+        paces, now = self.balancer.paces, self.clock()
+        for one in told.answers:
+            paces.hear(one.request_id, client, one.first_s, one.rest_s, one.pieces, now)
+        return JsonAnswer({})
 
     def well(self, asked: WellBody, _client: str) -> JsonAnswer:
         """Answer POST /well: which of the instances asked about answer nothing any more, and why."""

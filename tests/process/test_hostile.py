@@ -15,7 +15,7 @@ from tests.loadbalancer_app import LoadBalancerApp
 from web.messages.busy import BusyAnswer, BusyReport, read_busy
 from web.messages.decoding import BadField, decode
 from web.messages.hot_set import HotSet
-from web.messages.leases import DoneBody, LeaseAnswer, LeaseBatch, RouteBody, WellBody
+from web.messages.leases import DoneBody, LeaseAnswer, LeaseBatch, PaceBody, RouteBody, WellBody
 from web.messages.operator import ManageBody, PolicyBody
 from web.messages.reports import LoadReport, PushedReport, ReadyBody, TokenBatch, read_report
 
@@ -41,8 +41,8 @@ def test_what_must_not_be_is_found() -> None:
 
 
 MESSAGES: list[Any] = [
-    *(BusyAnswer, BusyReport, HotSet, DoneBody, LeaseAnswer, LeaseBatch, RouteBody, WellBody, ManageBody),
-    *(PolicyBody, LoadReport, PushedReport, ReadyBody, TokenBatch),
+    *(BusyAnswer, BusyReport, HotSet, DoneBody, LeaseAnswer, LeaseBatch, PaceBody, RouteBody, WellBody),
+    *(ManageBody, PolicyBody, LoadReport, PushedReport, ReadyBody, TokenBatch),
 ]
 
 

@@ -30,7 +30,8 @@ class InstanceUse(Struct, frozen=True, gc=False, omit_defaults=True):
     """What a loadbalancer reports of one instance; working_s and failures are cumulative.
 
     unfinished: its requests, with their work. working_s: seconds with a request under way. throughput_work_s:
-    0 where it was not measured. out: why the loadbalancer does not listen to it now, if so.
+    0 where it was not measured. out: why the loadbalancer does not listen to it now, if so. slow: what
+    clients met there that is many times slower than elsewhere, if so.
     """
 
     unfinished: Requests
@@ -39,6 +40,7 @@ class InstanceUse(Struct, frozen=True, gc=False, omit_defaults=True):
     throughput_work_s: Annotated[float, Meta(ge=0.0, le=1e9)]
     failures: Counter
     out: Annotated[str, Meta(max_length=200)] | None = None
+    slow: Annotated[str, Meta(max_length=300)] | None = None
 
 
 Rows = Mapping[Counter, InstanceUse]

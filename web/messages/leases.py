@@ -26,6 +26,9 @@ MAX_PROMPTS = 100_000
 MAX_COUNT = 64
 """Leases of one answer, 20 kB of them."""
 
+MAX_TOLD = 64
+"""Answers that a client may tell of at once."""
+
 MAX_ASKED = 256
 """Instances that a client may ask about at once."""
 
@@ -73,6 +76,24 @@ class DoneBody(Struct, frozen=True, forbid_unknown_fields=True):
     request_id: Annotated[str, Meta(min_length=1, max_length=64)]
     outcome: Outcome
     why: Annotated[str, Meta(pattern=r"\A[a-z0-9_]{0,40}\Z")] | None = None
+
+
+class AnswerTold(Struct, frozen=True, forbid_unknown_fields=True):
+    """How fast the answer to one request came: seconds to its first part, and for all others.
+
+    pieces: parts of a stream; 0: it came in one.
+    """
+
+    request_id: Annotated[str, Meta(min_length=1, max_length=64)]
+    first_s: Annotated[float, Meta(ge=0.0, le=1e5)]
+    rest_s: Annotated[float, Meta(ge=0.0, le=1e5)]
+    pieces: Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+
+
+class PaceBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /pace, by which a client says how fast answers came."""
+
+    answers: Annotated[list[AnswerTold], Meta(max_length=MAX_TOLD)]
 
 
 class WellBody(Struct, frozen=True, forbid_unknown_fields=True):

@@ -218,6 +218,42 @@ def test_what_a_client_says_that_met_nobody_is_looked_into_and_not_believed() ->
     )
 
 
+def test_clients_say_how_fast_answers_came_and_who_is_slow_is_shown() -> None:
+    app = TwoInstances()
+    app.stock()
+    for n in range(24):
+        app.clock.now += 1.0
+        lease = app.route(avoid=[7 + n % 2])[1]
+        first_s = 9.0 if lease["instance_id"] == 7 else 0.2
+        told = {"request_id": lease["request_id"], "first_s": first_s, "rest_s": 0.1, "pieces": 9}
+        assert app.client.post("/pace", json={"answers": [told]}).get_json() == {}
+        app.client.post("/done", json={"request_id": lease["request_id"], "outcome": "finished"})
+    app.balancer.tick(app.clock.now)
+    rows = {row["id"]: row["slow"] for row in app.client.get("/status").get_json()["instances"]}
+    assert rows[7].startswith("its answers begin after 9.0 s")
+    assert rows[8] is None
+    assert app.client.post("/pace", json={"answers": [told | {"first_s": -1.0}]}).status_code == 400
+    assert app.client.post("/pace", json={"answers": [told] * 65}).status_code == 400
+
+
+def test_a_wait_that_was_given_up_counts_as_what_it_lasted() -> None:
+    app = TwoInstances()
+    app.stock()
+    for _ in range(8):
+        slow, well = (app.route(avoid=[one])[1] for one in (8, 7))
+        app.clock.now += 12.0
+        gave_up = {"request_id": slow["request_id"], "outcome": "failed", "why": "first_byte"}
+        app.client.post("/done", json=gave_up)
+        app.balancer.instances.by_id[7].circuit.finished("")  # as if others were served there
+        told = {"request_id": well["request_id"], "first_s": 0.2, "rest_s": 0.1, "pieces": 9}
+        app.client.post("/pace", json={"answers": [told]})
+        app.client.post("/done", json={"request_id": well["request_id"], "outcome": "finished"})
+        app.balancer.tick(app.clock.now)
+    slow_now = app.balancer.instances.by_id[7].circuit.slow
+    assert slow_now is not None
+    assert slow_now.startswith("its answers begin after 12.0 s")
+
+
 def test_status_and_metrics_show_the_instances_and_no_secret() -> None:
     app = LoadBalancerApp()
     app.stock()
@@ -548,6 +584,7 @@ def test_an_old_hot_set_is_answered_with_what_is_known() -> None:
 PROTECTED = [
     ("POST", "/route", CLIENT, {"work": 5}),
     ("POST", "/done", CLIENT, {"request_id": "x", "outcome": "unused"}),
+    ("POST", "/pace", CLIENT, {"answers": []}),
     ("POST", "/well", CLIENT, {"instances": [7]}),
     ("GET", "/model", CLIENT, None),
     ("PUT", "/hot", CONTROL, HOT),
