@@ -20,6 +20,7 @@ import uvicorn
 import uvloop
 from uvicorn.config import STARTUP_FAILURE
 
+from fleet_client.allocator import give_large_blocks_back
 from fleet_client.bounded_http import BoundedHttp
 from fleet_client.connection_table import ConnectionTable, Seat
 from fleet_client.listening import allow_many_files
@@ -263,6 +264,7 @@ class AsgiServer:
     def run(self) -> None:
         """Serve until the end, then close the socket. Outside the main thread only `stop` ends the server."""
         allow_many_files()
+        give_large_blocks_back()
         gc.collect()
         gc.freeze()  # what is there now stays: full collections then look at 150,000 objects less, some 80 ms
         gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTION_AFTER)

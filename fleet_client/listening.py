@@ -1,5 +1,6 @@
 """Listen on an address: the socket, who may reach it, and how many files may be open."""
 
+import os
 import resource
 import socket
 
@@ -13,11 +14,40 @@ def check_bind(host: str, port: int, *, keys_present: bool) -> None:
         raise ConfigError(f"listening on {host}:{port} needs keys: everybody could reach it without")
 
 
+FIRST_HANDED = 3
+"""The file number of the first socket that a service manager hands over: sd_listen_fds(3)."""
+
+
+def handed_over(host: str, port: int) -> socket.socket | None:
+    """Return the socket that a service manager (systemd) listens on for us, or None where there is none.
+
+    It stays open while we are started again, so that a client waits a moment and is not refused. Raises
+    ConfigError when it is not one of that address: what may reach us has been judged by that.
+    """
+    count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    if pid != str(os.getpid()) or not count:
+        return None
+    if count != "1":
+        raise ConfigError(f"the service manager hands over {count} sockets: wanted one")
+    sock = socket.socket(fileno=FIRST_HANDED)
+    os.set_inheritable(FIRST_HANDED, False)
+    name = sock.getsockname()
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or name[1] != port or name[0] != _address(host):
+        raise ConfigError(f"the service manager listens on {name}, and --host and --port say {host}:{port}")
+    return sock
+
+
+def _address(host: str) -> str:
+    return "127.0.0.1" if host == "localhost" else host
+
+
 def bind_socket(host: str, port: int, *, listen: bool = True) -> socket.socket:
-    """Return a socket bound to the address; raise ConfigError when the port is taken.
+    """Return a socket bound to the address, or the one handed over; raise ConfigError if it is taken.
 
     listen: take connections at once, also before they are accepted; otherwise they are refused for now.
     """
+    if (handed := handed_over(host, port)) is not None:
+        return handed
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -37,11 +37,13 @@ def start_child(
     stdin: int = subprocess.DEVNULL,
     stdout: int | IO[bytes],
     stderr: int | IO[bytes],
+    pass_fds: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
     """Start a process that is killed when the calling thread ends; it leads a session of its own.
 
     A terminal's Ctrl-C does not reach it, and `end_child` also ends what it has started in that session.
     stdin, stdout and stderr are as for Popen; by default its input is empty.
+    pass_fds: files that stay open in it.
     """
     return subprocess.Popen(
         dying_with_parent(command),
@@ -51,6 +53,7 @@ def start_child(
         stdout=stdout,
         stderr=stderr,
         start_new_session=True,
+        pass_fds=pass_fds,
     )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from bench.chaos.audit import Line, audit, missed
-from bench.chaos.campaign import CampaignSettings, Figures, run_seed
-from bench.chaos.kinds import all_kinds
+from bench.chaos.campaign import PAUSE_S, STORM_S, CampaignSettings, Figures, run_seed
+from bench.chaos.kinds import GROUPS, all_kinds, group_of
 from bench.chaos.stack import StackSettings
 from bench.chaos.undo import UNDONE
 from bench.command import bench_parser, machine, names_in, write_json
@@ -38,10 +38,14 @@ def parser() -> Parser:
         "--rate", type=float, default=3.0, metavar="N", help="requests a second (default %(default)g)"
     )
     found.add_argument(
-        "--storm-s", type=float, default=75.0, metavar="S", help="of a storm (default %(default)g)"
+        "--storm-s", type=float, default=STORM_S, metavar="S", help="of a storm (default %(default)g)"
     )
     found.add_argument(
-        "--pause-s", type=float, default=2.0, metavar="S", help="from fault to fault (default %(default)g)"
+        "--pause-s",
+        type=float,
+        default=PAUSE_S,
+        metavar="S",
+        help="from fault to fault (default %(default)g)",
     )
     found.add_argument(
         "--speedup", type=float, default=60.0, metavar="X", help="of the cloud (default %(default)g)"
@@ -111,9 +115,18 @@ def kinds_table(seeds: Sequence[Figures]) -> str:
     for figures in seeds:
         struck += figures.faults
         out += figures.left_out
-    shown = ", ".join(f"{name} {n}" for name, n in sorted(struck.items()))
+    groups: Counter[str] = Counter()
+    for name, n in struck.items():
+        groups[group_of(name)] += n
+    shown = ", ".join(f"{name} {n}{_variants(name, struck)}" for name, n in sorted(groups.items()))
     left = ", ".join(f"{name} {n}" for name, n in sorted(out.items()))
     return f"\n{struck.total()} faults: {shown}\nnothing to strike: {left or 'never'}"
+
+
+def _variants(group: str, struck: Counter[str]) -> str:
+    """Return how often each variant of a kind struck, where it has more than one."""
+    names = GROUPS.get(group, ())
+    return f" ({', '.join(f'{name} {struck[name]}' for name in names)})" if names else ""
 
 
 if __name__ == "__main__":

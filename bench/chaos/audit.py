@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.chaos.campaign import Figures, Size
+from bench.chaos.kinds import all_kinds, group_of
 from bench.chaos.stack import LOADBALANCERS
 from bench.chaos.users import CUT, DOUBLED, MISCOUNTED, OK
 
@@ -36,14 +37,37 @@ class Line:
     details: tuple[str, ...] = ()
 
 
+CAMPAIGN_S, LEAST_FAULTS, LEAST_OF_A_KIND = 3600.0, 1000, 20
+"""Seconds from which on the seeds are a campaign; its faults, and those of each kind."""
+
+
 def audit(seeds: Sequence[Figures]) -> list[Line]:
     """Return all lines, for all seeds together."""
-    return [*_requests(seeds), *_fleet(seeds), *_processes(seeds), *_logs(seeds)]
+    return [*_faults(seeds), *_requests(seeds), *_fleet(seeds), *_processes(seeds), *_logs(seeds)]
 
 
 def missed(lines: Sequence[Line]) -> list[Line]:
     """Return the lines that were not kept."""
     return [line for line in lines if line.kept is False]
+
+
+def _faults(seeds: Sequence[Figures]) -> Iterator[Line]:
+    struck: Counter[str] = Counter()
+    for figures in seeds:
+        for name, times in figures.faults.items():
+            struck[group_of(name)] += times
+    all_groups = {group_of(name) for name, kind in all_kinds().items() if "trial" not in kind.tags}
+    rare = {name: struck[name] for name in sorted(all_groups) if struck[name] < LEAST_OF_A_KIND}
+    seconds = sum(figures.seconds for figures in seeds)
+    enough = struck.total() >= LEAST_FAULTS and not rare
+    yield Line(
+        "faults",
+        f"{LEAST_FAULTS:,}, each kind {LEAST_OF_A_KIND} times",
+        f"{struck.total()} of {len(struck)} kinds in {seconds / 60.0:.0f} minutes, "
+        f"{min((struck[name] for name in all_groups), default=0)} or more of each",
+        enough if seconds >= CAMPAIGN_S else None,
+        (", ".join(f"{name} {times}" for name, times in rare.items()),),
+    )
 
 
 def _requests(seeds: Sequence[Figures]) -> Iterator[Line]:

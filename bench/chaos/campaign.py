@@ -18,8 +18,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from bench.chaos.kinds import Kind, NotNow, Scene, all_kinds
+from bench.chaos.kinds import GROUPS, Kind, NotNow, Scene, all_kinds, group_of
 from bench.chaos.logs import LogFindings, look_through
 from bench.chaos.stack import GATEWAYS, LOADBALANCERS, OURS, Stack, StackSettings, ask, handles
 from bench.chaos.truth import Truth
@@ -28,10 +29,10 @@ from bench.children import memory_mb
 
 log = logging.getLogger("chaos")
 
-PAUSE_S = 2.0
+PAUSE_S = 1.5
 """Mean seconds between two faults of a storm."""
 
-AT_ONCE = 6
+AT_ONCE = 8
 """Most faults that are on at the same time."""
 
 STORM_S = 75.0
@@ -45,6 +46,12 @@ FIRST_S = 120.0
 
 ASIDE = {"clock": 3, "ledger": 4, "trial": -1}
 """Kinds with that tag strike in each fifth seed only: the remainder of the seed by five; -1: in none."""
+
+SEEDS_A_ROUND = range(5)
+"""Seeds of which one has the kinds with a tag."""
+
+TRIED = 0.3
+"""What a kind counts that found nothing to strike, in strikes: others come first, and it comes again."""
 
 DARK_S = 10.0
 """Seconds after a time in which no machine could serve, in which requests that waited through it may fail."""
@@ -135,6 +142,7 @@ class Campaign:
         self._kinds = chosen_kinds(settings)
         self._on: dict[str, Kind] = {}
         self._dark: list[tuple[float, float]] = []  # monotonic times in which no machine could serve
+        self._seen: dict[str, list[Size]] = {}  # in calms, by process
         self._lock = threading.Lock()
         self._calm = threading.Event()
         self._begun = time.monotonic()
@@ -145,20 +153,20 @@ class Campaign:
         full_after_s = []
         self.truth.start()
         try:
-            first_full_s = self._until_full(FIRST_S)
+            self._until_full(FIRST_S)
+            first_full_s = time.monotonic() - self.stack.begun_at
             self.users.start()
             time.sleep(self.settings.rest_s)
-            begin: dict[str, Size] = {}
             end = time.monotonic() + 60.0 * self.settings.minutes
             while time.monotonic() < end:
                 self._storm(min(end, time.monotonic() + self.settings.storm_s))
                 full_after_s.append(self._until_full(FULL_S))
                 log.info("seed %d: full after %.1f s", self.settings.seed, full_after_s[-1])
                 time.sleep(self.settings.rest_s)
-                begin = begin or self._sizes()  # the first storm has warmed up what is kept
+                self._note_sizes()
             self.users.stop()
             dollars = self._dollars()
-            sizes = self._sizes()
+            self._note_sizes()
         finally:
             self.truth.stop()
             self._faults.close()
@@ -185,8 +193,7 @@ class Campaign:
             truth.over,
             truth.wronged(),
             *dollars,
-            begin,
-            sizes,
+            *self._first_and_last(),
             {name: longest_hold(self.stack.logs / f"{name}.holds") for name in OURS},
             restarts,
             truth.reasons,
@@ -205,7 +212,7 @@ class Campaign:
             enough = self.settings.most is not None and len(threads) >= self.settings.most
             kind = None if enough else self._next_kind()
             if kind is not None:
-                for_s = min(self._rng.uniform(*kind.lasts_s), max(0.5, until - time.monotonic()))
+                for_s = min(kind.draw_s(self._rng), max(0.5, until - time.monotonic()))
                 scene = Scene(self.stack, self.truth, random.Random(self._rng.getrandbits(64)), for_s, [])
                 thread = threading.Thread(
                     target=self._strike, args=(kind, scene), name=kind.name, daemon=True
@@ -232,10 +239,20 @@ class Campaign:
             ]
             if not free:
                 return None
-            struck = self.faults
-            kind = min(free, key=lambda k: struck[k.name] + self.left_out[k.name] + self._rng.random())
+            kind = min(free, key=self._struck)
             self._on[kind.name] = kind
             return kind
+
+    def _struck(self, kind: Kind) -> tuple[float, float]:
+        """Return how often the kind was struck, by which the next is chosen, and how often that variant.
+
+        What strikes in one of five seeds only has to come as often in it as others in five.
+        """
+        names = GROUPS.get(group_of(kind.name), (kind.name,))
+        often = sum(self.faults[n] + TRIED * self.left_out[n] for n in names)
+        seeds = 1 if kind.tags else len(SEEDS_A_ROUND)
+        mine = self.faults[kind.name] + TRIED * self.left_out[kind.name]
+        return int(often * seeds) + self._rng.random() * seeds, mine
 
     def _strike(self, kind: Kind, scene: Scene) -> None:
         begun = time.monotonic()
@@ -293,16 +310,28 @@ class Campaign:
 
     # -- the end ---------------------------------------------------------------------------------------
 
-    def _sizes(self) -> dict[str, Size]:
-        """Return what our processes have."""
-        found = {}
+    def _note_sizes(self) -> None:
+        """Note what our processes have."""
         for name in OURS:
             pid = self.stack.pid(name)
             try:
-                found[name] = Size(pid, memory_mb(pid), handles(pid))
+                self._seen.setdefault(name, []).append(Size(pid, memory_mb(pid), handles(pid)))
             except OSError:
                 self.errors.append(f"{name} does not run")
-        return found
+
+    def _first_and_last(self) -> tuple[dict[str, Size], dict[str, Size]]:
+        """Return what the process of each name that lived longest had when it was warm, and at its end.
+
+        Two processes of one name tell no growth, so one that was killed is not compared with the next. It is
+        warm in the second calm that it sees: a whole storm lies before. Where none saw three, the first calm
+        is its begin.
+        """
+        begin, end = {}, {}
+        for name, sizes in self._seen.items():
+            longest, _ = Counter(size.pid for size in sizes).most_common(1)[0]
+            mine = [size for size in sizes if size.pid == longest]
+            begin[name], end[name] = mine[min(1, max(0, len(mine) - 2))], mine[-1]
+        return begin, end
 
     def _dollars(self) -> tuple[float, float, float]:
         """Return the dollars of the ledger, those of the cloud in the same time, and seconds before it."""
@@ -311,9 +340,33 @@ class Campaign:
             self.errors.append(f"no /costs at the end: {costs}")
             return 0.0, 0.0, 0.0
         (self.stack.root / "costs.json").write_text(json.dumps(costs))
-        known_s = costs["to"] - (costs["known_from"] or costs["to"])
-        cloud_usd = self.truth.spent_between(now - known_s, now)
-        return costs["usd"]["total"], cloud_usd, max(0.0, now - known_s - self.truth.spent[0][0])
+        usd = {machine.label: machine.usd for machine in self.truth.machines.values()}
+        (self.stack.root / "truth.json").write_text(json.dumps(usd))
+        known = known_times(costs)
+        ahead_s = costs["to"] - now
+        cloud_usd = sum(self.truth.spent_between(a - ahead_s, b - ahead_s) for a, b in known)
+        unknown_s = now - self.truth.spent[0][0] - sum(b - a for a, b in known)
+        return dollars_within(costs, known), cloud_usd, max(0.0, unknown_s)
+
+
+def known_times(costs: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return the times for which that answer of GET /costs knows the dollars."""
+    at, found = costs["known_from"] or costs["to"], []
+    for since, until in costs["unwatched"]:
+        if since > at:
+            found.append((at, since))
+        at = max(at, until)
+    return [*found, (at, costs["to"])]
+
+
+def dollars_within(costs: Mapping[str, Any], times: Sequence[tuple[float, float]]) -> float:
+    """Return the dollars of that answer that were spent in those times."""
+    usd = 0.0
+    for interval in costs["intervals"]:
+        until = costs["to"] if interval["to"] is None else interval["to"]
+        seconds = sum(max(0.0, min(until, b) - max(interval["from"], a)) for a, b in times)
+        usd += interval["usd_h"] * seconds / 3600.0
+    return usd
 
 
 def chosen_kinds(settings: CampaignSettings) -> Sequence[Kind]:
@@ -321,7 +374,9 @@ def chosen_kinds(settings: CampaignSettings) -> Sequence[Kind]:
     kinds: Mapping[str, Kind] = all_kinds()
     if settings.only:
         return [kinds[name] for name in settings.only]
-    return [k for k in kinds.values() if all(ASIDE[tag] == settings.seed % 5 for tag in k.tags)]
+    return [
+        k for k in kinds.values() if all(ASIDE[tag] == settings.seed % len(SEEDS_A_ROUND) for tag in k.tags)
+    ]
 
 
 def longest_hold(path: Path) -> float:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from bench.chaos.stack import Stack
 from bench.chaos.truth import Truth
@@ -35,6 +36,35 @@ class Scene:
 Effect = Callable[[Scene], AbstractContextManager[None]]
 
 
+GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "kill-loadbalancer": ("kill-loadbalancer-1", "kill-loadbalancer-2"),
+        "kill-gateway": ("kill-gateway-1", "kill-gateway-2"),
+        "stop-loadbalancer": ("stop-loadbalancer-1", "stop-loadbalancer-2"),
+        "stop-gateway": ("stop-gateway-1", "stop-gateway-2"),
+        "ledger-spoilt": ("ledger-damaged", "ledger-cut", "ledger-lost"),
+        "clock-step": ("clock-forward", "clock-back"),
+        "cloud:list-errors": ("cloud:list-429", "cloud:list-500"),
+        "cloud:ssh": ("cloud:ssh-hangs", "cloud:ssh-refuses"),
+        "host:unknown-requests": ("host:huge-load", "host:strangers"),
+        "host:odd-values": (
+            *("host:giant-numbers", "host:negative-numbers", "host:texts-for-numbers", "host:nested"),
+            *("host:missed-for-ever", "host:number-of-the-future", "host:surrogates"),
+        ),
+        "host:endless-answer": (
+            *("host:endless-body", "host:endless-headers", "host:endless-interim", "host:slow-head"),
+        ),
+        "host:redirects": ("host:auth-redirects", "host:engine-redirects"),
+        "host:endless-log": ("host:endless-line", "host:growing-log"),
+        "client:hoarder": ("client:hoards", "client:hoards-first"),
+    }
+)
+"""Variants that count as one kind: the same is done to the same, and only which of two processes it meets
+differs, or which wrong number or text is said."""
+
+_GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of fault. lasts_s: from, to. alone: others of that word are not on at the same time.
@@ -48,6 +78,11 @@ class Kind:
     alone: str = ""
     tags: frozenset[str] = frozenset()
     dark: bool = False
+
+    def draw_s(self, rng: random.Random) -> float:
+        """Return for how long it lasts this time; those of one seed only are mostly short, to come often."""
+        least, most = self.lasts_s
+        return least + (most - least) * rng.random() ** (3 if self.tags else 1)
 
 
 def running(scene: Scene, states: tuple[str, ...] = ("running",)) -> list[dict[str, object]]:
@@ -64,6 +99,11 @@ def all_kinds() -> Mapping[str, Kind]:
     from bench.chaos import kinds_client, kinds_cloud, kinds_host, kinds_own
 
     return {kind.name: kind for kind in _of(kinds_own, kinds_cloud, kinds_host, kinds_client)}
+
+
+def group_of(name: str) -> str:
+    """Return as which kind a fault of that name counts."""
+    return _GROUP_OF.get(name, name)
 
 
 def _of(*modules: object) -> Iterator[Kind]:

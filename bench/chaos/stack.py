@@ -3,8 +3,10 @@
     users ─► gateway-1 ─link─► loadbalancer-1 ─link─► autoscaler ─link─► local cloud
     users ─► gateway-2 ─link─► loadbalancer-2 ─link─►      └─links─► both loadbalancers
 
-A child that dies is started again on its port with its state (simulation/live/stack_children.py). Each of
-ours has a hook of its own (hook.py), by which clock, network and disk of that process alone are spoilt.
+A child that dies is started again on its port with its state (simulation/live/stack_children.py). The socket
+on which a gateway listens stays open meanwhile, as under deploy/fleet-gateway.socket: programs wait, and are
+not refused. Each of ours has a hook of its own (hook.py), by which clock, network and disk of that process
+alone are spoilt.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import http.client
 import json
 import os
 import secrets
+import socket
 import sys
 import tempfile
 import threading
@@ -24,6 +27,7 @@ from typing import Any, Self
 
 from bench.chaos.hook import Hook, build_hook
 from bench.chaos.links import Link, Links
+from fleet_client.listening import FIRST_HANDED, bind_socket
 from fleet_client.private_files import make_private_dir
 from localcloud.ports import listen_on_some
 from simulation.live.stack_children import StackChild, child_environment, end_strays, log_tail
@@ -119,8 +123,10 @@ class Stack:
         )
         self.links = Links()
         self.left_behind: list[str] = []
+        self.begun_at = 0.0  # when the autoscaler was started, on the monotonic clock
         self._children: dict[str, StackChild] = {}
         self._held: set[str] = set()
+        self._listening: dict[str, socket.socket] = {}
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="chaos stack", daemon=True)
@@ -203,14 +209,17 @@ class Stack:
             *("--speedup", f"{s.speedup:g}", "--root", str(self.root / "cloud"), "--seed", str(s.seed)),
         )
         self._wait_up(CLOUD, "/localcloud/status")
+        self.begun_at = time.monotonic()
         self._launch(AUTOSCALER, *self._program(AUTOSCALER, "autoscaler_server.py"), *self._serve_flags())
         for name in LOADBALANCERS:
             self._launch(
                 name, *self._program(name, "loadbalancer_server.py"), *self._loadbalancer_flags(name)
             )
+        self._listening |= {name: bind_socket("127.0.0.1", self.ports[name]) for name in GATEWAYS}
         for gateway, loadbalancer in zip(GATEWAYS, LOADBALANCERS, strict=True):
             self._launch(
                 gateway,
+                *handing_over(self._listening[gateway].fileno()),
                 *self._program(gateway, "gateway.py"),
                 *("--port", str(self.ports[gateway]), "--client-key-file", str(self._keys[gateway])),
                 *("--loadbalancer", self._link(f"{gateway}>{loadbalancer}", loadbalancer).url),
@@ -275,7 +284,13 @@ class Stack:
         if name in self.hooks:
             environ |= self.hooks[name].environ
         with self._lock:
-            self._children[name] = StackChild(name, command, self.logs / f"{name}.log", environ)
+            self._children[name] = StackChild(
+                name,
+                command,
+                self.logs / f"{name}.log",
+                environ,
+                pass_fds=[sock.fileno() for at, sock in self._listening.items() if at == name],
+            )
 
     def _wait_up(self, name: str, path: str) -> None:
         limit = time.monotonic() + UP_S
@@ -326,7 +341,22 @@ class Stack:
         if self._watcher.is_alive():
             self._watcher.join()
         self.links.close()
+        for sock in self._listening.values():
+            sock.close()
         self.left_behind += end_strays(self.root)
+
+
+_HAND_OVER = f"""
+import os, sys
+os.dup2(int(sys.argv[1]), {FIRST_HANDED})
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def handing_over(fd: int) -> tuple[str, ...]:
+    """Return the beginning of a command that hands that listening socket over, as systemd does it."""
+    return sys.executable, "-I", "-S", "-c", _HAND_OVER, str(fd)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -39,13 +39,14 @@ class Machine:
     label: str
     machine_id: int
     state: str = ""
+    usd: float = 0.0
     hurts: list[tuple[float, str]] = field(default_factory=list)
     gone_at: float | None = None
     ended_by_us: bool = False
 
-    def look(self, state: str, message: str, now: float) -> None:
-        """Take over what the cloud says of it now."""
-        self.state = state
+    def look(self, state: str, message: str, usd: float, now: float) -> None:
+        """Take over what the cloud says of it now, and what it has cost so far."""
+        self.state, self.usd = state, usd
         if state in NOT_WELL or "rror" in message:
             self.hurt(now, f"the cloud has it as {state}")
 
@@ -148,7 +149,7 @@ class Truth:
                 machine = self.machines.setdefault(
                     row["id"], Machine(row["id"], row["label"] or "", row["machine_id"])
                 )
-                machine.look(row["state"], row["status_msg"] or "", now)
+                machine.look(row["state"], row["status_msg"] or "", row["usd"]["total"], now)
             for fault in status["faults"]:
                 for struck in fault.get("struck", ()):
                     if struck in self.machines:

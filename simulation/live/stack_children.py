@@ -47,14 +47,19 @@ class StackChild:
         environment: Mapping[str, str],
         *,
         stdout: int | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        """Start the child process; its output is appended to the log, except stdout where that is given."""
+        """Start the child process; its output is appended to the log, except stdout where that is given.
+
+        pass_fds: files of ours that stay open in it.
+        """
         self.name = name
         self.log = log
         self.restarts = 0
         self.restart_at: float | None = None  # on the monotonic clock, while it is dead
         self._command = command
         self._environment = environment
+        self._pass_fds = tuple(pass_fds)
         self._deaths = 0  # in a row, each soon after its start
         self.process = self._popen(stdout)
         self._started_at = time.monotonic()
@@ -67,6 +72,7 @@ class StackChild:
                 env=self._environment,
                 stdout=out if stdout is None else stdout,
                 stderr=out,
+                pass_fds=self._pass_fds,
             )
 
     def revive(self, now: float) -> None:
