@@ -23,8 +23,9 @@ MEMORY = 3600
 SAVED_EVERY_S = 15.0
 """Least seconds between two samples that are written down: 5,760 a day, half a megabyte."""
 
-OFFERED_OVER_S = 60.0
-"""Seconds over which arriving work is averaged: shorter, and a few long requests look like a burst."""
+OFFERED_OVER_S, OFFERED_LEAST_S = 60.0, 10.0
+"""Seconds over which arriving work is averaged: shorter, and a few long requests look like a burst. The first
+is divided by a local cloud's speed-up, down to the second, since requests take their real time there."""
 
 
 class Fleet(Protocol):
@@ -79,8 +80,9 @@ _PEAKS = frozenset({"held", "oldest_wait_s", "lost", "arrived", "late"})
 class History:
     """The samples of the fleet that this process has taken."""
 
-    def __init__(self) -> None:
-        """Begin without samples."""
+    def __init__(self, speedup: float = 1.0) -> None:
+        """Begin without samples. speedup: of a local cloud, whose fleet follows the load so much faster."""
+        self._offered_over_s = max(OFFERED_LEAST_S, OFFERED_OVER_S / speedup)
         self._samples: deque[FleetSample] = deque(maxlen=MEMORY)
         self._unsaved: list[FleetSample] = []
         self._saved_at = float("-inf")
@@ -102,7 +104,7 @@ class History:
         known.
         """
         self._work.append((now, work_total))
-        while len(self._work) > 2 and self._work[1][0] <= now - OFFERED_OVER_S:
+        while len(self._work) > 2 and self._work[1][0] <= now - self._offered_over_s:
             self._work.popleft()
         at, before = self._work[0]
         if not work_s or now <= at:
@@ -178,6 +180,11 @@ def columns(samples: Sequence[FleetSample], points: int) -> dict[str, list[float
     for sample in samples:
         groups.setdefault(min(points - 1, int((sample.at_s - begin) / width)), []).append(sample)
     return {name: [_drawn(group, name) for group in groups.values()] for name in NAMES}
+
+
+def joined(samples: Sequence[FleetSample]) -> FleetSample:
+    """Return neighbouring samples as one, as a picture shows them: means, and the peaks of what is short."""
+    return FleetSample(**{name: _drawn(samples, name) for name in NAMES})  # type: ignore[arg-type]
 
 
 def _drawn(group: Sequence[FleetSample], name: str) -> float:

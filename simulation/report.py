@@ -18,6 +18,7 @@ from msgspec import Struct, structs
 
 from engine.slo import Slo
 from simulation.figures import spread
+from simulation.outcomes_over_time import OutcomesOverTime
 
 COMPLETED = "completed"
 
@@ -169,6 +170,31 @@ LATE, SLOW, FAILED = "first_token_late", "tokens_slow", "failed"
 """What a request can miss of the objective."""
 
 
+def missed_by(slo: Slo, prompt_tokens: int, output_tokens: int, first_s: float, end_s: float) -> str | None:
+    """Return what an answered request missed of the objective, LATE or SLOW; None if it was in time."""
+    if slo.met(prompt_tokens, output_tokens, first_s, end_s):
+        return None
+    return LATE if first_s > slo.first_token_limit_s(prompt_tokens) + 1e-6 else SLOW
+
+
+def _missed(r: Record, slo: Slo) -> str | None:
+    if r.outcome != COMPLETED or r.first_token_s is None:
+        return FAILED
+    return missed_by(slo, r.prompt_tokens, r.output_tokens, r.first_token_s, r.end_s)
+
+
+@dataclass(frozen=True)
+class OverTime:
+    """A run over time. samples: the fleet by state, one a second or less; outcomes: of the requests.
+
+    fleet: columns as of GET /history, with times since the start of the run; None: not known.
+    """
+
+    samples: Sequence[Sample]
+    outcomes: OutcomesOverTime
+    fleet: Mapping[str, Any] | None = None
+
+
 def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
     """Return the figures of these requests. Without streaming no first token is known, so none is judged."""
     completed = [r for r in records if r.outcome == COMPLETED]
@@ -186,13 +212,11 @@ def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
     missed: Counter[str] = Counter()
     late_waits = []
     for r in records:
-        if r.outcome != COMPLETED or r.first_token_s is None:
-            missed[FAILED] += 1
-        elif r.first_token_s > slo.first_token_limit_s(r.prompt_tokens):
-            missed[LATE] += 1
+        what = _missed(r, slo)
+        if what is not None:
+            missed[what] += 1
+        if what == LATE:
             late_waits.append(r.route_s)
-        elif not slo.met(r.prompt_tokens, r.output_tokens, r.first_token_s, r.end_s):
-            missed[SLOW] += 1
     return Counted(
         sent=len(records),
         completed=len(completed),
@@ -220,25 +244,32 @@ def build(
     costs: RunCosts | None,
     why_no_costs: str | None = None,
     slo: Slo | None = None,
+    fleet: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the report of a live run, everything that was measured, ready for JSON.
 
-    why_no_costs: the reason, needed where costs is None.
+    why_no_costs: the reason, needed where costs is None. fleet: as in OverTime.
     """
     slo = slo or Slo()
+    outcomes = OutcomesOverTime()
+    for r in records:
+        failed = r.outcome != COMPLETED
+        outcomes.add(
+            r.due_s, failed=failed, late=run.streaming and not failed and _missed(r, slo) is not None
+        )
     requests = counted(records, slo, streaming=run.streaming)
     driver = {
         "send_lag_s": spread(r.lag_s for r in records),
         "cpu_share": round(run.cpu_share, 4),
         "lease_ends_untold": run.ends_untold,
     }
-    return assemble(run, requests, samples, costs, why_no_costs, slo, driver)
+    return assemble(run, requests, OverTime(samples, outcomes, fleet), costs, why_no_costs, slo, driver)
 
 
 def assemble(
     run: RunInfo,
     requests: Counted,
-    samples: Sequence[Sample],
+    over_time: OverTime,
     costs: RunCosts | None,
     why_no_costs: str | None,
     slo: Slo,
@@ -277,7 +308,11 @@ def assemble(
             "output_tokens_s": output_tokens / seconds if seconds > 0 else None,
         },
         **_money(costs, why_no_costs, completed, output_tokens),
-        "scaling": _scaling(samples, costs),
+        "scaling": _scaling(over_time.samples, costs),
+        "over_time": {
+            "requests": over_time.outcomes.columns(),
+            "fleet": None if over_time.fleet is None else dict(over_time.fleet),
+        },
         "driver": None if driver is None else dict(driver),
     }
 

@@ -155,10 +155,8 @@ def _scaled(report: Mapping[str, Any]) -> list[str]:
         )
         counts = (f"{s[k]} {k}" for k in ("starts", "stops", "creates", "destroys"))
         lines.append(_row("scaling", *counts, hot))
-    return lines + chart(
-        [Sample(p["at_s"], p["instances"], p["usd_h"], p["demand"]) for p in s["over_time"]],
-        report["duration_s"],
-    )
+    samples = [Sample(p["at_s"], p["instances"], p["usd_h"], p["demand"]) for p in s["over_time"]]
+    return lines + chart(samples, report["over_time"], report["duration_s"])
 
 
 def _driver(report: Mapping[str, Any]) -> list[str]:
@@ -180,8 +178,12 @@ def _driver(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def chart(samples: Sequence[Sample], duration_s: float) -> list[str]:
-    """Return the lines of a chart: instances by state over time as stacks of marks, and the demand below."""
+def chart(samples: Sequence[Sample], over_time: Mapping[str, Any], duration_s: float) -> list[str]:
+    """Return the lines of a chart: instances by state over time as stacks of marks, and below them the load.
+
+    Load offered is in instances' worth, without what waits. Requests served, and late or failed ones, have
+    one scale. Without columns of the fleet the demand is shown, which counts what waits, too.
+    """
     if not samples or duration_s <= 0:
         return []
     columns = _columns(samples, duration_s, WIDTH - 14)
@@ -195,15 +197,54 @@ def chart(samples: Sequence[Sample], duration_s: float) -> list[str]:
         f"{row * per_row:>12}  " + "".join(stack[row - 1] if row <= len(stack) else " " for stack in stacks)
         for row in range(math.ceil(tallest / per_row), 0, -1)
     ]
-    peak = max((s.demand or 0.0 for s in samples), default=0.0)
-    if any(s.demand is not None for s in columns):
-        bars = "".join(_bar(s.demand, peak) for s in columns)
-        lines.append(f"{'demand':>12}  {bars}")
+    found, peaks = _loads(samples, over_time, duration_s, len(columns))
+    lines += [f"{title:>12}  {bars}" for title, bars in found]
     end = f"{duration_s:.0f} s"
     lines.append(f"{'':14}0 s{end:>{max(len(end) + 1, len(columns) - 3)}}")
-    if peak > 0:
-        lines.append(f"{'':14}demand at its peak: {peak:.2f} instances' worth")
-    return lines
+    return [*lines, *_row("at most", *peaks).splitlines()]
+
+
+def _loads(
+    samples: Sequence[Sample], over_time: Mapping[str, Any], duration_s: float, width: int
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the lines below the chart (title, bars) of so many columns, and the peak of each in words."""
+    lines, peaks = [], []
+    fleet, counts = over_time["fleet"], over_time["requests"]
+    if fleet is None or not fleet["at_s"]:
+        demand = _spread([s.at_s for s in samples], [s.demand or 0.0 for s in samples], duration_s, width)
+        lines.append(("demand", demand, max(demand, default=0.0)))
+        peaks.append(f"demand {lines[0][2]:.2f} instances' worth, with what waits")
+    else:
+        offered, held = (_spread(fleet["at_s"], fleet[n], duration_s, width) for n in ("offered", "held"))
+        lines += [("offered", offered, max(offered)), ("waiting", held, max(held))]
+        peaks.append(f"{max(fleet['offered']):.2f} instances' worth offered")
+        peaks.append(f"{max(fleet['held']):,.0f} requests waiting")
+    width_s = counts["width_s"]
+    ends = [width_s * (n + 1) for n in range(len(counts["in_time"]))]
+    served = [a + b for a, b in zip(counts["in_time"], counts["late"], strict=True)]
+    missed = [a + b for a, b in zip(counts["failed"], counts["late"], strict=True)]
+    most = max(map(max, zip(served, missed, strict=True)), default=0)
+    lines += [
+        (title, _spread(ends, values, duration_s, width), most)
+        for title, values in (("served", served), ("late", missed))
+    ]
+    late = f"{max(missed, default=0):,} late or failed"
+    peaks.append(f"{max(served, default=0):,} served and {late} of those that came in {width_s:g} s")
+    bars = [(title, "".join(_bar(v, most) for v in values)) for title, values, most in lines]
+    return bars, peaks
+
+
+def _spread(at_s: Sequence[float], values: Sequence[float], duration_s: float, width: int) -> list[float]:
+    """Return the largest value in each of so many equal parts of the time; where there is none, the last."""
+    found: list[float | None] = [None] * width
+    for at, value in zip(at_s, values, strict=True):
+        column = min(width - 1, max(0, math.ceil(at / duration_s * width) - 1))
+        found[column] = max(found[column] or 0.0, value)
+    whole, last = [], 0.0
+    for seen in found:
+        last = last if seen is None else seen
+        whole.append(last)
+    return whole
 
 
 def _columns(samples: Sequence[Sample], duration_s: float, most: int) -> list[Sample]:
@@ -230,10 +271,8 @@ def _stack(sample: Sample, per_row: int) -> str:
     return marks[: math.ceil(sum(sample.states.values()) / per_row)]
 
 
-def _bar(demand: float | None, peak: float) -> str:
-    if demand is None or peak <= 0:
-        return " "
-    return _BARS[math.ceil(demand / peak * (len(_BARS) - 1))]
+def _bar(value: float, peak: float) -> str:
+    return _BARS[math.ceil(value / peak * (len(_BARS) - 1))] if peak > 0 else " "
 
 
 def _row(title: str, *cells: str) -> str:

@@ -94,7 +94,7 @@ class Autoscaler:
         self.decisions: deque[Decision] = deque(maxlen=500)
         self.failures: deque[Failure] = deque(maxlen=100)
         self.clamps: Counter[str] = Counter()  # turns in which the policy wanted what the limits forbid
-        self.history = History()
+        self.history = History(instances.speedup)
         self.last_good_turn: float | None = None
         self.last_error = "no turn yet"
         self._new_label = new_label

@@ -131,6 +131,9 @@ async def _measure(
         )
     except NoAnswer as e:
         why = str(e)
+    fleet = None
+    with contextlib.suppress(NoAnswer):  # an older autoscaler keeps no history
+        fleet = await operator.history(took.started_at, took.started_at + took.duration_s)
     engine = engine or await _find_engine(driver.seen_addresses)
     about = report.RunInfo(
         engine=engine,
@@ -145,7 +148,7 @@ async def _measure(
         cpu_share=took.cpu_share,
         ends_untold=transport.untold,
     )
-    return report.build(about, driver.records, sampler.samples, costs, why)
+    return report.build(about, driver.records, sampler.samples, costs, why, fleet=fleet)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import aiohttp
+from msgspec import Struct, structs
 
 from simulation.report import RunCosts
 from web.messages.decoding import BadField, decode
@@ -16,6 +17,41 @@ T = TypeVar("T")
 
 ASK_TIMEOUT_S = 3.0
 """Seconds that an answer of autoscaler or loadbalancer may take."""
+
+
+POINTS = 600
+"""Most points of the fleet over time that are asked for: as many as a picture shows."""
+
+
+class FleetColumns(Struct, frozen=True):
+    """The part of the autoscaler's `GET /history` that the report needs: columns of equal length."""
+
+    at_s: tuple[float, ...]
+    hot: tuple[float, ...]
+    draining: tuple[float, ...]
+    booting: tuple[float, ...]
+    cold: tuple[float, ...]
+    lost: tuple[float, ...]
+    wanted_hot: tuple[float, ...]
+    wanted_total: tuple[float, ...]
+    offered: tuple[float, ...]
+    busy: tuple[float, ...]
+    held: tuple[float, ...]
+    oldest_wait_s: tuple[float, ...]
+    arrived: tuple[float, ...]
+    late: tuple[float, ...]
+    usd_h: tuple[float, ...]
+
+    def since(self, start_s: float, to_s: float) -> dict[str, Any]:
+        """Return the columns with times counted from start_s on, the beginning of the run, as a picture has.
+
+        Raises NoAnswer when they are not of equal length.
+        """
+        columns = structs.asdict(self)
+        if len({len(values) for values in columns.values()}) > 1:
+            raise NoAnswer("/history: wanted columns of equal length")
+        columns["at_s"] = [round(at - start_s, 3) for at in self.at_s]
+        return {"from": 0.0, "to": round(to_s - start_s, 3), **columns}
 
 
 class NoAnswer(Exception):
@@ -67,6 +103,14 @@ class Operator:
             return decode(raw, RunCosts)
         except BadField as e:
             raise NoAnswer(f"{self._autoscaler}/costs: {e}") from None
+
+    async def history(self, from_s: float, to_s: float) -> dict[str, Any]:
+        """Return the fleet and its load between two times, epoch seconds, as columns with times from 0 on."""
+        url = f"{self._autoscaler}/history?from={from_s:.3f}&to={to_s:.3f}&points={POINTS}"
+        try:
+            return decode(await self._fetch("GET", url), FleetColumns).since(from_s, to_s)
+        except BadField as e:
+            raise NoAnswer(f"{self._autoscaler}/history: {e}") from None
 
     async def status(self) -> Mapping[str, Any]:
         """Return the loadbalancer's figures, its answer to GET /status."""

@@ -275,7 +275,7 @@ def report_of(
         cpu_share=0.0,
         ends_untold=0,
     )
-    found = report.assemble(run, requests, o.samples, _costs(o), None, Slo(), None)
+    found = report.assemble(run, requests, o.over_time, _costs(o), None, Slo(), None)
     found["policy"] = {"name": config.policy, "began_as": _fields(policy), "ended_as": _fields(o.policy)}
     found["beginning"] = beginning.report()
     found["clamped"] = dict(o.clamped)

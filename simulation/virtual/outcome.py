@@ -2,15 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.slo import Slo
 from fleet.costs import CostBreakdown
+from fleet.history import FleetSample, columns, joined
 from fleet.instance import Instance
 from policies import Policy
 from simulation.figures import Digest
-from simulation.report import FAILED, LATE, SLOW, Sample
+from simulation.outcomes_over_time import OutcomesOverTime
+from simulation.report import FAILED, LATE, OverTime, Sample
+
+SHOWN = 600
+"""Most points of a picture of the fleet."""
 
 SAMPLES = 4096
 """Most samples of the fleet that are kept; when there are more, every other one is dropped."""
@@ -48,9 +52,12 @@ class RequestFigures:
         return self.missed / self.requests if self.requests else 0.0
 
     def add_completed(
-        self, prompt: int, output: int, waited_s: float, first_s: float, whole_s: float, slo: Slo
+        self, prompt: int, output: int, waited_s: float, first_s: float, whole_s: float, missed: str | None
     ) -> None:
-        """Count an answered request. waited_s, first_s, whole_s: seconds to lease, first token, end."""
+        """Count an answered request. waited_s, first_s, whole_s: seconds to lease, first token, end.
+
+        missed: of the objective, as report.missed_by says.
+        """
         self.requests += 1
         self.completed += 1
         self.prompt_tokens += prompt
@@ -60,13 +67,11 @@ class RequestFigures:
         self.route.add(waited_s)
         if output > 1:
             self.per_token.add((whole_s - first_s) / (output - 1))
-        if not slo.met(prompt, output, first_s, whole_s):
+        if missed is not None:
             self.missed += 1
-            if first_s > slo.first_token_limit_s(prompt) + 1e-6:
-                self.missed_why[LATE] += 1
-                self.late_wait.add(waited_s)
-            else:
-                self.missed_why[SLOW] += 1
+            self.missed_why[missed] += 1
+        if missed == LATE:
+            self.late_wait.add(waited_s)
 
     def add_failed(self, why: str) -> None:
         """Count a request whose user gave up. why: the last failure."""
@@ -106,7 +111,7 @@ class Outcome(RequestFigures):
     duration_s: float
     costs: CostBreakdown
     took: list[tuple[str, float, float]]
-    samples: list[Sample]
+    over_time: OverTime
     clamped: Counter[str]
     audit: dict[str, Any]
     policy: Policy
@@ -114,22 +119,40 @@ class Outcome(RequestFigures):
 
 
 class FleetSamples:
-    """Samples of the fleet over time, thinned so that there are never more than SAMPLES."""
+    """Samples of the fleet over time, joined by twos whenever there are more than SAMPLES."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
         self._looks = 0
         self._every = 1
+        self._history: list[FleetSample] = []
+        self._joining: list[FleetSample] = []
 
-    def look(self, at_s: float, instances: Iterable[Instance], demand: float) -> None:
-        """Take a sample of the fleet now, if it is one of those that are kept."""
+    def look(
+        self, at_s: float, instances: Iterable[Instance], demand: float, latest: FleetSample | None
+    ) -> None:
+        """Take a sample of the fleet now, if it is one of those that are kept.
+
+        latest: what the autoscaler noted of its last turn, if that was just now.
+        """
+        if latest is not None:
+            self._joining.append(replace(latest, at_s=at_s))
         self._looks += 1
         if self._looks % self._every:
             return
+        if self._joining:
+            self._history.append(joined(self._joining))
+            self._joining.clear()
         fleet = list(instances)
         states = Counter(str(i.state) for i in fleet)
         usd_h = sum(i.price_usd_h for i in fleet)
         self.samples.append(Sample(at_s, dict(states), round(usd_h, 6), round(demand, 4)))
         if len(self.samples) > SAMPLES:
             del self.samples[1::2]
+            self._history = [joined(self._history[n : n + 2]) for n in range(0, len(self._history), 2)]
             self._every *= 2
+
+    def over_time(self, outcomes: OutcomesOverTime, to_s: float) -> OverTime:
+        """Return all that was seen, with what became of the requests; to_s: the end of the run."""
+        fleet = {"from": 0.0, "to": round(to_s, 3), **columns(self._history, SHOWN)}
+        return OverTime(self.samples, outcomes, fleet)

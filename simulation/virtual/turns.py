@@ -91,7 +91,9 @@ class VirtualTurns:
         self._background.take_hot_set()
         self._plan_command()
         if now >= self._begun_at:
-            self.samples.look(now - self._begun_at, scaler.instances, scaler.demand.demand)
+            latest = scaler.history.latest
+            noted = latest if latest is not None and latest.at_s == now else None
+            self.samples.look(now - self._begun_at, scaler.instances, scaler.demand.demand, noted)
         self.turn_at(now + s.turn_s)
 
     def _check(self) -> None:

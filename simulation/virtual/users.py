@@ -16,6 +16,8 @@ from dispatch.lease import Lease
 from dispatch.route_request import Granted, QueuedRequest, RouteRefused, RouteRequest
 from loadbalancer import LoadBalancer
 from process.errors import ConfigError
+from simulation.outcomes_over_time import OutcomesOverTime
+from simulation.report import missed_by
 from simulation.traces.request import Request
 from simulation.virtual.instances import SimulatedInstances
 from simulation.virtual.loop import ARRIVAL, EventLoop
@@ -40,8 +42,9 @@ LAST_TRY_S = 0.1
 class Users:
     """The users of a run in virtual time, with all their requests.
 
-    arrived, ended: requests so far. held: requests that wait at the loadbalancer. tokens_delivered: output
-    tokens of the requests that were answered.
+    figures: of the requests that count; outcomes: of all since the trace began. arrived, ended: requests so
+    far. held: requests that wait at the loadbalancer. tokens_delivered: output tokens of the requests that
+    were answered.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Users:
     ) -> None:
         """Make users without requests. context: the longest request, prompt and answer, in tokens."""
         self.figures = RequestFigures()
+        self.outcomes = OutcomesOverTime()
         self.arrived = 0
         self.ended = 0
         self.tokens_delivered = 0
@@ -187,15 +191,14 @@ class Users:
         self.ended += 1
         self.tokens_delivered += request.output
         came = request.at
+        first_s, whole_s = first_at - came, at - came
+        missed = missed_by(self._setting.slo, request.prompt, request.output, first_s, whole_s)
+        if came >= self._begun:
+            self.outcomes.add(came - self._begun, failed=False, late=missed is not None)
         if request.scored:
             figures = self.figures
             figures.add_completed(
-                request.prompt,
-                request.output,
-                request.given_at - came,
-                first_at - came,
-                at - came,
-                self._setting.slo,
+                request.prompt, request.output, request.given_at - came, first_s, whole_s, missed
             )
             if request.tries > 1:
                 figures.add_retried()
@@ -234,6 +237,8 @@ class Users:
     def _give_up(self, request: UserRequest, why: str) -> None:
         request.give_up()
         self.ended += 1
+        if request.at >= self._begun:
+            self.outcomes.add(request.at - self._begun, failed=True, late=False)
         if request.scored:
             self.figures.add_failed(why)
             if request.tries > 1:

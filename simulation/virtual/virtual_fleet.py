@@ -224,7 +224,7 @@ class VirtualFleet:
             duration_s=min(now - begun, s.score_to_s) - s.score_from_s,
             costs=ledger.costs(from_s, to_s),
             took=ledger.durations(from_s, to_s),
-            samples=self._turns.samples.samples,
+            over_time=self._turns.samples.over_time(self._users.outcomes, now - begun),
             clamped=Counter({str(what): n for what, n in sorted(scaler.clamps.items())}),
             audit=audit(self._users, self.instances, self._cloud, ledger, s.turn_s, now),
             policy=scaler.policy,

@@ -24,13 +24,14 @@ from sim import parse
 from simulation.live import measure, users
 from simulation.live.config import SimConfig
 from simulation.live.local_stack import LocalStack
-from simulation.live.operator import NoAnswer, Operator
+from simulation.live.operator import FleetColumns, NoAnswer, Operator
 from simulation.live.workload import body_of, parse_schedule, plan
 from simulation.report import FAILURES
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.process.test_local_stack import running, stand_ins
 from tests.waiting import wait_for
+from web.messages.decoding import decode
 
 # -- the plan ------------------------------------------------------------------------------------------
 
@@ -809,3 +810,15 @@ def test_a_local_run_that_ends_badly_names_what_it_leaves_even_when_quiet(
         sim.main(local_flags(tmp_path))
     assert "left behind: instance 1" in capsys.readouterr().err
     assert running(tmp_path) == []
+
+
+def test_the_columns_of_the_autoscalers_history_are_taken_over_with_times_of_the_run() -> None:
+    columns = {name: [1.0, 2.0] for name in FleetColumns.__struct_fields__}
+    said = columns | {"at_s": [1005.0, 1010.0], "from": 0.0}
+    found = decode(json.dumps(said).encode(), FleetColumns).since(1000.0, 1012.0)
+    assert (found["from"], found["to"]) == (0.0, 12.0)
+    assert found["at_s"] == [5.0, 10.0]
+    assert found["offered"] == (1.0, 2.0)
+    unequal = decode(json.dumps(said | {"held": []}).encode(), FleetColumns)
+    with pytest.raises(NoAnswer, match="columns of equal length"):
+        unequal.since(1000.0, 1012.0)

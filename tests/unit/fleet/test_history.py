@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.history import NAMES, SAVED_EVERY_S, FleetSample, History, columns
+from fleet.history import NAMES, SAVED_EVERY_S, FleetSample, History, columns, joined
 from fleet.outside.ledger import KEPT_S, PRUNE_EVERY_S, Ledger
 
 SAMPLE = FleetSample(0.0, 2, 1, 1, 3, 0, 2, 6, 1.5, 1.2, 0, 0.0, 100, 1, 0.9)
@@ -37,6 +37,20 @@ def test_what_could_not_be_written_is_written_the_next_time_in_order() -> None:
     found.note(at(2 * SAVED_EVERY_S))
     found.put_back(lost)
     assert [s.at_s for s in found.take_unsaved()] == [0.0, SAVED_EVERY_S, 2 * SAVED_EVERY_S]
+
+
+def test_load_offered_follows_as_fast_as_a_local_cloud_does() -> None:
+    found = History(speedup=60.0)
+    values = [found.offered(600.0 * max(0, t - 20), 600.0, float(t)) for t in range(0, 41)]
+    assert values[20] == 0.0
+    assert values[25] == pytest.approx(0.5)
+    assert values[30] == values[40] == pytest.approx(1.0)
+
+
+def test_neighbouring_samples_are_joined_as_a_picture_shows_them() -> None:
+    one, other = at(10.0, hot=2, held=0), at(15.0, hot=4, held=7)
+    both = joined([one, other])
+    assert (both.at_s, both.hot, both.held) == (15.0, 3.0, 7.0)
 
 
 def test_load_offered_is_what_arrives_and_not_what_waits() -> None:

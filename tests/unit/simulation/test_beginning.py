@@ -99,5 +99,5 @@ def test_only_what_arrives_in_the_counted_part_is_in_the_figures() -> None:
     out = simulate(told, Objective(), played)
     assert out.audit["requests"] == len(played) == 7_600
     assert out.requests == out.completed == sum(r.at_s >= found.score_from_s for r in played)
-    assert out.samples[0].at_s >= 0.0
+    assert out.over_time.samples[0].at_s >= 0.0
     assert out.missed == 0

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from fleet.history import NAMES
 from simulation import report_table
+from simulation.outcomes_over_time import MOST_SHOWN, OutcomesOverTime
 from simulation.report import COMPLETED, FAILURES, Record, RunCosts, RunInfo, Sample, build
 from simulation.report_table import WIDTH, chart, table
 from web.messages.decoding import BadField, decode
@@ -227,18 +229,67 @@ def test_an_interrupted_run_and_one_not_streamed_say_so() -> None:
     assert "not streamed" in text
 
 
+NO_REQUESTS = {"width_s": 1.0, "in_time": [], "late": [], "failed": []}
+
+
+def fleet_columns(**columns: list[float]) -> dict[str, Any]:
+    """Columns as of GET /history, of as many points as are given; the others are 0."""
+    count = len(next(iter(columns.values())))
+    rest = {name: [0.0] * count for name in NAMES}
+    return {"from": 0.0, "to": float(count), **rest, "at_s": [n + 1.0 for n in range(count)], **columns}
+
+
 def test_the_chart_stacks_what_there_was_of_each_state() -> None:
-    lines = chart([replace(s, at_s=s.at_s * 1.1) for s in SAMPLES], 3.0)
+    over_time = {"fleet": None, "requests": NO_REQUESTS}
+    lines = chart([replace(s, at_s=s.at_s * 1.1) for s in SAMPLES], over_time, 3.0)
     assert [line[14:] for line in lines[1:4]] == ["...", ".+#", "###"]
-    assert lines[-1].strip() == "demand at its peak: 1.70 instances' worth"
+    assert "demand 1.70 instances' worth, with what waits" in lines[-2]
+
+
+def test_the_chart_shows_load_offered_what_waits_served_and_late_apart() -> None:
+    """The backlog is no load: 300 requests that wait do not make the offered load of two a larger one."""
+    over_time = {
+        "fleet": fleet_columns(offered=[1.0, 2.0, 0.0], held=[0.0, 300.0, 150.0]),
+        "requests": {"width_s": 1.0, "in_time": [8, 2, 0], "late": [0, 4, 0], "failed": [0, 2, 0]},
+    }
+    found = chart(SAMPLES, over_time, 3.0)
+    assert [line[14:] for line in found[4:8]] == ["▄█ ", " █▄", "█▆ ", " ▆ "]
+    assert [line[:12].strip() for line in found[4:8]] == ["offered", "waiting", "served", "late"]
+    said = " ".join(" ".join(found[9:]).split())
+    assert said.startswith("at most 2.00 instances' worth offered 300 requests waiting")
+    assert "8 served and 6 late or failed of those that came in 1 s" in said
+
+
+def test_requests_are_counted_over_time_by_when_they_were_due() -> None:
+    assert whole()["over_time"]["requests"] == {
+        "width_s": 1.0,
+        "in_time": [1, 0, 0],
+        "late": [0, 1, 0],
+        "failed": [0, 0, 1],
+    }
+    assert build(run(streaming=False), RECORDS, [], None)["over_time"]["requests"]["late"] == [0, 0, 0]
+
+
+def test_counts_over_time_take_little_memory_and_lose_nothing() -> None:
+    found = OutcomesOverTime()
+    for n in range(100_000):
+        found.add(0.3 * n, failed=n % 10 == 0, late=n % 10 == 1)
+    columns = found.columns()
+    assert len(columns["late"]) <= MOST_SHOWN
+    assert [sum(columns[name]) for name in ("in_time", "late", "failed")] == [80_000, 10_000, 10_000]
+    assert columns["width_s"] * len(columns["late"]) >= 30_000 - 0.3
+    assert columns["late"][0] == pytest.approx(columns["width_s"] / 3.0, rel=0.02)
 
 
 def test_a_short_run_has_the_ends_of_its_axis_apart() -> None:
-    assert "0 s 3 s" in " ".join(chart(SAMPLES, 3.0)[-2].split())
+    over_time = {"fleet": None, "requests": NO_REQUESTS}
+    assert "0 s 3 s" in " ".join(chart(SAMPLES, over_time, 3.0)[-3].split())
 
 
 def test_a_large_fleet_has_a_chart_of_bounded_height() -> None:
-    lines = chart([Sample(float(n), {"hot": 500, "cold": 3}, 1.0, 400.0) for n in range(300)], 300.0)
-    assert len(lines) <= report_table.CHART_ROWS + 4
+    lines_of = [Sample(float(n), {"hot": 500, "cold": 3}, 1.0, 400.0) for n in range(300)]
+    columns = fleet_columns(offered=[400.0] * 300)
+    lines = chart(lines_of, {"fleet": columns, "requests": NO_REQUESTS}, 300.0)
+    assert len(lines) <= report_table.CHART_ROWS + 8
     assert max(len(line) for line in lines) <= WIDTH
     assert "instances a row" in lines[0]

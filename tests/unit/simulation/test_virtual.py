@@ -140,7 +140,7 @@ def digest(out: Outcome) -> tuple[Any, ...]:
         out.whole.spread(),
         out.costs,
         out.took,
-        out.samples,
+        out.over_time.samples,
         out.audit,
     )
 
@@ -226,7 +226,7 @@ def test_a_policy_that_asks_for_minus_one_or_a_billion_is_clamped_and_it_is_said
 
     limits = Limits(max_instances=5, max_usd_h=100.0)
     out = simulate(setting(limits=limits, pool=2, timeout_s=60.0), Absurd(), poisson(0.5, 300, 1))
-    assert max(sum(s.states.values()) for s in out.samples) <= 5
+    assert max(sum(s.states.values()) for s in out.over_time.samples) <= 5
     assert set(out.clamped) == {"hot", "total"}
     assert min(out.clamped.values()) > 100  # in every turn
 
