@@ -307,9 +307,11 @@ class InstanceSet:
         out: the instances that a loadbalancer does not listen to, and why.
         """
         there = sorted(self, key=lambda i: (i.ordered_at, i.label))
-        return [_described(i, now) | {"out": out.get(i.id or 0)} for i in there], [
-            _described(i, now) for i in reversed(self._reconciler.gone)
+        rows = [
+            _described(i, now) | {"out": out.get(i.id or 0), "host_key": self._host_keys.get(i.label)}
+            for i in there
         ]
+        return rows, [_described(i, now) for i in reversed(self._reconciler.gone)]
 
 
 def _described(i: Instance, now: float) -> dict[str, Any]:
@@ -326,6 +328,7 @@ def _described(i: Instance, now: float) -> dict[str, Any]:
         "price_usd_h": round(i.price_usd_h, 6),
         "running_usd_h": round(i.running_usd_h, 6),
         "address": i.address,
+        "ssh": None if i.ssh is None else f"{i.ssh[0]}:{i.ssh[1]}",
         "loaded": i.loaded,
         "throughput_work_s": round(i.throughput_work_s, 1),
     }

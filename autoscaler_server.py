@@ -5,35 +5,36 @@ python autoscaler_server.py prepare --count N [flags]   rent N instances, load t
 python autoscaler_server.py destroy-fleet [flags]       end everything that carries the label, after asking
 python autoscaler_server.py status [flags]              how a fleet stands; also decisions, costs
 python autoscaler_server.py drain ID [flags]            by hand; also replace, destroy, ban, forgive
+python autoscaler_server.py logs ID [flags]             an instance's engine log; also ssh
 """
 
 import argparse
 import logging
-import math
 import signal
 import sqlite3
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
 
 from fleet.instance_messages import Hearing
 from fleet.outside.api_description import OPERATIONS
-from fleet.outside.by_hand import ByHand
 from fleet.outside.config import PRODUCTION_URL, SERVE_ONLY, AutoscalerConfig
 from fleet.outside.costs import cost_answer
 from fleet.outside.decisions import decisions_answer
 from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.hot_set_push import current_hot_set
 from fleet.outside.metrics import AutoscalerMetrics
-from fleet.outside.operator_commands import ACT, MACHINES, SHOW, OperatorConfig, run_operator_command
+from fleet.outside.operator_acts import OperatorActs
+from fleet.outside.operator_commands import ACT, MACHINES, REACH, SHOW, OperatorConfig, run_operator_command
 from fleet.outside.overview import FleetPlace, Overview
 from fleet.outside.own_health import Reason
-from fleet.outside.page_routes import FROM, TO, add_page
+from fleet.outside.page_routes import ENGINE_LOG, FROM, TO, add_page, asked_by
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
+from fleet.outside.standing import StandingOrders
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
 from fleet_client import flags, private_files
@@ -41,7 +42,6 @@ from fleet_client.flags import Parser, add_flags
 from fleet_client.listening import bind_socket, check_bind
 from fleet_client.network_trust import allow
 from fleet_client.own_tls import scheme, server_tls
-from policies import POLICIES, make_policy
 from process.errors import ConfigError
 from process.safe_text import safe_text
 from web.answers import JsonAnswer, error, error_answer, problem, response
@@ -68,8 +68,8 @@ OPERATOR_ENVIRONMENT = "OPERATOR_"
 REPLAY = (sys.executable, "-m", "simulation.virtual.replay")
 """What replays the fleet's last day for the tuner, in a process of its own."""
 
-SLOW_ROUTES = frozenset({"/costs", "/metrics", "/overview", "/history"})
-"""They read the whole ledger: in a thread, so that nothing else waits for it."""
+SLOW_ROUTES = frozenset({"/costs", "/metrics", "/overview", "/history", ENGINE_LOG})
+"""They read the whole ledger, or ask an instance: in a thread, so that nothing else waits for it."""
 
 HEALTHY_FOR = 60.0, 5.0
 """Seconds, and listings, without a good turn after which GET /health says so."""
@@ -88,23 +88,24 @@ def create_app(
     nudge: Callable[[], None] = lambda: None,
     tuner: Tuner | None = None,
     place: FleetPlace | None = None,
-    by_hand: ByHand | None = None,
+    acts: OperatorActs | None = None,
 ) -> Flask:
     """Make the autoscaler's Flask app with its routes. Views fetch, check, act and answer.
 
     nudge: called when a health check has become due. tuner: gives the curve, and is told of a new policy.
-    place: what the operator's page says of this process. by_hand: carries out what a person asks.
+    place: what the operator's page says of this process. acts: carry out what a person asks.
     """
     app = make_app("autoscaler", large_bodies={"/busy": MAX_BUSY_BODY})
     app.register_error_handler(sqlite3.Error, _ledger_fails)
     health = _add_health(app, scaler, poll_interval_s)
     place = place or FleetPlace("fleet", "", local=False, speedup=1.0)
     token = PageToken()
-    add_page(app, Overview(scaler, place, tuner), by_hand or ByHand(scaler), keys, token, health)
+    acts = acts or OperatorActs.of(scaler, tuner=tuner)
+    add_page(app, Overview(scaler, place, tuner, acts.audit), acts, keys, token, health)
     _add_loadbalancer_routes(app, scaler, keys, master_token)
     _add_ready(app, scaler, master_token, nudge)
     _add_operator_views(app, scaler, keys, health)
-    _add_operator_orders(app, scaler, keys, token, tuner)
+    _add_operator_orders(app, keys, token, acts.standing, tuner)
     add_openapi(app, "autoscaler", OPERATIONS)
     return app
 
@@ -247,7 +248,7 @@ def _add_operator_views(
 
 
 def _add_operator_orders(
-    app: Flask, scaler: Autoscaler, keys: AccessKeys, token: PageToken, tuner: Tuner | None
+    app: Flask, keys: AccessKeys, token: PageToken, standing: StandingOrders, tuner: Tuner | None
 ) -> None:
     operator = requires(keys.for_operator)
 
@@ -256,9 +257,7 @@ def _add_operator_orders(
     @token.required
     def manage() -> Response:
         wanted = body(ManageBody).manage
-        with scaler.lock:
-            scaler.instances.set_manage(wanted)
-        log.info("manage is now %s", wanted)
+        standing.set_manage(wanted, asked_by(keys))
         return jsonify(manage=wanted)
 
     @app.put("/policy")
@@ -267,17 +266,10 @@ def _add_operator_orders(
     def policy() -> Response:
         wanted = body(PolicyBody)
         try:
-            made = make_policy(POLICIES, wanted.name, wanted.params or {}, scaler.instances.speedup)
+            params = standing.set_policy(wanted.name, wanted.params or {}, asked_by(keys))
         except ConfigError as e:
             raise BadField("name" if "unknown policy" in str(e) else "params", str(e)) from e
-        with scaler.lock:
-            scaler.set_policy(made)
-        log.info("policy is now %r", made)
-        if tuner is not None:
-            tuner.policy_was_set()
-        params = asdict(made)  # type: ignore[call-overload]
-        said = {k: v for k, v in params.items() if v is not None and math.isfinite(v)}
-        return jsonify(name=wanted.name, params=said)
+        return jsonify(name=wanted.name, params=params)
 
     @app.get("/policy/curve")
     @operator
@@ -298,7 +290,8 @@ def serve(config: AutoscalerConfig) -> None:
 
     The fleet goes on running: it is found again at the next start.
     """
-    operator_keys = private_files.load_keys(config.operator_key_file)
+    names = private_files.load_named_keys(config.operator_key_file)
+    operator_keys = frozenset(names)
     check_bind(config.host, config.port, keys_present=bool(operator_keys))
     allow(config.in_the_clear(), trust_network=config.trust_network)
     tls = server_tls(config.tls_cert, config.tls_key)
@@ -307,7 +300,11 @@ def serve(config: AutoscalerConfig) -> None:
     process.check_account()
     app = create_app(
         process.scaler,
-        AccessKeys(process.control_key, operator=operator_keys),
+        AccessKeys(
+            process.control_key,
+            operator=operator_keys,
+            names={key: name for key, name in names.items() if name is not None},
+        ),
         config.poll_interval_s,
         process.keys.master_token,
         process.health_rounds.wakeup.wake,
@@ -315,7 +312,7 @@ def serve(config: AutoscalerConfig) -> None:
         FleetPlace(
             config.label, config.cloud_url if config.local else PRODUCTION_URL, config.local, config.speedup
         ),
-        process.by_hand,
+        process.acts,
     )
     url = f"{scheme(tls)}://{config.host}:{config.port}"
     log.info("autoscaler of fleet %s (%s) on %s", config.label, config.model, url)
@@ -342,7 +339,8 @@ def parser() -> argparse.ArgumentParser:
         "serve",
         environment=ENVIRONMENT,
         description="Keep the fleet as the policy wants it. This is what runs without a command.",
-        epilog=f"Other commands, each with a --help: prepare, destroy-fleet, {', '.join(SHOW | ACT)}.",
+        epilog="Other commands, each with a --help: "
+        f"{', '.join(('prepare', 'destroy-fleet', *SHOW, *REACH, *ACT))}.",
         help="keep the fleet as the policy wants it (default)",
     )
     add_flags(serve_it, AutoscalerConfig)
@@ -367,17 +365,18 @@ def parser() -> argparse.ArgumentParser:
     )
     add_flags(destroy_it, AutoscalerConfig, without=SERVE_ONLY)
     destroy_it.add_argument("--yes", action="store_true", help="do not ask (default: ask)")
-    for name, does in (SHOW | ACT).items():
+    for name, does in (SHOW | REACH | ACT).items():
         it = commands.add_parser(
             name,
             environment=OPERATOR_ENVIRONMENT,
             description=f"Of an autoscaler that runs: {does}.",
             help=does,
         )
-        if name in ACT:
+        if name not in SHOW:
             what = "machine_id" if name in MACHINES else "id of the instance"
             it.add_argument("number", type=int, metavar="ID", help=f"{what}, as `status` shows it")
-        add_flags(it, OperatorConfig, without=() if name in SHOW else ("watch",))
+        unused = {*(("watch",) if name not in SHOW else ()), *(("state_dir",) if name not in REACH else ())}
+        add_flags(it, OperatorConfig, without=tuple(unused))
     return found
 
 
@@ -395,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         argv.insert(0, "serve")
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    if args.command in SHOW | ACT:
+    if args.command in SHOW | REACH | ACT:
         given = {f.name: vars(args)[f.name] for f in fields(OperatorConfig) if f.name in args}
         run_operator_command(args.command, getattr(args, "number", None), OperatorConfig(**given))
         return

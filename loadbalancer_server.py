@@ -283,7 +283,7 @@ def serve(config: LoadBalancerConfig) -> None:
     config = config.checked()
     rights = private_files.load_key_rights(config.client_keys_file, "priority", tuple(PRIORITIES))
     clients = frozenset(rights)
-    operator = private_files.load_keys(config.operator_key_file)
+    operator = frozenset(private_files.load_named_keys(config.operator_key_file))
     check_bind(config.host, config.port, keys_present=bool(clients) and bool(operator))
     allow(config.in_the_clear(), trust_network=config.trust_network)
     tls = server_tls(config.tls_cert, config.tls_key)

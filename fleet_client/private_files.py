@@ -1,10 +1,12 @@
 """Directories and files that only their owner may read: state directories, and keys made on first use."""
 
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from fleet_client.errors import ConfigError
 from fleet_client.text_files import read_text, said_in
@@ -82,14 +84,37 @@ def load_keys(path: Path | None) -> frozenset[str]:
     Blank lines, lines that begin with # and a byte order mark are no keys. Raises ConfigError that names the
     line, and never shows it, for what a client could not send or somebody could guess.
     """
-    return frozenset(load_key_rights(path, "", ()))
+    return frozenset(_keys(path, None))
 
 
 def load_key_rights(path: Path | None, right: str, values: Collection[str]) -> dict[str, str | None]:
     """Return the keys in a file as `load_keys` does, each with the value of that right, or None.
 
-    A line is a key, and where values are given it may end with ` right=value`, one of them.
+    A line is a key, and may end with ` right=value`, one of the values.
     """
+    return _keys(path, _KeyNote(right, "|".join(map(re.escape, values)), f"one of {', '.join(values)}"))
+
+
+def load_named_keys(path: Path | None) -> dict[str, str | None]:
+    """Return the keys in a file as `load_keys` does, each with its name, or None.
+
+    A line is a key, and may end with ` name=NAME`.
+    """
+    return _keys(path, _KeyNote("name", r"[\w.@-]{1,40}", "up to 40 letters, digits and any of . _ @ -"))
+
+
+class _KeyNote(NamedTuple):
+    """What a line may say of its key, as ` word=value`.
+
+    allowed: a pattern of all values; wanted: the same in words.
+    """
+
+    word: str
+    allowed: str
+    wanted: str
+
+
+def _keys(path: Path | None, note: _KeyNote | None) -> dict[str, str | None]:
     if path is None:
         return {}
     what = "key file"
@@ -98,19 +123,19 @@ def load_key_rights(path: Path | None, right: str, values: Collection[str]) -> d
         where = f"{what} {path}, line {number}"
         if not said.isascii() or not said.isprintable():
             raise ConfigError(f"{where}: a key has printable ASCII characters only")
-        line, spaced, rest = said.partition(" ")
-        value = rest.strip().removeprefix(f"{right}=") if values else ""
-        if values and spaced and (value not in values or not rest.strip().startswith(f"{right}=")):
-            raise ConfigError(f"{where}: after a key there may be {right}=, with one of {', '.join(values)}")
-        if spaced and not values:
+        key, spaced, rest = said.partition(" ")
+        value = re.fullmatch(f"{note.word}=({note.allowed})", rest.strip()) if note else None
+        if spaced and note is None:
             raise ConfigError(
                 f"{where}: a key has no spaces; a comment has a line of its own and begins with #"
             )
-        if not LEAST_KEY <= len(line) <= LONGEST_KEY:
+        if spaced and note is not None and value is None:
+            raise ConfigError(f"{where}: after a key there may be {note.word}=, with {note.wanted}")
+        if not LEAST_KEY <= len(key) <= LONGEST_KEY:
             raise ConfigError(
                 f"{where}: a key has at least {LEAST_KEY} characters, and {LONGEST_KEY} at most"
             )
-        found[line] = value or None
+        found[key] = value[1] if value else None
     if not found:
         raise ConfigError(
             f"{what} {path}: wanted keys of at least {LEAST_KEY} characters, one a line; got none"

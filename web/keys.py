@@ -9,13 +9,14 @@ class AccessKeys:
     """The access keys of one server. Without client or operator keys their routes are open: on loopback only.
 
     control: shared by autoscaler and loadbalancer; it opens the operator's routes, too. priorities: the
-    highest that a client key may ask for, where its line in the file says one.
+    highest that a client key may ask for, names: of operators' keys, where their lines in the files say so.
     """
 
     control: str
     clients: frozenset[str] = frozenset()
     operator: frozenset[str] = frozenset()
     priorities: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def for_control(self) -> frozenset[str]:
         """Return the keys that open the routes between autoscaler and loadbalancer."""

@@ -5,7 +5,7 @@ from typing import Any
 from msgspec import Struct
 
 from fleet.outside.by_hand import Act
-from fleet.outside.page_routes import FROM, OF_POINTS, TO
+from fleet.outside.page_routes import ENGINE_LOG, FROM, INSTANCE, OF_POINTS, TO
 from web.answers import Problem
 from web.messages.busy import BusyAnswer, BusyReport
 from web.messages.hot_set import HotSet
@@ -50,6 +50,7 @@ class InstanceRow(Struct, frozen=True):
     price_usd_h: float
     running_usd_h: float
     address: str | None
+    ssh: str | None
 
 
 class InstancesAnswer(Struct, frozen=True):
@@ -111,6 +112,13 @@ class OverviewAnswer(Struct, frozen=True):
     instances: list[dict[str, Any]]
     decisions: list[dict[str, Any]]
     money: dict[str, Any]
+
+
+class EngineLogAnswer(Struct, frozen=True):
+    """The last lines that an engine wrote before it was ready; ready: they end with its being so."""
+
+    lines: list[str]
+    ready: bool
 
 
 class ActTaken(Struct, frozen=True):
@@ -190,6 +198,15 @@ OPERATIONS = (
         dict[str, Any],
         errors=(503,),
         query=(FROM, TO, OF_POINTS),
+    ),
+    Operation(
+        "GET",
+        ENGINE_LOG,
+        "What an instance's engine wrote before it was ready.",
+        "operator",
+        EngineLogAnswer,
+        errors=(404, 502),
+        query=(INSTANCE,),
     ),
     Operation("GET", "/metrics", "Figures for Prometheus.", "operator", Page("text/plain"), errors=(503,)),
     Operation(

@@ -5,7 +5,8 @@
     destroy   ended at once, with its disk and its requests
     ban       its machine is rented no more for a while; forgive: it is, from now on
 
-Each act is logged with who asked. Drains and replacements that are not over yet survive a restart.
+Each act is in the audit trail with who asked. Drains and replacements that are not over yet survive a
+restart.
 """
 
 import json
@@ -13,6 +14,7 @@ import logging
 import sqlite3
 from enum import StrEnum
 
+from fleet.outside.audit import AuditTrail
 from fleet.outside.turns import Autoscaler
 from fleet.states import GIVEN_UP, SERVING
 
@@ -37,9 +39,10 @@ class ActRefused(Exception):
 class ByHand:
     """Carries out what an operator does by hand to instances and machines; any thread may call."""
 
-    def __init__(self, scaler: Autoscaler) -> None:
-        """Act on the instances of that autoscaler."""
+    def __init__(self, scaler: Autoscaler, audit: AuditTrail | None = None) -> None:
+        """Act on the instances of that autoscaler, and write down each act."""
         self._scaler = scaler
+        self._audit = audit or AuditTrail(scaler.clock)
         self._noted: dict[str, str] = {}
 
     def take_over(self) -> None:
@@ -73,7 +76,7 @@ class ByHand:
             if act is not Act.DESTROY:
                 scaler.instances.take_out(found.label, for_good=act is Act.REPLACE)
                 found.explain(why)
-        log.info("by hand: %s instance %d (%s), asked by %s", act, instance_id, found.label, who)
+        self._audit.add(who, f"{act} instance {instance_id} ({found.label})")
         if act is Act.DESTROY:
             scaler.destroy(why, found.label)
         else:
@@ -86,7 +89,8 @@ class ByHand:
         scaler, now = self._scaler, self._scaler.clock()
         with scaler.lock:
             scaler.instances.ban(machine_id, f"{who} asked", now, for_s)
-        log.info("by hand: machine %d is banned, asked by %s", machine_id, who)
+        hours = "as one that failed" if for_s is None else f"for {for_s / 3600.0:g} h"
+        self._audit.add(who, f"ban machine {machine_id} {hours}")
         scaler.flush_soon()
 
     def forgive(self, machine_id: int, who: str) -> bool:
@@ -94,7 +98,7 @@ class ByHand:
         scaler, now = self._scaler, self._scaler.clock()
         with scaler.lock:
             avoided = scaler.instances.forgive(machine_id, now)
-        log.info("by hand: machine %d is forgiven, asked by %s", machine_id, who)
+        self._audit.add(who, f"forgive machine {machine_id}")
         scaler.flush_soon()
         return avoided
 

@@ -145,6 +145,11 @@ class AutoscalerConfig:
         "them the fleet and its master tokens",
     )
 
+    @property
+    def said_policy(self) -> str:
+        """All that the flags say of the policy, as one text that is the same for the same flags."""
+        return f"{self.policy} {sorted(self.policy_param)} {self.goal}"
+
     def make_policy(self) -> Policy:
         """Return the policy that the flags say, with its parameters; raise ConfigError if they are wrong."""
         params = parse_params("--policy-param", self.policy_param)

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fleet.outside.operator_ssh import FOLLOW_LOG, run_ssh
 from fleet_client import private_files
 from fleet_client.flags import flag, server_url
 from fleet_client.network_trust import allow, clear_call
@@ -40,6 +41,12 @@ SHOW = {
     "costs": "what today and yesterday cost, by what the dollars were spent on",
 }
 """Commands that show something -> what."""
+
+REACH = {
+    "logs": "follow an instance's engine log, over the operator's own ssh (it may quote prompts)",
+    "ssh": "a shell on an instance",
+}
+"""Commands that go to an instance past the autoscaler -> what they do."""
 
 ACT = {
     "drain": "let an instance's requests end, then stop it",
@@ -69,6 +76,12 @@ class OperatorConfig:
     trust_network: bool = flag(False, "allow plain HTTP beyond this machine")
     json: bool = flag(False, "print the answer as JSON")
     watch: bool = flag(False, "show it again every two seconds, until Ctrl-C (status)")
+    state_dir: Path | None = flag(
+        None,
+        "directory with the fleet's ssh key (logs, ssh)",
+        metavar="DIR",
+        shown="~/.local/state/autoscaler-py/LABEL",
+    )
 
 
 class AutoscalerCaller:
@@ -79,7 +92,7 @@ class AutoscalerCaller:
         self._url = server_url("--autoscaler", config.autoscaler)
         way = clear_call("--autoscaler", self._url, "the operator's key and the fleet")
         allow(way, trust_network=config.trust_network)
-        keys = private_files.load_keys(config.operator_key_file)
+        keys = private_files.load_named_keys(config.operator_key_file)
         self._key = next(iter(keys), None)
         self._trusted = TrustedServer("--autoscaler-cert", config.autoscaler_cert)
 
@@ -125,12 +138,14 @@ def _message(raw: bytes) -> str:
 def run_operator_command(
     command: str, number: int | None, config: OperatorConfig, console: Console | None = None
 ) -> None:
-    """Carry out one of SHOW and ACT and print what came of it; raise ConfigError when it was not done.
+    """Carry out one of SHOW, ACT and REACH and print what came of it; raise ConfigError when it was not done.
 
     number: id of the instance, for ban and forgive of the machine.
     """
     caller = AutoscalerCaller(config)
     console = console or Console(width=None if sys.stdout.isatty() else WIDE)
+    if command in REACH:
+        raise SystemExit(_reach(caller, command, number or 0, config))
     if command in ACT:
         path = f"/{'machines' if command in MACHINES else 'instances'}/{number}/{command}"
         said = caller.ask("POST", path, {} if command == "ban" else None)
@@ -144,6 +159,14 @@ def run_operator_command(
         if not config.watch:
             return
         time.sleep(WATCH_EVERY_S)
+
+
+def _reach(caller: AutoscalerCaller, command: str, number: int, config: OperatorConfig) -> int:
+    rows = caller.ask("GET", "/instances")["instances"]
+    row = next((i for i in rows if i["id"] == number), None)
+    label = caller.ask("GET", "/overview")["fleet"]["label"]
+    folder = config.state_dir or private_files.default_state_dir(label)
+    return run_ssh(number, row, folder / "ssh_ed25519", FOLLOW_LOG if command == "logs" else None)
 
 
 def _print(console: Console, said: Any, config: OperatorConfig, page: Iterable[Any]) -> None:
@@ -180,11 +203,19 @@ def _status(o: Mapping[str, Any]) -> list[Any]:
         )
         for i in o["instances"]
     ]
-    return [head, _table(columns, rows)]
+    bans = [
+        f"machine {b['machine']} is not rented until {_moment(b['until'])}: {b['evidence']}"
+        for b in o["bans"]
+    ]
+    return [head, _table(columns, rows), *bans]
+
+
+def _moment(at_s: float) -> str:
+    return time.strftime("%d %b %H:%M:%S", time.localtime(at_s))
 
 
 def _decisions(o: Mapping[str, Any]) -> list[str]:
-    lines = []
+    lines = [f"{_moment(a['at'])}  {a['who']}: {a['did']}" for a in o["acts"][:DECISIONS_SHOWN]]
     for d in o["decisions"][:DECISIONS_SHOWN]:
         lines.append(f"{time.strftime('%H:%M:%S', time.localtime(d['at']))}  {d['sentence']}")
         for order in d["orders"]:

@@ -10,6 +10,7 @@ from fleet.costs import SPENT_ON, CostBreakdown
 from fleet.history import columns
 from fleet.instance import Instance
 from fleet.journal import Decision
+from fleet.outside.audit import AuditTrail
 from fleet.outside.ledger import DAY_S
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
@@ -46,11 +47,21 @@ class FleetPlace:
 class Overview:
     """Makes the answers of GET /overview and GET /history; any thread may call."""
 
-    def __init__(self, scaler: Autoscaler, place: FleetPlace, tuner: Tuner | None = None) -> None:
-        """Describe an autoscaler. place: what is said of its process; tuner: knows what other goals cost."""
+    def __init__(
+        self,
+        scaler: Autoscaler,
+        place: FleetPlace,
+        tuner: Tuner | None = None,
+        audit: AuditTrail | None = None,
+    ) -> None:
+        """Describe an autoscaler.
+
+        place: what is said of its process. tuner: knows what other goals cost. audit: what was done by hand.
+        """
         self._scaler = scaler
         self._place = place
         self._tuner = tuner
+        self._audit = audit
         self.clock = scaler.clock
         self._money: tuple[float, dict[str, Any]] | None = None
 
@@ -92,6 +103,7 @@ class Overview:
             "instances": rows,
             "gone": gone,
             "decisions": [told(d) for d in reversed(found)],
+            "acts": [] if self._audit is None else self._audit.newest(),
             "bans": [
                 {"machine": m, "until": until, "evidence": reasons.get(m, "before the last restart")}
                 for m, until in bans.items()

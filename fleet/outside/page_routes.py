@@ -6,9 +6,12 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 
 from fleet.outside.by_hand import Act, ActRefused, ByHand
+from fleet.outside.engine_log import EngineLog
+from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.overview import Overview
+from process.errors import InstanceError
 from web.answers import error
-from web.app import QueryNumber, body, check_query, requires
+from web.app import MAX_ID, QueryNumber, body, check_query, requires
 from web.direct import Asker, client_name
 from web.keys import AccessKeys
 from web.messages.operator import BanBody
@@ -25,17 +28,40 @@ TO = QueryNumber("to", "End of the window, epoch seconds.", 0.0, 1e12)
 OF_POINTS = QueryNumber("points", "Points of a picture.", 1, MOST_POINTS, whole=True)
 
 
+INSTANCE = QueryNumber("instance", "Id of an instance.", 0, MAX_ID, whole=True)
+
+ENGINE_LOG = "/log"
+"""Path of the route that asks an instance over ssh: it may take ten seconds."""
+
+
+def asked_by(keys: AccessKeys) -> str:
+    """Return the name of the operator who sent the request being served: of the key, else the address."""
+    peer = request.remote_addr or "?"
+    if not keys.for_operator():
+        return peer
+    shown = request.headers.get("Authorization", "")
+    return keys.names.get(shown[7:]) or client_name(Asker(shown, peer, {}))
+
+
 def add_page(
     app: Flask,
     overview: Overview,
-    by_hand: ByHand,
+    acts: OperatorActs,
     keys: AccessKeys,
     token: PageToken,
     health: Callable[[], dict[str, Any]],
 ) -> None:
     """Register the routes of the operator's page. health: returns the answer of GET /health."""
-    operator = requires(keys.for_operator)
     add_page_files(app, token)
+    _add_pictures(app, overview, keys, health)
+    _add_engine_log(app, acts.engine_log, keys)
+    _add_acts(app, acts.by_hand, keys, token)
+
+
+def _add_pictures(
+    app: Flask, overview: Overview, keys: AccessKeys, health: Callable[[], dict[str, Any]]
+) -> None:
+    operator = requires(keys.for_operator)
 
     @app.get("/overview")
     @operator
@@ -51,10 +77,25 @@ def add_page(
         points = int(OF_POINTS.asked(POINTS))
         return jsonify(overview.history(max(from_s, to_s - MOST_HISTORY_S), to_s, points))
 
-    def asked_by() -> str:
-        known = keys.for_operator()
-        peer = request.remote_addr or "?"
-        return client_name(Asker(request.headers.get("Authorization", ""), peer, {})) if known else peer
+
+def _add_engine_log(app: Flask, engine_log: EngineLog | None, keys: AccessKeys) -> None:
+    @app.get(ENGINE_LOG)
+    @requires(keys.for_operator)
+    def beginning() -> Response:
+        check_query(INSTANCE)
+        if engine_log is None:
+            return error(404, "no_ssh", "this process has no ssh key")
+        try:
+            found = engine_log.beginning(int(INSTANCE.asked(0)))
+        except KeyError as e:
+            return error(404, "no_such_instance", f"the fleet has no instance {e}")
+        except InstanceError as e:
+            return error(502, "no_log", str(e))
+        return jsonify(lines=found.lines, ready=found.ready)
+
+
+def _add_acts(app: Flask, by_hand: ByHand, keys: AccessKeys, token: PageToken) -> None:
+    operator = requires(keys.for_operator)
 
     @app.post("/instances/<id:instance_id>/<act>")
     @operator
@@ -63,7 +104,7 @@ def add_page(
         if act not in set(Act):
             return error(404, "not_found", f"an instance can be asked to {', '.join(Act)}")
         try:
-            label = by_hand.act(Act(act), instance_id, asked_by())
+            label = by_hand.act(Act(act), instance_id, asked_by(keys))
         except KeyError:
             return error(404, "no_such_instance", f"the fleet has no instance {instance_id}")
         except ActRefused as e:
@@ -75,11 +116,11 @@ def add_page(
     @token.required
     def ban(machine_id: int) -> Response:
         hours = body(BanBody).hours
-        by_hand.ban(machine_id, hours * 3600.0, asked_by())
+        by_hand.ban(machine_id, hours * 3600.0, asked_by(keys))
         return jsonify(machine=machine_id, banned_hours=hours)
 
     @app.post("/machines/<id:machine_id>/forgive")
     @operator
     @token.required
     def forgive(machine_id: int) -> Response:
-        return jsonify(machine=machine_id, was_banned=by_hand.forgive(machine_id, asked_by()))
+        return jsonify(machine=machine_id, was_banned=by_hand.forgive(machine_id, asked_by(keys)))

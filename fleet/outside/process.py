@@ -17,17 +17,19 @@ from engine.profiles import get_profile
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.limits import Limits
-from fleet.outside.by_hand import ByHand
 from fleet.outside.config import AutoscalerConfig, local_cloud_key
+from fleet.outside.engine_log import EngineLog
 from fleet.outside.health_checker import HealthChecker
 from fleet.outside.health_rounds import HealthRounds
 from fleet.outside.hot_set_push import HotSetPush, current_hot_set
 from fleet.outside.keys import FleetKeys
 from fleet.outside.ledger import Ledger
+from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.own_health import keep_alive
 from fleet.outside.performer import Performer
 from fleet.outside.replay_process import ReplayProcess
 from fleet.outside.ssh_log import SshLog
+from fleet.outside.standing import MANAGE, POLICY
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
 from fleet_client import private_files
@@ -93,8 +95,8 @@ class AutoscalerProcess:
         self.tuner = Tuner(
             scaler, self.state_dir, ReplayProcess(replay), config.replay_every_s if replay else 0.0
         )
-        self.by_hand = ByHand(scaler)
-        self.by_hand.take_over()
+        self._ssh = SshLog(self.keys.ssh_key, scaler.remember_host_key)
+        self.acts = self._operator_acts()
         self.hot_push = HotSetPush(
             lambda: scaler.instances.hot_version,
             lambda: current_hot_set(scaler, self.keys.master_token),
@@ -134,10 +136,22 @@ class AutoscalerProcess:
             manage=config.manage,
         )
 
+    def _operator_acts(self) -> OperatorActs:
+        """Return what can be done by hand, after taking over what the last process was told."""
+        acts = OperatorActs.of(
+            self.scaler,
+            self.state_dir / "audit.jsonl",
+            {MANAGE: str(self.config.manage), POLICY: self.config.said_policy},
+            self.tuner,
+            EngineLog(self.scaler, self._ssh),
+        )
+        acts.take_over()
+        return acts
+
     def _checker(self, client: InstanceClient) -> HealthChecker:
         return HealthChecker(
             client,
-            SshLog(self.keys.ssh_key, self.scaler.remember_host_key),
+            self._ssh,
             self.keys.master_token,
             self.profile.name,
             self.config.check_timeout_s,
@@ -205,7 +219,7 @@ class AutoscalerProcess:
 
     def _look_at_ourselves(self) -> None:
         """Notice a wall clock that was set, what is over that a person asked, and now and then the credit."""
-        self.by_hand.remember()
+        self.acts.by_hand.remember()
         now = self.scaler.clock()
         by_s = self._steps.step_s()
         if by_s:

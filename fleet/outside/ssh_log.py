@@ -144,6 +144,13 @@ class SshLog:
 
         hot: whether the instance is hot. Takes at most timeout_s, and MAX_RECEIVED bytes.
         """
+        return parse(self.run(label, host, port, grep_command(hot=hot), timeout_s))
+
+    def run(self, label: str, host: str, port: int, command: str, timeout_s: float) -> str:
+        """Return what a command prints on an instance; raise InstanceError or HostKeyChanged.
+
+        Takes at most timeout_s, and MAX_RECEIVED bytes.
+        """
         until = time.monotonic() + timeout_s
 
         def left() -> float:
@@ -166,7 +173,7 @@ class SshLog:
             transport.auth_publickey("root", self._key)
             channel = transport.open_session(timeout=left())
             channel.settimeout(left())
-            channel.exec_command(grep_command(hot=hot))
+            channel.exec_command(command)
             output = bytearray()
             while chunk := channel.recv(MAX_OUTPUT):
                 output += chunk
@@ -175,7 +182,7 @@ class SshLog:
                         f"{where}: expected a line or two, got {len(output)} bytes and no end"
                     )
                 channel.settimeout(left())
-            return parse(safe_lines(output))
+            return safe_lines(output)
         except (OSError, EOFError, paramiko.SSHException) as e:
             raise InstanceError(f"{where}: {type(e).__name__}: {e}") from e
         finally:

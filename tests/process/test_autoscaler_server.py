@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,19 @@ from fleet.journal import Entries
 from fleet.outside import process
 from fleet.outside.config import AutoscalerConfig, local_cloud_key
 from fleet.outside.destroy_fleet import destroy_fleet
+from fleet.outside.engine_log import EngineLog
 from fleet.outside.hot_set_push import HotSetPush
 from fleet.outside.ledger import Ledger
+from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.prepare import prepare
 from fleet.outside.replay_process import ReplayProcess
+from fleet.outside.ssh_log import READY_LINE
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
 from policies import POLICIES, Busy, Fixed, Traffic, make_policy
 from policies.objective import Objective
-from process.errors import CloudError, ConfigError
+from process.errors import CloudError, ConfigError, InstanceError
 from remote.speaker import signed
 from tests.commands import run_command
 from tests.fleet_world import FakeVast, World, make_offer
@@ -109,11 +112,29 @@ def master_token(label: str) -> str:
     return SECRET + label
 
 
+class StubSsh:
+    """An instance's ssh that prints the same log whatever is asked, or cannot be reached."""
+
+    log = f"loading\n50 %\n{READY_LINE}\n"
+
+    def run(self, label: str, host: str, port: int, command: str, timeout_s: float) -> str:
+        """As SshLog has it."""
+        assert (label, host, "model.log" in command, timeout_s > 0) == (label, host, True, True)
+        if port == 0:
+            raise InstanceError("ssh does not answer")
+        return self.log
+
+
 class Face:
     """The app over a world with so many hot instances; the clock is the world's and stands still."""
 
     def __init__(
-        self, ledger: Ledger, directory: Path, hot: int = 2, operator: frozenset[str] = frozenset()
+        self,
+        ledger: Ledger,
+        directory: Path,
+        hot: int = 2,
+        operator: frozenset[str] = frozenset(),
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.world = World().with_pool(hot=hot, total=hot + 1)
         self.cloud = FakeVast(lambda: [c.row() for c in self.world.contracts.values()])
@@ -132,11 +153,17 @@ class Face:
         self.tuner = Tuner(self.scaler, directory, ReplayProcess(REPLAY))
         app = create_app(
             self.scaler,
-            AccessKeys(CONTROL, operator=operator),
+            AccessKeys(CONTROL, operator=operator, names=names or {}),
             5.0,
             master_token,
             self._count_nudge,
             self.tuner,
+            acts=OperatorActs.of(
+                self.scaler,
+                directory / "audit.jsonl",
+                tuner=self.tuner,
+                engine_log=EngineLog(self.scaler, StubSsh()),  # type: ignore[arg-type]
+            ),
         )
         self.app = app
         self.client = app.test_client()
@@ -190,6 +217,7 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("GET", "/policy/curve", None, "operator"),
     ("GET", "/overview", None, "operator"),
     ("GET", "/history", None, "operator"),
+    ("GET", "/log?instance=1002", None, "operator"),
     ("POST", "/instances/1002/drain", None, "operator"),
     ("POST", "/machines/101/ban", {"hours": 2}, "operator"),
     ("POST", "/machines/101/forgive", None, "operator"),
@@ -238,7 +266,9 @@ def test_every_route_there_is_stands_in_the_table_above(face: Face) -> None:
         for rule, methods in ((r.rule, r.methods or set()) for r in face.app.url_map.iter_rules())
         for method in methods - {"HEAD", "OPTIONS"}
     }
-    assert there == {(method, path) for method, path, _, _ in ROUTES} | {("GET", path) for path in OPEN}
+    assert there == {(method, path.partition("?")[0]) for method, path, _, _ in ROUTES} | {
+        ("GET", path) for path in OPEN
+    }
 
 
 def test_without_operator_keys_the_operators_routes_are_open_and_the_others_are_not(face: Face) -> None:
@@ -1183,3 +1213,23 @@ def test_a_loadbalancer_that_hangs_does_not_keep_another_from_being_told(
     assert [r.getMessage().partition(" refused")[1] for r in caplog.records if "401" in r.getMessage()] == [
         " refused"
     ]
+
+
+def test_the_beginning_of_an_engines_log_is_shown_until_it_was_ready(face: Face) -> None:
+    said = face.ask("GET", "/log?instance=1002").get_json()
+    assert said == {"lines": ["loading", "50 %", READY_LINE], "ready": True}
+    assert face.ask("GET", "/log?instance=4711").status_code == 404
+    found = next(i for i in face.world.fleet if i.id == 1002)
+    found.ssh = ("127.0.0.1", 0)
+    answer = face.ask("GET", "/log?instance=1002")
+    assert (answer.status_code, answer.get_json()["error"]) == (502, "no_log")
+
+
+def test_acts_have_the_name_of_the_key_else_its_hash(ledger: Ledger, tmp_path: Path) -> None:
+    face = Face(ledger, tmp_path, operator=frozenset({OPERATOR}), names={OPERATOR: "anna"})
+    face.ask("PUT", "/manage", OPERATOR, json={"manage": False})
+    face.ask("POST", "/machines/101/forgive", CONTROL)
+    first, second = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert (first["who"], first["did"]) == ("anna", "manage: off")
+    assert second["who"].startswith("key-")
+    assert CONTROL not in second["who"]

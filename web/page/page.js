@@ -173,6 +173,9 @@ async function toggle(label, row) {
   opened = { label, row: more };
   cell.append(element("p", `${i.label}: ${i.state} since ${moment(i.since)}, because: ${i.why || "–"}`));
   cell.append(element("p", `machine ${i.machine_id ?? "?"}${i.address ? `, ${i.address}` : ""}, ${dollars(i.running_usd_h)} an hour while it runs, ${number(i.throughput_work_s)} units of work a second`, "hint"));
+  const log = cell.appendChild(element("details"));
+  log.append(element("summary", "What its engine wrote before it was ready"));
+  log.addEventListener("toggle", () => log.open && !log.dataset.asked && showLog(log, i));
   const costs = await ask(`/costs?from=${overview.now - 86400}`).catch((e) => ({ intervals: [], message: e.message }));
   const own = costs.intervals.filter((s) => s.label === label);
   if (own.length) cell.append(...timeline(own, overview.now));
@@ -189,6 +192,15 @@ async function toggle(label, row) {
     const button = buttons.appendChild(element("button", "Ban its machine …"));
     button.addEventListener("click", () => act_on(`/machines/${i.machine_id}/ban`, `Rent machine ${i.machine_id} no more for a day?`, "What is rented there now stays.", {}));
   }
+}
+
+async function showLog(at, i) {
+  at.dataset.asked = "yes";
+  const lines = at.appendChild(element("pre", "asking the instance over ssh …"));
+  lines.tabIndex = 0;
+  const said = await ask(`/log?instance=${i.id}`).catch((e) => ({ lines: [e.message] }));
+  lines.textContent = said.lines.join("\n") || "nothing yet";
+  if (said.ready) at.append(element("p", `What it wrote later may quote prompts, so it does not come here: python autoscaler_server.py logs ${i.id}`, "hint"));
 }
 
 function timeline(own, now) {
@@ -225,7 +237,8 @@ async function act_on(path, question, means, body = undefined, method = "POST") 
 function showDecisions(o) {
   const list = $("decisions");
   const have = new Map([...list.children].map((li) => [li.dataset.at, li]));
-  const wanted = o.decisions.map((d) => have.get(String(d.at)) || decided(d));
+  const all = [...o.decisions, ...o.acts.map((a) => ({ at: a.at, by: a.who, sentence: `${a.did}.`, orders: [] }))].sort((a, b) => b.at - a.at);
+  const wanted = all.map((d) => have.get(String(d.at)) || decided(d));
   const same = wanted.length === list.children.length && wanted.every((li, n) => li === list.children[n]);
   if (!same) list.replaceChildren(...wanted);
 }
@@ -241,7 +254,9 @@ function decided(d) {
     if (!again) li.setAttribute("aria-current", "true");
     charts.mark(again ? null : d.at);
   });
-  li.append(button, " ", d.sentence);
+  li.append(button, " ");
+  if (d.by) li.append(element("b", `${d.by}: `));
+  li.append(d.sentence);
   if (d.orders.length) {
     const orders = li.appendChild(element("ul"));
     for (const c of d.orders) {

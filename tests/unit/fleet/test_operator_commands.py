@@ -136,3 +136,59 @@ def test_each_command_has_its_flags_and_its_number() -> None:
         assert parse([name, "--json"]).json is True
     for name in ACT:
         assert parse([name, "17"]).number == 17
+
+
+# -- past the autoscaler, over the operator's own ssh --------------------------------------------------
+
+
+@pytest.fixture
+def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An ssh that writes down how it was called, and the host keys that it was given; it ends with 7."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    said = tmp_path / "said"
+    program = tools / "ssh"
+    program.write_text(
+        f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {said}\n"
+        f'for one in "$@"; do case "$one" in UserKnownHostsFile=*) cat "${{one#*=}}" >> {said};; esac; done\n'
+        "exit 7\n"
+    )
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    return said
+
+
+@pytest.mark.parametrize(("command", "remote"), [("logs", "tail -n 100 -F"), ("ssh", None)])
+def test_logs_and_ssh_go_to_the_instance_itself_by_the_host_key_seen_first(
+    face: Face, key_file: Path, tmp_path: Path, fake_ssh: Path, command: str, remote: str | None
+) -> None:
+    number = hot_id(face)
+    face.scaler.remember_host_key(face.hot_label, "ssh-ed25519 AAAAkey")
+    host, port = face.world.fleet[face.hot_label].ssh or ("", 0)
+    (tmp_path / "ssh_ed25519").write_text("key")
+    with served(face.app) as at:
+        config = OperatorConfig(f"http://127.0.0.1:{at}", operator_key_file=key_file, state_dir=tmp_path)
+        with pytest.raises(SystemExit, match="7"):
+            run_operator_command(command, number, config)
+    said = fake_ssh.read_text()
+    assert f"[{host}]:{port} ssh-ed25519 AAAAkey" in said
+    assert f"root@{host}" in said
+    assert "StrictHostKeyChecking=yes" in said
+    assert (remote is None and "tail" not in said) or (remote is not None and remote in said)
+
+
+def test_an_instance_that_cannot_be_reached_is_said_so(face: Face, key_file: Path, tmp_path: Path) -> None:
+    with served(face.app) as at:
+        config = OperatorConfig(f"http://127.0.0.1:{at}", operator_key_file=key_file, state_dir=tmp_path)
+        with pytest.raises(ConfigError, match="the fleet has no instance 4711"):
+            run_operator_command("logs", 4711, config)
+        with pytest.raises(ConfigError, match="ssh_ed25519 is missing"):
+            run_operator_command("logs", hot_id(face), config)
+
+
+def test_status_says_which_machines_are_not_rented_and_decisions_what_was_done_by_hand(
+    face: Face, key_file: Path
+) -> None:
+    run("ban", face, key_file, 4711)
+    assert "machine 4711 is not rented until" in run("status", face, key_file)
+    assert "ban machine 4711 for 24 h" in run("decisions", face, key_file)
