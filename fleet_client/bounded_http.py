@@ -3,7 +3,8 @@
 head, trailer        MAX_HEAD bytes and MAX_HEADERS headers      431, and the connection is closed
 time for a head      HEAD_S, also for the first byte             closed
 time for a body      BODY_RATE over each BODY_S                  closed
-a body not wanted    MAX_DRAINED bytes of it are dropped         then closed
+a body not wanted    MAX_DRAINED bytes of it are dropped,        then closed
+                     after the first DRAINED_AT_ONCE slowly
 an answer            read by its client for WRITE_S              closed
 pipelined requests   MAX_PIPELINED wait for the one in work      the rest is not read, then closed
 Upgrade              ignored, as RFC 9110 7.8 allows             the request is served in HTTP/1.1
@@ -35,6 +36,10 @@ BODY_RATE = 1000.0
 
 MAX_DRAINED = 64 * 2**20
 """Bytes of a body that come after its answer and are dropped: then a client that still sends reads it."""
+
+DRAINED_AT_ONCE, DRAIN_RATE = 2**18, 2.0**20
+"""Of these the bytes that are dropped as they come, and bytes a second of those after them: 20 clients that
+sent 32 MiB each to a route whose key they had not took half of the loop's time (2026-11)."""
 
 WRITE_S = 120.0
 """Seconds in which a client must take something of its answer."""
@@ -111,6 +116,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._body_timer: asyncio.TimerHandle | None = None
         self._body_came = 0  # bytes since the timer was set
         self._drained = 0
+        self._drain_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -123,7 +129,7 @@ class BoundedHttp(HttpToolsProtocol):
         """Clean up: the connection has ended."""
         self._seat.leave()
         self._stop_head_timer()
-        for timer in (self._body_timer, self._write_timer):
+        for timer in (self._body_timer, self._drain_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -238,8 +244,15 @@ class BoundedHttp(HttpToolsProtocol):
             self._drained += len(body)
             if self._drained > MAX_DRAINED:
                 raise _OverBound
+            if self._drained > DRAINED_AT_ONCE and self._drain_timer is None:
+                self.flow.pause_reading()
+                self._drain_timer = self.loop.call_later(len(body) / DRAIN_RATE, self._drain_on)
         else:
             super().on_body(body)
+
+    def _drain_on(self) -> None:
+        self._drain_timer = None
+        self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         """Note that the request has been received whole. The parser calls this."""

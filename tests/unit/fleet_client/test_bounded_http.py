@@ -198,6 +198,24 @@ def test_a_body_without_an_end_is_dropped_up_to_a_bound(monkeypatch: pytest.Monk
             sock.sendall((b"100000\r\n" + b"a" * 2**20 + b"\r\n") * 100)
 
 
+def test_a_body_that_nobody_wants_is_dropped_slowly_and_the_next_request_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else 20 clients without a key took half of a loadbalancer's time; the answer is there at once."""
+    rate, body = 2.0**22, b"a" * (4 * 2**20)
+    monkeypatch.setattr(bounded_http, "DRAIN_RATE", rate)
+    with served(sample_app()) as port, connected(port) as sock:
+        head = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        sock.sendall(head)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 404 ")
+        begun = time.monotonic()
+        sock.sendall(body)
+        sock.sendall(ECHO + b"\r\n" + b'{"n": 3}')
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        at_once = bounded_http.DRAINED_AT_ONCE + 2**18  # what is read in one piece
+        assert time.monotonic() - begun > (len(body) - at_once) / rate * 0.9
+
+
 def test_a_connection_rests_no_longer_than_it_may_whatever_came(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after the rest of a body whose request has been answered already."""
     monkeypatch.setattr(asgi_server, "KEEP_ALIVE_S", 1.0)
