@@ -105,7 +105,7 @@ class Performed:
 
     why: the reason where it was not done. new_id: of a created instance. offers: what a search found.
     offer_gone: another customer has the offer; the next one may still be free. row: what the instance's own
-    page shows; None when that says that there is no such instance.
+    page shows; None when that says that there is no such instance. absent: the instance was gone before.
     """
 
     reply: Reply
@@ -114,3 +114,4 @@ class Performed:
     offers: tuple[Offer, ...] | None = None
     offer_gone: bool = False
     row: Row | None = None
+    absent: bool = False

@@ -45,13 +45,12 @@ def _dearer_since(i: Instance, row: Row, earliest: float, now: float) -> float:
 
 def _down_since(i: Instance, earliest: float, latest: float) -> float:
     """Return when a machine went down: by our order, or between its last pass and the first silence."""
-    if i.state in (State.STOPPING, State.DESTROYING):
+    earliest = min(max(earliest, i.trouble.passed_at), latest)
+    if i.trouble.silent_since is not None and i.trouble.silent_since > earliest:
+        latest = min(latest, i.trouble.silent_since)
+    if i.state in (State.STOPPING, State.DESTROYING) and i.orders.asked_at < latest:
         earliest = max(earliest, i.orders.asked_at)
-    else:
-        earliest = max(earliest, i.trouble.passed_at)
-        if i.trouble.silent_since is not None:
-            latest = min(latest, max(i.trouble.silent_since, earliest))
-    return (min(earliest, latest) + latest) / 2.0
+    return (earliest + latest) / 2.0
 
 
 def _last_look(i: Instance, now: float) -> float:

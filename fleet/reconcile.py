@@ -469,7 +469,7 @@ class Reconciler(Judge):
             i.orders.ask(now)  # it cannot be late with what it was not asked for
         if destroyed:
             self.journal.add_duration("destroy", i.orders.asked_at, now)
-            self._end_bill(i, now)
+            self._end_bill(i, ended_at(i, now) if done.absent else now)
         elif isinstance(command, Create) and done.reply is Reply.DONE:
             i.accept_id(done.new_id)
             self.journal.save(i.saved())

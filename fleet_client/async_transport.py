@@ -347,7 +347,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                         allow_redirects=False,
                     )
                     if limit_s is not None and call.streamed and source.status == 200:
-                        first = await _first_part(source)
+                        first = await source.content.readany()
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
                 if source is not None:
                     abort(source)
@@ -357,6 +357,8 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
                     return not_connected(lease, e)
                 if limit_s is not None and limit.expired():
                     return late(lease, limit_s)
+                if source is not None:  # the program has seen nothing yet, not even the head
+                    return not_answered(lease, e, bad_http=False, again=False)
                 bad = isinstance(e, aiohttp.ClientResponseError | aiohttp.ClientPayloadError)
                 return not_answered(lease, e, bad_http=bad, again=not stage.fresh)
             except BaseException:
@@ -372,14 +374,6 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
             took_s = head.silent_s(time.monotonic())
             return HttpReply(source.status, headers, source, lease=lease, first=first, head_s=took_s)
         return kept_reply(source.status, source.raw_headers, await read_some(source), lease)
-
-
-async def _first_part(source: aiohttp.ClientResponse) -> bytes:
-    """Return the first bytes of an answer's body; b"" where it breaks, which reading on will show."""
-    try:
-        return await source.content.readany()
-    except (aiohttp.ClientError, ConnectionError):
-        return b""
 
 
 async def _buffered(request: httpx2.Request) -> bytes | None:

@@ -64,14 +64,13 @@ class Connection:
         self.status = 0
         self.headers: list[Header] = []
         self._chunks: list[bytes] = []
-        self._headed = False
+        self.headed = False
         self._framed = False
         self.complete = False
         self._reusable = False
         self._head_size = 0  # bytes that came while no body did
         self._interim = 0
         self._over: str | None = None  # which bound was passed
-        self._broken: ConnectionError | None = None  # how it ended after its head
 
     # -- what httptools calls
 
@@ -91,7 +90,7 @@ class Connection:
         """Take the status; after an interim answer (below 200) another comes. The parser calls this."""
         self.status = self._parser.get_status_code()
         if self.status >= 200:
-            self._headed = True
+            self.headed = True
             self._reusable = self._parser.should_keep_alive() and not self._head_only
             self.complete = self._head_only
             self._head_size = 0
@@ -112,7 +111,7 @@ class Connection:
 
     def on_message_complete(self) -> None:
         """Note that the answer is complete. The parser calls this."""
-        self.complete = self.complete or self._headed
+        self.complete = self.complete or self.headed
 
     # -- one request
 
@@ -130,21 +129,17 @@ class Connection:
         Each read of the body may take so long, too.
         """
         end = None if limit_s is None else time.monotonic() + limit_s
-        while not self._headed:
+        while not self.headed:
             self._limit_until(end)
             self._receive()
         self.limit(limit_s)
 
     def first_part(self, limit_s: float) -> None:
-        """Wait for the first bytes of the answer's body; raise TimeoutError. `body` says how it breaks."""
+        """Wait for the first bytes of the answer's body; raise OSError where it breaks or they are late."""
         end = time.monotonic() + limit_s
         while not self._chunks and not self.complete:
             self._limit_until(end)
-            try:
-                self._receive()
-            except ConnectionError as e:
-                self._broken = e
-                return
+            self._receive()
 
     def whole_body(self, most: int, limit_s: float) -> bytes:
         """Return the answer's body, of at most `most` bytes within limit_s seconds; raise OSError."""
@@ -176,8 +171,6 @@ class Connection:
                 yield chunks[0] if len(chunks) == 1 else b"".join(chunks)
             elif self.complete:
                 return
-            elif self._broken is not None:
-                raise self._broken
             else:
                 self._receive()
 
@@ -213,7 +206,7 @@ class Connection:
     def _receive(self) -> None:
         data = self._read()
         if not data:
-            if not self._headed or self._framed:
+            if not self.headed or self._framed:
                 raise ConnectionResetError("the connection was closed")
             self.complete, self._reusable = True, False
             return

@@ -331,7 +331,9 @@ class FleetTransport(httpx2.BaseTransport):
             self._connections.drop(connection)
             if limit_s is not None and isinstance(e, TimeoutError):
                 return late(lease, limit_s)
-            return not_answered(lease, e, bad_http=isinstance(e, BadHttp), again=not connection.fresh)
+            return not_answered(
+                lease, e, bad_http=isinstance(e, BadHttp), again=not (connection.fresh or connection.headed)
+            )
         except BaseException:
             self._connections.drop(connection)
             raise

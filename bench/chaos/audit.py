@@ -15,6 +15,8 @@ DEFAULT_SHARE = 0.02
 LEDGER = 0.995, 1.005
 """Ratio of the ledger's dollars to the cloud's, for the time that the ledger was there."""
 
+ODD_DOLLARS = "looks at GET /costs in the run that were far off the cloud's dollars"
+
 HOLD_S = 0.1
 """Seconds of processor for which a loadbalancer may hold its loop."""
 
@@ -134,6 +136,9 @@ def _fleet(seeds: Sequence[Figures]) -> Iterator[Line]:
             for f, _ in ratios
         ),
     )
+
+    odd = [f"seed {f.seed}: {x}" for f in seeds for x in f.odd_dollars]
+    yield Line(ODD_DOLLARS, "0", str(len(odd)), not odd, tuple(odd))
 
 
 def _processes(seeds: Sequence[Figures]) -> Iterator[Line]:

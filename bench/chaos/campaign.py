@@ -18,12 +18,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from bench.chaos.kinds import GROUPS, Kind, NotNow, Scene, all_kinds, group_of
 from bench.chaos.logs import LogFindings, look_through
 from bench.chaos.stack import GATEWAYS, LOADBALANCERS, OURS, Stack, StackSettings, ask, handles
-from bench.chaos.truth import Truth
+from bench.chaos.truth import Truth, known_times
 from bench.chaos.users import FAILED, OK, Outcome, Users, UserSettings
 from bench.children import memory_mb
 
@@ -107,6 +106,7 @@ class Figures:
     wronged: list[str] = field(default_factory=list)
     ledger_usd: float = 0.0
     cloud_usd: float = 0.0
+    odd_dollars: list[str] = field(default_factory=list)
     unknown_s: float = 0.0
     begin: dict[str, Size] = field(default_factory=dict)
     end: dict[str, Size] = field(default_factory=dict)
@@ -192,7 +192,9 @@ class Campaign:
             truth.over_usd_s,
             truth.over,
             truth.wronged(),
-            *dollars,
+            *dollars[:2],
+            truth.odd_dollars,
+            dollars[2],
             *self._first_and_last(),
             {name: longest_hold(self.stack.logs / f"{name}.holds") for name in OURS},
             restarts,
@@ -343,30 +345,9 @@ class Campaign:
         usd = {machine.label: machine.usd for machine in self.truth.machines.values()}
         (self.stack.root / "truth.json").write_text(json.dumps(usd))
         known = known_times(costs)
-        ahead_s = costs["to"] - now
-        cloud_usd = sum(self.truth.spent_between(a - ahead_s, b - ahead_s) for a, b in known)
+        ledger_usd, cloud_usd = self.truth.both_dollars(costs, now)
         unknown_s = now - self.truth.spent[0][0] - sum(b - a for a, b in known)
-        return dollars_within(costs, known), cloud_usd, max(0.0, unknown_s)
-
-
-def known_times(costs: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Return the times for which that answer of GET /costs knows the dollars."""
-    at, found = costs["known_from"] or costs["to"], []
-    for since, until in costs["unwatched"]:
-        if since > at:
-            found.append((at, since))
-        at = max(at, until)
-    return [*found, (at, costs["to"])]
-
-
-def dollars_within(costs: Mapping[str, Any], times: Sequence[tuple[float, float]]) -> float:
-    """Return the dollars of that answer that were spent in those times."""
-    usd = 0.0
-    for interval in costs["intervals"]:
-        until = costs["to"] if interval["to"] is None else interval["to"]
-        seconds = sum(max(0.0, min(until, b) - max(interval["from"], a)) for a, b in times)
-        usd += interval["usd_h"] * seconds / 3600.0
-    return usd
+        return ledger_usd, cloud_usd, max(0.0, unknown_s)
 
 
 def chosen_kinds(settings: CampaignSettings) -> Sequence[Kind]:

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from remote.shared_file import HEADER
 
 SAMPLE_S = 0.5
 """Seconds between two looks at the cloud."""
+
+DOLLARS_EVERY = 5
+"""Samples to one look at GET /costs."""
+
+ODD_RATIO, ODD_USD = (0.6, 1.6), 0.005
+"""What GET /costs may say at any moment, to the cloud's dollars, and dollars beside it: looks are late while
+listings hang. A clock that was set makes it a hundred times as much."""
 
 HURT_LASTS_S = 120.0
 """Seconds for which a machine that was hurt may be given up: the deadlines of a fast cloud are 45 s and less,
@@ -82,6 +90,7 @@ class Truth:
         self.spent: list[tuple[float, float]] = []  # seconds as the autoscaler counts them, dollars
         self.orders: dict[tuple[str, float], dict[str, Any]] = {}
         self.bans: dict[tuple[int, float], dict[str, Any]] = {}
+        self.odd_dollars: list[str] = []
         self.reasons: Counter[str] = Counter()  # of /health, by looks
         self.starts: dict[tuple[int, str], Counter[bytes]] = {}
         self._read_to: dict[tuple[int, str], int] = {}
@@ -139,6 +148,8 @@ class Truth:
             if number % 2 == 0:
                 self._read_orders()
                 self._read_rings()
+            if number % DOLLARS_EVERY == 0:
+                self._read_dollars()
 
     def _look(self, status: dict[str, Any], now: float, since_s: float) -> None:
         limits = self.stack.settings
@@ -181,6 +192,16 @@ class Truth:
         for reason in (health or {}).get("reasons", ()) if isinstance(health, dict) else ():
             self.reasons[reason["reason"]] += 1
 
+    def _read_dollars(self) -> None:
+        """Compare what GET /costs says now with the cloud's dollars, also while faults are on."""
+        costs, now = self.stack.ask_autoscaler("/costs"), self.stack.counted_s()
+        if not isinstance(costs, dict) or "unwatched" not in costs:
+            return
+        ledger_usd, cloud_usd = self.both_dollars(costs, now)
+        low, high = ODD_RATIO
+        if not low * cloud_usd - ODD_USD < ledger_usd < high * cloud_usd + ODD_USD:
+            self.odd_dollars.append(f"{ledger_usd:.4f} $, and the cloud charged {cloud_usd:.4f}")
+
     def _read_rings(self) -> None:
         """Copy which requests each machine says to have begun, from its own record."""
         with self.lock:
@@ -207,6 +228,16 @@ class Truth:
         """Return how many tokens were taken, and how many of them more than once."""
         uses = sum(counts.total() for counts in self.starts.values())
         return uses, sum(1 for counts in self.starts.values() for n in counts.values() if n > 1)
+
+    def both_dollars(self, costs: Mapping[str, Any], now: float) -> tuple[float, float]:
+        """Return the dollars of an answer of GET /costs, and the cloud's in the times that it knows.
+
+        now: by `counted_s`, when it was answered.
+        """
+        known = known_times(costs)
+        ahead_s = costs["to"] - now
+        cloud_usd = sum(self.spent_between(a - ahead_s, b - ahead_s) for a, b in known)
+        return dollars_within(costs, known), cloud_usd
 
     def spent_between(self, from_s: float, to_s: float) -> float:
         """Return the dollars that the cloud charged between two times of `counted_s`."""
@@ -236,6 +267,26 @@ class Truth:
             if here and all(m.hurt_at(ban["seen_at"]) is None and not m.ended_by_us for m in here):
                 found.append(f"banned machine {machine_id}: {ban['evidence']}")
         return found
+
+
+def known_times(costs: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return the times for which that answer of GET /costs knows the dollars."""
+    at, found = costs["known_from"] or costs["to"], []
+    for since, until in costs["unwatched"]:
+        if since > at:
+            found.append((at, since))
+        at = max(at, until)
+    return [*found, (at, costs["to"])]
+
+
+def dollars_within(costs: Mapping[str, Any], times: Sequence[tuple[float, float]]) -> float:
+    """Return the dollars of that answer that were spent in those times."""
+    usd = 0.0
+    for interval in costs["intervals"]:
+        until = costs["to"] if interval["to"] is None else interval["to"]
+        seconds = sum(max(0.0, min(until, b) - max(interval["from"], a)) for a, b in times)
+        usd += interval["usd_h"] * seconds / 3600.0
+    return usd
 
 
 def _boot(home: Path) -> str:

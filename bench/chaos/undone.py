@@ -7,12 +7,12 @@ named. The same run with the fix must keep it.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from bench.chaos.audit import audit
-from bench.chaos.campaign import CampaignSettings, Figures, run_seed
+from bench.chaos.audit import ODD_DOLLARS, audit
+from bench.chaos.campaign import CampaignSettings, run_seed
 from bench.chaos.stack import StackSettings
 from bench.chaos.undo import UNDONE
 from bench.command import bench_parser, names_in, write_json
@@ -22,15 +22,11 @@ WRONGED = "machines destroyed or banned that were well"
 FULL = "seconds from the last fault to the full fleet"
 OVER = "seconds over max_instances"
 FAILED = "requests that fail with the openai package's default retries, the same"
-LEDGER = "the ledger's dollars to the cloud's, seed by seed"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What shows that a fix is undone: the kinds that strike, the line that must be missed, and the fleet.
-
-    spared: whether a run was spared, where a short one cannot keep the line; None: that the line was kept.
-    """
+    """What shows that a fix is undone: the kinds that strike, the line that must be missed, and the fleet."""
 
     kinds: tuple[str, ...]
     line: str
@@ -39,12 +35,6 @@ class Trial:
     max_instances: int = 5
     storm_s: float = 60.0
     most: int | None = None
-    spared: Callable[[Figures], bool] | None = None
-
-
-def _about_right(figures: Figures) -> bool:
-    """Say whether the ledger is right but for what a short run cannot tell: looks are seconds apart."""
-    return 0.8 < figures.ledger_usd / figures.cloud_usd < 1.25
 
 
 TRIALS: Mapping[str, Trial] = MappingProxyType(
@@ -53,7 +43,7 @@ TRIALS: Mapping[str, Trial] = MappingProxyType(
         "own-page": Trial(("destroyed-behind",), FULL, hot=1, total=1, max_instances=1, storm_s=30.0, most=1),
         "absence": Trial(("list-missing-long",), OVER, total=5),
         "silence": Trial(("kill-loadbalancer-1", "kill-loadbalancer-2"), FAILED, storm_s=40.0),
-        "clock": Trial(("clock-forward", "model-killed"), LEDGER, storm_s=40.0, spared=_about_right),
+        "clock": Trial(("clock-forward", "model-killed"), ODD_DOLLARS, storm_s=40.0),
     }
 )
 
@@ -87,7 +77,7 @@ def run_trial(name: str, trial: Trial) -> dict[str, object]:
         figures = run_seed(settings)
         line = next(line for line in audit([figures]) if line.what == trial.line)
         told[how] = " ".join((line.figure, *line.details[:3]))
-        kept[how] = line.kept is not False if trial.spared is None else trial.spared(figures)
+        kept[how] = line.kept is not False
     told["told apart"] = kept == {"with it": True, "without it": False}
     return told
 

@@ -47,7 +47,8 @@ class Performer:
         except (RateLimited, CloudAuthError) as e:
             return Performed(Reply.REFUSED, str(e))
         except NoSuchInstance as e:
-            return Performed(Reply.DONE if isinstance(command, Destroy) else Reply.REFUSED, str(e))
+            reply = Reply.DONE if isinstance(command, Destroy) else Reply.REFUSED
+            return Performed(reply, str(e), absent=True)
         except ApiError as e:
             # 200 is `success: false`: the service itself says that nothing was done.
             refused = e.status == 200 or (400 <= e.status < 500 and e.status != 408)
