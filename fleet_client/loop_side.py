@@ -201,13 +201,14 @@ class LoopSide:
         """Wait to be cancelled (by `close`, `end`, or asyncio.run at a program's end), then close all."""
         try:
             await self.loop.create_future()
-        finally:
+        except asyncio.CancelledError:  # not GeneratorExit: a loop that was thrown away runs nothing more
             self.over = True
             await self._settle()
             self._core.leases.abandon()
             await _cancel(self._lingering | self._ends | ({self._watcher} if self._watcher else set()))
             for session in (self.model, self.again, self._route):
                 await session.close()
+            raise
 
     async def _settle(self) -> None:
         self._core.leases.give_all_back()

@@ -353,6 +353,37 @@ def test_a_transport_serves_one_event_loop_after_another(fleet: FakeFleet, how: 
     assert sum(instance.refused for instance in fleet.instances) == 0
 
 
+FORGOTTEN = """
+    import gc
+    loop = asyncio.new_event_loop()
+
+    async def ask():
+        http = httpx2.AsyncClient(transport=AsyncFleetTransport(URL, ahead=4), timeout=20.0)
+        async with http.stream("POST", "http://fleet/v1/completions", json=STREAM) as response:
+            async for _ in response.aiter_text():
+                return response.status_code
+
+    print([loop.run_until_complete(ask()) for _ in range(3)], file=sys.stderr)
+    if MODE == "closed":
+        loop.close()
+    del loop
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("how", ["closed", "left open"])
+def test_a_loop_that_is_thrown_away_with_open_transports_leaves_no_traceback(
+    fleet: FakeFleet, how: str
+) -> None:
+    """As pydantic-ai's run_sync does. That nothing was closed may be said, in a line each."""
+    source = textwrap.dedent(START) + textwrap.dedent(FORGOTTEN)
+    ran = subprocess.run(
+        [sys.executable, "-c", source, fleet.url, how], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "[200, 200, 200]" in ran.stderr
+    assert "Traceback" not in ran.stderr, ran.stderr
+
+
 def test_answers_that_are_read_go_on_when_the_transport_is_closed(user: Make, fleet: FakeFleet) -> None:
     streams_are_held(fleet)
     one = user(fleet.url, ahead=2)
