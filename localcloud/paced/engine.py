@@ -2,7 +2,7 @@
 
     request ─► read and checked ─► ModelServer (engine/reference.py) ─► tokens when they are due ─► answer
 
-What a client can tell from vLLM 0.11 is meant to be the same: shapes of answers, of stream events and of
+What a client can tell from vLLM 0.32 is meant to be the same: shapes of answers, of stream events and of
 errors, names of metrics, lines of the log. What differs, beside the text:
 
 - tokens of a prompt are counted, not made: one for each four characters, rounded up; a chat message has four
@@ -47,7 +47,7 @@ from localcloud.paced.request_error import RequestError
 from localcloud.paced.responses_route import ResponseAnswer, read_response
 from localcloud.paced.served_model import ServedModel
 
-VERSION = "0.11.0+paced"
+VERSION = "0.32.0+paced"
 """The version of vLLM that is imitated, and the mark that it is not vLLM."""
 
 MAX_BODY = 32 * 2**20
