@@ -13,6 +13,7 @@ ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 CLIENTS_VENV := .venv-clients
 CLIENTS_READY := $(CLIENTS_VENV)/.ready
+AIPERF_READY := $(CLIENTS_VENV)/aiperf/.ready
 WHEEL := build/wheel
 WHEEL_READY := $(WHEEL)/.ready
 PAGE_LIB := build/page-lib
@@ -136,8 +137,10 @@ hostile: $(READY) $(COMPILED)
 flags: $(READY)
 	$(BIN)/python -m tests.flags_page
 
-# Client programs of others against a fleet on the local cloud, in an environment of their own (0.9 GB).
-test-clients: $(READY) $(COMPILED) $(CLIENTS_READY)
+# Client programs of others against a fleet on the local cloud, in environments of their own (2.2 GB): two minutes, and
+# two for the environments (-j 2: one). Debian's nginx is installed for root only, and not started.
+test-clients: $(READY) $(COMPILED) $(CLIENTS_READY) $(AIPERF_READY)
+	test -x /usr/sbin/nginx || (apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends nginx-light) || true
 	$(BIN)/python -m tests.clients
 
 # The sizes of requests in docs/clients.md, as clients tell and instances count them.
@@ -175,6 +178,11 @@ $(CLIENTS_READY): requirements-clients.txt tests/clients/package.json
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
 	mkdir -p $(CLIENTS_VENV)/node && cp tests/clients/package.json $(CLIENTS_VENV)/node/
 	! command -v npm || npm install --prefix $(CLIENTS_VENV)/node --no-audit --no-fund --silent
+	touch $@
+
+$(AIPERF_READY): requirements-aiperf.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-aiperf.txt
 	touch $@
 
 $(ROUTERS_READY): requirements-routers.txt

@@ -3,7 +3,8 @@
     python -m tests.clients [--only NAME] [--write]     --write: the table goes into docs/clients.md
 
 Each is asked for a chat, a stream, a call of a tool, to cancel a stream, to time out, and for 16 at once,
-through the gateway and, where it takes a transport, through fleet_client. Exit status 1 when anything fails.
+through the gateway, through the gateway behind servers of others, and, where it takes a transport, through
+fleet_client; servers that fork use fleet_client. Exit status 1 when anything fails.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from simulation.live.local_stack import LocalStack
 from simulation.live.stack_config import StackConfig
+from tests.clients.in_front import litellm_proxy, nginx
 from tests.paths import ROOT
 from tests.ports import free_port
 
@@ -31,8 +34,17 @@ BEGIN, END = "<!-- clients: made by `make test-clients` -->\n", "<!-- end of cli
 
 CHECKS = ("chat", "stream", "tools", "cancel", "timeout", "16 at once")
 
-TIMEOUT_S = 240.0
-"""Seconds for all checks of one program."""
+LIBRARIES = ("openai", "anthropic", "langchain-openai", "llama-index", "litellm", "instructor", "pydantic-ai")
+"""Those of programs.py. All take an HTTP client, so all can go through fleet_client."""
+
+TIMEOUT_S = 150.0
+"""Seconds for all checks of one program; AIPerf, the slowest, takes 65."""
+
+NOT_HERE = "not here"
+"""What is said of each check of a program that is not installed."""
+
+LANES = 2
+"""Programs that are tried at a time: most of their time is spent in waiting."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +55,25 @@ class Program:
     way: str
     command: Sequence[str]
     cwd: Path = ROOT
+    key: str = "unused"
 
 
-def programs(base: str, loadbalancer: str) -> Iterator[Program]:
-    """Yield the programs that are installed here."""
-    python = [str(ENVIRONMENT / "bin" / "python"), str(HERE / "programs.py")]
-    for name in (
-        "openai",
-        "anthropic",
-        "langchain-openai",
-        "llama-index",
-        "litellm",
-        "instructor",
-        "pydantic-ai",
-    ):
-        yield Program(name, "gateway", [*python, name, base])
-    for name in ("openai", "langchain-openai", "pydantic-ai"):
-        yield Program(name, "`fleet_client`", [*python, name, base, loadbalancer])
+def programs(base: str, loadbalancer: str, fronts: ExitStack) -> Iterator[Program]:
+    """Yield the programs that are installed here; servers in front of the gateway run until fronts ends."""
+    python = str(ENVIRONMENT / "bin" / "python")
+    library = [python, str(HERE / "programs.py")]
+    aiperf = ENVIRONMENT / "aiperf" / "bin" / "python"
+    yield Program("AIPerf", "gateway", [str(aiperf), str(HERE / "benchmark.py"), base])
+    for name in LIBRARIES:
+        yield Program(name, "gateway", [*library, name, base])
+    for name in LIBRARIES:
+        yield Program(name, "`fleet_client`", [*library, name, base, loadbalancer])
+    for name, title in (("gunicorn", "gunicorn --preload"), ("celery", "Celery, prefork")):
+        yield Program(title, "`fleet_client`", [python, str(HERE / "forked.py"), name, base, loadbalancer])
+    url, key = fronts.enter_context(litellm_proxy(ENVIRONMENT, base))
+    yield Program("openai", "litellm's proxy, gateway", [*library, "openai", url], key=key)
+    front = fronts.enter_context(nginx(base))
+    yield Program("openai", "nginx, gateway", [*library, "openai", front] if front else [])
     node = ENVIRONMENT / "node"
     if shutil.which("node") and (node / "node_modules").exists():
         for name, title in (("openai", "openai (JavaScript)"), ("ai", "Vercel's AI SDK")):
@@ -93,7 +107,10 @@ def gateway(loadbalancer: str) -> Iterator[str]:
 
 def tried(program: Program) -> dict[str, str]:
     """Return what does not work, by check; "" works, "-" is nothing that the program has."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": "unused", "DO_NOT_TRACK": "1"}
+    if not program.command:
+        return dict.fromkeys(CHECKS, NOT_HERE)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": program.key, "DO_NOT_TRACK": "1"}
+    environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it looks on GitHub for prices
     try:
         ran = subprocess.run(
             program.command,
@@ -116,7 +133,10 @@ def tried(program: Program) -> dict[str, str]:
 
 def row(program: Program, found: dict[str, str]) -> str:
     """Return the row of a program in the table."""
-    cells = ({"": "works", "-": "–"}.get(found.get(check, "no answer"), "**fails**") for check in CHECKS)
+    cells = (
+        {"": "works", "-": "–", NOT_HERE: "not tried"}.get(found.get(check, "no answer"), "**fails**")
+        for check in CHECKS
+    )
     return f"| {program.name} | {program.way} | {' | '.join(cells)} |\n"
 
 
@@ -129,15 +149,18 @@ def main() -> int:
     rows = [f"| program | through | {' | '.join(CHECKS)} |\n|---|---|{'---|' * len(CHECKS)}\n"]
     failed = False
     config = StackConfig(instances=2, hot=2, autoscaler_args=("--policy-param", "min_hot=2"))
-    with LocalStack(config) as stack, gateway(stack.loadbalancer_url) as base:
-        for program in programs(base, stack.loadbalancer_url):
-            if flags.only not in program.name:
-                continue
-            found = tried(program)
+    with (
+        LocalStack(config) as stack,
+        gateway(stack.loadbalancer_url) as base,
+        ExitStack() as fronts,
+        ThreadPoolExecutor(LANES) as lanes,
+    ):
+        wanted = [p for p in programs(base, stack.loadbalancer_url, fronts) if flags.only in p.name]
+        for program, found in zip(wanted, lanes.map(tried, wanted), strict=True):
             rows.append(row(program, found))
             print(rows[-1], end="", flush=True)
             for check, what in found.items():
-                if what not in ("", "-"):
+                if what not in ("", "-", NOT_HERE):
                     failed = True
                     print(f"    {check}: {what}", flush=True)
     if flags.write:

@@ -35,6 +35,10 @@ TOOL = {
 
 Check = Callable[[], object] | None
 
+KEY = os.environ.get("OPENAI_API_KEY", "unused")
+FLEET = "http://fleet"
+"""The address for programs that go through fleet_client; nothing looks it up."""
+
 
 def wrong(message: str) -> NoReturn:
     raise AssertionError(message)
@@ -62,6 +66,11 @@ def at_once(call: Callable[[], object]) -> None:
             wrong("an answer was empty")
 
 
+def through_fleet(lb: str) -> Any:
+    """Return an HTTP client of the transport."""
+    return import_module("httpx2").Client(transport=import_module("fleet_client").FleetTransport(lb))
+
+
 def some(pieces: list[Any]) -> None:
     if len(pieces) < 2:
         wrong(f"{len(pieces)} pieces")
@@ -69,14 +78,9 @@ def some(pieces: list[Any]) -> None:
 
 def openai(base: str, lb: str | None) -> dict[str, Check]:
     library = import_module("openai")
-    more: dict[str, Any] = {"api_key": "unused", "base_url": base, "max_retries": 2, "timeout": 120}
+    more: dict[str, Any] = {"api_key": KEY, "base_url": base, "max_retries": 2, "timeout": 120}
     if lb:
-        more |= {
-            "http_client": import_module("httpx2").Client(
-                transport=import_module("fleet_client").FleetTransport(lb)
-            )
-        }
-        more["base_url"] = "http://fleet/v1"
+        more |= {"base_url": f"{FLEET}/v1", "http_client": through_fleet(lb)}
     client = library.OpenAI(**more)
     chats = client.chat.completions
 
@@ -93,8 +97,11 @@ def openai(base: str, lb: str | None) -> dict[str, Check]:
         some([c for event in stream for one in event.choices for c in one.delta.tool_calls or ()])
 
     def cancel() -> object:
+        begun = time.monotonic()
         stream = ask(STORY, stream=True)
         next(iter(stream))
+        if time.monotonic() - begun > 8.0:
+            wrong("the stream was held back")
         stream.close()
         return chat()
 
@@ -114,7 +121,10 @@ def openai(base: str, lb: str | None) -> dict[str, Check]:
 
 def anthropic(base: str, lb: str | None) -> dict[str, Check]:
     library = import_module("anthropic")
-    client = library.Anthropic(api_key="unused", base_url=base.removesuffix("/v1"), timeout=120)
+    given: dict[str, Any] = {"api_key": KEY, "base_url": base.removesuffix("/v1"), "timeout": 120}
+    if lb:
+        given |= {"base_url": FLEET, "http_client": through_fleet(lb)}
+    client = library.Anthropic(**given)
     messages = [{"role": "user", "content": QUESTION}]
 
     def ask(**more: Any) -> Any:
@@ -158,16 +168,13 @@ def langchain(base: str, lb: str | None) -> dict[str, Check]:
     library = import_module("langchain_openai")
     given: dict[str, Any] = {
         "model": MODEL,
-        "api_key": "unused",
+        "api_key": KEY,
         "base_url": base,
         "timeout": 120,
         "max_retries": 2,
     }
     if lb:
-        given["base_url"] = "http://fleet/v1"
-        given["http_client"] = import_module("httpx2").Client(
-            transport=import_module("fleet_client").FleetTransport(lb)
-        )
+        given |= {"base_url": f"{FLEET}/v1", "http_client": through_fleet(lb)}
     model = library.ChatOpenAI(**given, max_tokens=8)
     long = library.ChatOpenAI(**given)
 
@@ -194,8 +201,10 @@ def langchain(base: str, lb: str | None) -> dict[str, Check]:
 def llamaindex(base: str, lb: str | None) -> dict[str, Check]:
     library = import_module("llama_index.llms.openai_like")
     tools_of = import_module("llama_index.core.tools")
-    given: dict[str, Any] = {"model": MODEL, "api_base": base, "api_key": "unused", "is_chat_model": True}
+    given: dict[str, Any] = {"model": MODEL, "api_base": base, "api_key": KEY, "is_chat_model": True}
     given |= {"context_window": 4096, "timeout": 120.0, "max_retries": 2, "is_function_calling_model": True}
+    if lb:
+        given |= {"api_base": f"{FLEET}/v1", "http_client": through_fleet(lb)}
     model = library.OpenAILike(**given, max_tokens=8)
     long = library.OpenAILike(**given)
 
@@ -228,13 +237,15 @@ def llamaindex(base: str, lb: str | None) -> dict[str, Check]:
 
 
 def litellm(base: str, lb: str | None) -> dict[str, Check]:
-    library = import_module("litellm")
+    library: Any = import_module("litellm")
+    if lb:
+        base, library.client_session = f"{FLEET}/v1", through_fleet(lb)
 
     def ask(text: str = QUESTION, **more: Any) -> Any:
         given = {
             "model": f"openai/{MODEL}",
             "api_base": base,
-            "api_key": "unused",
+            "api_key": KEY,
             "timeout": 120,
             "num_retries": 0,
         }
@@ -261,7 +272,10 @@ def litellm(base: str, lb: str | None) -> dict[str, Check]:
 
 def instructor(base: str, lb: str | None) -> dict[str, Check]:
     library, pydantic = import_module("instructor"), import_module("pydantic")
-    client = import_module("openai").OpenAI(base_url=base, api_key="unused", timeout=120)
+    given: dict[str, Any] = {"api_key": KEY, "base_url": base, "timeout": 120}
+    if lb:
+        given |= {"base_url": f"{FLEET}/v1", "http_client": through_fleet(lb)}
+    client = import_module("openai").OpenAI(**given)
     place = pydantic.create_model("Place", city=(str, ...), days=(int, ...))
     messages = [{"role": "user", "content": QUESTION}]
 
@@ -269,11 +283,15 @@ def instructor(base: str, lb: str | None) -> dict[str, Check]:
         wrapped = library.from_openai(client, mode=mode or library.Mode.TOOLS)
         return wrapped.chat.completions.create(model=MODEL, response_model=place, messages=messages, **more)
 
+    def parts() -> Any:
+        wrapped = library.from_openai(client, mode=library.Mode.TOOLS)
+        return wrapped.chat.completions.create_partial(model=MODEL, response_model=place, messages=messages)
+
     return {
         "chat": lambda: extract(library.Mode.JSON_SCHEMA).city,
-        "stream": None,
+        "stream": lambda: some(list(parts())),
         "tools": lambda: extract().city,
-        "cancel": None,
+        "cancel": None,  # it reads the whole stream before it gives a part of it
         "timeout": lambda: named_late(lambda: extract(timeout=0.001, max_retries=0)),
         "16 at once": lambda: at_once(lambda: extract().city),
     }
@@ -293,11 +311,11 @@ def pydantic_ai(base: str, lb: str | None) -> dict[str, Check]:
         return city
 
     def agent(**more: Any) -> Any:
-        given: dict[str, Any] = {"base_url": base, "api_key": "unused", "timeout": 120, "max_retries": 2}
+        given: dict[str, Any] = {"base_url": base, "api_key": KEY, "timeout": 120, "max_retries": 2}
         if lb:
             transport = import_module("fleet_client").AsyncFleetTransport(lb)
             given |= {
-                "base_url": "http://fleet/v1",
+                "base_url": f"{FLEET}/v1",
                 "http_client": import_module("httpx2").AsyncClient(transport=transport),
             }
         client = import_module("openai").AsyncOpenAI(**given)
@@ -360,7 +378,7 @@ def main(name: str, base: str, lb: str | None = None) -> None:
                 continue
             call()
             found[check] = ""
-        except Exception as e:  # noqa: BLE001 what goes wrong is what is asked for
+        except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001 what goes wrong is asked for
             found[check] = f"{type(e).__name__}: {e}".replace("\n", " ")[:200]
     print(json.dumps(found), flush=True)
     if threading.active_count() > 1:

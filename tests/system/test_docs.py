@@ -62,7 +62,7 @@ def flags_of(program: str) -> set[str]:
 
 FLAGS = {program: flags_of(program) for program in COMMANDS}
 OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps", "--only", "--keep", "--list"}
-OTHERS |= {"--runner", "--reasoning-parser", "--write"}  # vLLM's, and of tests.clients
+OTHERS |= {"--runner", "--reasoning-parser", "--write", "--preload"}  # vLLM's, of tests.clients, gunicorn's
 
 
 @pytest.mark.parametrize("program", list(FLAGS))
