@@ -126,8 +126,13 @@ class Loop:
             self._loop.close()
 
     async def _finish(self) -> None:
-        """Nothing of the transport's is left to run."""
-        left = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+        """Nothing of the transport's is left to run, once what it has cancelled has ended."""
+        left: set[asyncio.Task[Any]] = set()
+        for _ in range(500):
+            left = {t for t in asyncio.all_tasks() if t is not asyncio.current_task()}
+            if not left:
+                return
+            await asyncio.sleep(0.01)
         assert not left, left
 
 
