@@ -41,6 +41,7 @@ from fleet.limits import Commitment, Limits, commitment
 from fleet.market import Market
 from fleet.planner import Situation
 from fleet.reconcile import Reconciler
+from fleet.slow_counters import compare_counters
 from fleet.snapshot import take_snapshot
 from fleet.states import CHECKED, SERVING, State
 from policies import FleetSnapshot, Policy
@@ -202,12 +203,17 @@ class InstanceSet:
         return self[label].hear(said, now) if label in self else Hearing.HEARD
 
     def record_report(
-        self, throughput_work_s: Mapping[int, float], failing: Collection[int], now: float
+        self,
+        throughput_work_s: Mapping[int, float],
+        failing: Collection[int],
+        now: float,
+        slow: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         """Take in what a loadbalancer reports of instances, by their ids.
 
         throughput_work_s: measured work per second. failing: instances where clients met new failures: that
-        is evidence of its own, and their next health check is due at once.
+        is evidence of its own, and their next health check is due at once. slow: those that clients find
+        many times slower than their peers, by all loadbalancers' words, and in which way.
         """
         for i in self:
             if i.id is None:
@@ -215,9 +221,14 @@ class InstanceSet:
             if i.id in failing:
                 i.check_at_once()
                 i.trouble.note_clients(now)
+            if i.trouble.slow.note_clients(slow.get(i.id), now):
+                i.check_at_once()
+                self.journal.log(f"{i.id} {i.label}: slow: {slow[i.id]}")
             measured = throughput_work_s.get(i.id)
             if measured is not None and i.measure(measured):
                 self.journal.save(i.saved())
+        if slow:
+            compare_counters((i for i in self if i.state is State.HOT), self.profile)
 
     # -- what a person asks ----------------------------------------------------------------------------
 
@@ -331,4 +342,5 @@ def _described(i: Instance, now: float) -> dict[str, Any]:
         "ssh": None if i.ssh is None else f"{i.ssh[0]}:{i.ssh[1]}",
         "loaded": i.loaded,
         "throughput_work_s": round(i.throughput_work_s, 1),
+        "slow": i.trouble.slow.said,
     }

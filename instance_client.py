@@ -42,6 +42,9 @@ after 120, and a request on a connection that is just being closed would be lost
 MAX_ANSWER = 4 * 2**20
 """Bytes of an answer that is read whole: 2,000 tokens and 65,536 events are under 4 MiB."""
 
+CONNECT_SHARE = 0.3
+"""Share of a test prompt's time that connecting may take: who has taken it and says nothing has stalled."""
+
 TAIL = 4096
 """Bytes of a stream that are kept: usage and [DONE] are its last events."""
 
@@ -265,7 +268,7 @@ class InstanceClient:
 
         Raises PromptRefused where the engine does not take such a request at all.
         """
-        timeouts = aiohttp.ClientTimeout(total=timeout_s)
+        timeouts = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_SHARE * timeout_s)
         answer = await self.stream(address, token, body, timeouts, certificate, headers)
         if answer.status != 200:
             kind = PromptRefused if answer.status in (400, 404, 405, 422) else InstanceError

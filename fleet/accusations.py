@@ -5,6 +5,7 @@ from dataclasses import replace
 from fleet.deadlines import Deadlines
 from fleet.evidence import Accusation, Source
 from fleet.instance import Instance
+from fleet.slowness import CONFIRMED_S, Slowness
 from fleet.states import State
 
 FAILED_STARTS = 3
@@ -27,8 +28,17 @@ def final_accusation(i: Instance, d: Deadlines, now: float) -> Accusation | None
         against = {Source.LISTING} | unreached
         why, lasts_s, deadline_s = "its container ended by itself", now - t.ended_since, d.broken_host_s
     else:
-        return None
+        return _slow(t.slow, now)
     return Accusation(why, frozenset(against | clients), lasts_s, deadline_s, final=True)
+
+
+def _slow(slow: Slowness, now: float) -> Accusation | None:
+    if slow.clients is None or now - slow.since < CONFIRMED_S:
+        return None
+    also = {Source.CHECK: slow.check, Source.WORD: slow.word}
+    against = frozenset((Source.CLIENTS, *(source for source, why in also.items() if why is not None)))
+    # Clients alone may lie, and their loadbalancers with them: for that no machine is ever given up.
+    return Accusation(f"slow: {slow.said}", against, now - slow.since, final=len(against) > 1)
 
 
 def no_gpu(i: Instance, d: Deadlines, now: float) -> Accusation | None:

@@ -19,6 +19,7 @@ import msgspec
 from engine.slo import Slo
 from fleet.arrivals import ARRIVING_S, ArrivalHistory, ArrivalSums
 from policies import Traffic
+from process.safe_text import safe_text
 from web.messages.busy import BusyReport
 
 SILENT_S = 10.0
@@ -161,6 +162,11 @@ class Demand:
         """Return the instances that a loadbalancer heard of lately does not listen to, and why."""
         reports = [report.instances for _, report in self._last.values()]
         return {i: use.out for rows in reports for i, use in rows.items() if use.out is not None}
+
+    def slow(self) -> dict[int, str]:
+        """Return the instances that a loadbalancer's clients find many times slower than others, and how."""
+        reports = [report.instances for _, report in self._last.values()]
+        return {i: safe_text(use.slow) for rows in reports for i, use in rows.items() if use.slow is not None}
 
     @property
     def demand(self) -> float:

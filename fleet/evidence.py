@@ -18,8 +18,10 @@ all that we see may be our own network: then the silence must have lasted `toget
 check of our own must have passed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from fleet.slowness import Slowness
 
 
 class Health(StrEnum):
@@ -128,6 +130,7 @@ class Trouble:
     word: str | None = None  # the same, as its own signed word has it
     word_since: float = 0.0
     clients_since: float | None = None  # clients, or the loadbalancer for them, met failures there
+    slow: Slowness = field(default_factory=Slowness)
 
     def note_pass(self, started_at: float) -> None:
         """Note that the machine passed a check, which began at started_at."""
@@ -163,6 +166,7 @@ class Trouble:
     def forget(self) -> None:
         """Forget all trouble, because the machine begins a new boot."""
         self.passed_at, self.well_since, self.ended_since = float("-inf"), float("inf"), None
+        self.slow = self.slow.begin_anew()
         self._forget_failures()
 
     def _forget_failures(self) -> None:
@@ -180,6 +184,11 @@ class Trouble:
             and self.shows_well_since(other.silent_since)
             and self.well_since <= other.silent_at
         )
+
+    @property
+    def accused_by_clients(self) -> bool:
+        """Whether clients met failures there, or find the machine slow."""
+        return self.clients_since is not None or self.slow.clients is not None
 
     def shows_well_since(self, at: float) -> bool:
         """Return whether the machine is well by a check that began after that time."""

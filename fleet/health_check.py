@@ -6,6 +6,7 @@ fleet/outside/health_checker.py makes them; `Reconciler.judge` draws the conclus
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fleet.slowness import ProbePace
 from fleet.states import State
 
 
@@ -25,7 +26,8 @@ class HealthCheck:
 
     in_flight: requests that the instance itself says it is working on. certificate: the machine's (PEM), when
     the check read it over ssh. answered: the machine itself did, although the check failed. stranger:
-    somebody else answered.
+    somebody else answered. pace: of the test prompt that was answered. stalled: the machine took one and did
+    not answer it in time.
     """
 
     label: str
@@ -36,6 +38,8 @@ class HealthCheck:
     certificate: str | None = None
     answered: bool = False
     stranger: bool = False
+    pace: ProbePace | None = None
+    stalled: bool = False
 
     @property
     def met(self) -> bool:
@@ -49,7 +53,8 @@ class HealthCheckOrder:
     """A health check that is to be made of an instance, and where.
 
     read_log: whether the log must be read; always, until the instance is hot. certificate: the machine's, as
-    far as it is known; reading the log reads it anew.
+    far as it is known; reading the log reads it anew. long_prompt: whether the test prompt is to be as long
+    as those of clients, who accuse the machine.
     """
 
     label: str
@@ -60,3 +65,4 @@ class HealthCheckOrder:
     address: str | None
     read_log: bool
     certificate: str | None = None
+    long_prompt: bool = False

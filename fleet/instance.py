@@ -359,9 +359,8 @@ class Instance:
         read_log = self.state is State.RUNNING or (
             self.state is State.HOT and self.checks % READ_LOG_EVERY == 0
         )
-        return HealthCheckOrder(
-            self.label, self.id, self.state, self.ssh, self.auth_url, self.address, read_log, self.certificate
-        )
+        where, accused = (self.ssh, self.auth_url, self.address), self.trouble.accused_by_clients
+        return HealthCheckOrder(self.label, self.id, self.state, *where, read_log, self.certificate, accused)
 
     def check_at_once(self) -> None:
         """Make the instance's next health check due now."""

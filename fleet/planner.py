@@ -35,6 +35,7 @@ from fleet.instance import Instance
 from fleet.journal import Decision
 from fleet.limits import Commitment, LimitGuard, Limits
 from fleet.market import MarketSnapshot
+from fleet.slowness import STOP_AFTER_S
 from fleet.states import GIVEN_UP, State
 from policies import FleetSnapshot, Policy
 
@@ -100,9 +101,12 @@ class Planner:
         self._situation = situation
         self._now, self._deadlines = situation.now, situation.deadlines
         self._by_state: dict[State, list[Instance]] = {state: [] for state in State}
+        self._slow: list[Instance] = []  # hot, and held back: another is to serve instead
         for i in situation.instances:
-            if not i.taken_out.for_good:  # else it is on its way out, and another is to take its place
-                self._by_state[i.state].append(i)
+            if i.taken_out.for_good:
+                continue  # it is on its way out, and another is to take its place
+            slow = i.state is State.HOT and i.trouble.slow.clients is not None
+            (self._slow if slow else self._by_state[i.state]).append(i)
         self._notes: list[str] = []
         self._clamped: list[str] = []
         self._commands: list[Command] = []
@@ -183,12 +187,22 @@ class Planner:
                 self._notes.append(NOT_HEARD)
         else:
             self._drain(self._cancel(-missing, coming))
+        self._replace_slow(wanted)
         stopped = self._labels(Stop)
         for i in self._by_state[State.STARTING]:
             lost = i.intended == "stopped" and i.orders.unheeded(self._deadlines.repeat_s, self._now)
             if lost and i.id is not None and i.label not in stopped:
                 why = "the cloud does not mean it to run: asked again"
                 self._commands.append(Start(i.label, i.id, why))
+
+    def _replace_slow(self, wanted: int) -> None:
+        """Drain machines that clients find slow, once enough others serve; they are not given up for that."""
+        enough = self._situation.heard and len(self._by_state[State.HOT]) >= max(1, wanted)
+        for i in self._slow:
+            slow = i.trouble.slow
+            self._notes.append(f"{i.id} is slow, and does not count as hot: {slow.clients}")
+            if enough and i.id is not None and not i.taken_out and self._now - slow.since >= STOP_AFTER_S:
+                self._commands.append(Drain(i.label, i.id, f"slow, and others serve: {slow.clients}"))
 
     def _undrain(self, missing: int) -> int:
         """Take draining instances back, the cheapest first; return how many are still missing."""
@@ -237,7 +251,8 @@ class Planner:
     # -- 3. total --------------------------------------------------------------------------------------
 
     def _reach_total(self, wanted: int) -> None:
-        missing = wanted - sum(len(found) for s, found in self._by_state.items() if s not in GIVEN_UP)
+        there = sum(len(found) for s, found in self._by_state.items() if s not in GIVEN_UP)
+        missing = wanted - there - len(self._slow)
         if missing > 0:
             self._create(missing)
         elif missing < 0:
@@ -296,5 +311,6 @@ def _cheapest_first(i: Instance) -> tuple[float, str]:
 
 
 def _likeliest_first(i: Instance) -> tuple[int, float, str]:
-    """Return what cold instances are sorted by: failed starts since last hot, then price per throughput."""
-    return i.boot.failed_starts + i.boot.refused_starts, i.usd_per_work, i.label
+    """Return what cold instances are sorted by: failed starts since last hot and slow boots, then price."""
+    failed = i.boot.failed_starts + i.boot.refused_starts + i.trouble.slow.times
+    return failed, i.usd_per_work, i.label

@@ -2,7 +2,8 @@
 
 A host that knows our test prompts answers them and lets clients wait. So their routes, lengths, texts, limits
 and headers vary as those of clients do; what is left is the address that a connection comes from.
-They are short, because the smallest model reads 1,024 tokens, and a character may be one.
+They are short, because the smallest model reads 1,024 tokens, and a character may be one; those to a machine
+that clients accuse are as long as clients' own where the model reads more.
 """
 
 import random
@@ -95,14 +96,27 @@ _DOES = (
 )
 
 
-def probe(rng: random.Random, model: str) -> dict[str, Any]:
-    """Return the body of a test prompt: of a chat, or else of a completion."""
+LONG_CHARACTERS = 3000
+"""Characters of a long test prompt, some 700 tokens: about what conversations have."""
+
+
+def long_prompt(max_model_len: int) -> int:
+    """Return how many characters a long prompt may have for a model that reads so many tokens."""
+    return min(LONG_CHARACTERS, max_model_len // 2)
+
+
+def probe(rng: random.Random, model: str, characters: int = 0) -> dict[str, Any]:
+    """Return the body of a test prompt: of a chat, or else of a completion.
+
+    characters: how many its text has at least, as far as whole sentences allow; 0: few, any number.
+    """
     chats = rng.random() < CHATS
     system = rng.choice(_SYSTEMS) if chats and rng.random() < SYSTEMS else ""
     text = _sentence(rng, _BEGINNINGS)
-    for _ in range(int(rng.expovariate(0.4))):
+    sentences = characters or int(rng.expovariate(0.4))
+    for _ in range(sentences):
         longer = f"{text} {_sentence(rng, _MORE)}"
-        if len(longer) + len(system) > MOST_CHARACTERS:
+        if len(longer) + len(system) > (characters or MOST_CHARACTERS):
             break
         text = longer
     body: dict[str, Any] = {"model": model, "max_tokens": rng.randint(LEAST_TOKENS, MOST_TOKENS)}

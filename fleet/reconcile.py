@@ -165,6 +165,9 @@ class Judge(InstanceBook):
             self.hot_version += 1
         if check.verdict is Verdict.PASSED:
             i.trouble.note_pass(check.started_at)
+            if check.pace is not None:
+                peers = (o.trouble.slow for o in self.instances.values() if o is not i and o.state in SERVING)
+                i.trouble.slow.note_pace(check.pace, peers)
             if i.state is State.RUNNING and i.lost_since is None and i.trouble.ended_since is None:
                 self._warm_up(i, now)
                 self._move(i, State.HOT, check.why, now)
@@ -174,6 +177,8 @@ class Judge(InstanceBook):
         else:
             i.explain(check.why)
         i.trouble.note_trouble(check.started_at, now, met=check.met)
+        if check.stalled:
+            i.trouble.slow.note_stall(check.started_at)
         if check.verdict is Verdict.FATAL:
             i.trouble.accuse(check.why)
         if self.listing.believed:

@@ -33,7 +33,9 @@ def take_snapshot(
         state = i.state
         if state in GIVEN_UP:
             continue
-        if state is State.HOT:
+        if state is State.HOT and i.trouble.slow.clients is not None:
+            draining += 1  # it is held back: its capacity is not there
+        elif state is State.HOT:
             hot += 1
             hot_work_s.append(i.throughput_work_s)
         elif state is State.DRAINING:

@@ -30,6 +30,7 @@ from fleet.evidence import Health
 from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import SavedFleet
 from fleet.limits import Limits
+from fleet.slowness import ProbePace
 from fleet.states import State
 from policies import Fixed, Policy
 from tests.messages import busy_report
@@ -151,6 +152,7 @@ class World:
     listing_hook: Callable[[list[Row]], list[Row]] = lambda rows: rows
     reply_hook: Callable[[Command], Reply | None] = lambda command: None
     check_hook: Callable[[str], Verdict | None] = lambda label: None
+    pace_hook: Callable[[str], ProbePace | None] = lambda label: None
     busy: set[str] = field(default_factory=set)
     loadbalancer: bool = True
     reach: Health = Health.WELL
@@ -315,7 +317,14 @@ class World:
             ):
                 verdict = Verdict.FAILED  # nobody answers where nothing runs
             found.append(
-                HealthCheck(order.label, self.now, verdict, str(verdict), int(order.label in self.busy))
+                HealthCheck(
+                    order.label,
+                    self.now,
+                    verdict,
+                    str(verdict),
+                    int(order.label in self.busy),
+                    pace=self.pace_hook(order.label) if verdict is Verdict.PASSED else None,
+                )
             )
         return found
 

@@ -23,6 +23,7 @@ import paramiko
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.ssh_log import HostKeyChanged, LogView, SshLog
 from fleet.probe_prompts import HEADERS, as_completion, probe
+from fleet.slowness import ProbePace
 from fleet.states import State
 from instance_client import InstanceClient, PromptRefused, WrongCertificate
 from process.errors import InstanceError
@@ -35,6 +36,10 @@ T = TypeVar("T")
 
 
 # --- outside world ---------------------------------------------------------------------------------
+
+STALL_SHARE = 0.5
+"""Share of a check's time that a machine has for the test prompt before it has stalled: in that time there
+was a connection, or there would be another error (instance_client.py)."""
 
 NO_EVENTS = 2**53
 """Number of an event that never comes: with it as `after` a load report has no events."""
@@ -52,8 +57,13 @@ class HealthChecker:
         timeout_s: float,
         clock: Callable[[], float],
         rng: random.Random | None = None,
+        long_prompt: int = 0,
     ) -> None:
-        """Prepare for checks. model: the served model's name. timeout_s: seconds for a whole check."""
+        """Prepare for checks. model: the served model's name. timeout_s: seconds for a whole check.
+
+        long_prompt: characters of a test prompt for a machine that clients accuse; 0: as for others.
+        """
+        self._long_prompt = long_prompt
         self._client = client
         self._ssh = ssh
         self._master_token = master_token
@@ -69,6 +79,7 @@ class HealthChecker:
             async with asyncio.timeout(self._timeout_s):
                 return await self._look(order, found)
         except TimeoutError:
+            found.note_stall(self._clock(), STALL_SHARE * self._timeout_s)
             return found(Verdict.FAILED, f"health check took over {self._timeout_s:g} s")
         except InstanceError as e:
             if _is_ours(e):
@@ -102,7 +113,7 @@ class HealthChecker:
             found.read_certificate(view.certificate)
         certificate = found.certificate or order.certificate
         auth_url, address = (_secure(url, certificate) for url in (order.auth_url, order.address))
-        body = probe(self._rng, self._model)
+        body = probe(self._rng, self._model, self._long_prompt if order.long_prompt else 0)
         try:
             return await self._prompt(auth_url, address, token, body, certificate, found)
         except PromptRefused:
@@ -122,7 +133,10 @@ class HealthChecker:
         """Have a test prompt answered, with a token of its own."""
         limit_s = self._timeout_s
         batch = await self._client.fetch_tokens(auth_url, master, 1, limit_s, certificate)
+        begun = self._clock()
+        found.begin_prompt(begun)
         tokens = await self._client.test_prompt(address, batch.tokens[0], body, limit_s, certificate, HEADERS)
+        found.end_prompt(ProbePace(self._clock() - begun, tokens))
         return found(Verdict.PASSED, f"test prompt: {tokens} token(s)", _in_flight(batch.load))
 
     async def _read_log(self, order: HealthCheckOrder) -> LogView:
@@ -146,7 +160,9 @@ class _Found:
 
     def __init__(self, order: HealthCheckOrder, started_at: float) -> None:
         self.certificate: str | None = None
-        self._answered = self._stranger = False
+        self._answered = self._stranger = self._stalled = False
+        self._prompt_at: float | None = None
+        self._pace: ProbePace | None = None
         self._label = order.label
         self._started_at = started_at
 
@@ -158,6 +174,18 @@ class _Found:
         """Note whom ssh met: the machine itself, or somebody with another host key."""
         self._answered = view.reached and not view.changed_host_key
         self._stranger = view.changed_host_key
+
+    def begin_prompt(self, now: float) -> None:
+        """Note that the machine has given a token, and is sent the test prompt."""
+        self._prompt_at = now
+
+    def end_prompt(self, pace: ProbePace) -> None:
+        """Keep how fast the test prompt was answered."""
+        self._prompt_at, self._pace = None, pace
+
+    def note_stall(self, now: float, least_s: float) -> None:
+        """Note that the check took too long: a stall, if the test prompt was waited for so long at least."""
+        self._stalled = self._prompt_at is not None and now - self._prompt_at >= least_s
 
     def read_answer(self, error: InstanceError) -> None:
         """Note whether an error was an answer of the machine itself, though not the right one."""
@@ -174,6 +202,8 @@ class _Found:
             self.certificate,
             self._answered,
             self._stranger,
+            self._pace,
+            self._stalled,
         )
 
 

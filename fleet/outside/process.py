@@ -32,6 +32,7 @@ from fleet.outside.ssh_log import SshLog
 from fleet.outside.standing import MANAGE, POLICY
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
+from fleet.probe_prompts import long_prompt
 from fleet_client import private_files
 from fleet_client.own_tls import TrustedServer
 from instance_client import InstanceClient
@@ -156,6 +157,7 @@ class AutoscalerProcess:
             self.profile.name,
             self.config.check_timeout_s,
             self.scaler.clock,
+            long_prompt=long_prompt(self.profile.max_model_len),
         )
 
     def check_account(self) -> None:

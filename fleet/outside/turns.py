@@ -264,7 +264,7 @@ class Autoscaler:
         self.own.note_report(report.loadbalancer, now)
         with self.lock:
             worked, failing = self.demand.add_report(report, now)
-            self.instances.record_report(measured, failing, now)
+            self.instances.record_report(measured, failing, now, self.demand.slow())
             if worked:
                 bucket = int(now // BUCKET_S)
                 for i in self.instances:

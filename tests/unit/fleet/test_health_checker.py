@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -28,6 +28,7 @@ from fleet.outside.ssh_log import (
     grep_command,
     parse,
 )
+from fleet.probe_prompts import MOST_CHARACTERS, as_completion
 from fleet.states import State
 from instance_client import PromptRefused
 from process.errors import InstanceError
@@ -117,6 +118,75 @@ def test_a_model_without_a_chat_template_is_asked_for_a_completion() -> None:
     broken = Client(refuses=frozenset({"http://m1"}))
     assert check(order(), Log(READY), broken).verdict is Verdict.FAILED
     assert len(broken.prompted) == 1
+
+
+class Stalls(Client):
+    """Gives tokens, and takes a test prompt of more than so many characters without answering it."""
+
+    def __init__(self, characters: int = 0) -> None:
+        super().__init__()
+        self._characters = characters
+
+    async def test_prompt(
+        self,
+        address: str,
+        token: str,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        certificate: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> int:
+        if len(str(body)) > self._characters:
+            await asyncio.sleep(3600)
+        return await super().test_prompt(address, token, body, timeout_s, certificate, headers)
+
+
+def accused(n: int = 1) -> HealthCheckOrder:
+    return replace(order(n, State.HOT, read_log=False), long_prompt=True)
+
+
+def look(order: HealthCheckOrder, client: Client, timeout_s: float = 5.0) -> HealthCheck:
+    """Check with a clock that goes on, and long prompts of 2,000 characters."""
+    log: Any = Log(READY)
+    checker = HealthChecker(
+        client,  # type: ignore[arg-type]
+        log,
+        lambda label: "master",
+        "vllm-13",
+        timeout_s,
+        time.monotonic,
+        long_prompt=2000,
+    )
+    return asyncio.run(checker.check(order))
+
+
+def test_a_machine_that_clients_accuse_gets_a_test_prompt_as_long_as_theirs() -> None:
+    client = Client()
+    for _ in range(20):
+        assert look(accused(), client).verdict is Verdict.PASSED
+        assert look(order(read_log=False), client).verdict is Verdict.PASSED
+    texts = [len(as_completion(b)["prompt"] if "messages" in b else b["prompt"]) for b in client.prompted]
+    assert min(texts[::2]) > 1500
+    assert max(texts[::2]) <= 2001
+    assert max(texts[1::2]) <= MOST_CHARACTERS + 1
+
+
+def test_how_long_a_test_prompt_took_is_told() -> None:
+    pace = look(order(), Client()).pace
+    assert pace is not None
+    assert (pace.tokens, 0.0 <= pace.took_s < 5.0) == (1, True)
+
+
+def test_who_answers_short_prompts_only_is_found_to_stall() -> None:
+    liar = Stalls(characters=1200)
+    assert look(order(state=State.HOT, read_log=False), liar, 0.3).verdict is Verdict.PASSED
+    found = look(accused(), liar, 0.3)
+    assert (found.verdict, found.stalled, found.pace) == (Verdict.FAILED, True, None)
+
+
+def test_no_answer_before_the_test_prompt_is_no_stall() -> None:
+    found = look(accused(), Client(hangs=frozenset({"http://a1"})), 0.3)
+    assert (found.verdict, found.stalled) == (Verdict.FAILED, False)
 
 
 def order(n: int = 1, state: State = State.RUNNING, read_log: bool = True) -> HealthCheckOrder:

@@ -6,7 +6,15 @@ from collections import Counter
 
 import msgspec
 
-from fleet.probe_prompts import LEAST_TOKENS, MOST_CHARACTERS, MOST_TOKENS, as_completion, probe
+from fleet.probe_prompts import (
+    LEAST_TOKENS,
+    LONG_CHARACTERS,
+    MOST_CHARACTERS,
+    MOST_TOKENS,
+    as_completion,
+    long_prompt,
+    probe,
+)
 
 
 def test_no_two_are_the_same_and_all_are_short() -> None:
@@ -18,6 +26,16 @@ def test_no_two_are_the_same_and_all_are_short() -> None:
     assert 400 < max(map(len, texts)) <= MOST_CHARACTERS + 1
     assert all(LEAST_TOKENS <= b["max_tokens"] <= MOST_TOKENS for b in bodies)
     assert "{" not in "".join(texts)
+
+
+def test_long_ones_are_as_long_as_the_model_allows() -> None:
+    assert (long_prompt(1024), long_prompt(131_072)) == (512, LONG_CHARACTERS)
+    rng = random.Random(4)
+    bodies = [probe(rng, "m", 2000) for _ in range(200)]
+    texts = [as_completion(b)["prompt"] if "messages" in b else b["prompt"] for b in bodies]
+    assert min(map(len, texts)) > 1850
+    assert max(map(len, texts)) <= 2001
+    assert len(set(texts)) == 200
 
 
 def test_they_vary_in_all_that_a_host_sees_at_once() -> None:
