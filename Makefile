@@ -22,13 +22,13 @@ WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
 .PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes picture clean
 
-# The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report.
+# The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report (also as a page, build/sim.html).
 sim: $(READY) $(COMPILED)
-	$(BIN)/python sim.py --local
+	$(BIN)/python sim.py --local --html build/sim.html
 
 # The same with real vLLM on the processor, a tiny random model, and at most two instances.
 sim-vllm: $(READY) $(COMPILED) $(VLLM_READY)
-	$(BIN)/python sim.py --local --engine vllm
+	$(BIN)/python sim.py --local --engine vllm --html build/sim-vllm.html
 
 # In several processes, file by file and the slowest first; then what must run alone (pyproject.toml).
 WORKERS ?= 3

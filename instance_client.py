@@ -402,17 +402,26 @@ def read_answer(address: str, raw: bytes) -> Completion:
     return Completion(200, None, usage.prompt_tokens, usage.completion_tokens, 0.0, now)
 
 
-async def read_stream(address: str, chunks: AsyncIterator[bytes]) -> Completion:
+async def read_stream(
+    address: str, chunks: AsyncIterator[bytes], gaps_s: list[float] | None = None
+) -> Completion:
     """Read a streamed answer to its end and return the completion; raise BrokenOff.
 
-    address: of the instance, for messages.
+    address: of the instance, for messages. gaps_s: gets the seconds between two events of a completion, one
+    value for each after the first; several that come together are 0 s apart.
     """
-    stream, first_token_s = Stream(), 0.0
+    stream, first_token_s, last_s = Stream(), 0.0, 0.0
     async for chunk in chunks:
         was_begun = stream.begun
         stream.feed(chunk)
         if stream.begun and not was_begun:
-            first_token_s = time.perf_counter()
+            first_token_s = last_s = time.perf_counter()
+        if gaps_s is not None and stream.begun and (events := chunk.count(b'"text"')):
+            if was_begun:
+                now = time.perf_counter()
+                gaps_s.append(now - last_s)
+                last_s = now
+            gaps_s.extend([0.0] * (events - 1))
     end_s = time.perf_counter()
     if stream.error is not None:
         return Completion(200, stream.error, 0, 0, first_token_s, end_s)

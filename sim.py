@@ -33,7 +33,7 @@ from simulation.live.local_stack import ChildFailed, LocalStack
 from simulation.live.progress import say
 from simulation.live.stack_config import ENGINES, StackConfig
 from simulation.live.workload import LOCAL_SCHEDULE
-from simulation.report_file import write_report
+from simulation.report_file import write_page, write_report
 from simulation.virtual import command
 
 LOCAL_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -192,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = carry_out(config)
         print(report_table.table(found))
     write_report(found, config.json)
+    write_page(found, config.html)
     if found["interrupted"]:
         return 130
     return 0 if clean and not found["requests"]["failed"] else 1

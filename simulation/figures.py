@@ -1,8 +1,8 @@
-"""Mean, percentiles and maximum: exact for a list, and in little memory for a stream of any length.
+"""Mean, std, percentiles and maximum: exact for a list, and in little memory for a stream of any length.
 
 A percentile of a list is numpy's default, the linear interpolation between the two nearest ranks. In a
 `Digest` a value is counted in a bucket whose edges are a factor GROWTH apart, so a percentile is wrong by at
-most 0.25 % and millions of values take as much memory as thousands; mean and maximum are exact.
+most 0.25 % and millions of values take as much memory as thousands; the other figures are exact.
 """
 
 import math
@@ -24,25 +24,30 @@ _FRESH = 4096
 (2026-11)."""
 
 
+SPREAD = ("mean", "std", *QUANTILES, "max")
+"""Names of the figures of many values, in order."""
+
+
 def spread(values: Iterable[float]) -> dict[str, float | None]:
-    """Return mean, percentiles and maximum of the values; each is None when there is no value."""
+    """Return mean, std, percentiles and maximum of the values; each is None when there is no value."""
     ordered = sorted(values)
     if not ordered:
-        return dict.fromkeys(("mean", *QUANTILES, "max"))
+        return dict.fromkeys(SPREAD)
     return {
         "mean": math.fsum(ordered) / len(ordered),
+        "std": float(np.std(ordered)),
         **dict(zip(QUANTILES, np.quantile(ordered, list(QUANTILES.values())).tolist(), strict=True)),
         "max": ordered[-1],
     }
 
 
 class Digest:
-    """Counts of many numbers by size, from which mean, percentiles and maximum are read.
+    """Counts of many numbers by size, from which mean, std, percentiles and maximum are read.
 
     The numbers must not be negative.
     """
 
-    __slots__ = ("_buckets", "_count", "_fresh", "_largest", "_total")
+    __slots__ = ("_buckets", "_count", "_fresh", "_largest", "_squares", "_total")
 
     def __init__(self, values: Iterable[float] = ()) -> None:
         """Make a digest in which these values are counted."""
@@ -50,15 +55,20 @@ class Digest:
         self._fresh: list[float] = []  # not counted yet
         self._count = 0
         self._total = 0.0
+        self._squares = 0.0
         self._largest = 0.0
-        for value in values:
-            self.add(value)
+        self.extend(values)
 
     def add(self, value: float) -> None:
         """Count one more value in the digest."""
         self._fresh.append(value)
         if len(self._fresh) == _FRESH:
             self._count_fresh()
+
+    def extend(self, values: Iterable[float]) -> None:
+        """Count more values in the digest."""
+        for value in values:
+            self.add(value)
 
     def _count_fresh(self) -> None:
         if not self._fresh:
@@ -70,6 +80,7 @@ class Digest:
         self._count += len(values)
         # One after the other: the sum does not depend on how many are counted together.
         self._total = float(np.add.accumulate(np.concatenate(([self._total], values)))[-1])
+        self._squares = float(np.add.accumulate(np.concatenate(([self._squares], values * values)))[-1])
         self._largest = max(self._largest, float(values.max()))
 
     @property
@@ -107,11 +118,13 @@ class Digest:
         return self.largest
 
     def spread(self) -> dict[str, float | None]:
-        """Return mean, percentiles and maximum of the values; each is None when no value was counted."""
+        """Return mean, std, percentiles and maximum; each is None when no value was counted."""
         if not self.count:
-            return dict.fromkeys(("mean", *QUANTILES, "max"))
+            return dict.fromkeys(SPREAD)
+        mean = self.total / self.count
         return {
-            "mean": self.total / self.count,
+            "mean": mean,
+            "std": math.sqrt(max(0.0, self._squares / self.count - mean * mean)),
             **{name: self.percentile(share) for name, share in QUANTILES.items()},
             "max": self.largest,
         }

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from process.errors import ConfigError
+from simulation.report_file import outcome
 
 COLOURS: Mapping[str, str] = {
     # state: colour, from the bottom of the stack up
@@ -72,13 +73,6 @@ def fleet(report: Mapping[str, Any], path: Path, headline: str = "") -> None:
         if uncounted > 0.0:
             axes.axvspan(0.0, uncounted, color="white", alpha=0.6, linewidth=0, zorder=5)
     save(figure, path)
-
-
-def outcome(report: Mapping[str, Any]) -> str:
-    """Return what came of a run in one line."""
-    met, usd = report["objective"]["met_share"], report["cost_usd"]["total"]
-    said = [] if met is None else [f"{met:.{2 if met > 0.999 else 1}%} of requests in time"]
-    return ", ".join(said + ([] if usd is None else [f"${usd:,.2f}"])) or str(report["model"])
 
 
 def _unit(seconds: float) -> tuple[float, str]:

@@ -145,7 +145,7 @@ class RunCosts(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Counted:
-    """The requests of a run in figures; `latency_s` has a spread for route, ttft, tpot and e2e.
+    """The requests of a run in figures; `latency_s` has a spread for each latency of LATENCIES.
 
     missed_by: requests that did not keep the objective, by what they missed; None when it cannot be told.
     late_wait_s: how long those whose first token was late had waited for a lease. late_lane: requests that
@@ -195,8 +195,13 @@ class OverTime:
     fleet: Mapping[str, Any] | None = None
 
 
-def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
-    """Return the figures of these requests. Without streaming no first token is known, so none is judged."""
+def counted(
+    records: Sequence[Record], slo: Slo, *, streaming: bool, itl: Mapping[str, float | None] | None = None
+) -> Counted:
+    """Return the figures of these requests. Without streaming no first token is known, so none is judged.
+
+    itl: the spread of the seconds between two events of a stream.
+    """
     completed = [r for r in records if r.outcome == COMPLETED]
     # The first token takes its own time; the others share what is left. One token alone has no such time.
     tpot = (
@@ -230,6 +235,7 @@ def counted(records: Sequence[Record], slo: Slo, *, streaming: bool) -> Counted:
             "route": spread(r.route_s for r in completed),
             "ttft": spread(r.first_token_s for r in completed if r.first_token_s is not None),
             "tpot": spread(tpot),
+            "itl": spread(()) if itl is None else itl,
             "e2e": spread(r.end_s for r in completed),
         },
         missed_by=missed if streaming else None,
@@ -245,10 +251,11 @@ def build(
     why_no_costs: str | None = None,
     slo: Slo | None = None,
     fleet: Mapping[str, Any] | None = None,
+    itl: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """Return the report of a live run, everything that was measured, ready for JSON.
 
-    why_no_costs: the reason, needed where costs is None. fleet: as in OverTime.
+    why_no_costs: the reason, needed where costs is None. fleet: as in OverTime. itl: as in counted.
     """
     slo = slo or Slo()
     outcomes = OutcomesOverTime()
@@ -257,7 +264,7 @@ def build(
         outcomes.add(
             r.due_s, failed=failed, late=run.streaming and not failed and _missed(r, slo) is not None
         )
-    requests = counted(records, slo, streaming=run.streaming)
+    requests = counted(records, slo, streaming=run.streaming, itl=itl)
     driver = {
         "send_lag_s": spread(r.lag_s for r in records),
         "cpu_share": round(run.cpu_share, 4),
@@ -303,10 +310,7 @@ def assemble(
         "tokens": {"prompt": requests.prompt_tokens, "output": output_tokens},
         "latency_s": {name: dict(values) for name, values in requests.latency_s.items()},
         "objective": _objective(requests, slo),
-        "throughput": {
-            "requests_s": completed / seconds if seconds > 0 else None,
-            "output_tokens_s": output_tokens / seconds if seconds > 0 else None,
-        },
+        "throughput": _throughput(requests, seconds),
         **_money(costs, why_no_costs, completed, output_tokens),
         "scaling": _scaling(over_time.samples, costs),
         "over_time": {
@@ -315,6 +319,17 @@ def assemble(
         },
         "driver": None if driver is None else dict(driver),
     }
+
+
+def _throughput(requests: Counted, seconds: float) -> dict[str, float | None]:
+    missed = requests.missed_by
+    counts = {
+        "requests_s": requests.completed,
+        "output_tokens_s": requests.output_tokens,
+        "total_tokens_s": requests.prompt_tokens + requests.output_tokens,
+        "goodput_requests_s": None if missed is None else requests.sent - sum(missed.values()),
+    }
+    return {name: n / seconds if n is not None and seconds > 0 else None for name, n in counts.items()}
 
 
 def _objective(requests: Counted, slo: Slo) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simulation.figures import QUANTILES
+from simulation.figures import SPREAD
 from simulation.report import FAILURES, Sample
+from simulation.report_words import LATENCIES, WORDS
 
 WIDTH = 100
 """Columns of the table: a common terminal is at least as wide."""
@@ -37,6 +38,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines += [*_costs(report), ""]
     lines += [*_scaled(report), ""]
     lines += _driver(report)
+    lines += ["", *(_fit(f"{name:20}{meaning}") for name, meaning in WORDS.values())]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -61,9 +63,12 @@ def _requests(report: Mapping[str, Any]) -> list[str]:
             "tokens", f"{tokens['prompt']:,} in", f"{tokens['output']:,} out", "as the model servers counted"
         ),
         _row(
-            "throughput", f"{_figure(speed['requests_s'])} requests/s", f"{_figure(speed['output_tokens_s'])}"
-        )
-        + " output tokens/s",
+            "throughput",
+            f"{_figure(speed['requests_s'])} requests/s",
+            f"goodput {_figure(speed['goodput_requests_s'])}",
+            f"{_figure(speed['output_tokens_s'])} output tokens/s",
+            f"{_figure(speed['total_tokens_s'])} with prompts",
+        ),
     ]
     lines += [
         _row("failed" if n == 0 else "", f"{count:,} {kind}: {FAILURES.get(kind, 'a kind without a name')}")
@@ -78,15 +83,15 @@ def _requests(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-_LATENCIES = {"route": "route", "ttft": "first token", "tpot": "per output token", "e2e": "whole"}
+_SHOWN = {"ttft": "first token", "tpot": "per token", "itl": "between tokens", "e2e": "whole answer"}
 
 
 def _latencies(report: Mapping[str, Any]) -> list[str]:
-    columns = ("mean", *QUANTILES, "max")
-    lines = [f"{'latency, s':18}" + "".join(f"{c:>11}" for c in columns)]
-    for key, title in _LATENCIES.items():
+    lines = [f"{'latency, s':20}" + "".join(f"{c:>11}" for c in SPREAD)]
+    for key, (name, _) in LATENCIES.items():
         values = report["latency_s"][key]
-        lines.append(f"{title:18}" + "".join(f"{_figure(values[c]):>11}" for c in columns))
+        title = f"{name:5}{_SHOWN.get(key, '')}"
+        lines.append(f"{title:20}" + "".join(f"{_figure(values[c]):>11}" for c in SPREAD))
     if not report["streaming"]:
         lines.append("not streamed, so there is no time of a first token")
     return lines

@@ -7,18 +7,15 @@ that stands in it, and be shown in no frame.
 import functools
 import secrets
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import ParamSpec
 
 from flask import Flask, Response, request
 
 from fleet_client.bearer import bearer_is
 from web.answers import error
+from web.page_bundle import FOLDER, UPLOT
 
 P = ParamSpec("P")
-
-FOLDER = Path(__file__).parent / "page"
-UPLOT = "vendor/uplot-1.6.32"
 
 KINDS: Mapping[str, str] = {
     "page.css": "text/css",

@@ -58,6 +58,7 @@ class SimConfig(Workload):
         AUTO, "with --trace: of times in the log that are numbers and do not say it", choices=(AUTO, *UNITS)
     )
     json: Path | None = flag(None, "write the report to this file, as JSON")
+    html: Path | None = flag(None, "write the report to this file, as a page that needs nothing else")
     local: bool = flag(False, "start everything on this machine, and end it after the run")
     engine: str = flag("paced", "with --local: what answers", choices=tuple(ENGINES))
     instances: int = flag(
@@ -89,4 +90,5 @@ class SimConfig(Workload):
         if self.base_num_users * self.num_iterations * max(self.load_schedule) > MOST_DRAWS:
             raise ConfigError("--base-num-users × --num-iterations: wanted at most 100 million draws in all")
         check_output("--json", self.json)
+        check_output("--html", self.html)
         return self

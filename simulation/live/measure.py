@@ -148,7 +148,8 @@ async def _measure(
         cpu_share=took.cpu_share,
         ends_untold=transport.untold,
     )
-    return report.build(about, driver.records, sampler.samples, costs, why, fleet=fleet)
+    itl = driver.between_tokens.spread()
+    return report.build(about, driver.records, sampler.samples, costs, why, fleet=fleet, itl=itl)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fleet_client import AsyncAnswer, AsyncFleetTransport, Call, ClientLease, Ti
 from fleet_client.back_off import back_off_s
 from instance_client import BrokenOff, read_answer, read_stream
 from process.errors import InstanceError
+from simulation.figures import Digest
 from simulation.live.workload import Arrival, Workload, body_of
 from simulation.report import COMPLETED, Record
 
@@ -79,7 +80,8 @@ def _no_lease(call: Call, answer: AsyncAnswer) -> TryResult:
 class Driver:
     """Sends the planned requests when they are due and keeps a record of each.
 
-    first_tokens: seconds to the first token of the latest answers, for the live display only.
+    first_tokens: seconds to the first token of the latest answers, for the live display only. between_tokens:
+    seconds between two events of the streams that came to their end.
     """
 
     def __init__(self, load: Workload, transport: AsyncFleetTransport) -> None:
@@ -91,6 +93,7 @@ class Driver:
         self.in_flight = 0
         self.outcomes: Counter[str] = Counter()
         self.first_tokens: deque[float] = deque(maxlen=1000)
+        self.between_tokens = Digest()
         self.seen_addresses: set[str] = set()
         self.begun = 0.0
         self._load = load
@@ -218,9 +221,10 @@ class Driver:
         if 400 <= answer.status < 500:
             return TryResult("rejected", lease.instance_id, final=True)
         failure = "broken_off"
+        gaps_s: list[float] = []
         try:
             if answer.status == 200 and self._load.streaming:
-                done = await read_stream(lease.address, aiter(answer))
+                done = await read_stream(lease.address, aiter(answer), gaps_s)
             elif answer.status == 200:
                 done = read_answer(lease.address, b"".join([chunk async for chunk in answer]))
             else:
@@ -236,6 +240,7 @@ class Driver:
             answer.fail(failure)
             return _setback(call, failure)
         first_s = done.first_token_s - due if self._load.streaming else None
+        self.between_tokens.extend(gaps_s)
         record.complete(done.prompt_tokens, done.completion_tokens, first_s, done.end_s - due)
         if first_s is not None:
             self.first_tokens.append(first_s)

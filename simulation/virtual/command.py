@@ -27,7 +27,7 @@ from localcloud.offers_file import read_machines
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
 from simulation import plots, report, report_table
-from simulation.report_file import check_output, write_report
+from simulation.report_file import check_output, write_page, write_report
 from simulation.traces import logs, synthetic
 from simulation.traces.reading import read
 from simulation.traces.request import ReadNotes, Request
@@ -149,6 +149,7 @@ class VirtualConfig:
         0, "number from which everything is drawn", least=0, most=2**63 - 1, shown="random, and printed"
     )
     json: Path | None = flag(None, "write the report to this file, as JSON")
+    html: Path | None = flag(None, "write the report to this file, as a page that needs nothing else")
     plot: Path | None = flag(None, "draw the fleet over time into this file, as PNG")
     quiet: bool = flag(False, "print no progress, only the report")
 
@@ -161,6 +162,7 @@ class VirtualConfig:
         within("--hot", self.hot or 0, 0, self.max_instances)
         get_profile(self.profile)
         check_output("--json", self.json)
+        check_output("--html", self.html)
         check_output("--plot", self.plot)
         return self
 
@@ -243,6 +245,7 @@ def report_of(
             "route": o.route.spread(),
             "ttft": o.first_token.spread(),
             "tpot": o.per_token.spread(),
+            "itl": o.between_tokens,
             "e2e": o.whole.spread(),
         },
         missed_by=dict(sorted(o.missed_why.items())),
@@ -398,4 +401,5 @@ def main(argv: Sequence[str]) -> int:
     found = carry_out(config)
     print(table(found))
     write_report(found, config.json)
+    write_page(found, config.html)
     return 0 if not found["requests"]["failed"] else 1

@@ -9,7 +9,7 @@ from fleet.costs import CostBreakdown
 from fleet.history import FleetSample, columns, joined
 from fleet.instance import Instance
 from policies import Policy
-from simulation.figures import Digest
+from simulation.figures import SPREAD, Digest
 from simulation.outcomes_over_time import OutcomesOverTime
 from simulation.report import FAILED, LATE, OverTime, Sample
 
@@ -25,7 +25,8 @@ class RequestFigures:
     """Figures of the requests that arrived in the scored part of a run; `cut` is of the whole run.
 
     missed: requests that did not keep the objective, those that failed among them. late: requests that the
-    loadbalancer had put behind the others.
+    loadbalancer had put behind the others. later_s, later_tokens: seconds from the first token to the end,
+    summed up, and the tokens after the first.
     """
 
     requests: int = 0
@@ -45,6 +46,14 @@ class RequestFigures:
     whole: Digest = field(default_factory=Digest)
     route: Digest = field(default_factory=Digest)
     late_wait: Digest = field(default_factory=Digest)
+    later_s: float = 0.0
+    later_tokens: int = 0
+
+    @property
+    def between_tokens(self) -> dict[str, float | None]:
+        """The time between two tokens: its mean over all tokens; the single ones are not looked at."""
+        mean = self.later_s / self.later_tokens if self.later_tokens else None
+        return dict.fromkeys(SPREAD) | {"mean": mean}
 
     @property
     def missed_share(self) -> float:
@@ -67,6 +76,8 @@ class RequestFigures:
         self.route.add(waited_s)
         if output > 1:
             self.per_token.add((whole_s - first_s) / (output - 1))
+            self.later_s += whole_s - first_s
+            self.later_tokens += output - 1
         if missed is not None:
             self.missed += 1
             self.missed_why[missed] += 1

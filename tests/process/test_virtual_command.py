@@ -58,6 +58,17 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert len(path.read_bytes()) > 10_000
 
 
+def test_the_report_is_a_page_too_and_it_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.html"
+    run(tmp_path, "--html", str(path))
+    assert f"the report as a page: {path.as_uri()}" in capsys.readouterr().err
+    page = path.read_text()
+    assert page.count("<script") == 3
+    assert '"over_time":{"requests":{"width_s":' in page
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -72,6 +83,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         (("--trace", SMALL, "--hazards", "outbid_h=1"), "only interruptible instances are outbid"),
         (("--trace", SMALL, "--pool", "999"), "--pool 999: wanted 0 to 200"),
         (("--trace", SMALL, "--json", "/no/where.json"), "--json /no/where.json: there is no directory /no"),
+        (("--trace", SMALL, "--html", "/no/where.html"), "--html /no/where.html: there is no directory /no"),
         (("--trace", SMALL, "--seed", "-1"), "--seed -1: wanted 0 to"),
         (("--trace", SMALL, "--what"), "unrecognized arguments: --what"),
     ],

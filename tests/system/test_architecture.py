@@ -82,6 +82,7 @@ ALLOWED: dict[str, set[str]] = {
         "process",
         "vast.rows",
         "web.messages",
+        "web.page_bundle",
     },
     # what the terminals run
     "autoscaler_server": {

@@ -1,19 +1,34 @@
-/* The three charts: one cursor and one zoom go through all of them. */
+/* The charts of the operator's page and of a run's report: one cursor and one zoom go through all of them. */
 
 import uPlot from "/page/vendor/uplot-1.6.32/uPlot.esm.js";
-import { clock, dollars, number, span } from "/page/words.js";
+import { clock, dollars, number, since, span } from "/page/words.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const stepped = uPlot.paths.stepped({ align: 1 });
 const together = uPlot.sync("fleet");
 
+/* Room at the right of each chart, for a second axis where there is one: times stand below each other. */
+const RIGHT = 52;
+
 /* From the top of the stack to its bottom: each is drawn over the one before. */
 const STACK = ["cold", "booting", "draining", "hot"];
 
+/* How times are said: by the clock of a fleet that runs, or as seconds since a run began. */
+export const BY_CLOCK = { scale: { time: true }, tick: (t) => (t % 60 ? clock(t) : clock(t).slice(0, 5)), say: clock };
+export const SINCE_START = {
+  scale: { time: false },
+  tick: since,
+  say: since,
+  incrs: [1, 5, 10, 30, 60, 300, 600, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 604800],
+};
+
 export class Charts {
-  constructor(onZoom) {
+  /* counts: what became of the requests by when they came, as a report has it; only then they are drawn. */
+  constructor(onZoom, times = BY_CLOCK, counts = null) {
     this.marked = null;
     this.onZoom = onZoom;
+    this.times = times;
+    this.counts = counts;
     this.plots = [];
     this.data = null;
     new ResizeObserver(() => this.resize()).observe(document.getElementById("c-fleet"));
@@ -27,25 +42,29 @@ export class Charts {
     if (anew || !this.plots.length) {
       for (const plot of this.plots) plot.destroy();
       this.plots = [this.fleet(), this.waiting(), this.dollars()];
+      if (this.counts) this.plots.push(this.requests());
     }
-    const [fleet, waiting, money] = this.plots;
+    const [fleet, waiting, money, requests] = this.plots;
     const x = history.at_s;
     let below = x.map(() => 0);
     const stacked = {};
     for (const name of [...STACK].reverse()) stacked[name] = below = history[name].map((n, i) => n + below[i]);
     /* What was before the first sample is not known; a short past is not drawn as a long one. */
     const scale = { min: Math.max(history.from, Math.min(x[0] ?? history.from, history.to - 60)), max: history.to };
+    const [cold, booting, draining, hot] = STACK.map((name) => stacked[name]);
+    const over = history.offered.map((load, i) => (load > draining[i] ? load : null));
     for (const [plot, columns] of [
-      [fleet, [...STACK.map((name) => stacked[name]), history.wanted_hot, history.offered]],
-      [waiting, [history.held, history.oldest_wait_s]],
-      [money, [history.usd_h]],
+      [fleet, [x, cold, booting, over, draining, hot, history.wanted_hot, history.offered]],
+      [waiting, [x, history.held, history.oldest_wait_s]],
+      [money, [x, history.usd_h]],
+      ...(requests ? [[requests, this.rates()]] : []),
     ]) {
-      plot.setData([x, ...columns], false);
+      plot.setData(columns, false);
       plot.batch(() => {
         plot.setScale("x", scale);
         for (const name of Object.keys(plot.scales)) if (name !== "x") plot.setScale(name, { min: null, max: null });
       });
-      if (plot.cursor.idx == null && x.length) plot.setLegend({ idx: x.length - 1 });
+      if (plot.cursor.idx == null && columns[0].length) plot.setLegend({ idx: columns[0].length - 1 });
     }
   }
 
@@ -68,10 +87,11 @@ export class Charts {
     return new uPlot({
       width: at.clientWidth || 600,
       height,
+      padding: [null, axes.some((a) => a.side === 1) ? 0 : RIGHT, null, null],
       cursor: { sync: { key: together.key, setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
-      scales: { x: { time: true }, ...scales },
-      axes: [{ ...axis, values: (_, times) => times.map((t) => (t % 60 ? clock(t) : clock(t).slice(0, 5))), space: 80 }, ...axes.map((more) => ({ ...axis, size: 64, ...more }))],
-      series: [{ label: "time", value: (_, v) => (v == null ? "–" : clock(v)) }, ...series],
+      scales: { x: this.times.scale, ...scales },
+      axes: [{ ...axis, values: (_, at) => at.map(this.times.tick), space: 80, ...(this.times.incrs && { incrs: this.times.incrs }) }, ...axes.map((more) => ({ ...axis, size: 64, ...more }))],
+      series: [{ label: "time", value: (_, v) => (v == null ? "–" : this.times.say(v)) }, ...series],
       hooks: {
         draw: [(plot) => this.drawMark(plot)],
         setSelect: [(plot) => {
@@ -115,7 +135,15 @@ export class Charts {
       { label: "load offered", stroke: colour("load"), width: 2, points: { show: false } },
     ];
     for (const s of lines) s.value = (_, v) => number(v, 2);
-    return this.make("c-fleet", 260, [...areas, ...lines], [{ label: "instances" }], {
+    /* Seen where it is above what is hot: more arrives than can be served. */
+    areas.splice(2, 0, {
+      label: "too much load",
+      fill: colour("lost"),
+      width: 0,
+      points: { show: false },
+      value: (_, v, __, i) => (v == null ? "–" : number(v - this.data.hot[i] - this.data.draining[i], 2)),
+    });
+    return this.make("c-fleet", 260, [...areas, ...lines], [{ label: "instances", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000] }], {
       y: { range: (_, __, most) => [0, Math.max(2, Math.ceil((most || 0) * 1.08))] },
     });
   }
@@ -125,7 +153,24 @@ export class Charts {
     return this.make("c-wait", 150, [
       { label: "requests waiting", scale: "y", stroke: colour("booting"), fill: colour("booting") + "33", width: 1.5, paths: stepped, points: { show: false }, value: (_, v) => number(v) },
       { label: "longest wait", scale: "s", stroke: colour("draining"), width: 1.5, points: { show: false }, value: (_, v) => span(v) },
-    ], [{ label: "requests" }, { label: "seconds", scale: "s", side: 1, grid: { show: false } }], { y: positive, s: positive });
+    ], [{ label: "requests" }, { label: "seconds", scale: "s", side: 1, size: RIGHT - 16, labelSize: 16, grid: { show: false } }], { y: positive, s: positive });
+  }
+
+  /* Rates from counts in equal parts of the time, stacked: each step goes on to the next. */
+  rates() {
+    const { width_s: width, in_time: good, late, failed } = this.counts;
+    const steps = (counts) => [...counts, counts.at(-1) ?? 0].map((n) => n / width);
+    const bottom = steps(good), middle = steps(good.map((n, i) => n + late[i]));
+    const top = steps(good.map((n, i) => n + late[i] + failed[i]));
+    return [top.map((_, i) => i * width), top, middle, bottom];
+  }
+
+  requests() {
+    const said = (names) => (_, __, ___, i) => (i == null ? "–" : number(this.counts[names][Math.min(i, this.counts[names].length - 1)] / this.counts.width_s, 2));
+    const area = (label, name, fill) => ({ label, fill: colour(fill), width: 0, paths: stepped, points: { show: false }, value: said(name) });
+    return this.make("c-requests", 150, [area("failed", "failed", "lost"), area("served late", "late", "draining"), area("served in time", "in_time", "hot")], [{ label: "requests / s" }], {
+      y: { range: (_, __, most) => [0, Math.max(0.1, (most || 0) * 1.08)] },
+    });
   }
 
   dollars() {

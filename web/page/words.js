@@ -18,5 +18,12 @@ export function span(seconds) {
   return `${Math.round(seconds / 86400)} days`;
 }
 
+/* A time since the start of a run: 1:02:03, or 2:03 within the first hour. */
+export function since(seconds) {
+  const two = (n) => String(n).padStart(2, "0");
+  const all = Math.round(seconds), h = Math.floor(all / 3600), m = Math.floor(all / 60) % 60;
+  return h ? `${h}:${two(m)}:${two(all % 60)}` : `${m}:${two(all % 60)}`;
+}
+
 export const clock = (epochS) => new Date(epochS * 1000).toLocaleTimeString("en-GB");
 export const moment = (epochS) => new Date(epochS * 1000).toLocaleString("en-GB");

@@ -5,7 +5,7 @@ import itertools
 import json
 import pickle
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -22,6 +22,7 @@ from instance_client import (
     Stream,
     TokenUsage,
     error_message,
+    read_stream,
     request_id,
 )
 from process.errors import InstanceError
@@ -190,6 +191,24 @@ def test_a_stream_without_its_end_has_broken_off() -> None:
         stream.feed(whole)
         with pytest.raises(BadField, match="has no"):
             stream.end()
+
+
+def test_the_gaps_between_events_are_told_one_for_each_after_the_first() -> None:
+    """Two that come together are 0 s apart; what says the usage and the end is no event of a completion."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield token_event()
+        yield token_event() + token_event()
+        await asyncio.sleep(0.02)
+        yield token_event() + USAGE
+        yield DONE
+
+    gaps_s: list[float] = []
+    done = asyncio.run(read_stream("http://i", chunks(), gaps_s))
+    assert len(gaps_s) == 3
+    assert gaps_s[1] == 0.0
+    assert gaps_s[0] < 0.02 <= gaps_s[2]
+    assert sum(gaps_s) <= done.end_s - done.first_token_s
 
 
 # -- over a socket -------------------------------------------------------------------------------------

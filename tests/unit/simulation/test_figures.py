@@ -26,12 +26,12 @@ def test_percentiles_are_those_of_numpy() -> None:
 
 
 def test_a_spread_of_nothing_is_null_everywhere() -> None:
-    assert spread([]) == dict.fromkeys(("mean", "p50", "p90", "p95", "p99", "max"))
+    assert spread([]) == dict.fromkeys(("mean", "std", "p50", "p90", "p95", "p99", "max"))
 
 
 def test_a_spread_is_of_the_values_in_any_order() -> None:
     assert spread([3.0, 1.0, 2.0]) == pytest.approx(
-        {"mean": 2.0, "p50": 2.0, "p90": 2.8, "p95": 2.9, "p99": 2.98, "max": 3.0}
+        {"mean": 2.0, "std": (2.0 / 3.0) ** 0.5, "p50": 2.0, "p90": 2.8, "p95": 2.9, "p99": 2.98, "max": 3.0}
     )
 
 

@@ -88,10 +88,25 @@ def test_requests_are_counted_by_what_became_of_them() -> None:
 def test_tokens_and_latencies_are_of_completed_requests() -> None:
     found = whole()
     assert found["tokens"] == {"prompt": 400, "output": 32}
-    assert found["throughput"] == {"requests_s": 0.2, "output_tokens_s": 3.2}
+    # One of three kept the objective: the second was slow, the third failed.
+    assert found["throughput"] == {
+        "requests_s": 0.2,
+        "output_tokens_s": 3.2,
+        "total_tokens_s": pytest.approx(43.2),
+        "goodput_requests_s": 0.1,
+    }
     means = {name: found["latency_s"][name]["mean"] for name in ("route", "ttft", "tpot", "e2e")}
     # per output token: (2.5 - 0.5) / 20 = 0.1 and (3.5 - 1.5) / 10 = 0.2
     assert means == pytest.approx({"route": 0.02, "ttft": 1.0, "tpot": 0.15, "e2e": 3.0})
+
+
+def test_each_figure_is_named_as_by_vllm_bench_and_defined_in_one_line() -> None:
+    text = table(whole())
+    for name in ("TTFT", "TPOT", "ITL", "E2EL", "goodput", "std"):
+        lines = [line for line in text.splitlines() if line.startswith(f"{name:20}")]
+        assert len(lines) == 1, name
+        assert not lines[0].endswith("…"), name
+    assert "TTFT first token          1.000     0.5000" in text
 
 
 def test_dollars_are_per_completed_request_and_per_token_given() -> None:
@@ -127,14 +142,14 @@ def test_scaling_has_counts_times_and_states_over_time() -> None:
 def test_the_keys_that_others_rely_on_are_there(costs: dict[str, Any] | None) -> None:
     known = costs_of(costs) if costs else None
     found = json.loads(json.dumps(build(run(), RECORDS, SAMPLES, known, "not there")))
-    spread_keys = {"mean", "p50", "p90", "p95", "p99", "max"}
+    spread_keys = {"mean", "std", "p50", "p90", "p95", "p99", "max"}
     wanted = {
         "requests": {"sent", "completed", "failed", "retried"},
         "throughput": {"requests_s", "output_tokens_s"},
         "cost_usd": {"total", "hot_working", "hot_idle", "loading", "stopped", "if_all_hot"},
         "cost": {"usd_per_1k_requests", "usd_per_1m_output_tokens", "utilisation"},
         "scaling": {"starts", "stops", "creates", "destroys", "order_to_hot_s", "over_time"},
-        "latency_s": {"route", "ttft", "tpot", "e2e"},
+        "latency_s": {"route", "ttft", "tpot", "itl", "e2e"},
         "tokens": {"prompt", "output"},
     }
     for part, keys in wanted.items():
@@ -221,6 +236,10 @@ def test_an_empty_run_has_a_table_too() -> None:
     text = table(build(run(duration_s=0.0), [], [], costs_of({**COSTS, "order_to_hot_s": []})))
     assert "0 sent" in text
     assert "nothing became hot in the run" in text
+
+
+def test_without_streaming_there_is_no_goodput() -> None:
+    assert whole(streaming=False)["throughput"]["goodput_requests_s"] is None
 
 
 def test_an_interrupted_run_and_one_not_streamed_say_so() -> None:
