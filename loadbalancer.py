@@ -351,7 +351,7 @@ class LoadBalancer:
 
     def usage(self, now: float, name: str = "") -> BusyReport:
         """Return how busy the instances are, for the autoscaler. name: of this loadbalancer."""
-        return measure(name, self.instances, self.queue, self._demand, len(self.leases), self.slo, now)
+        return measure(name, self.instances, self.queue, self._demand, self.leases, self.paces, now)
 
     def describe(self, now: float) -> dict[str, Any]:
         """Return the figures of the whole that an operator may see, without those of each instance."""

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median, median_low
 
+from dispatch.answer_times import AnswerTimes
 from dispatch.hot_instances import HotInstances
 from dispatch.instance import ServingInstance
 from dispatch.instance_failures import InstanceFailures
@@ -126,7 +127,8 @@ class ClientPaces:
         self._instances = instances
         self._leases = leases
         self._failures = failures
-        self._slo = slo
+        self.slo = slo
+        self.times = AnswerTimes(slo)
         self._paces: dict[int, InstancePace] = {}  # by instance; the latest heard of last
         self._fresh: set[int] = set()  # heard of since the last tick
         self._clients: dict[str, deque[float]] = {}  # when each met its last answers; the latest last
@@ -143,6 +145,7 @@ class ClientPaces:
         lease = self._leases.take_pace(request_id, client)
         if lease is None:
             return
+        self.times.add(lease, first_s, rest_s, pieces)
         due_s, each_due_s = self._due_s(lease)
         if not pieces:
             whole_s = due_s + lease.row.item(LEFT) * each_due_s
@@ -159,10 +162,10 @@ class ClientPaces:
 
     def _due_s(self, lease: Lease) -> tuple[float, float]:
         """Return in how many seconds the first part of an answer is due, and each other one."""
-        first_s = self._slo.first_token_limit_s(lease.row.item(PROMPT)) / SLOW_RATIO
+        first_s = self.slo.first_token_limit_s(lease.row.item(PROMPT)) / SLOW_RATIO
         return (
             max(WAY_S + lease.first_token_s + lease.token_s, first_s),
-            max(lease.token_s, self._slo.output_token_s / SLOW_RATIO),
+            max(lease.token_s, self.slo.output_token_s / SLOW_RATIO),
         )
 
     def _note(self, lease: Lease, took_s: tuple[float, ...], due_s: tuple[float, ...], now: float) -> None:

@@ -34,6 +34,8 @@ class Lease:
     first_token_s: float = 0.0  # after it was given, as is expected
     token_s: float = 0.0  # from one token to the next, by what was told of the instance
     pace_told: bool = False  # its client has told how fast the answer came
+    priority: int = 1
+    waited_s: float = 0.0  # its request, before it was given
 
     @property
     def address(self) -> str:
@@ -43,6 +45,10 @@ class Lease:
     def expect(self, first_token_s: float, token_s: float) -> None:
         """Note in how many seconds after the lease was given its first token is due, and then each other."""
         self.first_token_s, self.token_s = first_token_s, token_s
+
+    def note_wait(self, waited_s: float) -> None:
+        """Note for how long its request had waited when it was given."""
+        self.waited_s = waited_s
 
     def tell_pace(self) -> None:
         """Note that its client has told how fast the answer came."""

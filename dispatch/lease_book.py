@@ -111,6 +111,7 @@ class LeaseBook:
             row,
             ask.client,
             inst.room_of(ask.work, row),
+            priority=ask.priority,
         )
         if not inst.leases:
             self.working += 1

@@ -89,7 +89,7 @@ class RequestQueue:
         self.most = most
         self.late_bound_s = late_bound_s
         self.held = 0
-        self.low = 0  # of those, of low priority
+        self.held_of = [0, 0, 0]  # of those, by priority
         self.work = 0.0
         self.prompt_tokens = 0
         self.late = 0
@@ -133,7 +133,7 @@ class RequestQueue:
         fleet's work.
         """
         low, turns = ask.priority == LOW, self._turns
-        if self.held >= self.most or (low and self.low >= LOW_SHARE * self.most):
+        if self.held >= self.most or (low and self.held_of[LOW] >= LOW_SHARE * self.most):
             return None
         if ask.client and turns.held(ask.client) >= HELD_RATIO * (self.most - self.held):
             return None
@@ -141,7 +141,7 @@ class RequestQueue:
         self._trim()
         turns.join(ask.client)
         self.held += 1
-        self.low += low
+        self.held_of[ask.priority] += 1
         self.work += ask.work
         self.prompt_tokens += ask.prompt_tokens
         self.came.append(queued)
@@ -177,7 +177,7 @@ class RequestQueue:
             return
         queued.leave()
         self.held -= 1
-        self.low -= queued.ask.priority == LOW
+        self.held_of[queued.ask.priority] -= 1
         self.work = self.work - queued.ask.work if self.held else 0.0
         self.prompt_tokens -= queued.ask.prompt_tokens
         self._overdue -= queued.overdue

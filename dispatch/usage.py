@@ -3,13 +3,13 @@
 from typing import Any
 
 from dispatch.circuit_breaker import CircuitState
+from dispatch.client_paces import ClientPaces
 from dispatch.demand_counter import DemandCounter
 from dispatch.hot_instances import HotInstances
 from dispatch.instance import ServingInstance
 from dispatch.instance_failures import InstanceFailures
 from dispatch.lease_book import LeaseBook
 from dispatch.request_queue import RequestQueue
-from engine.slo import Slo
 from web.messages.busy import MAX_INSTANCES, MAX_WORK, BusyReport, InstanceUse, TrafficReport
 
 
@@ -18,14 +18,15 @@ def measure(
     instances: HotInstances,
     queue: RequestQueue,
     demand: DemandCounter,
-    in_flight: int,
-    slo: Slo,
+    leases: LeaseBook,
+    paces: ClientPaces,
     now: float,
 ) -> BusyReport:
     """Return the busy report of a loadbalancer, for the autoscaler. name: of the loadbalancer.
 
-    in_flight: its unfinished leases. Sums that rounding took below 0 are given as 0.
+    Sums that rounding took below 0 are given as 0.
     """
+    slo = paces.slo
     uses: dict[int, InstanceUse] = {}
     shares = 0.0
     for inst in instances:
@@ -59,7 +60,7 @@ def measure(
         traffic=TrafficReport(
             prompt_tokens=demand.prompt_tokens,
             output_tokens=max(0.0, demand.output_tokens),
-            in_flight=in_flight,
+            in_flight=len(leases),
             late=queue.late,
             held_prompt_tokens=queue.prompt_tokens,
             oldest_wait_s=queue.oldest_wait_s(now),
@@ -67,7 +68,9 @@ def measure(
             first_token_s=slo.first_token_s,
             prompt_token_s=slo.prompt_token_s,
             late_bound_s=queue.late_bound_s,
+            held_by_priority=(queue.held_of[0], queue.held_of[1], queue.held_of[2]),
         ),
+        answers=paces.times.report(),
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.slo import Slo
+from fleet.answer_window import AnswerWindow
 from fleet.arrivals import ARRIVING_S, ArrivalHistory, ArrivalSums
 from policies import Traffic
 from process.safe_text import safe_text
@@ -60,6 +61,7 @@ class Demand:
         self.saturation = Saturation()
         self.arrivals = 0
         self.turned_late = 0  # of what arrived: too late for the objective already at a loadbalancer
+        self.answers = AnswerWindow()
         self.slo = Slo()  # as the last report had them
         self.late_bound_s: float | None = LATE_BOUND_S
         self._no_balancers = no_balancers
@@ -103,6 +105,7 @@ class Demand:
             max(0.0, report.traffic.output_tokens - before.traffic.output_tokens),
         )
         self.turned_late += max(0, report.traffic.turned_late - before.traffic.turned_late)
+        self.answers.add(before.answers, report.answers)
         self.history.add(more, at, now)
         if more.requests:
             self._total.add(more)
@@ -182,6 +185,13 @@ class Demand:
     def held(self) -> int:
         """How many requests wait at the loadbalancers heard of lately."""
         return sum(r.held for _, r in self._last.values())
+
+    @property
+    def held_by_priority(self) -> tuple[int, int, int]:
+        """How many requests of high, normal and low priority wait at the loadbalancers heard of lately."""
+        waiting = [r.traffic.held_by_priority for _, r in self._last.values()]
+        high, normal, low = (sum(some) for some in zip(*waiting, strict=True)) if waiting else (0, 0, 0)
+        return high, normal, low
 
     @property
     def reporting(self) -> bool:

@@ -10,8 +10,9 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
+from fleet.answer_window import SHARES, AnswerQuantiles
 from fleet.demand import Demand
 from fleet.instance import Instance
 from fleet.journal import Decision
@@ -50,7 +51,9 @@ class FleetSample:
     wanted_hot, wanted_total: what the policy asked for, inside the limits. offered: arriving work, in
     instances' worth of capacity, without what waits. busy: the same of what is being served. held: requests
     that wait; oldest_wait_s: the longest of them so far. arrived, late: requests since the start of this
-    process, and how many of them could not be in time. usd_h: what all instances cost now.
+    process, and how many of them could not be in time. usd_h: what all instances cost now. answers,
+    answers_late: of the last minute, by what clients told; first_, token_, whole_: percentiles of theirs in
+    seconds (fleet/answer_window.py), None without answers. held_high, held_normal, held_low: of held.
     """
 
     at_s: float
@@ -68,12 +71,28 @@ class FleetSample:
     arrived: int
     late: int
     usd_h: float
+    answers: int = 0
+    answers_late: int = 0
+    first_p50: float | None = None
+    first_p95: float | None = None
+    first_p99: float | None = None
+    token_p50: float | None = None
+    token_p95: float | None = None
+    token_p99: float | None = None
+    whole_p50: float | None = None
+    whole_p95: float | None = None
+    whole_p99: float | None = None
+    held_high: int = 0
+    held_normal: int = 0
+    held_low: int = 0
 
 
 NAMES = tuple(f.name for f in fields(FleetSample))
 """Names of the columns, in the ledger and in `GET /history`."""
 
-_PEAKS = frozenset({"held", "oldest_wait_s", "lost", "arrived", "late"})
+HELD_BY = ("held_high", "held_normal", "held_low")
+
+_PEAKS = frozenset({"held", "oldest_wait_s", "lost", "arrived", "late", *HELD_BY})
 """Of several samples drawn as one point the largest is shown: a mean would hide a short wait."""
 
 
@@ -167,10 +186,19 @@ def take_sample(decision: Decision, fleet: Fleet, demand: Demand, history: Histo
         arrived=demand.arrivals,
         late=demand.turned_late,
         usd_h=round(sum(i.price_usd_h for i in fleet), 6),
+        **_answers(demand.answers.lately(decision.at)),
+        **dict(zip(HELD_BY, demand.held_by_priority, strict=True)),
     )
 
 
-def columns(samples: Sequence[FleetSample], points: int) -> dict[str, list[float]]:
+def _answers(lately: AnswerQuantiles) -> dict[str, Any]:
+    found: dict[str, Any] = {"answers": lately.answers, "answers_late": lately.late}
+    for name, seconds in (("first", lately.first_token), ("token", lately.token), ("whole", lately.whole)):
+        found |= {f"{name}_p{round(share * 100)}": s for share, s in zip(SHARES, seconds, strict=True)}
+    return found
+
+
+def columns(samples: Sequence[FleetSample], points: int) -> dict[str, list[float | None]]:
     """Return samples as lists by field, of at most `points` values, evenly over the time of the samples."""
     if not samples:
         return {name: [] for name in NAMES}
@@ -187,8 +215,11 @@ def joined(samples: Sequence[FleetSample]) -> FleetSample:
     return FleetSample(**{name: _drawn(samples, name) for name in NAMES})  # type: ignore[arg-type]
 
 
-def _drawn(group: Sequence[FleetSample], name: str) -> float:
-    values = [float(getattr(sample, name)) for sample in group]
+def _drawn(group: Sequence[FleetSample], name: str) -> float | None:
+    values = [float(value) for sample in group if (value := getattr(sample, name)) is not None]
+    if not values:
+        return None
     if name == "at_s":
         return values[-1]
-    return max(values) if name in _PEAKS else round(sum(values) / len(values), 4)
+    is_peak = name in _PEAKS or name.endswith(("_p95", "_p99"))
+    return max(values) if is_peak else round(sum(values) / len(values), 4)

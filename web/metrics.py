@@ -55,15 +55,18 @@ def histogram(
     bounds: Sequence[float],
     counts: Mapping[str, tuple[Sequence[int], float]],
     label: str = "",
+    always: Mapping[str, str] | None = None,
 ) -> Family:
     """Return a histogram of durations for Prometheus, for each value of a label.
 
     bounds: upper ends of the buckets, seconds, ascending. counts: label's value -> (durations in each bucket,
     and last those above the highest bound; the sum of all in seconds); without a label its one key is "".
+    always: further labels, with one value each.
     """
-    family = HistogramMetricFamily(name, says, labels=(label,) if label else ())
+    fixed = dict(always or {})
+    family = HistogramMetricFamily(name, says, labels=(*fixed, *((label,) if label else ())))
     ends = [*(str(bound) for bound in bounds), "+Inf"]
     for value, (in_buckets, sum_s) in counts.items():
         buckets = list(zip(ends, accumulate(in_buckets), strict=True))
-        family.add_metric((value,) if label else (), buckets, sum_s)
+        family.add_metric((*fixed.values(), *((value,) if label else ())), buckets, sum_s)
     return family

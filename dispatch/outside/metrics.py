@@ -37,6 +37,15 @@ INSTANCE_FIGURES = (
 )
 """The same, of each instance of the status."""
 
+PRIORITY_NAMES = ("high", "normal", "low")
+
+ANSWER_FIGURES = (
+    ("first_token_seconds", "From the request for a lease until the first part of its answer."),
+    ("token_seconds", "From one part of a streamed answer to the next, over the whole answer."),
+    ("answer_seconds", "From the request for a lease until the end of its answer."),
+)
+"""Name and meaning of the histograms of answers, by what clients tell (POST /pace)."""
+
 Row = tuple[float, ...]
 """Id of an instance, and its figures."""
 
@@ -57,6 +66,16 @@ class LoadBalancerMetrics(Collector):
         self._waits = _counted(service.waits)
         self._route_times = _counted({"": service.route_times})
         self._lasted = _counted(leases.lasted)
+        times, hot_set = service.balancer.paces.times, service.balancer.instances.hot_set
+        self._model = hot_set.model if hot_set else ""
+        self._answers = [
+            (name, says, _counted(dict(zip(PRIORITY_NAMES, histograms, strict=True))))
+            for (name, says), histograms in zip(
+                ANSWER_FIGURES, (times.first_token, times.token, times.whole), strict=True
+            )
+        ]
+        self._held_of = dict(zip(PRIORITY_NAMES, service.balancer.queue.held_of, strict=True))
+        self._answers_late = times.late
 
     @classmethod
     async def read(cls, service: LoadBalancerService) -> "LoadBalancerMetrics":
@@ -81,6 +100,13 @@ class LoadBalancerMetrics(Collector):
         yield _histogram("loadbalancer_route_seconds", says, self._route_times)
         says = "From a lease until its end was known, by how it ended."
         yield _histogram("loadbalancer_lease_seconds", says, self._lasted, "how")
+        for name, says, told in self._answers:
+            yield _histogram(f"loadbalancer_{name}", says, told, "priority", {"model": self._model})
+        says = "Answers whose first part was not in time, by what clients tell."
+        yield counter("loadbalancer_late_answers_total", says, self._answers_late)
+        says = "Requests that wait for a lease, by priority."
+        held = self._held_of.items()
+        yield labelled(GaugeMetricFamily, "loadbalancer_waiting_requests", says, "priority", held)
         for n, (name, says, _) in enumerate(INSTANCE_FIGURES, start=1):
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             values = ((str(row[0]), row[n]) for row in self._rows)
@@ -95,6 +121,8 @@ def _counted(of: Mapping[str, DurationHistogram]) -> Histograms:
     return {value: (h.bounds, tuple(h.counts), h.sum_s) for value, h in of.items()}
 
 
-def _histogram(name: str, says: str, of: Histograms, label: str = "") -> Family:
+def _histogram(
+    name: str, says: str, of: Histograms, label: str = "", always: Mapping[str, str] | None = None
+) -> Family:
     bounds = next(iter(of.values()))[0]
-    return histogram(name, says, bounds, {value: one[1:] for value, one in of.items()}, label)
+    return histogram(name, says, bounds, {value: one[1:] for value, one in of.items()}, label, always)

@@ -208,6 +208,8 @@ class LoadBalancerService:
         now = self.clock()
         for queued, leases in self.balancer.grant(now):
             self._leased_after(now - queued.since)
+            for lease in leases:
+                lease.note_wait(now - queued.since)
             answer = self._granted(leases, queued.count, now)
             self._parked.pop(queued).answer(answer, partial(self._take_back, leases))
 

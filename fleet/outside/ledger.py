@@ -37,8 +37,8 @@ from fleet.journal import BillingInterval, Entries, PriceChange, SavedFleet, Sav
 from fleet.outside.ledger_file import Transaction, is_damage, loss, set_aside
 from fleet.outside.ledger_mending import in_order
 from fleet.outside.ledger_prices import LOOKED_AT, change_price, note_unwatched
+from fleet.outside.ledger_schema import check_tables, migrate
 from fleet.states import State
-from process.errors import ConfigError
 from process.safe_text import safe_text
 
 log = logging.getLogger("autoscaler")
@@ -53,54 +53,6 @@ KEPT_S = 8 * DAY_S
 
 PRUNE_EVERY_S = 3600.0
 """Seconds between two prunes: each then deletes an hour, in milliseconds."""
-
-_VERSION_1 = """
-CREATE TABLE IF NOT EXISTS stretch(
-  label TEXT NOT NULL, instance INTEGER, machine INTEGER, state TEXT NOT NULL,
-  from_s REAL NOT NULL, to_s REAL, usd_h REAL NOT NULL, running_usd_h REAL NOT NULL, why TEXT NOT NULL);
-CREATE UNIQUE INDEX IF NOT EXISTS open_stretch ON stretch(label) WHERE to_s IS NULL;
-CREATE INDEX IF NOT EXISTS stretch_to ON stretch(to_s);
-CREATE TABLE IF NOT EXISTS worked(
-  label TEXT NOT NULL, bucket INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY(label, bucket));
-CREATE TABLE IF NOT EXISTS worked_day(
-  label TEXT NOT NULL, day INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY(label, day));
-CREATE INDEX IF NOT EXISTS worked_bucket ON worked(bucket);
-CREATE TABLE IF NOT EXISTS arrived(
-  second INTEGER PRIMARY KEY, requests REAL NOT NULL, work REAL NOT NULL, prompt_tokens REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS fleet(
-  label TEXT PRIMARY KEY, instance INTEGER, machine INTEGER, loaded INTEGER NOT NULL,
-  doomed INTEGER NOT NULL, ordered_s REAL NOT NULL, throughput REAL);
-CREATE TABLE IF NOT EXISTS bad_machine(machine INTEGER PRIMARY KEY, until_s REAL NOT NULL, why TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS mourned(label TEXT PRIMARY KEY, until_s REAL NOT NULL, usd_h REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS host_key(label TEXT PRIMARY KEY, key TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS took(kind TEXT NOT NULL, at_s REAL NOT NULL, seconds REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS took_at ON took(at_s);
-"""
-
-_VERSION_2 = """
-CREATE TABLE IF NOT EXISTS noted(name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS clock_step(at_s REAL NOT NULL, by_s REAL NOT NULL);
-"""
-
-_VERSION_3 = """
-CREATE TABLE IF NOT EXISTS sampled(
-  at_s REAL PRIMARY KEY, hot INTEGER NOT NULL, draining INTEGER NOT NULL, booting INTEGER NOT NULL,
-  cold INTEGER NOT NULL, lost INTEGER NOT NULL, wanted_hot INTEGER NOT NULL, wanted_total INTEGER NOT NULL,
-  offered REAL NOT NULL, busy REAL NOT NULL, held INTEGER NOT NULL, oldest_wait_s REAL NOT NULL,
-  arrived INTEGER NOT NULL, late INTEGER NOT NULL, usd_h REAL NOT NULL);
-"""
-
-_VERSION_4 = """
-CREATE TABLE IF NOT EXISTS unwatched(from_s REAL NOT NULL, to_s REAL NOT NULL);
-"""
-
-MIGRATIONS = ((1, _VERSION_1), (2, _VERSION_2), (3, _VERSION_3), (4, _VERSION_4))
-"""(version, SQL that brings a ledger of the version before to it), oldest first; released ones never change.
-
-Version 0 is an empty file, or a ledger from before versions (commit 0abccd6), which has these tables, or all
-but the youngest of them.
-"""
-
 
 BUSY_S = 2.0
 """Seconds for which somebody else's lock is waited for: a backup of a small file is over by then, and a turn
@@ -428,8 +380,8 @@ def _opened(path: Path) -> sqlite3.Connection:
         [(found,)] = db.execute("PRAGMA quick_check(1)").fetchall()
         if found != "ok":
             raise sqlite3.DatabaseError(str(found)[:200])  # noqa: TRY301 as a damaged page raises it
-        _migrate(db, path)
-        _check_tables(db)
+        migrate(db, path)
+        check_tables(db)
         # WAL with NORMAL survives kill -9 of the process; only a power cut may lose the last transaction.
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
@@ -437,49 +389,6 @@ def _opened(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-def _check_tables(db: sqlite3.Connection) -> None:
-    """Raise DatabaseError where the ledger lacks a table or column: then a page of the file is damaged."""
-    for table, columns in _TABLES.items():
-        try:
-            db.execute(f"SELECT {columns} FROM {table} LIMIT 1").fetchall()  # noqa: S608 names of this file
-        except sqlite3.OperationalError as e:
-            if "no such" not in str(e):
-                raise
-            raise sqlite3.DatabaseError(str(e)) from e
-
-
-_TABLES = {
-    "stretch": "label, instance, machine, state, from_s, to_s, usd_h, running_usd_h, why",
-    "worked": "label, bucket, seconds",
-    "worked_day": "label, day, seconds",
-    "arrived": "second, requests, work, prompt_tokens",
-    "fleet": "label, instance, machine, loaded, doomed, ordered_s, throughput",
-    "bad_machine": "machine, until_s, why",
-    "mourned": "label, until_s, usd_h",
-    "host_key": "label, key",
-    "took": "kind, at_s, seconds",
-    "sampled": ", ".join(NAMES),
-    "noted": "name, value",
-    "clock_step": "at_s, by_s",
-    "unwatched": "from_s, to_s",
-}
-"""What a sound ledger has."""
-
-
-def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Run the migrations that the ledger has not had, each in one transaction with its version."""
-    [(version,)] = db.execute("PRAGMA user_version").fetchall()
-    newest = MIGRATIONS[-1][0]
-    if version > newest:
-        raise ConfigError(
-            f"{path} was written by a newer autoscaler: it has version {version}, and this one knows "
-            f"versions up to {newest}"
-        )
-    for to_version, sql in MIGRATIONS:
-        if to_version > version:
-            db.executescript(f"BEGIN IMMEDIATE;{sql}PRAGMA user_version={to_version};COMMIT;")
 
 
 def _sound(row: tuple[object, ...]) -> bool:

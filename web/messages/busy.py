@@ -45,6 +45,26 @@ class InstanceUse(Struct, frozen=True, gc=False, omit_defaults=True):
 
 Rows = Mapping[Counter, InstanceUse]
 
+FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+TOKEN_BOUNDS_S = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 3.0)
+WHOLE_BOUNDS_S = (0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Upper ends of the buckets by which answers are counted, seconds; above the last there is one more."""
+
+BucketCounts = Annotated[tuple[Counter, ...], Meta(max_length=32)]
+
+
+class AnswersReport(Struct, frozen=True, gc=False):
+    """How fast answers came by what clients told, as counts of all since the start, by bucket.
+
+    first_token: from the request for a lease until the first part; token: from one part to the next; whole:
+    until the end. late: first parts that were not in time.
+    """
+
+    first_token: BucketCounts
+    token: BucketCounts
+    whole: BucketCounts
+    late: Counter
+
 
 class TrafficReport(Struct, frozen=True, gc=False, omit_defaults=True):
     """What has arrived at a loadbalancer and what waits there. Tokens and turned_late are cumulative.
@@ -52,7 +72,7 @@ class TrafficReport(Struct, frozen=True, gc=False, omit_defaults=True):
     output_tokens: as expected when the requests came. late: held requests that are in the late lane, behind
     those that can still be in time; turned_late: those that ever were. first_token_s, prompt_token_s: what
     counts as in time. late_bound_s: None where all wait in one line. kv_tokens: context in the memory of all
-    instances; only simulated ones say so.
+    instances; only simulated ones say so. held_by_priority: held requests of high, normal and low priority.
     """
 
     prompt_tokens: Counter
@@ -66,6 +86,7 @@ class TrafficReport(Struct, frozen=True, gc=False, omit_defaults=True):
     prompt_token_s: Annotated[float, Meta(ge=0.0, le=1.0)]
     late_bound_s: Annotated[float, Meta(ge=0.0, le=86_400.0)] | None = None
     kv_tokens: Work = 0.0
+    held_by_priority: tuple[Requests, Requests, Requests] = (0, 0, 0)
 
     @property
     def slo(self) -> Slo:
@@ -81,7 +102,7 @@ class BusyReport(Struct, frozen=True):
     """How busy a loadbalancer is. arrivals and arrived_work count from the start of its process.
 
     busy, demand: in instances' worth of capacity; demand counts held requests, too. hot_epoch, hot_version:
-    of the hot set that the loadbalancer has. instances: by id.
+    of the hot set that the loadbalancer has. instances: by id. answers: None of one before 0.3.0.
     """
 
     loadbalancer: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -95,6 +116,7 @@ class BusyReport(Struct, frozen=True):
     arrived_work: WorkCounter
     instances: Rows
     traffic: TrafficReport = NO_TRAFFIC
+    answers: AnswersReport | None = None
 
     def __post_init__(self) -> None:
         """Add traffic to a report of an older loadbalancer, which has none: in_flight from its instances."""
@@ -118,6 +140,8 @@ def read_busy(raw: bytes) -> tuple[BusyReport, str | None]:
         said = decode(raw, dict[str, msgspec.Raw])
     if "traffic" in said and not fits(said["traffic"], TrafficReport):
         del said["traffic"]
+    if "answers" in said and not fits(said["answers"], AnswersReport):
+        del said["answers"]
     if "instances" in said:
         rows = decode(said["instances"], dict[str, msgspec.Raw], "instances")
         good = {name: row for name, row in rows.items() if fits(msgspec.json.encode({name: row}), Rows)}

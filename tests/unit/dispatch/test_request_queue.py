@@ -423,7 +423,7 @@ def test_the_counts_are_those_of_who_waits_whatever_happens(seed: int) -> None:
         queue = c.queue
         assert queue.held == len(waiting)
         assert queue.late == sum(w.late for w in waiting)
-        assert queue.low == sum(w.ask.priority == LOW for w in waiting)
+        assert queue.held_of == [sum(w.ask.priority == n for w in waiting) for n in range(3)]
         assert queue.work == pytest.approx(sum(w.ask.work for w in waiting), abs=1e-6)
         assert queue.prompt_tokens == sum(w.ask.prompt_tokens for w in waiting)
         for priority in range(3):

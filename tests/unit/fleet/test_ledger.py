@@ -15,7 +15,8 @@ import pytest
 
 from fleet.arrivals import Arrived
 from fleet.journal import BillingInterval, Entries, SavedInstance
-from fleet.outside.ledger import BUCKET_S, DAY_S, KEPT_S, MIGRATIONS, PRUNE_EVERY_S, Ledger
+from fleet.outside.ledger import BUCKET_S, DAY_S, KEPT_S, PRUNE_EVERY_S, Ledger
+from fleet.outside.ledger_schema import MIGRATIONS
 from process.errors import ConfigError
 
 
@@ -230,6 +231,7 @@ def test_a_ledger_of_before_gets_the_new_tables(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("DROP TABLE arrived")
         db.execute("DROP TABLE worked_day")
+        db.execute("DROP TABLE sampled")
         db.execute("PRAGMA user_version = 0")
     db.close()
     again = Ledger(path)
@@ -280,7 +282,7 @@ def test_a_ledger_of_an_older_version_gets_what_is_new_and_keeps_what_it_has(
     made.close()
     newest = MIGRATIONS[-1][0]
     added = (newest + 1, "ALTER TABLE took ADD COLUMN note TEXT; CREATE TABLE extra(a); ")
-    monkeypatch.setattr("fleet.outside.ledger.MIGRATIONS", (*MIGRATIONS, added))
+    monkeypatch.setattr("fleet.outside.ledger_schema.MIGRATIONS", (*MIGRATIONS, added))
     for _ in range(2):  # the second time there is nothing to do
         again = Ledger(path)
         assert again.costs(0.0, 20.0).hot_idle == pytest.approx(20)
@@ -294,7 +296,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     newest = MIGRATIONS[-1][0]
     with monkeypatch.context() as patched:
         broken = (newest + 1, "DROP TABLE took; INSERT INTO nowhere VALUES (1);")
-        patched.setattr("fleet.outside.ledger.MIGRATIONS", (*MIGRATIONS, broken))
+        patched.setattr("fleet.outside.ledger_schema.MIGRATIONS", (*MIGRATIONS, broken))
         with pytest.raises(sqlite3.OperationalError, match="nowhere"):
             Ledger(path)
     assert version_of(path) == newest

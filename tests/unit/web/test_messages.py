@@ -9,7 +9,7 @@ import pytest
 from dispatch.route_request import RouteRequest
 from engine.slo import Slo
 from tests.loadbalancer_app import LoadBalancerApp
-from web.messages.busy import BusyReport
+from web.messages.busy import FIRST_TOKEN_BOUNDS_S, TOKEN_BOUNDS_S, WHOLE_BOUNDS_S, BusyReport
 from web.messages.decoding import BadField, decode
 from web.messages.reports import PushedReport
 
@@ -40,6 +40,13 @@ def test_the_busy_report_is_json_that_says_it_all() -> None:
             "first_token_s": 2.0,
             "prompt_token_s": 0.001,
             "late_bound_s": 300.0,
+            "held_by_priority": [0, 0, 0],
+        },
+        "answers": {
+            "first_token": [0] * (len(FIRST_TOKEN_BOUNDS_S) + 1),
+            "token": [0] * (len(TOKEN_BOUNDS_S) + 1),
+            "whole": [0] * (len(WHOLE_BOUNDS_S) + 1),
+            "late": 0,
         },
         "instances": {
             "7": {"unfinished": 1, "work": 500.0, "working_s": 0.0, "throughput_work_s": 100.0, "failures": 0}
