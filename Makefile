@@ -128,7 +128,7 @@ chaos: $(READY) $(COMPILED)
 chaos-undo: $(READY) $(COMPILED)
 	$(CHAOS).undone --json build/chaos-undone.json
 
-# 200,000 hostile inputs over all faces and 22,500 idle connections: a few minutes. SEED=N for others.
+# 240,000 hostile inputs over all faces and 22,500 idle connections: a few minutes. SEED=N for others.
 SEED ?= 1
 hostile: $(READY) $(COMPILED)
 	$(BIN)/python -m bench.hostile --seed $(SEED) --json build/hostile.json

@@ -1,8 +1,9 @@
 """Hostile inputs over all faces: none may end in a 500, a traceback, a dead server, or memory that grows.
 
-    python -m bench.hostile [--inputs 200000] [--seed 1] [--json FILE]
+    python -m bench.hostile [--inputs 240000] [--seed 1] [--json FILE]
 
-Local cloud, autoscaler, loadbalancer, gateway and paced engine run as processes. Three of four inputs are
+Local cloud, autoscaler, loadbalancer, gateway, paced engine and the auth_server of an instance run as
+processes, loadbalancer and gateway also under TLS. Three of four inputs are
 messages made from the structs that their readers decode, sent with the right key, so that they get far; the
 others are requests with bytes changed, and old tricks. At the end 22,500 connections without a byte are
 opened to the loadbalancer. Exit status 1 when anything was found.
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.command import add_counts, bench_parser, machine, write_json
-from bench.hostile.faces import MASTER, Face, running
+from bench.hostile.faces import MASTER, Face, blind_context, running
 from bench.hostile.idle import IDLE, open_idle
 from fleet_client.flags import run_main
 from fleet_client.listening import allow_many_files
@@ -41,6 +42,11 @@ WARM_SHARE = 0.2
 
 MORE_MB = 1.05, 8.0
 """What memory may grow by: a share of it, and megabytes."""
+
+NO_TLS_SHARE = 0.5
+"""Share of the bytes that are no request which come to a server under TLS without it."""
+
+_BLIND = blind_context()
 
 RENEW_EVERY = 200
 """Inputs after which the loadbalancer is told a good hot set again, so that reports are believed."""
@@ -88,10 +94,11 @@ class Connection:
         """Open nothing yet."""
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def opened(self, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def opened(self, port: int, *, tls: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Return its two ends."""
         if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+            context = _BLIND if tls else None
+            self._streams = await asyncio.open_connection("127.0.0.1", port, limit=2**20, ssl=context)
         return self._streams
 
     def close(self) -> None:
@@ -119,8 +126,11 @@ async def _send(face: Face, found: Found, rng: random.Random, connection: Connec
     """Send one input; note what came."""
     data, whole = face.input(rng)
     found.count()
+    no_tls = face.tls and not whole and rng.random() < NO_TLS_SHARE
+    if no_tls:
+        connection.close()
     try:
-        reader, writer = await connection.opened(face.port)
+        reader, writer = await connection.opened(face.port, tls=face.tls and not no_tls)
         writer.write(data)
         async with asyncio.timeout(ANSWER_S if whole else SILENT_S):
             status, good = await _answer(reader)
@@ -134,7 +144,8 @@ async def _send(face: Face, found: Found, rng: random.Random, connection: Connec
     except TimeoutError:
         found.statuses["no answer"] += 1
     except ValueError:
-        found.wrong.append(f"an answer that is no HTTP for {data[:1500]!r}")
+        if not no_tls:  # else it is an alert of TLS
+            found.wrong.append(f"an answer that is no HTTP for {data[:1500]!r}")
     connection.close()
 
 
@@ -143,8 +154,8 @@ async def _attack(face: Face, found: Found, count: int, seed: int) -> None:
 
     async def one(n: int) -> None:
         rng, connection = random.Random(f"{seed} {face.name} {n}"), Connection()
-        for step in range(count // AT_ONCE):
-            if face.name == "loadbalancer" and n == 0 and step % RENEW_EVERY == 0:
+        for step in range(-(-count // AT_ONCE)):
+            if face.name.startswith("loadbalancer") and n == 0 and step % RENEW_EVERY == 0:
                 await asyncio.to_thread(_renew, face, rng.getrandbits(60))
             await _send(face, found, rng, connection)
             if not found.warm_mb and found.sent >= warm:
@@ -171,13 +182,13 @@ def _renew(face: Face, epoch: int) -> None:
         **{"epoch": f"e{epoch}", "version": 1, "model": "vllm-13", "prefill_weight": 0.1},
         **{"expected_output_tokens": 200.0, "expected_hot_s": None, "instances": [one]},
     }
-    asked = urllib.request.Request(
-        f"http://127.0.0.1:{face.port}/hot",
+    asked = urllib.request.Request(  # noqa: S310 ours
+        f"http{'s' if face.tls else ''}://127.0.0.1:{face.port}/hot",
         data=json.dumps(said).encode(),
         headers={"Authorization": f"Bearer {face.keys['control']}"},
         method="PUT",
     )
-    with urllib.request.urlopen(asked, timeout=30.0):  # noqa: S310 ours
+    with urllib.request.urlopen(asked, timeout=30.0, context=_BLIND):  # noqa: S310 ours
         pass
 
 
@@ -188,7 +199,7 @@ def attack(directory: Path, inputs: int, seed: int, idle: int = IDLE) -> dict[st
         found = {face.name: Found() for face in faces}
 
         async def all_of_them() -> None:
-            share = inputs // len(faces)
+            share = -(-inputs // len(faces))
             await asyncio.gather(*(_attack(face, found[face.name], share, seed) for face in faces))
 
         asyncio.run(all_of_them())
@@ -203,7 +214,7 @@ def attack(directory: Path, inputs: int, seed: int, idle: int = IDLE) -> dict[st
 def main() -> None:
     """Attack, print a table, write JSON; exit 1 when something was found."""
     parser = bench_parser("hostile", __doc__)
-    add_counts(parser, ("--inputs", 200_000, "in all"), ("--seed", 1, "of the inputs"))
+    add_counts(parser, ("--inputs", 240_000, "in all"), ("--seed", 1, "of the inputs"))
     add_counts(parser, ("--idle", IDLE, "connections without a byte"))
     args = parser.parse_args()
     allow_many_files()

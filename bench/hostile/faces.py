@@ -1,20 +1,26 @@
 """The servers that hostile inputs are sent to, as processes, and the routes that read messages."""
 
 import contextlib
+import hashlib
 import os
 import random
+import ssl
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from bench.children import ROOT, ChildProcess, child, free_port, memory_mb, wait_for
 from bench.hostile.inputs import TRICKS, message, mutated, request
 from localcloud.paced.machine import SimulatedMachine
+from remote import boot
 from remote.speaker import signed
 from web.messages.busy import BusyReport
 from web.messages.hot_set import HotSet
@@ -30,6 +36,15 @@ PACED = ("vllm.entrypoints.openai.api_server", "--served-model-name", "vllm-13")
 """The paced engine, by its name on an instance of a local cloud."""
 
 MASTER = "master-token-of-one-instance"
+CLOUD_KEY = "k" * 32
+AUTH_SERVER = "auth_server"
+
+
+class TokensBody(Struct):
+    """What POST /tokens of an instance reads; its reader there has no msgspec."""
+
+    count: Annotated[int, Meta(ge=1, le=2000)]
+    report_to: Annotated[str, Meta(max_length=100)] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,13 +59,14 @@ class Route:
 
 @dataclass(frozen=True)
 class Face:
-    """One server. keys: what to send as Authorization, by whose key it is."""
+    """One server. keys: what to send as Authorization, by whose key it is. tls: it speaks under TLS."""
 
     name: str
     port: int
     process: ChildProcess = field(repr=False)
     routes: tuple[Route, ...]
     keys: Mapping[str, str]
+    tls: bool = False
 
     def input(self, rng: random.Random) -> tuple[bytes, bool]:
         """Return the bytes of one input, and whether it is a whole request, which is to be answered."""
@@ -124,62 +140,119 @@ ENGINE = (
 )
 
 
+AUTH = (
+    Route("POST", "/tokens", TokensBody, "master"),
+    Route("POST", "/tokens", TokensBody),
+    Route("GET", "/load", None, "master"),
+    Route("GET", "/load?after=x", None, "master"),
+    Route("GET", "/load"),
+    Route("GET", "/health"),
+)
+
+
+def blind_context() -> ssl.SSLContext:
+    """Return a context that takes any certificate: who answers is our own process."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5.0):  # noqa: S310 ours
+        with urllib.request.urlopen(url, timeout=5.0, context=blind_context()):  # noqa: S310 ours
             return True
     except OSError as e:
         return isinstance(e, urllib.error.HTTPError)
 
 
-@contextlib.contextmanager
-def running(directory: Path) -> Iterator[list[Face]]:
-    """Run a local cloud, autoscaler, loadbalancer, gateway and paced engine; no machine is rented."""
-    ports = [free_port() for _ in range(5)]
-    cloud, scaler, balancer, gateway, engine = (f"http://127.0.0.1:{port}" for port in ports)
-    state = directory / "state"
-    state.mkdir(mode=0o700)
-    SimulatedMachine("A100 SXM4", 1, 0.0, 0.0, None, None).write(directory / "machine.json")
-    key, common = "k" * 32, ["--state-dir", str(state)]
-    local = ["--local", "--cloud-url", cloud, "--no-manage", "--max-instances", "1"]
-    programs = (
-        (
+@dataclass(frozen=True)
+class Program:
+    """One server before it runs. url: answers once it is up."""
+
+    name: str
+    routes: tuple[Route, ...]
+    url: str
+    command: tuple[str, ...]
+
+
+def _programs(directory: Path, ports: list[int], instance: Path) -> list[Program]:
+    """Return the servers, in the order of their starts. instance: the fleet's part of a machine's disk."""
+    cloud, scaler, balancer, gateway, engine = (f"http://127.0.0.1:{port}" for port in ports[:5])
+    auth, tls_balancer, tls_gateway = (f"https://127.0.0.1:{port}" for port in ports[5:])
+    tls = ("--tls-cert", str(instance / "tls.crt"), "--tls-key", str(instance / "tls.key"))
+    local = ("--local", "--cloud-url", cloud, "--no-manage", "--max-instances", "1")
+    state = ("--state-dir", str(directory / "state"))
+    balance = ("loadbalancer_server.py", "--autoscaler", "http://127.0.0.1:9", "--state-dir")
+    pass_on = ("gateway.py", "--loadbalancer", balancer, "--wait-s", "0")
+    passed = (*ENGINE, Route("GET", "/health"))
+    return [
+        Program(
             "cloud",
             CLOUD,
             f"{cloud}/localcloud/status",
-            ["-m", "localcloud", "--root", str(directory / "cloud")],
+            ("-m", "localcloud", "--root", str(directory / "cloud")),
         ),
-        ("autoscaler", AUTOSCALER, f"{scaler}/health", ["autoscaler_server.py", *local, *common]),
-        (
-            "loadbalancer",
+        Program("autoscaler", AUTOSCALER, f"{scaler}/health", ("autoscaler_server.py", *local, *state)),
+        Program("loadbalancer", LOADBALANCER, f"{balancer}/health", (*balance, str(directory / "state"))),
+        Program("gateway", passed, f"{gateway}/metrics", pass_on),
+        Program("engine", ENGINE, f"{engine}/health", ("-m", *PACED, "--model", "m")),
+        Program(AUTH_SERVER, AUTH, f"{auth}/health", ("-m", "remote.auth_server")),
+        Program(
+            "loadbalancer-tls",
             LOADBALANCER,
-            f"{balancer}/health",
-            ["loadbalancer_server.py", "--autoscaler", "http://127.0.0.1:9", *common],
+            f"{tls_balancer}/health",
+            (*balance, str(directory / "tls-state"), *tls),
         ),
-        (
-            "gateway",
-            (*ENGINE, Route("GET", "/health")),
-            f"{gateway}/metrics",
-            ["gateway.py", "--loadbalancer", balancer, "--wait-s", "0"],
-        ),
-        ("engine", ENGINE, f"{engine}/health", ["-m", *PACED, "--model", "m"]),
-    )
+        Program("gateway-tls", passed, f"{tls_gateway}/metrics", (*pass_on, *tls)),
+    ]
+
+
+@contextlib.contextmanager
+def running(directory: Path) -> Iterator[list[Face]]:
+    """Run cloud, autoscaler, loadbalancer, gateway, paced engine and an auth_server; no machine is rented.
+
+    Loadbalancer and gateway run a second time, under TLS.
+    """
+    ports = [free_port() for _ in range(8)]
+    instance = _home(directory / "instance")
+    state, tls_state = directory / "state", directory / "tls-state"
+    for made in (state, tls_state):
+        made.mkdir(mode=0o700)
+    SimulatedMachine("A100 SXM4", 1, 0.0, 0.0, None, None).write(directory / "machine.json")
+    programs = _programs(directory, ports, instance)
     environ = {
-        "LOCALCLOUD_API_KEY": key,
+        "LOCALCLOUD_API_KEY": CLOUD_KEY,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "localcloud" / "image"), str(ROOT)]),
         "LOCALCLOUD_MACHINE": str(directory / "machine.json"),
     }
+    at_home = {"HOME": str(instance.parent), "FLEET_BIND": "127.0.0.1", "FLEET_PORT_3000": str(ports[5])}
     with ExitStack() as stack:
         started: list[ChildProcess] = []
-        for (name, _, url, command), port in zip(programs, ports, strict=True):
-            whole = [sys.executable, *command, "--port", str(port)]
-            started.append(stack.enter_context(child(whole, directory / f"{name}.log", environ=environ)))
-            if name == "cloud":  # the autoscaler looks for it once
-                wait_for(name, started[0], lambda url=url: _answers(url))  # type: ignore[misc]
-        for (name, _, url, _), process in zip(programs, started, strict=True):
-            wait_for(name, process, lambda url=url: _answers(url))  # type: ignore[misc]
-        keys = {"control": (state / "control.key").read_text().strip(), "cloud": key}
-        yield [
-            Face(name, port, process, routes, keys)
-            for (name, routes, _, _), port, process in zip(programs, ports, started, strict=True)
-        ]
+        for program, port in zip(programs, ports, strict=True):
+            by_environ = program.name == AUTH_SERVER  # it has no flags
+            whole = [sys.executable, *program.command, *([] if by_environ else ["--port", str(port)])]
+            given, log = environ | (at_home if by_environ else {}), directory / f"{program.name}.log"
+            started.append(stack.enter_context(child(whole, log, environ=given)))
+            if program.name == "cloud":  # the autoscaler looks for it once
+                wait_for("cloud", started[0], partial(_answers, program.url))
+        for program, process in zip(programs, started, strict=True):
+            wait_for(program.name, process, partial(_answers, program.url))
+        keys = {"control": (state / "control.key").read_text().strip(), "cloud": CLOUD_KEY, "master": MASTER}
+        tls_keys = keys | {"control": (tls_state / "control.key").read_text().strip()}
+        faces = []
+        for program, port, process in zip(programs, ports, started, strict=True):
+            tls = program.url.startswith("https")
+            faces.append(
+                Face(program.name, port, process, program.routes, tls_keys if tls else keys, tls=tls)
+            )
+        yield faces
+
+
+def _home(home: Path) -> Path:
+    """Make the home directory of an instance that has booted; return the fleet's part of it."""
+    fleet = home / "fleet"
+    fleet.mkdir(parents=True)
+    (fleet / "model.log").touch()
+    (fleet / "master.sha256").write_text(hashlib.sha256(MASTER.encode()).hexdigest())
+    boot.begin(str(fleet))
+    return fleet
