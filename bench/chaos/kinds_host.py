@@ -18,16 +18,25 @@ from localcloud import processes
 HOLE_BYTES = 100_000_000
 """Of a line in a log: a hole in the file, which takes no space."""
 
+TRUE_AUTH, TRUE_CHECK = "true_auth_server.py", "true_token_check.py"
+"""The names under which a host that lies keeps our own files."""
+
 AUTH = b"remote.auth_server"
 ENGINE = b"vllm.entrypoints.openai.api_server"
 
 
-def _victim(scene: Scene) -> tuple[int, Path]:
+def _victim(scene: Scene, *, prepared: bool = False) -> tuple[int, Path]:
+    """Return a running machine that does not lie now. prepared: one whose engine can, if there is one."""
     ids = [int(str(row["id"])) for row in running(scene)]
-    honest = [i for i in ids if not any((scene.truth.home(i) / "fleet" / "remote").glob("true_*"))]
+    honest = []
+    for i in ids:
+        fleet = scene.truth.home(i) / "fleet"
+        if not (fleet / lying_engine.LIE_FILE).exists() and not (fleet / "remote" / TRUE_AUTH).exists():
+            honest.append(i)
+    able = [i for i in honest if (scene.truth.home(i) / "fleet" / "remote" / TRUE_CHECK).exists()]
     if not honest:
         raise NotNow
-    instance_id = scene.rng.choice(honest)
+    instance_id = scene.rng.choice(able if prepared and able else honest)
     scene.say(str(instance_id))
     return instance_id, scene.truth.home(instance_id)
 
@@ -73,16 +82,44 @@ def _changed(file: str, keep: str, text: str, program: bytes) -> Effect:
 def auth_lie(lie: str) -> Effect:
     """The auth_server lies so."""
     text = f"from bench.chaos.lying_auth import main\n\nmain({lie!r})\n"
-    return _changed("auth_server.py", "true_auth_server.py", text, AUTH)
+    return _changed("auth_server.py", TRUE_AUTH, text, AUTH)
+
+
+ENGINE_TEXT = """from bench.chaos.lying_engine import lying_check
+from remote import true_token_check
+
+TokenCheck = lying_check(true_token_check.TokenCheck)
+"""
 
 
 def engine_lie(lie: str) -> Effect:
-    """The engine lies so, behind the real token check."""
-    text = (
-        "from bench.chaos.lying_engine import lying_check\nfrom remote import true_token_check\n\n"
-        f"TokenCheck = lying_check(true_token_check.TokenCheck, {lie!r})\n"
-    )
-    return _changed("token_check.py", "true_token_check.py", text, ENGINE)
+    """The engine lies so, behind the real token check.
+
+    The engine is killed once in a boot, to load the liar, and the lie is then told and not told by a file:
+    two kills a lie would be other faults (model-killed), and three of five that a stream met.
+    """
+
+    @contextlib.contextmanager
+    def effect(scene: Scene) -> Iterator[None]:
+        instance_id, home = _victim(scene, prepared=True)
+        fleet = home / "fleet"
+        path, said = fleet / "remote" / "token_check.py", fleet / lying_engine.LIE_FILE
+        scene.truth.hurt(instance_id, lie, scene.for_s)
+        try:
+            if path.read_text() != ENGINE_TEXT:
+                path.with_name(TRUE_CHECK).write_text(path.read_text())
+                path.write_text(ENGINE_TEXT)
+                _restart(home, ENGINE)
+            said.write_text(lie)
+        except OSError:
+            raise NotNow from None
+        try:
+            yield
+        finally:
+            said.unlink(missing_ok=True)
+            scene.truth.hurt(instance_id, lie)
+
+    return effect
 
 
 @contextlib.contextmanager

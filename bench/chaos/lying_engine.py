@@ -6,6 +6,7 @@ a host may do with a prompt that it was given is what is tried here.
 
 import asyncio
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,20 +30,32 @@ async def _answer(send: Any, status: int, headers: list[tuple[bytes, bytes]], bo
     await send({"type": "http.response.body", "body": body})
 
 
+LIE_FILE = "lie"
+"""Names the lie that is told now, in the directory of the fleet."""
+
+
 class Lying:
     """In front of the engine and behind the token check: lies about what clients ask."""
 
-    def __init__(self, app: Any, lie: str) -> None:
-        """Lie so."""
+    def __init__(self, app: Any) -> None:
+        """Tell the truth until there is a lie."""
         self._app = app
-        self._lie = lie
+        self._path = os.path.expanduser(f"~/fleet/{LIE_FILE}")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        lie = self._present_lie() if scope["type"] == "http" and scope["path"].startswith("/v1/") else None
+        if lie is None:
             await self._app(scope, receive, send)
             return
-        await getattr(self, LIES[self._lie])(scope, receive, send)
+        await getattr(self, LIES[lie])(scope, receive, send)
+
+    def _present_lie(self) -> str | None:
+        try:
+            with open(self._path) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
 
     async def redirect(self, scope: Any, receive: Any, send: Any) -> None:
         """Name another server to the client."""
@@ -100,14 +113,14 @@ LIES: Mapping[str, str] = {
 }
 
 
-def lying_check(true: Any, lie: str) -> Any:
-    """Return the middleware that vLLM loads: the real token check in front of a liar."""
+def lying_check(true: Any) -> Any:
+    """Return the middleware that vLLM loads: the real token check in front of one that may lie."""
 
     class TokenCheck(true):  # type: ignore[misc]
         """The real one, in front of a liar."""
 
         def __init__(self, app: Any, *args: Any, **options: Any) -> None:
             """As the real one."""
-            super().__init__(Lying(app, lie), *args, **options)
+            super().__init__(Lying(app), *args, **options)
 
     return TokenCheck
