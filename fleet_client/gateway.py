@@ -39,7 +39,7 @@ from fleet_client.own_tls import scheme, server_tls
 from fleet_client.private_files import load_keys, load_one_key, load_salt
 from fleet_client.reply import HttpReply, error_reply, json_reply
 from fleet_client.retry import NoLoadbalancer
-from fleet_client.transport import MAX_BODY
+from fleet_client.transport import MAX_BODY, too_large
 
 log = logging.getLogger("gateway")
 
@@ -187,8 +187,7 @@ class Gateway:
         if body is None:
             return
         if len(body) > MAX_BODY:
-            too_large = error_reply(413, "request_too_large", f"a request body may have {MAX_BODY} bytes")
-            await _send(send, too_large, origin)
+            await _send(send, too_large(), origin)
             return
         target = scope["raw_path"].decode("latin-1")
         if scope["query_string"]:

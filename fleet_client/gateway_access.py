@@ -19,6 +19,9 @@ from fleet_client.connection_pool import Header
 from fleet_client.loopback import names_loopback
 from fleet_client.reply import HttpReply, error_reply
 
+KEYS_PROVE = "give the gateway --key-file: then its keys are the proof"
+"""What its operator can do for those that are refused for where they come from."""
+
 CORS_AGE_S = 600
 """Seconds for which a browser may remember that a page of this machine may ask."""
 
@@ -51,15 +54,23 @@ def refusal(headers: Sequence[Header], keys: Collection[str], *, loopback: bool)
                     403,
                     "wrong_host",
                     f"Host: {_shown(host)} is not this machine, so a page in a browser may have sent it. "
-                    "Behind a reverse proxy give the gateway --key-file: then its keys are the proof",
+                    f"Behind a reverse proxy {KEYS_PROVE}",
                 )
     origins = values_of(headers, b"origin")
     for origin in origins:
         if not from_loopback(origin):
-            return error_reply(403, "wrong_origin", f"pages of {_shown(origin)} may not use this gateway")
+            return error_reply(
+                403,
+                "wrong_origin",
+                f"pages of {_shown(origin)} may not use this gateway; {KEYS_PROVE}",
+            )
     sites = {value.strip().lower() for value in values_of(headers, b"sec-fetch-site")}
     if not origins and sites & FOREIGN_SITES:
-        return error_reply(403, "wrong_origin", "pages of other sites may not use this gateway")
+        return error_reply(
+            403,
+            "wrong_origin",
+            f"pages of other sites may not use this gateway; {KEYS_PROVE}",
+        )
     return None
 
 

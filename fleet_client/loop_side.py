@@ -16,6 +16,7 @@ from fleet_client.async_connections import await_end, disown, new_session, read_
 from fleet_client.connection_pool import LOOK_S, SILENT_S
 from fleet_client.lease_keeper import DONE_S, LoadbalancerJob
 from fleet_client.leases import Posted, Refusal, read_well
+from fleet_client.retry import NOT_THERE
 from fleet_client.transport import (
     CLOSE_S,
     MAX_LEASES,
@@ -159,7 +160,7 @@ class LoopSide:
                     return 200, said
                 return reply.status, f"{where}: status {reply.status}: {said[:300]}"
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
-            return 0, f"{where} does not answer: {named(e)}"
+            return 0, f"{where} does not answer ({named(e)}): {NOT_THERE}"
 
     def start_jobs(self) -> None:
         """Begin the leases' jobs that are due, and call this again when others may be."""

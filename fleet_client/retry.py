@@ -55,6 +55,10 @@ PROMPT_TOO_LONG = "prompt_too_long"
 """The loadbalancer's word for a prompt that the model can never take."""
 
 
+NOT_THERE = "its operator must start it, or the right address be given"
+"""What can be done about a loadbalancer that does not answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setback:
     """A request that was sent to an instance got no answer.
@@ -294,7 +298,7 @@ def _check_origin(address: str) -> None:
 def _no_lease(refusal: Refusal, url: str) -> HttpReply:
     """Return the answer for a request without a lease; raise NoLoadbalancer if that did not answer."""
     if refusal.status == 0:
-        raise NoLoadbalancer(f"loadbalancer {url} does not answer: {refusal.message}")
+        raise NoLoadbalancer(f"loadbalancer {url} does not answer ({refusal.message}): {NOT_THERE}")
     if refusal.code == PROMPT_TOO_LONG:
         return error_reply(refusal.status, "context_length_exceeded", refusal.message)
     if refusal.status == 401:
@@ -316,7 +320,7 @@ def _last_word(last: HttpReply | httpx2.RequestError) -> HttpReply:
     if last.status != 401:
         return last
     # Passed on it would say that the user's key is wrong.
-    return error_reply(503, "token_refused", f"{last.lease} refused its token", retry_after_s=1.0)
+    return error_reply(503, "token_refused", f"{last.lease} refused its token: ask again", retry_after_s=1.0)
 
 
 def is_last(chunk: bytes) -> bool:

@@ -192,7 +192,9 @@ class SyncAnswer(httpx2.SyncByteStream):
             yield chunk
         if self._connection.inherited:
             self._open = False
-            raise httpx2.ReadError(f"{self._lease}: this process is a fork, and the answer its parent's")
+            raise httpx2.ReadError(
+                f"{self._lease}: this process is a fork, and the answer its parent's: ask again here"
+            )
         if self._open:  # it was not closed here
             self._ended()
             self._connections.drop(self._connection)

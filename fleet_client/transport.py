@@ -109,7 +109,7 @@ class TransportCore:
     def call_of(self, request: httpx2.Request, body: bytes | None) -> Call | HttpReply:
         """Return httpx2's request as a call, or the answer that refuses it. body: None: it is too large."""
         if body is None or len(body) > MAX_BODY:
-            return error_reply(413, "request_too_large", f"a request body may have {MAX_BODY} bytes")
+            return too_large()
         target = request.url.raw_path.decode("ascii")
         return self.call(request.method, target, request.headers.raw, body, _timeouts_of(request))
 
@@ -191,7 +191,22 @@ def response_of(call: Call | HttpReply, reply: HttpReply, stream: Any = None) ->
     return httpx2.Response(reply.status, headers=list(reply.headers), extensions=said, **content)
 
 
+def too_large() -> HttpReply:
+    """Return the answer to a request whose body is over MAX_BODY bytes."""
+    said = f"a request body may have {MAX_BODY} bytes: send less, or large files by their address"
+    return error_reply(413, "request_too_large", said)
+
+
 # -- failures by name -----------------------------------------------------------------------------------
+
+
+ASK_AGAIN = "send the request again"
+"""What a program can do whose instance has failed it."""
+
+TOO_LATE = (
+    "nothing came within the timeout that the program gave: give a longer one, or send the request again"
+)
+"""What a program is told that has waited for as long as it wanted to."""
 
 
 def named(error: BaseException) -> str:
@@ -227,11 +242,11 @@ def not_connected(lease: ClientLease, error: BaseException) -> Setback:
 def not_answered(lease: ClientLease, error: BaseException, *, bad_http: bool, again: bool) -> Setback:
     """Return the setback of a request that was sent and not answered. bad_http: what came is no HTTP."""
     if isinstance(error, InstanceOut):
-        said = f"{lease} went out before it answered: {error}"
+        said = f"{lease} went out before it answered ({error}): {ASK_AGAIN}"
         return Setback("instance_out", httpx2.ReadError(said), elsewhere=True)
     if isinstance(error, TimeoutError):
-        return Setback("read_timeout", httpx2.ReadTimeout(f"{lease}: no answer in time"), elsewhere=False)
-    said = f"{lease}: the connection broke before an answer came: {type(error).__name__}"
+        return Setback("read_timeout", httpx2.ReadTimeout(f"{lease}: {TOO_LATE}"), elsewhere=False)
+    said = f"{lease}: the connection broke before an answer came ({type(error).__name__}): {ASK_AGAIN}"
     if bad_http:
         return Setback("bad_answer", httpx2.RemoteProtocolError(said), elsewhere=False)
     return Setback("broke_off", httpx2.ReadError(said), elsewhere=False, again=again)
@@ -250,9 +265,9 @@ def late(lease: ClientLease, limit_s: float) -> Setback:
 def cut_off(lease: ClientLease | None, error: BaseException) -> tuple[str, httpx2.RequestError]:
     """Return (a word for the loadbalancer, the error) for an answer that stopped before its end."""
     if isinstance(error, InstanceOut):
-        said = f"{lease} went out while it answered: {error}"
+        said = f"{lease} went out while it answered ({error}): {ASK_AGAIN}"
         return "instance_out", httpx2.RemoteProtocolError(said)
     if isinstance(error, TimeoutError):
-        return "read_timeout", httpx2.ReadTimeout(f"{lease}: nothing came in time")
-    said = f"{lease}: the answer broke off: {type(error).__name__}"
+        return "read_timeout", httpx2.ReadTimeout(f"{lease}: {TOO_LATE}")
+    said = f"{lease}: the answer broke off ({type(error).__name__}): {ASK_AGAIN}"
     return "broke_off", httpx2.RemoteProtocolError(said)

@@ -43,8 +43,8 @@ ROUTE_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.0
 """The same for the time that a lease takes to give, of which all others wait."""
 
 REFUSALS = {
-    "nothing_hot": "no instance is hot; {autoscaler}{waited}",
-    "all_busy": "every hot instance is at its capacity or not to be used; {waited}",
+    "nothing_hot": "no instance is hot; {autoscaler}{waited}; ask again in {again_s} s",
+    "all_busy": "every hot instance is at its capacity or not to be used; {waited}; ask again in {again_s} s",
     "too_many_unused": "{unused[0]} leases with the room of {unused[1]:.2g} instances are yours and unused, "
     "and others ask, too, or it is as many as may be: use them, or give them back with POST /done",
 }
@@ -230,7 +230,10 @@ class LoadBalancerService:
     def _refused(self, refused: RouteRefused, waited: str) -> JsonAnswer:
         """Return the answer to a refused request. waited: what waiting did, or would have done, as text."""
         message = REFUSALS[refused.why].format(
-            autoscaler=self._news_of_autoscaler(), waited=waited, unused=refused.unused
+            autoscaler=self._news_of_autoscaler(),
+            waited=waited,
+            unused=refused.unused,
+            again_s=math.ceil(refused.retry_after_s),
         )
         status = 429 if refused.why == "too_many_unused" else 503
         said = problem(status, refused.why, message, retry_after_s=round(refused.retry_after_s, 1))
@@ -239,10 +242,10 @@ class LoadBalancerService:
     def _news_of_autoscaler(self) -> str:
         """Return a text about the autoscaler: whether it has heard that an instance is wanted."""
         if self.heard_at is None:
-            return "no autoscaler has answered since the loadbalancer started; "
+            return "no autoscaler has answered since the loadbalancer started, its operator must start one; "
         silent_s = self.clock() - self.heard_at
         if silent_s > SILENT_S:
-            return f"the autoscaler has not answered for {silent_s:.0f} s; "
+            return f"the autoscaler has not answered for {silent_s:.0f} s, its operator must see to it; "
         return "the autoscaler has been told; "
 
     def _take_back(self, leases: list[Lease]) -> None:

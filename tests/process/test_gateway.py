@@ -510,7 +510,7 @@ def test_health_is_its_own_and_the_loadbalancers(fleet: FakeFleet, monkeypatch: 
         wait_for("it is asked again", lambda: ask(port, "GET", "/health")[0] == 503)
         said = json.loads(ask(port, "GET", "/health")[2])["error"]
     assert said["code"] == "loadbalancer_unwell"
-    assert said["message"].startswith(f"loadbalancer {fleet.url} does not answer: ")
+    assert said["message"].startswith(f"loadbalancer {fleet.url} does not answer (")
     assert fleet.loadbalancer.routes == []
 
 

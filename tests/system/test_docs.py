@@ -63,6 +63,7 @@ def flags_of(program: str) -> set[str]:
 FLAGS = {program: flags_of(program) for program in COMMANDS}
 OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps", "--only", "--keep", "--list"}
 OTHERS |= {"--runner", "--reasoning-parser", "--write", "--preload"}  # vLLM's, of tests.clients, gunicorn's
+OTHERS |= {"--enable-auto-tool-choice", "--tool-call-parser"}  # in what vLLM says
 
 
 @pytest.mark.parametrize("program", list(FLAGS))

@@ -256,7 +256,9 @@ def test_a_child_is_told_that_an_answer_is_its_parents(fleet: FakeFleet) -> None
                 response.close()
                 return str(e)
 
-        assert in_fork(read_on).endswith("this process is a fork, and the answer its parent's")
+        assert in_fork(read_on).endswith(
+            "this process is a fork, and the answer its parent's: ask again here"
+        )
         assert in_fork(response.close) is None
         http.get("http://fleet/released")
         assert (first + "".join(parts)).count('"text"') == len(WORDS)

@@ -66,7 +66,7 @@ def test_after_the_first_byte_the_stream_ends_with_an_error(user: Make, fleet: F
     well.all_out("not_hot")
     with pytest.raises((openai.APIConnectionError, httpx2.RemoteProtocolError)) as e:
         user(fleet.url).stream()
-    assert "went out while it answered: not_hot" in f"{e.value} {e.value.__cause__}"
+    assert "went out while it answered (not_hot): send the request again" in f"{e.value} {e.value.__cause__}"
     assert told(fleet) == [("failed", "instance_out")]
 
 

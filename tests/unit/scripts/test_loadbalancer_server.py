@@ -68,17 +68,16 @@ def test_a_client_is_told_whether_anybody_hears_that_an_instance_is_wanted() -> 
         return str(app.client.post("/route", json={"prompt_tokens": 100, **said}).get_json()["message"])
 
     assert message() == (
-        "no instance is hot; no autoscaler has answered since the loadbalancer started; "
-        "wait_s would let it wait"
+        "no instance is hot; no autoscaler has answered since the loadbalancer started, its operator must "
+        "start one; wait_s would let it wait; ask again in 30 s"
     )
     app.service.hot_set(hot_set({**HOT, "instances": []}))
-    assert message() == "no instance is hot; the autoscaler has been told; wait_s would let it wait"
-    assert (
-        message(wait_s=0.01) == "no instance is hot; the autoscaler has been told; the request waited 0.01 s"
-    )
+    told = "no instance is hot; the autoscaler has been told; "
+    assert message() == told + "wait_s would let it wait; ask again in 30 s"
+    assert message(wait_s=0.01) == told + "the request waited 0.01 s; ask again in 30 s"
     heard = app.service.clock()
     app.service.clock = lambda: heard + 61.0
-    assert "; the autoscaler has not answered for 61 s; " in message()
+    assert "; the autoscaler has not answered for 61 s, its operator must see to it; " in message()
 
 
 def test_with_all_busy_the_answer_says_so() -> None:
@@ -87,10 +86,10 @@ def test_with_all_busy_the_answer_says_so() -> None:
     assert app.client.post("/route", json={"work": 1000}).status_code == 200
     answer = app.client.post("/route", json={"work": 500})
     assert (answer.status_code, answer.get_json()["error"]) == (503, "all_busy")
-    assert answer.get_json()["message"].endswith("not to be used; wait_s would let it wait")
+    assert answer.get_json()["message"].endswith("not to be used; wait_s would let it wait; ask again in 5 s")
     assert answer.headers["Retry-After"] == "5"
     held = app.client.post("/route", json={"work": 500, "wait_s": 0.01}).get_json()
-    assert held["message"].endswith("not to be used; the request waited 0.01 s")
+    assert held["message"].endswith("not to be used; the request waited 0.01 s; ask again in 5 s")
 
 
 def test_a_client_may_say_how_its_lease_ended_and_say_it_twice() -> None:
