@@ -58,6 +58,7 @@ class Orders:
     begun_at: float = float("-inf")
     asked_at: float = 0.0  # when its creation, its stop or its end was asked for
     answered_at: float = float("-inf")
+    done_at: float = float("-inf")  # the answer said that it is done
     destroyed: bool = False  # the cloud has confirmed its end
 
     def ask(self, now: float) -> None:
@@ -73,9 +74,10 @@ class Orders:
         """Return whether an order has been out for so long that it cannot be on its way any more."""
         return self.out > 0 and now - self.begun_at > STUCK_S
 
-    def answer(self, now: float, *, destroyed: bool = False) -> None:
-        """Count an order as answered. destroyed: the cloud confirms the end of the instance."""
+    def answer(self, now: float, *, done: bool = False, destroyed: bool = False) -> None:
+        """Count an order as answered. done: the cloud says so; destroyed: it confirms the instance's end."""
         self.out, self.answered_at = max(0, self.out - 1), now
+        self.done_at = now if done else self.done_at
         self.destroyed = self.destroyed or destroyed
 
     def unheeded(self, repeat_s: float, now: float) -> bool:

@@ -1,7 +1,7 @@
 """When a price began or ended that a look at the cloud shows: looks come late, and dollars wait for none.
 
     last look ──────────── the price changed ──────────── this look
-                           start_date of the rental, uptime of its container, the time of our order,
+                           start_date of the rental, uptime of its container, our order and its answer,
                            the last check that the machine passed and the first that met nobody;
                            between what these leave, the middle: too early as often as too late
 
@@ -45,6 +45,8 @@ def _dearer_since(i: Instance, row: Row, earliest: float, now: float) -> float:
 
 def _down_since(i: Instance, earliest: float, latest: float) -> float:
     """Return when a machine went down: by our order, or between its last pass and the first silence."""
+    if i.state is State.STOPPING and earliest <= i.orders.done_at <= latest:
+        return i.orders.done_at
     earliest = min(max(earliest, i.trouble.passed_at), latest)
     if i.trouble.silent_since is not None and i.trouble.silent_since > earliest:
         latest = min(latest, i.trouble.silent_since)

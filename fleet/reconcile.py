@@ -468,8 +468,9 @@ class Reconciler(Judge):
         i = self.instances.get(command.label)
         if i is None:
             return
-        destroyed = isinstance(command, Destroy) and done.reply is Reply.DONE
-        i.orders.answer(now, destroyed=destroyed)
+        was_done = done.reply is Reply.DONE
+        destroyed = isinstance(command, Destroy) and was_done
+        i.orders.answer(now, done=was_done, destroyed=destroyed)
         if done.reply is Reply.UNSENT:
             i.orders.ask(now)  # it cannot be late with what it was not asked for
         if destroyed:

@@ -84,6 +84,21 @@ def test_a_machine_that_went_down_unseen_is_charged_until_the_first_check_that_m
     assert costs(w, ledger).total - before == pytest.approx(expected)
 
 
+def test_a_machine_whose_stop_was_answered_costs_storage_from_then_on(ledger: Ledger) -> None:
+    """Also when no listing comes for a minute."""
+    w = World().with_pool(hot=1, total=1)
+    (contract,) = w.contracts.values()
+    w.policy = Fixed(0, 1)
+    while "Stop" not in w.kinds():
+        w.tick(1)
+    costs(w, ledger)
+    stopped_at, usd = w.now, ledger.costs(0.0, w.now).total
+    w.now += LATE_S
+    contract.status, contract.intended = "exited", "stopped"
+    w.fleet.observe([contract.row()], (), w.now)
+    assert costs(w, ledger).total - usd == pytest.approx(usd_of(contract, 0.0, w.now - stopped_at))
+
+
 def test_a_machine_whose_end_the_cloud_confirms_costs_nothing_from_then_on(ledger: Ledger) -> None:
     w = World().with_pool(hot=1, total=1)
     (contract,) = w.contracts.values()
