@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -310,12 +311,16 @@ class Stack:
 
     def destroy_fleet(self) -> list[str]:
         """End the autoscaler and run destroy-fleet; return what the cloud still has."""
-        for name in (*GATEWAYS, *LOADBALANCERS, AUTOSCALER):
-            with self._lock:
-                self._held.add(name)
-                child = self._children.get(name)
-            if child is not None:
-                child.end(END_S)
+        with self._lock:
+            self._held |= set(OURS)
+            ending = [self._children[name] for name in OURS if name in self._children]
+        for child in ending:  # all at once: each has its time to end
+            if child.process.poll() is None:
+                child.process.terminate()
+        for child in ending:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(END_S)
+            child.end(0.0)
         command = (sys.executable, "autoscaler_server.py", "destroy-fleet", "--yes", *self._common_flags())
         environ = child_environment(self.cloud_key, self.root)
         child = StackChild("destroy-fleet", command, self.logs / "destroy-fleet.log", environ)

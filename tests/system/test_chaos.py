@@ -26,10 +26,10 @@ SHORT = (
 @pytest.mark.alone
 @pytest.mark.timeout(280)
 def test_a_short_seed_keeps_every_promise(tmp_path: Path) -> None:
-    """12 s of faults; what depends on how busy this machine is (times, memory) is for `make chaos`."""
+    """7 s of faults; what depends on how busy this machine is (times, memory) is for `make chaos`."""
     stack = StackSettings(7, speedup=300.0, hot=2, total=2, max_instances=3)
     settings = CampaignSettings(
-        7, 0.2, SHORT, storm_s=12.0, pause_s=1.2, rest_s=2.0, keep=tmp_path, stack=stack
+        7, 0.1, SHORT, storm_s=7.0, pause_s=0.8, rest_s=1.0, keep=tmp_path, stack=stack
     )
     figures = run_seed(settings)
     assert figures.faults.total() > 3
