@@ -49,7 +49,7 @@ LANES = 2
 
 @dataclass(frozen=True)
 class Program:
-    """A client program. way: through what it speaks to the fleet; command: run in the directory cwd."""
+    """A client program. way: through what it speaks to the fleet; command: run in cwd, empty: not here."""
 
     name: str
     way: str
@@ -59,7 +59,7 @@ class Program:
 
 
 def programs(base: str, loadbalancer: str, fronts: ExitStack) -> Iterator[Program]:
-    """Yield the programs that are installed here; servers in front of the gateway run until fronts ends."""
+    """Yield the programs; one that is not here has no command. Servers in front run until fronts ends."""
     python = str(ENVIRONMENT / "bin" / "python")
     library = [python, str(HERE / "programs.py")]
     aiperf = ENVIRONMENT / "aiperf" / "bin" / "python"
@@ -75,14 +75,15 @@ def programs(base: str, loadbalancer: str, fronts: ExitStack) -> Iterator[Progra
     front = fronts.enter_context(nginx(base))
     yield Program("openai", "nginx, gateway", [*library, "openai", front] if front else [])
     node = ENVIRONMENT / "node"
-    if shutil.which("node") and (node / "node_modules").exists():
-        for name, title in (("openai", "openai (JavaScript)"), ("ai", "Vercel's AI SDK")):
-            yield Program(title, "gateway", ["node", str(HERE / "chat.mjs"), name, base], node)
-    if shutil.which("java"):
-        yield Program("JDK's HttpClient", "gateway", ["java", str(HERE / "Chat.java"), base])
-    if shutil.which("curl"):
-        for title, flags in (("curl", ()), ("curl --http2", ("--http2",))):
-            yield Program(title, "gateway", [sys.executable, str(HERE / "curl.py"), base, *flags])
+    installed = shutil.which("node") and (node / "node_modules").exists()
+    for name, title in (("openai", "openai (JavaScript)"), ("ai", "Vercel's AI SDK")):
+        command = ["node", str(HERE / "chat.mjs"), name, base]
+        yield Program(title, "gateway", command if installed else [], node if installed else ROOT)
+    java = ["java", str(HERE / "Chat.java"), base]
+    yield Program("JDK's HttpClient", "gateway", java if shutil.which("java") else [])
+    for title, flags in (("curl", ()), ("curl --http2", ("--http2",))):
+        command = [sys.executable, str(HERE / "curl.py"), base, *flags]
+        yield Program(title, "gateway", command if shutil.which("curl") else [])
 
 
 @contextmanager
