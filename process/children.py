@@ -65,7 +65,7 @@ def end_child(process: "subprocess.Popen[Any]", grace_s: float = 0.0) -> None:
     if process.returncode is not None:
         return
     if grace_s > 0.0:
-        process.terminate()
+        os.kill(process.pid, signal.SIGTERM)  # Popen's own would reap one that has ended by itself
         _wait_for_end(process.pid, grace_s)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own

@@ -14,8 +14,8 @@ import http.client
 import json
 import os
 import secrets
+import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -316,11 +316,9 @@ class Stack:
             ending = [self._children[name] for name in OURS if name in self._children]
         for child in ending:  # all at once: each has its time to end
             if child.process.poll() is None:
-                child.process.terminate()
+                os.kill(child.process.pid, signal.SIGTERM)
         for child in ending:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.process.wait(END_S)
-            child.end(0.0)
+            child.end(END_S)
         command = (sys.executable, "autoscaler_server.py", "destroy-fleet", "--yes", *self._common_flags())
         environ = child_environment(self.cloud_key, self.root)
         child = StackChild("destroy-fleet", command, self.logs / "destroy-fleet.log", environ)

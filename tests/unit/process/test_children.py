@@ -62,13 +62,14 @@ def test_what_a_child_has_started_ends_with_it(tmp_path: Path) -> None:
         wait_gone(theirs)
 
 
-def test_what_a_child_has_left_behind_ends_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grace_s", [0.0, 5.0])
+def test_what_a_child_has_left_behind_ends_too(tmp_path: Path, grace_s: float) -> None:
     """It has ended by itself and was not reaped: its number is still its own."""
     with start(STARTS_ANOTHER, tmp_path) as child:
         theirs = int(first_line(child))
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert living(theirs)
-        end_child(child)
+        end_child(child, grace_s)
         assert child.returncode == 0
         wait_gone(theirs)
 
