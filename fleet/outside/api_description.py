@@ -94,6 +94,7 @@ class CostsAnswer(Struct, frozen=True, rename={"from_s": "from", "to_s": "to"}):
     to_s: float
     known_from: float | None
     unwritten: bool
+    unwatched: list[list[float]]
     usd: dict[str, float]
     burn_usd_h: float
     committed_usd_h: float
