@@ -30,10 +30,10 @@ from fleet.outside.metrics import AutoscalerMetrics
 from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.operator_commands import ACT, MACHINES, REACH, SHOW, OperatorConfig, run_operator_command
 from fleet.outside.overview import FleetPlace, Overview
-from fleet.outside.own_health import Reason
 from fleet.outside.page_routes import ENGINE_LOG, FROM, TO, add_page, asked_by
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
+from fleet.outside.reasons import OwnReasons
 from fleet.outside.standing import StandingOrders
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
@@ -70,9 +70,6 @@ REPLAY = (sys.executable, "-m", "simulation.virtual.replay")
 
 SLOW_ROUTES = frozenset({"/costs", "/metrics", "/overview", "/history", ENGINE_LOG})
 """They read the whole ledger, or ask an instance: in a thread, so that nothing else waits for it."""
-
-HEALTHY_FOR = 60.0, 5.0
-"""Seconds, and listings, without a good turn after which GET /health says so."""
 
 NOT_SIGNED = error_answer(401, "unauthorized", "wanted the signature of an instance of the fleet")
 
@@ -116,18 +113,11 @@ def _ledger_fails(e: Exception) -> Response:
 
 def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Callable[[], dict[str, Any]]:
     """Register GET /health; return the function that makes its answer, with an `error` where it is 503."""
-    started = scaler.clock()
+    own = OwnReasons(scaler, poll_interval_s)
 
     def answer() -> dict[str, Any]:
-        last = scaler.last_good_turn
-        age = scaler.clock() - (started if last is None else last)
-        shown = round(age, 1)
-        market = scaler.instances.market
-        reasons = scaler.own.reasons(market.failed_creates, market.last_failure, scaler.clock())
-        if last is None or age > max(HEALTHY_FOR[0], HEALTHY_FOR[1] * poll_interval_s):
-            message = f"no turn went well for {age:.0f} s: {scaler.last_error}"
-            reasons.insert(0, Reason("no_good_turn", message))
-        more: dict[str, Any] = {"last_good_turn_age_s": shown}
+        reasons = own.now()
+        more: dict[str, Any] = {"last_good_turn_age_s": round(own.good_turn_age_s, 1)}
         if scaler.own.restarts:
             more["restarted_threads"] = dict(scaler.own.restarts)
         if scaler.own.clock_steps:

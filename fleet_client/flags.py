@@ -19,7 +19,6 @@ it was given. docs/flags.md is made of the declarations, by `make flags`.
 
 import argparse
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,6 +28,7 @@ from urllib.parse import urlsplit
 
 from fleet_client.errors import ConfigError
 from fleet_client.flag_sources import read_environment, read_file
+from fleet_client.private_files import check_private
 
 METAVARS: dict[type | str, str] = {int: "N", float: "X", Path: "FILE", "s": "S"}
 """Stand-ins for a flag's value in --help, by type; "s": of a field in seconds, whose name ends in _s."""
@@ -60,12 +60,15 @@ def flag(
     unit: str | None = None,
     shown: str | None = None,
     read: Callable[[str], Any] | None = None,
+    secret: Callable[[str], bool] | None = None,
 ) -> Any:
     """Declare a field of a settings dataclass that is also a command-line flag.
 
     meaning: its text in --help. least, most: the allowed range. unit: of a number; that of a name which ends
     in _s is seconds. shown: the default in words, where the value itself says little. read: makes the value
-    of a text, or raises ValueError or ConfigError, whose text then says what was wanted.
+    of a text, or raises ValueError or ConfigError, whose text then says what was wanted. secret: says whether
+    a value holds a secret: then it is refused on the command line, which others can read, and in a file that
+    they can; no text shows it.
     """
     declared = {
         "meaning": meaning,
@@ -75,8 +78,9 @@ def flag(
         "unit": unit,
         "shown": shown,
         "read": read,
+        "secret": secret,
     }
-    return dataclasses.field(default=default, metadata={"flag": declared})
+    return dataclasses.field(default=default, metadata={"flag": declared}, repr=secret is None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,7 @@ class Flag:
     unit: str | None
     shown: str | None
     read: Callable[[str], Any] | None
+    secret: Callable[[str], bool] | None
 
     @property
     def option(self) -> str:
@@ -144,6 +149,20 @@ class Flag:
         except (ValueError, KeyError, RuntimeError):  # RuntimeError: ~ of somebody who is not there
             raise ConfigError(f"{before}{_shown(text)}: wanted {self._wanted}") from None
         return self.checked(before, value)
+
+    def from_command_line(self, text: str) -> Any:
+        """Return one value of the flag from the command line; raise ConfigError for one that is a secret."""
+        if self.secret is not None and self.secret(text):
+            raise ConfigError(
+                f"{self.option}: others can read a command line, and this one may hold a secret: it belongs "
+                f"into the environment or a file of mode 0600"
+            )
+        return self.one_value(f"{self.option} ", text)
+
+    def check_file(self, path: Path, value: Any) -> None:
+        """Raise ConfigError where the value from a file is a secret, and others can read the file."""
+        if self.secret is not None and any(map(self.secret, value if self.many else (value,))):
+            check_private(path, f"{self.key} is in the file of --config:")
 
     @property
     def _wanted(self) -> str:
@@ -246,7 +265,7 @@ def add_flags(parser: "Parser", settings: type[Any], without: Collection[str] = 
         parser.add_argument(
             one.option,
             action=_Repeated if one.many else "store",
-            type=functools.partial(one.one_value, f"{one.option} "),
+            type=one.from_command_line,
             default=argparse.SUPPRESS,
             metavar=one.stand_in,
             help=one.help(),
@@ -300,7 +319,10 @@ class Parser(argparse.ArgumentParser):
             said = read_environment(self.environment, self.flags, os.environ)
             path: Any = found.__dict__.pop("config", None) or os.environ.get(f"{self.environment}CONFIG")
             if path:
-                said = read_file(Path(path), self.flags, self.passed_over) | said
+                of_file = read_file(Path(path), self.flags, self.passed_over)
+                for name, value in of_file.items():
+                    self.flags[name].check_file(Path(path), value)
+                said = of_file | said
             for name, value in said.items():
                 if not hasattr(found, name):
                     setattr(found, name, value)

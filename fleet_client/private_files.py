@@ -143,6 +143,11 @@ def _keys(path: Path | None, note: _KeyNote | None) -> dict[str, str | None]:
     return found
 
 
+def load_lines(path: Path, what: str) -> list[str]:
+    """Return the lines of a file of mode 0600 that are no comments. what: its name in errors."""
+    return [said for _, said in said_in(_read_private(path, what))]
+
+
 def load_salt(path: Path) -> str:
     """Return the salt in a file of mode 0600: its only line that is no comment; it may have spaces."""
     what = "salt file"

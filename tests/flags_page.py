@@ -40,9 +40,9 @@ before the file, the file before the default. `--help` of each program says the 
   ```
 
 A name that is not known, a value of a wrong type and one out of its range are one line, which names the file
-or the variable, and exit status 2. No flag takes a secret itself: keys and salts are in files of mode 0600,
-one a line. Blank lines and those that begin with `#` are passed over; what else is no key is refused with its
-line.
+or the variable, and exit status 2. Keys and salts are in files of mode 0600, one a line. The one flag whose
+value may be a secret, `--notify`, is then refused on the command line and in a file that others can read.
+Blank lines and those that begin with `#` are passed over; what else is no key is refused with its line.
 """
 
 END = """

@@ -29,9 +29,17 @@ SERVE_ONLY = frozenset(
         "operator_key_file",
         "loadbalancer_cert",
         "trust_network",
+        "notify",
+        "notify_file",
+        "notify_every_s",
     }
 )
 """Fields that only `serve` needs; the others are for `prepare` and `destroy-fleet`, too."""
+
+
+def holds_secret(url: str) -> bool:
+    """Return whether a URL of --notify may hold a secret: all but plain webhooks of a host and a port."""
+    return not re.fullmatch(r"(json|form|xml)s?://[A-Za-z0-9.-]+(:\d{1,5})?/?", url)
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,19 @@ class AutoscalerConfig:
         shown="open on loopback",
     )
 
+    notify: tuple[str, ...] = flag(
+        (),
+        "where people are told when something begins to be wrong, and when it is over, as apprise writes it "
+        "(slack://…, mailto://…, json://HOST:PORT); may be repeated. It holds a secret, and so belongs into "
+        "the environment, the file of --config (mode 0600) or that of --notify-file: on the command line "
+        "only json, form and xml with host and port are taken",
+        metavar="URL",
+        secret=holds_secret,
+    )
+    notify_file: Path | None = flag(None, "file of more such URLs, one a line, mode 0600")
+    notify_every_s: float = flag(
+        600.0, "least seconds between two messages about the same", least=0.0, most=86_400.0
+    )
     tls_cert: Path | None = flag(
         None, "certificate to show, PEM, with its chain if it has one; the server then speaks https only"
     )
@@ -144,6 +165,12 @@ class AutoscalerConfig:
         "speak plain HTTP beyond this machine, too: all who can listen there have the keys, and with "
         "them the fleet and its master tokens",
     )
+
+    @property
+    def notify_urls(self) -> tuple[str, ...]:
+        """Where people are told what is wrong, by both flags; secret. Raises ConfigError for a bad file."""
+        of_file = private_files.load_lines(self.notify_file, "--notify-file") if self.notify_file else ()
+        return (*self.notify, *of_file)
 
     @property
     def said_policy(self) -> str:

@@ -114,6 +114,11 @@ class OwnHealth:
 
     # -- what is asked ---------------------------------------------------------------------------------
 
+    def heard(self, now: float) -> int:
+        """Return from how many loadbalancers something came of late, whatever it was."""
+        with self._lock:
+            return sum(now - h.contact_at <= DEAF_S for h in self._heard.values())
+
     @property
     def writable(self) -> bool:
         """Whether the ledger could be written when that was last tried."""

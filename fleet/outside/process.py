@@ -17,6 +17,7 @@ from engine.profiles import get_profile
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.limits import Limits
+from fleet.outside.alarm_watch import AlarmWatch
 from fleet.outside.config import AutoscalerConfig, local_cloud_key
 from fleet.outside.engine_log import EngineLog
 from fleet.outside.health_checker import HealthChecker
@@ -24,9 +25,11 @@ from fleet.outside.health_rounds import HealthRounds
 from fleet.outside.hot_set_push import HotSetPush, current_hot_set
 from fleet.outside.keys import FleetKeys
 from fleet.outside.ledger import Ledger
+from fleet.outside.notifier import Postbox, senders
 from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.own_health import keep_alive
 from fleet.outside.performer import Performer
+from fleet.outside.reasons import OwnReasons
 from fleet.outside.replay_process import ReplayProcess
 from fleet.outside.ssh_log import SshLog
 from fleet.outside.standing import MANAGE, POLICY
@@ -108,6 +111,7 @@ class AutoscalerProcess:
         self.health_rounds = HealthRounds(
             scaler, self._checker, self.hot_push.wakeup.wake, config.reach_places
         )
+        self._alarms = self._alarm_watch()
         self._steps = StepDetector()
         self._credit_at = float("-inf")
         self._stopped = threading.Event()
@@ -160,6 +164,19 @@ class AutoscalerProcess:
             long_prompt=long_prompt(self.profile.max_model_len),
         )
 
+    def _alarm_watch(self) -> AlarmWatch | None:
+        """Return what tells people when something is wrong; None where nobody is to be told."""
+        config = self.config
+        if not (urls := config.notify_urls):
+            return None
+        return AlarmWatch(
+            self.scaler,
+            OwnReasons(self.scaler, config.poll_interval_s),
+            [Postbox(name, send) for name, send in senders(urls, config.label)],
+            config.notify_every_s,
+            len(config.loadbalancer),
+        )
+
     def check_account(self) -> None:
         """Make sure that the cloud's key works and the account has our ssh key; raise ConfigError if not."""
         try:
@@ -169,10 +186,13 @@ class AutoscalerProcess:
             raise ConfigError(f"the cloud cannot be used: {e}") from e
 
     def start(self) -> None:
-        """Start three threads: one takes turns, one sends orders, one tunes the policy."""
+        """Start the threads: one takes turns, one sends orders, one tunes the policy, others tell people."""
         self._start(self._run_turns)
         self._start(self._run_orders)
         self._start(self.tuner.run)
+        if self._alarms is not None:
+            self._alarms.start()
+            self._start(self._watch_alarms)
 
     def start_health_checks(self) -> None:
         """Make health checks on a thread of their own until `stop`, in a process without a server."""
@@ -195,6 +215,8 @@ class AutoscalerProcess:
         self.tuner.stop()
         for thread in self._threads:
             thread.join(timeout=30.0)
+        if self._alarms is not None:
+            self._alarms.end()
         try:
             self.scaler.write_counts()
         except Exception as e:  # noqa: BLE001 it is told
@@ -204,6 +226,10 @@ class AutoscalerProcess:
         """Close the ledger and unlock the state directory."""
         self.ledger.close()
         os.close(self._lock_file)
+
+    def _watch_alarms(self) -> None:
+        if self._alarms is not None:
+            self._alarms.run(self._stopped)
 
     def _run_turns(self) -> None:
         while not self._stopped.is_set():

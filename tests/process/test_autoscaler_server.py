@@ -28,6 +28,7 @@ import autoscaler_server
 from autoscaler_server import REPLAY, create_app
 from engine.slo import Slo
 from engine.step_time_constants import timing_for
+from fleet.alarms import AFTER_S
 from fleet.arrivals import Arrived
 from fleet.commands import Destroy
 from fleet.demand import Demand
@@ -56,6 +57,9 @@ from tests.fleet_world import FakeVast, World, make_offer
 from tests.messages import hot_set
 from tests.paths import ROOT
 from tests.ports import free_port
+from tests.unit.fleet.test_notifier import SECRET as HOOK_SECRET
+from tests.unit.fleet.test_notifier import hook
+from tests.waiting import wait_for
 from vast.rows import Offer, Row
 from web.answers import Problem
 from web.app import MAX_BODY
@@ -1021,7 +1025,10 @@ class AlwaysWell:
         model: str,
         timeout_s: float,
         clock: Callable[[], float],
+        *,
+        long_prompt: str,
     ) -> None:
+        assert long_prompt
         self.clock = clock
 
     async def check(self, order: HealthCheckOrder) -> HealthCheck:
@@ -1166,6 +1173,29 @@ def test_a_ledger_that_cannot_be_used_is_said_in_one_line(tmp_path: Path, cloud:
     (tmp_path / "state" / "ledger.sqlite").mkdir()
     with pytest.raises(ConfigError, match=r"ledger\.sqlite cannot be used"):
         process.AutoscalerProcess(quick(tmp_path))
+
+
+def test_a_process_tells_people_what_is_wrong_and_shows_the_url_nowhere(
+    tmp_path: Path, cloud: QuickCloud, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(AFTER_S, "not_well", 0.0)
+    monkeypatch.setattr(cloud, "credit", lambda: -5.0, raising=False)
+    caplog.set_level(logging.DEBUG)
+    with hook() as service:
+        running = process.AutoscalerProcess(quick(tmp_path, notify=(service.url,)))
+        running.start()
+        try:
+            wait_for("the message", lambda: service.got)
+        finally:
+            running.stop()
+            running.close()
+    (told,) = service.got
+    assert told["title"] == "fleet fleet: not well: no credit"
+    assert "-5.00 $" in told["message"]
+    assert "people are told: not_well: no_credit begins" in caplog.text
+    kept = b"".join(p.read_bytes() for p in (tmp_path / "state").rglob("*") if p.is_file())
+    assert HOOK_SECRET not in caplog.text
+    assert HOOK_SECRET.encode() not in kept
 
 
 @pytest.mark.alone
