@@ -86,7 +86,7 @@ class LoadBalancer:
         max_held: requests held at once. poll_interval_s: how old a working instance's report may get. slo:
         what late means. late_bound_s: None for one lane, first come, first served. first_token_weight:
         seconds of whole latency that a second of first token is worth. max_unused: unused leases of one
-        client. grant_at_once: requests served by one call of `grant`.
+        client. grant_at_once: requests served by one `grant`.
         """
         warm_up()
         self.slo = slo = slo or Slo()
@@ -113,9 +113,8 @@ class LoadBalancer:
     def update_hot_set(self, hot_set: HotSet, now: float) -> bool:
         """Take over which instances are hot; False when the hot set is older than the one known.
 
-        Instances that stay keep their leases, tokens and measurements. One that is not named any more is
-        forgotten with its leases; one that drains keeps its leases and is given no more. A new address is a
-        new instance.
+        Instances that stay keep their leases, tokens and measurements. One that is not named any more, or
+        under another address, is forgotten; one that drains keeps its leases and is given no more.
         """
         steps = self.begin_hot_set(hot_set, now)
         if steps is None:
@@ -127,9 +126,8 @@ class LoadBalancer:
     def begin_hot_set(self, hot_set: HotSet, now: float) -> Iterator[None] | None:
         """Return an iterator that takes over a hot set, one instance a step; None when the hot set is older.
 
-        10,000 new instances take 0.2 s. Between two steps an instance is as it was or as the new hot set
-        says; `instances.hot_set` is the one before until the last step: a loadbalancer that says it has a hot
-        set gives no lease on what drains there. A newer hot set, once begun, ends the steps of this one.
+        10,000 new instances take 0.2 s. `instances.hot_set` is the one before until the last step: who has
+        it gives no lease on what drains there. A newer hot set, once begun, ends these steps.
         """
         if not self.instances.take(hot_set):
             return None
@@ -188,17 +186,17 @@ class LoadBalancer:
     ) -> Granted | QueuedRequest | RouteRefused:
         """Give a request leases, a place in the queue for up to wait_s, or a refusal.
 
-        count: up to so many leases, and at least one; None: one. again: it was refused before and is no new
-        arrival. Call `grant` first while requests wait: what has become free since the last call is theirs.
+        count: up to so many leases, and at least one; None: one. again: it is no new arrival. Call `grant`
+        first while requests wait: what has become free since the last call is theirs.
         """
         instances = self.instances
-        client, allowance = ask.client, self.leases.allowance
-        after_s = allowance.asks(client, instances.hot, now)
+        ask = self._estimates.usable(ask, instances.largest_capacity)
+        after_s = self.leases.allowance.asks(ask.client, instances.hot, now)
         if after_s is not None:
             return self._too_many(ask, after_s)
         given = self._give(ask, count, now)
-        if not again:  # a batch is as many arrivals as it is given leases, and at least one
-            self._demand.arrived(ask, self._estimates.prefill_weight, len(given) or 1)
+        weight = self._estimates.prefill_weight
+        counted = again or self._demand.asks(ask, weight, len(given), now, instances)
         if given:
             return Granted(given)
         if wait_s > 0.0:
@@ -211,6 +209,7 @@ class LoadBalancer:
                 blocks=not self._chooser.only_avoids(ask, now),
                 count=count,
                 takes_s=self._waits.takes_s(ask),
+                arrives=not counted,
             )
             if queued is not None:
                 return queued
@@ -248,6 +247,7 @@ class LoadBalancer:
             lambda client: self.leases.allowance.is_used_up(client, self.instances.hot, now),
         )
         granted = [(queued, [lease]) for queued, lease in served]
+        self._demand.granted((queued for queued, _ in served), self._estimates.prefill_weight)
         if not self.queue.cut:
             for queued, leases in granted:
                 used_up = self.leases.allowance.is_used_up(queued.ask.client, self.instances.hot, now)
@@ -343,7 +343,7 @@ class LoadBalancer:
     def pushed(self, instance_id: int, report: PushedReport, now: float) -> float | None:
         """Take in a report that an instance pushed; return the least seconds until its next one.
 
-        None when it is not believed: of an unknown boot, no newer than the last one, or one too many.
+        None when it is not believed.
         """
         return self._reports.take_push(instance_id, report, now)
 

@@ -10,7 +10,8 @@ instance is slow when of one of the two
     its usual ratio    >= SLOW_RATIO * the median of its peers' usual ratios, and >= SLOW_RATIO
 
 by at least LEAST answers of the last WINDOW_S seconds, of two clients where two are there. The usual ratio is
-the lower median over clients of each client's median: one client alone says nothing where there are others.
+what USUAL of a client's answers are below, so that a host which is slow for some of them is found, too; of
+several clients the lower median: one client alone says nothing where there are others.
 Without a peer that is judged, too, nothing is known. A slow instance gets one lease now and then, whose
 answer shows whether it has recovered; at most a share of the instances at a time (WORD_SHARE), since all of
 this is clients' word; and as many as others while no other can serve.
@@ -32,6 +33,9 @@ from engine.slo import Slo
 
 SLOW_RATIO, GOOD_RATIO = 4.0, 2.0
 """Times as slow as its peers from which an instance counts as slow, and below which its probes are good."""
+
+USUAL = 0.7
+"""Share of a client's answers that are as fast as what is usual, or faster."""
 
 LEAST, LEAST_EACH = 8, 3
 """Answers that are needed of an instance, and of a client there that counts."""
@@ -99,8 +103,8 @@ class InstancePace:
         answers = sum(map(len, counted))
         if answers < LEAST or len(counted) < clients:
             return None
-        ratio = median_low(median(one.ratios[which] for one in some) for some in counted)
-        seconds = median(one.seconds[which] for some in counted for one in some)
+        ratio = median_low(_usual([one.ratios[which] for one in some]) for some in counted)
+        seconds = _usual([one.seconds[which] for some in counted for one in some])
         return Usual(ratio, seconds, answers, len(counted))
 
     def count_good(self, *, good: bool) -> bool:
@@ -254,6 +258,10 @@ class ClientPaces:
             if looked_at > MOST_PEERS:
                 return
             yield one
+
+
+def _usual(values: list[float]) -> float:
+    return sorted(values)[round(USUAL * (len(values) - 1))]
 
 
 def _is_there(times: deque[float], now: float) -> bool:

@@ -30,21 +30,24 @@ KEPT = 64
 class WaitingClient:
     """One client with waiting requests, and its turn in seconds of the whole fleet's work.
 
-    held: its requests that wait. ahead: work of those that can be in time, by priority.
+    held: its requests that wait, and work their work. ahead: that of those that can be in time, by priority.
     """
 
     turn: float = 0.0
     held: int = 0
+    work: float = 0.0
     ahead: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
     def begin(self, turn: float) -> None:
         """Note that the client begins to wait; its turn is that one, or its own if that is later."""
         self.turn = max(self.turn, turn)
 
-    def count(self, more: int) -> None:
-        """Count `more` requests of the client that wait; negative: so many fewer."""
+    def count(self, more: int, work: float) -> None:
+        """Count `more` requests of the client that wait, with their work; negative: so many fewer."""
         self.held += more
+        self.work += work
         if not self.held:
+            self.work = 0.0
             self.ahead = [0.0, 0.0, 0.0]
 
     def move_on(self, takes_s: float) -> None:
@@ -88,8 +91,12 @@ class ClientTurns:
                 break
         return self._turn
 
-    def join(self, client: str) -> None:
-        """Count one more waiting request of a client."""
+    def waiting_work(self) -> dict[str, float]:
+        """Return the work of each client's requests that wait."""
+        return {client: it.work for client, it in self._clients.items() if it.held}
+
+    def join(self, client: str, work: float) -> None:
+        """Count one more waiting request of a client, with its work."""
         it = self._clients.get(client)
         if it is None:
             it = self._clients[client] = WaitingClient()
@@ -99,12 +106,12 @@ class ClientTurns:
             heappush(self._earliest, (it.turn, client))
             if len(self._earliest) > 2 * self.waiting + KEPT:
                 self._earliest = sorted((x.turn, c) for c, x in self._clients.items() if x.held or x is it)
-        it.count(1)
+        it.count(1, work)
 
-    def leave(self, client: str) -> None:
-        """Count one waiting request of a client less: it was served or cancelled."""
+    def leave(self, client: str, work: float) -> None:
+        """Count one waiting request of a client less, with its work: it was served or cancelled."""
         it = self._clients[client]
-        it.count(-1)
+        it.count(-1, -work)
         if it.held:
             return
         self.waiting -= 1

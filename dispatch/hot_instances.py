@@ -29,6 +29,7 @@ class HotInstances:
         self.hot = 0  # instances that do not drain, whether or not they can serve at this moment
         self.throughput = 0.0  # of those together, work a second
         self.typical_capacity = CAPACITY_UNKNOWN * expected_output_tokens  # of one of those, work
+        self.largest_capacity = self.typical_capacity  # what one request can use at most, work
         self._past_epochs: deque[str] = deque(maxlen=PAST_EPOCHS)
         self._expected_at: float | None = None
 
@@ -96,6 +97,7 @@ class HotInstances:
         self.throughput = sum(inst.throughput for inst in hot)
         if hot:
             self.typical_capacity = sum(inst.capacity for inst in hot) / len(hot)
+            self.largest_capacity = max(max(inst.capacity, inst.spec.capacity_work) for inst in hot)
 
     def expect(self, expected_hot_s: float | None, now: float) -> None:
         """Note in how many seconds the next instance is expected to become hot; None: not known."""

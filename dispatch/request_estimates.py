@@ -1,6 +1,7 @@
 """What is expected of a request before it runs: its work, its row in the prediction; the usual request."""
 
 import math
+from dataclasses import replace
 
 from dispatch.output_lengths import OutputLengths
 from dispatch.predicted_load import request_row
@@ -64,6 +65,17 @@ class RequestEstimates:
             return prompt_tokens
         most = prompts * self.max_model_len
         return min(prompt_tokens, most) if prompt_tokens <= PROMPT_RANGE * most else None
+
+    def usable(self, ask: RouteRequest, most_work: float) -> RouteRequest:
+        """Return a request as far as one instance, which may hold most_work, can work on it at once.
+
+        A request runs on one instance, whatever work its client says that it is: it is given an idle one, and
+        is demand for no more than one.
+        """
+        if ask.work <= most_work:
+            return ask
+        most_prompt = int(most_work / max(self.prefill_weight, 1e-6))
+        return replace(ask, work=most_work, prompt_tokens=min(ask.prompt_tokens, most_prompt))
 
     def work_of(self, prompt_tokens: int, max_tokens: int | None) -> float:
         """Return the work expected of a request with such lengths, in output-token equivalents."""

@@ -105,6 +105,10 @@ class RequestQueue:
         self._numbers = numbers()
         self._blocked: Entry | None = None  # a new request that does not go before this one must wait
 
+    def work_by_client(self) -> dict[str, float]:
+        """Return the work of each client's requests that wait."""
+        return self._turns.waiting_work()
+
     def ahead_of(self, priority: int) -> float:
         """Return the waiting work that would be served before a request of that priority if it came now."""
         return sum(self._ahead[: priority + 1])
@@ -124,22 +128,23 @@ class RequestQueue:
         blocks: bool,
         count: int | None = None,
         takes_s: float = 0.0,
+        arrives: bool = False,
     ) -> QueuedRequest | None:
         """Let a request wait in its lane; return None when as many wait as may, in all or of its client.
 
         until: when it loses its place. until_late_s: how long it may wait and be in time. wait_s: how long it
         is expected to wait. blocks: whether those that come after it must wait, too (not if it only avoids
         the instances with room). count: leases that it asked for, None for one. takes_s: seconds of the whole
-        fleet's work.
+        fleet's work. arrives: it counts as an arrival when it is granted.
         """
         low, turns = ask.priority == LOW, self._turns
         if self.held >= self.most or (low and self.held_of[LOW] >= LOW_SHARE * self.most):
             return None
         if ask.client and turns.held(ask.client) >= HELD_RATIO * (self.most - self.held):
             return None
-        queued = QueuedRequest(ask, count, until, now, now + until_late_s, takes_s)
+        queued = QueuedRequest(ask, count, until, now, now + until_late_s, takes_s, arrives)
         self._trim()
-        turns.join(ask.client)
+        turns.join(ask.client, ask.work)
         self.held += 1
         self.held_of[ask.priority] += 1
         self.work += ask.work
@@ -185,7 +190,7 @@ class RequestQueue:
             self.late -= 1
         else:
             self._leave_ahead(queued)
-        self._turns.leave(queued.ask.client)
+        self._turns.leave(queued.ask.client, queued.ask.work)
         if not self.held:
             self.in_time_lane.clear()
             self.late_lane.clear()

@@ -32,7 +32,8 @@ class QueuedRequest:
 
     count: leases that it asked for, None for one. until: when its place is lost; since: when it came.
     give_by: when it is late. takes_s: seconds of the whole fleet's work. over: it was granted or cancelled,
-    or its time is up.
+    or its time is up. arrives: it counts as an arrival when it is granted, because its client asks for more
+    than it can be given.
     """
 
     ask: RouteRequest
@@ -41,6 +42,7 @@ class QueuedRequest:
     since: float
     give_by: float
     takes_s: float = 0.0
+    arrives: bool = False
     late: bool = False
     overdue: bool = False
     over: bool = False

@@ -43,8 +43,9 @@ def measure(
             inst.reports.budget.reason(now),
             inst.circuit.slow,
         )
-    held_work = max(0.0, queue.work)
-    waiting = held_work + demand.refused_work(now, instances.typical_capacity, instances.hot)
+    excess, refused = demand.waiting(queue.work_by_client(), now, instances.typical_capacity, instances.hot)
+    held_work = max(0.0, queue.work - excess)
+    waiting = held_work + refused
     hot_set = instances.hot_set
     return BusyReport(
         loadbalancer=name,

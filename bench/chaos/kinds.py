@@ -54,6 +54,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "host:endless-answer": (
             *("host:endless-body", "host:endless-headers", "host:endless-interim", "host:slow-head"),
         ),
+        "host:grey": ("host:engine-grey", "host:engine-slow"),
         "host:redirects": ("host:auth-redirects", "host:engine-redirects"),
         "host:endless-log": ("host:endless-line", "host:growing-log"),
         "client:hoarder": ("client:hoards", "client:hoards-first"),

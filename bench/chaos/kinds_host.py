@@ -21,6 +21,9 @@ HOLE_BYTES = 100_000_000
 TRUE_AUTH, TRUE_CHECK = "true_auth_server.py", "true_token_check.py"
 """The names under which a host that lies keeps our own files."""
 
+LASTS_S = {"engine-slow": (60.0, 75.0)}
+"""For how long an engine lies, where that is longer than usual: until clients have found it slow."""
+
 AUTH = b"remote.auth_server"
 ENGINE = b"vllm.entrypoints.openai.api_server"
 
@@ -157,7 +160,7 @@ def growing_log(scene: Scene) -> Iterator[None]:
 
 KINDS = (
     *(Kind(f"host:{lie}", auth_lie(lie), (8.0, 20.0)) for lie in lying_auth.LIES),
-    *(Kind(f"host:{lie}", engine_lie(lie), (10.0, 25.0)) for lie in lying_engine.LIES),
+    *(Kind(f"host:{lie}", engine_lie(lie), LASTS_S.get(lie, (10.0, 25.0))) for lie in lying_engine.LIES),
     Kind("host:endless-line", endless_line, (5.0, 10.0)),
     Kind("host:growing-log", growing_log, (5.0, 10.0)),
 )

@@ -13,7 +13,13 @@ from typing import Any
 LONG_BODY = 200
 """Bytes of a request from which on it is somebody's and not our test prompt."""
 
+LONGER_BODY = 900
+"""The same for a host that knows how long our usual test prompts are."""
+
 STALL_S = 600.0
+
+SLOW_S = 12.0
+"""Seconds that a slow host waits: below all limits of those who ask."""
 
 
 async def _read(receive: Any) -> int:
@@ -76,6 +82,13 @@ class Lying:
             await asyncio.sleep(STALL_S)
         await self._app(scope, receive, send)
 
+    async def slow(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer what is as short as our usual test prompts, and let the others wait for a while."""
+        length = int(dict(scope["headers"]).get(b"content-length", 0))
+        if length > LONGER_BODY:
+            await asyncio.sleep(SLOW_S)
+        await self._app(scope, receive, send)
+
     async def errors(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002
         """Refuse all with an error that has no characters."""
         await _read(receive)
@@ -107,6 +120,7 @@ LIES: Mapping[str, str] = {
     "engine-redirects": "redirect",
     "engine-many-headers": "many_headers",
     "engine-grey": "grey",
+    "engine-slow": "slow",
     "engine-errors": "errors",
     "engine-breaks-off": "break_off",
     "engine-stalls": "stall",

@@ -131,6 +131,31 @@ def test_one_that_is_well_again_is_trusted_after_some_good_probes() -> None:
     assert slow_ones(b) == {1}, "and judged anew"
 
 
+def test_a_host_that_is_slow_for_half_of_the_requests_is_found() -> None:
+    """It may know test prompts by their length, and so answers short requests well."""
+    b = four()
+    for _ in range(40):
+        b.tick(1.0)
+        b.refill()
+        for client in ("a", "b"):
+            for n in range(4):
+                lease = b.lease(client=client, prompt_tokens=100)
+                met(b, lease, 12.0 if lease.instance_id == 1 and n % 2 else 0.2)
+    assert slow_ones(b) == {1}
+
+
+def test_a_slow_answer_now_and_then_makes_no_machine_slow() -> None:
+    b = four()
+    for second in range(120):
+        b.tick(1.0)
+        b.refill()
+        for client in ("a", "b"):
+            for n in range(4):
+                lease = b.lease(client=client, prompt_tokens=100)
+                met(b, lease, 12.0 if lease.instance_id == 1 and (second + n) % 5 == 0 else 0.2)
+    assert slow_ones(b) == set()
+
+
 def test_without_a_peer_nothing_is_known() -> None:
     b = world(instance(1, 1000.0, timing=FAST))
     given = serve(b, {1})

@@ -38,12 +38,21 @@ def test_one_refused_request_is_demand_on_a_fleet_that_was_never_hot() -> None:
     assert 0.0 < b.balancer.usage(b.now).demand < 1.0
 
 
-def test_busy_never_exceeds_the_hot_instances() -> None:
+def test_one_request_is_demand_for_one_instance_whatever_it_says_that_it_is() -> None:
     b = world(instance(1))
-    b.lease(50_000.0)
+    b.lease(1e7)
+    usage = b.balancer.usage(b.now)
+    assert (usage.busy, usage.demand, usage.arrived_work) == (1.0, 1.0, 1000.0)
+
+
+def test_busy_never_exceeds_the_hot_instances_and_demand_does() -> None:
+    b = world(instance(1))
+    b.lease(1000.0)
+    for client in ("a", "b"):
+        b.hold(900.0, client=client)
     usage = b.balancer.usage(b.now)
     assert usage.busy == 1.0
-    assert usage.demand == pytest.approx(50.0)
+    assert usage.demand == pytest.approx(2.8)
 
 
 def test_working_seconds_are_those_with_a_request_under_way() -> None:
