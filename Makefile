@@ -20,7 +20,7 @@ PAGE_LIB := build/page-lib
 PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes texts picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes texts pictures picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report (also as a page, build/sim.html).
 sim: $(READY) $(COMPILED)
@@ -150,6 +150,10 @@ sizes: $(READY)
 # What programs read when something goes wrong, in docs/clients.md: each case is made to happen.
 texts: $(READY)
 	$(BIN)/python -m tests.texts_page
+
+# The three pictures of virtual time in docs/: a good day, a burst, a fleet that is too small. Three minutes.
+pictures: $(READY) $(COMPILED)
+	$(BIN)/python -m tests.virtual_pictures
 
 # The picture of the system in docs/, drawn from its text (needs graphviz: apt-get install graphviz).
 picture:

@@ -30,6 +30,7 @@ from fleet_client.flags import run_main, within
 from localcloud.machines import MACHINES
 from localcloud.rental import Times
 from policies import POLICIES, make_policy
+from process.progress import Progress
 from simulation.live.stack_config import StackConfig
 from simulation.traces.reading import read
 from simulation.traces.request import Request
@@ -141,12 +142,13 @@ def main() -> None:
     within("--runs", args.runs, 1, 100)
     within("--speedup", args.speedup, 1.0, 100.0)
     found: dict[str, list[Figures]] = {"live": [], "virtual": []}
+    progress = Progress()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.csv"
         requests = trace(1)
         rows = (f"{r.at_s:.3f},{r.prompt_tokens},{r.output_tokens}" for r in requests)
         path.write_text("\n".join(("arrival_s,prompt_tokens,output_tokens", *rows)) + "\n")
-        for n in range(args.runs):
+        for n in progress.over(range(args.runs), lambda n: f"live run {n}"):
             found["live"].append(live(path, n, args.speedup))
             print(f"live    {n}: {found['live'][-1]}", flush=True)
         for n in range(max(9, args.runs)):

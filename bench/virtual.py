@@ -31,6 +31,7 @@ from fleet.limits import Limits
 from fleet_client.flags import run_main
 from localcloud.machines import Machine
 from policies import Fixed, FleetSnapshot, Objective, Policy, Targets
+from process.progress import Progress
 from simulation.traces import logs
 from simulation.traces.reading import read
 from simulation.traces.request import Request
@@ -194,23 +195,23 @@ def compare(directory: Path, name: str, lane: bool) -> dict[str, Any]:
 def policies(directory: Path) -> dict[str, Any]:
     """Run every log and discipline; print a table."""
     found: dict[str, Any] = {}
-    for name in ("code", "conv", "mooncake"):
-        for lane in (False, True):
-            key = f"{name}, {'late lane' if lane else 'one line'}"
-            found[key] = line = compare(directory, name, lane)
-            ours = line["ours"]
-            print(
-                f"{key}: ours ${ours['usd']:.2f}, {ours['misses']:.2%} missed, the late waited "
-                f"{ours['late_p50_s']:.0f} s (p50), {ours['late_max_s']:.0f} at most"
-            )
-            for peer, of in line["peers"].items():
-                best = of["best"]
-                if best is None:
-                    nearest = min(of["points"], key=lambda p: p["misses"])
-                    shown = f"never; fewest misses {nearest['misses']:.2%} for ${nearest['usd']:.2f}"
-                else:
-                    shown = f"${best['usd']:.2f} at {best['misses']:.2%} with knob {best['knob']:.3g}"
-                print(f"    {peer:28}{shown}", flush=True)
+    cells = [(name, lane) for name in ("code", "conv", "mooncake") for lane in (False, True)]
+    for name, lane in Progress().over(cells, lambda cell: cell[0]):
+        key = f"{name}, {'late lane' if lane else 'one line'}"
+        found[key] = line = compare(directory, name, lane)
+        ours = line["ours"]
+        print(
+            f"{key}: ours ${ours['usd']:.2f}, {ours['misses']:.2%} missed, the late waited "
+            f"{ours['late_p50_s']:.0f} s (p50), {ours['late_max_s']:.0f} at most"
+        )
+        for peer, of in line["peers"].items():
+            best = of["best"]
+            if best is None:
+                nearest = min(of["points"], key=lambda p: p["misses"])
+                shown = f"never; fewest misses {nearest['misses']:.2%} for ${nearest['usd']:.2f}"
+            else:
+                shown = f"${best['usd']:.2f} at {best['misses']:.2%} with knob {best['knob']:.3g}"
+            print(f"    {peer:28}{shown}", flush=True)
     return found
 
 

@@ -24,22 +24,20 @@ COLOURS: Mapping[str, str] = {
     "draining": "#8a6d1f",
     "booting": "#6f9fdc",
     "cold": "#dde3ea",
-    "lost": "#8e44ad",
 }
 WORDS: Mapping[str, str] = {
     "hot": "serving",
     "draining": "draining",
     "booting": "starting",
     "cold": "stopped",
-    "lost": "failed",
 }
 INK, DIM, LINE, LATE, FAILED = "#16202c", "#566273", "#c3ccd7", "#e0a03c", "#b3202e"
 
 Columns = Mapping[str, NDArray[np.float64]]
 
 
-def fleet(report: Mapping[str, Any], path: Path, headline: str = "") -> None:
-    """Draw a run over time as a PNG; headline: instead of what came of it.
+def fleet(report: Mapping[str, Any], path: Path, headline: str = "", detail: str = "") -> None:
+    """Draw a run over time as a PNG. headline, detail: instead of what came of it and what was played.
 
     Raises ConfigError when the file cannot be written.
     """
@@ -53,12 +51,14 @@ def fleet(report: Mapping[str, Any], path: Path, headline: str = "") -> None:
     figure = Figure(figsize=(10, 6.6))
     FigureCanvasAgg(figure)
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=(3.4, 1.5, 1.1))
-    figure.subplots_adjust(left=0.07, right=0.985, top=0.875, bottom=0.075, hspace=0.24)
-    figure.suptitle(
-        headline or outcome(report), x=0.012, y=0.985, ha="left", fontsize=16, weight="bold", color=INK
-    )
-    about = report["settings"].get("trace") or report["model"]
-    figure.text(0.985, 0.985, about, ha="right", va="top", fontsize=9, color=DIM)
+    figure.subplots_adjust(left=0.07, right=0.985, top=0.865, bottom=0.075, hspace=0.24)
+    detail = detail or str(report["settings"].get("trace") or report["model"])
+    for text, y, size, weight, colour in (
+        (headline or outcome(report), 0.985, 16, "bold", INK),
+        (detail, 0.94, 10.5, "normal", DIM),
+    ):
+        # A dollar is a dollar, and no formula.
+        figure.text(0.012, y, text, va="top", size=size, weight=weight, color=colour, parse_math=False)
     _instances(above, hours, columns)
     _requests(middle, over_time["requests"], unit_s)
     _waiting(below, hours, columns["held"])

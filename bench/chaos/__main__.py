@@ -16,6 +16,7 @@ from bench.chaos.stack import StackSettings
 from bench.chaos.undo import UNDONE
 from bench.command import bench_parser, machine, names_in, write_json
 from fleet_client.flags import Parser, run_main
+from process.progress import Progress
 
 MOST_SHOWN = 12
 """Lines of detail that are shown of what was missed; the JSON has all."""
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     only = tuple(names_in("--only", said.only, all_kinds()))
     seeds: list[Figures] = []
-    for seed in (int(text) for text in said.seed.split(",")):
+    for seed in Progress().over([int(text) for text in said.seed.split(",")], lambda seed: f"seed {seed}"):
         stack = replace(StackSettings(seed), speedup=said.speedup, undo=said.undo)
         settings = CampaignSettings(
             seed, said.minutes, only, said.rate, said.storm_s, said.pause_s, keep=said.keep, stack=stack

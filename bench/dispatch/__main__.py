@@ -33,6 +33,7 @@ from bench.dispatch.rules.registry import RULES
 from bench.dispatch.runs import SETS, USUAL, Comparison, Line, merged, read, runs_of
 from bench.dispatch.targets import judged
 from fleet_client.flags import Parser, run_main, within
+from process.progress import Progress
 
 
 def _parser() -> Parser:
@@ -112,11 +113,12 @@ def main() -> None:
     known = [] if args.earlier is None else read(args.earlier, choice)
     todo = runs_of(choice)
     found: list[dict[str, Any]] = []
+    progress = Progress()
     with ProcessPoolExecutor(args.workers) as pool:
         for line in pool.map(carry_out, *zip(*todo, strict=True)):
             found.append(line)
+            progress.to(len(found) / len(todo), f"{len(found)} of {len(todo)} runs")
             if len(found) % 50 == 0 or len(found) == len(todo):
-                print(f"{len(found)}/{len(todo)}: {sum(x['seconds'] for x in found):.0f} s", flush=True)
                 write(args.json, merged(found, known))
     found = merged(found, known)
     print(tables(found, full=args.full))

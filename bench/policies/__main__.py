@@ -26,6 +26,7 @@ from bench.policies.cases import GPUS, TRACES, Line, PolicyCase, carry_out
 from bench.policies.peers.registry import PEERS
 from bench.policies.report import plots, tables
 from fleet_client.flags import Parser, run_main, within
+from process.progress import Progress
 
 
 def _parser() -> Parser:
@@ -62,11 +63,13 @@ def main() -> None:
         for lane in (False, True)
     ]
     found: list[Line] = []
+    progress = Progress()
     with ProcessPoolExecutor(args.workers) as pool:
         for line in pool.map(carry_out, cases):
             found.append(line)
             at = f"{line['trace']} {line['profile']} {line['need']:g} {'lane' if line['lane'] else 'line'}"
             print(f"{len(found)}/{len(cases)} {at}: {line['seconds']:.0f} s", flush=True)
+            progress.to(len(found) / len(cases))
             write_json(args.json, found)  # hours may have gone into it: what is there is kept
     order = {name: n for n, name in enumerate(TRACES)}
     found.sort(key=lambda c: order[c["trace"]])

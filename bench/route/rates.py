@@ -15,6 +15,7 @@ import uvloop
 from bench.children import child, cpu_s, memory_mb, said
 from bench.route.keep_alive import KeepAliveClient, leases_in, post_route, request_of
 from bench.route.servers import RunningLoadbalancer, loadbalancer, pin
+from process.progress import Progress
 
 SETTLE_S = 1.0
 """Seconds before a round is measured, in which stocks grow to the use."""
@@ -211,12 +212,10 @@ def one_round(cell: RouteCell, seconds: float, rate: float | None) -> RateRound:
 def measure_rates(cells: list[RouteCell], rounds: int, seconds: float) -> dict[RouteCell, list[RateRound]]:
     """Measure rounds of all cells by turns; a paced one after the one whose rate it takes."""
     found: dict[RouteCell, list[RateRound]] = {cell: [] for cell in cells}
-    for n in range(rounds):
-        for cell in cells:
-            print(f"round {n + 1} of {rounds}: {cell}", file=sys.stderr)
-            rate = None
-            if cell.paced:
-                closed = found[RouteCell(cell.instances, cell.connections, cell.batch)][-1]
-                rate = 0.5 * closed.leases_s / max(1, cell.batch)
-            found[cell].append(one_round(cell, seconds, rate))
+    for cell in Progress().over([cell for _ in range(rounds) for cell in cells]):
+        rate = None
+        if cell.paced:
+            closed = found[RouteCell(cell.instances, cell.connections, cell.batch)][-1]
+            rate = 0.5 * closed.leases_s / max(1, cell.batch)
+        found[cell].append(one_round(cell, seconds, rate))
     return found

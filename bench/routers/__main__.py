@@ -59,6 +59,7 @@ from fleet_client.flags import run_main, within
 from fleet_client.listening import allow_many_files
 from fleet_client.tls_pins import pinned_context
 from process.errors import ConfigError
+from process.progress import Progress
 from remote import boot as boots
 from remote.token_check import App, Message, Receive, Scope, Send, TokenCheck
 from remote.tokens import Issuer
@@ -312,7 +313,7 @@ async def _rounds(
 ) -> tuple[list[dict[str, list[WayRound]]], dict[str, list[WayRound]]]:
     by_level: list[dict[str, list[WayRound]]] = [{way.name: [] for way in ways} for _ in config.levels]
     rates: dict[str, list[WayRound]] = {way.name: [] for way in ways}
-    for n in range(config.rounds):
+    for n in Progress().over(range(config.rounds), lambda n: f"round {n + 1}"):
         order = list(ways)
         random.Random(n).shuffle(order)
         for level, cells in zip(config.levels, by_level, strict=True):

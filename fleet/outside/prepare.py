@@ -1,5 +1,6 @@
 """The command `prepare`: rent instances, have them load the model, stop them."""
 
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +11,10 @@ from fleet.states import GIVEN_UP, State
 from fleet_client.flags import within
 from policies import Fixed
 from process.errors import ConfigError
+from process.progress import in_words
+
+LEFT_S = 60.0
+"""Steps in which the time left is told, seconds: a line of progress is printed when it has changed."""
 
 LOOK_EVERY_S = 0.5
 """Seconds between two looks at the progress."""
@@ -75,15 +80,19 @@ def _set_target(process: AutoscalerProcess, count: int, half_done: frozenset[str
 def _wait(process: AutoscalerProcess, wanted: int, kept_hot: int) -> None:
     """Print the progress until `wanted` instances are loaded, of which kept_hot stay hot."""
     scaler, shown = process.scaler, ""
+    begun = time.monotonic()
     while True:
         with scaler.lock:
             states = Counter(i.state for i in scaler.instances)
             cold = sum(i.state is State.COLD and i.loaded for i in scaler.instances)
             notes = scaler.decisions[-1].notes if scaler.decisions else ()
+            left_s = scaler.instances.durations.load_s - (time.monotonic() - begun)
         # A new one is hot for a moment before it is stopped: it is not ready before that.
         ready = cold + min(kept_hot, states[State.HOT])
         line = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "nothing rented yet"
         line = f"prepared {min(ready, wanted)} of {wanted}: {line}" + "".join(f" ({n})" for n in notes)
+        if ready < wanted and left_s > LEFT_S:  # they load beside each other
+            line += f", about {in_words(LEFT_S * math.ceil(left_s / LEFT_S))} left"
         if line != shown:
             print(line, flush=True)
             shown = line

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from process.progress import in_words
 from simulation.live.operator import NoAnswer, Operator
 from simulation.live.users import Driver
 from simulation.report import COMPLETED, Sample
@@ -102,6 +103,7 @@ class ProgressView:
         completed = driver.outcomes[COMPLETED]
         parts = [
             f"{self._at_s():.0f} s",
+            f"about {in_words(max(0.0, self._length_s - self._at_s()))} left",
             f"sent {len(driver.records)}/{self._total}",
             f"in flight {driver.in_flight}",
             f"done {completed}",

@@ -22,7 +22,7 @@ import math
 import random
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,18 @@ def read(path: Path, notes: ReadNotes | None = None, time_unit: str = AUTO) -> I
     try:
         with path.open("rb") as raw:
             packed = raw.peek(2)[:2] == b"\x1f\x8b"
+            notes.follow(_share_of(raw, path.stat().st_size))
             source = gzip.GzipFile(fileobj=raw) if packed else raw
             yield from _from_zero(_requests(path, source, time_unit, notes))
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror or e}") from None
     for line in notes.lines:
         log.info("%s: %s", path, line)
+
+
+def _share_of(raw: io.BufferedReader, size: int) -> Callable[[], float] | None:
+    """Return what tells how much of a file was read; None for a pipe, which has no size."""
+    return (lambda: 1.0 if raw.closed else raw.tell() / size) if size and raw.seekable() else None
 
 
 def _from_zero(requests: Iterator[Request]) -> Iterator[Request]:
@@ -122,6 +128,7 @@ def _requests(
     """Yield the requests of a file in whatever format it has, in order, with the log's own times."""
     begin = _peek(source).removeprefix(b"\xef\xbb\xbf").lstrip()
     if begin.startswith(b"[") or _is_report(begin):
+        notes.follow(None)
         reader = JsonRows(path, notes, all_at_once=True)
         rows = _document(path, source, reader, notes)
     elif begin.startswith(b"{"):
@@ -238,6 +245,7 @@ def _timed(
         notes.say("unit", f"{name} is taken as {NAMES[unit]}: {why} (--time-unit)")
     found = _in_seconds(path, reader, sample, rows, failed, unit)
     if reader.all_at_once:
+        notes.follow(None)
         yield from sorted(found, key=lambda request: request.at_s)
     else:
         yield from _in_order(found, notes)

@@ -1,5 +1,6 @@
 """One arrival of a log, and what reading the log had to say."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,11 +24,21 @@ class ReadNotes:
     failed: int = 0
     moved: int = 0
     _said: dict[str, str] = field(default_factory=dict)
+    _read: Callable[[], float] | None = None
 
     def begin(self) -> None:
         """Forget what an earlier reading said."""
         self.failed = self.moved = 0
         self._said.clear()
+
+    def follow(self, read: Callable[[], float] | None) -> None:
+        """Ask this how much of the file was read, 0 to 1; None: it is read as a whole, or has no size."""
+        self._read = read
+
+    @property
+    def read_share(self) -> float | None:
+        """How much of the file was read so far, 0 to 1; None: that says nothing."""
+        return None if self._read is None else self._read()
 
     def count_failed(self) -> None:
         """Count one more request that is left out since it failed."""

@@ -12,7 +12,6 @@ import logging
 import random
 import secrets
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from localcloud.machines import Machine
 from localcloud.offers_file import read_machines
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
+from process.progress import Progress
 from simulation import plots, report, report_table
 from simulation.report_file import check_output, write_page, write_report
 from simulation.traces import logs, synthetic
@@ -38,9 +38,6 @@ from simulation.virtual.outcome import Outcome
 from simulation.virtual.setting import Setting
 from simulation.virtual.timings_file import read_timings
 from simulation.virtual.virtual_fleet import simulate
-
-SHOW_S = 5.0
-"""Real seconds between two lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -353,8 +350,6 @@ def carry_out(config: VirtualConfig) -> dict[str, Any]:
     policy = config.make_policy()
     notes = ReadNotes()
     requests = requests_of(config, notes)
-    if not config.quiet:
-        requests = _shown(requests)
     first = next(requests, None)
     if first is None:
         raise ConfigError(f"{config.trace}: no requests are left at --rate-scale {config.rate_scale:g}")
@@ -367,6 +362,8 @@ def carry_out(config: VirtualConfig) -> dict[str, Any]:
         lead_in_s=config.lead_in_s,
         score_from_s=config.score_from_s,
     )
+    if not config.quiet:
+        requests = _shown(requests, config, notes, beginning)
     outcome = simulate(setting, policy, requests)
     found = report_of(config, outcome, policy, beginning)
     found["settings"]["trace_read_as"] = "; ".join(notes.lines) or None
@@ -375,18 +372,30 @@ def carry_out(config: VirtualConfig) -> dict[str, Any]:
     return found
 
 
-def _shown(requests: Iterator[Request]) -> Iterator[Request]:
-    """Yield the same requests; print how far the run is on stderr every SHOW_S seconds."""
-    begun = shown = time.monotonic()
+def _shown(
+    requests: Iterator[Request], config: VirtualConfig, notes: ReadNotes, beginning: Beginning
+) -> Iterator[Request]:
+    """Yield the same requests, and tell how far the run is."""
+    progress = Progress()
+    lead_in_s = beginning.lead_in_s
     for n, request in enumerate(requests):
         yield request
-        if n % 1024 == 0 and time.monotonic() - shown >= SHOW_S:
-            shown = time.monotonic()
-            print(
-                f"{request.at_s / 3600:.1f} h of the trace, {n + 1:,} requests, {shown - begun:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+        if n % 256 == 0:
+            at_s = max(0.0, request.at_s)
+            # What was looked at is read already.
+            length_s = _length_s(config, notes, max(at_s, beginning.looked_s))
+            share = None if length_s is None else (request.at_s + lead_in_s) / (length_s + lead_in_s)
+            progress.to(share, f"{at_s / 3600:.1f} h of the trace, {n + 1:,} requests")
+
+
+def _length_s(config: VirtualConfig, notes: ReadNotes, read_s: float) -> float | None:
+    """Return the length of the trace, of which read_s seconds are read: as asked for, or by its file."""
+    if config.days is not None:
+        return 86_400.0 * config.days
+    if config.trace.startswith("synthetic"):
+        return 86_400.0 * synthetic.parse(config.trace.partition(":")[2]).days
+    share = notes.read_share
+    return read_s / share if share else None
 
 
 def main(argv: Sequence[str]) -> int:

@@ -39,6 +39,7 @@ from policies.objective import Objective
 from policies.tuning import MARGIN, worth_keeping_s
 from policies.types import Capacity
 from process.errors import ConfigError
+from process.progress import Progress
 from simulation.virtual.fluid.bins import Bins, Floats
 from simulation.virtual.fluid.fleet import MOST_INSTANCES, FluidFleet, FluidResult
 from simulation.virtual.fluid.run import level_series, run_fluid
@@ -218,12 +219,14 @@ def tune(
     margin: float = MARGIN,
     min_hot: int = 1,
     seed: int = 1,
+    progress: Progress | None = None,
 ) -> ReplayResult:
     """Return the cheapest policy that would have kept the goal in this history, and the costs of others.
 
     history: arrivals of the last day or less, one value a second; ValueError when it is under a minute.
-    margin: share of the misses allowed by the goal that the policy may have.
+    margin: share of the misses allowed by the goal that the policy may have. progress: is told how far it is.
     """
+    progress = progress or Progress(quiet=True)
     seconds = len(history)
     if not 0.0 < margin <= 1.0:
         raise ValueError(f"margin: wanted over 0 to 1, got {margin:g}")
@@ -232,7 +235,9 @@ def tune(
     warm_s = warm_up_s(seconds, fleet)
     tried = [
         _try(history, replace(s, min_hot=min_hot), fleet, warm_s, seed)
-        for s in (shapes or ladder(goal, seconds))
+        for s in progress.over(
+            shapes or ladder(goal, seconds), lambda s: f"means of {s.fast_s:g} and {s.slow_s:g} s"
+        )
     ]
     target = margin * (1.0 - goal)
     best = min(tried, key=lambda t: (not t.at(target)[2], _score(t, target)))
@@ -284,8 +289,10 @@ def _pool(history: Bins, level: Objective, fleet: FluidFleet, warm_s: int, seed:
 # -- asked and answered ----------------------------------------------------------------------------------
 
 
-def answer(said: object) -> dict[str, Any]:
+def answer(said: object, progress: Progress | None = None) -> dict[str, Any]:
     """Return the reply to a request for a replay; raise a ConfigError that names a wrong field.
+
+    progress: is told how far it is.
 
     The request is made by fleet/replay.py:
     {"bins": {"work", "requests", "limit_s": one number a second}, "goal", "capacity": {"work_s",
@@ -315,7 +322,9 @@ def answer(said: object) -> dict[str, Any]:
             max_instances=min(int(said["max_instances"]), MOST_INSTANCES),
         )
         margin = float(said.get("margin", MARGIN))
-        tuned = tune(history, float(said["goal"]), fleet, margin=margin, seed=int(said["seed"]))
+        tuned = tune(
+            history, float(said["goal"]), fleet, margin=margin, seed=int(said["seed"]), progress=progress
+        )
     except KeyError as e:
         raise ConfigError(f"replay: {e.args[0]} is missing") from None
     except (TypeError, ValueError, AttributeError) as e:
@@ -343,7 +352,7 @@ def main() -> None:
         said = json.load(sys.stdin)
     except ValueError as e:
         raise ConfigError(f"replay: the input is no JSON: {e}") from None
-    print(json.dumps(answer(said)))
+    print(json.dumps(answer(said, Progress())))
 
 
 if __name__ == "__main__":

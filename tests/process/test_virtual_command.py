@@ -41,7 +41,17 @@ def test_the_same_flags_give_the_same_report_byte_for_byte(
 def test_the_late_lane_can_be_turned_off_and_every_report_shows_the_waits(tmp_path: Path) -> None:
     """Seven minutes of six times what one instance can do."""
     overload = ("--trace", SMALL.replace("days=0.02", "days=0.005"), "--rate-scale", "6")
-    flags = (*overload, "--policy", "fixed", "--policy-param", "hot=1", "--gpu", "RTX 3090")
+    flags = (
+        *overload,
+        "--policy",
+        "fixed",
+        "--policy-param",
+        "hot=1",
+        "--gpu",
+        "RTX 3090",
+        "--lead-in-s",
+        "0",
+    )
     lane = json.loads(run(tmp_path, *flags)[1])["objective"]
     line = json.loads(run(tmp_path, *flags, "--no-late-lane")[1])["objective"]
     assert lane["late_lane"] > 0

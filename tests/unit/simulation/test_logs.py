@@ -422,3 +422,16 @@ def test_rounded_times_are_spread_within_their_tick_or_up_to_the_next_moment() -
     assert len({r.at_s for r in found}) == 500
     assert in_order(list(spread_ticks(log, 100.0, random.Random(1))))
     assert list(spread_ticks([], 3.0, random.Random(1))) == []
+
+
+def test_it_is_known_how_much_of_a_log_was_read_unless_it_is_read_as_a_whole(tmp_path: Path) -> None:
+    notes = ReadNotes()
+    rows = read(file(tmp_path, COMPACT + "".join(f"{n},100,20\n" for n in range(40_000))), notes)
+    shares = [notes.read_share for n, _ in enumerate(rows) if n % 10_000 == 0]
+    assert shares == sorted(shares, key=lambda share: share or 0.0)
+    assert shares[0] is not None
+    assert 0.0 < shares[0] < 0.5
+    assert notes.read_share == 1.0
+    document = json.dumps([{"timestamp": 1000 * n, "input_length": 5, "output_length": 5} for n in range(9)])
+    next(read(file(tmp_path, document, "log.json"), notes))
+    assert notes.read_share is None
