@@ -30,7 +30,7 @@ from fleet.outside.metrics import AutoscalerMetrics
 from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.operator_commands import ACT, MACHINES, REACH, SHOW, OperatorConfig, run_operator_command
 from fleet.outside.overview import FleetPlace, Overview
-from fleet.outside.page_routes import ENGINE_LOG, FROM, TO, add_page, asked_by
+from fleet.outside.page_routes import ENGINE_LOG, FROM, MARKET, TO, WHAT_IF, add_page, asked_by
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.reasons import OwnReasons
@@ -68,7 +68,10 @@ OPERATOR_ENVIRONMENT = "OPERATOR_"
 REPLAY = (sys.executable, "-m", "simulation.virtual.replay")
 """What replays the fleet's last day for the tuner, in a process of its own."""
 
-SLOW_ROUTES = frozenset({"/costs", "/metrics", "/overview", "/history", ENGINE_LOG})
+VIRTUAL = (sys.executable, "sim.py", "--virtual")
+"""What plays the fleet's last day in virtual time for an operator, in a process of its own."""
+
+SLOW_ROUTES = frozenset({"/costs", "/metrics", "/overview", "/history", ENGINE_LOG, MARKET, WHAT_IF})
 """They read the whole ledger, or ask an instance: in a thread, so that nothing else waits for it."""
 
 NOT_SIGNED = error_answer(401, "unauthorized", "wanted the signature of an instance of the fleet")
@@ -98,7 +101,7 @@ def create_app(
     place = place or FleetPlace("fleet", "", local=False, speedup=1.0)
     token = PageToken()
     acts = acts or OperatorActs.of(scaler, tuner=tuner)
-    add_page(app, Overview(scaler, place, tuner, acts.audit), acts, keys, token, health)
+    add_page(app, Overview(scaler, place, tuner, acts.audit, acts.what_if), acts, keys, token, health)
     _add_loadbalancer_routes(app, scaler, keys, master_token)
     _add_ready(app, scaler, master_token, nudge)
     _add_operator_views(app, scaler, keys, health)
@@ -286,7 +289,7 @@ def serve(config: AutoscalerConfig) -> None:
     allow(config.in_the_clear(), trust_network=config.trust_network)
     tls = server_tls(config.tls_cert, config.tls_key)
     sock = bind_socket(config.host, config.port)
-    process = AutoscalerProcess(config, replay=REPLAY)
+    process = AutoscalerProcess(config, replay=REPLAY, virtual=VIRTUAL)
     process.check_account()
     app = create_app(
         process.scaler,

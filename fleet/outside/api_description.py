@@ -5,11 +5,12 @@ from typing import Any
 from msgspec import Struct
 
 from fleet.outside.by_hand import Act
-from fleet.outside.page_routes import ENGINE_LOG, FROM, INSTANCE, OF_POINTS, TO
+from fleet.outside.page_routes import ENGINE_LOG, FROM, INSTANCE, MARKET, OF_POINTS, TO, WHAT_IF
+from fleet.outside.what_if_runs import SIDES
 from web.answers import Problem
 from web.messages.busy import BusyAnswer, BusyReport
 from web.messages.hot_set import HotSet
-from web.messages.operator import BanBody, ManageBody, PolicyBody
+from web.messages.operator import BanBody, ManageBody, PolicyBody, WhatIfBody
 from web.messages.reports import ReadyBody
 from web.openapi import Operation, Page
 from web.page_files import KINDS
@@ -120,6 +121,27 @@ class EngineLogAnswer(Struct, frozen=True):
 
     lines: list[str]
     ready: bool
+
+
+class MarketAnswer(Struct, frozen=True):
+    """Offers of the cloud, the cheapest for its work first. at: when it was asked; found: how many in all."""
+
+    at: float
+    found: int
+    offers: list[dict[str, Any]]
+
+
+class WhatIfAnswer(Struct, frozen=True):
+    """The last question and its answer: state is none, running, done or failed.
+
+    sides: now and then, the figures of the fleet as it is and as it was asked for.
+    """
+
+    state: str
+    asked: dict[str, Any] = {}
+    seconds: float = 0.0
+    message: str = ""
+    sides: dict[str, dict[str, Any]] = {}
 
 
 class ActTaken(Struct, frozen=True):
@@ -245,6 +267,25 @@ OPERATIONS = (
         ReadyTaken,
         body=ReadyBody,
         errors=(409, 429),
+    ),
+    Operation("GET", MARKET, "What can be rented now.", "operator", MarketAnswer, errors=(404, 502)),
+    Operation(
+        "POST",
+        WHAT_IF,
+        "Play the last day in virtual time, otherwise.",
+        "operator",
+        WhatIfAnswer,
+        body=WhatIfBody,
+        errors=(404, 409, 503),
+    ),
+    Operation("GET", WHAT_IF, "What came of the last question.", "operator", WhatIfAnswer),
+    Operation(
+        "GET",
+        f"{WHAT_IF}/{{which}}.html",
+        "The report of one run, as a page.",
+        "operator",
+        Page("text/html"),
+        words={"which": SIDES},
     ),
     Operation("GET", "/openapi.json", "This description.", "anyone", dict[str, Any]),
 )

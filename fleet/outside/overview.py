@@ -14,6 +14,7 @@ from fleet.outside.audit import AuditTrail
 from fleet.outside.ledger import DAY_S
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
+from fleet.outside.what_if_runs import WhatIfRuns
 from policies import Objective
 
 IN_TIME_OVER_S = 600.0
@@ -53,15 +54,18 @@ class Overview:
         place: FleetPlace,
         tuner: Tuner | None = None,
         audit: AuditTrail | None = None,
+        what_if: WhatIfRuns | None = None,
     ) -> None:
         """Describe an autoscaler.
 
         place: what is said of its process. tuner: knows what other goals cost. audit: what was done by hand.
+        what_if: runs in virtual time that were asked for.
         """
         self._scaler = scaler
         self._place = place
         self._tuner = tuner
         self._audit = audit
+        self._what_if = what_if
         self.clock = scaler.clock
         self._money: tuple[float, dict[str, Any]] | None = None
 
@@ -103,6 +107,7 @@ class Overview:
             "instances": rows,
             "gone": gone,
             "decisions": [told(d) for d in reversed(found)],
+            "what_if": {"state": "none"} if self._what_if is None else self._what_if.state(),
             "acts": [] if self._audit is None else self._audit.newest(),
             "bans": [
                 {"machine": m, "until": until, "evidence": reasons.get(m, "before the last restart")}

@@ -7,14 +7,16 @@ from flask import Flask, Response, jsonify, request
 
 from fleet.outside.by_hand import Act, ActRefused, ByHand
 from fleet.outside.engine_log import EngineLog
+from fleet.outside.market_view import MarketView
 from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.overview import Overview
+from fleet.outside.what_if_runs import WhatIfRefused, WhatIfRuns
 from process.errors import InstanceError
 from web.answers import error
 from web.app import MAX_ID, QueryNumber, body, check_query, requires
 from web.direct import Asker, client_name
 from web.keys import AccessKeys
-from web.messages.operator import BanBody
+from web.messages.operator import BanBody, WhatIfBody
 from web.page_files import PageToken, add_page_files
 
 HISTORY_S, MOST_HISTORY_S = 3600.0, 8 * 86_400.0
@@ -30,8 +32,10 @@ OF_POINTS = QueryNumber("points", "Points of a picture.", 1, MOST_POINTS, whole=
 
 INSTANCE = QueryNumber("instance", "Id of an instance.", 0, MAX_ID, whole=True)
 
-ENGINE_LOG = "/log"
-"""Path of the route that asks an instance over ssh: it may take ten seconds."""
+ENGINE_LOG, MARKET = "/log", "/market"
+"""Paths of the routes that ask an instance over ssh, and the cloud: they may take ten seconds."""
+
+WHAT_IF = "/what-if"
 
 
 def asked_by(keys: AccessKeys) -> str:
@@ -56,6 +60,8 @@ def add_page(
     _add_pictures(app, overview, keys, health)
     _add_engine_log(app, acts.engine_log, keys)
     _add_acts(app, acts.by_hand, keys, token)
+    _add_market(app, acts.market, keys)
+    _add_what_if(app, acts.what_if, keys, token)
 
 
 def _add_pictures(
@@ -124,3 +130,47 @@ def _add_acts(app: Flask, by_hand: ByHand, keys: AccessKeys, token: PageToken) -
     @token.required
     def forgive(machine_id: int) -> Response:
         return jsonify(machine=machine_id, was_banned=by_hand.forgive(machine_id, asked_by(keys)))
+
+
+def _add_market(app: Flask, market: MarketView | None, keys: AccessKeys) -> None:
+    @app.get(MARKET)
+    @requires(keys.for_operator)
+    def offers() -> Response:
+        if market is None:
+            return error(404, "no_market", "this process cannot ask the cloud")
+        try:
+            return jsonify(market.offers())
+        except LookupError as e:
+            return error(502, "cloud_fails", f"the cloud cannot be searched: {e.args[0]}")
+
+
+def _add_what_if(app: Flask, what_if: WhatIfRuns | None, keys: AccessKeys, token: PageToken) -> None:
+    operator = requires(keys.for_operator)
+
+    @app.post(WHAT_IF)
+    @operator
+    @token.required
+    def ask() -> Response:
+        asked = body(WhatIfBody)
+        if what_if is None:
+            return error(404, "no_runs", "this process plays nothing in virtual time")
+        try:
+            what_if.ask(asked)
+        except WhatIfRefused as e:
+            return error(409, "not_now", str(e))
+        return jsonify(what_if.state())
+
+    @app.get(WHAT_IF)
+    @operator
+    def answer() -> Response:
+        return jsonify({"state": "none"} if what_if is None else what_if.state())
+
+    @app.get(f"{WHAT_IF}/<which>.html")
+    @operator
+    def report(which: str) -> Response:
+        page = None if what_if is None else what_if.page(which)
+        if page is None:
+            return error(404, "no_report", "there is no such report")
+        # It stands alone: nothing in it may act on this server.
+        headers = {"Content-Security-Policy": "sandbox allow-scripts", "X-Content-Type-Options": "nosniff"}
+        return Response(page, mimetype="text/html", headers=headers)

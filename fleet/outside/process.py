@@ -25,6 +25,7 @@ from fleet.outside.health_rounds import HealthRounds
 from fleet.outside.hot_set_push import HotSetPush, current_hot_set
 from fleet.outside.keys import FleetKeys
 from fleet.outside.ledger import Ledger
+from fleet.outside.market_view import MarketView
 from fleet.outside.notifier import Postbox, senders
 from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.own_health import keep_alive
@@ -35,6 +36,7 @@ from fleet.outside.ssh_log import SshLog
 from fleet.outside.standing import MANAGE, POLICY
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
+from fleet.outside.what_if_runs import WhatIfRuns
 from fleet.probe_prompts import long_prompt
 from fleet_client import private_files
 from fleet_client.own_tls import TrustedServer
@@ -68,11 +70,13 @@ class AutoscalerProcess:
         no_balancers: bool = False,
         policy: Policy | None = None,
         replay: Sequence[str] = (),
+        virtual: Sequence[str] = (),
     ) -> None:
         """Open state directory, keys and ledger; raise ConfigError for what an operator must put right.
 
         no_balancers: the hot set is told to no loadbalancer. replay: the command that replays the last day;
-        without it the policy's level is not tuned.
+        without it the policy's level is not tuned. virtual: the command of a run in virtual time, for an
+        operator who asks what if.
         """
         self.config = config.checked()
         self.profile = get_profile(config.model)
@@ -92,7 +96,7 @@ class AutoscalerProcess:
             policy or config.make_policy(),
             Demand(secrets.token_hex(8), no_balancers=no_balancers, began=clock()),
             self.vast,
-            Performer(self.vast, self.profile, self.keys.master_token, config.ready_url),
+            performer := Performer(self.vast, self.profile, self.keys.master_token, config.ready_url),
             self.ledger,
             clock,
         )
@@ -100,7 +104,7 @@ class AutoscalerProcess:
             scaler, self.state_dir, ReplayProcess(replay), config.replay_every_s if replay else 0.0
         )
         self._ssh = SshLog(self.keys.ssh_key, scaler.remember_host_key)
-        self.acts = self._operator_acts()
+        self.acts = self._operator_acts(performer, virtual)
         self.hot_push = HotSetPush(
             lambda: scaler.instances.hot_version,
             lambda: current_hot_set(scaler, self.keys.master_token),
@@ -141,14 +145,16 @@ class AutoscalerProcess:
             manage=config.manage,
         )
 
-    def _operator_acts(self) -> OperatorActs:
+    def _operator_acts(self, performer: Performer, virtual: Sequence[str]) -> OperatorActs:
         """Return what can be done by hand, after taking over what the last process was told."""
         acts = OperatorActs.of(
             self.scaler,
             self.state_dir / "audit.jsonl",
             {MANAGE: str(self.config.manage), POLICY: self.config.said_policy},
             self.tuner,
-            EngineLog(self.scaler, self._ssh),
+            engine_log=EngineLog(self.scaler, self._ssh),
+            market=MarketView(self.scaler, performer.perform),
+            what_if=WhatIfRuns(self.scaler, virtual) if virtual else None,
         )
         acts.take_over()
         return acts
@@ -213,6 +219,8 @@ class AutoscalerProcess:
         self.scaler.turn_due.set()
         self.scaler.stop_performing()
         self.tuner.stop()
+        if self.acts.what_if is not None:
+            self.acts.what_if.stop()
         for thread in self._threads:
             thread.join(timeout=30.0)
         if self._alarms is not None:

@@ -108,7 +108,7 @@ def test_the_first_paint_comes_soon_and_the_strip_is_filled(operator: Operator) 
     operator.page.locator("#s-hot", has_text="/").wait_for()
     assert "live" in operator.page.locator("#live").inner_text()
     assert operator.page.locator("#trouble").is_hidden()
-    assert operator.page.locator(".uplot canvas").count() == 3
+    assert operator.page.locator(".uplot canvas").count() == 4
 
 
 def test_an_operator_finds_why_an_instance_is_as_it_is(operator: Operator) -> None:
@@ -177,3 +177,23 @@ def test_a_page_of_another_server_cannot_act(browser: Any, autoscaler: str) -> N
     page.evaluate("url => fetch(url, {method: 'POST', mode: 'no-cors'}).catch(e => e.message)", url)
     assert one["id"] in [i["id"] for i in instances(autoscaler)]
     assert {i["id"]: i["state"] for i in instances(autoscaler)}[one["id"]] not in ("destroying", "failed")
+
+
+def test_an_operator_asks_what_another_goal_would_have_made_and_sees_both_sides(operator: Operator) -> None:
+    page = operator.page
+    page.fill("#what-if input[name=goal]", "99.9")
+    page.click("#what-if button")
+    page.locator("#what-if-sides td", has_text="…").first.wait_for(state="detached", timeout=180_000)
+    rows = page.locator("#what-if-sides tbody tr", has_text="dollars a day")
+    rows.wait_for(timeout=180_000)
+    assert rows.locator("td", has_text="$").count() == 2
+
+
+def test_an_operator_looks_at_the_market_and_at_how_fast_answers_came(operator: Operator) -> None:
+    page = operator.page
+    page.click("#market-look")
+    page.locator("#market tbody tr").first.wait_for()
+    assert "RTX" in page.locator("#market tbody").inner_text()
+    page.click("#latencies button[data-which=whole]")
+    assert page.locator("#latencies button[data-which=whole]").get_attribute("aria-pressed") == "true"
+    page.locator("#c-latency canvas").wait_for()

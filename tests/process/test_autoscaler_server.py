@@ -30,7 +30,7 @@ from engine.slo import Slo
 from engine.step_time_constants import timing_for
 from fleet.alarms import AFTER_S
 from fleet.arrivals import Arrived
-from fleet.commands import Destroy
+from fleet.commands import Destroy, Performed, Reply
 from fleet.demand import Demand
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.instance_messages import BURST
@@ -41,12 +41,14 @@ from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.engine_log import EngineLog
 from fleet.outside.hot_set_push import HotSetPush
 from fleet.outside.ledger import Ledger
+from fleet.outside.market_view import MarketView
 from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.prepare import prepare
 from fleet.outside.replay_process import ReplayProcess
 from fleet.outside.ssh_log import READY_LINE
 from fleet.outside.tuner import Tuner
 from fleet.outside.turns import Autoscaler
+from fleet.outside.what_if_runs import WhatIfRuns
 from fleet.states import State
 from policies import POLICIES, Busy, Fixed, Traffic, make_policy
 from policies.objective import Objective
@@ -60,6 +62,7 @@ from tests.ports import free_port
 from tests.unit.fleet.test_notifier import SECRET as HOOK_SECRET
 from tests.unit.fleet.test_notifier import hook
 from tests.waiting import wait_for
+from tests.web_server import wait_until
 from vast.rows import Offer, Row
 from web.answers import Problem
 from web.app import MAX_BODY
@@ -110,6 +113,9 @@ TUNED: dict[str, Any] = {
     "curve": [{"met": 0.99, "usd_day": 20.0, "k": 1.5}, {"met": 0.999, "usd_day": 30.0, "k": 2.5}],
     "chosen": {"met": 0.992, "usd_day": 21.0, "k": 1.5},
 }
+
+
+NO_RUN = (sys.executable, "-c", "import sys; sys.exit('no run here')")
 
 
 def master_token(label: str) -> str:
@@ -167,6 +173,8 @@ class Face:
                 directory / "audit.jsonl",
                 tuner=self.tuner,
                 engine_log=EngineLog(self.scaler, StubSsh()),  # type: ignore[arg-type]
+                market=MarketView(self.scaler, lambda _: Performed(Reply.DONE, offers=(make_offer(1),))),
+                what_if=WhatIfRuns(self.scaler, NO_RUN),
             ),
         )
         self.app = app
@@ -222,6 +230,8 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("GET", "/overview", None, "operator"),
     ("GET", "/history", None, "operator"),
     ("GET", "/log?instance=1002", None, "operator"),
+    ("GET", "/market", None, "operator"),
+    ("GET", "/what-if", None, "operator"),
     ("POST", "/instances/1002/drain", None, "operator"),
     ("POST", "/machines/101/ban", {"hours": 2}, "operator"),
     ("POST", "/machines/101/forgive", None, "operator"),
@@ -261,16 +271,45 @@ def test_each_protected_route_lets_its_caller_in_and_refuses_every_other(
     assert face.client.open(path, method=method, headers=twice, json=body).status_code == 401
 
 
+PLAYS: list[tuple[str, str, Any, int]] = [
+    ("POST", "/what-if", {}, 409),
+    ("GET", "/what-if/now.html", None, 404),
+]
+"""Operators' routes that have nothing to answer with yet."""
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status"), PLAYS, ids=["ask", "report"])
+def test_what_is_played_in_virtual_time_is_for_operators_only(
+    ledger: Ledger, tmp_path: Path, method: str, path: str, body: Any, status: int
+) -> None:
+    face = Face(ledger, tmp_path, operator=frozenset({OPERATOR}))
+    for key in (None, "wrong", master_token(face.hot_label)):
+        assert face.ask(method, path, key, json=body).status_code == 401
+    assert face.ask(method, path, OPERATOR, json=body).status_code == status
+
+
+def test_a_question_is_answered_in_the_background(face: Face) -> None:
+    at = int(face.world.now) - 100
+    arrived = [Arrived(at + n, 1, 100.0, 300.0) for n in range(60)]
+    face.scaler.ledger.add_counts({}, arrived, face.world.now)
+    assert face.ask("POST", "/what-if", json={"goal": 2}).status_code == 400
+    assert face.ask("POST", "/what-if", json={"goal": 0.5}).get_json()["state"] in ("running", "failed")
+    wait_until(lambda: face.ask("GET", "/what-if").get_json()["state"] == "failed", "the run to end")
+    assert face.ask("GET", "/what-if").get_json()["message"] == "no run here"
+
+
 def test_every_route_there_is_stands_in_the_table_above(face: Face) -> None:
     there = {
         (
             method,
-            rule.replace("<id:instance_id>/<act>", "1002/drain").replace("<id:machine_id>", "101"),
+            rule.replace("<id:instance_id>/<act>", "1002/drain")
+            .replace("<id:machine_id>", "101")
+            .replace("<which>", "now"),
         )
         for rule, methods in ((r.rule, r.methods or set()) for r in face.app.url_map.iter_rules())
         for method in methods - {"HEAD", "OPTIONS"}
     }
-    assert there == {(method, path.partition("?")[0]) for method, path, _, _ in ROUTES} | {
+    assert there == {(method, path.partition("?")[0]) for method, path, _, _ in [*ROUTES, *PLAYS]} | {
         ("GET", path) for path in OPEN
     }
 

@@ -10,6 +10,8 @@ const together = uPlot.sync("fleet");
 /* Room at the right of each chart, for a second axis where there is one: times stand below each other. */
 const RIGHT = 52;
 
+const PERCENTILES = ["p50", "p95", "p99"];
+
 /* From the top of the stack to its bottom: each is drawn over the one before. */
 const STACK = ["cold", "booting", "draining", "hot"];
 
@@ -25,6 +27,7 @@ export const SINCE_START = {
 export class Charts {
   /* counts: what became of the requests by when they came, as a report has it; only then they are drawn. */
   constructor(onZoom, times = BY_CLOCK, counts = null) {
+    this.latency = document.getElementById("c-latency") && "first";
     this.marked = null;
     this.onZoom = onZoom;
     this.times = times;
@@ -43,8 +46,10 @@ export class Charts {
       for (const plot of this.plots) plot.destroy();
       this.plots = [this.fleet(), this.waiting(), this.dollars()];
       if (this.counts) this.plots.push(this.requests());
+      if (this.latency) this.plots.push(this.answers());
     }
-    const [fleet, waiting, money, requests] = this.plots;
+    const [fleet, waiting, money, last] = this.plots;
+    const requests = this.counts && last, answers = this.latency && last;
     const x = history.at_s;
     let below = x.map(() => 0);
     const stacked = {};
@@ -55,9 +60,10 @@ export class Charts {
     const over = history.offered.map((load, i) => (load > draining[i] ? load : null));
     for (const [plot, columns] of [
       [fleet, [x, cold, booting, over, draining, hot, history.wanted_hot, history.offered]],
-      [waiting, [x, history.held, history.oldest_wait_s]],
+      [waiting, [x, history.held, ...(this.counts ? [] : [history.held_high]), history.oldest_wait_s]],
       [money, [x, history.usd_h]],
       ...(requests ? [[requests, this.rates()]] : []),
+      ...(answers ? [[answers, [x, ...PERCENTILES.map((p) => history[`${this.latency}_${p}`])]]] : []),
     ]) {
       plot.setData(columns, false);
       plot.batch(() => {
@@ -150,8 +156,10 @@ export class Charts {
 
   waiting() {
     const positive = { range: (_, __, most) => [0, Math.max(1, (most || 0) * 1.1)] };
+    const high = { label: "of high priority", scale: "y", stroke: colour("act"), width: 1.5, dash: [3, 3], paths: stepped, points: { show: false }, value: (_, v) => number(v) };
     return this.make("c-wait", 150, [
       { label: "requests waiting", scale: "y", stroke: colour("booting"), fill: colour("booting") + "33", width: 1.5, paths: stepped, points: { show: false }, value: (_, v) => number(v) },
+      ...(this.counts ? [] : [high]),
       { label: "longest wait", scale: "s", stroke: colour("draining"), width: 1.5, points: { show: false }, value: (_, v) => span(v) },
     ], [{ label: "requests" }, { label: "seconds", scale: "s", side: 1, size: RIGHT - 16, labelSize: 16, grid: { show: false } }], { y: positive, s: positive });
   }
@@ -171,6 +179,20 @@ export class Charts {
     return this.make("c-requests", 150, [area("failed", "failed", "lost"), area("served late", "late", "draining"), area("served in time", "in_time", "hot")], [{ label: "requests / s" }], {
       y: { range: (_, __, most) => [0, Math.max(0.1, (most || 0) * 1.08)] },
     });
+  }
+
+  /* Of the last minute, by what clients told. */
+  answers() {
+    const line = (label, stroke, width) => ({ label, stroke: colour(stroke), width, points: { show: false }, spanGaps: false, value: (_, v) => (v == null ? "–" : span(v, 3)) });
+    return this.make("c-latency", 170, [line("half within (p50)", "hot", 2), line("95 % within (p95)", "booting", 1.5), line("99 % within (p99)", "draining", 1.5)], [{ label: "seconds" }], {
+      y: { range: (_, __, most) => [0, most ? most * 1.1 : 1] },
+    });
+  }
+
+  /* which: first, token or whole. */
+  show(which) {
+    this.latency = which;
+    this.draw(this.data);
   }
 
   dollars() {

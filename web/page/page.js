@@ -300,6 +300,100 @@ function sayGoal() {
   say("goal-says", `${percent(p.met)} in time would have cost ${dollars(p.usd_day)} a day (replay of ${number(curve.hours, 1)} h, ${number(curve.requests)} requests).`);
 }
 
+/* -- what if, market --------------------------------------------------------------------------------- */
+
+let whatIfShown = "";
+
+function showWhatIf(w) {
+  const shown = JSON.stringify(w);
+  if (shown === whatIfShown) return;
+  whatIfShown = shown;
+  const said = { none: "", done: "", running: `playing, ${span(w.seconds)} so far …`, failed: `Not played: ${w.message}` };
+  say("what-if-says", said[w.state]);
+  const { now, then } = w.sides ?? {};
+  $("what-if-sides").hidden = !now;
+  if (!now) return;
+  const rows = [
+    ["in time", (s) => percent(s.met)],
+    ["dollars a day", (s) => dollars(s.usd_day)],
+    ["first token, p50 / p95 / p99", (s) => ["p50", "p95", "p99"].map((p) => span(s.ttft_s[p], 2)).join(" / ")],
+    ["whole answer, p50 / p95", (s) => ["p50", "p95"].map((p) => span(s.e2e_s[p])).join(" / ")],
+    ["most hot at once", (s) => number(s.most_hot)],
+    ["starts", (s) => number(s.starts)],
+    ["requests, failed", (s) => `${number(s.requests)}, ${number(s.failed)}`],
+    ["hours played", (s) => number(s.hours, 1)],
+  ];
+  const cells = rows.map(([name, of]) => {
+    const row = element("tr");
+    row.append(element("th", name), element("td", of(now), "n"), element("td", then ? of(then) : "…", "n"));
+    row.firstChild.scope = "row";
+    return row;
+  });
+  const reports = element("tr");
+  reports.append(element("th", "whole report"), ...["now", "then"].map((side) => {
+    const cell = element("td", undefined, "n");
+    const button = cell.appendChild(element("button", "save"));
+    button.disabled = !w.sides[side];
+    button.setAttribute("aria-label", `save the report of the fleet ${side === "now" ? "as it is" : "as you asked"}`);
+    button.addEventListener("click", () => saveReport(side));
+    return cell;
+  }));
+  $("what-if-sides").tBodies[0].replaceChildren(...cells, reports);
+}
+
+async function saveReport(side) {
+  const answer = await fetch(`/what-if/${side}.html`, { headers: key ? { Authorization: `Bearer ${key}` } : {}, cache: "no-store" });
+  const link = element("a");
+  link.href = URL.createObjectURL(await answer.blob());
+  link.download = `what-if-${side}.html`;
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+$("what-if").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const form = new FormData(event.target), asked = {};
+  for (const [name, value] of form) if (value) asked[name] = name === "gpu" ? value.trim() : Number(value);
+  if (asked.goal) asked.goal /= 100;
+  try {
+    showWhatIf(await ask("/what-if", "POST", asked));
+  } catch (e) {
+    say("what-if-says", `Not played: ${e.message}`);
+  }
+});
+
+$("market-look").addEventListener("click", async () => {
+  const button = $("market-look");
+  button.disabled = true;
+  try {
+    const found = await ask("/market");
+    $("market").hidden = false;
+    $("market").querySelector("tbody").replaceChildren(...found.offers.map((o) => {
+      const row = element("tr");
+      row.append(
+        element("td", `${o.num_gpus > 1 ? `${o.num_gpus} x ` : ""}${o.gpu_name}`),
+        element("td", dollars(o.usd_per_million_work), "n"),
+        element("td", dollars(o.usd_h), "n"),
+        element("td", o.place ?? "–"),
+        element("td", percent(o.reliability), "n"),
+        element("td", `${o.machine}${o.avoided ? ", not rented" : ""}`),
+      );
+      return row;
+    }));
+    button.textContent = `Look again (${clock(found.at)}: ${found.found} offers)`;
+  } catch (e) {
+    button.textContent = `Look again (${e.message})`;
+  }
+  button.disabled = false;
+});
+
+for (const button of $("latencies").children) {
+  button.addEventListener("click", () => {
+    for (const one of $("latencies").children) one.setAttribute("aria-pressed", String(one === button));
+    charts.show(button.dataset.which);
+  });
+}
+
 /* -- the loop --------------------------------------------------------------------------------------- */
 
 const charts = new Charts((from, to) => {
@@ -324,6 +418,9 @@ async function refresh() {
     showInstances(o);
     showDecisions(o);
     showBans(o);
+    showWhatIf(o.what_if);
+    say("measured", `Measured here: ${span(o.start_s)} from start to hot, ${span(o.load_s)} from order to hot.`);
+    say("latency-says", o.latest?.answers ? `${number(o.latest.answers)} answers in the last minute, ${number(o.latest.answers_late)} of them not in time; by what clients told.` : "No client told of an answer in the last minute.");
     charts.draw(history);
     say("live", `live, ${clock(o.now)}`);
     $("live").className = "";

@@ -9,9 +9,10 @@ export const percent = (share) => (share == null ? "–" : `${digits(share * 100
 
 export const number = (value, n = 0) => (value == null ? "–" : digits(value, n));
 
-export function span(seconds) {
+/* digitsSmall: of what is less than ten seconds. */
+export function span(seconds, digitsSmall = 1) {
   if (seconds == null) return "–";
-  if (seconds < 10) return `${digits(Math.max(0, seconds), 1)} s`;
+  if (seconds < 10) return `${digits(Math.max(0, seconds), digitsSmall)} s`;
   if (seconds < 100) return `${Math.round(seconds)} s`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
   if (seconds < 172800) return `${digits(seconds / 3600, 1)} h`;
