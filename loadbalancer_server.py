@@ -35,14 +35,16 @@ from fleet_client.flags import Parser, add_flags, check_flags, flag, server_url
 from fleet_client.listening import bind_socket, check_bind
 from fleet_client.network_trust import InTheClear, allow, clear_bind, clear_call
 from fleet_client.own_tls import TrustedServer, scheme, server_tls
+from fleet_client.trace_context import trace_id
 from instance_client import request_id
 from loadbalancer import LoadBalancer
 from process.clock import steady_clock
 from web.answers import Answer, JsonAnswer
-from web.app import make_app
+from web.app import key_check, make_app
 from web.bridge import serve_flask
-from web.direct import Asker, DirectRoutes, Held, key_name
+from web.direct import Asker, DirectRoutes, Held, client_name, key_name
 from web.keys import AccessKeys
+from web.messages.decoding import decode
 from web.messages.hot_set import MAX_HOT_BODY, HotSetTaken
 from web.messages.leases import DoneBody, PaceBody, RouteBody, WellBody
 from web.messages.reports import MAX_REPORT_BODY
@@ -198,9 +200,13 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     direct = DirectRoutes(app)
     highest = {key_name(k): PRIORITIES[keys.priorities.get(k, UNSAID_PRIORITY)] for k in keys.clients}
 
-    @direct.post("/route", RouteBody, keys.for_clients)
-    def route(said: RouteBody, client: str) -> JsonAnswer | Held:
-        return service.route(_ask(service.balancer, said, client, highest), said.wait_s or 0.0, said.count)
+    def route(raw: bytes, asker: Asker) -> JsonAnswer | Held:
+        said, client = decode(raw, RouteBody), client_name(asker) if keys.for_clients() else asker.peer
+        trace = trace_id(asker.said.get(b"traceparent", b""))
+        ask = _ask(service.balancer, said, client, highest, trace)
+        return service.route(ask, said.wait_s or 0.0, said.count)
+
+    direct.add("POST", "/route", route, key_check(keys.for_clients))
 
     direct.post("/done", DoneBody, keys.for_clients)(service.done)
 
@@ -239,11 +245,11 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
 
 
 def _ask(
-    balancer: LoadBalancer, said: RouteBody, client: str, highest: Mapping[str, int]
+    balancer: LoadBalancer, said: RouteBody, client: str, highest: Mapping[str, int], trace: str
 ) -> RouteRequest | None:
     """Return the request that a `POST /route` body asks for; None if the model can never take its prompt.
 
-    highest: the priority that each client may ask for.
+    highest: the priority that each client may ask for. trace: the id of the client's trace.
     """
     prompt = balancer.possible_prompt(said.prompt_tokens or 0, said.prompts or 1)
     if prompt is None:
@@ -256,6 +262,7 @@ def _ask(
         tuple(said.affinity or ()),
         max(PRIORITIES[said.priority or "normal"], highest.get(client, 0)),
         client,
+        trace,
     )
 
 

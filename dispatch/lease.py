@@ -36,6 +36,7 @@ class Lease:
     pace_told: bool = False  # its client has told how fast the answer came
     priority: int = 1
     waited_s: float = 0.0  # its request, before it was given
+    trace: str = ""  # the id under which its client finds it in logs
 
     @property
     def address(self) -> str:

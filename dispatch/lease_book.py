@@ -112,6 +112,7 @@ class LeaseBook:
             ask.client,
             inst.room_of(ask.work, row),
             priority=ask.priority,
+            trace=ask.trace,
         )
         if not inst.leases:
             self.working += 1

@@ -14,7 +14,8 @@ class RouteRequest:
     work: in output-token equivalents. max_tokens: the limit of the answer, if known. avoid: ids of instances
     that must not serve it. prompt_tokens: part of the work; 0 where only the work was told. affinity: the
     client's salted hashes of the prompt's prefixes (dispatch/prefix_cache.py). priority: 0 is served first, 2
-    last. client: whose allowance it counts against (dispatch/allowance.py).
+    last. client: whose allowance it counts against (dispatch/allowance.py). trace: the id under which its
+    client finds it in logs, "" without one.
     """
 
     work: float
@@ -24,6 +25,7 @@ class RouteRequest:
     affinity: Sequence[str] = ()
     priority: int = 1
     client: str = ""
+    trace: str = ""
 
 
 @dataclass(slots=True, eq=False)

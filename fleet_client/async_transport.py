@@ -315,7 +315,7 @@ class AsyncFleetTransport(httpx2.AsyncBaseTransport):
         if isinstance(step, Send):
             return await self._send(side, call, step)
         if isinstance(step, AcquireLease):
-            got = await side.post("/route", step.body, step.hold_s + step.slack_s)
+            got = await side.post("/route", step.body, step.hold_s + step.slack_s, call.traceparent)
             return got if isinstance(got, Refusal) else read_route(*got, time.monotonic())
         await asyncio.sleep(step.seconds)
         return None

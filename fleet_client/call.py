@@ -97,6 +97,7 @@ class Call:
     affinity: Sequence[str] = ()  # salted hashes of the prompt's prefixes, the shortest first
     priority: str | None = None  # None: the transport's
     streamed: bool = False  # whether its answer comes token by token
+    traceparent: str | None = None  # its program's, for the loadbalancer
     setbacks: list[tuple[int, str]] = field(default_factory=list)  # instances that failed it, and how
     refusals: list[str] = field(default_factory=list)  # what the loadbalancer said instead of giving a lease
     leases: int = 0

@@ -39,6 +39,7 @@ from fleet_client.own_tls import scheme, server_tls
 from fleet_client.private_files import load_keys, load_one_key, load_salt
 from fleet_client.reply import HttpReply, error_reply, json_reply
 from fleet_client.retry import NoLoadbalancer
+from fleet_client.trace_context import trace_id
 from fleet_client.transport import MAX_BODY, too_large
 
 log = logging.getLogger("gateway")
@@ -253,7 +254,7 @@ class Gateway:
                     if answer.lease is None and answer.status == 401:
                         answer, reply = None, NO_KEY
             except httpx2.RequestError as e:
-                log.warning("%s %s failed: %s", method, target.partition("?")[0][:100], e)
+                log.warning("%s failed: %s", _named(method, target, call, answer), e)
                 reply = failure_reply(e)
             finally:
                 self._waiting.discard(gone.task)
@@ -271,7 +272,7 @@ class Gateway:
         except httpx2.RequestError as e:
             # The connection ends without the end of the answer: the program sees that it broke off.
             metrics.broken.inc()
-            log.warning("%s %s: %s", method, target.partition("?")[0][:100], e)
+            log.warning("%s: %s", _named(method, target, call, answer), e)
         except asyncio.CancelledError:
             if self._closing and answer is None and not gone.happened:
                 closing = error_reply(
@@ -300,6 +301,17 @@ class Gateway:
             await asyncio.Event().wait()
         finally:
             await self._transport.aclose()
+
+
+def _named(method: str, target: str, call: Call | HttpReply | None, answer: AsyncAnswer | None) -> str:
+    """Return a request in words, for a log line: its ids, and nothing of what is asked."""
+    trace = call.traceparent if isinstance(call, Call) else None
+    lease = None if answer is None else answer.lease
+    ids = (
+        "" if lease is None else f" request {lease.request_id}",
+        "" if trace is None else f" trace {trace_id(trace.encode())}",
+    )
+    return f"{method} {target.partition('?')[0][:100]}{''.join(ids)}"
 
 
 class _DisconnectWatch:

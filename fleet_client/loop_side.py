@@ -17,6 +17,7 @@ from fleet_client.connection_pool import LOOK_S, SILENT_S
 from fleet_client.lease_keeper import DONE_S, LoadbalancerJob
 from fleet_client.leases import Posted, Refusal, read_well
 from fleet_client.retry import NOT_THERE
+from fleet_client.trace_context import TRACEPARENT
 from fleet_client.transport import (
     CLOSE_S,
     MAX_LEASES,
@@ -122,14 +123,16 @@ class LoopSide:
 
     # -- the loadbalancer
 
-    async def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> Posted | Refusal:
+    async def post(
+        self, path: str, body: Mapping[str, Any], limit_s: float, traceparent: str | None = None
+    ) -> Posted | Refusal:
         """Ask the loadbalancer; return its answer, or a Refusal with status 0 when there is none."""
         options = self._core.options
         try:
             async with self._route.post(
                 options.url + path,
                 data=json.dumps(body),
-                headers=self._core.headers,
+                headers=self._core.headers | ({TRACEPARENT: traceparent} if traceparent else {}),
                 timeout=aiohttp.ClientTimeout(total=limit_s, sock_connect=options.connect_s),
                 ssl=self._core.trusted.context() or True,
                 allow_redirects=False,

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -13,7 +13,7 @@ import httpx2
 
 from fleet_client.answer_pace import AnswerPace
 from fleet_client.call import Call, forwarded, returned
-from fleet_client.connection_pool import LOOK_S, BadHttp, Connection, ConnectionPool
+from fleet_client.connection_pool import LOOK_S, BadHttp, Connection, ConnectionPool, Header
 from fleet_client.forks import start_anew_in_forks
 from fleet_client.lease_keeper import DONE_S, LeaseKeeper
 from fleet_client.leases import ClientLease, Posted, Refusal, read_route, read_well
@@ -21,6 +21,7 @@ from fleet_client.options import LOADBALANCER, FleetOptions, OptionFields
 from fleet_client.reply import HttpReply, kept_reply
 from fleet_client.retry import ELSEWHERE, AcquireLease, Came, Send, Setback, Step, is_last
 from fleet_client.tls_pins import context_for
+from fleet_client.trace_context import TRACEPARENT
 from fleet_client.transport import (
     CLOSE_S,
     KEPT_ANSWER,
@@ -62,14 +63,17 @@ class _Loadbalancer:
         ] = {}  # instance -> (when it was asked about, why out)
         self.closed = False
 
-    def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> Posted | Refusal:
+    def post(
+        self, path: str, body: Mapping[str, Any], limit_s: float, traceparent: str | None = None
+    ) -> Posted | Refusal:
         """Ask the loadbalancer; return its answer, or a Refusal with status 0 when there is none."""
+        more = [(TRACEPARENT.encode(), traceparent.encode())] if traceparent else []
         try:
-            return self._post(path, json.dumps(body).encode(), limit_s)
+            return self._post(path, [*self._headers, *more], json.dumps(body).encode(), limit_s)
         except OSError as e:
             return Refusal(0, named(e))
 
-    def _post(self, path: str, body: bytes, limit_s: float) -> Posted:
+    def _post(self, path: str, said: Sequence[Header], body: bytes, limit_s: float) -> Posted:
         connection = self._connections.take(self._key)
         if connection is None:
             connect_s = min(limit_s, self.core.options.connect_s)
@@ -78,7 +82,7 @@ class _Loadbalancer:
         try:
             end = time.monotonic() + limit_s
             connection.limit(limit_s)
-            connection.send("POST", path, self._headers, body)
+            connection.send("POST", path, said, body)
             connection.head(max(0.0, end - time.monotonic()))
             raw = connection.whole_body(MAX_LEASES, max(0.0, end - time.monotonic()))
         except BaseException:
@@ -299,7 +303,7 @@ class FleetTransport(httpx2.BaseTransport):
         if isinstance(step, Send):
             return self._send(call, step)
         if isinstance(step, AcquireLease):
-            got = self._loadbalancer.post("/route", step.body, step.hold_s + step.slack_s)
+            got = self._loadbalancer.post("/route", step.body, step.hold_s + step.slack_s, call.traceparent)
             return got if isinstance(got, Refusal) else read_route(*got, time.monotonic())
         time.sleep(step.seconds)
         return None

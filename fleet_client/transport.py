@@ -24,6 +24,7 @@ from fleet_client.prefix_hashes import Hasher
 from fleet_client.reply import HttpReply, error_reply
 from fleet_client.retry import LATE, Attempt, Setback, attempt
 from fleet_client.token_estimate import estimate_body, read_body
+from fleet_client.trace_context import traceparent_in
 
 MAX_BODY = 64 * 2**20
 """Most bytes of a request body; it is kept until the first byte of an answer, to be sent again elsewhere."""
@@ -103,7 +104,17 @@ class TransportCore:
         affinity = () if self._hasher is None else self._hasher.hashes(target, said, size)
         streamed = said is not None and said.get("stream") is True
         return Call(
-            method, target, headers, body, size, timeouts, (), affinity, priority=priority, streamed=streamed
+            method,
+            target,
+            headers,
+            body,
+            size,
+            timeouts,
+            (),
+            affinity,
+            priority=priority,
+            streamed=streamed,
+            traceparent=traceparent_in(headers),
         )
 
     def call_of(self, request: httpx2.Request, body: bytes | None) -> Call | HttpReply:

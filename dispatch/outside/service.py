@@ -161,14 +161,17 @@ class LoadBalancerService:
     def done(self, said: DoneBody, client: str) -> JsonAnswer:
         """Answer POST /done, by which a client says how the request of its lease ended."""
         why, now, balancer = said.why or "", self.clock(), self.balancer
-        failed = said.outcome == "failed"
+        failed, lease = said.outcome == "failed", balancer.leases.get(said.request_id)
         if failed and why == GAVE_UP:
             balancer.paces.give_up(said.request_id, client, now)
         known = balancer.leases.belongs(said.request_id, client) and balancer.end_lease(
             said.request_id, said.outcome, now, blame=not NO_FAULT.fullmatch(why), missed=why in MISSED
         )
         if known and failed:
-            log.warning("a client's request %s failed: %s", said.request_id, why or "no reason given")
+            traced = f" trace {lease.trace}" if lease is not None and lease.trace else ""
+            log.warning(
+                "a client's request %s%s failed: %s", said.request_id, traced, why or "no reason given"
+            )
         self.activity.set()
         self.serve_waiting()
         return JsonAnswer({})

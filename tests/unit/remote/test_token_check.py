@@ -536,3 +536,15 @@ def test_what_a_server_lets_through_the_check_does_not(
     assert b" 101 " not in said
     assert b" 200 " not in said
     assert (engine.reached, noted(boot)) == ([], ())
+
+
+def test_other_headers_reach_the_engine_untouched(boot: str) -> None:
+    """So does a traceparent, by which the engine's traces are found beside ours."""
+    engine = Engine()
+    more = [
+        (b"traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+        (b"tracestate", b"a=b"),
+    ]
+    (token,) = fresh(boot)
+    assert ask(check_of(engine, boot), request(bearing(token), *more))[0] == 200
+    assert set(more) <= set(engine.reached[0]["headers"])

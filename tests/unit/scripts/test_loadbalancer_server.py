@@ -28,6 +28,7 @@ from tests.loadbalancer_app import (
     TwoInstances,
 )
 from tests.messages import hot_set, load_report
+from tests.unit.fleet_client.test_trace_context import PARENT, TRACE
 from web.direct import DirectRoutes
 from web.keys import AccessKeys
 from web.messages.decoding import BadField, decode
@@ -705,3 +706,19 @@ def test_help_shows_each_setting_with_its_default() -> None:
     assert "seconds after which a lease that was not started is void (1 to 600; default 60)" in " ".join(
         ended.out.split()
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(PARENT, f" trace {TRACE} failed"), ("the quick fox", " failed")]
+)
+def test_the_log_of_a_failed_request_has_the_id_of_its_trace_beside_its_own(
+    value: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = LoadBalancerApp()
+    app.stock()
+    lease = app.client.post("/route", json={"work": 10.0}, headers={"traceparent": value}).get_json()
+    app.client.post(
+        "/done", json={"request_id": lease["request_id"], "outcome": "failed", "why": "broke_off"}
+    )
+    assert f"a client's request {lease['request_id']}{said}: broke_off" in caplog.text
+    assert "quick" not in caplog.text
