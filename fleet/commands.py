@@ -106,6 +106,7 @@ class Performed:
     why: the reason where it was not done. new_id: of a created instance. offers: what a search found.
     offer_gone: another customer has the offer; the next one may still be free. row: what the instance's own
     page shows; None when that says that there is no such instance. absent: the instance was gone before.
+    sent_at: when it was sent, epoch seconds; None: just now.
     """
 
     reply: Reply
@@ -115,3 +116,10 @@ class Performed:
     offer_gone: bool = False
     row: Row | None = None
     absent: bool = False
+    sent_at: float | None = None
+
+    def done_at(self, now: float) -> float | None:
+        """Return about when it was done, since an answer may be long in coming; None: it was not."""
+        if self.reply is not Reply.DONE:
+            return None
+        return now if self.sent_at is None else (self.sent_at + now) / 2.0

@@ -74,10 +74,10 @@ class Orders:
         """Return whether an order has been out for so long that it cannot be on its way any more."""
         return self.out > 0 and now - self.begun_at > STUCK_S
 
-    def answer(self, now: float, *, done: bool = False, destroyed: bool = False) -> None:
-        """Count an order as answered. done: the cloud says so; destroyed: it confirms the instance's end."""
+    def answer(self, now: float, *, done_at: float | None = None, destroyed: bool = False) -> None:
+        """Count an order as answered. done_at: when it was done; destroyed: its end is confirmed."""
         self.out, self.answered_at = max(0, self.out - 1), now
-        self.done_at = now if done else self.done_at
+        self.done_at = self.done_at if done_at is None else done_at
         self.destroyed = self.destroyed or destroyed
 
     def unheeded(self, repeat_s: float, now: float) -> bool:

@@ -468,14 +468,14 @@ class Reconciler(Judge):
         i = self.instances.get(command.label)
         if i is None:
             return
-        was_done = done.reply is Reply.DONE
-        destroyed = isinstance(command, Destroy) and was_done
-        i.orders.answer(now, done=was_done, destroyed=destroyed)
+        done_at = done.done_at(now)
+        destroyed = isinstance(command, Destroy) and done_at is not None
+        i.orders.answer(now, done_at=done_at, destroyed=destroyed)
         if done.reply is Reply.UNSENT:
             i.orders.ask(now)  # it cannot be late with what it was not asked for
-        if destroyed:
+        if destroyed and done_at is not None:
             self.journal.add_duration("destroy", i.orders.asked_at, now)
-            self._end_bill(i, ended_at(i, now) if done.absent else now)
+            self._end_bill(i, ended_at(i, now) if done.absent else done_at)
         elif isinstance(command, Create) and done.reply is Reply.DONE:
             i.accept_id(done.new_id)
             self.journal.save(i.saved())

@@ -200,8 +200,9 @@ class Autoscaler:
         if self._ending and isinstance(command, Create | Start | LookForOffers):
             self._noted(command, Performed(Reply.UNSENT, "not sent: the autoscaler ends"))
             return True
+        sent_at = self.clock()
         try:
-            done = self._performer.perform(command)
+            done = replace(self._performer.perform(command), sent_at=sent_at)
         except Exception as e:
             log.exception("%s: a fault of ours", _words(command))
             done = Performed(Reply.UNKNOWN, f"a fault of ours, the log has it: {type(e).__name__}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fleet.commands import Performed, Reply
 from fleet.costs import CostBreakdown
 from fleet.health_check import Verdict
 from fleet.outside.ledger import Ledger
@@ -97,6 +98,12 @@ def test_a_machine_whose_stop_was_answered_costs_storage_from_then_on(ledger: Le
     contract.status, contract.intended = "exited", "stopped"
     w.fleet.observe([contract.row()], (), w.now)
     assert costs(w, ledger).total - usd == pytest.approx(usd_of(contract, 0.0, w.now - stopped_at))
+
+
+def test_an_answer_that_was_long_in_coming_dates_its_order_in_the_middle() -> None:
+    assert Performed(Reply.DONE, sent_at=100.0).done_at(160.0) == 130.0
+    assert Performed(Reply.DONE).done_at(160.0) == 160.0
+    assert Performed(Reply.UNKNOWN, sent_at=100.0).done_at(160.0) is None
 
 
 def test_a_machine_whose_end_the_cloud_confirms_costs_nothing_from_then_on(ledger: Ledger) -> None:
