@@ -337,7 +337,7 @@ class Campaign:
 
     def _dollars(self) -> tuple[float, float, float]:
         """Return the dollars of the ledger, those of the cloud in the same time, and seconds before it."""
-        costs, now = self.stack.ask_autoscaler("/costs"), self.stack.counted_s()
+        costs, now = self.truth.costs()
         if not isinstance(costs, dict) or "usd" not in costs:
             self.errors.append(f"no /costs at the end: {costs}")
             return 0.0, 0.0, 0.0

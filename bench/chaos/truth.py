@@ -141,6 +141,7 @@ class Truth:
         last, number = time.monotonic(), 0
         while not self._end.wait(SAMPLE_S):
             status, now = self.stack.status(), time.monotonic()
+            self._note_spent(status)
             if status is not None:
                 self._look(status, now, now - last)
             last = now
@@ -155,7 +156,6 @@ class Truth:
         limits = self.stack.settings
         with self.lock:
             self.rows = rows = status["instances"]
-            self.spent.append((self.stack.counted_s(), status["spent_usd"]["total"]))
             for row in rows:
                 machine = self.machines.setdefault(
                     row["id"], Machine(row["id"], row["label"] or "", row["machine_id"])
@@ -192,9 +192,14 @@ class Truth:
         for reason in (health or {}).get("reasons", ()) if isinstance(health, dict) else ():
             self.reasons[reason["reason"]] += 1
 
+    def _note_spent(self, status: Any) -> None:
+        if status is not None:
+            with self.lock:
+                self.spent.append((self.stack.counted_s(), status["spent_usd"]["total"]))
+
     def _read_dollars(self) -> None:
         """Compare what GET /costs says now with the cloud's dollars, also while faults are on."""
-        costs, now = self.stack.ask_autoscaler("/costs"), self.stack.counted_s()
+        costs, now = self.costs()
         if not isinstance(costs, dict) or "unwatched" not in costs:
             return
         ledger_usd, cloud_usd = self.both_dollars(costs, now)
@@ -228,6 +233,15 @@ class Truth:
         """Return how many tokens were taken, and how many of them more than once."""
         uses = sum(counts.total() for counts in self.starts.values())
         return uses, sum(1 for counts in self.starts.values() for n in counts.values() if n > 1)
+
+    def costs(self) -> tuple[Any, float]:
+        """Return an answer of GET /costs, and when it came, by `counted_s`; the cloud is looked at then, too.
+
+        The last sample may be older than that by all that the autoscaler took for its answers.
+        """
+        said, now = self.stack.ask_autoscaler("/costs"), self.stack.counted_s()
+        self._note_spent(self.stack.status())
+        return said, now
 
     def both_dollars(self, costs: Mapping[str, Any], now: float) -> tuple[float, float]:
         """Return the dollars of an answer of GET /costs, and the cloud's in the times that it knows.
