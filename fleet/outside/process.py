@@ -82,7 +82,7 @@ class AutoscalerProcess:
         self.profile = get_profile(config.model)
         self.state_dir = config.state_dir or private_files.default_state_dir(config.label)
         private_files.make_private_dir(self.state_dir)
-        self._lock_file = _only_one(self.state_dir / "autoscaler.lock")
+        self._lock_file = only_one(self.state_dir / "autoscaler.lock")
         self.keys = FleetKeys(self.state_dir)
         self.control_key = private_files.load_or_make_key(self.state_dir / "control.key")
         self.vast = Vast(Cli(self._vast_settings()))
@@ -303,12 +303,15 @@ def _clock(ledger: Ledger) -> Callable[[], float]:
     return clock
 
 
-def _only_one(path: Path) -> int:
+def only_one(path: Path) -> int:
     """Lock a state directory and return the lock's file; raise ConfigError if another autoscaler has it.
 
-    Two autoscalers on one fleet would undo each other's orders.
+    Two autoscalers on one fleet would undo each other's orders. ConfigError, too, where it cannot be written.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be used: {e.strerror}") from e
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -144,3 +144,20 @@ def test_a_signal_ends_the_process_cleanly(sig: signal.Signals) -> None:
         assert process.wait(timeout=10.0) == 0
     assert said.splitlines() == ["gave up", "background ended", "cleaned up"]
     assert complaints == ""
+
+
+def test_what_uvloop_says_of_a_connection_that_was_closed_meanwhile_is_no_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`make chaos` found it where an instance's connection was aborted in the middle of a read."""
+    closed = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+    loop = asyncio.new_event_loop()
+    try:
+        asgi_server.tell_loop_error(
+            loop, {"message": "Fatal error on SSL protocol", "exception": closed, "transport": None}
+        )
+        assert not [r for r in caplog.records if r.levelno > logging.DEBUG]
+        asgi_server.tell_loop_error(loop, {"message": "something else", "exception": RuntimeError("x")})
+        assert [r.exc_info is not None for r in caplog.records if r.levelno > logging.DEBUG] == [True]
+    finally:
+        loop.close()
