@@ -20,7 +20,7 @@ PAGE_LIB := build/page-lib
 PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes texts pictures picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-agreement bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes texts pictures picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report (also as a page, build/sim.html).
 sim: $(READY) $(COMPILED)
@@ -101,6 +101,10 @@ bench-policies-hours: $(READY)
 
 bench-policies-all: $(READY)
 	$(POLICIES) --json build/bench-policies-all.json --plots build/policies-all
+
+# Whether sim.py measures what AIPerf does, the same load through both: about 20 minutes.
+bench-agreement: $(READY) $(COMPILED) $(AIPERF_READY)
+	$(BIN)/python -m bench.agreement --json build/bench-agreement.json
 
 bench-fidelity: $(READY)
 	$(BIN)/python -m bench.fidelity --json build/bench-fidelity.json
