@@ -24,6 +24,7 @@ All that is known of one instance is in dispatch/instance.py; each other part ow
     dispatch/request_estimates.py   expected work of a request, the usual request
     dispatch/demand_counter.py      arrivals and refusals
     dispatch/client_paces.py        instances that are slow by what clients met
+    dispatch/agreement.py           instances that lie about lengths
 
 True after every call:
 - the work of an instance is the sum over its unfinished leases; a token is leased once;

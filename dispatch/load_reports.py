@@ -224,7 +224,7 @@ class LoadReports:
             elif not lease.started:
                 self.leases.start(inst, lease, number, now)
                 self.demand.started()
-                self.estimates.started(lease.row, body_bytes)
+                self.estimates.started(lease.row, body_bytes, inst.id, self.instances.hot)
         for end in report.ended:
             if end.id in inst.other_requests:
                 inst.end_other(end.id, now)
@@ -244,4 +244,4 @@ class LoadReports:
             kind, most = self.leases.forget_early(end.id), math.inf
         # An answer without tokens is a refusal, an embedding or the like, and says nothing of other answers.
         if kind is not None and end.status == "finished" and end.output_tokens:
-            self.estimates.finished(kind, end.output_tokens, most)
+            self.estimates.finished(kind, end.output_tokens, most, inst.id, self.instances.hot)

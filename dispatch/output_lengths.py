@@ -12,6 +12,8 @@ of ServeGen's m-small, 2 % of Mooncake's and nothing of Azure's code log (2026-1
 
     kind (prompt, max_tokens) ◄─ PRIOR completions of ─ all with such max_tokens ◄─ PRIOR of ─ the told mean
 
+What instances say comes here by way of dispatch/agreement.py: one that lies teaches nothing.
+
 Completions are counted in bins that are 15 % wide; the told mean is taken to have no memory. Lengths are in
 tokens.
 """

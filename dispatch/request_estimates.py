@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from dispatch.agreement import Agreement
 from dispatch.output_lengths import OutputLengths
 from dispatch.predicted_load import request_row
 from dispatch.prompt_lengths import PromptLengths
@@ -17,6 +18,9 @@ bytes, 4 a token, and text of 8 bytes a token is hardly ever met. What may fit i
 ANSWER_RANGE = 32.0
 """Most that an answer counts, as a ratio to the mean of its kind or the told one: no such answer was met in
 the traces, and one number must not change what is believed of all."""
+
+BYTES_RANGE = 0.5, 64.0
+"""Bytes of a token that are believed: from dense scripts to long words."""
 
 MIX_MEMORY = 500.0
 """Requests that make up what is usual: prompt and work."""
@@ -41,6 +45,8 @@ class RequestEstimates:
         self.mean_prompt_squares = 0.0
         self.usual = request_row(1.0, EXPECTED_OUTPUT_TOKENS, math.inf, 0)
         self._prompt_lengths = PromptLengths()
+        self._answers: Agreement[tuple[int, int]] = Agreement()  # tokens, kind
+        self._prompts_said: Agreement[tuple[int, float]] = Agreement()  # bytes, tokens
         self._given = 0  # leases, in all
         self._prompts, self._prompt_sum, self._square_sum = 0, 0.0, 0.0  # of those since the last tick
 
@@ -115,16 +121,23 @@ class RequestEstimates:
         self._prompt_sum += prompt
         self._square_sum += prompt * prompt
 
-    def started(self, row: Floats, body_bytes: int) -> None:
-        """Learn the bytes of a token from one of our own requests; body_bytes 0: not known."""
-        if body_bytes:
-            self._prompt_lengths.learn(body_bytes, float(row[PROMPT]))
+    def started(self, row: Floats, body_bytes: int, instance_id: int, hot: int) -> None:
+        """Learn the bytes of a token from one of our own requests; body_bytes 0: not known.
 
-    def finished(self, kind: int, output_tokens: int, most: float = math.inf) -> None:
+        instance_id: which says so, of `hot` that serve.
+        """
+        prompt = row.item(PROMPT)
+        if body_bytes and prompt:
+            said = math.log(min(BYTES_RANGE[1], max(BYTES_RANGE[0], body_bytes / prompt)))
+            for told, tokens in self._prompts_said.note(instance_id, said, (body_bytes, prompt), hot):
+                self._prompt_lengths.learn(round(min(told, BYTES_RANGE[1] * tokens)), tokens)
+
+    def finished(self, kind: int, output_tokens: int, most: float, instance_id: int, hot: int) -> None:
         """Learn from a request that was answered in full. most: tokens that the answer may have had.
 
         What an instance says counts as far as it can be: no longer than was allowed and than the model's
-        context, and no more than ANSWER_RANGE times what is usual.
+        context, and no more than ANSWER_RANGE times what is usual; and if it says what most others say
+        (dispatch/agreement.py). instance_id: which says so, of `hot` that serve.
         """
         if self.max_model_len is not None and math.isinf(most):  # else it may be of several answers
             most = self.max_model_len
@@ -132,7 +145,10 @@ class RequestEstimates:
         usual = ANSWER_RANGE * lengths.told
         if output_tokens > usual:  # hardly ever: what is usual of its kind need not be looked up before
             usual = max(usual, ANSWER_RANGE * lengths.mean(kind))
-        lengths.ended(min(output_tokens, int(min(most, usual))), kind)
+        tokens = min(output_tokens, int(min(most, usual)))
+        said = math.log(max(1, tokens) / max(1.0, lengths.mean(kind)))
+        for told, of in self._answers.note(instance_id, said, (tokens, kind), hot):
+            lengths.ended(told, of)
 
     def tick(self) -> None:
         """Update the usual request by the leases given since the last tick."""

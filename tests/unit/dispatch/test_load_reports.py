@@ -12,13 +12,14 @@ from web.messages.reports import PushedReport
 
 def test_a_request_of_others_is_as_long_as_its_instance_says() -> None:
     """Prompts of 250 tokens take 1,000 bytes here; an instance with a long one is asked last."""
-    b = world(instance(1), instance(2), instance(3))
+    b = world(instance(1), instance(2))  # where there is no majority, each is believed at once
     own = b.lease(100.0, prompt_tokens=250)
     other = b.lease(100.0, prompt_tokens=9000)
     b.report(own.instance_id, started=(own.request_id,), started_bytes=(1000,), running=1)
     b.report(other.instance_id, started=(other.request_id,), started_bytes=(36_000,), running=1)
     for lease in (own, other):
         b.end(lease)
+    b.hot(instance(1), instance(2), instance(3))
     for id, size in ((1, 400), (2, 20_000), (3, 0)):
         b.report(id, started=(f"stranger{id}",), started_bytes=(size,), running=1)
     work = [b.work(id) for id in (1, 2, 3)]
