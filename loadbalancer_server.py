@@ -220,7 +220,8 @@ def create_app(service: LoadBalancerService, keys: AccessKeys) -> Flask:
     async def hot(raw: bytes) -> JsonAnswer:
         news = await service.take_hot_set(await service.reader.read(raw))
         now = service.balancer.instances.hot_set
-        return JsonAnswer(HotSetTaken(news, now.epoch if now else None, now.version if now else None))
+        epoch, version = (now.epoch, now.version) if now else (None, None)
+        return JsonAnswer(HotSetTaken(news, epoch, version, service.name))
 
     def report(raw: bytes, asker: Asker) -> JsonAnswer:
         return service.report(raw, asker.authorization)

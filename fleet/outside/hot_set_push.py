@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import math
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,12 +16,20 @@ from fleet.hot_set import make_hot_set
 from fleet.outside.turns import Autoscaler
 from fleet.outside.wakeup import Wakeup
 from fleet_client.own_tls import ANY_AUTHORITY, TrustedServer
-from web.messages.hot_set import HotSet
+from web.messages.decoding import BadField, decode
+from web.messages.hot_set import HotSet, HotSetTaken
 
 log = logging.getLogger("autoscaler")
 
 HOT_PUSH_S = 0.25
 """Seconds between two looks for a changed hot set; a passed check is told at once."""
+
+REPEAT_S = 10.0
+"""Seconds between two pushes of the same hot set to a loadbalancer that reports nothing: so that it is known
+whether it is there."""
+
+MAX_TAKEN = 4096
+"""Bytes of the answer to a push."""
 
 PUSH_TIMEOUT_S = 3.0
 """Seconds after which a loadbalancer that does not answer is tried again."""
@@ -53,11 +63,15 @@ class HotSetPush:
         loadbalancers: Sequence[str],
         control_key: str,
         trusted: TrustedServer = ANY_AUTHORITY,
+        taken: Callable[[str, str], None] = lambda _name, _url: None,
+        reports: Callable[[str], bool] = lambda _name: True,
     ) -> None:
         """Start nothing yet. version, hot_set: functions that return the present ones.
 
-        loadbalancers: their URLs. trusted: the certificates that they may show.
+        loadbalancers: their URLs. trusted: the certificates that they may show. taken: is called with name
+        and URL of a loadbalancer that has taken the hot set. reports: whether that one reports now.
         """
+        self._taken, self._reports = taken, reports
         self.wakeup = Wakeup()  # to look for a new version now
         self._version = version
         self._hot_set = hot_set
@@ -74,12 +88,18 @@ class HotSetPush:
     async def _push_to(self, session: aiohttp.ClientSession, url: str) -> None:
         told: int | None = None
         complaint: str | None = None
+        name: str | None = None  # that it gives itself
+        look_at = math.inf  # whether it reports
         while True:
-            hot_set = self._hot_set() if told != self._version() else None
+            silent = time.monotonic() >= look_at and name is not None and not self._reports(name)
+            hot_set = self._hot_set() if silent or told != self._version() else None
             if hot_set is not None:
-                trouble = await _push(session, url, hot_set, self._trusted.context() or True)
+                name, trouble = await _push(session, url, hot_set, self._trusted.context() or True)
                 if trouble is None:
                     told = hot_set.version
+                    look_at = time.monotonic() + REPEAT_S
+                    if name is not None:
+                        self._taken(name, url)
                 elif trouble != complaint:
                     log.warning("loadbalancer %s %s; it will ask when it can", url, trouble)
                 complaint = trouble
@@ -88,13 +108,19 @@ class HotSetPush:
 
 async def _push(
     session: aiohttp.ClientSession, url: str, hot_set: HotSet, trusted: ssl.SSLContext | bool
-) -> str | None:
-    """Send the hot set to a loadbalancer; return why it was not taken, or None when it was."""
+) -> tuple[str | None, str | None]:
+    """Send the hot set to a loadbalancer; return (its name if it says so, why it was not taken if not)."""
     data = msgspec.json.encode(hot_set)
     try:
         async with session.put(f"{url}/hot", data=data, allow_redirects=False, ssl=trusted) as reply:
-            return None if reply.status == 200 else f"refused the hot set: {reply.status}"
+            if reply.status != 200:
+                return None, f"refused the hot set: {reply.status}"
+            try:
+                said = decode(await reply.content.read(MAX_TAKEN), HotSetTaken)
+            except BadField:
+                return None, None  # it was taken, whatever else is said
+            return said.loadbalancer, None
     except aiohttp.ClientSSLError as e:
-        return f"cannot be spoken to under TLS (--loadbalancer-cert): {e}"
+        return None, f"cannot be spoken to under TLS (--loadbalancer-cert): {e}"
     except (aiohttp.ClientError, TimeoutError, OSError) as e:
-        return f"is not there: {type(e).__name__}"
+        return None, f"is not there: {type(e).__name__}"

@@ -5,7 +5,9 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from process.safe_text import safe_text
 
 log = logging.getLogger("autoscaler")
 
@@ -14,6 +16,9 @@ LEDGER_FAILS_S = 5.0
 
 DEAF_S = 30.0
 """Seconds without a report from a loadbalancer that is heard otherwise."""
+
+REPORTS_S = 5.0
+"""Seconds for which a loadbalancer counts as reporting; it does so each second."""
 
 MOST_HEARD = 100
 """Loadbalancers that are kept apart; there are a few."""
@@ -46,6 +51,11 @@ class Heard:
 
     contact_at: float
     deaf_since: float
+    url: str = ""  # where it takes the hot set, if it does
+
+
+def _named(name: str, heard: Heard) -> str:
+    return f"{name or 'unnamed'} (takes the hot set at {heard.url})" if heard.url else name or "unnamed"
 
 
 class OwnHealth:
@@ -59,6 +69,7 @@ class OwnHealth:
         self._lock = threading.Lock()
         self._ledger: tuple[float, float, str] | None = None  # since, last seen, why
         self._heard: dict[str, Heard] = {}  # loadbalancers, by name
+        self._reported: dict[str, float] = {}  # by loadbalancer, when its last report was understood
         self._deaths: dict[str, list[float]] = {}
         self._last_death = ""
         self._complained: dict[str, float] = {}
@@ -77,22 +88,34 @@ class OwnHealth:
             failed, self._ledger = self._ledger is not None, None
         return failed
 
-    def note_contact(self, loadbalancer: str, now: float) -> None:
-        """Note that a loadbalancer was heard of, whatever it sent; "": one that gives no name."""
+    def note_contact(self, loadbalancer: str, now: float, url: str = "") -> None:
+        """Note that a loadbalancer was heard of, whatever it sent; "": one that gives no name.
+
+        url: where it has taken a hot set.
+        """
+        loadbalancer, url = safe_text(loadbalancer, 64), safe_text(url)
         with self._lock:
             self._heard = {n: h for n, h in self._heard.items() if now - h.contact_at <= DEAF_S}
             before = self._heard.get(loadbalancer)
             if before is not None:
-                self._heard[loadbalancer] = Heard(now, before.deaf_since)
+                self._heard[loadbalancer] = replace(before, contact_at=now, url=url or before.url)
             elif len(self._heard) < MOST_HEARD:
-                self._heard[loadbalancer] = Heard(now, now)
+                self._heard[loadbalancer] = Heard(now, now, url=url)
 
     def note_report(self, loadbalancer: str, now: float) -> None:
         """Note that a busy report of a loadbalancer was understood."""
         with self._lock:
             for name in (loadbalancer, ""):  # before 2026-12 they named themselves in reports only
                 if name in self._heard:
-                    self._heard[name] = Heard(self._heard[name].contact_at, now)
+                    self._heard[name] = replace(self._heard[name], deaf_since=now)
+            self._reported = {n: at for n, at in self._reported.items() if now - at < REPORTS_S}
+            self._reported[safe_text(loadbalancer, 64)] = now
+
+    def reports(self, loadbalancer: str, now: float) -> bool:
+        """Return whether a report of that loadbalancer was understood lately."""
+        with self._lock:
+            at = self._reported.get(safe_text(loadbalancer, 64), float("-inf"))
+        return now - at < REPORTS_S
 
     def note_credit(self, usd: float) -> None:
         """Note the credit that is left on the cloud's account, in dollars."""
@@ -172,7 +195,7 @@ class OwnHealth:
                 Reason(
                     "no_reports",
                     f"no report was understood for {longest_s:.0f} s from {len(deaf)} of {len(heard)} "
-                    f"loadbalancers that are there: {', '.join(name or 'unnamed' for name in sorted(deaf))}",
+                    f"loadbalancers that are there: {', '.join(_named(n, deaf[n]) for n in sorted(deaf))}",
                 )
             )
         if self.credit_usd is not None and self.credit_usd <= 0.0:

@@ -111,6 +111,8 @@ class AutoscalerProcess:
             config.loadbalancer,
             self.control_key,
             TrustedServer("--loadbalancer-cert", config.loadbalancer_cert),
+            lambda name, url: scaler.own.note_contact(name, scaler.clock(), url),
+            lambda name: scaler.own.reports(name, scaler.clock()),
         )
         self.health_rounds = HealthRounds(
             scaler, self._checker, self.hot_push.wakeup.wake, config.reach_places

@@ -97,8 +97,12 @@ class HotSet(HotSetHead, frozen=True):
 
 
 class HotSetTaken(Struct, frozen=True):
-    """The answer to PUT /hot: whether that hot set was newer, and which one the loadbalancer has now."""
+    """The answer to PUT /hot: whether that hot set was newer, and which one the loadbalancer has now.
+
+    loadbalancer: its name, as in its reports; None: it is of before 2026-12.
+    """
 
     taken: bool
     epoch: str | None
     version: int | None
+    loadbalancer: str | None = None

@@ -567,7 +567,8 @@ def test_a_hot_set_of_a_thousand_is_taken_and_nobody_else_may_send_so_much() -> 
     app = LoadBalancerApp()
     many = {**HOT, "instances": [{**INSTANCE, "id": i} for i in range(1000)]}
     answer = app.client.put("/hot", json=many, headers={"Authorization": f"Bearer {CONTROL}"})
-    assert answer.get_json() == {"taken": True, "epoch": "e1", "version": 1}
+    name = app.service.name
+    assert answer.get_json() == {"taken": True, "epoch": "e1", "version": 1, "loadbalancer": name}
     assert app.balancer.instances.hot == 1000
     assert app.client.post("/route", data=b" " * 65_537).status_code == 413
 
@@ -577,7 +578,8 @@ def test_an_old_hot_set_is_answered_with_what_is_known() -> None:
     bearer = {"Authorization": f"Bearer {CONTROL}"}
     app.client.put("/hot", json={**HOT, "version": 5}, headers=bearer)
     answer = app.client.put("/hot", json={**HOT, "version": 4, "instances": []}, headers=bearer)
-    assert answer.get_json() == {"taken": False, "epoch": "e1", "version": 5}
+    name = app.service.name
+    assert answer.get_json() == {"taken": False, "epoch": "e1", "version": 5, "loadbalancer": name}
     assert app.balancer.instances.hot == 1
 
 
