@@ -42,6 +42,7 @@ from fleet_client.flags import Parser, add_flags
 from fleet_client.listening import bind_socket, check_bind
 from fleet_client.network_trust import allow
 from fleet_client.own_tls import scheme, server_tls
+from fleet_client.service_manager import ServiceManager, set_up_logging
 from process.errors import ConfigError
 from process.safe_text import safe_text
 from web.answers import JsonAnswer, error, error_answer, problem, response
@@ -307,6 +308,11 @@ def serve(config: AutoscalerConfig) -> None:
         ),
         process.acts,
     )
+    own, manager = OwnReasons(process.scaler, config.poll_interval_s), ServiceManager()
+
+    async def service_manager() -> None:
+        await manager.keep_informed(lambda: own.turns_go_well, lambda: own.turns_go_well)
+
     url = f"{scheme(tls)}://{config.host}:{config.port}"
     log.info("autoscaler of fleet %s (%s) on %s", config.label, config.model, url)
     process.start()
@@ -314,7 +320,7 @@ def serve(config: AutoscalerConfig) -> None:
         serve_flask(
             app,
             sock,
-            background=[process.health_rounds.run, process.hot_push.run],
+            background=[process.health_rounds.run, process.hot_push.run, service_manager],
             blocking=SLOW_ROUTES,
             any_host=bool(operator_keys),
             tls=tls,
@@ -386,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0].startswith("-"):
         argv.insert(0, "serve")
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up_logging()
     if args.command in SHOW | REACH | ACT:
         given = {f.name: vars(args)[f.name] for f in fields(OperatorConfig) if f.name in args}
         run_operator_command(args.command, getattr(args, "number", None), OperatorConfig(**given))

@@ -35,6 +35,7 @@ from fleet_client.flags import Parser, add_flags, check_flags, flag, server_url
 from fleet_client.listening import bind_socket, check_bind
 from fleet_client.network_trust import InTheClear, allow, clear_bind, clear_call
 from fleet_client.own_tls import TrustedServer, scheme, server_tls
+from fleet_client.service_manager import ServiceManager, set_up_logging
 from fleet_client.trace_context import trace_id
 from instance_client import request_id
 from loadbalancer import LoadBalancer
@@ -304,11 +305,16 @@ def serve(config: LoadBalancerConfig) -> None:
     sock = bind_socket(config.host, config.port)
     service = LoadBalancerService(make_balancer(config), steady_clock())
     tasks = BackgroundTasks(service, config.autoscaler, keys.control, config.report_to, trusted)
+    manager = ServiceManager()
+
+    async def service_manager() -> None:
+        await manager.keep_informed(lambda: service.heard_at is not None)
+
     log.info("loadbalancer of fleet %s on %s://%s:%d", config.label, scheme(tls), config.host, config.port)
     serve_flask(
         create_app(service, keys),
         sock,
-        background=[tasks.clockwork, tasks.ticks, tasks.autoscaler],
+        background=[tasks.clockwork, tasks.ticks, tasks.autoscaler, service_manager],
         any_host=bool(clients and operator),
         tls=tls,
     )
@@ -329,7 +335,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and run the loadbalancer."""
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up_logging()
     serve(LoadBalancerConfig(**vars(args)))
 
 

@@ -39,6 +39,7 @@ from fleet_client.own_tls import scheme, server_tls
 from fleet_client.private_files import load_keys, load_one_key, load_salt
 from fleet_client.reply import HttpReply, error_reply, json_reply
 from fleet_client.retry import NoLoadbalancer
+from fleet_client.service_manager import ServiceManager, set_up_logging
 from fleet_client.trace_context import trace_id
 from fleet_client.transport import MAX_BODY, too_large
 
@@ -396,7 +397,7 @@ def serve(config: GatewayConfig) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     gateway = Gateway(transport, keys, loopback=loopback)
     log.info("gateway to %s on %s://%s:%d/v1", config.loadbalancer, scheme(tls), config.host, config.port)
-    AsgiServer(gateway, sock, [gateway.leases], tls).run()
+    AsgiServer(gateway, sock, [gateway.leases, ServiceManager().keep_informed], tls).run()
 
 
 def parser() -> Parser:
@@ -414,7 +415,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and run the gateway."""
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up_logging()
     serve(GatewayConfig(**vars(args)))
 
 

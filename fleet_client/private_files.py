@@ -162,9 +162,14 @@ def load_salt(path: Path) -> str:
 
 
 def check_private(path: Path, what: str) -> None:
-    """Raise ConfigError unless the file exists and only its owner can read it. what: its name in errors."""
+    """Raise ConfigError unless the file exists and only its owner can read it. what: its name in errors.
+
+    A credential of systemd is root's, and its service's by an access list, whose mask stands in the place of
+    the group's rights: 0440. Its directory is open to that service alone.
+    """
+    credential = str(path.parent) == os.environ.get("CREDENTIALS_DIRECTORY")
     try:
-        if path.stat().st_mode & 0o077:
+        if path.stat().st_mode & (0o007 if credential else 0o077):
             raise ConfigError(f"{what} {path} can be read by others: chmod 600 it")
     except OSError as e:
         raise ConfigError(f"{what} {path} cannot be read: {e.strerror}") from e

@@ -194,6 +194,21 @@ def test_a_url_that_means_nothing_is_refused_by_its_number(caplog: pytest.LogCap
         assert SECRET not in str(e.value) + caplog.text
 
 
+def test_turns_go_well_from_the_first_listing_until_a_minute_without_one(tmp_path: Path) -> None:
+    """By this systemd is told READY=1 and its watchdog is fed."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    loop = Loop(ledger, World().with_pool(hot=2, total=3), Fixed(2, 3))
+    own = OwnReasons(loop.scaler, 5.0)
+    assert not own.turns_go_well
+    loop.scaler.turn()
+    assert own.turns_go_well
+    loop.cloud.listing_error = CloudError("vastai show instances: 500")
+    loop.world.now += 61.0
+    loop.scaler.turn()
+    assert not own.turns_go_well
+    ledger.close()
+
+
 # -- where the URLs may stand -----------------------------------------------------------------------------
 
 
