@@ -227,7 +227,7 @@ class Speaker:
             status, told = self._post(line, {"after": sent[0], **report, "model_up": now[1]})
             if status == 200:
                 sent, failed = (news.seq, now[1]), 0
-                time.sleep(min(60.0, max(0.0, float(told.get("next_in_s", 1.0)))))
+                time.sleep(min(60.0, max(0.01, float(told.get("next_in_s", 1.0)))))
             elif 400 <= status < 500 and status != 409:
                 break  # it does not know us: it asks again when it does
             else:  # 409: the answer that tells it of this boot, and made us speak, may still be under way

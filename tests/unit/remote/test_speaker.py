@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +455,17 @@ def test_it_speaks_as_seldom_as_it_is_told_to(one: Instance) -> None:
         wait_for("the rest", lambda: started(lb) == mine)
         assert lb.at[1] - lb.at[0] >= 0.6
         assert len(lb.heard) == 2
+
+
+def test_it_never_floods_whatever_it_is_told(one: Instance) -> None:
+    """Each report comes 10 ms after the answer to the last one at least, however many events there are."""
+    with listening(lambda n: (200, {"next_in_s": -5.0})) as lb:
+        one.speaker.begin("", again=False)
+        one.speaker.listen(f"{lb.url}/report")
+        while len(lb.heard) < 20:
+            one.event()
+        gaps = [b - a for a, b in pairwise(lb.at[:20])]
+        assert min(gaps) >= 0.009
 
 
 def test_who_lags_behind_too_far_is_told_to_ask(one: Instance) -> None:
