@@ -23,6 +23,7 @@ from fleet.deadlines import Deadlines
 from fleet.market import Market
 from policies import FleetSnapshot, Policy
 from policies.types import BIN_S, Capacity
+from process.progress import in_words
 from simulation.traces.request import Request
 from simulation.virtual.capacity import capacity_of
 from simulation.virtual.cloud import SimulatedCloud, times_for
@@ -73,7 +74,7 @@ class Beginning:
         return asdict(self) | {"too_small": self.too_small, "sentences": self._sentences()}
 
     def _sentences(self) -> list[str]:
-        looked = f"its first {self.looked_s / 60.0:.0f} min offer {self.offered:.1f} instances' worth"
+        looked = f"its first {in_words(self.looked_s)} offer {self.offered:.1f} instances' worth"
         if self.busiest > self.offered:
             looked += f", {self.busiest:.1f} when busiest"
         why = "as the policy would keep" if self.is_needed else "as the flags say"
@@ -105,7 +106,8 @@ def begin(
     hot, pool, lead_in_s, score_from_s: as the flags say; None: as the first quarter of an hour needs. Of the
     requests the first LOOK_S seconds are read, or as many as are played before.
     """
-    seen, looked_s, whole = _first(requests, max(LOOK_S, lead_in_s or 0.0))
+    seen, length_s, whole = _first(requests, max(LOOK_S, lead_in_s or 0.0))
+    looked_s = max(1.0, length_s)
     offers = _offers(setting)
     offered = busiest = 0.0
     wanted_hot = wanted_pool = 0
@@ -125,11 +127,11 @@ def begin(
     begin_hot = min(wanted_hot, begin_pool) if hot is None else hot
     if lead_in_s is None:
         lead_in_s = LOOK_S if hot is None else 0.0
-    lead_in_s = min(lead_in_s, looked_s)
+    lead_in_s = min(lead_in_s, length_s)
     if score_from_s is None:
         score_from_s = longest_start_s(setting)
         if whole:
-            score_from_s = min(score_from_s, (1.0 - LEAST_SCORED) * looked_s)
+            score_from_s = min(score_from_s, (1.0 - LEAST_SCORED) * length_s)
     found = Beginning(
         begin_hot,
         max(begin_pool, begin_hot),
@@ -157,8 +159,8 @@ def _first(requests: Iterator[Request], for_s: float) -> tuple[list[Request], fl
     for request in requests:
         seen.append(request)
         if request.at_s >= for_s or len(seen) == LOOK_MOST:
-            return seen, max(1.0, min(for_s, request.at_s)), False
-    return seen, max(1.0, seen[-1].at_s) if seen else 1.0, True
+            return seen, min(for_s, request.at_s), False
+    return seen, seen[-1].at_s if seen else 0.0, True
 
 
 def longest_start_s(setting: Setting) -> float:

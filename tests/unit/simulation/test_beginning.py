@@ -69,6 +69,12 @@ def test_what_counts_begins_after_the_longest_start_and_a_short_trace_counts_for
     assert begun(steady(2.0, 100.0))[1].lead_in_s == pytest.approx(99.5)
 
 
+def test_of_a_trace_of_one_moment_everything_counts() -> None:
+    found, played = begun(iter([Request(0.0, 100, 50, -1)] * 3))[1:]
+    assert (found.score_from_s, found.lead_in_s, len(played)) == (0.0, 0.0, 3)
+    assert "its first 1 s offer" in found.report()["sentences"][0]
+
+
 def test_flags_give_the_beginning_that_was_usual_before() -> None:
     told, found, played = begun(steady(20.0, 1800.0), hot=1, pool=4, score_from_s=0.0)
     assert told == replace(SETTING, hot=1, pool=4)
