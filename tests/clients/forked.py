@@ -62,7 +62,7 @@ def gunicorn(home: Path) -> Iterator[Ask]:
 
     flags = f"--preload --workers {WORKERS} --max-requests {REQUESTS_EACH} --bind 127.0.0.1:{port}"
     with process(home, "gunicorn", *flags.split(), "tests.clients.preloaded:application"):
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 ask("chat")
                 break

@@ -91,9 +91,13 @@ def celery(folder: str) -> Any:
     return made
 
 
-def read_a_story() -> None:
+def read_a_story(begun: threading.Event) -> None:
     try:
-        said = f"{len(list(pieces(STORY)))} pieces"
+        count = 0
+        for _ in pieces(STORY):
+            count += 1
+            begun.set()
+        said = f"{count} pieces"
     except Exception as e:  # noqa: BLE001 what goes wrong is what is asked for
         said = f"{type(e).__name__}: {e}"
     Path(os.environ["PARENT_SAYS"]).write_text(said)
@@ -104,4 +108,7 @@ if "PARENT_SAYS" in os.environ:
     for task, work in ASKED.items():
         app.task(work, name=task)
     chat()
-    threading.Thread(target=read_a_story, daemon=True).start()
+    # Forked with the first part read: before, pydantic (under openai) holds a lock while it builds classes.
+    first_part = threading.Event()
+    threading.Thread(target=read_a_story, args=(first_part,), daemon=True).start()
+    first_part.wait(60)
