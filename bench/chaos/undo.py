@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what is changed is imported where it is changed, after the child has said which
-    from fleet.commands import AskPage
+    from fleet.commands import AskPage, Performed
 
 
 def _quorum() -> None:
@@ -43,7 +43,12 @@ def _absence() -> None:
         if self.listing.believed and lacked_s >= self.deadlines.absent_s and i.state is not State.GONE:
             self._move(i, State.GONE, "not listed", now)
 
+    def finish_page(self: Reconciler, command: "AskPage", done: "Performed", now: float) -> None:  # noqa: ARG001
+        if (i := self.instances.get(command.label)) is not None:
+            i.absence.answer(now, shown=False)
+
     Reconciler._miss = miss  # type: ignore[method-assign]
+    Reconciler.finish_page = finish_page  # type: ignore[method-assign]
 
 
 def _silence() -> None:
