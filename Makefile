@@ -20,7 +20,7 @@ PAGE_LIB := build/page-lib
 PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-agreement bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes texts pictures picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-page bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-agreement bench-virtual bench-dispatch bench-routers chaos chaos-undo hostile flags sizes texts pictures page-pictures picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report (also as a page, build/sim.html).
 sim: $(READY) $(COMPILED)
@@ -79,6 +79,9 @@ bench-route: $(READY)
 # One client beside others that attack: hoarder, liars, silent connections, bodies without a key.
 bench-fairness: $(READY)
 	$(BIN)/python -m bench.fairness --json build/bench-fairness.json
+
+bench-page: $(READY) $(PAGE_READY)
+	PYTHONPATH=$(PAGE_LIB) $(BIN)/python -m bench.page --json build/bench-page.json
 
 bench-turn: $(READY)
 	$(BIN)/python -m bench.turn --json build/bench-turn.json
@@ -160,6 +163,13 @@ texts: $(READY)
 # The three pictures of virtual time in docs/: a good day, a burst, a fleet that is too small. Three minutes.
 pictures: $(READY) $(COMPILED)
 	$(BIN)/python -m tests.virtual_pictures
+
+# The pictures of the operator's page in docs/, light, dark and on a phone, of a make sim that is under way.
+page-pictures: $(READY) $(COMPILED) $(PAGE_READY)
+	PYTHONPATH=$(PAGE_LIB) $(TESTS) tests/page/test_page.py -k pictures
+	cp build/page-shots/light-top.png docs/page.png
+	cp build/page-shots/dark-top.png docs/page-dark.png
+	cp build/page-shots/phone-top.png docs/page-phone.png
 
 # The picture of the system in docs/, drawn from its text (needs graphviz: apt-get install graphviz).
 picture:

@@ -158,12 +158,19 @@ def test_pictures_of_it_light_dark_and_on_a_phone(browser: Any, autoscaler: str)
     kinds: dict[str, dict[str, Any]] = {
         "light": {"viewport": {"width": 1400, "height": 900}},
         "dark": {"viewport": {"width": 1400, "height": 900}, "color_scheme": "dark"},
-        "phone": {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2},
+        "phone": {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 1.5},
     }
     for name, more in kinds.items():
         operator = Operator(browser, autoscaler, **more)
         operator.page.locator(".uplot canvas").nth(2).wait_for()
         operator.shot(name)
+        top = {
+            "x": 0,
+            "y": 0,
+            "width": more["viewport"]["width"],
+            "height": 1500 if name == "phone" else 1150,
+        }
+        operator.page.screenshot(path=str(SHOTS / f"{name}-top.png"), full_page=True, clip=top)
         wide = operator.page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, f"{name}: the page scrolls sideways by {wide} px"
         operator.context.close()
@@ -197,3 +204,13 @@ def test_an_operator_looks_at_the_market_and_at_how_fast_answers_came(operator: 
     page.click("#latencies button[data-which=whole]")
     assert page.locator("#latencies button[data-which=whole]").get_attribute("aria-pressed") == "true"
     page.locator("#c-latency canvas").wait_for()
+
+
+def test_an_operator_changes_the_goal_after_being_asked_and_it_is_written_down(operator: Operator) -> None:
+    page = operator.page
+    page.fill("#goal-plain input", "99.5")
+    page.click("#goal-plain button")
+    page.locator("#ask", has_text="99.5 %").wait_for()
+    page.click("#ask button[value=yes]")
+    page.locator("#s-time-more", has_text="goal 99.5 %").wait_for()
+    page.locator("#decisions li", has_text="policy: objective with goal 0.995").first.wait_for()

@@ -287,6 +287,7 @@ function showGoal(o) {
   const why = has || goal == null ? "" : ` What other goals would cost is not known: ${o.curve.message}.`;
   say("goal-now", goal == null ? `The policy is ${o.policy.name}, which has no goal.` : `${percent(goal)} of requests in time.${why}`);
   $("goal-choice").hidden = !has;
+  $("goal-plain").hidden = has || goal == null;
   if (!has || o.curve.at === curve.at) return;
   curve = { ...o.curve, curve: [...o.curve.curve].sort((a, b) => a.met - b.met) };
   $("goal").max = curve.curve.length - 1;
@@ -445,11 +446,16 @@ for (const button of $("ranges").children) {
 }
 $("find").addEventListener("input", () => overview && showInstances(overview));
 $("goal").addEventListener("input", sayGoal);
-$("goal-apply").addEventListener("click", () => {
-  const p = curve.curve[$("goal").value];
-  const goal = Math.min(0.99999, Math.max(0.5, p.met));
-  act_on("/policy", `Keep ${percent(goal)} of requests in time from now on?`, "The level follows with the next replay.", { name: "objective", params: { goal } }, "PUT");
+$("goal-apply").addEventListener("click", () => applyGoal(Math.min(0.99999, Math.max(0.5, curve.curve[$("goal").value].met))));
+
+$("goal-plain").addEventListener("submit", (event) => {
+  event.preventDefault();
+  applyGoal(Number(new FormData(event.target).get("goal")) / 100);
 });
+
+function applyGoal(goal) {
+  act_on("/policy", `Keep ${percent(goal)} of requests in time from now on?`, "The level follows with the next replay.", { name: "objective", params: { goal } }, "PUT");
+}
 
 async function loop() {
   if (!document.hidden) await refresh();
