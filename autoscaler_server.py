@@ -1,6 +1,7 @@
 """The autoscaler as a process: its flags and its routes; and its commands `prepare` and `destroy-fleet`.
 
 python autoscaler_server.py [flags]                     serve: keep the fleet as the policy wants it
+python autoscaler_server.py plan --count N [flags]      what that would rent and cost; nothing is ordered
 python autoscaler_server.py prepare --count N [flags]   rent N instances, load the model, stop them
 python autoscaler_server.py destroy-fleet [flags]       end everything that carries the label, after asking
 python autoscaler_server.py status [flags]              how a fleet stands; also decisions, costs
@@ -31,6 +32,7 @@ from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.operator_commands import ACT, MACHINES, REACH, SHOW, OperatorConfig, run_operator_command
 from fleet.outside.overview import FleetPlace, Overview
 from fleet.outside.page_routes import ENGINE_LOG, FROM, MARKET, TO, WHAT_IF, add_page, asked_by
+from fleet.outside.plan import plan
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.reasons import OwnReasons
@@ -339,7 +341,7 @@ def parser() -> argparse.ArgumentParser:
         environment=ENVIRONMENT,
         description="Keep the fleet as the policy wants it. This is what runs without a command.",
         epilog="Other commands, each with a --help: "
-        f"{', '.join(('prepare', 'destroy-fleet', *SHOW, *REACH, *ACT))}.",
+        f"{', '.join(('plan', 'prepare', 'destroy-fleet', *SHOW, *REACH, *ACT))}.",
         help="keep the fleet as the policy wants it (default)",
     )
     add_flags(serve_it, AutoscalerConfig)
@@ -355,6 +357,18 @@ def parser() -> argparse.ArgumentParser:
     prepare_it.add_argument(
         "--count", type=int, required=True, metavar="N", help="how many loaded instances to add (no default)"
     )
+    plan_it = commands.add_parser(
+        "plan",
+        environment=ENVIRONMENT,
+        description="Show what `prepare --count N` would rent and what it would cost. Nothing is ordered.",
+        epilog="--count and --json are for the command line only.",
+        help="what prepare would cost, without renting",
+    )
+    add_flags(plan_it, AutoscalerConfig, without=SERVE_ONLY)
+    plan_it.add_argument(
+        "--count", type=int, default=1, metavar="N", help="how many instances to plan for (default 1)"
+    )
+    plan_it.add_argument("--json", action="store_true", help="print the answer as JSON (default: a table)")
     destroy_it = commands.add_parser(
         "destroy-fleet",
         environment=ENVIRONMENT,
@@ -401,6 +415,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "prepare":
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         prepare(config, args.count)
+    elif args.command == "plan":
+        plan(config, args.count, as_json=args.json)
     elif args.command == "destroy-fleet":
         destroy_fleet(config, ask=None if args.yes else input)
     else:

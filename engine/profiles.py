@@ -25,7 +25,8 @@ class Profile:
     throughput_work_s: work per second of one instance with all the requests it can hold; throughput_by_gpu
     has better figures for some GPUs. hold_s: seconds of work an instance may be given before a new request
     would wait too long. load_time_s: seconds from order to hot on a new machine. start_time_s: seconds from
-    start to hot on a stopped machine that holds the model.
+    start to hot on a stopped machine that holds the model. download_gb: image and weights, as they come over
+    the network.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Profile:
     load_time_s: float
     start_time_s: float
     max_model_len: int
+    download_gb: float
     throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def throughput_on(self, gpu_name: str, num_gpus: int = 1) -> float:
@@ -84,6 +86,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             load_time_s=600.0,
             start_time_s=90.0,
             max_model_len=4096,
+            download_gb=22.4,  # image 15, weights 7.4
         ),
         "vllm-70": Profile(
             name="vllm-70",
@@ -104,6 +107,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             load_time_s=3600.0,
             start_time_s=210.0,
             max_model_len=8192,
+            download_gb=54.8,  # image 15, weights 39.8
         ),
         # For the local cloud's engine vllm: real vLLM on two cores, with random weights of 0.9 MB that
         # localcloud/tiny_model.py makes; its image names their directory in VLLM_MODEL. No GPU is used.
@@ -130,6 +134,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             load_time_s=45.0,  # 20 s of one core, twice that when nothing of vLLM is in memory yet
             start_time_s=30.0,
             max_model_len=1024,
+            download_gb=15.0,
         ),
         # Your own model: copy an entry, give it a name, and pass that name to --model. Its vllm_args name the
         # parser of its tool calls, without which vLLM refuses tools, and --reasoning-parser if it thinks

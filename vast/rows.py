@@ -59,6 +59,8 @@ class Offer:
     is_bid: bool
     min_bid: float | None
     duration_s: float | None
+    inet_down_usd_gb: float | None = None
+    driver_version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,8 @@ def offer_of(f: Fields) -> Offer:
         is_bid=f.flag("is_bid") is True,
         min_bid=f.price("min_bid"),
         duration_s=f.maybe_amount("duration"),
+        inet_down_usd_gb=f.price("inet_down_cost"),
+        driver_version=f.maybe_text("driver_version"),
     )
 
 

@@ -13,6 +13,7 @@ from fleet_client.network_trust import InTheClear, clear_bind, clear_call
 from fleet_client.own_tls import scheme
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
+from vast.settings import VastSettings, find_api_key
 
 PRODUCTION_URL = "https://console.vast.ai"
 """The service that the vastai command asks unless it is told another (vast-contract 0)."""
@@ -247,3 +248,20 @@ def local_cloud_key(environ: Mapping[str, str], home: Path) -> str:
             "for one with another --root set LOCALCLOUD_API_KEY"
         )
     return private_files.load_one_key(path)
+
+
+def vast_settings(
+    config: AutoscalerConfig, state_dir: Path, environ: Mapping[str, str], home: Path
+) -> VastSettings:
+    """Return how the vastai command is run with this configuration; raise ConfigError without a key.
+
+    environ, home: where the key is looked for.
+    """
+    find_key = local_cloud_key if config.local else find_api_key
+    return VastSettings(
+        url=config.cloud_url if config.local else None,
+        api_key=find_key(environ, home),
+        local=config.local,
+        state_dir=state_dir,
+        speedup=config.speedup,
+    )

@@ -84,6 +84,11 @@ class OperatorConfig:
     )
 
 
+def wide_console() -> Console:
+    """Return a console for tables: as wide as the terminal, and wide where there is none."""
+    return Console(width=None if sys.stdout.isatty() else WIDE)
+
+
 class AutoscalerCaller:
     """Calls the operator's routes of one autoscaler."""
 
@@ -143,7 +148,7 @@ def run_operator_command(
     number: id of the instance, for ban and forgive of the machine.
     """
     caller = AutoscalerCaller(config)
-    console = console or Console(width=None if sys.stdout.isatty() else WIDE)
+    console = console or wide_console()
     if command in REACH:
         raise SystemExit(_reach(caller, command, number or 0, config))
     if command in ACT:

@@ -18,7 +18,7 @@ from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.limits import Limits
 from fleet.outside.alarm_watch import AlarmWatch
-from fleet.outside.config import AutoscalerConfig, local_cloud_key
+from fleet.outside.config import AutoscalerConfig, vast_settings
 from fleet.outside.engine_log import EngineLog
 from fleet.outside.health_checker import HealthChecker
 from fleet.outside.health_rounds import HealthRounds
@@ -46,7 +46,6 @@ from process.clock import STEP_S, StepDetector, boot_id, steady_clock, wall_offs
 from process.errors import CloudError, ConfigError
 from vast.cli import Cli
 from vast.client import Vast
-from vast.settings import VastSettings, find_api_key
 
 log = logging.getLogger("autoscaler")
 
@@ -85,7 +84,7 @@ class AutoscalerProcess:
         self._lock_file = only_one(self.state_dir / "autoscaler.lock")
         self.keys = FleetKeys(self.state_dir)
         self.control_key = private_files.load_or_make_key(self.state_dir / "control.key")
-        self.vast = Vast(Cli(self._vast_settings()))
+        self.vast = Vast(Cli(vast_settings(config, self.state_dir, os.environ, Path.home())))
         try:
             self.ledger = Ledger(self.state_dir / "ledger.sqlite")
         except (sqlite3.Error, OSError) as e:
@@ -122,17 +121,6 @@ class AutoscalerProcess:
         self._credit_at = float("-inf")
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
-
-    def _vast_settings(self) -> VastSettings:
-        config = self.config
-        find_key = local_cloud_key if config.local else find_api_key
-        return VastSettings(
-            url=config.cloud_url if config.local else None,
-            api_key=find_key(os.environ, Path.home()),
-            local=config.local,
-            state_dir=self.state_dir,
-            speedup=config.speedup,
-        )
 
     def _instances(self) -> InstanceSet:
         config = self.config

@@ -16,6 +16,7 @@ from typing import Any
 import paramiko
 import pytest
 
+from autoscaler_server import main as autoscaler_main
 from engine.profiles import get_profile
 from fleet.outside.ssh_log import HostKeyChanged, SshLog
 from fleet.outside.start_script import render
@@ -499,3 +500,18 @@ def test_the_shared_memory_of_an_instance_ends_with_it(cloud: LocalCloud, how: s
     else:
         cloud.ask("PUT", f"/api/v0/instances/{number}/", {"state": "stopped"})
     wait_for("all is gone", lambda: not any(path.exists() for path in files))
+
+
+def test_a_plan_says_what_would_be_rented_and_rents_nothing(
+    cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALCLOUD_API_KEY", KEY)
+    flags = ["--local", "--cloud-url", cloud.url, "--state-dir", str(tmp_path / "state"), "--speedup", "300"]
+    done = run_command("autoscaler_server.py", autoscaler_main, "plan", "--count", "2", "--json", *flags)
+    said = json.loads(done.out)
+    assert [one["gpu_name"] for one in said["taken"]] == ["RTX 3090", "RTX 3090"]
+    assert said["taken"] == said["offers"][:2]
+    assert said["taken"][0]["usd_to_set_up"] > said["taken"][0]["download_usd"] > 0.0
+    assert "prepare --count 2: $" in said["says"][0]
+    assert "take" in run_command("autoscaler_server.py", autoscaler_main, "plan", *flags).out
+    assert cloud.vast.list_instances() == []
