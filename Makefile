@@ -166,10 +166,7 @@ pictures: $(READY) $(COMPILED)
 
 # The pictures of the operator's page in docs/, light, dark and on a phone, of a make sim that is under way.
 page-pictures: $(READY) $(COMPILED) $(PAGE_READY)
-	PYTHONPATH=$(PAGE_LIB) $(TESTS) tests/page/test_page.py -k pictures
-	cp build/page-shots/light-top.png docs/page.png
-	cp build/page-shots/dark-top.png docs/page-dark.png
-	cp build/page-shots/phone-top.png docs/page-phone.png
+	PYTHONPATH=$(PAGE_LIB) $(BIN)/python -m tests.page_pictures
 
 # The picture of the system in docs/, drawn from its text (needs graphviz: apt-get install graphviz).
 picture:

@@ -164,13 +164,6 @@ def test_pictures_of_it_light_dark_and_on_a_phone(browser: Any, autoscaler: str)
         operator = Operator(browser, autoscaler, **more)
         operator.page.locator(".uplot canvas").nth(2).wait_for()
         operator.shot(name)
-        top = {
-            "x": 0,
-            "y": 0,
-            "width": more["viewport"]["width"],
-            "height": 1500 if name == "phone" else 1150,
-        }
-        operator.page.screenshot(path=str(SHOTS / f"{name}-top.png"), full_page=True, clip=top)
         wide = operator.page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, f"{name}: the page scrolls sideways by {wide} px"
         operator.context.close()
