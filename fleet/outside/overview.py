@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fleet.alarms import AlarmFacts, wrong_now
 from fleet.commands import Command, Create, Destroy, LookForOffers
 from fleet.costs import SPENT_ON, CostBreakdown
 from fleet.history import columns
@@ -85,12 +86,24 @@ class Overview:
             in_time = scaler.history.share_in_time(IN_TIME_OVER_S, now)
             latest, manage, limits = scaler.history.latest, instances.manage, instances.limits
             committed = instances.committed()
+            wrong = wrong_now(
+                AlarmFacts(
+                    hot=instances.hot,
+                    demand=scaler.demand.demand,
+                    held=scaler.demand.held,
+                    in_time=in_time,
+                    goal=_goal(policy),
+                    usd_h=sum(i.price_usd_h for i in instances),
+                    limit_usd_h=limits.max_usd_h,
+                )
+            )
             start_s, load_s = instances.durations.start_s, instances.durations.load_s
             profile = instances.profile
         return {
             "now": now,
             "fleet": asdict(self._place) | {"model": profile.name, "hold_s": profile.hold_s},
             "health": health,
+            "wrong": list(wrong.values()),
             "manage": manage,
             "policy": {"name": type(policy).__name__.lower(), "goal": _goal(policy)},
             "curve": self._curve(),

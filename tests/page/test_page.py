@@ -107,7 +107,6 @@ def test_the_first_paint_comes_soon_and_the_strip_is_filled(operator: Operator) 
     assert operator.page.evaluate(script) < PAINT_MS
     operator.page.locator("#s-hot", has_text="/").wait_for()
     assert "live" in operator.page.locator("#live").inner_text()
-    assert operator.page.locator("#trouble").is_hidden()
     assert operator.page.locator(".uplot canvas").count() == 4
 
 
@@ -207,3 +206,14 @@ def test_an_operator_changes_the_goal_after_being_asked_and_it_is_written_down(o
     page.click("#ask button[value=yes]")
     page.locator("#s-time-more", has_text="goal 99.5 %").wait_for()
     page.locator("#decisions li", has_text="policy: objective with goal 0.995").first.wait_for()
+
+
+def test_an_operator_is_alerted_when_no_machine_is_hot_while_requests_come(operator: Operator) -> None:
+    page = operator.page
+    wait_for("a hot instance", lambda: [i for i in instances(operator.url) if i["state"] == "hot"])
+    hot = [i["id"] for i in instances(operator.url) if i["state"] == "hot"]
+    for number in hot:
+        url = f"{operator.url}/instances/{number}/destroy"
+        urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=10).close()  # noqa: S310
+    page.locator("#trouble", has_text="No instance is hot").wait_for(timeout=30_000)
+    page.locator("#trouble", has_text="No instance is hot").wait_for(state="hidden", timeout=120_000)

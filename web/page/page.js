@@ -82,8 +82,9 @@ function showStrip(o) {
   say("s-today", dollars(o.money.today.total));
   say("s-today-more", `yesterday ${dollars(o.money.yesterday.total)}`);
   say("s-turn", span(o.health.last_good_turn_age_s));
-  $("trouble").hidden = o.health.status === "ok";
-  say("trouble", o.health.status === "ok" ? "" : o.health.message);
+  const wrong = [...(o.health.status === "ok" ? [] : [o.health.message]), ...o.wrong];
+  $("trouble").hidden = !wrong.length;
+  say("trouble", wrong.map((one) => `${one[0].toUpperCase()}${one.slice(1)}.`).join(" "));
 }
 
 function showMoney(o) {
