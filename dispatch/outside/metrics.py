@@ -63,7 +63,8 @@ class LoadBalancerMetrics(Collector):
         self._hot = service.balancer.instances.hot
         self._heard_age_s = None if service.heard_at is None else service.clock() - service.heard_at
         self._ends = dict(leases.ends)
-        self._waits = _counted(service.waits)
+        self._leased = _counted(dict(zip(PRIORITY_NAMES, service.leased_waits, strict=True)))
+        self._waits = {"leased": _total(self._leased), **_counted({"refused": service.refused_waits})}
         self._route_times = _counted({"": service.route_times})
         self._lasted = _counted(leases.lasted)
         times, hot_set = service.balancer.paces.times, service.balancer.instances.hot_set
@@ -96,12 +97,15 @@ class LoadBalancerMetrics(Collector):
         yield labelled(CounterMetricFamily, "loadbalancer_lease_ends_total", says, "how", self._ends.items())
         says = "From a request for a lease until it was answered with one or refused; 0 without waiting."
         yield _histogram("loadbalancer_wait_seconds", says, self._waits, "outcome")
+        says = "From a request for a lease until it was given one; 0 without waiting."
+        of_model = {"model": self._model}
+        yield _histogram("loadbalancer_lease_wait_seconds", says, self._leased, "priority", of_model)
         says = "What POST /route took of the event loop, for requests that did not wait."
         yield _histogram("loadbalancer_route_seconds", says, self._route_times)
         says = "From a lease until its end was known, by how it ended."
         yield _histogram("loadbalancer_lease_seconds", says, self._lasted, "how")
         for name, says, told in self._answers:
-            yield _histogram(f"loadbalancer_{name}", says, told, "priority", {"model": self._model})
+            yield _histogram(f"loadbalancer_{name}", says, told, "priority", of_model)
         says = "Answers whose first part was not in time, by what clients tell."
         yield counter("loadbalancer_late_answers_total", says, self._answers_late)
         says = "Requests that wait for a lease, by priority."
@@ -119,6 +123,11 @@ def _row(described: Mapping[str, Any]) -> Row:
 
 def _counted(of: Mapping[str, DurationHistogram]) -> Histograms:
     return {value: (h.bounds, tuple(h.counts), h.sum_s) for value, h in of.items()}
+
+
+def _total(of: Histograms) -> tuple[Sequence[float], tuple[int, ...], float]:
+    bounds, counts, sums = zip(*of.values(), strict=True)
+    return bounds[0], tuple(map(sum, zip(*counts, strict=True))), sum(sums)
 
 
 def _histogram(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dispatch.answer_times import PRIORITIES
 from dispatch.duration_histogram import DurationHistogram
 from dispatch.lease import Lease
 from dispatch.outside.hot_set import HotSetReader
@@ -70,8 +71,8 @@ class LoadBalancerService:
     """The LoadBalancer, its clock, and the parked requests. Belongs to the thread that first uses it.
 
     activity: set when something has happened after which instances may have to be asked. heard_at: when the
-    autoscaler last said what is hot, or that it is still so. waits: from a request's arrival to its lease, or
-    to its refusal. route_times: how long requests that did not wait took.
+    autoscaler last said what is hot, or that it is still so. leased_waits: from a request's arrival to its
+    lease, by priority; refused_waits: to its refusal. route_times: how long requests that did not wait took.
     """
 
     def __init__(self, balancer: LoadBalancer, clock: Callable[[], float]) -> None:
@@ -82,9 +83,11 @@ class LoadBalancerService:
         self.autoscaler_problem: str | None = None
         self.activity = asyncio.Event()
         self.reader = HotSetReader()
-        self.waits = {outcome: DurationHistogram(WAIT_S) for outcome in ("leased", "refused")}
         self.route_times = DurationHistogram(ROUTE_S)
-        self._leased_after, self._refused_after = self.waits["leased"].add, self.waits["refused"].add
+        self.leased_waits = [DurationHistogram(WAIT_S) for _ in range(PRIORITIES)]
+        self.refused_waits = DurationHistogram(WAIT_S)
+        self._leased_after = [one.add for one in self.leased_waits]
+        self._refused_after = self.refused_waits.add
         self._balancer = balancer
         self._model = ""  # of the hot set
         self._describing = asyncio.Lock()  # one page of all instances at a time
@@ -150,7 +153,7 @@ class LoadBalancerService:
             return self._park(outcome, wait_s)
         if isinstance(outcome, Granted):
             answer = self._granted(outcome.leases, count, now)
-            self._leased_after(0.0)
+            self._leased_after[ask.priority](0.0)
         else:
             why_now = "as many wait as may" if wait_s > 0.0 else "wait_s would let it wait"
             answer = self._refused(outcome, why_now)
@@ -210,7 +213,7 @@ class LoadBalancerService:
     def _serve_some(self) -> None:
         now = self.clock()
         for queued, leases in self.balancer.grant(now):
-            self._leased_after(now - queued.since)
+            self._leased_after[queued.ask.priority](now - queued.since)
             for lease in leases:
                 lease.note_wait(now - queued.since)
             answer = self._granted(leases, queued.count, now)

@@ -80,7 +80,8 @@ class AutoscalerMetrics(Collector):
             ("boot", "autoscaler_start_seconds", "From the start of a cold instance until it was hot."),
             ("load", "autoscaler_load_seconds", "From the order of a new instance until it was hot."),
         ):
-            yield histogram(name, says, BOUNDS_S, {"": _count(seconds.get(kind, ()))})
+            of_model = {"model": str(self._scaler.instances.profile.name)}
+            yield histogram(name, says, BOUNDS_S, {"": _count(seconds.get(kind, ()))}, always=of_model)
         says = "From an order to the cloud until the listing showed its effect."
         counts = {order: _count(seconds.get(kind, ())) for kind, order in EFFECTS.items()}
         yield histogram("autoscaler_order_seconds", says, BOUNDS_S, counts, "order")

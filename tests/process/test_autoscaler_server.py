@@ -608,10 +608,10 @@ def test_metrics_count_how_long_starts_and_loads_took(face: Face) -> None:
         for name, value in samples_of(text).items()
         if value != samples_of(before).get(name, 0.0)
     }
-    assert added["autoscaler_start_seconds_sum"] == 160.0
-    assert added["autoscaler_start_seconds_bucket 120.0"] == 2.0
-    assert "autoscaler_start_seconds_bucket 60.0" not in added
-    assert added["autoscaler_load_seconds_count"] == 1.0
+    assert added["autoscaler_start_seconds_sum vllm-13"] == 160.0
+    assert added["autoscaler_start_seconds_bucket 120.0 vllm-13"] == 2.0
+    assert "autoscaler_start_seconds_bucket 60.0 vllm-13" not in added
+    assert added["autoscaler_load_seconds_count vllm-13"] == 1.0
     assert added["autoscaler_order_seconds_sum destroy"] == 20.0
 
 

@@ -44,6 +44,8 @@ def test_a_wait_is_counted_from_the_request_to_its_lease() -> None:
     waits = {le: found["loadbalancer_wait_seconds_bucket", f"{le},leased"] for le in ("0.01", "1.0", "3.0")}
     assert waits == {"0.01": 1.0, "1.0": 1.0, "3.0": 2.0}
     assert found["loadbalancer_wait_seconds_sum", "leased"] == 2.0
+    assert found["loadbalancer_lease_wait_seconds_sum", "vllm-13,normal"] == 2.0
+    assert found["loadbalancer_lease_wait_seconds_count", "vllm-13,high"] == 0.0
     assert found["loadbalancer_wait_seconds_count", "refused"] == 0.0
     assert found["loadbalancer_route_seconds_count", ""] == 1.0  # the other one waited
 
