@@ -86,13 +86,11 @@ class Overview:
             in_time = scaler.history.share_in_time(IN_TIME_OVER_S, now)
             latest, manage, limits = scaler.history.latest, instances.manage, instances.limits
             committed = instances.committed()
-            wrong = wrong_now(
+            wrong = wrong_now(  # the share in time is in the strip
                 AlarmFacts(
                     hot=instances.hot,
                     demand=scaler.demand.demand,
                     held=scaler.demand.held,
-                    in_time=in_time,
-                    goal=_goal(policy),
                     usd_h=sum(i.price_usd_h for i in instances),
                     limit_usd_h=limits.max_usd_h,
                 )
