@@ -12,6 +12,17 @@ LONGEST_REST_S = 900.0
 """Longest pause after failed creates, seconds; it doubles with each failure until then."""
 
 
+def usd_per_million_work(offer: Offer, profile: Profile) -> float:
+    """Return what a million units of work cost on a machine: its price over the throughput expected of it."""
+    work_s = profile.throughput_on(offer.gpu_name, offer.num_gpus)
+    return offer.dph_total / work_s / 3600.0 * 1e6
+
+
+def ranked(offers: Iterable[Offer], profile: Profile) -> list[Offer]:
+    """Return offers in the order in which they are taken: the cheapest for its work first, then by id."""
+    return sorted(offers, key=lambda offer: (usd_per_million_work(offer, profile), offer.id))
+
+
 @dataclass(frozen=True)
 class MarketSnapshot:
     """The market for machines at one moment.
@@ -65,11 +76,7 @@ class Market:
         """Take over the offers that the search found; None: it failed."""
         self._searching_since = float("-inf")
         if offers is not None:
-            self._offers, self._offers_at = tuple(sorted(offers, key=self._rank)), now
-
-    def _rank(self, offer: Offer) -> tuple[float, int]:
-        """Return what offers are sorted by: price over the throughput expected of the GPU, then id."""
-        return offer.dph_total / self._profile.throughput_on(offer.gpu_name, offer.num_gpus), offer.id
+            self._offers, self._offers_at = tuple(ranked(offers, self._profile)), now
 
     def take(self, offer: Offer) -> None:
         """Remove an offer that is being rented from the market."""

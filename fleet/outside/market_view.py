@@ -5,7 +5,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from engine.profiles import Profile
 from fleet.commands import Command, LookForOffers, Performed
+from fleet.market import ranked, usd_per_million_work
 from fleet.outside.turns import Autoscaler
 from vast.rows import Offer
 
@@ -44,12 +46,11 @@ class MarketView:
         with self._scaler.lock:
             profile = self._scaler.instances.profile
             avoided = dict(self._scaler.instances.market.bad_machines)
-        rows = [_row(o, profile.throughput_on(o.gpu_name, o.num_gpus), avoided, now) for o in offers]
-        rows.sort(key=lambda row: (row["usd_per_million_work"], row["offer"]))
-        return {"at": at, "found": len(rows), "offers": rows[:OFFERS_SHOWN]}
+        cheapest = ranked(offers, profile)[:OFFERS_SHOWN]
+        return {"at": at, "found": len(offers), "offers": [_row(o, profile, avoided, now) for o in cheapest]}
 
 
-def _row(o: Offer, work_s: float, avoided: dict[int, float], now: float) -> dict[str, Any]:
+def _row(o: Offer, profile: Profile, avoided: dict[int, float], now: float) -> dict[str, Any]:
     return {
         "offer": o.id,
         "machine": o.machine_id,
@@ -57,7 +58,7 @@ def _row(o: Offer, work_s: float, avoided: dict[int, float], now: float) -> dict
         "num_gpus": o.num_gpus,
         "place": o.geolocation,
         "usd_h": round(o.dph_total, 5),
-        "usd_per_million_work": round(o.dph_total / work_s / 3600.0 * 1e6, 4),
+        "usd_per_million_work": round(usd_per_million_work(o, profile), 4),
         "reliability": o.reliability,
         "inet_down_mbps": o.inet_down_mbps,
         "days": None if o.duration_s is None else round(o.duration_s / 86_400.0, 1),

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.profiles import Profile, get_profile
+from fleet.market import ranked, usd_per_million_work
 from fleet.outside.config import AutoscalerConfig, vast_settings
 from fleet.outside.operator_commands import wide_console
 from fleet_client import private_files
@@ -51,7 +52,6 @@ class Candidate:
     @classmethod
     def of(cls, offer: Offer, profile: Profile) -> "Candidate":
         """Return what that offer would cost with that model."""
-        work_s = profile.throughput_on(offer.gpu_name, offer.num_gpus)
         download_s = profile.download_gb * MBIT_A_GB / max(offer.inet_down_mbps, 1.0)
         hot_s = max(profile.load_time_s, download_s + profile.start_time_s)
         price = offer.inet_down_usd_gb
@@ -59,7 +59,7 @@ class Candidate:
         running_usd = offer.dph_total * hot_s / 3600.0
         return cls(
             offer,
-            offer.dph_total / work_s / 3600.0 * 1e6,
+            usd_per_million_work(offer, profile),
             hot_s,
             download_usd,
             None if download_usd is None else running_usd + download_usd,
@@ -93,8 +93,7 @@ class Candidate:
 
 def candidates(offers: Sequence[Offer], profile: Profile) -> list[Candidate]:
     """Return the offers with what they would cost, in the order in which they would be taken."""
-    found = [Candidate.of(o, profile) for o in offers]
-    return sorted(found, key=lambda c: (c.usd_per_million_work, c.offer.id))
+    return [Candidate.of(o, profile) for o in ranked(offers, profile)]
 
 
 def summary(taken: Sequence[Candidate], count: int, config: AutoscalerConfig) -> list[str]:
