@@ -1,4 +1,4 @@
-"""Replays the fleet's last day in a process of its own, because numba takes a second and 60 MB to import."""
+"""Plays the fleet's last day in a process of its own, because numba takes a second and 60 MB to import."""
 
 import os
 import subprocess
@@ -21,6 +21,15 @@ SAFE_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME"
 """Variables of our environment that the replay gets: no key is among them."""
 
 
+class ReplayFailed(BadReply):
+    """The command ended with an error. said: the last line that it wrote about it."""
+
+    def __init__(self, status: int, said: str) -> None:
+        """Make the error. status: the exit status."""
+        super().__init__(f"exit {status}: {said}")
+        self.said = said
+
+
 class ReplayProcess:
     """Runs a command that reads a request from its input and prints a reply; one process at a time."""
 
@@ -32,17 +41,17 @@ class ReplayProcess:
         self._stopping = False
         self._child: subprocess.Popen[bytes] | None = None
 
-    def run(self, request: bytes) -> bytes:
-        """Run the command with that request; return its reply.
+    def run(self, request: bytes, flags: Sequence[str] = ()) -> bytes:
+        """Run the command with that request, and further flags; return its reply.
 
-        Raises OSError, subprocess.TimeoutExpired or BadReply.
+        Raises OSError, subprocess.TimeoutExpired, ReplayFailed or BadReply.
         """
         environment = {name: os.environ[name] for name in SAFE_ENVIRONMENT if name in os.environ}
         with self._lock:
             if self._stopping:
                 raise BadReply("the autoscaler ends")
             child = self._child = start_child(
-                self._command,
+                [*self._command, *flags],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -58,7 +67,7 @@ class ReplayProcess:
                     self._child = None
         if child.returncode != 0:
             last = err.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-            raise BadReply(f"exit {child.returncode}: {last[0][:200]}")
+            raise ReplayFailed(child.returncode, last[0][:200])
         if len(out) > MOST_REPLY:
             raise BadReply(f"{len(out)} bytes; {MOST_REPLY} at most")
         return out

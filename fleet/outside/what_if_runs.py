@@ -7,7 +7,6 @@ The runs are child processes of low priority, one at a time, and end with this p
 """
 
 import logging
-import os
 import subprocess
 import tempfile
 import threading
@@ -18,11 +17,10 @@ from typing import Any
 
 import msgspec
 
-from fleet.outside.replay_process import ROOT, SAFE_ENVIRONMENT
+from fleet.outside.replay_process import ReplayFailed, ReplayProcess
 from fleet.outside.turns import Autoscaler
-from fleet.replay import WINDOW_S
+from fleet.replay import WINDOW_S, BadReply
 from fleet.what_if import LEAST_REQUESTS, FleetNow, flags_of, log_of, summary_of
-from process.children import end_child, start_child
 from process.safe_text import safe_text
 from web.messages.operator import WhatIfBody
 
@@ -66,10 +64,9 @@ class WhatIfRuns:
     def __init__(self, scaler: Autoscaler, command: Sequence[str]) -> None:
         """Play the arrivals of that autoscaler. command: of a run in virtual time, without its flags."""
         self._scaler = scaler
-        self._command = command
+        self._process = ReplayProcess(["nice", "-n", "19", *command], MOST_S)
         self._lock = threading.Lock()
         self._question: _Question | None = None
-        self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
     def ask(self, asked: WhatIfBody) -> None:
@@ -122,9 +119,8 @@ class WhatIfRuns:
     def stop(self) -> None:
         """End the run that is under way, and begin none any more."""
         with self._lock:
-            self._stopping, child = True, self._child
-        if child is not None:
-            end_child(child)
+            self._stopping = True
+        self._process.stop()
 
     def _answer(self, question: _Question, lines: Sequence[str], state: FleetNow) -> None:
         try:
@@ -134,7 +130,10 @@ class WhatIfRuns:
                 for side in SIDES:
                     asked = question.asked if side == "then" else None
                     question.add(side, *self._run(Path(folder), trace, flags_of(state, asked)))
-        except (OSError, ValueError, subprocess.TimeoutExpired) as e:
+        except ReplayFailed as e:
+            log.warning("a what-if run failed: %s", e)
+            question.end(safe_text(e.said))
+        except (BadReply, OSError, ValueError, subprocess.TimeoutExpired) as e:
             log.warning("a what-if run failed: %s", e)
             question.end(safe_text(str(e)))
         else:
@@ -143,25 +142,5 @@ class WhatIfRuns:
     def _run(self, folder: Path, trace: Path, flags: Sequence[str]) -> tuple[dict[str, Any], bytes]:
         report, page = folder / "report.json", folder / "report.html"
         files = [f"--trace={trace}", f"--json={report}", f"--html={page}", "--quiet"]
-        environment = {name: os.environ[name] for name in SAFE_ENVIRONMENT if name in os.environ}
-        with self._lock:
-            if self._stopping:
-                raise ValueError("the autoscaler ends")
-            child = self._child = start_child(
-                ["nice", "-n", "19", *self._command, *files, *flags],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-        with child:
-            try:
-                _, err = child.communicate(timeout=MOST_S)
-            finally:
-                end_child(child)
-                with self._lock:
-                    self._child = None
-        if child.returncode != 0:
-            said = err.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-            raise ValueError(said[0][:300])
+        self._process.run(b"", [*files, *flags])
         return summary_of(report.read_bytes()), page.read_bytes()
