@@ -31,6 +31,7 @@ from localcloud.api import create_app
 from localcloud.cloud import Cloud
 from localcloud.engines import ENGINES
 from localcloud.offers_file import read_machines
+from localcloud.realism import LEVELS, Realism
 from localcloud.world import World
 from process.errors import ConfigError
 from web.app import MAX_BODY
@@ -76,6 +77,12 @@ class LocalCloudConfig:
     )
     offers: Path | None = flag(None, "machines for rent, JSON", shown="a built-in market")
     credit: float = flag(100.0, "dollars to spend", least=0.0, most=1e9, metavar="USD", unit="$")
+    realism: str = flag(
+        "mild", "how unkind it is: none, mild or harsh (localcloud/realism.py)", choices=tuple(LEVELS)
+    )
+    only: tuple[str, ...] = flag(
+        (), "of what --realism switches on only this; may be repeated", metavar="UNKINDNESS"
+    )
 
     def checked(self) -> "LocalCloudConfig":
         """Return the settings unchanged, or raise a ConfigError with the flag, the value and the range."""
@@ -116,7 +123,16 @@ def _cloud(config: LocalCloudConfig, clock_now: float) -> Cloud:
         times=engine.times(config.speedup),
         faults=on,
         credit_usd=config.credit,
+        realism=_realism(config),
     )
+
+
+def _realism(config: LocalCloudConfig) -> Realism:
+    level = LEVELS[config.realism]
+    try:
+        return level.only(config.only) if config.only else level
+    except ConfigError as e:
+        raise ConfigError(f"--only: {e}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

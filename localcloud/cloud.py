@@ -27,6 +27,7 @@ from localcloud.offers import Slot, min_bid
 from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import WAITING, Phase
 from localcloud.query import Query
+from localcloud.realism import NONE, Realism
 from localcloud.rental import RECHECK_S, Rental, Surroundings, Times
 
 T = TypeVar("T")
@@ -48,14 +49,16 @@ class Cloud:
         faults: Faults | None = None,
         credit_usd: float = 100.0,
         first_id: int = 1001,
+        realism: Realism = NONE,
     ) -> None:
         """Make a cloud of these machines in which nothing is rented yet.
 
         rng: the source of all chance. speedup divides the times, not prices; first_id: the first rental's
-        number.
+        number. realism: how unkind it is.
         """
         self.machines = {m.machine_id: m for m in machines}
         self.speedup = speedup
+        self.realism = realism
         self.faults = faults or Faults()
         self.account = Account(credit_usd, self.faults)
         self.rentals: dict[int, Rental] = {}
@@ -64,7 +67,7 @@ class Cloud:
         self._next_id = first_id
         self._effects: list[Effect] = []
         self._surroundings = Surroundings(
-            times or Times(), speedup, self.faults, self.account, self._effects.append
+            times or Times(), speedup, self.faults, self.account, self._effects.append, realism
         )
 
     # -- time, and what the outside world reports -----------------------------------------------------

@@ -34,6 +34,7 @@ from localcloud.machines import Machine
 from localcloud.offers import MIN_BID_SHARE
 from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import SHOWN, Phase, cause
+from localcloud.realism import NONE, Realism
 
 HISTORY_LINES = 100
 """Lines of a rental's history that are kept; `logs --daemon-logs` prints them."""
@@ -77,6 +78,7 @@ class Surroundings:
     faults: Faults
     account: Account
     emit: Callable[[Effect], None]
+    realism: Realism = NONE
 
 
 P = Phase

@@ -208,6 +208,7 @@ class Stack:
             CLOUD,
             *(sys.executable, "-m", "localcloud", "--port", str(self.ports[CLOUD])),
             *("--speedup", f"{s.speedup:g}", "--root", str(self.root / "cloud"), "--seed", str(s.seed)),
+            *("--realism", "none"),  # its faults are the campaign's own
         )
         self._wait_up(CLOUD, "/localcloud/status")
         self.begun_at = time.monotonic()

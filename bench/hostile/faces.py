@@ -190,7 +190,7 @@ def _programs(directory: Path, ports: list[int], instance: Path) -> list[Program
             "cloud",
             CLOUD,
             f"{cloud}/localcloud/status",
-            ("-m", "localcloud", "--root", str(directory / "cloud")),
+            ("-m", "localcloud", "--root", str(directory / "cloud"), "--realism", "none"),
         ),
         Program("autoscaler", AUTOSCALER, f"{scaler}/health", ("autoscaler_server.py", *local, *state)),
         Program("loadbalancer", LOADBALANCER, f"{balancer}/health", (*balance, str(directory / "state"))),

@@ -50,18 +50,19 @@ class Service:
         return hmac.compare_digest(header.encode(), f"Bearer {self.api_key}".encode())
 
     def limited(self, view: str, every_s: float) -> bool:
-        """Return whether the fault rate-limits refuses this call because it came too soon.
+        """Return whether this call comes too soon, if the service limits the rate of calls.
 
         every_s: seconds between two calls of the view that the service allows, 0 for no limit.
         """
         with self.world.lock:
             now, cloud = self.world.clock(), self.world.cloud
-            if not every_s or not cloud.faults.any_on("rate-limits"):
+            always = cloud.realism.rate_limits
+            if not every_s or not (always or cloud.faults.any_on("rate-limits")):
                 return False
             early = now < self.not_before.get(view, 0.0)
             wait_s = CREATE_PENALTY_S if early and view == "create" else every_s
             self.not_before[view] = now + wait_s / cloud.speedup
-            return early and cloud.faults.strikes("rate-limits", now) is not None
+            return early and (always or cloud.faults.strikes("rate-limits", now) is not None)
 
     def broken(self, kind: str, when: str) -> Any | None:
         """Return the answer of a fault that strikes a call of this kind, None if there is no such fault.

@@ -62,6 +62,7 @@ class StackConfig:
     instances: int = 4
     speedup: float = 60.0
     seed: int = 0
+    realism: str = "none"
     label: str = "sim"
     max_instances: int = 6
     max_dollars_per_hour: float = 10.0

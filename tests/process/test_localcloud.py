@@ -60,7 +60,7 @@ class LocalCloud:
         command = [sys.executable, "-m", "localcloud", "--port", self.url.rpartition(":")[2]]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "--root", str(self.root), "--speedup", "300", *flags],
+                [*command, "--root", str(self.root), "--speedup", "300", "--realism", "none", *flags],
                 cwd=ROOT,
                 env={**os.environ, "LOCALCLOUD_API_KEY": KEY},
                 stdout=log,

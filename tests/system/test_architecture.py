@@ -139,7 +139,7 @@ CLOUD_MODEL = {
     f"localcloud.{name}"
     for name in (
         *("account", "cloud", "effects", "faults", "machines", "offers"),
-        *("orders", "phases", "query", "rental", "rows"),
+        *("orders", "phases", "query", "realism", "rental", "rows"),
     )
 }
 """The pure modules of localcloud: virtual time runs on them."""

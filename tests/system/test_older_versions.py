@@ -225,7 +225,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             programs.enter_context(made.running(name, *command))
 
         cloud = ("-m", "localcloud", "--port", str(made.ports.cloud), "--root", str(made.path / "cloud"))
-        start("cloud", *cloud, "--speedup", SPEEDUP)
+        start("cloud", *cloud, "--speedup", SPEEDUP, "--realism", "none")
         wait_for("the local cloud answers", lambda: made.ask("GET", f"{made.cloud}/localcloud/status"))
         made.rent_as_before()
         autoscaler = ("autoscaler_server.py", "--port", str(made.ports.autoscaler), *common)

@@ -10,6 +10,7 @@ from werkzeug.test import TestResponse
 from localcloud.api import create_app
 from localcloud.cloud import Cloud
 from localcloud.machines import MACHINES
+from localcloud.realism import NONE, Realism
 from localcloud.world import World
 
 KEY = "k-of-a-test-0123456789"
@@ -37,9 +38,9 @@ ORDER: dict[str, Any] = {
 class Face:
     """A face whose world never runs: time stands still unless `now` is moved."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, realism: Realism = NONE) -> None:
         self.now = 1000.0
-        self.cloud = Cloud(MACHINES, Random(1), speedup=60.0)
+        self.cloud = Cloud(MACHINES, Random(1), speedup=60.0, realism=realism)
         self.world = World(self.cloud, root / "cloud", "paced", clock=lambda: self.now)
         self.client: FlaskClient = create_app(self.world, KEY).test_client()
 

@@ -2,10 +2,12 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from localcloud.realism import HARSH
 from tests.unit.localcloud.api.face import AUTH, KEY, OFFER, ORDER, Face
 
 ROUTES = [
@@ -153,6 +155,14 @@ def test_calls_faster_than_the_service_allows_are_refused(face: Face) -> None:
     assert face.ask("PUT", f"/api/v0/asks/{OFFER + 1}/", ORDER).status_code == 429, "the penalty is 12 s"
     face.ask("DELETE", "/localcloud/faults/rate-limits")
     assert face.ask("PUT", f"/api/v0/asks/{OFFER + 1}/", ORDER).status_code == 200
+
+
+def test_the_limits_are_always_there_where_the_cloud_is_as_real(tmp_path: Path) -> None:
+    face = Face(tmp_path, HARSH.only(["rate_limits"]))
+    assert [face.ask("GET", "/api/v1/instances/").status_code for _ in range(2)] == [200, 429]
+    face.now += 1.01 / 60.0
+    assert face.ask("GET", "/api/v1/instances/").status_code == 200
+    face.world.stop()
 
 
 def test_no_key_is_logged(face: Face, caplog: pytest.LogCaptureFixture) -> None:
