@@ -8,9 +8,10 @@ between them:
     begin / finish(command)        an order was written down / its reply came   fleet/reconcile.py
 
 The parts, each of which owns its data: `Reconciler` (the instances and their states), `Market` (offers, bad
-machines, pauses after failed creates), `MeasuredDurations` (how long starts and loads take), `Journal` (what
-the ledger must learn). The states are in fleet/states.py, one instance in fleet/instance.py, draining in
-fleet/drain.py, the hard limits in fleet/limits.py; threads, the cloud and the disk are in fleet/outside/.
+machines, pauses after failed creates), `Holds` (why nothing is rented at all), `MeasuredDurations` (how long
+starts and loads take), `Journal` (what the ledger must learn). The states are in fleet/states.py, one
+instance in fleet/instance.py, draining in fleet/drain.py, the hard limits in fleet/limits.py; threads, the
+cloud and the disk are in fleet/outside/.
 
 Invariants
 - Exactly one place makes an instance hot (`judge`), exactly one checks the hard limits (`LimitGuard`).
@@ -34,6 +35,7 @@ from fleet.drain import drained
 from fleet.durations import MeasuredDurations
 from fleet.evidence import Health
 from fleet.health_check import HealthCheck, HealthCheckOrder
+from fleet.holds import Holds
 from fleet.instance import Instance
 from fleet.instance_messages import Hearing
 from fleet.journal import Decision, Journal, SavedFleet
@@ -76,6 +78,7 @@ class InstanceSet:
         self.speedup = speedup
         self.manage = manage
         self.journal = Journal()
+        self.holds = Holds(self.journal.log)
         self.durations = MeasuredDurations(profile, speedup)
         self.market = Market(profile, deadlines)
         self._host_keys: dict[str, str] = {}  # that each instance showed first, by label
@@ -131,6 +134,7 @@ class InstanceSet:
             manage=self.manage,
             writable=writable,
             heard=demand.heard(now),
+            holds=tuple(self.holds),
         )
 
     def begin(self, command: Command, now: float) -> None:

@@ -15,7 +15,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
@@ -128,6 +128,8 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Calla
             more["restarted_threads"] = dict(scaler.own.restarts)
         if scaler.own.clock_steps:
             more["clock_steps"] = [{"at": at, "by_s": round(by_s, 1)} for at, by_s in scaler.own.clock_steps]
+        if holds := [asdict(hold) for hold in scaler.instances.holds]:
+            more["holds"] = holds
         if not reasons:
             return {"status": "ok", **more}
         said = [{"reason": r.code, "message": safe_text(r.message)} for r in reasons]

@@ -42,21 +42,22 @@ LONGEST_TOLD = 600
 """Characters of a message."""
 
 MOST_KINDS = 50
-"""Kinds that are remembered; there are a dozen."""
+"""Kinds that are remembered; there are two dozen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlarmFacts:
     """What the autoscaler knows at one moment, as far as a person is told of it.
 
-    reasons: sentences by word, as GET /health has them. in_time: the share of the last ten minutes, None
-    without requests; goal: None for a policy without one. clamped: turns in which the policy wanted more than
-    the limits allow, since the start. created, loaded: instances rented, and of new ones those that became
-    hot, in the last CREATES_OVER_S. staying: labels listed STAYS_S after the order of their end. heard,
-    loadbalancers: how many of them are heard, and how many should be.
+    reasons: sentences by word, as GET /health has them, without holds. holds: sentences by kind. in_time: the
+    share of the last ten minutes, None without requests; goal: None for a policy without one. clamped: turns
+    in which the policy wanted more than the limits allow, since the start. created, loaded: instances rented,
+    and of new ones those that became hot, in the last CREATES_OVER_S. staying: labels listed STAYS_S after
+    the order of their end. heard, loadbalancers: how many of them are heard, and how many should be.
     """
 
     reasons: Mapping[str, str] = field(default_factory=dict)
+    holds: Mapping[str, str] = field(default_factory=dict)
     hot: int = 1
     demand: float = 0.0
     held: int = 0
@@ -85,9 +86,10 @@ class Notice:
 def wrong_now(facts: AlarmFacts) -> dict[str, str]:
     """Return a sentence for each kind of thing that is wrong by these facts, but for too many clamped turns.
 
-    A reason of GET /health is the kind `not_well: REASON`.
+    A reason of GET /health is the kind `not_well: REASON`, a hold is `held: KIND`.
     """
     found = {f"not_well: {reason}": said for reason, said in facts.reasons.items()}
+    found |= {f"held: {kind}": said for kind, said in facts.holds.items()}
     if facts.hot == 0 and (facts.held or facts.demand > 0.0):
         found["no_hot_instance"] = (
             f"no instance is hot, {facts.held} requests wait, the load is {facts.demand:.2f} instances' worth"

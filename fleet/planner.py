@@ -8,14 +8,15 @@
 
 `decide` is a pure function of a Situation, which is plain data: a pickled one replays the decision.
 
-- Every order that costs more passes `LimitGuard` (fleet/limits.py).
+- Every order that costs more passes `LimitGuard` (fleet/limits.py); none is made against a hold
+  (fleet/holds.py).
 - Nothing with requests is stopped here before its drain has ended (fleet/drain.py).
 - On a listing that is not believed nothing is decided; only own pages are asked for.
 - While the ledger cannot be written, only what is drained is stopped: that need not be written down first.
 - Until demand has been heard of, a fleet that was found hot stays hot.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from fleet.commands import (
@@ -31,6 +32,7 @@ from fleet.commands import (
 )
 from fleet.deadlines import Deadlines
 from fleet.drain import drain_order, end_of_drain
+from fleet.holds import Hold
 from fleet.instance import Instance
 from fleet.journal import Decision
 from fleet.limits import Commitment, LimitGuard, Limits
@@ -53,7 +55,8 @@ class Situation:
     """All that a decision depends on. The instances are the live ones: they are read, never written.
 
     believed: the listing is. drained: labels of the instances whose drain has ended. manage: whether anything
-    new may be ordered. writable: the ledger is. heard: the demand is known.
+    new may be ordered. writable: the ledger is. heard: the demand is known. holds: why some orders
+    are not made now.
     """
 
     now: float
@@ -68,6 +71,7 @@ class Situation:
     manage: bool
     writable: bool = True
     heard: bool = True
+    holds: tuple[Hold, ...] = ()
 
 
 def decide(situation: Situation, policy: Policy) -> Decision:
@@ -215,6 +219,8 @@ class Planner:
 
     def _start(self, missing: int) -> None:
         """Start as many cold instances as are missing, in order of fewest failed starts, then of price."""
+        if missing > 0 and self._held(h for h in self._situation.holds if h.stops_starts):
+            return
         for i in sorted(self._by_state[State.COLD], key=_likeliest_first):
             if missing <= 0:
                 break
@@ -266,6 +272,8 @@ class Planner:
 
     def _create(self, missing: int) -> None:
         """Rent the offers that are cheapest for their work; search the market first if they are too old."""
+        if self._held(self._situation.holds):
+            return
         market, why = self._situation.market, f"{missing} more wanted in all"
         if market.resting:
             self._notes.append(f"{market.failed_creates} creates in a row failed: none for a while")
@@ -275,6 +283,12 @@ class Planner:
             self._notes.append("looking at the market")
         else:
             self._commands.append(LookForOffers(why))
+
+    def _held(self, holds: Iterable[Hold]) -> bool:
+        """Return whether there are such holds, and note each of them once."""
+        notes = [hold.note for hold in holds]
+        self._notes += [note for note in notes if note not in self._notes]
+        return bool(notes)
 
     def _take_offers(self, most: int, why: str) -> None:
         avoided = {

@@ -88,7 +88,8 @@ class AlarmWatch:
             fleet, policy, demand = scaler.instances, scaler.policy, scaler.demand
             ending = [i for i in fleet if i.state is State.DESTROYING]
             return AlarmFacts(
-                reasons={r.code: r.message for r in self._reasons.now()},
+                reasons={r.code: r.message for r in self._reasons.now() if r.code != "held"},
+                holds={str(h.kind): h.note for h in fleet.holds},
                 hot=fleet.hot,
                 demand=demand.demand,
                 held=demand.held,

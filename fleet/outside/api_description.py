@@ -37,6 +37,16 @@ class NotWell(Problem, frozen=True, kw_only=True):
     last_good_turn_age_s: float
 
 
+class HoldRow(Struct, frozen=True):
+    """Why nothing is rented (or started) although the policy wants more, since when, and how that ends."""
+
+    kind: str
+    sentence: str
+    since: float
+    held: str
+    ends: str
+
+
 class InstanceRow(Struct, frozen=True):
     """One instance of the fleet. since: epoch seconds; price_usd_h: what it costs now, running_usd_h: hot."""
 
@@ -81,8 +91,9 @@ class DecisionRow(Struct, frozen=True):
 
 
 class DecisionsAnswer(Struct, frozen=True):
-    """Decisions and failed orders, newest first, and the machines that are not rented."""
+    """Decisions and failed orders, newest first, what is held back, and the machines that are not rented."""
 
+    holds: list[HoldRow]
     bans: list[BannedMachine]
     failures: list[dict[str, Any]]
     decisions: list[DecisionRow]
@@ -112,6 +123,7 @@ class OverviewAnswer(Struct, frozen=True):
     manage: bool
     policy: dict[str, Any]
     instances: list[dict[str, Any]]
+    holds: list[HoldRow]
     decisions: list[dict[str, Any]]
     money: dict[str, Any]
 

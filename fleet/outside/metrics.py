@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from fleet.costs import SPENT_ON
+from fleet.holds import HoldKind
 from fleet.outside.own_health import REASONS
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
@@ -63,6 +64,10 @@ class AutoscalerMetrics(Collector):
         not_well = ((reason, float(reason in now_not)) for reason in REASONS)
         says = "Whether the autoscaler cannot do its job for this reason, as GET /health says it."
         yield labelled(GaugeMetricFamily, "autoscaler_not_well", says, "reason", not_well)
+        holds = {hold.kind for hold in scaler.instances.holds}
+        says = "Whether nothing is rented for this reason although the policy may want more."
+        held_by = ((str(kind), float(kind in holds)) for kind in HoldKind)
+        yield labelled(GaugeMetricFamily, "autoscaler_held", says, "kind", held_by)
         spent = ((on, getattr(costs, on)) for on in SPENT_ON)
         says = "Dollars spent by this fleet, by what they were spent on."
         yield labelled(CounterMetricFamily, "autoscaler_spent_dollars_total", says, "on", spent)

@@ -33,7 +33,15 @@ COMPLAIN_EVERY_S = 60.0
 """Seconds between two lines of log about the same trouble."""
 
 
-REASONS = ("no_good_turn", "ledger_not_writable", "no_reports", "no_credit", "creates_fail", "thread_dies")
+REASONS = (
+    "no_good_turn",
+    "ledger_not_writable",
+    "no_reports",
+    "no_credit",
+    "creates_fail",
+    "thread_dies",
+    "held",
+)
 """Every word that a Reason may have."""
 
 

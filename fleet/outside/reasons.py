@@ -34,4 +34,4 @@ class OwnReasons:
         if not self.turns_go_well:
             message = f"no turn went well for {self.good_turn_age_s:.0f} s: {scaler.last_error}"
             found.insert(0, Reason("no_good_turn", message))
-        return found
+        return found + [Reason("held", hold.note) for hold in scaler.instances.holds]
