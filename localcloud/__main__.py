@@ -28,6 +28,7 @@ from fleet_client.listening import bind_socket
 from fleet_client.loopback import is_loopback_host
 from localcloud import faults, processes
 from localcloud.api import create_app
+from localcloud.catalogue import big_market
 from localcloud.cloud import Cloud
 from localcloud.engines import ENGINES
 from localcloud.offers_file import read_machines
@@ -75,7 +76,9 @@ class LocalCloudConfig:
     fault: tuple[str, ...] = flag(
         (), "switch a fault on at the start; may be repeated", metavar="NAME[:k=v,…]"
     )
-    offers: Path | None = flag(None, "machines for rent, JSON", shown="a built-in market")
+    offers: Path | None = flag(
+        None, "machines for rent, JSON", shown="a built-in market, a bigger one if harsh"
+    )
     credit: float = flag(100.0, "dollars to spend", least=0.0, most=1e9, metavar="USD", unit="$")
     realism: str = flag(
         "mild", "how unkind it is: none, mild or harsh (localcloud/realism.py)", choices=tuple(LEVELS)
@@ -116,14 +119,16 @@ def _cloud(config: LocalCloudConfig, clock_now: float) -> Cloud:
             raise ConfigError(f"--fault {text}: {e}") from None
         if name in engine.deaf_to:
             raise ConfigError(f"--fault {text}: the {config.engine} engine cannot play it")
+    realism = _realism(config)
+    big = config.offers is None and realism.big_market
     return Cloud(
-        read_machines(config.offers),
+        big_market() if big else read_machines(config.offers),
         random.Random(config.seed),
         speedup=config.speedup,
         times=engine.times(config.speedup),
         faults=on,
         credit_usd=config.credit,
-        realism=_realism(config),
+        realism=realism,
     )
 
 

@@ -15,8 +15,9 @@ Invariants
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from localcloud.account import Account
@@ -29,6 +30,7 @@ from localcloud.phases import WAITING, Phase
 from localcloud.query import Query
 from localcloud.realism import NONE, Realism
 from localcloud.rental import RECHECK_S, Rental, Surroundings, Times
+from localcloud.renters import OtherRenters
 
 T = TypeVar("T")
 
@@ -57,6 +59,10 @@ class Cloud:
         number. realism: how unkind it is.
         """
         self.machines = {m.machine_id: m for m in machines}
+        self._slices = {m.machine_id: m.slices() for m in self.machines.values()}
+        # Alone in the market no chance is drawn for others: seeded runs stay as they are.
+        crowd = random.Random(rng.getrandbits(64)) if realism.crowded else random.Random(0)
+        self._others = OtherRenters(self.machines.values(), realism, speedup, crowd)
         self.speedup = speedup
         self.realism = realism
         self.faults = faults or Faults()
@@ -102,6 +108,7 @@ class Cloud:
                 break
             (at, what), rental_id = min(due)
             self.rentals[rental_id].happen(what, at, now)
+        self._others.advance(now, self._held_on_demand, self._clear)
         self.faults.expire(now)
         for r in self.rentals.values():
             r.settle(now)
@@ -142,14 +149,15 @@ class Cloud:
     def search(self, query: Query, now: float) -> list[dict[str, Any]]:
         """Return the offers that match a query, as the service shows them."""
         self.advance(now)
-        return query.answer((slot for m in self.machines.values() for slot in self.slots(m)), now)
+        offered = (self._others.offered(m, now) for m in self.machines.values())
+        return query.answer((slot for m in offered for slot in self.slots(m)), now)
 
     def create(self, offer_id: int, order: Order, now: float) -> int:
         """Rent the offer of that id; return the new rental's id. Raises CloudRefusal."""
         self.advance(now)
         machine = self.machines.get(offer_id // 100)
         index = offer_id % 100
-        if machine is None or index >= machine.slots:
+        if machine is None or index >= len(self._slices[machine.machine_id]):
             raise CloudRefusal(
                 404,
                 "invalid_args",
@@ -160,7 +168,7 @@ class Cloud:
             raise CloudRefusal(
                 400, "insufficient_credit", "error 400/3470: insufficient credit", ask_id=offer_id
             )
-        slot = self.slots(machine)[index]
+        slot = self.slots(self._others.offered(machine, now))[index]
         if order.disk_gb > slot.free_disk_gb:
             raise CloudRefusal(
                 400,
@@ -168,6 +176,10 @@ class Cloud:
                 f"error 400/3467: Invalid args: disk {order.disk_gb:g} GB, {slot.free_disk_gb:g} available",
                 ask_id=offer_id,
             )
+        place = self._slices[machine.machine_id][index]
+        if not slot.rented and self._others.are_faster():
+            self._others.move_in(machine, place, now, self._clear)
+            slot = replace(slot, rented=True)
         gets_it = not slot.rented and (order.price is None or order.price >= min_bid(slot))
         if self.faults.strikes("create-410", now) is not None or (order.cancel_unavail and not gets_it):
             raise CloudRefusal(
@@ -177,10 +189,10 @@ class Cloud:
                 ask_id=offer_id,
             )
         if gets_it:
-            self._clear(machine, index, now)
+            self._clear(machine, place.places, now)
         chance = random.Random(self._rng.getrandbits(64))
         rental = Rental(
-            self._next_id, order, machine, index if gets_it else None, self._surroundings, chance, now
+            self._next_id, order, slot.machine, index if gets_it else None, self._surroundings, chance, now
         )
         self._next_id += 1
         self.rentals[rental.id] = rental
@@ -207,7 +219,7 @@ class Cloud:
             # With all slots rented on demand no bid wins now; its own stands until one is free.
             bids = [
                 min_bid(slot)
-                for slot in self.slots(rental.machine)
+                for slot in self._slots_for(rental)
                 if not slot.rented or slot.index == rental.slot
             ]
             rental.change_bid(price, min(bids, default=0.0), now)
@@ -233,20 +245,42 @@ class Cloud:
     # -- slots ----------------------------------------------------------------------------------------
 
     def slots(self, machine: Machine) -> list[Slot]:
-        """Return the machine's slots as they are now, by index."""
-        here = [r for r in self.rentals.values() if r.machine is machine]
-        free_disk_gb = machine.disk_gb - sum(r.order.disk_gb for r in here)
-        bids = {r.slot: r.bill.bid for r in here if r.slot is not None}
-        return [
-            Slot(
-                machine,
-                index,
-                free_disk_gb,
-                rented=index in bids and bids[index] is None,
-                holder_bid=bids.get(index),
+        """Return what can be rented of the machine, as it is now, by index; priced as the machine is."""
+        here = [r for r in self.rentals.values() if r.machine.machine_id == machine.machine_id]
+        slices = self._slices[machine.machine_id]
+        others = self._others.held(machine)
+        free_disk_gb = machine.disk_gb * (1.0 - len(others) / machine.slots) - sum(
+            r.order.disk_gb for r in here
+        )
+        bids = [(slices[r.slot].places, r.bill.bid) for r in here if r.slot is not None]
+        slots = []
+        for part in slices:
+            held = [bid for places, bid in bids if not set(places).isdisjoint(part.places)]
+            slots.append(
+                Slot(
+                    machine.share(part.count),
+                    part.index,
+                    free_disk_gb,
+                    rented=None in held or not set(others).isdisjoint(part.places),
+                    holder_bid=sum(bid for bid in held if bid is not None) if held else None,
+                )
             )
-            for index in range(machine.slots)
-        ]
+        return slots
+
+    def _slots_for(self, r: Rental) -> list[Slot]:
+        """Return the slots of a rental's machine that are as large as what it rents."""
+        slots = self.slots(self.machines[r.machine.machine_id])
+        return [slot for slot in slots if slot.machine.num_gpus == r.machine.num_gpus]
+
+    def _held_on_demand(self, machine: Machine) -> set[int]:
+        """Return the slots of a machine that rentals on demand hold."""
+        slices = self._slices[machine.machine_id]
+        return {
+            place
+            for r in self.rentals.values()
+            if r.slot is not None and r.bill.bid is None and r.machine.machine_id == machine.machine_id
+            for place in slices[r.slot].places
+        }
 
     def _give_slots(self, now: float) -> None:
         """Give free slots to the rentals that wait: on demand first, then by bid, then by time."""
@@ -258,16 +292,20 @@ class Cloud:
                 continue
             fitting = [
                 slot
-                for slot in self.slots(r.machine)
+                for slot in self._slots_for(r)
                 if not slot.rented and (r.bill.bid is None or r.bill.bid >= min_bid(slot))
             ]
             if fitting:
                 slot = min(fitting, key=lambda slot: (slot.holder_bid or 0.0, slot.index))
-                self._clear(r.machine, slot.index, now)
+                machine_id = r.machine.machine_id
+                self._clear(r.machine, self._slices[machine_id][slot.index].places, now)
                 r.take_slot(slot.index, now)
 
-    def _clear(self, machine: Machine, index: int, now: float) -> None:
-        """Take a machine's slot from the rental that holds it, if any."""
+    def _clear(self, machine: Machine, places: Collection[int], now: float) -> None:
+        """Take slots of a machine from the rentals that hold any of them."""
+        slices = self._slices[machine.machine_id]
         for r in self.rentals.values():
-            if r.slot == index and r.machine is machine:
+            if r.slot is None or r.machine.machine_id != machine.machine_id:
+                continue
+            if not set(places).isdisjoint(slices[r.slot].places):
                 r.lose_slot(now)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -29,22 +29,38 @@ class Gpu:
     max_power_w: float
 
 
-# Ram and capability as vast-contract 2.1 describes the fields, the rest from the makers' data sheets.
+# Ram and capability as vast-contract 2.1 describes the fields, the rest from the makers' data sheets but for
+# dlperf, which is the service's own score: as far as it was seen, else estimated from bandwidth and flops.
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
+        "RTX 3060": Gpu(12_288, "ampere", 860, 12.7, 16.0, 360.0, 170.0),
         "RTX 3090": Gpu(24_576, "ampere", 860, 35.6, 45.0, 936.0, 350.0),
         "RTX 4090": Gpu(24_564, "ada", 890, 82.6, 95.0, 1_008.0, 450.0),
+        "RTX 5090": Gpu(32_607, "blackwell", 1200, 104.8, 190.0, 1_792.0, 575.0),
+        "RTX A5000": Gpu(24_564, "ampere", 860, 27.8, 38.0, 768.0, 230.0),
         "RTX A6000": Gpu(49_140, "ampere", 860, 38.7, 50.0, 768.0, 300.0),
+        "RTX 6000Ada": Gpu(49_140, "ada", 890, 91.1, 98.0, 960.0, 300.0),
+        "RTX PRO 6000 WS": Gpu(97_887, "blackwell", 1200, 125.0, 210.0, 1_792.0, 600.0),
+        "Tesla V100": Gpu(32_768, "volta", 700, 15.7, 30.0, 897.0, 300.0),
+        "A40": Gpu(46_068, "ampere", 860, 37.4, 48.0, 696.0, 300.0),
         "L40S": Gpu(46_068, "ada", 890, 91.6, 100.0, 864.0, 350.0),
+        "A100 PCIE": Gpu(81_920, "ampere", 800, 19.5, 110.0, 1_935.0, 300.0),
         "A100 SXM4": Gpu(81_920, "ampere", 800, 19.5, 120.0, 2_039.0, 400.0),
         "H100 SXM": Gpu(81_559, "hopper", 900, 66.9, 250.0, 3_350.0, 700.0),
+        "H100 NVL": Gpu(95_830, "hopper", 900, 60.0, 240.0, 3_938.0, 400.0),
+        "GH200 SXM": Gpu(97_871, "hopper", 900, 66.9, 250.0, 4_022.0, 700.0),
+        "H200": Gpu(143_771, "hopper", 900, 66.9, 280.0, 4_800.0, 700.0),
     }
 )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine for rent: `slots` offers of `num_gpus` GPUs each. inet in Mbit/s, disk_gb of all slots."""
+    """A machine for rent: `slots` offers of `num_gpus` GPUs each. inet in Mbit/s, disk_gb of all slots.
+
+    sliced: it is rented in any power of two of its slots, so each of its GPUs is part of several offers. With
+    `share` slots it is seen as one such slice sees it.
+    """
 
     machine_id: int
     gpu_name: str
@@ -64,6 +80,10 @@ class Machine:
     geolocation: str = "Sweden, SE"
     verification: str = "verified"
     rental_days: float = 60.0
+    cpu_arch: str = "amd64"
+    datacenter: bool = True
+    static_ip: bool = True
+    sliced: bool = False
 
     def __post_init__(self) -> None:
         """Raise ConfigError naming the machine, the field and its range when a value is out of range."""
@@ -74,6 +94,10 @@ class Machine:
                 self._refuse(name, f"{least:g} to {most:g}")
         if not re.fullmatch(r"\d+\.\d+\.\d+", self.driver_version):
             self._refuse("driver_version", "three numbers with dots")
+        if self.cpu_arch not in ("amd64", "arm64"):
+            self._refuse("cpu_arch", "amd64 or arm64")
+        if self.sliced and self.slots not in (1, 2, 4, 8, 16, 32):
+            self._refuse("slots", "1, 2, 4, 8, 16 or 32 where the machine is sliced")
         if self.verification not in ("verified", "unverified", "deverified"):
             self._refuse("verification", "verified, unverified or deverified")
 
@@ -88,9 +112,28 @@ class Machine:
         return GPUS[self.gpu_name]
 
     @property
+    def cpu_cores(self) -> int:
+        """The processor cores of all slots; a slice has as many as its slots."""
+        return 16 * self.slots * (self.num_gpus if self.sliced else 1)
+
+    @property
     def usd_h(self) -> float:
         """The price of all GPUs of one slot of the machine, $/h on demand."""
         return self.num_gpus * self.usd_gpu_h
+
+    def slices(self) -> "tuple[Slice, ...]":
+        """Return what can be rented of the machine, by index: its slots; if sliced, powers of two of them."""
+        sizes = [1]
+        while self.sliced and sizes[-1] < self.slots:
+            sizes.append(2 * sizes[-1])
+        places = [(first, n) for n in sizes for first in range(0, self.slots, n)]
+        return tuple(Slice(index, first, n) for index, (first, n) in enumerate(places))
+
+    def share(self, slots: int) -> "Machine":
+        """Return the machine as one rental of that many of its slots sees it."""
+        if slots == 1:
+            return self
+        return replace(self, num_gpus=self.num_gpus * slots, slots=self.slots // slots)
 
     def offer_id(self, slot: int) -> int:
         """Return the number of the offer by which that slot of the machine is rented."""
@@ -99,6 +142,20 @@ class Machine:
     def storage_usd_h(self, gb: float) -> float:
         """Return the price of that many GB of the machine's disk, $/h."""
         return self.storage_usd_gb_month * gb / HOURS_PER_MONTH
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one offer has of a machine: `count` of its slots from number `first` on. index: the offer's."""
+
+    index: int
+    first: int
+    count: int
+
+    @property
+    def places(self) -> range:
+        """The numbers of the slots that it takes."""
+        return range(self.first, self.first + self.count)
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -155,7 +212,8 @@ def machines_from(data: object) -> tuple[Machine, ...]:
             if name not in kinds:
                 raise ConfigError(f"offers: entry {at}: unknown field {name!r}; known: {', '.join(kinds)}")
             kind = kinds[name]
-            if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+            wanted = int | float if kind is float else kind
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, wanted):
                 raise ConfigError(f"offers: entry {at}: {name}: wanted {kind.__name__}, got {value!r:.80}")
         missing = {"machine_id", "gpu_name", "usd_gpu_h"} - entry.keys()
         if missing:

@@ -1,7 +1,8 @@
 """Offers: the slots of machines as the market shows them, with their prices.
 
-A machine has slots of equal size, each one offer of `num_gpus` GPUs; a rental holds its slot while it runs
-and gives it up when it stops. Its disk stays reserved on the machine until it is destroyed.
+A machine has slots of equal size, each one offer of `num_gpus` GPUs; if it is sliced, two, four, … of its
+slots are an offer, too. A rental holds its slots while it runs and gives them up when it stops. Its disk
+stays reserved on the machine until it is destroyed.
 
     price of an offer, $/h = num_gpus * usd_gpu_h + storage_gb_month * allocated GB / 720
 """
@@ -16,11 +17,15 @@ MIN_BID_SHARE = 0.5
 (docs/reference/timing.md 4)."""
 
 
+_CPU_NAMES = {"amd64": "AMD EPYC 7543 32-Core Processor", "arm64": "Neoverse-V2"}
+
+
 @dataclass(frozen=True)
 class Slot:
-    """One slot of a machine, as the market sees it now.
+    """What can be rented of a machine under one number, as the market sees it now: a slot, or several.
 
-    holder_bid: $/h of the interruptible rental that holds it, None if there is none.
+    machine: as that share of it is seen. rented: somebody on demand holds some of it. holder_bid: $/h of the
+    interruptible rentals that hold some of it, None if there is none.
     """
 
     machine: Machine
@@ -53,12 +58,12 @@ def hardware(machine: Machine) -> dict[str, Any]:
         "cuda_max_good": machine.cuda_max_good,
         "driver_version": machine.driver_version,
         "driver_vers": int("".join(part.zfill(3) for part in machine.driver_version.split("."))),
-        "cpu_name": "AMD EPYC 7543 32-Core Processor",
-        "cpu_arch": "amd64",
-        "cpu_cores": 16 * machine.slots,
-        "cpu_cores_effective": 16.0,
+        "cpu_name": _CPU_NAMES[machine.cpu_arch],
+        "cpu_arch": machine.cpu_arch,
+        "cpu_cores": machine.cpu_cores,
+        "cpu_cores_effective": machine.cpu_cores / machine.slots,
         "cpu_ghz": 3.7,
-        "cpu_ram": 64_000 * machine.slots,
+        "cpu_ram": 4_000 * machine.cpu_cores,
         "has_avx": 1,
         "mobo_name": "ROME2D32GM-2T",
         "os_version": "22.04",
@@ -80,11 +85,11 @@ def hardware(machine: Machine) -> dict[str, Any]:
         "verification": machine.verification,
         "vericode": 1 if machine.verification == "verified" else 0,
         "external": False,
-        "static_ip": True,
+        "static_ip": machine.static_ip,
         "geolocation": machine.geolocation,
         "country_code": machine.geolocation.rpartition(", ")[2],
-        "hosting_type": 1,
-        "datacenter": True,
+        "hosting_type": int(machine.datacenter),
+        "datacenter": machine.datacenter,
         "cluster_id": None,
         "public_ipaddr": "127.0.0.1",
         "vms_enabled": False,

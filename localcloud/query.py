@@ -1,12 +1,13 @@
 """The query language in which the API searches and sorts offers and instances."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import ge, gt, le, lt
 from typing import Any
 
 from localcloud.offers import Slot, offer
+from localcloud.regions import REGIONS
 
 OFFER_LIMIT = 64
 """Most offers in an answer to a query that sets no limit."""
@@ -73,8 +74,10 @@ def _holds(value: Any, name: str, operator: str, operand: object) -> bool:
 def _equal(value: Any, name: str, operand: object) -> bool:
     if value is None or operand is None:
         return value is operand
-    if name == "geolocation" and operand == value.rpartition(", ")[2]:
-        return True  # a country code stands for all that lies there
+    if name == "geolocation":
+        country = value.rpartition(", ")[2]
+        # A country's or region's code stands for all that lies there.
+        return operand in (country, value) or country in REGIONS.get(str(operand), ())
     ours, theirs = _comparable(value, name, operand)
     return bool(ours == theirs)
 
@@ -110,6 +113,7 @@ class Query:
     limit: int = OFFER_LIMIT
     bid: bool = False
     disk_gb: float = 5.0
+    bundled: bool = True
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Query":
@@ -123,21 +127,36 @@ class Query:
         if isinstance(disk_gb, bool) or not isinstance(disk_gb, int | float) or not 0 <= disk_gb <= 10**6:
             raise BadQuery(f"allocated_storage: wanted 0 to 1000000, got {disk_gb!r:.60}")
         order = order_of(body.pop("order", [["score", "desc"]]))
-        body.pop("disable_bundling", None)
+        bundled = body.pop("disable_bundling", None) is not True
         for name in body:
             if name not in OFFER_FIELDS:
                 raise BadQuery(f"unknown field {name!r:.60}")
-        return cls(body, order, limit, kind in ("bid", "interruptible"), float(disk_gb))
+        return cls(body, order, limit, kind in ("bid", "interruptible"), float(disk_gb), bundled)
 
     def answer(self, slots: Iterable[Slot], now: float) -> list[dict[str, Any]]:
-        """Return the offers that match the query, in its order; a machine without the disk gives none."""
-        rows = [
-            offer(slot, self.disk_gb, now, bid=self.bid)
-            for slot in slots
-            if slot.free_disk_gb >= self.disk_gb
-        ]
+        """Return the offers that match the query, in its order; a machine without the disk gives none.
+
+        Of slices of one machine that are alike one is shown, as by the service, unless that is switched off.
+        """
+        there = [slot for slot in slots if slot.free_disk_gb >= self.disk_gb]
+        if self.bundled:
+            there = list(_bundled(there))
+        rows = [offer(slot, self.disk_gb, now, bid=self.bid) for slot in there]
         found = [row for row in rows if matches(row, self.filters)]
         return in_order(found, self.order)[: self.limit]
+
+
+def _bundled(slots: Iterable[Slot]) -> Iterator[Slot]:
+    """Yield the slots; of slices of a machine that are alike only one, a free one if there is any."""
+    best: dict[tuple[int, int], Slot] = {}
+    for slot in slots:
+        if not slot.machine.sliced:
+            yield slot
+            continue
+        key = slot.machine.machine_id, slot.machine.num_gpus
+        if key not in best or (best[key].rented and not slot.rented):
+            best[key] = slot
+    yield from best.values()
 
 
 def order_of(said: object) -> tuple[tuple[str, bool], ...]:

@@ -21,9 +21,24 @@ class Realism:
 
     rate_limits: calls faster than the service's thresholds get 429 (vast-contract 1.3), as by the fault
     rate-limits.
+    big_market: some hundred machines instead of fifteen: 18 kinds of GPU, slices of 1, 2, 4 and 8, machines
+    with another processor, an old driver, dear bandwidth, a short contract (localcloud/catalogue.py).
+    renters: GPUs that other customers would like to have, as a share of all: they hold about half as many at
+    1, and a slot that is given up may be taken before it is wanted back (vast-contract 6, row 5).
+    price_moves: largest change of a machine's price for new rentals, as a share of it.
+    offers_vanish: share of creates for whose offer another customer was faster (vast-contract 6, row 8).
     """
 
     rate_limits: bool = False
+    big_market: bool = False
+    renters: float = 0.0
+    price_moves: float = 0.0
+    offers_vanish: float = 0.0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there are other customers, or what they do to prices."""
+        return bool(self.renters or self.price_moves or self.offers_vanish)
 
     def only(self, names: Collection[str]) -> "Realism":
         """Return this realism with all fields kind but those named; raise ConfigError for an unknown name."""
@@ -35,8 +50,8 @@ class Realism:
 
 
 NONE = Realism()
-MILD = Realism(rate_limits=True)
-HARSH = Realism(rate_limits=True)
+MILD = Realism(rate_limits=True, renters=0.25, price_moves=0.05, offers_vanish=0.02)
+HARSH = Realism(rate_limits=True, big_market=True, renters=1.0, price_moves=0.2, offers_vanish=0.1)
 
 LEVELS: Mapping[str, Realism] = MappingProxyType({"none": NONE, "mild": MILD, "harsh": HARSH})
 """The values of the flag --realism."""

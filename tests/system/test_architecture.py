@@ -138,8 +138,8 @@ PURE = (
 CLOUD_MODEL = {
     f"localcloud.{name}"
     for name in (
-        *("account", "cloud", "effects", "faults", "machines", "offers"),
-        *("orders", "phases", "query", "realism", "rental", "rows"),
+        *("account", "catalogue", "cloud", "effects", "faults", "machines", "offers"),
+        *("orders", "phases", "query", "realism", "regions", "rental", "renters", "rows"),
     )
 }
 """The pure modules of localcloud: virtual time runs on them."""
