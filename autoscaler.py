@@ -42,6 +42,7 @@ from fleet.journal import Decision, Journal, SavedFleet
 from fleet.limits import Commitment, Limits, commitment
 from fleet.market import Market
 from fleet.planner import Situation
+from fleet.preferences import ANY_MACHINE, Preferences
 from fleet.reconcile import Reconciler
 from fleet.slow_counters import compare_counters
 from fleet.snapshot import take_snapshot
@@ -65,11 +66,13 @@ class InstanceSet:
         check_boot_every_s: float = 3.0,
         *,
         manage: bool = True,
+        preferences: Preferences = ANY_MACHINE,
     ) -> None:
         """Begin without instances. fleet_name: labels of the fleet are `<fleet_name>/<something>`.
 
         speedup: of a local cloud, which divides the profile's times. check_hot_every_s, check_boot_every_s:
-        seconds between health checks of a hot instance, and of others. manage: see `set_manage`.
+        seconds between health checks of a hot instance, and of others. manage: see `set_manage`. preferences:
+        which machines are rented.
         """
         self.fleet_name = fleet_name
         self.profile = profile
@@ -80,7 +83,8 @@ class InstanceSet:
         self.journal = Journal()
         self.holds = Holds(self.journal.log)
         self.durations = MeasuredDurations(profile, speedup)
-        self.market = Market(profile, deadlines)
+        self.preferences = preferences
+        self.market = Market(profile, deadlines, preferences)
         self._host_keys: dict[str, str] = {}  # that each instance showed first, by label
         self._check_hot_every_s = check_hot_every_s
         self._check_boot_every_s = check_boot_every_s
@@ -135,6 +139,7 @@ class InstanceSet:
             writable=writable,
             heard=demand.heard(now),
             holds=tuple(self.holds),
+            preferences=self.preferences,
         )
 
     def begin(self, command: Command, now: float) -> None:

@@ -32,7 +32,7 @@ from fleet.outside.operator_acts import OperatorActs
 from fleet.outside.operator_commands import ACT, MACHINES, REACH, SHOW, OperatorConfig, run_operator_command
 from fleet.outside.overview import FleetPlace, Overview
 from fleet.outside.page_routes import ENGINE_LOG, FROM, MARKET, TO, WHAT_IF, add_page, asked_by
-from fleet.outside.plan import plan
+from fleet.outside.plan import PlanConfig, plan
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.reasons import OwnReasons
@@ -359,18 +359,7 @@ def parser() -> argparse.ArgumentParser:
     prepare_it.add_argument(
         "--count", type=int, required=True, metavar="N", help="how many loaded instances to add (no default)"
     )
-    plan_it = commands.add_parser(
-        "plan",
-        environment=ENVIRONMENT,
-        description="Show what `prepare --count N` would rent and what it would cost. Nothing is ordered.",
-        epilog="--count and --json are for the command line only.",
-        help="what prepare would cost, without renting",
-    )
-    add_flags(plan_it, AutoscalerConfig, without=SERVE_ONLY)
-    plan_it.add_argument(
-        "--count", type=int, default=1, metavar="N", help="how many instances to plan for (default 1)"
-    )
-    plan_it.add_argument("--json", action="store_true", help="print the answer as JSON (default: a table)")
+    _add_plan(commands)
     destroy_it = commands.add_parser(
         "destroy-fleet",
         environment=ENVIRONMENT,
@@ -393,6 +382,30 @@ def parser() -> argparse.ArgumentParser:
         unused = {*(("watch",) if name not in SHOW else ()), *(("state_dir",) if name not in REACH else ())}
         add_flags(it, OperatorConfig, without=tuple(unused))
     return found
+
+
+def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
+    plan_it = commands.add_parser(
+        "plan",
+        environment=ENVIRONMENT,
+        description="Show what `prepare --count N` would rent and what it would cost. Nothing is ordered.",
+        epilog="--count, --json, --trace and --yesterday are for the command line only.",
+        help="what prepare would cost, without renting",
+    )
+    add_flags(plan_it, AutoscalerConfig, without=SERVE_ONLY - {"policy", "policy_param", "goal"})
+    plan_it.add_argument(
+        "--count", type=int, default=1, metavar="N", help="how many instances to plan for (default 1)"
+    )
+    plan_it.add_argument("--json", action="store_true", help="print the answer as JSON (default: a table)")
+    plan_it.add_argument(
+        "--trace",
+        default="",
+        metavar="FILE",
+        help="a log of requests: what would it have cost on these machines? (default: none is played)",
+    )
+    plan_it.add_argument(
+        "--yesterday", action="store_true", help="the same for the fleet's own last day (default: not played)"
+    )
 
 
 def _config(args: argparse.Namespace) -> AutoscalerConfig:
@@ -418,7 +431,8 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         prepare(config, args.count)
     elif args.command == "plan":
-        plan(config, args.count, as_json=args.json)
+        asked = PlanConfig(args.count, args.json, args.trace, args.yesterday)
+        plan(config, asked, VIRTUAL)
     elif args.command == "destroy-fleet":
         destroy_fleet(config, ask=None if args.yes else input)
     else:

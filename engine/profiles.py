@@ -50,8 +50,15 @@ class Profile:
 
         For a GPU that has no number of its own this is the profile's throughput_work_s.
         """
-        key = gpu_name if num_gpus == 1 else f"{num_gpus}x {gpu_name}"
-        return self.throughput_by_gpu.get(key, self.throughput_work_s)
+        return self.throughput_by_gpu.get(_key(gpu_name, num_gpus), self.throughput_work_s)
+
+    def knows(self, gpu_name: str, num_gpus: int = 1) -> bool:
+        """Return whether there is a number for an instance with these GPUs."""
+        return _key(gpu_name, num_gpus) in self.throughput_by_gpu
+
+
+def _key(gpu_name: str, num_gpus: int) -> str:
+    return gpu_name if num_gpus == 1 else f"{num_gpus}x {gpu_name}"
 
 
 _VLLM_IMAGE = "vllm/vllm-openai:v0.11.0"

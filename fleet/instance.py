@@ -178,6 +178,7 @@ class Instance:
     id: int | None = None  # None until the cloud has answered or listed the order
     # as it was offered and listed
     machine_id: int | None = None
+    host_id: int | None = None  # of the machine's owner
     gpu_name: str = ""
     num_gpus: int = 1
     price_usd_h: float = 0.0  # in its present state
@@ -226,6 +227,7 @@ class Instance:
             why=why,
             ordered_at=now,
             machine_id=offer.machine_id,
+            host_id=offer.host_id,
             gpu_name=offer.gpu_name,
             num_gpus=offer.num_gpus,
             running_usd_h=offer.dph_total,
@@ -303,6 +305,7 @@ class Instance:
         self.looked_at = now
         self.listed, self.intended, self.odd = True, row.intended_status, row.odd
         self.id, self.machine_id = row.id, row.machine_id or self.machine_id
+        self.host_id = row.host_id or self.host_id
         self.gpu_name, self.num_gpus = row.gpu_name or self.gpu_name, row.num_gpus
         if self.throughput_work_s <= 1.0:
             self.throughput_work_s = profile.throughput_on(row.gpu_name, row.num_gpus)

@@ -1,9 +1,13 @@
 """The hard limits on instances and dollars per hour, and the guard that alone checks them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from fleet.instance import Instance
+from fleet.states import GIVEN_UP
+from vast.rows import Offer
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Commitment:
-    """The instances and $/h of the fleet if every order goes through, to hold against the hard limits."""
+    """The instances and $/h of the fleet if every order goes through, to hold against the hard limits.
+
+    by_host: instances by the host_id of their machine, without those that are given up.
+    """
 
     instances: int
     usd_h: float
+    by_host: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def commitment(instances: Iterable[Instance], vanished_usd_h: Iterable[float]) -> Commitment:
@@ -28,8 +36,10 @@ def commitment(instances: Iterable[Instance], vanished_usd_h: Iterable[float]) -
 
     vanished_usd_h: prices of instances that vanished lately, which may still exist.
     """
-    prices, vanished = [i.committed_usd_h for i in instances], list(vanished_usd_h)
-    return Commitment(len(prices) + len(vanished), sum(prices) + sum(vanished))
+    there, vanished = list(instances), list(vanished_usd_h)
+    usd_h = sum(i.committed_usd_h for i in there) + sum(vanished)
+    kept = Counter(i.host_id for i in there if i.host_id is not None and i.state not in GIVEN_UP)
+    return Commitment(len(there) + len(vanished), usd_h, kept)
 
 
 class LimitGuard:
@@ -37,6 +47,7 @@ class LimitGuard:
 
     def __init__(self, limits: Limits, committed: Commitment, notes: list[str]) -> None:
         """Begin with what is committed already. notes: gets a sentence for each order that is refused."""
+        self._by_host = Counter(committed.by_host)
         self._limits = limits
         self._notes = notes
         self._instances, self._usd_h = committed.instances, committed.usd_h
@@ -45,15 +56,21 @@ class LimitGuard:
         """Return whether an instance may be started that then costs more_usd_h more; if so, count that."""
         return self._admit("start", more_usd_h)
 
-    def admit_create(self, usd_h: float) -> bool:
-        """Return whether an instance may be rented at that price; if so, count it."""
+    def has_room_at(self, host_id: int | None, most: int | None) -> bool:
+        """Return whether a host that may have `most` instances has room for one more; None: any number."""
+        return most is None or host_id is None or self._by_host[host_id] < most
+
+    def admit_create(self, offer: Offer) -> bool:
+        """Return whether that offer may be rented at its price; if so, count it."""
         most = self._limits.max_instances
         if self._instances + 1 > most:
             self._notes.append(f"create refused: {self._instances} of {most} instances")
             return False
-        if not self._admit("create", usd_h):
+        if not self._admit("create", offer.dph_total):
             return False
         self._instances += 1
+        if offer.host_id is not None:
+            self._by_host[offer.host_id] += 1
         return True
 
     def _admit(self, what: str, more_usd_h: float) -> bool:

@@ -1,10 +1,12 @@
 """What can be rented: the cloud's offers, machines that failed, and the pause after failed creates."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from engine.profiles import Profile
 from fleet.deadlines import Deadlines
+from fleet.preferences import ANY_MACHINE, Preferences
 from fleet_client.back_off import back_off_s
 from vast.rows import Offer
 
@@ -23,13 +25,27 @@ def ranked(offers: Iterable[Offer], profile: Profile) -> list[Offer]:
     return sorted(offers, key=lambda offer: (usd_per_million_work(offer, profile), offer.id))
 
 
+def sorted_out(
+    offers: Iterable[Offer], profile: Profile, preferences: Preferences
+) -> tuple[list[Offer], Counter[str]]:
+    """Return (the offers that an operator wants, how many of the others are refused for which reason)."""
+    wanted, refused = [], Counter[str]()
+    for offer in offers:
+        why = preferences.refusal(offer, usd_per_million_work(offer, profile))
+        if why is None:
+            wanted.append(offer)
+        else:
+            refused[why] += 1
+    return wanted, refused
+
+
 @dataclass(frozen=True)
 class MarketSnapshot:
     """The market for machines at one moment.
 
     offers: of machines that did not fail lately, the cheapest for its work first. fresh: they are not too old
     to be taken. searching: a search is under way. failed_creates: how many in a row. resting: no create is to
-    be made now.
+    be made now. refused: why the operator does not want others that were found, and how many.
     """
 
     offers: tuple[Offer, ...]
@@ -37,16 +53,21 @@ class MarketSnapshot:
     searching: bool
     failed_creates: int
     resting: bool
+    refused: tuple[str, ...] = ()
 
 
 class Market:
     """Remembers the cloud's offers, machines that failed, and failed creates."""
 
-    def __init__(self, profile: Profile, deadlines: Deadlines) -> None:
+    def __init__(
+        self, profile: Profile, deadlines: Deadlines, preferences: Preferences = ANY_MACHINE
+    ) -> None:
         """Begin without offers: they have to be searched for."""
         self.bad_machines: dict[int, float] = {}  # machine_id: until when it is not rented
         self._profile = profile
         self._deadlines = deadlines
+        self._preferences = preferences
+        self._refused: tuple[str, ...] = ()
         self._offers: tuple[Offer, ...] = ()  # the cheapest for its work first
         self._offers_at = float("-inf")
         self._searching_since = float("-inf")
@@ -64,6 +85,7 @@ class Market:
             searching=now - self._searching_since <= old_s,
             failed_creates=self._failed_creates,
             resting=now < self._no_create_before,
+            refused=self._refused,
         )
 
     # -- searches --------------------------------------------------------------------------------------
@@ -76,7 +98,9 @@ class Market:
         """Take over the offers that the search found; None: it failed."""
         self._searching_since = float("-inf")
         if offers is not None:
-            self._offers, self._offers_at = tuple(ranked(offers, self._profile)), now
+            wanted, refused = sorted_out(offers, self._profile, self._preferences)
+            self._offers, self._offers_at = tuple(ranked(wanted, self._profile)), now
+            self._refused = tuple(f"{count} {why}" for why, count in refused.most_common())
 
     def take(self, offer: Offer) -> None:
         """Remove an offer that is being rented from the market."""

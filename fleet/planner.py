@@ -37,6 +37,7 @@ from fleet.instance import Instance
 from fleet.journal import Decision
 from fleet.limits import Commitment, LimitGuard, Limits
 from fleet.market import MarketSnapshot
+from fleet.preferences import ANY_MACHINE, Preferences
 from fleet.slowness import STOP_AFTER_S
 from fleet.states import GIVEN_UP, State
 from policies import FleetSnapshot, Policy
@@ -56,7 +57,7 @@ class Situation:
 
     believed: the listing is. drained: labels of the instances whose drain has ended. manage: whether anything
     new may be ordered. writable: the ledger is. heard: the demand is known. holds: why some orders
-    are not made now.
+    are not made now. preferences: which machines are wanted.
     """
 
     now: float
@@ -72,6 +73,7 @@ class Situation:
     writable: bool = True
     heard: bool = True
     holds: tuple[Hold, ...] = ()
+    preferences: Preferences = ANY_MACHINE
 
 
 def decide(situation: Situation, policy: Policy) -> Decision:
@@ -260,7 +262,7 @@ class Planner:
         there = sum(len(found) for s, found in self._by_state.items() if s not in GIVEN_UP)
         missing = wanted - there - len(self._slow)
         if missing > 0:
-            self._create(missing)
+            self._create(missing, wanted)
         elif missing < 0:
             started = self._labels(Start)
             spare = [i for i in self._by_state[State.COLD] if i.label not in started and not i.is_of_no_use]
@@ -270,15 +272,19 @@ class Planner:
                     why = "more stopped instances than wanted"
                     self._commands.append(Destroy(i.label, i.id, why, self._evidence))
 
-    def _create(self, missing: int) -> None:
-        """Rent the offers that are cheapest for their work; search the market first if they are too old."""
+    def _create(self, missing: int, wanted: int) -> None:
+        """Rent the offers that are cheapest for their work; search the market first if they are too old.
+
+        wanted: instances in all.
+        """
         if self._held(self._situation.holds):
             return
         market, why = self._situation.market, f"{missing} more wanted in all"
         if market.resting:
             self._notes.append(f"{market.failed_creates} creates in a row failed: none for a while")
         elif market.fresh:
-            self._take_offers(min(missing, self._situation.limits.max_creates_per_turn), why)
+            most_at_host = self._situation.preferences.most_at_host(wanted)
+            self._take_offers(min(missing, self._situation.limits.max_creates_per_turn), most_at_host, why)
         elif market.searching:
             self._notes.append("looking at the market")
         else:
@@ -290,21 +296,28 @@ class Planner:
         self._notes += [note for note in notes if note not in self._notes]
         return bool(notes)
 
-    def _take_offers(self, most: int, why: str) -> None:
+    def _take_offers(self, most: int, most_at_host: int | None, why: str) -> None:
         avoided = {
             i.machine_id for i in self._situation.instances if i.taken_out.for_good or i.state is State.FAILED
         }
         taken: set[int] = set()
+        full: set[int | None] = set()  # hosts that have their share of the fleet
         for offer in self._situation.market.offers:
             if len(taken) >= most:
                 break
             if offer.machine_id in avoided or offer.id in taken:
                 continue
-            if self._guard.admit_create(offer.dph_total):
+            if not self._guard.has_room_at(offer.host_id, most_at_host):
+                full.add(offer.host_id)
+            elif self._guard.admit_create(offer):
                 self._commands.append(Create(offer, why, evidence=self._evidence))
                 taken.add(offer.id)
         if not taken and not self._notes:
-            self._notes.append("no suitable offer on the market")
+            refused = [*self._situation.market.refused]
+            if full:
+                refused.append(f"{len(full)} hosts have their share, {most_at_host} instances")
+            why_not = f" ({', '.join(refused)})" if refused else ""
+            self._notes.append(f"no suitable offer on the market{why_not}")
 
     def _labels(self, kind: type[Start] | type[Stop]) -> set[str]:
         """Return the labels of the instances that are started, or stopped, by the commands so far."""

@@ -28,6 +28,9 @@ MAX_GPUS = 1_024
 
 MAX_PORT = 65_535
 
+HOSTING_DATACENTER = 1
+"""`hosting_type` of a host in a datacenter (so does vastai 1.9.1 read it)."""
+
 PRICE = f"a price from 0 to {MAX_USD_H:,.0f}"
 
 MAX_TEXT = 1_000
@@ -61,6 +64,8 @@ class Offer:
     duration_s: float | None
     inet_down_usd_gb: float | None = None
     driver_version: str | None = None
+    verified: bool | None = None
+    datacenter: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Row:
     priced: bool = True
     odd: str | None = None
     up_s: float | None = None
+    host_id: int | None = None
 
 
 # --- reading what the CLI printed ------------------------------------------------------------------
@@ -256,6 +262,8 @@ def offer_of(f: Fields) -> Offer:
         duration_s=f.maybe_amount("duration"),
         inet_down_usd_gb=f.price("inet_down_cost"),
         driver_version=f.maybe_text("driver_version"),
+        verified=None if (said := f.maybe_text("verification")) is None else said == "verified",
+        datacenter=None if (kind := f.maybe_whole("hosting_type")) is None else kind == HOSTING_DATACENTER,
     )
 
 
@@ -307,6 +315,7 @@ def row_of(f: Fields) -> Row:
         priced=priced,
         odd=f"it lacks {' and '.join(lacks)}" if lacks else None,
         up_s=None if up_mins is None else 60.0 * up_mins,
+        host_id=f.maybe_whole("host_id"),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.profiles import PROFILES
+from fleet.outside.market_flags import MarketFlags
 from fleet_client import private_files
 from fleet_client.flags import check_flags, flag, server_url
 from fleet_client.network_trust import InTheClear, clear_bind, clear_call
@@ -44,7 +45,7 @@ def holds_secret(url: str) -> bool:
 
 
 @dataclass(frozen=True)
-class AutoscalerConfig:
+class AutoscalerConfig(MarketFlags):
     """The settings of an autoscaler that an operator may give. Times in seconds, money in $ per hour."""
 
     model: str = flag(
@@ -228,7 +229,7 @@ class AutoscalerConfig:
         # Narrower than what the cloud allows, so that a label is one word in every message and command.
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", self.label):
             raise ConfigError(f"--label {self.label!r}: wanted 1 to 64 of A-Z a-z 0-9 _ . -, first no . or -")
-        _ = self.reach_places  # raises where one is wrong
+        _ = self.reach_places, self.preferences  # raise where one is wrong
         for url in self.loadbalancer:
             server_url("--loadbalancer", url)
         if self.public_url is not None:

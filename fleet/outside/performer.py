@@ -24,12 +24,15 @@ class Performer:
         profile: Profile,
         master_token: Callable[[str], str],
         ready_url: str | None = None,
+        wanted: str = "",
     ) -> None:
         """Prepare to send commands. master_token: a function from an instance's label to its master token.
 
-        ready_url: the URL at which an instance reports that it is ready.
+        ready_url: the URL at which an instance reports that it is ready. wanted: what a search for offers
+        asks beside the profile's query.
         """
         self._ready_url = ready_url
+        self._query = f"{profile.offer_query} {wanted}".strip()
         self._vast = vast
         self._profile = profile
         self._master_token = master_token
@@ -78,7 +81,7 @@ class Performer:
         elif isinstance(command, Destroy):
             self._vast.destroy(command.id)
         elif isinstance(command, LookForOffers):
-            offers = self._vast.search_offers(p.offer_query, storage_gb=p.disk_gb)
+            offers = self._vast.search_offers(self._query, storage_gb=p.disk_gb)
             return Performed(Reply.DONE, offers=tuple(offers))
         elif isinstance(command, AskPage):
             return Performed(Reply.DONE, row=self._vast.show_instance(command.id))

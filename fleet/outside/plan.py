@@ -1,12 +1,14 @@
 """The command `plan`: what `prepare` would rent and what it would cost. Nothing is ordered.
 
-    set-up dollars = (load time x price of the running machine) + downloaded GB x the host's price a GB
-
-The offers come in the order in which the autoscaler would take them, machines that failed lately left out.
+With a trace, or with the fleet's last day, it also says what that would have cost on the machines that the
+limits allow: a run in virtual time on a market of exactly these.
 """
 
 import json
 import os
+import sqlite3
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,165 +18,240 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.profiles import Profile, get_profile
-from fleet.market import ranked, usd_per_million_work
+from fleet.candidates import Candidate, candidates, choose, summary
+from fleet.limits import Limits
+from fleet.market import sorted_out
 from fleet.outside.config import AutoscalerConfig, vast_settings
+from fleet.outside.ledger import Ledger
 from fleet.outside.operator_commands import wide_console
+from fleet.outside.replay_process import ReplayFailed, ReplayProcess
+from fleet.replay import WINDOW_S, BadReply
+from fleet.what_if import LEAST_REQUESTS, FleetNow, flags_of, log_of, summary_of
 from fleet_client import private_files
 from fleet_client.flags import within
 from process.errors import CloudError, ConfigError
 from process.safe_text import safe_text
 from vast.cli import Cli
 from vast.client import Vast
-from vast.rows import Offer
 
 SHOWN = 15
-"""Offers in the table, beside those that would be taken."""
+"""Lines of the table; those from which something would be taken come first."""
 
-MBIT_A_GB = 8000.0
+MOST_PLAYED_S = 3600.0
+"""Seconds after which a run in virtual time is given up: a day of a million requests takes two minutes."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What one offer would cost. hot_s: expected seconds from the order until it is hot.
+class PlanConfig:
+    """What is asked of `plan`. trace: a log of requests to play; yesterday: play the fleet's own last day."""
 
-    usd_to_set_up: until it is loaded, with what is downloaded; None where the host's price of traffic is not
-    known. usd_h: while it runs; stopped_usd_h: while it is stopped.
-    """
-
-    offer: Offer
-    usd_per_million_work: float
-    hot_s: float
-    download_usd: float | None
-    usd_to_set_up: float | None
-    usd_h: float
-    stopped_usd_h: float
-
-    @classmethod
-    def of(cls, offer: Offer, profile: Profile) -> "Candidate":
-        """Return what that offer would cost with that model."""
-        download_s = profile.download_gb * MBIT_A_GB / max(offer.inet_down_mbps, 1.0)
-        hot_s = max(profile.load_time_s, download_s + profile.start_time_s)
-        price = offer.inet_down_usd_gb
-        download_usd = None if price is None else profile.download_gb * price
-        running_usd = offer.dph_total * hot_s / 3600.0
-        return cls(
-            offer,
-            usd_per_million_work(offer, profile),
-            hot_s,
-            download_usd,
-            None if download_usd is None else running_usd + download_usd,
-            offer.dph_total,
-            max(0.0, offer.dph_total - offer.dph_base),
-        )
-
-    def shown(self) -> dict[str, Any]:
-        """Return it as JSON for people and programs."""
-        o = self.offer
-        return {
-            "offer": o.id,
-            "machine": o.machine_id,
-            "host": o.host_id,
-            "gpu_name": o.gpu_name,
-            "num_gpus": o.num_gpus,
-            "place": o.geolocation,
-            "reliability": o.reliability,
-            "driver": o.driver_version,
-            "inet_down_mbps": o.inet_down_mbps,
-            "inet_down_usd_gb": o.inet_down_usd_gb,
-            "days_left": None if o.duration_s is None else round(o.duration_s / 86_400.0, 1),
-            "usd_h": round(self.usd_h, 5),
-            "stopped_usd_h": round(self.stopped_usd_h, 5),
-            "usd_per_million_work": round(self.usd_per_million_work, 4),
-            "hot_s": round(self.hot_s),
-            "download_usd": None if self.download_usd is None else round(self.download_usd, 4),
-            "usd_to_set_up": None if self.usd_to_set_up is None else round(self.usd_to_set_up, 4),
-        }
-
-
-def candidates(offers: Sequence[Offer], profile: Profile) -> list[Candidate]:
-    """Return the offers with what they would cost, in the order in which they would be taken."""
-    return [Candidate.of(o, profile) for o in ranked(offers, profile)]
-
-
-def summary(taken: Sequence[Candidate], count: int, config: AutoscalerConfig) -> list[str]:
-    """Return in sentences what renting these would cost, and what keeps from it."""
-    said = []
-    if len(taken) < count:
-        said.append(f"Only {len(taken)} of {count} can be rented now: nothing else on the market fits.")
-    if not taken:
-        return said
-    set_up = [c.usd_to_set_up for c in taken]
-    known = sum(one for one in set_up if one is not None)
-    unknown = sum(one is None for one in set_up)
-    more = f", and the traffic of {unknown} more" if unknown else ""
-    stopped, hot = sum(c.stopped_usd_h for c in taken), sum(c.usd_h for c in taken)
-    first, last = (f(c.hot_s for c in taken) / 60.0 for f in (min, max))
-    said += [
-        f"prepare --count {count}: ${known:.2f} to set up{more}; the first is loaded after about "
-        f"{first:.0f} min, the last after {last:.0f}.",
-        f"Stopped with the model on their disks they cost ${stopped * 24.0:.2f} a day; "
-        f"all hot ${hot:.2f} an hour, ${hot * 24.0:.2f} a day.",
-    ]
-    if hot > config.max_dollars_per_hour:
-        said.append(
-            f"While they load they cost ${hot:.2f} an hour: --max-dollars-per-hour is "
-            f"{config.max_dollars_per_hour:g}, so they would be rented one after the other."
-        )
-    if count > config.max_instances:
-        said.append(f"--max-instances is {config.max_instances}: no more would be rented.")
-    hosts = {c.offer.host_id for c in taken if c.offer.host_id is not None}
-    if len(taken) > 1 and len(hosts) == 1:
-        said.append("All of them are on one host: when it fails, all fail together.")
-    return said
+    count: int = 1
+    as_json: bool = False
+    trace: str = ""
+    yesterday: bool = False
 
 
 def plan(
-    config: AutoscalerConfig, count: int, *, as_json: bool = False, console: Console | None = None
+    config: AutoscalerConfig,
+    asked: PlanConfig,
+    virtual: Sequence[str],
+    console: Console | None = None,
 ) -> None:
-    """Show what `prepare --count N` would rent and cost; raise ConfigError where it cannot be known."""
-    within("--count", count, 1, 1000)
-    profile = get_profile(config.model)
+    """Show what `prepare --count N` would rent and cost; raise ConfigError where it cannot be known.
+
+    virtual: the command of a run in virtual time.
+    """
+    within("--count", asked.count, 1, 1000)
+    if asked.trace and asked.yesterday:
+        raise ConfigError("--trace and --yesterday: wanted one of them")
+    profile, preferences = get_profile(config.model), config.preferences
     state_dir = config.state_dir or private_files.default_state_dir(config.label)
     private_files.make_private_dir(state_dir)
     vast = Vast(Cli(vast_settings(config, state_dir, os.environ, Path.home())))
+    query = f"{profile.offer_query} {preferences.query()}".strip()
     try:
-        offers = vast.search_offers(profile.offer_query, storage_gb=profile.disk_gb)
+        offers = vast.search_offers(query, storage_gb=profile.disk_gb)
     except CloudError as e:
         raise ConfigError(f"the cloud cannot be searched: {e}") from e
-    found = candidates(offers, profile)
-    taken, said = found[:count], summary(found[:count], count, config)
+    ledger = _ledger(state_dir)
+    bad = _bad_machines(ledger)
+    wanted, refused = sorted_out((o for o in offers if o.machine_id not in bad), profile, preferences)
+    found = candidates(wanted, profile)
+    taken = choose(found, asked.count, preferences)
+    limits = Limits(config.max_instances, config.max_dollars_per_hour)
+    said = summary(taken, asked.count, limits, preferences)
+    if failed := sum(o.machine_id in bad for o in offers):
+        said.append(f"{failed} offers left out: their machines failed lately, or are banned.")
+    if refused:
+        said.append(f"Left out: {', '.join(f'{n} {why}' for why, n in refused.most_common())}.")
+    market = choose(found, config.max_instances, preferences)
+    played = _played(config, asked, profile, market, ledger, virtual)
     console = console or wide_console()
-    if as_json:
-        answer = {"taken": [c.shown() for c in taken], "offers": [c.shown() for c in found], "says": said}
+    if asked.as_json:
+        answer = {
+            "taken": [c.shown() for c in taken],
+            "offers": [c.shown() for c in found],
+            "says": said,
+            "played": played,
+        }
         console.print(json.dumps(answer), highlight=False, markup=False, soft_wrap=True)
         return
-    console.print(_table(found[: max(SHOWN, count)], count))
+    console.print(_table(found, taken))
+    if played is not None:
+        said.append(_in_words(played))
     for sentence in said:
         console.print(sentence, highlight=False, markup=False)
 
 
-def _table(found: Sequence[Candidate], count: int) -> Table:
-    table = Table(box=None)
-    for name in ("", "GPU", "place", "reliable", "driver", "Mbit/s", "$/GB in", "$/h", "stopped", "$/M work"):
-        table.add_column(name, no_wrap=True)
-    for name in ("min to hot", "$ to set up", "days left"):
-        table.add_column(name, no_wrap=True)
-    for n, c in enumerate(found):
-        o = c.offer
-        cells = (
-            "take" if n < count else "",
-            f"{o.num_gpus} x {o.gpu_name}",
-            o.geolocation or "?",
-            f"{o.reliability:.1%}",
-            o.driver_version or "?",
-            f"{o.inet_down_mbps:.0f}",
-            "?" if o.inet_down_usd_gb is None else f"{o.inet_down_usd_gb:.4f}",
-            f"{c.usd_h:.3f}",
-            f"{c.stopped_usd_h:.4f}",
-            f"{c.usd_per_million_work:.3f}",
-            f"{c.hot_s / 60.0:.0f}",
-            "?" if c.usd_to_set_up is None else f"{c.usd_to_set_up:.3f}",
-            "?" if o.duration_s is None else f"{o.duration_s / 86_400.0:.0f}",
+def _ledger(state_dir: Path) -> Ledger | None:
+    path = state_dir / "ledger.sqlite"
+    try:
+        return Ledger(path) if path.exists() else None
+    except (sqlite3.Error, OSError):
+        return None
+
+
+def _bad_machines(ledger: Ledger | None) -> frozenset[int]:
+    """Return the machines that the fleet does not rent now, because they failed or are banned."""
+    now = time.time()
+    if ledger is None:
+        return frozenset()
+    return frozenset(m for m, until in ledger.saved_fleet(now).bad_machines.items() if until > now)
+
+
+# -- what a day would have cost ----------------------------------------------------------------------------
+
+
+def _played(
+    config: AutoscalerConfig,
+    asked: PlanConfig,
+    profile: Profile,
+    market: Sequence[Candidate],
+    ledger: Ledger | None,
+    virtual: Sequence[str],
+) -> dict[str, Any] | None:
+    """Return the figures of a run in virtual time on a market of these machines; None if none is asked for.
+
+    Raises ConfigError where it cannot be made.
+    """
+    if not asked.trace and not asked.yesterday:
+        return None
+    machines = machines_of(market, profile)
+    if not machines:
+        raise ConfigError("no offer has a GPU whose speed with this model is known: nothing can be played")
+    fleet = FleetNow(
+        profile.name, config.make_policy(), config.max_instances, config.max_dollars_per_hour, late_lane=True
+    )
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        offers, report = Path(folder) / "offers.json", Path(folder) / "report.json"
+        offers.write_text(json.dumps(machines))
+        trace = asked.trace
+        if asked.yesterday:
+            (Path(folder) / "day.csv").write_text("".join(_yesterday(ledger, profile)))
+            trace = str(Path(folder) / "day.csv")
+        elif not trace.startswith("synthetic"):
+            trace = str(Path(trace).resolve())
+        files = [f"--trace={trace}", f"--offers={offers}", f"--json={report}", "--quiet"]
+        try:
+            ReplayProcess(virtual, MOST_PLAYED_S).run(b"", [*files, *flags_of(fleet, None)])
+            return summary_of(report.read_bytes()) | {"machines": len(machines), "of": len(market)}
+        except ReplayFailed as e:
+            raise ConfigError(f"the trace cannot be played: {safe_text(e.said)}") from e
+        except (BadReply, OSError, ValueError) as e:
+            raise ConfigError(f"the trace cannot be played: {safe_text(str(e))}") from e
+
+
+def _yesterday(ledger: Ledger | None, profile: Profile) -> list[str]:
+    now = time.time()
+    arrived = [] if ledger is None else ledger.arrived(now - WINDOW_S, now)
+    requests = sum(a.requests for a in arrived)
+    if requests < LEAST_REQUESTS:
+        raise ConfigError(
+            f"--yesterday: {requests:.0f} requests are known of the last day, {LEAST_REQUESTS} needed"
         )
-        table.add_row(*(safe_text(cell) for cell in cells))
+    return list(log_of(arrived, profile.prefill_weight))
+
+
+def machines_of(market: Sequence[Candidate], profile: Profile) -> list[dict[str, Any]]:
+    """Return offers as machines of a local cloud, one slot each; those of unknown speed are left out."""
+    return [
+        {
+            "machine_id": number,
+            "gpu_name": o.gpu_name,
+            "usd_gpu_h": max(0.001, o.dph_base / o.num_gpus),
+            "num_gpus": o.num_gpus,
+            "slots": 1,
+            "host_id": o.host_id or number,
+            "storage_usd_gb_month": o.storage_cost_gb_month,
+            "inet_down": max(0.1, o.inet_down_mbps),
+            "inet_usd_gb": o.inet_down_usd_gb or 0.0,
+            "reliability": min(1.0, o.reliability),
+        }
+        for number, o in enumerate((c.offer for c in market), start=1)
+        if profile.knows(o.gpu_name, o.num_gpus)
+    ]
+
+
+def _in_words(played: dict[str, Any]) -> str:
+    first = played["ttft_s"]
+    return (
+        f"Played in virtual time with up to {played['machines']} of these machines: {played['requests']} "
+        f"requests in {played['hours']:.1f} h would have cost ${played['usd_day']:.2f} a day, "
+        f"{played['met']:.1%} in time, first token after {first['p50']:.2f} s (p50) and "
+        f"{first['p99']:.2f} s (p99), at most {played['most_hot']} hot."
+    )
+
+
+_COLUMNS = (
+    "take",
+    "of",
+    "GPU",
+    "place",
+    "host",
+    "reliable",
+    "driver",
+    "Mbit/s",
+    "$/GB in",
+    "$/h",
+    "stopped",
+    "$/M tokens",
+    "min to hot",
+    "$ to set up",
+    "days left",
+)
+
+
+def _table(found: Sequence[Candidate], taken: Sequence[Candidate]) -> Table:
+    """Return the offers as a table; those of one machine that are alike are one line."""
+    table = Table(box=None)
+    for name in _COLUMNS:
+        table.add_column(name, no_wrap=True)
+    alike: dict[tuple[str, ...], list[Candidate]] = {}
+    for c in found:
+        alike.setdefault((str(c.offer.machine_id), *_cells(c)), []).append(c)
+    lines = sorted(alike.items(), key=lambda line: not any(c in taken for c in line[1]))
+    for number, ((_, *cells), of) in enumerate(lines):
+        take = sum(c in taken for c in of)
+        if number >= SHOWN and not take:
+            break
+        table.add_row(str(take or ""), str(len(of)), *(safe_text(cell) for cell in cells))
     return table
+
+
+def _cells(c: Candidate) -> tuple[str, ...]:
+    o = c.offer
+    return (
+        f"{o.num_gpus} x {o.gpu_name}",
+        o.geolocation or "?",
+        "?" if o.host_id is None else str(o.host_id),
+        f"{o.reliability:.1%}",
+        o.driver_version or "?",
+        f"{o.inet_down_mbps:.0f}",
+        "?" if o.inet_down_usd_gb is None else f"{o.inet_down_usd_gb:.4f}",
+        f"{c.usd_h:.3f}",
+        f"{c.stopped_usd_h:.4f}",
+        f"{c.usd_per_million_work:.3f}",
+        f"{c.hot_s / 60.0:.0f}",
+        "?" if c.usd_to_set_up is None else f"{c.usd_to_set_up:.3f}",
+        "?" if o.duration_s is None else f"{o.duration_s / 86_400.0:.0f}",
+    )

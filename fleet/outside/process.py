@@ -95,7 +95,7 @@ class AutoscalerProcess:
             policy or config.make_policy(),
             Demand(secrets.token_hex(8), no_balancers=no_balancers, began=clock()),
             self.vast,
-            performer := Performer(self.vast, self.profile, self.keys.master_token, config.ready_url),
+            performer := self._performer(),
             self.ledger,
             clock,
         )
@@ -133,6 +133,13 @@ class AutoscalerProcess:
             config.check_hot_every_s,
             config.check_boot_every_s,
             manage=config.manage,
+            preferences=config.preferences,
+        )
+
+    def _performer(self) -> Performer:
+        config = self.config
+        return Performer(
+            self.vast, self.profile, self.keys.master_token, config.ready_url, config.preferences.query()
         )
 
     def _operator_acts(self, performer: Performer, virtual: Sequence[str]) -> OperatorActs:

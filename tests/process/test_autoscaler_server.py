@@ -984,7 +984,7 @@ class QuickCloud:
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, Any]] = {}
-        self.offers = [make_offer(n) for n in range(1, 9)]
+        self.offers = [replace(make_offer(n), host_id=n) for n in range(1, 9)]
         self.lies = 0
         self.holds = False
         self.created: list[str] = []

@@ -8,16 +8,19 @@ import pytest
 from rich.console import Console
 
 from engine.profiles import get_profile
+from fleet.candidates import candidates, choose, summary
 from fleet.deadlines import Deadlines
+from fleet.limits import Limits
 from fleet.market import Market
 from fleet.outside.config import AutoscalerConfig
-from fleet.outside.plan import candidates, plan, summary
+from fleet.outside.plan import PlanConfig, machines_of, plan
+from fleet.preferences import Preferences
+from localcloud.machines import machines_from
 from process.errors import ConfigError
 from tests.fleet_world import make_offer
 from tests.ports import free_port
 
 PROFILE = get_profile("vllm-13")
-CONFIG = AutoscalerConfig()
 
 
 def test_loading_costs_the_time_and_the_traffic() -> None:
@@ -41,20 +44,41 @@ def test_the_order_is_that_in_which_the_autoscaler_takes_them() -> None:
 
 def test_the_summary_says_what_keeps_from_it() -> None:
     found = candidates([replace(make_offer(n, 4.0), inet_down_usd_gb=0.01) for n in (1, 2, 3)], PROFILE)
-    said = " ".join(summary(found, 4, replace(CONFIG, max_dollars_per_hour=10.0, max_instances=2)))
+    said = " ".join(summary(found, 4, Limits(2, 10.0)))
     assert "Only 3 of 4" in said
     assert "$12.00 an hour" in said
     assert "--max-dollars-per-hour is 10" in said
     assert "--max-instances is 2" in said
     assert "on one host" in said
-    assert summary([], 1, CONFIG) == ["Only 0 of 1 can be rented now: nothing else on the market fits."]
+    assert summary([], 1, Limits()) == ["Only 0 of 1 can be rented now: nothing else on the market fits."]
 
 
 def test_a_cloud_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     config = AutoscalerConfig(local=True, cloud_url=f"http://127.0.0.1:{free_port()}", speedup=60.0)
     with pytest.raises(ConfigError):
-        plan(config, 1, console=Console())
+        plan(config, PlanConfig(), [], console=Console())
     with pytest.raises(ConfigError, match="--count"):
-        plan(config, 0)
+        plan(config, PlanConfig(count=0), [])
     assert json.dumps(candidates([make_offer(1)], PROFILE)[0].shown())
+
+
+def test_no_host_has_more_than_its_share() -> None:
+    offers = [
+        replace(make_offer(n, 0.3), host_id=host) for n, host in ((1, 7), (2, 7), (3, 7), (4, 8), (5, 9))
+    ]
+    found = candidates(offers, PROFILE)
+    assert [c.offer.id for c in choose(found, 3, Preferences())] == [1, 4, 5]
+    assert [c.offer.id for c in choose(found, 6, Preferences())] == [1, 2, 4, 5]
+    assert [c.offer.id for c in choose(found, 4, Preferences(max_per_host=0))] == [1, 2, 3, 4]
+    [said, *_] = summary(choose(found, 4, Preferences()), 4, Limits(), Preferences())
+    assert said.startswith("Only 3 of 4")
+    assert "at most 1 of a host" in said
+
+
+def test_offers_are_machines_for_a_run_in_virtual_time() -> None:
+    """What `plan --trace` plays is a market of exactly these offers."""
+    offers = [replace(make_offer(n, 0.3, gpu), host_id=n) for n, gpu in ((1, "RTX 4090"), (2, "Unknown 1"))]
+    machines = machines_from(machines_of(candidates(offers, PROFILE), PROFILE))
+    assert [(m.gpu_name, m.slots, m.host_id) for m in machines] == [("RTX 4090", 1, 1)]
+    assert machines[0].usd_h == pytest.approx(0.29)
