@@ -43,7 +43,7 @@ def serve(instances: int) -> None:
     """Serve the page of a fleet of that size until SIGTERM; print the port first."""
     rng = random.Random(1)
     script = render(get_profile("vllm-13"), "0" * 64)
-    rows = [row(n, hot=n % 2 == 0, rng=rng, onstart=script) for n in range(instances)]
+    rows = [row(n, hot=n % 2 == 0, rng=rng, start=script) for n in range(instances)]
     sock = bind_socket("127.0.0.1", 0)
     with tempfile.TemporaryDirectory() as directory:
         fleet = SteadyFleet(instances, Path(directory), PreparedCli(rows))

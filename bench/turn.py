@@ -29,7 +29,7 @@ from fleet.health_check import HealthCheck, Verdict
 from fleet.limits import Limits
 from fleet.outside.ledger import Ledger
 from fleet.outside.performer import Performer
-from fleet.outside.start_script import render
+from fleet.outside.start_script import StartScript, render
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
 from fleet_client.flags import run_main
@@ -57,7 +57,6 @@ UNVARYING: dict[str, Any] = {
     "image_uuid": "vllm/vllm-openai:v0.11.0",
     "image_args": [],
     "image_runtype": "ssh ssh_direc ssh_proxy",
-    "extra_env": {"-p 3000:3000": "1", "-p 8000:8000": "1"},
     "template_id": None,
     "template_hash_id": None,
     "template_name": None,
@@ -123,7 +122,7 @@ UNVARYING: dict[str, Any] = {
 """Fields of a listing's row that are the same for all instances here (vast-contract 2.11)."""
 
 
-def row(number: int, *, hot: bool, rng: random.Random, onstart: str) -> dict[str, Any]:
+def row(number: int, *, hot: bool, rng: random.Random, start: StartScript) -> dict[str, Any]:
     """Return one instance as `show instances --raw` prints it (vast-contract 2.11)."""
     gpu, ram, usd_h = rng.choice(GPUS)
     base = round(usd_h * rng.uniform(0.8, 1.3), 4)
@@ -142,7 +141,9 @@ def row(number: int, *, hot: bool, rng: random.Random, onstart: str) -> dict[str
         "next_state": cur,
         "status_msg": f"success, {status} vllm/vllm-openai_v0.11.0/ssh\n",
         "label": f"fleet/{number:012x}",
-        "onstart": onstart,
+        "onstart": start.onstart,
+        "extra_env": {"-p 3000:3000": "1", "-p 8000:8000": "1"}
+        | dict(word.split("=", 1) for word in start.env.split(" ") if "=" in word),
         "ssh_host": f"ssh{number % 9}.vast.ai",
         "ssh_port": 10_000 + number,
         "ssh_idx": str(number % 9),
@@ -281,7 +282,7 @@ def measure(instances: int, turns: int) -> dict[str, Any]:
     """Run so many turns over so many instances, in which nothing changes; return milliseconds by part."""
     rng = random.Random(1)
     script = render(get_profile("vllm-13"), "0" * 64)
-    cli = PreparedCli([row(n, hot=n % 2 == 0, rng=rng, onstart=script) for n in range(instances)])
+    cli = PreparedCli([row(n, hot=n % 2 == 0, rng=rng, start=script) for n in range(instances)])
     watch = PartTimes()
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         fleet = SteadyFleet(instances, Path(directory), cli)

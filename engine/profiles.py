@@ -26,7 +26,8 @@ class Profile:
     has better figures for some GPUs. hold_s: seconds of work an instance may be given before a new request
     would wait too long. load_time_s: seconds from order to hot on a new machine. start_time_s: seconds from
     start to hot on a stopped machine that holds the model. download_gb: image and weights, as they come over
-    the network.
+    the network. env: environment variables of the container, no secrets; NCCL_P2P_DISABLE=1 for several GPUs
+    on boards without P2P, where NCCL hangs (vllm#2466, #14449).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Profile:
     max_model_len: int
     download_gb: float
     throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def throughput_on(self, gpu_name: str, num_gpus: int = 1) -> float:
         """Return the expected throughput of an instance with these GPUs, in work per second.

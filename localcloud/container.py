@@ -29,8 +29,8 @@ from localcloud.ssh_server import HANG, SshServer
 from process.children import start_child
 from process.ssh_keys import load_or_make_ssh_key
 
-MODEL_SERVER = b"vllm.entrypoints.openai.api_server"
-"""Part of the command line of a model server."""
+MODEL_SERVERS = frozenset({b"vllm.entrypoints.cli.main", b"vllm.entrypoints.openai.api_server"})
+"""Words of which one is in the command line of a model server."""
 
 
 class Container:
@@ -130,7 +130,7 @@ class Container:
         self._note_shared_memory()
         if part == "model":
             for pid in processes.living_in(self.path, self.session):
-                if MODEL_SERVER in processes.command_line(pid):
+                if MODEL_SERVERS.intersection(processes.command_line(pid)):
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             return False

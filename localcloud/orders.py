@@ -47,6 +47,11 @@ class Order:
         return tuple(dict.fromkeys(inside))
 
     @property
+    def script_bytes(self) -> int:
+        """How long onstart and args are together, in bytes, as the service counts them."""
+        return len((self.onstart or "").encode()) + sum(len(arg.encode()) + 1 for arg in self.args)
+
+    @property
     def variables(self) -> dict[str, str]:
         """The environment variables of the start script that the order gives (-e NAME=VALUE)."""
         return {name: value for name, value in self.env.items() if not name.startswith("-")}

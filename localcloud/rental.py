@@ -103,6 +103,7 @@ class Rental:
         self._emit = surroundings.emit
         self._faults = surroundings.faults
         self._speedup = surroundings.speedup
+        self._never_starts = order.script_bytes > surroundings.realism.script_bytes
         self._times = surroundings.times
         self.id = rental_id
         self.order = order
@@ -282,7 +283,7 @@ class Rental:
                 else:
                     self._load(at)
             case P.LOADING:
-                if self._struck("stuck-loading", now) is not None:
+                if self._struck("stuck-loading", now) is not None or self._never_starts:
                     self.due = now + RECHECK_S
                 else:
                     self._boot(now)

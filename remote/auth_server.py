@@ -51,6 +51,13 @@ def _error(status: int, code: str, message: str) -> _Answer:
     return status, {"error": code, "message": message}
 
 
+def first_certificate(pem: str) -> str:
+    """Return the first certificate of a file, the machine's: after it come those of its authority."""
+    begin, end = (f"-----{what} CERTIFICATE-----" for what in ("BEGIN", "END"))
+    inside = pem.partition(begin)[2].partition(end)[0]
+    return f"{begin}{inside}{end}\n".replace("\r", "")
+
+
 def create_app(
     master_sha256: str,
     boot_id: str,
@@ -182,6 +189,7 @@ def main() -> None:
     """
     import uvicorn
 
+    from remote.disk import Disk
     from remote.model_load import ModelServer
     from remote.speaker import Speaker, Watch
 
@@ -205,8 +213,10 @@ def main() -> None:
         int(os.environ.get("FLEET_PORT_8000", "8000")), text(boot, "local.key"), certificate, time.monotonic
     )
     ring, digest, boot_id = Events(boot), text(fleet, "master.sha256"), text(boot, "boot_id")
-    watch = Watch(os.path.join(fleet, "model.log"), ring, lambda: model.load(0.0).model_up)
-    speaker = Speaker(watch, ring, digest, boot_id)
+    disk = Disk(fleet, os.environ.get("FLEET_MODEL_KEY", ""))
+    log = os.path.join(fleet, "model.log")
+    watch = Watch(log, ring, lambda: model.load(0.0).model_up, disk.note_complete)
+    speaker = Speaker(watch, ring, digest, boot_id, first_certificate(text(certificate)))
     app = create_app(digest, boot_id, Issuer(boot, time.monotonic()), ring, model.load, listen=speaker.listen)
     bind = os.environ.get("FLEET_BIND", "0.0.0.0")  # noqa: S104 the port is mapped to the outside by the host
     port = int(os.environ.get("FLEET_PORT_3000", "3000"))

@@ -2,19 +2,28 @@
 
     python3 -m remote.boot begin        make fleet/boot anew, and a certificate
     python3 -m remote.boot fail_open    report that the requests that were under way have failed
+    python3 -m remote.boot give_up WHY  tell the autoscaler why this machine will not serve
 
 A program of its own, so that what it imports does not stay in the supervisor's memory.
 """
 
 import os
 import shutil
+import signal
 import ssl
 import sys
+import time
 
-from remote import events, tokens
+from remote import events, speaker, tokens
 
 GIVEN = "/etc/instance"
 """Where Vast.ai puts a machine's certificate and key, .crt and .key, signed by its own authority."""
+
+MOST_S = 60
+"""Seconds for one step: a certificate and some files, or a message. The kernel ends one that takes longer."""
+
+TRY_S = 5.0
+"""Between two tries to tell the autoscaler."""
 
 _OPENSSL = (
     "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=instance"
@@ -117,5 +126,26 @@ def fail_open(fleet: str) -> int:
     return events.Events(os.path.join(fleet, "boot")).fail_open()
 
 
+def give_up(fleet: str, why: str) -> None:
+    """Tell the autoscaler why this machine will not serve: one signed message, until it is taken."""
+    url = os.environ.get("FLEET_READY_URL", "")
+    digest = _read(os.path.join(fleet, "master.sha256")).decode()
+    while url and speaker.say(url, digest, os.urandom(16).hex(), {"state": "failed", "why": why})[0] != 200:
+        time.sleep(TRY_S)  # until MOST_S
+
+
+def main() -> None:
+    """Do the step that the command line names."""
+    signal.alarm(MOST_S)
+    fleet = os.path.expanduser("~/fleet")
+    match sys.argv[1:]:
+        case ["begin"]:
+            begin(fleet)
+        case ["fail_open"]:
+            fail_open(fleet)
+        case ["give_up", why]:
+            give_up(fleet, why)
+
+
 if __name__ == "__main__":
-    {"begin": begin, "fail_open": fail_open}[sys.argv[1]](os.path.expanduser("~/fleet"))
+    main()

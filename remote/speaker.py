@@ -1,11 +1,12 @@
 """Sends messages from the instance: the state of its model, and the events of its requests.
 
-    model.log ─┐           ┌─► POST /ready   to the autoscaler, when the model's state has changed
+    model.log ─┐           ┌─► POST /ready   to the autoscaler: the model's state, and the certificate
                ├─► Watch ──┤
     events ────┘           └─► POST /report  to each loadbalancer that asked for it with POST /tokens
 
 A message is signed with what there is of the master token here, its SHA-256. It names the boot and has a
-number that grows, so that none counts twice. What gets lost is found by polling.
+number that grows, so that none counts twice. What gets lost is found by polling, and the state is said again
+now and then: an autoscaler that was started anew knows nothing of it.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from remote.events import Events, News, events_told
-from remote.log_lines import ENDED, GIVING_UP, READY
+from remote.log_lines import ANSWERS, ENDED, GIVING_UP, READY_LINES
 
 _TICK_S = 0.02
 """Between two looks, at least; each takes 50 to 100 µs."""
@@ -32,6 +33,12 @@ _QUIET_S = 1.0
 
 _PROGRESS_S = 5.0
 """Between two messages that say no more than how far loading is."""
+
+_REPEAT_S = 60.0
+"""Between two messages that say the same."""
+
+_ASK_S = 5.0
+"""Between two requests to a model server that loads: it may answer although no line has said so."""
 
 _POST_S = 2.0
 """For a message: one that takes longer is tried again, or left to polling."""
@@ -86,7 +93,7 @@ class ModelState:
                 self.state, self.why = "failed", line.decode(errors="replace")[:200]
             elif line.startswith(ENDED):
                 self.state, self.why, self.said_ready = "loading", "the model server ended", False
-            elif READY in line:
+            elif any(ready in line for ready in READY_LINES):
                 self.said_ready = True
             elif percent and self.state == "loading" and not self.said_ready:
                 self.why = f"{int(percent[1])} %"
@@ -102,9 +109,20 @@ class ModelState:
 class Watch(threading.Thread):
     """A thread that follows log and events, and wakes the threads that wait for news of them."""
 
-    def __init__(self, log: str, ring: Events, answers: Callable[[], bool]) -> None:
-        """Prepare the thread. log: path of model.log. answers: whether the model server answers now."""
+    def __init__(
+        self,
+        log: str,
+        ring: Events,
+        answers: Callable[[], bool],
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare the thread.
+
+        log: path of model.log. answers: whether the model server answers now. ready: called when it is ready.
+        """
         super().__init__(name="watch", daemon=True)
+        self._ready = ready
+        self._ask_at = 0.0
         self.changed = threading.Condition()
         self.model = ModelState()
         self._log = log
@@ -131,14 +149,31 @@ class Watch(threading.Thread):
         while True:
             self._ring.forget()
             self._read_log()
-            if self.model.said_ready and self.model.state == "loading" and self._answers():
-                self.model.answers()
+            if self.model.state == "loading":
+                self._ask()
             if seen != (seen := (*self.news, self.model.state, self.model.why)):
                 with self.changed:
                     self.changed.notify_all()
             time.sleep(_TICK_S)
             # The end of a model server wakes us, too (events.fail_open).
             self._ring.wait(0.0 if self.model.state == "loading" else _QUIET_S)
+
+    def _ask(self) -> None:
+        """See whether the model server answers: at once after its ready line, now and then without one."""
+        now, said = time.monotonic(), self.model.said_ready
+        if not said and now < self._ask_at:
+            return
+        self._ask_at = now + _ASK_S
+        if not self._answers():
+            return
+        self.model.answers()
+        try:
+            if not said:
+                with open(self._log, "ab") as log:
+                    log.write(b"\n%b\n" % ANSWERS)
+            self._ready()
+        except OSError:  # a full disk: it is ready all the same
+            return
 
     def _read_log(self) -> None:
         try:
@@ -155,11 +190,31 @@ class Watch(threading.Thread):
             return
 
 
+def say(url: str, key: str, boot_id: str, said: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Post one signed message on a connection of its own; return (status, answer) as `_Line.post` does."""
+    line = _Line(url)
+    try:
+        return _say(line, key, boot_id, said)
+    finally:
+        line.close()
+
+
+def _say(line: "_Line", key: str, boot_id: str, said: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    # The clock of this machine's kernel: it grows also when this process is started again.
+    number = time.monotonic_ns() // 1000
+    body = json.dumps({"boot_id": boot_id, "number": number, **said}).encode()
+    return line.post(body, signed(key, line.path, body))
+
+
 class Speaker:
     """Posts the model's state to the autoscaler, and requests' events to loadbalancers that asked."""
 
-    def __init__(self, watch: Watch, ring: Events, key: str, boot_id: str) -> None:
-        """Start nothing before `begin`. key: SHA-256 of the master token, which signs the messages."""
+    def __init__(self, watch: Watch, ring: Events, key: str, boot_id: str, certificate: str = "") -> None:
+        """Start nothing before `begin`.
+
+        key: SHA-256 of the master token, which signs the messages. certificate: this machine's, PEM.
+        """
+        self._certificate = certificate
         self._watch = watch
         self._ring = ring
         self._key = key
@@ -187,10 +242,7 @@ class Speaker:
             self._listeners[url].start()
 
     def _post(self, line: "_Line", said: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        # The clock of this machine's kernel: it grows also when this process is started again.
-        number = time.monotonic_ns() // 1000
-        body = json.dumps({"boot_id": self._boot_id, "number": number, **said}).encode()
-        return line.post(body, signed(self._key, line.path, body))
+        return _say(line, self._key, self._boot_id, said)
 
     def _say_ready(self, line: "_Line", again: bool) -> None:
         watch = self._watch
@@ -203,11 +255,12 @@ class Speaker:
         while True:
             now = state()
             progress = said is not None and now[0] == said[0] == "loading"
-            rest_s = said_at + _PROGRESS_S - time.monotonic() if progress else 0.0
-            if now == said or rest_s > 0.0:
-                watch.wait_for_other(state, now, rest_s if now != said else None)
+            every_s = _REPEAT_S if now == said else _PROGRESS_S if progress else 0.0
+            if (rest_s := said_at + every_s - time.monotonic()) > 0.0:
+                watch.wait_for_other(state, now, rest_s)
                 continue
-            status, _ = self._post(line, {"state": now[0], "why": now[1]})
+            told = {"state": now[0], "why": now[1], "certificate": self._certificate}
+            status, _ = self._post(line, told)
             if status == 200:
                 said, said_at, pause_s, note = now, time.monotonic(), _RETRY_S[0], ""
             else:

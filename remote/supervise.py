@@ -4,7 +4,9 @@
 
 Each boot begins with a new fleet/boot (keys, tokens, events) and a new fleet/model.log; each new start of the
 model server with a new log, so that an old ready line makes nobody believe in a new process. A model server
-that dies again and again is given up with a line that the autoscaler's log check knows.
+that dies again and again, or of what lasts, is given up with a line that the autoscaler's log check knows.
+A model that was ready once is on the disk: its next start asks nothing of the hub (HF_HUB_OFFLINE), until one
+such start fails.
 
 It sleeps until a child dies or a signal comes. Of its children none outlives it: each asked the kernel for
 SIGKILL at its parent's death, and a model server's own children are in its process group.
@@ -15,21 +17,26 @@ needs more is done by a process that ends (remote/boot.py).
 
 import ctypes
 import fcntl
+import importlib.util
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
-from remote.log_lines import ENDED, GIVING_UP, READY
+from remote.disk import Disk, model_key
+from remote.log_lines import ENDED, GIVING_UP, NO_INTERNET, cause_of_death, has_ready_line, read_end
 
 EARLY_DEATHS = 3
 """Deaths of a model server that never was ready, in a row, after which it is given up."""
 
 DEATHS, DEATHS_IN_S = 5, 600.0
 """Deaths of any kind within so many seconds after which it is given up."""
+
+NO_INTERNET_S = 300.0
+"""For so long a machine that cannot reach the hub may try."""
 
 PAUSE_S = (1.0, 30.0)
 """Before a dead process is started again: the first, doubling up to the second."""
@@ -44,22 +51,33 @@ TERM_GRACE_S = 8.0
 class Deaths:
     """Counts deaths of the model server and decides when to give it up. Pure: takes `now`, seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         """Start without deaths."""
         self._early = 0
+        self._began = now  # to try, without having been ready since
         self._at: list[float] = []
 
-    def died(self, was_ready: bool, now: float) -> str | None:
+    def died(self, was_ready: bool, why: str, lasts: bool, now: float) -> str | None:
         """Count a death; return why the model server should be given up, or None.
 
-        was_ready: it had been ready before it died.
+        was_ready: it had been ready before it died. why, of one that was not: by its log, "" if that is not
+        known. lasts: whether another start would end in the same way.
         """
-        self._early = 0 if was_ready else self._early + 1
+        if was_ready:
+            self._early, self._began = 0, now
+        else:
+            self._early += 1
         self._at = [at for at in self._at if now - at < DEATHS_IN_S] + [now]
+        if lasts:
+            return why
+        if why == NO_INTERNET:
+            tried_s = now - self._began
+            return f"{why}: the hub was not reached in {tried_s:.0f} s" if tried_s >= NO_INTERNET_S else None
+        because = f": {why}" if why else ""
         if self._early >= EARLY_DEATHS:
-            return f"the model server ended {self._early} times before it was ready"
+            return f"the model server ended {self._early} times before it was ready{because}"
         if len(self._at) >= DEATHS:
-            return f"the model server ended {len(self._at)} times in {DEATHS_IN_S:g} s"
+            return f"the model server ended {len(self._at)} times in {DEATHS_IN_S:g} s{because}"
         return None
 
 
@@ -78,11 +96,24 @@ class Pause:
         return pause_s
 
 
+def has_serve() -> bool:
+    """Return whether this Python's vLLM has the command `vllm serve`; nothing of it is imported."""
+    spec = importlib.util.find_spec("vllm")
+    where = spec.submodule_search_locations if spec else None
+    return any(os.path.exists(os.path.join(path, "entrypoints", "cli", "main.py")) for path in where or ())
+
+
 def model_command(
-    fleet: str, name: str, model: str, args: list[str], environ: "os._Environ[str]"
+    fleet: str, name: str, model: str, args: list[str], environ: Mapping[str, str], *, serve: bool
 ) -> list[str]:
-    """Return the model server's command line. The model is served under the profile's name and its own."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    """Return the model server's command line. The model is served under the profile's name and its own.
+
+    serve: by `vllm serve`, which versions from 0.8 have; its forerunner is deprecated since 0.32.
+    """
+    if serve:
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    else:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", *dict.fromkeys((name, model))]
     command += ["--host", environ.get("FLEET_BIND", "0.0.0.0")]  # noqa: S104 the host maps the port
     command += ["--port", environ.get("FLEET_PORT_8000", "8000")]
@@ -96,15 +127,6 @@ def model_command(
     if gpus.isdigit() and int(gpus) > 1 and not chosen:
         command += ["--tensor-parallel-size", gpus]
     return [*command, "--middleware", "remote.token_check.TokenCheck", *args]
-
-
-def _has_line(path: str, text: bytes) -> bool:
-    """Return whether a line of the file has the text; False for a file that somebody removed."""
-    try:
-        with open(path, "rb") as f:
-            return any(text in line for line in f)
-    except OSError:
-        return False
 
 
 # --- outside world ---------------------------------------------------------------------------------
@@ -133,6 +155,7 @@ class Child:
         self.log = log
         self.pid = 0  # 0: does not run
         self.start_at: float | None = 0.0
+        self.more: dict[str, str] = {}  # variables of its environment
         self._environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in python_path if p)}
         self._pause = Pause()
         self._started_at = 0.0
@@ -144,7 +167,9 @@ class Child:
         """
         if os.path.exists(self.log):
             os.replace(self.log, self.log + ".old")
-        out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        # To its end: what we write into it while the process runs must not be written over.
+        how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        out = os.open(self.log, how, 0o600)
         try:
             parent = os.getpid()
             self.pid = os.fork()
@@ -167,7 +192,8 @@ class Child:
                 os.dup2(out, 2)
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec keeps that
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-                os.execve(self.command[0], self.command, self._environ)  # noqa: S606 ours, and never a shell
+                environ = {**self._environ, **self.more}
+                os.execve(self.command[0], self.command, environ)  # noqa: S606 ours, and never a shell
         finally:
             os._exit(127)
 
@@ -211,20 +237,26 @@ class Supervisor:
         """Begin a boot; start no child yet. name: the profile's; model, args: for vLLM."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         self._path = (fleet, *inherited)
+        model_log = os.path.join(fleet, "model.log")
         if not boot_step("begin", self._path):
-            sys.exit("supervise: fleet/boot cannot be made")
+            with suppress(OSError), open(model_log, "wb") as log:
+                log.write(GIVING_UP + b": fleet/boot cannot be made\n")
+            sys.exit("fleet: giving up: fleet/boot cannot be made")
         self._clock = clock
-        self._deaths = Deaths()
+        self._deaths = Deaths(clock())
+        self._disk = Disk(fleet, model_key(model, args))
+        self._offline = False
         self._auth = Child(
             [sys.executable, "-m", "remote.auth_server"],
             os.path.join(fleet, "auth.log"),
             self._path,
         )
         self._model = Child(
-            model_command(fleet, name, model, args, os.environ),
-            os.path.join(fleet, "model.log"),
+            model_command(fleet, name, model, args, os.environ, serve=has_serve()),
+            model_log,
             self._path,
         )
+        self._auth.more = {"FLEET_MODEL_KEY": self._disk.key}
 
     def run(self) -> None:
         """Keep both children running until SIGTERM or SIGINT."""
@@ -248,6 +280,9 @@ class Supervisor:
         waiting = []
         for child in (self._auth, self._model):
             if child.start_at is not None and child.start_at <= now:
+                if child is self._model:
+                    self._offline = "HF_HUB_OFFLINE" not in os.environ and self._disk.complete
+                    child.more = {"HF_HUB_OFFLINE": "1"} if self._offline else {}
                 try:
                     child.start(now)
                 except OSError as e:  # no memory or no space at the moment
@@ -261,11 +296,19 @@ class Supervisor:
     def _see_deaths(self, now: float) -> None:
         self._auth.died(now)
         if self._model.died(now):
-            why = self._deaths.died(_has_line(self._model.log, READY), now)
+            was_ready, cause = has_ready_line(self._model.log), ("", False)
+            if not was_ready and self._offline:
+                self._disk.doubt()  # perhaps a file is missing: the next start may ask the hub
+            elif not was_ready:
+                cause = cause_of_death(read_end(self._model.log))
+            why = self._deaths.died(was_ready, *cause, now)
+            line = ENDED if why is None else GIVING_UP + b": " + why.encode()
             if why is not None:
                 self._model.start_at = None
             with suppress(OSError), open(self._model.log, "ab") as log:
-                log.write(b"\n%b\n" % (ENDED if why is None else GIVING_UP + b": " + why.encode()))
+                log.write(b"\n%b\n" % line)
+            with suppress(OSError):  # for `vastai logs`
+                print(line.decode(), flush=True)
             boot_step("fail_open", self._path)
 
     def _end(self) -> None:

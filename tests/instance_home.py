@@ -2,23 +2,27 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from engine.profiles import Profile, get_profile
 from fleet.outside.start_script import render
 from fleet_client.tls_pins import pinned_context
+from remote.speaker import signed
 from tests.ports import free_port
 from tests.waiting import wait_for
 
 MASTER = "master-token-of-a-test"
-MODEL = "vllm.entrypoints.openai.api_server"
+MODEL = "vllm.entrypoints.cli.main"
 AUTH = "remote.auth_server"
 
 ENGINE = """
@@ -49,7 +53,7 @@ import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "core" not in sys.argv:
     import subprocess
-    core = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "core"])
+    core = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.cli.main", "core"])
     print("INFO:     Application startup complete.", flush=True)
     print("core", core.pid, flush=True)
 while True:
@@ -66,9 +70,10 @@ class Machine:
         self.home = path / "home"
         self.home.mkdir()
         self.image = path / "image"
-        package = self.image / "vllm" / "entrypoints" / "openai"
+        package = self.image / "vllm" / "entrypoints" / "cli"
         package.mkdir(parents=True)
-        (package / "api_server.py").write_text(engine)
+        (self.image / "vllm" / "__init__.py").touch()
+        (package / "main.py").write_text(engine)
         self.script = path / "onstart.sh"
         self.log = path / "console.log"
         self.auth_port, self.model_port = free_port(), free_port()
@@ -87,9 +92,11 @@ class Machine:
         """Where our files lie."""
         return self.home / "fleet"
 
-    def give(self, profile: Profile) -> None:
-        """It was created with that profile."""
-        self.script.write_text(render(profile, MASTER))
+    def give(self, profile: Profile, ready_url: str | None = None) -> None:
+        """It was created with that profile, by an autoscaler of that URL."""
+        made = render(profile, MASTER, ready_url)
+        self.script.write_text(made.onstart)
+        self.environ |= dict(word.split("=", 1) for word in shlex.split(made.env) if "=" in word)
 
     @contextmanager
     def running(self) -> Iterator["subprocess.Popen[bytes]"]:
@@ -165,6 +172,44 @@ class Machine:
     def tokens(self) -> dict[str, Any] | None:
         """A batch of one token."""
         return self.ask("/tokens", b'{"count": 1}')
+
+
+class Ears:
+    """An autoscaler's `POST /ready`, which keeps what instances say."""
+
+    def __init__(self) -> None:
+        """Listen on a free port."""
+        told: list[tuple[str, bytes]] = []
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                told.append((self.headers["Authorization"], body))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.told = told
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/ready"
+
+    def __enter__(self) -> "Ears":
+        """Begin to listen."""
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End listening."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def heard(self, key: str) -> list[dict[str, Any]]:
+        """All that was said, each signed with that key."""
+        assert all(header == signed(key, "/ready", body) for header, body in self.told)
+        return [json.loads(body) for _, body in self.told]
 
 
 def ended_within(process: "subprocess.Popen[bytes]", limit_s: float) -> float:

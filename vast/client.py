@@ -46,7 +46,11 @@ from vast.rows import (
 log = logging.getLogger("vast")
 
 ONCE = "--retry=1"  # attempts in all; the default is 3, also for changes (vast-contract 0.9)
-ONSTART_LIMIT_BYTES = 16_384  # vast-contract 2.2: the service refuses or cuts longer scripts
+ONSTART_LIMIT_BYTES = (
+    4_000  # strictest documented: 4,048 with args, longer ones never start (vast-contract 9)
+)
+ENV_LIMIT = 30_000  # characters of --env; documented for all variables: 32,768 (vast-contract 9)
+ENV_ENTRIES = 256  # variables and ports; vast-contract 9
 LABEL_LIMIT = 256  # at create; vast-contract 2.2
 PORTS_LIMIT = 64  # -p options of one instance; vast-contract 2.2
 LISTING_TIMEOUT_S = 60.0  # of a listing of many pages
@@ -72,7 +76,9 @@ def check_env(env: str) -> None:
 
     The error shows no value.
     """
-    at, ports = 0, 0
+    if len(env) > ENV_LIMIT:
+        raise ValueError(f"env: at most {ENV_LIMIT} characters, got {len(env)}")
+    at, ports, entries = 0, 0, 0
     while at < len(env):
         option = _ENV_OPTION.match(env, at)
         if option is None:
@@ -81,11 +87,14 @@ def check_env(env: str) -> None:
                 "with single spaces between; vastai would drop what is there without a word"
             )
         ports += option["ports"] is not None
+        entries += 1
         at = option.end() + 1
     if env.endswith(" "):
         raise ValueError("env ends with a space")
     if ports > PORTS_LIMIT:
         raise ValueError(f"env: at most {PORTS_LIMIT} ports, got {ports}")
+    if entries > ENV_ENTRIES:
+        raise ValueError(f"env: at most {ENV_ENTRIES} entries, got {entries}")
 
 
 def _check_label(label: str) -> None:

@@ -25,7 +25,7 @@ LASTS_S = {"engine-slow": (60.0, 75.0)}
 """For how long an engine lies, where that is longer than usual: until clients have found it slow."""
 
 AUTH = b"remote.auth_server"
-ENGINE = b"vllm.entrypoints.openai.api_server"
+ENGINE = b"vllm.entrypoints.cli.main"
 
 
 def _victim(scene: Scene, *, prepared: bool = False) -> tuple[int, Path]:

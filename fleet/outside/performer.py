@@ -11,9 +11,6 @@ from vast.errors import ApiError, CloudAuthError, NoSuchInstance, OfferGone, Rat
 
 # --- outside world ---------------------------------------------------------------------------------
 
-PORTS_ENV = "-p 3000:3000 -p 8000:8000"
-"""Ports of auth_server and model server; nothing secret is in --env, which process lists show."""
-
 
 class Performer:
     """Sends commands through the vastai CLI, one at a time, and says how each went; decides nothing."""
@@ -25,14 +22,16 @@ class Performer:
         master_token: Callable[[str], str],
         ready_url: str | None = None,
         wanted: str = "",
+        ssh_public_key: str = "",
     ) -> None:
         """Prepare to send commands. master_token: a function from an instance's label to its master token.
 
         ready_url: the URL at which an instance reports that it is ready. wanted: what a search for offers
-        asks beside the profile's query.
+        asks beside the profile's query. ssh_public_key: instances accept it.
         """
         self._ready_url = ready_url
         self._query = f"{profile.offer_query} {wanted}".strip()
+        self._ssh_public_key = ssh_public_key
         self._vast = vast
         self._profile = profile
         self._master_token = master_token
@@ -65,13 +64,15 @@ class Performer:
     def _ask(self, command: Command) -> Performed:
         p = self._profile
         if isinstance(command, Create):
+            master = self._master_token(command.label)
+            start = start_script.render(p, master, self._ready_url, self._ssh_public_key)
             new_id = self._vast.create(
                 command.offer.id,
                 image=p.image,
                 disk_gb=p.disk_gb,
                 label=command.label,
-                env=PORTS_ENV,
-                onstart=start_script.render(p, self._master_token(command.label), self._ready_url),
+                env=start.env,
+                onstart=start.onstart,
             )
             return Performed(Reply.DONE, new_id=new_id)
         if isinstance(command, Start):

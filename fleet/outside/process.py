@@ -137,9 +137,10 @@ class AutoscalerProcess:
         )
 
     def _performer(self) -> Performer:
-        config = self.config
+        config, keys = self.config, self.keys
+        wanted = config.preferences.query()
         return Performer(
-            self.vast, self.profile, self.keys.master_token, config.ready_url, config.preferences.query()
+            self.vast, self.profile, keys.master_token, config.ready_url, wanted, keys.ssh_public_key
         )
 
     def _operator_acts(self, performer: Performer, virtual: Sequence[str]) -> OperatorActs:

@@ -1,173 +1,169 @@
-"""The start script that a new instance is created with: all of remote/ in one text of at most 16 KB.
+"""What a new instance is created with: a short start script, and remote/ in its environment variables.
 
-Vast.ai runs it at every start of the container, so it repeats what may be new and nothing that takes long:
-it unpacks remote/ and becomes the supervisor. Nothing is installed: a vLLM image has all that it needs.
-Of the master token only the SHA-256 is in it: a listing shows the script.
-Comments, docstrings, types and long names are left out: they are most of the text.
+    onstart   at most 4,000 bytes: unpacks remote/, finds the Python that has vLLM, becomes the supervisor
+    env       FLEET_0, FLEET_1, …: remote/ without its comments, compressed, in base64; and the profile's own
+
+Both stay below the strictest of the limits that the service documents (docs/reference/vast-contract.md 9).
+Vast.ai runs the script at every start of the container, so it repeats what may be new and nothing that takes
+long. Nothing is installed: a vLLM image has all that it needs. Each step ends after a while, and one that
+cannot be done says so in the log, in words that begin with "fleet: giving up".
+
+Listings and process lists show both, so neither holds a secret: of the master token only the SHA-256 is in
+the script. Account variables such as HF_TOKEN come into the container's environment by the service itself.
 """
 
 import ast
 import base64
 import functools
 import hashlib
-import itertools
 import lzma
 import re
 import shlex
-import string
+from dataclasses import dataclass
 from pathlib import Path
-
-import python_minifier
-from python_minifier import RemoveAnnotationsOptions
 
 from engine.profiles import Profile
 from process.errors import ConfigError
+from vast.client import ENV_LIMIT, ONSTART_LIMIT_BYTES
 
 REMOTE = Path(__file__).resolve().parents[2] / "remote"
 
-LIMIT_BYTES = 16_384
-"""Bytes of the longest script; the service refuses or cuts longer ones (vast-contract 2.2)."""
+PORTS = "-p 3000:3000 -p 8000:8000"
+"""Ports of auth_server and model server."""
+
+CHUNK = 3_800
+"""Characters of one variable: below the 4,096 that some tools take for a line."""
+
+OWN_NAMES = re.compile(r"(FLEET|VAST|CONTAINER)_.*|VLLM_MODEL|VLLM_ARGS|HOME|PATH|PYTHONPATH")
+"""Names of variables that are not a profile's to set."""
 
 _TEMPLATE = """\
 #!/bin/bash
 # autoscaler-py, start_script.py
+touch ~/.no_auto_tmux
 set -u
 umask 077
 export HOME="${{HOME:-/root}}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \\
-  VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+  VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_USE_RUST_FRONTEND=0
 fleet="$HOME/fleet"
 mkdir -p "$fleet" && cd "$fleet" || exit 1
+key="${{FLEET_SSH_KEY:-}}" keys="$HOME/.ssh/authorized_keys"
+if [ -n "$key" ] && ! grep -qsF "${{key/:/ }}" "$keys"; then
+  mkdir -p "$HOME/.ssh" && printf '\\n%s\\n' "${{key/:/ }}" >> "$keys"
+fi
 printf %s {digest} > master.sha256
 [ -n "${{VLLM_MODEL:-}}" ] || VLLM_MODEL={model}
 [ -n "${{VLLM_ARGS+x}}" ] || VLLM_ARGS={args}
 export VLLM_MODEL VLLM_ARGS FLEET_READY_URL={ready_url}
-rm -rf remote
-mkdir remote && python3 -c 'import base64,lzma
-for f in lzma.decompress(base64.b85decode(input())).decode().split("\\0"):
-  name,s=f.split("\\n",1);open("remote/"+name,"w").write(s)' <<'END'
-{packed}
-END
 export PYTHONPATH="$fleet${{PYTHONPATH:+:$PYTHONPATH}}"
-exec python3 -m remote.supervise {name}
+rm -rf remote
+any= python=
+give_up() {{
+  echo "fleet: giving up: $1" | tee model.log
+  [ ! -d remote ] || timeout 60 "$any" -m remote.boot give_up "$1"
+  exit 1
+}}
+for p in $(type -aP python3) /venv/*/bin/python3 /opt/*/bin/python3 /opt/*/*/bin/python3 \\
+  /opt/conda/envs/*/bin/python3 /usr/local/bin/python3 /usr/bin/python3 /*/.venv/bin/python3 \\
+  "$HOME"/*/bin/python3 "$HOME"/.*/bin/python3; do
+  [ -x "$p" ] || continue
+  any="${{any:-$p}}"
+  timeout 60 "$p" -c 'import sys
+from importlib.util import find_spec as f
+sys.exit(not all(getattr(f(n),"origin",0) for n in ("vllm","uvicorn")))' 2>/dev/null && python="$p" && break
+done
+[ -n "$any" ] || give_up "no python3 on this image"
+mkdir remote && timeout 60 "$any" -c 'import base64,lzma,os
+s="".join(os.environ["FLEET_%d"%n] for n in range({chunks}))
+for f in lzma.decompress(base64.b64decode(s)).decode().split("\\0"):
+  name,s=f.split("\\n",1);open("remote/"+name,"w").write(s)' || {{
+  rm -rf remote
+  give_up "its code did not arrive in its environment"
+}}
+unset {names}
+[ -n "$python" ] || give_up "no python3 on this image has vLLM"
+exec "$python" -m remote.supervise {name}
 """
 
 
+@dataclass(frozen=True)
+class StartScript:
+    """What a create sends: the script (onstart), and the container's environment and ports (--env)."""
+
+    onstart: str
+    env: str
+
+
+def packed() -> str:
+    """Return remote/*.py without its words, compressed, in base64, which neither a shell nor JSON changes."""
+    return _packed(REMOTE)
+
+
 @functools.lru_cache(maxsize=1)
-def _packed() -> str:
-    """Return remote/*.py, minified and compressed, in characters that a here-document need not quote."""
-    files = "\0".join(f"{p.name}\n{minified(p.read_text())}" for p in sorted(REMOTE.glob("*.py")))
-    # Most of it is text of no alignment: pb 0. The old format has 48 bytes less around it than .xz.
-    filters = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "nice_len": 80}]
-    packed = lzma.compress(files.encode(), lzma.FORMAT_ALONE, filters=filters)
-    return base64.b85encode(packed).decode()
+def _packed(remote: Path) -> str:
+    files = "\0".join(f"{p.name}\n{stripped(p.read_text())}" for p in sorted(remote.glob("*.py")))
+    return base64.b64encode(lzma.compress(files.encode(), preset=9 | lzma.PRESET_EXTREME)).decode()
 
 
-def minified(source: str) -> str:
-    """Return the program without comments, docstrings and types, with short names where only it uses them."""
-    # With long names, since a short one may be that of something else that is used.
-    tree = ast.parse(_minified(ast.unparse(_ShortArguments().visit(ast.parse(source))), rename=False))
-    for node in reversed(tree.body):  # what was there for the types only
-        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        match node:
-            case ast.ImportFrom(names=names):
-                node.names = [a for a in names if (a.asname or a.name) in used]
-                unused = not node.names
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript()):  # a name for a type
-                unused = name not in used
-            case _:
-                unused = False
-        if unused:
-            tree.body.remove(node)
-    short = ast.fix_missing_locations(_ShortAttributes(source).visit(tree))
-    return _minified(ast.unparse(short))
+def stripped(source: str) -> str:
+    """Return the program without comments and docstrings, which are a third of what travels."""
+    return ast.unparse(_WithoutTexts().visit(ast.parse(source)))
 
 
-_KEYWORDS = re.compile(r"\b(\w+)=")
-"""Names of arguments in calls: those of a call keep theirs. The words before = elsewhere do no harm."""
+class _WithoutTexts(ast.NodeTransformer):
+    """Puts `pass` in the place of texts that stand alone, which is what a docstring is."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+        """Return a statement, or `pass` for a text."""
+        alone = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.Pass() if alone else node
 
 
-class _ShortArguments(ast.NodeTransformer):
-    """Makes arguments positional, which may then be renamed, of functions whose arguments no call names."""
-
-    def __init__(self) -> None:
-        """Look for names of arguments in all of remote/; `app` is what Starlette calls a middleware's."""
-        self._named = {"app"}.union(*(_KEYWORDS.findall(path.read_text()) for path in REMOTE.glob("*.py")))
-
-    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
-        """Return the arguments of a function, made positional so that the minifier may shorten their names.
-
-        They stay as they are if any call in remote/ gives one of them by its name.
-        """
-        if not self._named.isdisjoint(argument.arg for argument in node.args):
-            return node
-        values = {name: value for name, value in ast.iter_fields(node) if name not in ("posonlyargs", "args")}
-        return ast.arguments(posonlyargs=node.posonlyargs + node.args, args=[], **values)
+def _variable(profile: str, name: str, value: str) -> str:
+    """Return the option that sets one variable of a profile; raise ConfigError for what would be changed."""
+    where = f"profile {profile}: env: {name}"
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or OWN_NAMES.fullmatch(name):
+        raise ConfigError(f"{where}: not a name that a profile can set")
+    if re.search(r"[\"'\n\r]", value):
+        raise ConfigError(f"{where}: its value has a quote or a line break, which vastai would change")
+    return f'-e {name}="{value}"' if re.search(r"\s", value) else f"-e {name}={value}"
 
 
-class _ShortAttributes(ast.NodeTransformer):
-    """Gives attributes and methods that only their class may use names of one letter or two."""
+def render(
+    profile: Profile, master_token: str, ready_url: str | None = None, ssh_public_key: str = ""
+) -> StartScript:
+    """Return what an instance with that profile and master token is created with.
 
-    def __init__(self, source: str) -> None:
-        """Collect the private names that the source uses of `self`: other such names may be a library's."""
-        of_self = re.findall(r"\bself\.(_[^_\W]\w+)", source)
-        letters = string.ascii_letters
-        names = itertools.chain(letters, map("".join, itertools.product(letters, repeat=2)))
-        self._short = {name: f"_{next(names)}" for name in sorted(set(of_self))}
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
-        """Return an attribute under its short name, if it has one."""
-        return ast.Attribute(self.visit(node.value), self._short.get(node.attr, node.attr), node.ctx)
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        """Return a class whose methods are under their short names, if they have some."""
-        inside = dict(ast.iter_fields(self.generic_visit(node)))
-        return ast.ClassDef(**(inside | {"body": [self._renamed(one) for one in inside["body"]]}))
-
-    def _renamed(self, node: ast.stmt) -> ast.stmt:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            return node
-        return type(node)(**(dict(ast.iter_fields(node)) | {"name": self._short.get(node.name, node.name)}))
-
-
-def _minified(source: str, *, rename: bool = True) -> str:
-    types = RemoveAnnotationsOptions(
-        remove_variable_annotations=True,
-        remove_return_annotations=True,
-        remove_argument_annotations=True,
-        remove_class_attribute_annotations=False,  # a dataclass is made of them
-    )
-    small: str = python_minifier.minify(
-        source,
-        remove_literal_statements=True,
-        remove_annotations=types,
-        hoist_literals=False,
-        convert_posargs_to_args=rename,  # arguments that are not, are not renamed
-        rename_locals=rename,
-        rename_globals=rename,
-        preserve_globals=re.findall(r"\b[^\W_]\w*", source),  # all but those of the file alone: _name
-    )
-    return small
-
-
-def render(profile: Profile, master_token: str, ready_url: str | None = None) -> str:
-    """Return the start script of an instance with that profile and master token.
-
-    ready_url: the autoscaler's `POST /ready` as instances reach it. VLLM_MODEL and VLLM_ARGS in the
-    container's environment go before the profile's. Raises ConfigError if the script is too long.
+    ready_url: the autoscaler's `POST /ready` as instances reach it. ssh_public_key: accepted by the instance,
+    whatever keys the account has. VLLM_MODEL and VLLM_ARGS in the container's environment go before the
+    profile's. Raises ConfigError if script or environment is too long.
     """
     try:
         shlex.split(profile.vllm_args)
     except ValueError as e:
         raise ConfigError(f"profile {profile.name}: vllm_args: {e}") from None
-    script = _TEMPLATE.format(
+    code = packed()
+    chunks = {f"FLEET_{n}": code[at : at + CHUNK] for n, at in enumerate(range(0, len(code), CHUNK))}
+    onstart = _TEMPLATE.format(
         name=shlex.quote(profile.name),
         model=shlex.quote(profile.model),
         args=shlex.quote(profile.vllm_args),
         ready_url=shlex.quote(ready_url or ""),
         digest=hashlib.sha256(master_token.encode()).hexdigest(),
-        packed=_packed(),
+        chunks=len(chunks),
+        names=" ".join(chunks),
     )
-    size = len(script.encode())
-    if size > LIMIT_BYTES:
-        raise ConfigError(f"profile {profile.name}: its start script has {size} bytes, at most {LIMIT_BYTES}")
-    return script
+    options = [PORTS, *(_variable(profile.name, name, value) for name, value in profile.env.items())]
+    if ssh_public_key:
+        options.append(f"-e FLEET_SSH_KEY={':'.join(ssh_public_key.split()[:2])}")
+    env = " ".join([*options, *(f"-e {name}={value}" for name, value in chunks.items())])
+    size = len(onstart.encode())
+    if size > ONSTART_LIMIT_BYTES:
+        raise ConfigError(
+            f"profile {profile.name}: its start script has {size} bytes, at most {ONSTART_LIMIT_BYTES}"
+        )
+    if len(env) > ENV_LIMIT:
+        raise ConfigError(
+            f"profile {profile.name}: its environment has {len(env)} characters, at most {ENV_LIMIT}"
+        )
+    return StartScript(onstart, env)

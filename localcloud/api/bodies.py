@@ -10,6 +10,7 @@ from localcloud.orders import CloudRefusal, Order
 MIN_DISK_GB = 8.0
 MAX_ONSTART = 16_384
 MAX_LABEL = 256
+MAX_ENV, MAX_ENV_ENTRIES = 32_768, 256  # characters of names and values, and how many (vast-contract 9)
 
 
 def body() -> dict[str, Any]:
@@ -78,6 +79,8 @@ def order(said: Mapping[str, Any], instance_key: str, offer_id: int) -> Order:
     env = said.get("env") or {}
     if not isinstance(env, dict) or not all(isinstance(v, str) for v in env.values()):
         raise bad("env: wanted an object of texts", ask_id=offer_id)
+    if len(env) > MAX_ENV_ENTRIES or sum(len(name) + len(value) for name, value in env.items()) > MAX_ENV:
+        raise bad(f"env: at most {MAX_ENV_ENTRIES} entries of {MAX_ENV} characters in all", ask_id=offer_id)
     args = said.get("args") or []
     if not isinstance(args, list) or not all(isinstance(a, str) for a in args):
         raise bad("args: wanted a list of texts", ask_id=offer_id)

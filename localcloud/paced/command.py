@@ -1,4 +1,4 @@
-"""What `python3 -m vllm.entrypoints.openai.api_server` runs on an instance: flags, loading, serving."""
+"""What `vllm serve` and its forerunner run on an instance: flags, loading, serving."""
 
 import argparse
 import importlib
@@ -107,6 +107,15 @@ def _die(line: str) -> NoReturn:
     sys.stdout.write(f"(APIServer pid={os.getpid()}) {line}\n")
     sys.stdout.flush()
     sys.exit(1)
+
+
+def serve_command() -> None:
+    """Act as `vllm serve MODEL`, whose model is no flag, by the command line of this process."""
+    match sys.argv[1:]:
+        case ["serve", model, *flags] if not model.startswith("-"):
+            main(["--model", model, *flags])
+        case _:
+            sys.exit("usage: vllm serve MODEL [flags]")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

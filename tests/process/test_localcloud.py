@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import pytest
 from autoscaler_server import main as autoscaler_main
 from engine.profiles import get_profile
 from fleet.outside.ssh_log import HostKeyChanged, SshLog
-from fleet.outside.start_script import render
+from fleet.outside.start_script import StartScript, render
 from localcloud import __main__ as localcloud_main
 from localcloud.processes import command_line
 from process.errors import InstanceError
 from tests.commands import run_command
 from tests.paths import ROOT
 from tests.ports import free_port
+from tests.vast_env import received
 from tests.waiting import wait_for
 from vast.cli import Cli
 from vast.client import Vast
@@ -33,7 +35,6 @@ from vast.rows import Row
 from vast.settings import VastSettings
 
 KEY = "k-of-a-test-0123456789"
-ENV = {"-p 3000:3000": "1", "-p 8000:8000": "1"}
 LEAVES_OTHERS = """\
 setsid sleep 1000 &
 sleep 1000 &
@@ -88,8 +89,9 @@ class LocalCloud:
         with urllib.request.urlopen(asked, timeout=5) as reply:  # noqa: S310
             return json.load(reply)
 
-    def rent_by_hand(self, onstart: str, offer: int = 420_100) -> int:
-        order = {"image": "i", "disk": 10.0, "onstart": onstart, "env": ENV}
+    def rent_by_hand(self, start: str | StartScript, offer: int = 420_100) -> int:
+        made = StartScript(start, "-p 3000:3000 -p 8000:8000") if isinstance(start, str) else start
+        order = {"image": "i", "disk": 10.0, "onstart": made.onstart, "env": received(made.env)}
         return int(self.ask("PUT", f"/api/v0/asks/{offer}/", order)["new_contract"])
 
     def in_state(self, instance_id: int, state: str) -> Any:
@@ -126,7 +128,7 @@ class LocalCloud:
 
     def serving(self, instance_id: int) -> list[int]:
         """Its processes, once they are supervisor, auth_server and model server, each of them once."""
-        modules = {b"remote.supervise", b"remote.auth_server", b"vllm.entrypoints.openai.api_server"}
+        modules = {b"remote.supervise", b"remote.auth_server", b"vllm.entrypoints.cli.main"}
 
         def look() -> list[int] | None:
             found = self.pids(instance_id, len(modules))
@@ -365,6 +367,24 @@ def test_a_killed_model_server_is_started_again_by_its_instance(cloud: LocalClou
     wait_for("one of them is gone", lambda: len(alive(before)) == 2)
     after = cloud.pids(instance_id, 3)
     assert len(set(before) & set(after)) == 2
+
+
+def test_an_instance_boots_from_what_the_real_cli_delivers_under_the_strictest_limits(tmp_path: Path) -> None:
+    """Whatever the vastai command does to script and variables on the way is done here, too."""
+    cloud = LocalCloud(tmp_path, "--realism", "harsh", "--only", "script_bytes")
+    try:
+        start = render(
+            replace(get_profile("vllm-13"), env={"WORDS": "two words"}), "m", None, "ssh-ed25519 AAAA x"
+        )
+        offer = cloud.vast.search_offers("num_gpus=1 gpu_ram>=20", storage_gb=40.0)[0]
+        instance_id = cloud.vast.create(offer.id, "i", 40.0, "fleet/a", start.env, start.onstart)
+        cloud.serving(instance_id)
+        home = cloud.root / "instances" / str(instance_id) / "home"
+        assert (home / ".ssh" / "authorized_keys").read_text() == "\nssh-ed25519 AAAA\n"
+        (pid,) = [p for p in cloud.serving(instance_id) if b"remote.supervise" in command_line(p)]
+        assert b"WORDS=two words\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    finally:
+        cloud.end()
 
 
 def test_calls_that_hang_do_not_stop_the_others(cloud: LocalCloud) -> None:

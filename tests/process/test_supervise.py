@@ -1,18 +1,22 @@
 """The supervisor: both programs of an instance run, what dies comes again, and nothing outlives it."""
 
+import hashlib
 import os
 import signal
 import socket
 import stat
 import subprocess
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engine.profiles import get_profile
 from fleet_client.tls_pins import pinned_context
 from remote import boot, events
 from remote.events import Events
+from remote.log_lines import NO_INTERNET, cause_of_death
 from remote.supervise import (
     DEATHS,
     EARLY_DEATHS,
@@ -22,27 +26,69 @@ from remote.supervise import (
     Pause,
     model_command,
 )
-from tests.instance_home import AUTH, MASTER, MODEL, STUBBORN, Machine, ended_within
+from tests.instance_home import AUTH, ENGINE, MASTER, MODEL, STUBBORN, Ears, Machine, ended_within
 from tests.waiting import wait_for
+
+OLD_DRIVER = "its driver is too old for the image"
+DIGEST = hashlib.sha256(MASTER.encode()).hexdigest()
 
 # -- decisions ----------------------------------------------------------------------------------------
 
 
+def deaths_until_given_up(
+    deaths: Deaths, ready: bool, every_s: float, why: str = "", lasts: bool = False
+) -> tuple[int, str]:
+    """How many it takes, and what is said then."""
+    for n in range(1, 100):
+        if (said := deaths.died(ready, why, lasts, every_s * n)) is not None:
+            return n, said
+    return 0, ""
+
+
 def test_a_model_server_that_never_gets_ready_is_given_up() -> None:
-    deaths = Deaths()
-    assert [deaths.died(False, 60.0 * n) is None for n in range(EARLY_DEATHS)] == [True] * (
-        EARLY_DEATHS - 1
-    ) + [False]
+    said = f"the model server ended {EARLY_DEATHS} times before it was ready"
+    assert deaths_until_given_up(Deaths(0.0), False, 60.0) == (EARLY_DEATHS, said)
 
 
 def test_a_model_server_that_was_ready_may_die_now_and_then() -> None:
-    deaths = Deaths()
-    assert all(deaths.died(True, 3600.0 * n) is None for n in range(20))
+    assert deaths_until_given_up(Deaths(0.0), True, 3600.0) == (0, "")
 
 
 def test_a_model_server_that_dies_again_and_again_is_given_up() -> None:
-    deaths = Deaths()
-    assert [deaths.died(True, 10.0 * n) is None for n in range(DEATHS)] == [True] * (DEATHS - 1) + [False]
+    said = f"the model server ended {DEATHS} times in 600 s"
+    assert deaths_until_given_up(Deaths(0.0), True, 10.0) == (DEATHS, said)
+
+
+def test_what_lasts_is_given_up_at_the_first_death() -> None:
+    why = "its driver is too old for the image"
+    assert deaths_until_given_up(Deaths(0.0), False, 1.0, why, lasts=True) == (1, why)
+
+
+def test_without_internet_it_tries_for_five_minutes_and_no_longer() -> None:
+    tries, said = deaths_until_given_up(Deaths(0.0), False, 40.0, NO_INTERNET)
+    assert 300.0 <= tries * 40.0 < 340.0
+    assert said == "no internet on this machine: the hub was not reached in 320 s"
+
+
+@pytest.mark.parametrize(
+    ("line", "why", "lasts"),
+    [
+        (
+            "RuntimeError: Unexpected error: forward compatibility was attempted on non supported HW",
+            "its driver is too old for the image",
+            True,
+        ),
+        ("RuntimeError: No CUDA GPUs are available", "no GPU in the container", True),
+        ("api_server.py: error: unrecognized arguments: --x", "error: unrecognized arguments of vLLM", True),
+        ("OSError: You are trying to access a gated repo.", "You are trying to access a gated repo", True),
+        ("OSError: We couldn't connect to 'https://huggingface.co' to load the files", NO_INTERNET, False),
+        ("RuntimeError: Engine core initialization failed. See root cause above.", "", False),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "", False),
+    ],
+)
+def test_why_a_model_server_died_is_known_by_its_log(line: str, why: str, lasts: bool) -> None:
+    """Memory of a killed process is free soon; what the engine's core says alone is no reason."""
+    assert cause_of_death(f"(EngineCore pid=7) {line}\nmore".encode()) == (why, lasts)
 
 
 def test_the_pause_doubles_until_a_process_has_settled() -> None:
@@ -52,12 +98,18 @@ def test_the_pause_doubles_until_a_process_has_settled() -> None:
 
 
 def _command(args: list[str], **environ: str) -> list[str]:
-    return model_command("/fleet", "vllm-13", "some/model", args, environ)  # type: ignore[arg-type]
+    return model_command("/fleet", "vllm-13", "some/model", args, environ, serve=True)
 
 
-def test_vllm_is_started_with_the_check_in_front() -> None:
-    assert _command(["--max-model-len", "4096"])[1:] == [
-        *("-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"),
+SERVE = ("-m", "vllm.entrypoints.cli.main", "serve", "some/model")
+OLDER = ("-m", "vllm.entrypoints.openai.api_server", "--model", "some/model")
+
+
+@pytest.mark.parametrize(("serve", "begins"), [(True, SERVE), (False, OLDER)])
+def test_vllm_is_started_with_the_check_in_front(serve: bool, begins: tuple[str, ...]) -> None:
+    args = ["--max-model-len", "4096"]
+    assert model_command("/fleet", "vllm-13", "some/model", args, {}, serve=serve)[1:] == [
+        *begins,
         *("--served-model-name", "vllm-13", "some/model", "--host", "0.0.0.0", "--port", "8000"),
         *("--ssl-keyfile", "/fleet/tls.key", "--ssl-certfile", "/fleet/tls.crt"),
         "--disable-uvicorn-access-log",
@@ -152,6 +204,61 @@ def test_a_model_server_that_cannot_start_is_given_up_where_the_log_check_sees_i
         assert said["load"]["model_up"] is False
         assert MODEL not in machine.processes()
         assert running.poll() is None
+
+
+DIES = """
+import os, sys
+print("offline" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online", flush=True)
+print(open("says").read(), flush=True)
+sys.exit(3)
+"""
+"""Says whether it may ask the hub, then what is in the file "says", and dies."""
+
+
+def test_what_lasts_is_given_up_at_once_and_said_where_the_cloud_shows_it(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, engine=DIES)
+    machine.fleet.mkdir()
+    (machine.fleet / "says").write_text("RuntimeError: No CUDA GPUs are available")
+    with machine.running():
+        wait_for("giving up", lambda: "fleet: giving up: no GPU in the container" in machine.model_log())
+        assert not (machine.fleet / "model.log.old").exists(), "it was tried once"
+    assert "fleet: giving up: no GPU in the container" in machine.log.read_text()
+
+
+MODE = 'print("offline" if os.environ.get("HF_HUB_OFFLINE") else "online", flush=True)\n'
+
+
+def test_a_model_that_was_ready_once_is_started_without_the_hub_until_that_fails(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, engine=ENGINE.replace('print("starting"', MODE + 'print("starting"'))
+    kept = machine.fleet / "model.log.old"
+    with machine.running():
+        machine.wait_until_ready()
+        assert machine.model_log().startswith("online")
+        wait_for("noted on the disk", (machine.fleet / "complete").exists)
+    with machine.running():
+        wait_for("ready offline", lambda: machine.model_log().startswith("offline") and machine.is_ready())
+        (machine.fleet / "broken").touch()
+        machine.kill(MODEL)
+        wait_for("a start has failed offline", lambda: machine.model_log().startswith("online"))
+        assert kept.read_text().startswith("offline")
+        (machine.fleet / "broken").unlink()
+        machine.wait_until_ready()
+    other = replace(get_profile("vllm-13"), vllm_args="--revision other")
+    machine.give(other)
+    with machine.running():
+        wait_for("another revision may lack files", lambda: machine.model_log().startswith("online"))
+
+
+def test_a_version_with_other_words_is_ready_when_it_answers(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, engine=ENGINE.replace("Application startup complete.", "Serving now"))
+    with Ears() as ears:
+        machine.give(get_profile("vllm-13"), ears.url)
+        with machine.running():
+            wait_for("our line", lambda: "\nfleet: the model server answers\n" in machine.model_log())
+            wait_for("said", lambda: "ready" in [s["state"] for s in ears.heard(DIGEST)])
+    assert "Serving now" in machine.model_log(), "nothing was written over"
+    certificate = (machine.fleet / "tls.crt").read_text()
+    assert {said["certificate"] for said in ears.heard(DIGEST)} == {certificate}
 
 
 def test_nothing_outlives_a_killed_supervisor(machine: Machine) -> None:

@@ -493,7 +493,7 @@ def kill_in_the_middle(stack: LocalStack, clients: Path, one: Ask) -> list[dict[
         (row,) = json.loads(get(f"{stack.cloud_url}/localcloud/status"))["instances"]
         for pid in row["pids"]:
             with suppress(OSError):
-                if b"vllm.entrypoints.openai.api_server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"vllm.entrypoints.cli.main" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, 9)
         said, _ = client.communicate(timeout=60)
     finally:

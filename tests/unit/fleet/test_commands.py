@@ -8,7 +8,7 @@ import pytest
 
 from engine.profiles import get_profile
 from fleet.commands import Command, Create, Destroy, LookForOffers, Reply, Start, Stop
-from fleet.outside.performer import PORTS_ENV, Performer
+from fleet.outside.performer import Performer
 from process.errors import CloudError
 from tests.fleet_world import make_offer
 from vast.client import check_env
@@ -95,4 +95,4 @@ def test_the_master_token_never_travels_only_its_hash_in_the_start_script() -> N
     assert "master-of" not in script
     for secret in ("master-of", hashed):
         assert secret not in repr((args, more))
-    check_env(PORTS_ENV)
+    check_env(more["env"])

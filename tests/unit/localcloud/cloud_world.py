@@ -11,6 +11,7 @@ from localcloud.faults import Faults
 from localcloud.machines import Machine
 from localcloud.orders import Order
 from localcloud.phases import Phase
+from localcloud.realism import NONE, Realism
 from localcloud.rental import Times
 
 MACHINE = Machine(7, "RTX 4090", 0.50, slots=2, storage_usd_gb_month=0.72, disk_gb=200.0)
@@ -40,10 +41,17 @@ class CloudWorld:
         credit: float = 100.0,
         seed: int = 1,
         speedup: float = 1.0,
+        realism: Realism = NONE,
     ) -> None:
         self.faults = Faults()
         self.cloud = Cloud(
-            machines, Random(seed), speedup=speedup, times=times, faults=self.faults, credit_usd=credit
+            machines,
+            Random(seed),
+            speedup=speedup,
+            times=times,
+            faults=self.faults,
+            credit_usd=credit,
+            realism=realism,
         )
         self.now = 0.0
         self.boots_work = True

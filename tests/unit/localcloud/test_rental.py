@@ -9,6 +9,7 @@ from localcloud.effects import Boot, End, Freeze, MarkLoaded, Moved, Ssh, Termin
 from localcloud.faults import FAULTS
 from localcloud.orders import CloudRefusal
 from localcloud.phases import Phase
+from localcloud.realism import LEVELS
 from localcloud.rental import Times
 from tests.unit.localcloud.cloud_world import (
     MACHINE,
@@ -100,6 +101,19 @@ def test_a_boot_that_nobody_waits_for_any_more_changes_nothing() -> None:
     world.cloud.booted(99, 1, PORTS, world.now)
     world.cloud.crashed(rental, 1, world.now)
     assert world.phase(rental) is Phase.STOPPING
+
+
+@pytest.mark.parametrize(
+    ("level", "size", "starts"),
+    [("none", 16_384, True), ("mild", 4_048, True), ("mild", 4_049, False), ("harsh", 4_049, False)],
+)
+def test_a_script_over_the_strictest_limit_is_taken_and_never_starts(
+    level: str, size: int, starts: bool
+) -> None:
+    world = CloudWorld(realism=LEVELS[level].only(["script_bytes"]))
+    rental = world.rent(onstart="x" * (size - 5), args=("abcd",))
+    world.after(100 * UP_S)
+    assert world.row(rental)["actual_status"] == ("running" if starts else "loading")
 
 
 def test_a_reboot_keeps_the_gpu_and_a_recycle_loses_the_disk() -> None:

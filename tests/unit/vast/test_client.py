@@ -300,8 +300,8 @@ def test_a_label_that_would_be_misread_is_refused(fake: ScriptedCli, label: str)
 
 
 def test_a_start_script_over_the_services_limit_is_refused(fake: ScriptedCli) -> None:
-    with pytest.raises(ValueError, match="at most 16384 bytes, got 16386"):
-        create(fake.plays(said("{}")), onstart="é" * 8193)
+    with pytest.raises(ValueError, match="at most 4000 bytes, got 4002"):
+        create(fake.plays(said("{}")), onstart="é" * 2001)
 
 
 def test_search_asks_for_the_storage_and_leaves_out_what_has_no_price(

@@ -37,6 +37,8 @@ def test_an_offer_that_is_gone_says_no_such_ask(face: Face) -> None:
         ("onstart", "x" * 16_385),
         ("env", ["A"]),
         ("env", {"A": 1}),
+        ("env", {"A": "x" * 32_768}),
+        ("env", {f"A{n}": "x" for n in range(257)}),
         ("args", "x"),
         ("price", 0.0),
         ("price", "cheap"),
