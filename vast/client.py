@@ -53,6 +53,9 @@ ENV_LIMIT = 30_000  # characters of --env; documented for all variables: 32,768 
 ENV_ENTRIES = 256  # variables and ports; vast-contract 9
 LABEL_LIMIT = 256  # at create; vast-contract 2.2
 PORTS_LIMIT = 64  # -p options of one instance; vast-contract 2.2
+MOST_OFFERS = (
+    256  # of a search, the best by the service's score per dollar: the cheapest alone are slow cards
+)
 LISTING_TIMEOUT_S = 60.0  # of a listing of many pages
 LOGS_TIMEOUT_S = 30.0  # vast-contract 3
 
@@ -120,8 +123,8 @@ class Vast:
         self,
         query: str,
         storage_gb: float,
-        order: str = "dph_total",
-        limit: int = 64,
+        order: str = "dlperf_per_dphtotal-",
+        limit: int = MOST_OFFERS,
         exclude_machines: Collection[int] = (),
     ) -> list[Offer]:
         """Return the machines for rent, on demand, that fit the query (vast-contract 2.1), sorted by `order`.

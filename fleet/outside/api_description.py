@@ -136,10 +136,14 @@ class EngineLogAnswer(Struct, frozen=True):
 
 
 class MarketAnswer(Struct, frozen=True):
-    """Offers of the cloud, the cheapest for its work first. at: when it was asked; found: how many in all."""
+    """Offers of the cloud, the cheapest for its work first.
+
+    at: when it was asked. found: how many in all. refused: how many more the operator does not want, and why.
+    """
 
     at: float
     found: int
+    refused: dict[str, int]
     offers: list[dict[str, Any]]
 
 

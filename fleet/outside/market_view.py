@@ -5,9 +5,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from engine.profiles import Profile
+from fleet.candidates import candidates
 from fleet.commands import Command, LookForOffers, Performed
-from fleet.market import ranked, usd_per_million_work
+from fleet.market import sorted_out
 from fleet.outside.turns import Autoscaler
 from vast.rows import Offer
 
@@ -44,23 +44,9 @@ class MarketView:
                 self._looked = now, found.offers
             at, offers = self._looked
         with self._scaler.lock:
-            profile = self._scaler.instances.profile
-            avoided = dict(self._scaler.instances.market.bad_machines)
-        cheapest = ranked(offers, profile)[:OFFERS_SHOWN]
-        return {"at": at, "found": len(offers), "offers": [_row(o, profile, avoided, now) for o in cheapest]}
-
-
-def _row(o: Offer, profile: Profile, avoided: dict[int, float], now: float) -> dict[str, Any]:
-    return {
-        "offer": o.id,
-        "machine": o.machine_id,
-        "gpu_name": o.gpu_name,
-        "num_gpus": o.num_gpus,
-        "place": o.geolocation,
-        "usd_h": round(o.dph_total, 5),
-        "usd_per_million_work": round(usd_per_million_work(o, profile), 4),
-        "reliability": o.reliability,
-        "inet_down_mbps": o.inet_down_mbps,
-        "days": None if o.duration_s is None else round(o.duration_s / 86_400.0, 1),
-        "avoided": avoided.get(o.machine_id, now) > now,
-    }
+            fleet = self._scaler.instances
+            avoided = dict(fleet.market.bad_machines)
+        wanted, refused = sorted_out(offers, fleet.profile, fleet.preferences)
+        cheapest = candidates(wanted, fleet.profile)[:OFFERS_SHOWN]
+        shown = [c.shown() | {"avoided": avoided.get(c.offer.machine_id, now) > now} for c in cheapest]
+        return {"at": at, "found": len(wanted), "refused": dict(refused), "offers": shown}

@@ -322,8 +322,8 @@ def test_search_asks_for_the_storage_and_leaves_out_what_has_no_price(
             "num_gpus=1 machine_id notin [3,7]",
             "--type=on-demand",
             "--storage=40",
-            "--order=dph_total",
-            "--limit=64",
+            "--order=dlperf_per_dphtotal-",
+            "--limit=256",
             "--raw",
         ]
     ]
