@@ -41,12 +41,14 @@ from fleet.instance_messages import Hearing
 from fleet.journal import Decision, Journal, SavedFleet
 from fleet.limits import Commitment, Limits, commitment
 from fleet.market import Market
+from fleet.money import Money
 from fleet.planner import Situation
 from fleet.preferences import ANY_MACHINE, Preferences
 from fleet.reconcile import Reconciler
 from fleet.slow_counters import compare_counters
 from fleet.snapshot import take_snapshot
 from fleet.states import CHECKED, SERVING, State
+from fleet.unasked_stops import UnaskedStops
 from policies import FleetSnapshot, Policy
 from vast.rows import Row
 from web.messages.reports import ReadyBody
@@ -88,8 +90,10 @@ class InstanceSet:
         self._host_keys: dict[str, str] = {}  # that each instance showed first, by label
         self._check_hot_every_s = check_hot_every_s
         self._check_boot_every_s = check_boot_every_s
+        self.money = Money(limits, deadlines, profile.download_gb, self.holds)
+        stops = UnaskedStops(self.money.credit, self.market, self.journal)
         self._reconciler = Reconciler(
-            fleet_name, profile, deadlines, self.market, self.durations, self.journal
+            fleet_name, profile, deadlines, self.market, self.durations, self.journal, stops
         )
 
     def restore(self, saved: SavedFleet, now: float) -> None:
@@ -97,6 +101,7 @@ class InstanceSet:
         self.market.restore(saved.bad_machines)
         self.durations.restore(saved.start_times_s, saved.load_times_s)
         self._host_keys.update(saved.host_keys)
+        self.money.budgets.restore(saved.used_up)
         self._reconciler.restore(saved, now)
 
     def set_manage(self, manage: bool) -> None:
@@ -140,7 +145,16 @@ class InstanceSet:
             heard=demand.heard(now),
             holds=tuple(self.holds),
             preferences=self.preferences,
+            purse=self.money.purse(self.durations.load_s, now),
         )
+
+    def settle_money(self, spent_usd: Mapping[str, float], now: float) -> None:
+        """Take in what the fleet has spent by the ledger: dollars by the names of budgets' periods."""
+        self.money.settle(spent_usd, self, self.durations.load_s, now)
+
+    def note_credit(self, usd: float, now: float) -> None:
+        """Take in the credit that the cloud's account has, in dollars."""
+        self._reconciler.note_credit(usd, now)
 
     def begin(self, command: Command, now: float) -> None:
         """Write an order down before it is sent, so that it counts and can be found again.

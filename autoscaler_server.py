@@ -23,7 +23,7 @@ from flask import Flask, Response, jsonify, request
 from fleet.instance_messages import Hearing
 from fleet.outside.api_description import OPERATIONS
 from fleet.outside.config import PRODUCTION_URL, SERVE_ONLY, AutoscalerConfig
-from fleet.outside.costs import cost_answer
+from fleet.outside.costs import account_health, cost_answer
 from fleet.outside.decisions import decisions_answer
 from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.hot_set_push import current_hot_set
@@ -130,6 +130,7 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Calla
             more["clock_steps"] = [{"at": at, "by_s": round(by_s, 1)} for at, by_s in scaler.own.clock_steps]
         if holds := [asdict(hold) for hold in scaler.instances.holds]:
             more["holds"] = holds
+        more |= account_health(scaler)
         if not reasons:
             return {"status": "ok", **more}
         said = [{"reason": r.code, "message": safe_text(r.message)} for r in reasons]
@@ -173,7 +174,7 @@ def _add_loadbalancer_routes(
         with scaler.lock:
             version = scaler.instances.hot_version
             expected_s = scaler.instances.expected_hot_s(scaler.clock())
-        return response(JsonAnswer(BusyAnswer(scaler.epoch, version, expected_s, odd)))
+        return response(JsonAnswer(BusyAnswer(scaler.demand.epoch, version, expected_s, odd)))
 
 
 def _add_ready(

@@ -58,6 +58,7 @@ class AlarmFacts:
 
     reasons: Mapping[str, str] = field(default_factory=dict)
     holds: Mapping[str, str] = field(default_factory=dict)
+    budgets_near: Mapping[str, str] = field(default_factory=dict)
     hot: int = 1
     demand: float = 0.0
     held: int = 0
@@ -90,6 +91,7 @@ def wrong_now(facts: AlarmFacts) -> dict[str, str]:
     """
     found = {f"not_well: {reason}": said for reason, said in facts.reasons.items()}
     found |= {f"held: {kind}": said for kind, said in facts.holds.items()}
+    found |= {f"budget_near: {period}": said for period, said in facts.budgets_near.items()}
     if facts.hot == 0 and (facts.held or facts.demand > 0.0):
         found["no_hot_instance"] = (
             f"no instance is hot, {facts.held} requests wait, the load is {facts.demand:.2f} instances' worth"

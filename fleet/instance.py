@@ -136,11 +136,12 @@ class BootRecord:
     no_gpu_since: float | None = None  # when the first of them was ordered
     refused_starts: int = 0
     no_start_before: float = 0.0
+    interrupted: bool = False  # out of credit while it loaded: it is started again
 
     def order(self, now: float) -> None:
         """Note that a start was ordered: the time until the instance is hot is counted from now on."""
         self.ordered_at = now
-        self.was_hot = self.maybe_busy = False
+        self.was_hot = self.maybe_busy = self.interrupted = False
 
     def come_up(self, now: float) -> None:
         """Note that the container is up; whether a model runs in it is not known yet."""
@@ -158,6 +159,14 @@ class BootRecord:
         self.failed_starts += 1
         self.no_gpu_since = self.no_gpu_since or self.ordered_at
         self.no_start_before = now + rest_s
+
+    def interrupt(self) -> None:
+        """Note that the credit was used up before the model was on the disk: a start goes on with it."""
+        self.interrupted = True
+
+    def forget_refusals(self) -> None:
+        """Let the next start come at once: what kept the cloud from starting it is over."""
+        self.refused_starts, self.no_start_before = 0, 0.0
 
     def be_refused(self, deadlines: Deadlines, now: float) -> None:
         """Count a start that the cloud refused; the pause before the next one doubles."""
@@ -430,7 +439,7 @@ class Instance:
     @property
     def is_of_no_use(self) -> bool:
         """Whether the instance was stopped before its model was on its disk: a start would begin anew."""
-        return self.state is State.COLD and not self.loaded and not self.adopted
+        return self.state is State.COLD and not (self.loaded or self.adopted or self.boot.interrupted)
 
     @property
     def is_coming(self) -> bool:

@@ -70,7 +70,8 @@ class SavedFleet:
     bad_machines: until when they are not rented, by machine_id. vanished: until when they count against the
     limits, and $/h, by label. lacking: since when the listings lack most of the fleet, and when that was last
     so. host_keys: the ssh host key that an instance showed first, by label. start_times_s, load_times_s: the
-    last times to hot, oldest first.
+    last times to hot, oldest first. credit_gone: the account had no credit. used_up: the budgets that were
+    used up (fleet/budget.py).
     """
 
     instances: Sequence[SavedInstance] = ()
@@ -80,6 +81,8 @@ class SavedFleet:
     load_times_s: Sequence[float] = ()
     lacking: tuple[float | None, float] = (None, float("-inf"))
     host_keys: Mapping[str, str] = field(default_factory=dict)
+    credit_gone: bool = False
+    used_up: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@
 
 - Every order that costs more passes `LimitGuard` (fleet/limits.py); none is made against a hold
   (fleet/holds.py).
+- While the credit is gone, or may be, nothing is ended: what was stopped is started again when it is back.
+- Once a budget is used up, what is hot is drained, whatever the policy wants.
 - Nothing with requests is stopped here before its drain has ended (fleet/drain.py).
 - On a listing that is not believed nothing is decided; only own pages are asked for.
 - While the ledger cannot be written, only what is drained is stopped: that need not be written down first.
@@ -17,7 +19,7 @@
 """
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fleet.commands import (
     AskPage,
@@ -38,6 +40,7 @@ from fleet.journal import Decision
 from fleet.limits import Commitment, LimitGuard, Limits
 from fleet.market import MarketSnapshot
 from fleet.preferences import ANY_MACHINE, Preferences
+from fleet.purse import Purse
 from fleet.slowness import STOP_AFTER_S
 from fleet.states import GIVEN_UP, State
 from policies import FleetSnapshot, Policy
@@ -57,7 +60,7 @@ class Situation:
 
     believed: the listing is. drained: labels of the instances whose drain has ended. manage: whether anything
     new may be ordered. writable: the ledger is. heard: the demand is known. holds: why some orders
-    are not made now. preferences: which machines are wanted.
+    are not made now. preferences: which machines are wanted. purse: what budgets and credit allow.
     """
 
     now: float
@@ -74,6 +77,7 @@ class Situation:
     heard: bool = True
     holds: tuple[Hold, ...] = ()
     preferences: Preferences = ANY_MACHINE
+    purse: Purse = field(default_factory=Purse)
 
 
 def decide(situation: Situation, policy: Policy) -> Decision:
@@ -117,7 +121,7 @@ class Planner:
         self._clamped: list[str] = []
         self._commands: list[Command] = []
         self._evidence = ""
-        self._guard = LimitGuard(situation.limits, situation.committed, self._notes)
+        self._guard = LimitGuard(situation.limits, situation.committed, self._notes, situation.purse)
 
     def decide(self, policy: Policy) -> Decision:
         """Return the decision that brings the fleet to what the policy wants."""
@@ -133,7 +137,11 @@ class Planner:
         self._commands += self._follow_up()
         if self._situation.manage:
             self._evidence = _evidence(snapshot, hot, total)
-            self._reach_hot(hot)
+            if self._situation.purse.used_up is not None:
+                self._drain_all(self._situation.purse.used_up)
+            else:
+                self._reach_hot(hot)
+                self._resume()
             self._reach_total(total)
         self._commands += self._pages()
         return Decision(
@@ -163,7 +171,7 @@ class Planner:
                 continue
             if i.state is State.FAILED and self._situation.manage:
                 yield Destroy(i.label, i.id, i.why, f"broken: {i.evidence or i.why}")
-            elif i.is_of_no_use and self._situation.manage and self._now - i.since >= repeat_s:
+            elif i.is_of_no_use and self._may_end and self._now - i.since >= repeat_s:
                 stopped_s = self._now - i.since
                 evidence = f"the listing shows it stopped for {stopped_s:.0f} s, with nothing on its disk"
                 yield Destroy(i.label, i.id, i.why, evidence)
@@ -197,9 +205,33 @@ class Planner:
         stopped = self._labels(Stop)
         for i in self._by_state[State.STARTING]:
             lost = i.intended == "stopped" and i.orders.unheeded(self._deadlines.repeat_s, self._now)
+            lost = lost and not self._situation.purse.spares
             if lost and i.id is not None and i.label not in stopped:
                 why = "the cloud does not mean it to run: asked again"
                 self._commands.append(Start(i.label, i.id, why))
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether stopped instances may be destroyed: not for what the missing credit may have done."""
+        return self._situation.manage and not self._situation.purse.spares
+
+    def _drain_all(self, why: str) -> None:
+        """Take all out of service, because a budget is used up; what loads goes on, as it was admitted."""
+        coming = [i for i in (*self._by_state[State.STARTING], *self._by_state[State.RUNNING]) if i.is_coming]
+        self._cancel(len(coming), coming)
+        for i in (*self._by_state[State.HOT], *self._slow):
+            if i.id is not None:
+                self._commands.append(Drain(i.label, i.id, why))
+        self._notes += (hold.note for hold in self._situation.holds if hold.stops_starts)
+
+    def _resume(self) -> None:
+        """Start again what the missing credit stopped before its model was loaded."""
+        if any(hold.stops_starts for hold in self._situation.holds) or self._situation.purse.spares:
+            return
+        for i in self._by_state[State.COLD]:
+            ready = i.boot.interrupted and not i.orders.out and self._now >= i.boot.no_start_before
+            if ready and i.id is not None and self._guard.admit_start(i.running_usd_h - i.stopped_usd_h):
+                self._commands.append(Start(i.label, i.id, "there is credit again: it goes on loading"))
 
     def _replace_slow(self, wanted: int) -> None:
         """Drain machines that clients find slow, once enough others serve; they are not given up for that."""
@@ -229,6 +261,7 @@ class Planner:
             # An earlier order that is still to be sent would follow the start.
             if (
                 i.is_of_no_use
+                or i.boot.interrupted
                 or i.id is None
                 or i.orders.out
                 or self._now < i.boot.no_start_before
@@ -263,7 +296,7 @@ class Planner:
         missing = wanted - there - len(self._slow)
         if missing > 0:
             self._create(missing, wanted)
-        elif missing < 0:
+        elif missing < 0 and self._may_end:
             started = self._labels(Start)
             spare = [i for i in self._by_state[State.COLD] if i.label not in started and not i.is_of_no_use]
             spare.sort(key=lambda i: (i.loaded, -i.usd_per_work, i.label))
@@ -280,7 +313,9 @@ class Planner:
         if self._held(self._situation.holds):
             return
         market, why = self._situation.market, f"{missing} more wanted in all"
-        if market.resting:
+        if self._situation.purse.spares:
+            self._notes.append("machines were stopped unasked: nothing is rented before the credit is known")
+        elif market.resting:
             self._notes.append(f"{market.failed_creates} creates in a row failed: none for a while")
         elif market.fresh:
             most_at_host = self._situation.preferences.most_at_host(wanted)

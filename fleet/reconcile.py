@@ -32,6 +32,7 @@ from fleet.commands import (
     Stop,
     Undrain,
 )
+from fleet.credit import Turned
 from fleet.deadlines import Deadlines
 from fleet.durations import MeasuredDurations
 from fleet.evidence import (
@@ -49,6 +50,7 @@ from fleet.listing import ListingTrust, rows_by_label
 from fleet.market import Market
 from fleet.price_dates import ended_at, price_changes
 from fleet.states import CHECKED, GIVEN_UP, SERVING, IllegalTransition, State
+from fleet.unasked_stops import UnaskedStops, unasked
 from process.errors import ConfigError
 from vast.rows import Row
 
@@ -79,6 +81,7 @@ class InstanceBook:
     market: Market
     durations: MeasuredDurations
     journal: Journal
+    stops: UnaskedStops
     instances: dict[str, Instance] = field(default_factory=dict, init=False)
     vanished: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
     gone: deque[Instance] = field(default_factory=lambda: deque(maxlen=GONE_KEPT), init=False)
@@ -181,7 +184,7 @@ class Judge(InstanceBook):
             i.trouble.slow.note_stall(check.started_at)
         if check.verdict is Verdict.FATAL:
             i.trouble.accuse(check.why)
-        if self.listing.believed:
+        if self.listing.believed and not self.stops.credit.spares(now):
             self._accuse(i, final_accusation(i, self.deadlines, now), now)
 
     # -- what speaks against it ------------------------------------------------------------------------
@@ -221,8 +224,9 @@ class Judge(InstanceBook):
         self.market.note_create_worked()
         if not i.boot.was_hot:
             if i.boot.ordered_at is not None:
-                self.journal.add_duration("boot", i.boot.ordered_at, now)
-                self.durations.add_start(now - i.boot.ordered_at)
+                if i.loaded:  # not one that was stopped while it loaded
+                    self.journal.add_duration("boot", i.boot.ordered_at, now)
+                    self.durations.add_start(now - i.boot.ordered_at)
             elif not i.loaded and not i.adopted:
                 self.journal.add_duration("load", i.ordered_at, now)
                 self.durations.add_load(now - i.ordered_at)
@@ -236,7 +240,8 @@ class Judge(InstanceBook):
                 self._move(i, State.RUNNING, "its host is offline", now)
             self._accuse(i, lost_host(i, d, now), now)
         elif i.state is State.STARTING:
-            if (not i.orders.out or i.orders.is_stuck(now)) and now - i.orders.answered_at > d.starting_s:
+            limit_s = d.starting_s if i.loaded else d.loading_s  # it may have to pull the image anew
+            if (not i.orders.out or i.orders.is_stuck(now)) and now - i.orders.answered_at > limit_s:
                 i.boot.miss_gpu(d.no_gpu_rest_s, now)
                 self._accuse(i, no_gpu(i, d, now), now)
                 if i.state is State.STARTING:
@@ -279,6 +284,7 @@ class Reconciler(Judge):
                 self._condemned.add(s.label)
             if s.state is not None and s.since is not None:
                 self.instances[s.label] = Instance.restored(s, State(s.state), s.since, self.profile, now)
+        self.stops.restore(self.instances.values(), credit_gone=saved.credit_gone)
 
     def observe(self, rows: Sequence[Row] | None, checks: Iterable[HealthCheck], now: float) -> None:
         """Copy a listing (None when it failed), apply finished checks, and let deadlines pass."""
@@ -292,7 +298,8 @@ class Reconciler(Judge):
             self._read(rows, now)
         for check in checks:
             self.judge(check, now)
-        if self.listing.believed:
+        if self.listing.believed and not self.stops.credit.spares(now):
+            self.stops.judge(now)
             for i in list(self.instances.values()):
                 if now >= i.patience_until:
                     self._pass_deadline(i, now)
@@ -403,13 +410,14 @@ class Reconciler(Judge):
         elif i.state is State.LOADING or i.state in CHECKED:
             if i.intended != "stopped":
                 self._end(i, now)
-            elif i.loaded or i.adopted:
-                why = "stopped without our asking: outbid, out of credit, or by hand"
-                self._move(i, State.COLD, why, now)
             else:
-                why = "stopped without our asking before its model was loaded: out of credit, or by hand"
-                self.market.note_create_failed(now, why)
-                self._move(i, State.COLD, why, now)
+                self._move(i, State.COLD, unasked(i), now)
+                self.stops.add(i, now)
+
+    def note_credit(self, usd: float, now: float) -> None:
+        """Take in the account's credit; when it is back, all that it had stopped begins anew."""
+        if self.stops.note_credit(usd, self.instances.values(), now) is Turned.BACK:
+            self.excuse(now)
 
     def _end(self, i: Instance, now: float) -> None:
         """Take an instance out of service whose container the listing shows as ended; check it at once."""

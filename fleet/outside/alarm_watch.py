@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 
 from fleet.alarms import CREATES_OVER_S, STAYS_S, AlarmFacts, Alarms
+from fleet.holds import HoldKind
 from fleet.outside.notifier import Postbox
 from fleet.outside.overview import IN_TIME_OVER_S
 from fleet.outside.reasons import OwnReasons
@@ -89,7 +90,8 @@ class AlarmWatch:
             ending = [i for i in fleet if i.state is State.DESTROYING]
             return AlarmFacts(
                 reasons={r.code: r.message for r in self._reasons.now() if r.code != "held"},
-                holds={str(h.kind): h.note for h in fleet.holds},
+                holds={str(h.kind): h.note for h in fleet.holds if h.kind is not HoldKind.NO_CREDIT},
+                budgets_near=fleet.money.warnings(),
                 hot=fleet.hot,
                 demand=demand.demand,
                 held=demand.held,

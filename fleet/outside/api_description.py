@@ -111,6 +111,9 @@ class CostsAnswer(Struct, frozen=True, rename={"from_s": "from", "to_s": "to"}):
     burn_usd_h: float
     committed_usd_h: float
     budget_left_usd_h: float
+    budgets: dict[str, dict[str, Any]]
+    credit: dict[str, float | None]
+    forecast_today_usd: float
     intervals: list[dict[str, Any]]
 
 

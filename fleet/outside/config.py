@@ -86,6 +86,27 @@ class AutoscalerConfig(MarketFlags):
         metavar="USD",
         unit="$/h",
     )
+    budget_usd_day: float | None = flag(
+        None,
+        "what the fleet may cost a day (UTC), traffic included; at 80 % people are told, and only what still "
+        "fits is rented; at 100 % nothing is rented or started, and hot instances drain and stop until the "
+        "next day",
+        least=0.0,
+        most=1e7,
+        metavar="USD",
+        unit="$",
+        shown="none",
+    )
+    budget_usd_month: float | None = flag(
+        None, "the same for a month (UTC)", least=0.0, most=1e8, metavar="USD", unit="$", shown="none"
+    )
+    min_credit_hours: float = flag(
+        1.0,
+        "nothing is rented while the account's credit lasts for fewer hours at the present rate",
+        least=0.0,
+        most=10_000.0,
+        unit="h",
+    )
     # One listing each; the CLI takes 0.5 s of processor a call.
     poll_interval_s: float = flag(5.0, "seconds between listings", least=0.5, most=600.0)
     check_hot_every_s: float = flag(

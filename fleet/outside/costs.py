@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fleet.budget import day_of
 from fleet.outside.turns import Autoscaler
 
 
@@ -10,6 +11,7 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
     unwritten = not scaler.try_write_counts()
     costs = scaler.ledger.costs(from_s, to_s)
     took = scaler.ledger.durations(from_s, to_s)
+    money = scaler.instances.money
     with scaler.lock:
         burn = sum(i.price_usd_h for i in scaler.instances)
         committed = scaler.instances.committed().usd_h
@@ -37,6 +39,9 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
         "burn_usd_h": burn,
         "committed_usd_h": committed,
         "budget_left_usd_h": limit - committed,
+        "budgets": {s.period.name: s.shown() for s in money.budgets.standings},
+        "credit": credit_shown(scaler),
+        "forecast_today_usd": _forecast(scaler, burn),
         "starts": count("start"),
         "stops": count("stop"),
         "creates": count("create"),
@@ -57,3 +62,27 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
             for s in costs.intervals
         ],
     }
+
+
+def _forecast(scaler: Autoscaler, usd_h: float) -> float:
+    """Return what today (UTC) will have cost if the fleet goes on at that rate."""
+    now = scaler.clock()
+    begin, end = day_of(now)
+    return scaler.ledger.spent(begin, now) + usd_h * (end - now) / 3600.0
+
+
+def credit_shown(scaler: Autoscaler) -> dict[str, float | None]:
+    """Return the account's credit, and for how many hours it lasts at the present rate; None: not known."""
+    with scaler.lock:
+        credit = scaler.instances.money.credit
+        hours = credit.hours_left(sum(i.price_usd_h for i in scaler.instances))
+    return {"usd": credit.usd, "hours_left": None if hours is None else round(hours, 2)}
+
+
+def account_health(scaler: Autoscaler) -> dict[str, Any]:
+    """Return what GET /health says of money: the credit, where it is known, and budgets near their ends."""
+    credit, warnings = credit_shown(scaler), scaler.instances.money.warnings()
+    said: dict[str, Any] = {} if credit["usd"] is None else {"credit": credit}
+    if warnings:
+        said["warnings"] = list(warnings.values())
+    return said

@@ -47,7 +47,7 @@ def current_hot_set(scaler: Autoscaler, master_token: Callable[[str], str]) -> H
     def timing(gpu_name: str, num_gpus: int) -> Timing | None:
         return timing_for(profile.name, gpu_name, num_gpus) if profile.name in PROFILE_MODELS else None
 
-    return make_hot_set(serving, scaler.epoch, version, expected_hot_s, profile, master_token, timing)
+    return make_hot_set(serving, scaler.demand.epoch, version, expected_hot_s, profile, master_token, timing)
 
 
 # --- outside world ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from fleet.costs import SPENT_ON
 from fleet.holds import HoldKind
+from fleet.outside.costs import credit_shown
 from fleet.outside.own_health import REASONS
 from fleet.outside.turns import Autoscaler
 from fleet.states import State
@@ -60,6 +61,7 @@ class AutoscalerMetrics(Collector):
         yield gauge("autoscaler_burn_dollars_per_hour", "What the fleet costs at present.", burn_usd_h)
         says = "What the fleet may cost at most."
         yield gauge("autoscaler_limit_dollars_per_hour", says, scaler.instances.limits.max_usd_h)
+        yield from self._money()
         now_not = set(self._reasons())
         not_well = ((reason, float(reason in now_not)) for reason in REASONS)
         says = "Whether the autoscaler cannot do its job for this reason, as GET /health says it."
@@ -76,6 +78,17 @@ class AutoscalerMetrics(Collector):
         says = "Turns in which the policy wanted more of this than the hard limits allow."
         yield labelled(CounterMetricFamily, "autoscaler_clamped_turns_total", says, "target", clamps)
         yield from self._durations(now)
+
+    def _money(self) -> Iterator[Family]:
+        credit, standings = credit_shown(self._scaler), self._scaler.instances.money.budgets.standings
+        if credit["usd"] is not None:
+            yield gauge("autoscaler_credit_dollars", "The credit of the cloud's account.", credit["usd"])
+        if credit["hours_left"] is not None:
+            says = "How long the credit lasts at the present rate."
+            yield gauge("autoscaler_credit_hours", says, credit["hours_left"])
+        used = ((s.period.name, s.share) for s in standings)
+        says = "Share of the budget that is spent or bound to be, of a day or a month."
+        yield labelled(GaugeMetricFamily, "autoscaler_budget_used_share", says, "period", used)
 
     def _durations(self, now: float) -> Iterator[Family]:
         seconds: dict[str, list[float]] = {}

@@ -12,7 +12,8 @@ from fleet.history import columns
 from fleet.instance import Instance
 from fleet.journal import Decision
 from fleet.outside.audit import AuditTrail
-from fleet.outside.ledger import DAY_S
+from fleet.outside.costs import credit_shown
+from fleet.outside.ledger_reading import DAY_S
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
 from fleet.outside.what_if_runs import WhatIfRuns
@@ -86,6 +87,7 @@ class Overview:
             in_time = scaler.history.share_in_time(IN_TIME_OVER_S, now)
             latest, manage, limits = scaler.history.latest, instances.manage, instances.limits
             committed = instances.committed()
+            budgets = {s.period.name: s.shown() for s in instances.money.budgets.standings}
             wrong = wrong_now(  # the share in time is in the strip
                 AlarmFacts(
                     hot=instances.hot,
@@ -93,6 +95,7 @@ class Overview:
                     held=scaler.demand.held,
                     usd_h=sum(i.price_usd_h for i in instances),
                     limit_usd_h=limits.max_usd_h,
+                    budgets_near=instances.money.warnings(),
                 )
             )
             start_s, load_s = instances.durations.start_s, instances.durations.load_s
@@ -114,7 +117,7 @@ class Overview:
                 "usd_h": limits.max_usd_h,
                 "committed_usd_h": committed.usd_h,
             },
-            "money": money,
+            "money": money | {"budgets": budgets, "credit": credit_shown(scaler)},
             "instances": rows,
             "gone": gone,
             "decisions": [told(d) for d in reversed(found)],

@@ -71,7 +71,6 @@ class OwnHealth:
 
     def __init__(self) -> None:
         """Begin a process in which nothing went wrong."""
-        self.credit_usd: float | None = None
         self.restarts: Counter[str] = Counter()  # of threads that ended by an error
         self.clock_steps: list[tuple[float, float]] = []  # when, and by how many seconds
         self._lock = threading.Lock()
@@ -124,10 +123,6 @@ class OwnHealth:
         with self._lock:
             at = self._reported.get(safe_text(loadbalancer, 64), float("-inf"))
         return now - at < REPORTS_S
-
-    def note_credit(self, usd: float) -> None:
-        """Note the credit that is left on the cloud's account, in dollars."""
-        self.credit_usd = usd
 
     def note_death(self, thread: str, error: BaseException, now: float) -> None:
         """Note that a thread of this process ended by an error; the caller starts it again."""
@@ -205,10 +200,6 @@ class OwnHealth:
                     f"no report was understood for {longest_s:.0f} s from {len(deaf)} of {len(heard)} "
                     f"loadbalancers that are there: {', '.join(_named(n, deaf[n]) for n in sorted(deaf))}",
                 )
-            )
-        if self.credit_usd is not None and self.credit_usd <= 0.0:
-            found.append(
-                Reason("no_credit", f"the account has {self.credit_usd:.2f} $ left: the cloud stops all")
             )
         if failed_creates >= REFUSED_CREATES:
             found.append(

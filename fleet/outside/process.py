@@ -17,6 +17,7 @@ from engine.profiles import get_profile
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.limits import Limits
+from fleet.outside.account_watch import AccountWatch
 from fleet.outside.alarm_watch import AlarmWatch
 from fleet.outside.config import AutoscalerConfig, vast_settings
 from fleet.outside.engine_log import EngineLog
@@ -48,9 +49,6 @@ from vast.cli import Cli
 from vast.client import Vast
 
 log = logging.getLogger("autoscaler")
-
-CREDIT_EVERY_S = 300.0
-"""Seconds between two looks at the account's credit: a call of the CLI."""
 
 MIN_TURN_S = 1.0
 """Least seconds between two listings."""
@@ -118,7 +116,7 @@ class AutoscalerProcess:
         )
         self._alarms = self._alarm_watch()
         self._steps = StepDetector()
-        self._credit_at = float("-inf")
+        self._account = AccountWatch(scaler, self.vast)
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -127,7 +125,13 @@ class AutoscalerProcess:
         return InstanceSet(
             config.label,
             self.profile,
-            Limits(config.max_instances, config.max_dollars_per_hour),
+            Limits(
+                config.max_instances,
+                config.max_dollars_per_hour,
+                budget_usd_day=config.budget_usd_day,
+                budget_usd_month=config.budget_usd_month,
+                min_credit_hours=config.min_credit_hours,
+            ),
             Deadlines.for_profile(self.profile, config.speedup),
             config.speedup,
             config.check_hot_every_s,
@@ -193,6 +197,7 @@ class AutoscalerProcess:
         """Start the threads: one takes turns, one sends orders, one tunes the policy, others tell people."""
         self._start(self._run_turns)
         self._start(self._run_orders)
+        self._start(self._watch_account)
         self._start(self.tuner.run)
         if self._alarms is not None:
             self._alarms.start()
@@ -233,6 +238,9 @@ class AutoscalerProcess:
         self.ledger.close()
         os.close(self._lock_file)
 
+    def _watch_account(self) -> None:
+        self._account.run(self._stopped)
+
     def _watch_alarms(self) -> None:
         if self._alarms is not None:
             self._alarms.run(self._stopped)
@@ -252,7 +260,7 @@ class AutoscalerProcess:
             self.scaler.turn_due.clear()
 
     def _look_at_ourselves(self) -> None:
-        """Notice a wall clock that was set, what is over that a person asked, and now and then the credit."""
+        """Notice a wall clock that was set, and what is over that a person asked."""
         self.acts.by_hand.remember()
         now = self.scaler.clock()
         by_s = self._steps.step_s()
@@ -261,12 +269,6 @@ class AutoscalerProcess:
             self.scaler.own.note_step(by_s, now)
             with contextlib.suppress(sqlite3.Error):
                 self.ledger.add_clock_step(now, by_s)
-        if now - self._credit_at >= CREDIT_EVERY_S:
-            self._credit_at = now
-            try:
-                self.scaler.own.note_credit(self.vast.credit())
-            except CloudError as e:
-                log.warning("the credit is not known: %s", e)
 
     def _run_orders(self) -> None:
         while True:

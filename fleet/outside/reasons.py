@@ -1,5 +1,6 @@
 """Why this autoscaler process cannot do its job: what `GET /health`, metrics and notifications say."""
 
+from fleet.holds import HoldKind
 from fleet.outside.own_health import Reason
 from fleet.outside.turns import Autoscaler
 
@@ -34,4 +35,7 @@ class OwnReasons:
         if not self.turns_go_well:
             message = f"no turn went well for {self.good_turn_age_s:.0f} s: {scaler.last_error}"
             found.insert(0, Reason("no_good_turn", message))
-        return found + [Reason("held", hold.note) for hold in scaler.instances.holds]
+        for hold in scaler.instances.holds:
+            code = "no_credit" if hold.kind is HoldKind.NO_CREDIT else "held"
+            found.append(Reason(code, hold.note))
+        return found

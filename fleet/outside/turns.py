@@ -3,7 +3,7 @@
 import logging
 import secrets
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,11 +27,13 @@ from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.history import History, take_sample
 from fleet.instance_messages import Hearing
 from fleet.journal import Decision, remember
-from fleet.outside.ledger import BUCKET_S, Ledger
+from fleet.outside.ledger import Ledger
 from fleet.outside.ledger_prices import LOOKED_AT
+from fleet.outside.ledger_reading import BUCKET_S
 from fleet.outside.order_queue import OrderQueue
 from fleet.outside.own_health import OwnHealth
 from fleet.outside.performer import Performer
+from fleet.outside.spending import Spending
 from fleet.states import CHECKED, IllegalTransition, State
 from policies import Policy
 from process.clock import steady_clock
@@ -98,11 +100,12 @@ class Autoscaler:
         self.last_good_turn: float | None = None
         self.last_error = "no turn yet"
         self._new_label = new_label
-        self._worked: dict[tuple[str, int], float] = {}  # seconds by label and bucket, not yet in the ledger
+        self._worked: defaultdict[tuple[str, int], float] = defaultdict(float)  # s by label, bucket; unsaved
         self._counts_at = float("-inf")
         self._vast = vast
         self._performer = performer
         self.ledger = ledger
+        self._spending = Spending(instances.money, ledger)
         self.own = OwnHealth()
         self.clock = clock or steady_clock()
         self._writing = threading.Lock()
@@ -117,18 +120,15 @@ class Autoscaler:
         """Let that policy decide from the next turn on; the caller holds `lock`."""
         self.policy = policy
 
-    @property
-    def epoch(self) -> str:
-        """The name of this process for loadbalancers: versions of the hot set count from its start."""
-        return self.demand.epoch
-
     def turn(self) -> Decision:
         """Take one turn; raise when the ledger cannot be written. Without a listing nothing is decided."""
         rows, trouble = self._list()
         now = self.clock()
         self._mind_ledger(now, looked=rows is not None)
+        spent_usd = self._spending.spent(now)
         with self.lock:
             self.instances.observe(rows, (), now)
+            self.instances.settle_money(spent_usd, now)
             self.demand.tick(now, self.instances.hot)
             decision = self.instances.decide(self.demand, self.policy, now, writable=self.own.writable)
             if trouble is not None:
@@ -138,6 +138,7 @@ class Autoscaler:
             self.history.note(take_sample(decision, self.instances, self.demand, self.history))
             self.clamps.update(decision.clamped)
         self._send(begun)
+        self._spending.keep()
         if now >= self._counts_at:
             self.write_counts()
         if rows is not None and self.instances.listing_believed:
@@ -271,8 +272,7 @@ class Autoscaler:
                 for i in self.instances:
                     seconds = worked.get(i.id) if i.id is not None else None
                     if seconds is not None:
-                        where = i.label, bucket
-                        self._worked[where] = self._worked.get(where, 0.0) + seconds
+                        self._worked[i.label, bucket] += seconds
 
     def write_counts(self) -> None:
         """Write the instances' working seconds and the arrived requests to the ledger.
@@ -282,7 +282,7 @@ class Autoscaler:
         with self._writing:
             now = self.clock()
             with self.lock:
-                worked, self._worked = self._worked, {}
+                worked, self._worked = self._worked, defaultdict(float)
                 arrived = self.demand.history.take_unsaved()
                 samples = self.history.take_unsaved()
                 self._counts_at = now + COUNTS_EVERY_S
@@ -292,7 +292,7 @@ class Autoscaler:
                 self.own.note_unwritten(e, now)
                 with self.lock:
                     for where, seconds in worked.items():
-                        self._worked[where] = self._worked.get(where, 0.0) + seconds
+                        self._worked[where] += seconds
                     self.demand.history.put_back(arrived)
                     self.history.put_back(samples)
                 raise

@@ -97,6 +97,11 @@ function showMoney(o) {
     row.cells[2].textContent = dollars(o.money.yesterday[name]);
   }
   const since = o.money.known_from == null ? "" : `Known since ${moment(o.money.known_from)}.`;
+  const { budgets, credit } = o.money;
+  const lasts = credit.hours_left == null ? "" : `, which lasts ${span(credit.hours_left * 3600)} at this rate`;
+  const said = Object.entries(budgets).map(([name, b]) => `${dollars(b.spent_usd)} of the ${name}’s ${dollars(b.limit_usd)} are spent and ${dollars(b.bound_usd)} bound to be; at this rate it will be ${dollars(b.forecast_usd)}.`);
+  if (credit.usd != null) said.push(`The account has ${dollars(credit.usd)}${lasts}.`);
+  say("budgets", said.join(" "));
   say("month", o.money.month_usd == null ? since : `A month like the last day costs ${dollars(o.money.month_usd)}. ${since}`);
 }
 

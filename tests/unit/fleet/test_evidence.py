@@ -233,12 +233,13 @@ def test_a_fleet_of_one_whose_gpu_is_taken_for_good_is_replaced() -> None:
 
 
 def test_what_the_cloud_stops_while_it_loads_is_replaced_and_its_machine_not_banned() -> None:
-    """Out of credit, or stopped by hand: that is not the machine."""
+    """Stopped by hand, as there is credit (test_credit.py has the other case): that is not the machine."""
     w = World(policy=Fixed(1, 1))
     w.tick(w.boot_s + 30)
     (label,) = w.contracts
     w.contracts[label].status, w.contracts[label].intended = "exited", "stopped"
     w.tick()
+    w.fleet.note_credit(9.0, w.now)
     assert w.states() == {"cold": 1}
     assert w.fleet[label].why.startswith("stopped without our asking before its model was loaded")
     w.tick(w.deadlines.repeat_s + 10)

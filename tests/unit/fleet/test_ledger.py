@@ -15,7 +15,8 @@ import pytest
 
 from fleet.arrivals import Arrived
 from fleet.journal import BillingInterval, Entries, SavedInstance
-from fleet.outside.ledger import BUCKET_S, DAY_S, KEPT_S, PRUNE_EVERY_S, Ledger
+from fleet.outside.ledger import KEPT_S, PRUNE_EVERY_S, Ledger
+from fleet.outside.ledger_reading import BUCKET_S, DAY_S
 from fleet.outside.ledger_schema import MIGRATIONS
 from process.errors import ConfigError
 

@@ -132,12 +132,18 @@ def test_a_webhook_hears_once_that_no_turn_goes_well_and_once_that_it_is_over(lo
     assert (over["title"], over["type"]) == ("fleet fleet: not well: no good turn is over", "success")
 
 
+def note_credit(loop: Loop, usd: float) -> None:
+    """The account was asked for its credit, and a turn taken."""
+    loop.scaler.instances.note_credit(usd, loop.scaler.clock())
+    loop.scaler.turn()
+
+
 def test_after_a_restart_nothing_is_told_twice(loop: Loop) -> None:
     with hook() as service, postboxes(service.url) as boxes:
-        loop.scaler.own.note_credit(-1.0)
+        note_credit(loop, -1.0)
         pass_seconds(loop, watch_of(loop, boxes), 200)
         wait_for("the message", lambda: service.got)
-        loop.scaler.own.note_credit(10.0)
+        note_credit(loop, 10.0)
         pass_seconds(loop, watch_of(loop, boxes), 600)
         wait_for("its end", lambda: len(service.got) == 2)
         boxes[0].put(notice())
@@ -149,7 +155,7 @@ def test_a_service_that_hangs_delays_neither_a_look_nor_another_service_nor_the_
     with hook(answer=b"") as hangs, hook() as service:
         with postboxes(hangs.url, service.url) as boxes:
             watch = watch_of(loop, boxes)
-            loop.scaler.own.note_credit(-1.0)
+            note_credit(loop, -1.0)
             begun = time.monotonic()
             pass_seconds(loop, watch, 200)
             for n in range(3 * MOST_WAITING):

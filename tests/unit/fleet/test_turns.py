@@ -18,6 +18,7 @@ from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import Entries
 from fleet.outside.ledger import Ledger
 from fleet.outside.own_health import Reason, keep_alive
+from fleet.outside.reasons import OwnReasons
 from fleet.outside.turns import COUNTS_EVERY_S, Autoscaler
 from fleet.states import State
 from policies import Fixed
@@ -493,11 +494,15 @@ def test_a_loadbalancer_that_is_understood_hides_no_other(ledger: Ledger) -> Non
 
 
 def test_no_credit_and_creates_that_all_fail_are_reasons(ledger: Ledger) -> None:
-    own = Loop(ledger).scaler.own
-    own.note_credit(-0.1)
-    found = own.reasons(3, "spend_rate_limit", 0.0)
-    assert [r.code for r in found] == ["no_credit", "creates_fail"]
-    assert "spend_rate_limit" in found[1].message
+    scaler = Loop(ledger).scaler
+    found = scaler.own.reasons(3, "spend_rate_limit", 0.0)
+    assert [r.code for r in found] == ["creates_fail"]
+    assert "spend_rate_limit" in found[0].message
+    scaler.instances.note_credit(-0.1, scaler.clock())
+    scaler.turn()
+    (reason,) = OwnReasons(scaler, 5.0).now()
+    assert reason.code == "no_credit"
+    assert "pay in" in reason.message
 
 
 def test_a_fleet_found_hot_stays_hot_until_demand_was_heard(ledger: Ledger) -> None:
