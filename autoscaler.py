@@ -28,6 +28,7 @@ from typing import Any
 
 from engine.profiles import Profile
 from fleet import planner
+from fleet.blame import Blame
 from fleet.commands import AskPage, Command, Drain, LookForOffers, Performed, Undrain
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
@@ -91,9 +92,10 @@ class InstanceSet:
         self._check_hot_every_s = check_hot_every_s
         self._check_boot_every_s = check_boot_every_s
         self.money = Money(limits, deadlines, profile.download_gb, self.holds)
+        self.blame = Blame(self.holds, self.market, self.journal, deadlines)
         stops = UnaskedStops(self.money.credit, self.market, self.journal)
         self._reconciler = Reconciler(
-            fleet_name, profile, deadlines, self.market, self.durations, self.journal, stops
+            fleet_name, profile, deadlines, self.market, self.blame, self.durations, self.journal, stops
         )
 
     def restore(self, saved: SavedFleet, now: float) -> None:
@@ -105,8 +107,13 @@ class InstanceSet:
         self._reconciler.restore(saved, now)
 
     def set_manage(self, manage: bool) -> None:
-        """Set whether new orders are made; orders that were begun are finished either way."""
+        """Set whether new orders are made; orders that were begun are finished either way.
+
+        Switched on, also again, it says that what held creates back is mended.
+        """
         self.manage = manage
+        if manage:
+            self.blame.mended()
 
     # -- a turn ----------------------------------------------------------------------------------------
 

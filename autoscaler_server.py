@@ -15,7 +15,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
@@ -29,7 +29,15 @@ from fleet.outside.destroy_fleet import destroy_fleet
 from fleet.outside.hot_set_push import current_hot_set
 from fleet.outside.metrics import AutoscalerMetrics
 from fleet.outside.operator_acts import OperatorActs
-from fleet.outside.operator_commands import ACT, MACHINES, REACH, SHOW, OperatorConfig, run_operator_command
+from fleet.outside.operator_commands import (
+    ACT,
+    MACHINES,
+    REACH,
+    SHOW,
+    SWITCH,
+    OperatorConfig,
+    run_operator_command,
+)
 from fleet.outside.overview import FleetPlace, Overview
 from fleet.outside.page_routes import ENGINE_LOG, FROM, MARKET, TO, WHAT_IF, add_page, asked_by
 from fleet.outside.plan import PlanConfig, plan
@@ -128,7 +136,7 @@ def _add_health(app: Flask, scaler: Autoscaler, poll_interval_s: float) -> Calla
             more["restarted_threads"] = dict(scaler.own.restarts)
         if scaler.own.clock_steps:
             more["clock_steps"] = [{"at": at, "by_s": round(by_s, 1)} for at, by_s in scaler.own.clock_steps]
-        if holds := [asdict(hold) for hold in scaler.instances.holds]:
+        if holds := [hold.shown() for hold in scaler.instances.holds]:
             more["holds"] = holds
         more |= account_health(scaler)
         if not reasons:
@@ -344,7 +352,7 @@ def parser() -> argparse.ArgumentParser:
         environment=ENVIRONMENT,
         description="Keep the fleet as the policy wants it. This is what runs without a command.",
         epilog="Other commands, each with a --help: "
-        f"{', '.join(('plan', 'prepare', 'destroy-fleet', *SHOW, *REACH, *ACT))}.",
+        f"{', '.join(('plan', 'prepare', 'destroy-fleet', *SHOW, *REACH, *ACT, *SWITCH))}.",
         help="keep the fleet as the policy wants it (default)",
     )
     add_flags(serve_it, AutoscalerConfig)
@@ -370,16 +378,18 @@ def parser() -> argparse.ArgumentParser:
     )
     add_flags(destroy_it, AutoscalerConfig, without=SERVE_ONLY)
     destroy_it.add_argument("--yes", action="store_true", help="do not ask (default: ask)")
-    for name, does in (SHOW | REACH | ACT).items():
+    for name, does in (SHOW | REACH | ACT | SWITCH).items():
         it = commands.add_parser(
             name,
             environment=OPERATOR_ENVIRONMENT,
             description=f"Of an autoscaler that runs: {does}.",
             help=does,
         )
-        if name not in SHOW:
+        if name in SWITCH:
+            it.add_argument("of", choices=("on", "off"), help="whether anything new is ordered (no default)")
+        elif name not in SHOW:
             what = "machine_id" if name in MACHINES else "id of the instance"
-            it.add_argument("number", type=int, metavar="ID", help=f"{what}, as `status` shows it")
+            it.add_argument("of", type=int, metavar="ID", help=f"{what}, as `status` shows it")
         unused = {*(("watch",) if name not in SHOW else ()), *(("state_dir",) if name not in REACH else ())}
         add_flags(it, OperatorConfig, without=tuple(unused))
     return found
@@ -423,9 +433,9 @@ def main(argv: list[str] | None = None) -> None:
         argv.insert(0, "serve")
     args = parser().parse_args(argv)
     set_up_logging()
-    if args.command in SHOW | REACH | ACT:
+    if args.command in SHOW | REACH | ACT | SWITCH:
         given = {f.name: vars(args)[f.name] for f in fields(OperatorConfig) if f.name in args}
-        run_operator_command(args.command, getattr(args, "number", None), OperatorConfig(**given))
+        run_operator_command(args.command, getattr(args, "of", None), OperatorConfig(**given))
         return
     config = _config(args)
     if args.command == "prepare":

@@ -7,6 +7,7 @@ from fleet.evidence import Accusation, Source
 from fleet.instance import Instance
 from fleet.slowness import CONFIRMED_S, Slowness
 from fleet.states import State
+from process.safe_text import safe_text
 
 FAILED_STARTS = 3
 """Starts in a row without a GPU after which an instance may be given up: it is rented to somebody else."""
@@ -71,9 +72,10 @@ def overdue(i: Instance, d: Deadlines, now: float) -> Accusation | None:
         waited_s = now - max(i.since, i.orders.answered_at)
         return _late("ordered, but never listed", listing, waited_s, d.ordered_s)
     if i.state is State.LOADING:
-        if i.broken_since and now - i.broken_since >= d.broken_host_s:
-            why = "docker or host error in status_msg"
-            return Accusation(why, listing, now - i.broken_since, 0.0, final=True)
+        broken_since = i.trouble.host_error_since
+        if broken_since and now - broken_since >= d.broken_host_s:
+            why = f"docker or host error in status_msg: {safe_text(i.trouble.host_error or '', 300)}"
+            return Accusation(why, listing, now - broken_since, 0.0, final=True)
         return _late(f"its container was not up after {age:.0f} s", listing, age, d.loading_s)
     if i.state is State.RUNNING:
         limit_s = d.recover_s if i.boot.was_hot else d.reload_s if i.loaded else d.first_load_s

@@ -94,6 +94,16 @@ class Reply(StrEnum):
     UNSENT = "unsent"  # a fault of ours: it was not sent
 
 
+class AccountFault(StrEnum):
+    """What the cloud holds against the account in a refusal, as far as its words tell."""
+
+    KEY = "key"  # the API key is wrong
+    SCOPE = "scope"  # the API key may not do that
+    CREDIT = "credit"
+    SPEND_LIMIT = "spend limit"
+    IMAGE = "image"  # of the image or template that was ordered
+
+
 def with_label(command: Create, label: str) -> Create:
     """Return the same order to create an instance, under that label."""
     return replace(command, label=label)
@@ -106,7 +116,8 @@ class Performed:
     why: the reason where it was not done. new_id: of a created instance. offers: what a search found.
     offer_gone: another customer has the offer; the next one may still be free. row: what the instance's own
     page shows; None when that says that there is no such instance. absent: the instance was gone before.
-    sent_at: when it was sent, epoch seconds; None: just now.
+    sent_at: when it was sent, epoch seconds; None: just now. refusal: what the cloud holds against the
+    account.
     """
 
     reply: Reply
@@ -117,6 +128,7 @@ class Performed:
     row: Row | None = None
     absent: bool = False
     sent_at: float | None = None
+    refusal: AccountFault | None = None
 
     def done_at(self, now: float) -> float | None:
         """Return about when it was done, since an answer may be long in coming; None: it was not."""

@@ -24,6 +24,7 @@ FLOORS_S = {
     "offers_s": 60.0,
     "create_rest_s": 2.0,
     "bad_machine_s": 600.0,
+    "trial_s": 60.0,
 }
 """Least values on a local cloud with a speedup: a CLI call takes 0.5 s, and several wait for each other."""
 
@@ -56,6 +57,7 @@ class Deadlines:
     bad_machine_s: float = 86_400.0  # a machine that failed is not rented again
     offers_s: float = 60.0  # age of an offer that may still be taken
     create_rest_s: float = 30.0  # pause after a failed create; doubles to 15 min
+    trial_s: float = 900.0  # creates are held: until one machine is tried; doubles to 6 h. It costs cents
 
     @classmethod
     def for_profile(cls, profile: Profile, speedup: float = 1.0) -> "Deadlines":

@@ -116,6 +116,16 @@ def _weigh_silence(a: Accusation, around: Circumstances) -> Ruling:
     )
 
 
+HOST_ERRORS = (
+    "error response from daemon",
+    "oci runtime create failed",
+    "failed to inject cdi",
+    "no space left on device",
+    "failed to resolve reference",
+)
+"""Docker and host failures seen in status_msg (vast-contract 6.2), in lower case."""
+
+
 @dataclass
 class Trouble:
     """What our checks and the listing hold against one machine in its present boot, and since when."""
@@ -126,6 +136,8 @@ class Trouble:
     failing: bool = False  # the last check did not pass
     silent_since: float | None = None  # when the first of an unbroken row that met nobody had ended
     ended_since: float | None = None  # the listing says that its container ended by itself
+    host_error: str | None = None  # what status_msg says is wrong
+    host_error_since: float | None = None
     fatal: str | None = None  # what does not pass by itself, as our check found it
     word: str | None = None  # the same, as its own signed word has it
     word_since: float = 0.0
@@ -148,6 +160,15 @@ class Trouble:
     def note_ended(self, now: float, *, ended: bool) -> None:
         """Note whether the listing shows the machine's container as ended by itself."""
         self.ended_since = None if not ended else now if self.ended_since is None else self.ended_since
+
+    def note_status(self, status_msg: str | None, now: float) -> None:
+        """Note what status_msg says, where that is a failure of docker or of the host."""
+        words = (status_msg or "").lower()
+        if not any(error in words for error in HOST_ERRORS):
+            self.host_error = self.host_error_since = None
+            return
+        self.host_error = status_msg
+        self.host_error_since = now if self.host_error_since is None else self.host_error_since
 
     def accuse(self, fatal: str) -> None:
         """Note a fault of the machine that does not pass by itself, such as a fatal line in its log."""
@@ -172,6 +193,11 @@ class Trouble:
     def _forget_failures(self) -> None:
         self.failing, self.silent_since = False, None
         self.fatal = self.word = self.clients_since = None
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What is wrong with the machine in its own words, or docker's, from the surest source on."""
+        return tuple(said for said in (self.fatal, self.word, self.host_error) if said is not None)
 
     def contrasts_with(self, other: "Trouble") -> bool:
         """Return whether this machine has been well since before the other's last check met nobody.

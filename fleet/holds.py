@@ -14,7 +14,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
 
@@ -42,6 +42,8 @@ class Hold:
     """One reason, in force since then (epoch seconds).
 
     sentence: for the operator, with what to do. held: which orders it stops. ends: how it comes to an end.
+    trial_at: from then on one machine may be rented to see whether it is over (never, if not given); not_at:
+    hosts that it is not to be rented from.
     """
 
     kind: HoldKind
@@ -49,11 +51,19 @@ class Hold:
     since: float
     held: HeldOrders = HeldOrders.CREATES
     ends: str = ""
+    trial_at: float = float("inf")
+    not_at: frozenset[int] = frozenset()
 
     @property
     def stops_starts(self) -> bool:
         """Whether stopped instances are not started either."""
         return self.held is HeldOrders.CREATES_AND_STARTS
+
+    def shown(self) -> dict[str, str | float]:
+        """Return the hold as JSON for people and programs."""
+        shown = asdict(self)
+        del shown["trial_at"], shown["not_at"]
+        return shown
 
     @property
     def note(self) -> str:
@@ -70,14 +80,26 @@ class Holds:
         self._log = log
 
     def set(
-        self, kind: HoldKind, sentence: str, now: float, held: HeldOrders = HeldOrders.CREATES, ends: str = ""
+        self,
+        kind: HoldKind,
+        sentence: str,
+        now: float,
+        held: HeldOrders = HeldOrders.CREATES,
+        ends: str = "",
+        trial_at: float = float("inf"),
+        not_at: frozenset[int] = frozenset(),
     ) -> None:
         """Hold orders back for that reason, or go on to do so with another sentence."""
         before = self.of(kind)
-        hold = Hold(kind, sentence, now if before is None else before.since, held, ends)
+        since = now if before is None else before.since
+        hold = Hold(kind, sentence, since, held, ends, trial_at, not_at)
         if before is None or before.held is not held:
             self._log(hold.note)
         self._holds = (*(h for h in self._holds if h.kind is not kind), hold)
+
+    def postpone(self, kind: HoldKind, trial_at: float) -> None:
+        """Let no machine be tried before that time while the hold of that kind is in force."""
+        self._holds = tuple(replace(h, trial_at=trial_at) if h.kind is kind else h for h in self._holds)
 
     def clear(self, kind: HoldKind) -> bool:
         """End the hold of that kind; return whether there was one."""

@@ -27,15 +27,6 @@ LOST = frozenset({"offline", "unknown", "frozen"})
 RUNS = CHECKED | {State.LOADING}
 """States in which a container that is down has ended by itself."""
 
-HOST_ERRORS = (
-    "error response from daemon",
-    "oci runtime create failed",
-    "failed to inject cdi",
-    "no space left on device",
-    "failed to resolve reference",
-)
-"""Docker and host failures seen in status_msg (vast-contract 6.2), in lower case."""
-
 READ_LOG_EVERY = 4
 """Health checks of a hot instance to one that also reads its log: that costs an ssh handshake, and the test
 prompt finds more."""
@@ -201,7 +192,6 @@ class Instance:
     intended: str | None = None  # intended_status
     odd: str | None = None  # what its row does not say, or says wrongly
     lost_since: float | None = None  # host offline
-    broken_since: float | None = None  # error in status_msg
     patience_until: float = float("-inf")  # no deadline passes before
     # what is known of it
     loaded: bool = False  # the model is on its disk
@@ -323,7 +313,7 @@ class Instance:
             self.running_usd_h, self.stopped_usd_h = row.dph_total, row.storage_usd_h
         self.ssh = _ssh_address(row)
         self.lost_since = _since(self.lost_since, now, row.actual_status in LOST)
-        self.broken_since = _since(self.broken_since, now, _has_host_error(row.status_msg))
+        self.trouble.note_status(row.status_msg, now)
         ended = row.actual_status in DOWN and row.intended_status != "stopped" and self.state in RUNS
         self.trouble.note_ended(now, ended=ended)
         before = self.host, self.ports
@@ -479,13 +469,6 @@ class Instance:
 def _since(before: float | None, now: float, lasts: bool) -> float | None:
     """Return since when a condition lasts, given since when it lasted before; None: it does not."""
     return (now if before is None else before) if lasts else None
-
-
-def _has_host_error(status_msg: str | None) -> bool:
-    if not status_msg:
-        return False
-    message = status_msg.lower()
-    return any(words in message for words in HOST_ERRORS)
 
 
 def _ssh_address(row: Row) -> tuple[str, int] | None:

@@ -126,6 +126,15 @@ class Market:
         """End the row of failed creates, because a rented machine became hot."""
         self._failed_creates = 0
 
+    def end_rest(self) -> None:
+        """Let creates be made at once again, because a person says that what failed is mended."""
+        self._failed_creates, self._no_create_before = 0, float("-inf")
+
+    @property
+    def resting_until(self) -> float:
+        """Until when no create is to be made."""
+        return self._no_create_before
+
     @property
     def failed_creates(self) -> int:
         """How many creates in a row have failed."""

@@ -21,6 +21,7 @@
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from fleet.blame import host_of
 from fleet.commands import (
     AskPage,
     Command,
@@ -310,9 +311,12 @@ class Planner:
 
         wanted: instances in all.
         """
-        if self._held(self._situation.holds):
+        holds = self._situation.holds
+        if self._held(holds) and (self._first_on_way or any(self._now < h.trial_at for h in holds)):
             return
         market, why = self._situation.market, f"{missing} more wanted in all"
+        if holds:
+            missing, why = 1, "to see whether others fail in the same way, or it is over"
         if self._situation.purse.spares:
             self._notes.append("machines were stopped unasked: nothing is rented before the credit is known")
         elif market.resting:
@@ -325,6 +329,12 @@ class Planner:
         else:
             self._commands.append(LookForOffers(why))
 
+    @property
+    def _first_on_way(self) -> bool:
+        """Whether there is an instance that has not been hot and may still become so."""
+        states = (State.ORDERED, State.LOADING, State.RUNNING)
+        return any(not i.loaded for state in states for i in self._by_state[state])
+
     def _held(self, holds: Iterable[Hold]) -> bool:
         """Return whether there are such holds, and note each of them once."""
         notes = [hold.note for hold in holds]
@@ -335,19 +345,20 @@ class Planner:
         avoided = {
             i.machine_id for i in self._situation.instances if i.taken_out.for_good or i.state is State.FAILED
         }
+        avoided_hosts = {host for hold in self._situation.holds for host in hold.not_at}
         taken: set[int] = set()
         full: set[int | None] = set()  # hosts that have their share of the fleet
         for offer in self._situation.market.offers:
             if len(taken) >= most:
                 break
-            if offer.machine_id in avoided or offer.id in taken:
+            if offer.machine_id in avoided or offer.id in taken or host_of(offer) in avoided_hosts:
                 continue
             if not self._guard.has_room_at(offer.host_id, most_at_host):
                 full.add(offer.host_id)
             elif self._guard.admit_create(offer):
                 self._commands.append(Create(offer, why, evidence=self._evidence))
                 taken.add(offer.id)
-        if not taken and not self._notes:
+        if not taken and (not self._notes or self._situation.holds):
             refused = [*self._situation.market.refused]
             if full:
                 refused.append(f"{len(full)} hosts have their share, {most_at_host} instances")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from engine.profiles import Profile
 from fleet.accusations import final_accusation, lost_host, no_gpu, overdue
+from fleet.blame import Blame
 from fleet.commands import (
     AskPage,
     Create,
@@ -79,6 +80,7 @@ class InstanceBook:
     profile: Profile
     deadlines: Deadlines
     market: Market
+    blame: Blame
     durations: MeasuredDurations
     journal: Journal
     stops: UnaskedStops
@@ -108,17 +110,13 @@ class InstanceBook:
         self._record(i, now)
 
     def _fail(self, i: Instance, ruling: Ruling, now: float) -> None:
-        """Give an instance up, and avoid its machine for a while, on the evidence of a ruling."""
+        """Give an instance up on the evidence of a ruling; who is to blame is decided by fleet/blame.py."""
         if i.state in GIVEN_UP:
             return
-        why, evidence = ruling.why, ruling.evidence
-        if not i.loaded:
-            self.market.note_create_failed(now, why)
-        if i.machine_id is not None:
-            until = self.market.avoid(i.machine_id, evidence, now)
-            self.journal.add_bad_machine(i.machine_id, until, evidence)
-        self._condemn(i, evidence)
-        self._move(i, State.FAILED, why, now)
+        others = [o for o in self.instances.values() if o is not i]
+        self.blame.fail(i, ruling.why, ruling.evidence, others, now)
+        self._condemn(i, ruling.evidence)
+        self._move(i, State.FAILED, ruling.why, now)
 
     def _vanish(self, i: Instance, why: str, now: float) -> None:
         """Count an instance as gone, but its price against the limits for a while: it may still bill."""
@@ -221,7 +219,7 @@ class Judge(InstanceBook):
 
     def _warm_up(self, i: Instance, now: float) -> None:
         """Note how long the instance took to become hot, and that its disk holds the model."""
-        self.market.note_create_worked()
+        self.blame.note_hot(i, now)
         if not i.boot.was_hot:
             if i.boot.ordered_at is not None:
                 if i.loaded:  # not one that was stopped while it loaded
@@ -469,6 +467,7 @@ class Reconciler(Judge):
         i = Instance.ordered(create.label, create.offer, create.why, self.profile, now)
         self.instances[create.label] = i
         self.market.take(create.offer)
+        self.blame.note_create(now)
         self._record(i, now)
 
     def finish(self, command: Create | Start | Stop | Destroy, done: Performed, now: float) -> None:
@@ -476,6 +475,8 @@ class Reconciler(Judge):
         i = self.instances.get(command.label)
         if i is None:
             return
+        if isinstance(command, Create):
+            self.blame.note_order(done, now)
         done_at = done.done_at(now)
         destroyed = isinstance(command, Destroy) and done_at is not None
         i.orders.answer(now, done_at=done_at, destroyed=destroyed)
@@ -488,8 +489,6 @@ class Reconciler(Judge):
             i.accept_id(done.new_id)
             self.journal.save(i.saved())
         elif isinstance(command, Create) and done.reply in NOT_DONE and i.state is State.ORDERED:
-            if done.reply is Reply.REFUSED and not done.offer_gone:
-                self.market.note_create_failed(now, done.why)
             self._condemn(i)
             self._move(i, State.GONE, done.why, now)
         elif isinstance(command, Start) and done.reply in NOT_DONE and i.state is State.STARTING:

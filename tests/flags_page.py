@@ -6,7 +6,7 @@ import autoscaler_server
 import loadbalancer_server
 import sim
 from fleet.outside.config import SERVE_ONLY, AutoscalerConfig
-from fleet.outside.operator_commands import ACT, SHOW, OperatorConfig
+from fleet.outside.operator_commands import ACT, SHOW, SWITCH, OperatorConfig
 from fleet_client import gateway
 from fleet_client.flags import Flag, Parser, flags_in
 from localcloud import __main__ as localcloud
@@ -67,7 +67,7 @@ def page() -> str:
             _table(all_three, autoscaler_server.ENVIRONMENT),
             "\nFor serving alone; in a file the two commands pass them over:\n\n",
             _table(serve, autoscaler_server.ENVIRONMENT),
-            f"\nFor the commands that ask one which runs already ({', '.join(SHOW | ACT)}):\n\n",
+            f"\nFor the commands that ask one which runs already ({', '.join(SHOW | ACT | SWITCH)}):\n\n",
             _table(flags_in(OperatorConfig), autoscaler_server.OPERATOR_ENVIRONMENT),
             _section("`loadbalancer_server.py`", loadbalancer_server.parser()),
             _section("`gateway.py`, installed `fleet-gateway`", gateway.parser()),

@@ -18,7 +18,7 @@ def decisions_answer(scaler: Autoscaler) -> dict[str, Any]:
             if until > now
         ]
     return {
-        "holds": [asdict(hold) for hold in scaler.instances.holds],
+        "holds": [hold.shown() for hold in scaler.instances.holds],
         "bans": bans,
         "failures": [
             {"at": f.at, **_shown(f.command), "reply": f.reply, "why": f.why} for f in failures[::-1]

@@ -57,6 +57,9 @@ ACT = {
 }
 """Commands that act on an instance, or on a machine by its machine id -> what they do."""
 
+SWITCH = {"manage": "order new machines and starts again, also what was held after a mended fault; or do not"}
+"""The switch for orders -> what it does."""
+
 MACHINES = frozenset({"ban", "forgive"})
 
 
@@ -141,18 +144,22 @@ def _message(raw: bytes) -> str:
 
 
 def run_operator_command(
-    command: str, number: int | None, config: OperatorConfig, console: Console | None = None
+    command: str, of: int | str | None, config: OperatorConfig, console: Console | None = None
 ) -> None:
-    """Carry out one of SHOW, ACT and REACH and print what came of it; raise ConfigError when it was not done.
+    """Carry out one of these commands and print what came of it; raise ConfigError when it was not done.
 
-    number: id of the instance, for ban and forgive of the machine.
+    of: id of the instance, for ban and forgive of the machine, for manage "on" or "off".
     """
     caller = AutoscalerCaller(config)
     console = console or wide_console()
     if command in REACH:
-        raise SystemExit(_reach(caller, command, number or 0, config))
+        raise SystemExit(_reach(caller, command, int(of or 0), config))
+    if command in SWITCH:
+        said = caller.ask("PUT", "/manage", {"manage": of == "on"})
+        _print(console, said, config, [f"manage: {of}"])
+        return
     if command in ACT:
-        path = f"/{'machines' if command in MACHINES else 'instances'}/{number}/{command}"
+        path = f"/{'machines' if command in MACHINES else 'instances'}/{of}/{command}"
         said = caller.ask("POST", path, {} if command == "ban" else None)
         _print(console, said, config, [f"{command}: {', '.join(f'{k} {v}' for k, v in said.items())}"])
         return

@@ -123,7 +123,7 @@ class Overview:
             "decisions": [told(d) for d in reversed(found)],
             "what_if": {"state": "none"} if self._what_if is None else self._what_if.state(),
             "acts": [] if self._audit is None else self._audit.newest(),
-            "holds": [asdict(hold) for hold in instances.holds],
+            "holds": [hold.shown() for hold in instances.holds],
             "bans": [
                 {"machine": m, "until": until, "evidence": reasons.get(m, "before the last restart")}
                 for m, until in bans.items()

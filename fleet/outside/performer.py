@@ -1,9 +1,21 @@
 """Sends the autoscaler's commands to the cloud."""
 
+import re
 from collections.abc import Callable
 
 from engine.profiles import Profile
-from fleet.commands import AskPage, Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
+from fleet.commands import (
+    AccountFault,
+    AskPage,
+    Command,
+    Create,
+    Destroy,
+    LookForOffers,
+    Performed,
+    Reply,
+    Start,
+    Stop,
+)
 from fleet.outside import start_script
 from process.errors import CloudError, ConfigError
 from vast.client import Vast
@@ -46,15 +58,19 @@ class Performer:
         except OfferGone as e:
             # With one attempt per create (vast.py) this is a plain answer; the label would show it if not.
             return Performed(Reply.REFUSED, str(e), offer_gone=True)
-        except (RateLimited, CloudAuthError) as e:
+        except RateLimited as e:
             return Performed(Reply.REFUSED, str(e))
+        except CloudAuthError as e:
+            return Performed(Reply.REFUSED, str(e), refusal=refusal_of(e))
         except NoSuchInstance as e:
             reply = Reply.DONE if isinstance(command, Destroy) else Reply.REFUSED
             return Performed(reply, str(e), absent=True)
         except ApiError as e:
             # 200 is `success: false`: the service itself says that nothing was done.
             refused = e.status == 200 or (400 <= e.status < 500 and e.status != 408)
-            return Performed(Reply.REFUSED if refused else Reply.UNKNOWN, str(e))
+            if not refused:
+                return Performed(Reply.UNKNOWN, str(e))
+            return Performed(Reply.REFUSED, str(e), refusal=refusal_of(e))
         except CloudError as e:
             return Performed(Reply.UNKNOWN, str(e))
         except (ValueError, ConfigError) as e:
@@ -87,3 +103,22 @@ class Performer:
         elif isinstance(command, AskPage):
             return Performed(Reply.DONE, row=self._vast.show_instance(command.id))
         return Performed(Reply.DONE)
+
+
+def refusal_of(e: ApiError) -> AccountFault | None:
+    """Return what the cloud holds against the account, by its words and status; None: nothing, or not known.
+
+    Sources: docs/reference/vast-contract.md 1.2 and 2.2, and docs.vast.ai/api-reference/permissions.
+    """
+    words = e.msg.lower()
+    if "spend_rate_limit" in words or "spend rate" in words:
+        return AccountFault.SPEND_LIMIT
+    if "credit" in words:
+        return AccountFault.CREDIT
+    if "permission" in words or (e.status == 403 and "not your own" not in words):
+        return AccountFault.SCOPE
+    if isinstance(e, CloudAuthError):
+        return AccountFault.KEY
+    if e.status in (400, 404) and re.search(r"\b(image|template)", words):
+        return AccountFault.IMAGE
+    return None

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from engine.profiles import get_profile
-from fleet.commands import Command, Create, Destroy, LookForOffers, Reply, Start, Stop
-from fleet.outside.performer import Performer
+from fleet.commands import AccountFault, Command, Create, Destroy, LookForOffers, Reply, Start, Stop
+from fleet.outside.performer import Performer, refusal_of
 from process.errors import CloudError
 from tests.fleet_world import make_offer
+from vast import cli
 from vast.client import check_env
 from vast.errors import ApiError, CloudTimeout, NoSuchInstance, OfferGone
 
@@ -96,3 +97,26 @@ def test_the_master_token_never_travels_only_its_hash_in_the_start_script() -> N
     for secret in ("master-of", hashed):
         assert secret not in repr((args, more))
     check_env(more["env"])
+
+
+@pytest.mark.parametrize(
+    ("status", "msg", "refusal"),
+    [
+        (401, "Invalid user key", AccountFault.KEY),
+        (401, "This action requires the permission instance_write", AccountFault.SCOPE),
+        (403, "error 403/3600: no permission for this route", AccountFault.SCOPE),
+        (403, "error 403/3586: Offer 1234567 is not your own", None),
+        (400, "error 400/3470: insufficient credit", AccountFault.CREDIT),
+        (400, "spend_rate_limit: new accounts may spend $1.00/h", AccountFault.SPEND_LIMIT),
+        (404, "error 404/3500: template hash nothing not found", AccountFault.IMAGE),
+        (400, "error 400/3467: Invalid args: image a/b not found", AccountFault.IMAGE),
+        (404, "no_such_ask Instance type by id 1 is not available.", None),
+        (400, "error 400/3467: Invalid args: disk 900 GB, 40 available", None),
+    ],
+)
+def test_what_the_cloud_holds_against_the_account_is_known_by_its_words(
+    status: int, msg: str, refusal: AccountFault | None
+) -> None:
+    error = cli.api_error("vastai create instance 1", cli.CREATE, status, msg)
+    assert isinstance(error, ApiError)
+    assert refusal_of(error) is refusal

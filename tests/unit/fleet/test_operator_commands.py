@@ -9,6 +9,7 @@ from flask import Flask, Response, redirect
 from rich.console import Console
 
 import autoscaler_server
+from fleet.holds import HoldKind
 from fleet.outside.ledger import Ledger
 from fleet.outside.operator_commands import ACT, SHOW, OperatorConfig, run_operator_command
 from process.errors import ConfigError
@@ -32,11 +33,13 @@ def key_file(tmp_path: Path) -> Path:
     return path
 
 
-def run(command: str, face: Face, key: Path | None, number: int | None = None, as_json: bool = False) -> str:
+def run(
+    command: str, face: Face, key: Path | None, of: int | str | None = None, as_json: bool = False
+) -> str:
     console = Console(width=200, record=True, quiet=False)
     with served(face.app) as port, console.capture() as captured:
         config = OperatorConfig(autoscaler=f"http://127.0.0.1:{port}", operator_key_file=key, json=as_json)
-        run_operator_command(command, number, config, console)
+        run_operator_command(command, of, config, console)
     return captured.get()
 
 
@@ -77,6 +80,16 @@ def test_what_is_done_by_hand_is_done(face: Face, key_file: Path) -> None:
     assert 4711 in face.world.fleet.market.bad_machines
     assert "was_banned True" in run("forgive", face, key_file, 4711)
     assert face.world.fleet.market.bad_machines == {}
+
+
+def test_a_hold_is_told_and_manage_on_ends_it(face: Face, key_file: Path) -> None:
+    holds = face.world.fleet.holds
+    holds.set(HoldKind.DEPLOYMENT, "the model is gated", face.world.now)
+    assert "NOT WELL: creates are held (deployment): the model is gated" in run("status", face, key_file)
+    assert run("manage", face, key_file, "off") == "manage: off\n"
+    assert (face.world.fleet.manage, len(holds)) == (False, 1)
+    assert run("manage", face, key_file, "on") == "manage: on\n"
+    assert (face.world.fleet.manage, len(holds)) == (True, 0)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +148,8 @@ def test_each_command_has_its_flags_and_its_number() -> None:
     for name in SHOW:
         assert parse([name, "--json"]).json is True
     for name in ACT:
-        assert parse([name, "17"]).number == 17
+        assert parse([name, "17"]).of == 17
+    assert parse(["manage", "on"]).of == "on"
 
 
 # -- past the autoscaler, over the operator's own ssh --------------------------------------------------
