@@ -36,6 +36,6 @@ class OwnReasons:
             message = f"no turn went well for {self.good_turn_age_s:.0f} s: {scaler.last_error}"
             found.insert(0, Reason("no_good_turn", message))
         for hold in scaler.instances.holds:
-            code = "no_credit" if hold.kind is HoldKind.NO_CREDIT else "held"
-            found.append(Reason(code, hold.note))
+            no_credit = hold.kind is HoldKind.NO_CREDIT
+            found.append(Reason("no_credit", hold.note) if no_credit else Reason("held", hold.note))
         return found
