@@ -27,8 +27,8 @@ from bench.command import add_counts, bench_parser, write_json
 from engine.profiles import get_profile
 from fleet.limits import Limits
 from fleet_client.flags import run_main, within
+from localcloud.durations import Times
 from localcloud.machines import MACHINES
-from localcloud.rental import Times
 from policies import POLICIES, make_policy
 from process.progress import Progress
 from simulation.live.stack_config import StackConfig

@@ -21,15 +21,18 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from localcloud.account import Account
+from localcloud.durations import Downloads, Times
 from localcloud.effects import Effect, End, Moved
 from localcloud.faults import Faults
+from localcloud.images import with_its_tag
 from localcloud.machines import Machine
 from localcloud.offers import Slot, min_bid
 from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import WAITING, Phase
 from localcloud.query import Query
 from localcloud.realism import NONE, Realism
-from localcloud.rental import RECHECK_S, Rental, Surroundings, Times
+from localcloud.rental import RECHECK_S, Rental
+from localcloud.rental_state import Surroundings
 from localcloud.renters import OtherRenters
 
 T = TypeVar("T")
@@ -73,7 +76,13 @@ class Cloud:
         self._next_id = first_id
         self._effects: list[Effect] = []
         self._surroundings = Surroundings(
-            times or Times(), speedup, self.faults, self.account, self._effects.append, realism
+            times or Times(),
+            speedup,
+            self.faults,
+            self.account,
+            self._effects.append,
+            Downloads(speedup),
+            realism,
         )
 
     # -- time, and what the outside world reports -----------------------------------------------------
@@ -191,6 +200,7 @@ class Cloud:
         if gets_it:
             self._clear(machine, place.places, now)
         chance = random.Random(self._rng.getrandbits(64))
+        order = replace(order, image=with_its_tag(order.image, slot.machine))
         rental = Rental(
             self._next_id, order, slot.machine, index if gets_it else None, self._surroundings, chance, now
         )

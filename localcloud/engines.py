@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from localcloud.rental import Times
+from localcloud.durations import Times
 from process.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent

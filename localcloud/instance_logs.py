@@ -1,6 +1,7 @@
 """What a customer can read of an instance without ssh: its console, and the output of three commands."""
 
 import shlex
+import shutil
 import subprocess
 import threading
 from collections import OrderedDict
@@ -57,6 +58,22 @@ class InstanceLogs:
         # RuntimeError: links that lead in a circle.
         except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as e:
             return f"{type(e).__name__}: {e}"
+
+    def copy(self, src_id: int, src_path: str, dst_id: int, dst_path: str) -> None:
+        """Copy a file or directory from one instance's disk to another's; raise OSError or ValueError."""
+        homes = [(self._instances / str(id) / "home").resolve() for id in (src_id, dst_id)]
+        found = []
+        for home, said in zip(homes, (src_path, dst_path), strict=True):
+            path = (home / said.lstrip("/")).resolve()
+            if not path.is_relative_to(home):
+                raise ValueError(f"{said:.200}: not on this instance's disk")
+            found.append(path)
+        source, target = found
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True, symlinks=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / source.name if target.is_dir() else target)
 
     def upload(self, name: str, text: str, ready_at: float) -> None:
         """Let a text be fetched under that name from ready_at on."""

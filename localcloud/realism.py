@@ -29,6 +29,10 @@ class Realism:
     offers_vanish: share of creates for whose offer another customer was faster (vast-contract 6, row 8).
     script_bytes: bytes of onstart and args together; a longer pair is taken and never starts: 16 KB are
     documented, 4,096 too, and 4,048 with this silence (vast-contract 9).
+    sizes: an image and a model take their size over the host's bandwidth to load (localcloud/images.py).
+    foreign_cpus: no container can be made of an image for amd64 on a machine with arm64.
+    old_drivers: an image with a newer CUDA than the driver of a consumer's card does not find the GPU: vLLM
+    dies with error 804 (vllm#5510).
     """
 
     rate_limits: bool = False
@@ -37,6 +41,9 @@ class Realism:
     price_moves: float = 0.0
     offers_vanish: float = 0.0
     script_bytes: int = 16_384
+    sizes: bool = False
+    foreign_cpus: bool = False
+    old_drivers: bool = False
 
     @property
     def crowded(self) -> bool:
@@ -59,6 +66,9 @@ MILD = Realism(
     price_moves=0.05,
     offers_vanish=0.02,
     script_bytes=4_048,
+    sizes=True,
+    foreign_cpus=True,
+    old_drivers=True,
 )
 HARSH = Realism(
     rate_limits=True,
@@ -67,6 +77,9 @@ HARSH = Realism(
     price_moves=0.2,
     offers_vanish=0.1,
     script_bytes=4_048,
+    sizes=True,
+    foreign_cpus=True,
+    old_drivers=True,
 )
 
 LEVELS: Mapping[str, Realism] = MappingProxyType({"none": NONE, "mild": MILD, "harsh": HARSH})

@@ -10,17 +10,12 @@ Invariants
   decides them and the clock does not.
 """
 
-import random
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from localcloud.account import Account
 from localcloud.effects import (
-    Authorize,
     Boot,
-    Effect,
     End,
     Freeze,
     Kill,
@@ -30,14 +25,11 @@ from localcloud.effects import (
     Terminate,
 )
 from localcloud.faults import Faults
-from localcloud.machines import Machine
+from localcloud.images import driver_error, pull_error
 from localcloud.offers import MIN_BID_SHARE
 from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import SHOWN, Phase, cause
-from localcloud.realism import NONE, Realism
-
-HISTORY_LINES = 100
-"""Lines of a rental's history that are kept; `logs --daemon-logs` prints them."""
+from localcloud.rental_state import RentalState
 
 RECHECK_S = 0.5
 """Seconds of the wall clock between two checks whether a fault that delays a rental is over."""
@@ -45,113 +37,11 @@ RECHECK_S = 0.5
 FOREVER_S = 1e8
 """Load time in seconds, three years, of a model server that never becomes ready."""
 
-MAX_LABEL = 1024
-"""Most characters of a label that is changed later; the service allows fewer in a create."""
-
-
-@dataclass(frozen=True)
-class Times:
-    """How long things take at the real service, in seconds; each is drawn within ±spread of it.
-
-    provision, create: order to container; pull: image to a machine that has it not; restart: container up
-    again with the image there; load, start: the model server from its start to ready, the first time and
-    with the model on the disk; stop: SIGTERM to SIGKILL, docker's default; reboot: container down and up.
-    """
-
-    provision_s: float = 3.0
-    create_s: float = 2.0
-    pull_s: float = 180.0
-    restart_s: float = 15.0
-    load_s: float = 420.0
-    start_s: float = 75.0
-    stop_s: float = 10.0
-    reboot_s: float = 10.0
-    spread: float = 0.2
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What all rentals of a cloud share. speedup divides times, not prices. emit: takes their effects."""
-
-    times: Times
-    speedup: float
-    faults: Faults
-    account: Account
-    emit: Callable[[Effect], None]
-    realism: Realism = NONE
-
-
 P = Phase
 
 
-class Rental:
-    """One rented machine. Times are epoch seconds; those of a boot are of its last boot."""
-
-    def __init__(
-        self,
-        rental_id: int,
-        order: Order,
-        machine: Machine,
-        slot: int | None,
-        surroundings: Surroundings,
-        chance: random.Random,
-        now: float,
-    ) -> None:
-        """Make a rental of that machine that begins now. slot: None when another rental holds it."""
-        self._chance = chance
-        self._account = surroundings.account
-        self._emit = surroundings.emit
-        self._faults = surroundings.faults
-        self._speedup = surroundings.speedup
-        self._never_starts = order.script_bytes > surroundings.realism.script_bytes
-        self._times = surroundings.times
-        self.id = rental_id
-        self.order = order
-        self.machine = machine
-        self.slot = slot
-        self.created_at = self.since = now
-        self.label = order.label
-        self.authorized_keys = self._account.public_keys
-        self.phase = P.CREATING
-        self.due: float | None = None  # when the phase ends by itself
-        self.wanted = True  # its owner wants it to run
-        self.boot = 0 if slot is None else 1
-        self.booted_at = 0.0
-        self.load_s = 0.0  # what its model server takes in this boot
-        self.loaded = False
-        self.pulled = False
-        self.offline = False
-        self.ssh = "ok"
-        self.ports: Mapping[str, int] = {}
-        self.status_msg: str | None = None
-        self.history: deque[str] = deque(maxlen=HISTORY_LINES)
-        self.bill = self._account.open_bill(machine, order, now)
-        self._dies_at: float | None = None
-        self._doomed_boot = 0  # the boot that the fault dies-hot has struck
-        if slot is not None:
-            self.due = now + self._draw(self._times.provision_s)
-        elif order.price is None:
-            # Without cancel_unavail a lost race leaves a stopped rental that bills (vast-contract 2.2).
-            self.phase, self.wanted = P.STOPPED, False
-        else:
-            self.phase = P.OUTBID
-        self._note(now, f"rented, {self.phase}")
-        self._emit(Moved(self.id, "offer", self.phase, f"rented on machine {machine.machine_id}", 0.0))
-
-    @property
-    def on_boot(self) -> tuple[int, int]:
-        """The rental's present boot, as faults name it: (instance id, boot number)."""
-        return self.id, self.boot
-
-    def usd_h_now(self) -> tuple[float, float]:
-        """Return what the rental's GPUs and storage cost now, $/h; an offline host charges nothing."""
-        if self.offline:
-            return 0.0, 0.0
-        return (self.bill.gpu_usd_h if SHOWN[self.phase].bills_gpu else 0.0), self.bill.storage_usd_h
-
-    def settle(self, now: float) -> None:
-        """Charge what the rental has cost since it was settled last."""
-        self.bill.settle(SHOWN[self.phase].bill, *self.usd_h_now(), now)
+class Rental(RentalState):
+    """One rented machine, which its owner and time move from phase to phase."""
 
     # -- what its owner may ask of it; each raises CloudRefusal -----------------------------------------
 
@@ -174,7 +64,7 @@ class Rental:
         if self.phase in (P.RUNNING, P.REBOOTING, P.RECYCLING, P.CRASHED):
             self._emit(Terminate(self.id))
             self._move(P.STOPPING, now)
-            self.due = now + self._draw(self._times.stop_s)
+            self.due = now + self._takes.draw(self._times.stop_s)
         elif self.phase not in (P.STOPPING, P.STOPPED):
             self._give_up(P.STOPPED, now)
         self.status_msg = msg or self.status_msg
@@ -184,7 +74,14 @@ class Rental:
         self._must_be_in(P.RUNNING, P.CRASHED)
         self._emit(Terminate(self.id))
         self._move(P.RECYCLING if recycle else P.REBOOTING, now)
-        self.due = now + self._draw(self._times.reboot_s)
+        self.due = now + self._takes.draw(self._times.reboot_s)
+
+    def make_anew(self, order: Order, now: float) -> None:
+        """Change what is ordered: the container is made anew from its image, at once if the rental runs."""
+        self.pulled &= order.image == self.order.image
+        self.order, self.loaded = order, False
+        if self.phase in (P.RUNNING, P.CRASHED):
+            self.reboot(now, recycle=True)
 
     def change_bid(self, price: float | None, winning: float, now: float) -> None:
         """Change the bid, $/h; None bids at least `winning`, the least that gets a slot now."""
@@ -194,29 +91,6 @@ class Rental:
         bid = self.bill.change_bid(max(winning, self.bill.bid) if price is None else price)
         if SHOWN[self.phase].holds_gpu and bid < MIN_BID_SHARE * self.machine.usd_h:
             self.lose_slot(now)
-
-    def relabel(self, label: str) -> None:
-        """Set the rental's label; an empty one removes it."""
-        if len(label) > MAX_LABEL:
-            raise CloudRefusal(
-                400, "label_too_long", f"label: at most {MAX_LABEL} characters, got {len(label)}"
-            )
-        self.label = label or None
-
-    def attach_key(self, key: str) -> None:
-        """Accept a further ssh key at the rental's container."""
-        if key not in self.authorized_keys:
-            self.authorized_keys += (key,)
-            self._emit(Authorize(self.id, self.authorized_keys))
-
-    def kill(self, part: str = "all") -> None:
-        """Order SIGKILL for the rental's processes, as if they had crashed."""
-        self._must_be_in(P.RUNNING)
-        self._emit(Kill(self.id, part))
-
-    def _must_be_in(self, *phases: Phase) -> None:
-        if self.phase not in phases:
-            raise CloudRefusal(400, "not_running", f"Instance {self.id} is not running.")
 
     # -- what the outside world reports ---------------------------------------------------------------
 
@@ -274,11 +148,11 @@ class Rental:
         match self.phase:
             case P.CREATING:
                 self._move(P.CREATED, at)
-                self.due = at + self._draw(self._times.create_s)
+                self.due = at + self._takes.draw(self._times.create_s)
             case P.CREATED:
                 broken = self._struck("docker-error", now)
-                self.status_msg = broken["msg"] if broken else None
-                if broken:
+                self.status_msg = broken["msg"] if broken else self._pull_error()
+                if self.status_msg:
                     self.due = now + RECHECK_S
                 else:
                     self._load(at)
@@ -302,6 +176,10 @@ class Rental:
                 if self.wanted:  # started again meanwhile
                     self._move(P.SCHEDULING, at)
 
+    def _pull_error(self) -> str | None:
+        """Return what docker says if no container can be made of the image here; None if one can."""
+        return pull_error(self.order.image, self.machine, self._realism)
+
     def _begin_boot(self, at: float) -> None:
         """Begin a new boot of the rental on the slot that it holds."""
         self.boot += 1
@@ -310,15 +188,20 @@ class Rental:
     def _load(self, at: float) -> None:
         """Pull the rental's image, or start the container when the image is on the machine."""
         self._move(P.LOADING, at)
-        seconds = self._draw(self._times.restart_s if self.pulled else self._times.pull_s)
+        if self.pulled:
+            seconds = self._takes.draw(self._times.restart_s)
+        else:
+            seconds = self._takes.pull_s(self.order, self.machine, at)
         slow = self._struck("slow-pull", at)
         self.due = at + seconds * (slow["factor"] if slow else 1.0)
 
     def _boot(self, now: float) -> None:
         """Order the start of the rental's processes; `booted` is called when they run."""
-        start_s = self._draw(self._times.start_s)
-        load_s = start_s if self.loaded else self._draw(self._times.load_s)
+        start_s = self._takes.draw(self._times.start_s)
+        load_s = start_s if self.loaded else self._takes.load_s(self.order, self.machine, start_s, now)
         boot = _boot_of(self, load_s, start_s, self._faults, now)
+        if boot.fatal_line is None and self._realism.old_drivers:
+            boot = replace(boot, fatal_line=driver_error(self.order.image, self.machine))
         self.due, self.load_s, self.ssh = None, boot.load_s, boot.ssh
         self._emit(boot)
 
@@ -376,14 +259,6 @@ class Rental:
         self._emit(Moved(self.id, self.phase, to, why, max(0.0, at - self.since)))
         self.phase, self.since, self.due, self._dies_at = to, at, None, None
         self._note(at, f"{to}: {why}")
-
-    def _note(self, at: float, text: str) -> None:
-        self.history.append(f"{at:.3f} {text}")
-
-    def _draw(self, real_s: float) -> float:
-        """Return a random duration, within ±spread of the real one and divided by the speedup, seconds."""
-        spread = self._times.spread
-        return real_s * self._chance.uniform(1.0 - spread, 1.0 + spread) / self._speedup
 
 
 def _boot_of(r: Rental, load_s: float, start_s: float, faults: Faults, now: float) -> Boot:

@@ -6,12 +6,13 @@ answers in the service's words (vast-contract 2).
     account       the user, ssh keys               instances   what an owner asks of a rental
     offers        search, create                   logs        logs and commands, fetched in a moment
     listing       the rentals, page by page        control     status, faults, kill: ours, not the service's
+    others        templates, copies, and what the local cloud does not do
     calls         what is done before and after each view: key, faults of calls, limits, refusals
 """
 
 from flask import Flask
 
-from localcloud.api import account, calls, control, instances, listing, logs, offers
+from localcloud.api import account, calls, control, instances, listing, logs, offers, others
 from localcloud.world import World
 from web.app import make_app
 
@@ -25,6 +26,6 @@ def create_app(world: World, api_key: str) -> Flask:
     # A page in somebody's browser can reach loopback under a name of its own (DNS rebinding).
     app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost", "[::1]"]
     calls.connect(app, world, api_key)
-    for area in (account, offers, listing, instances, logs, control):
+    for area in (account, offers, listing, instances, logs, control, others):
         app.register_blueprint(area.routes)
     return app

@@ -86,25 +86,27 @@ def _rows(cloud: Cloud, now: float) -> list[dict[str, Any]]:
     return [rows.row(r, cloud.faults, now) for r in cloud.rentals.values()]
 
 
+def json_argument(args: Mapping[str, str], name: str, default: Any) -> Any:
+    """Return an argument of the query string, which is JSON, or the default; raise BadQuery."""
+    try:
+        return json.loads(args[name]) if name in args else default
+    except (ValueError, RecursionError):
+        raise BadQuery(f"{name}: wanted JSON") from None
+
+
 def _page(rows: list[dict[str, Any]], total: int, args: Mapping[str, str]) -> dict[str, Any]:
     """Return one page of the listing as the service shows it (vast-contract 2.3). args: the query string."""
 
-    def parsed(name: str, default: Any) -> Any:
-        try:
-            return json.loads(args[name]) if name in args else default
-        except (ValueError, RecursionError):
-            raise BadQuery(f"{name}: wanted JSON") from None
-
-    filters = parsed("select_filters", {})
+    filters = json_argument(args, "select_filters", {})
     if not isinstance(filters, dict):
         raise BadQuery("select_filters: wanted an object")
     for name in COMPUTED & filters.keys():
         raise BadQuery(f"select_filters: {name} is computed and cannot be filtered by")
     found = [row for row in rows if matches({**row, "label": row["label"] or ""}, filters)]
-    order = parsed("order_by", [])
+    order = json_argument(args, "order_by", [])
     if not isinstance(order, list) or not all(isinstance(o, dict) and "col" in o for o in order):
         raise BadQuery("order_by: wanted a list of {col, dir}")
-    columns = parsed("select_cols", ["*"])
+    columns = json_argument(args, "select_cols", ["*"])
     if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns):
         raise BadQuery("select_cols: wanted a list of names")
     ordered = [(str(o["col"]), o.get("dir") == "desc") for o in order]

@@ -5,6 +5,7 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
+from localcloud import templates
 from localcloud.api import bodies
 from localcloud.api.calls import api
 from localcloud.cloud import Cloud
@@ -32,7 +33,13 @@ def search_asks(cloud: Cloud, now: float) -> Response:
 @api("create", every_s=4.5)
 def create(cloud: Cloud, now: float, offer_id: int) -> Any:
     key = secrets.token_hex(32)
-    new = cloud.create(offer_id, bodies.order(bodies.body(), key, offer_id), now)
+    said = bodies.body()
+    if asked := said.get("template_hash_id"):
+        template = templates.template_of(asked)
+        if template is None:
+            raise bodies.bad(f"template_hash_id: no template {asked!r:.60}", ask_id=offer_id)
+        said["image"] = said.get("image") or templates.image_of(template)
+    new = cloud.create(offer_id, bodies.order(said, key, offer_id), now)
     if cloud.faults.strikes("create-lost", now) is not None:
         return Response("<html>Gateway Timeout</html>", 504, mimetype="text/html")
     return jsonify(success=True, new_contract=new, instance_api_key=key)

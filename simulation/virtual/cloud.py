@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from engine.profiles import Profile
 from fleet.commands import AskPage, Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
 from localcloud.cloud import Cloud
+from localcloud.durations import Times
 from localcloud.effects import Boot, Effect
 from localcloud.faults import Faults
 from localcloud.machines import HOURS_PER_MONTH, MACHINES, Machine
 from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import SHOWN, Phase
 from localcloud.query import Query, matches
-from localcloud.rental import Rental, Times
+from localcloud.rental import Rental
 from process.errors import ConfigError
 from vast.rows import Offer, Row
 

@@ -7,8 +7,8 @@ from engine.profiles import Profile
 from engine.slo import Slo
 from engine.step_time_constants import Key, Timing, timing_for
 from fleet.limits import Limits
+from localcloud.durations import Times
 from localcloud.machines import Machine
-from localcloud.rental import Times
 from simulation.virtual.cloud import Hazards
 
 TURN_S = 5.0

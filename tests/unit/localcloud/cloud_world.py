@@ -6,13 +6,13 @@ from typing import Any
 
 from localcloud import rows
 from localcloud.cloud import Cloud
+from localcloud.durations import Times
 from localcloud.effects import Boot, Effect, Kill, Moved
 from localcloud.faults import Faults
 from localcloud.machines import Machine
 from localcloud.orders import Order
 from localcloud.phases import Phase
 from localcloud.realism import NONE, Realism
-from localcloud.rental import Times
 
 MACHINE = Machine(7, "RTX 4090", 0.50, slots=2, storage_usd_gb_month=0.72, disk_gb=200.0)
 """40 GB of its disk cost 0.04 $/h."""

@@ -5,12 +5,13 @@ from random import Random
 import pytest
 
 from localcloud.cloud import Cloud
+from localcloud.durations import Times
 from localcloud.effects import Boot, End
 from localcloud.machines import MACHINES, Machine
 from localcloud.offers import min_bid
 from localcloud.orders import CloudRefusal
 from localcloud.phases import BILLS, SHOWN, Phase
-from localcloud.rental import Rental, Times
+from localcloud.rental import Rental
 from tests.unit.localcloud.cloud_world import ORDER, UP_S, CloudWorld
 
 

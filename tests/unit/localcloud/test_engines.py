@@ -6,8 +6,8 @@ import pytest
 
 from localcloud import engines
 from localcloud.__main__ import main
+from localcloud.durations import Times
 from localcloud.engines import ENGINES, VLLM_STOP_S
-from localcloud.rental import Times
 from process.errors import ConfigError
 
 

@@ -5,12 +5,12 @@ from random import Random
 import pytest
 
 from localcloud.cloud import Cloud
+from localcloud.durations import Times
 from localcloud.effects import Boot, End, Freeze, MarkLoaded, Moved, Ssh, Terminate
 from localcloud.faults import FAULTS
 from localcloud.orders import CloudRefusal
 from localcloud.phases import Phase
 from localcloud.realism import LEVELS
-from localcloud.rental import Times
 from tests.unit.localcloud.cloud_world import (
     MACHINE,
     ORDER,

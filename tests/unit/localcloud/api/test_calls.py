@@ -11,6 +11,9 @@ from localcloud.realism import HARSH
 from tests.unit.localcloud.api.face import AUTH, KEY, OFFER, ORDER, Face
 
 ROUTES = [
+    ("GET", "/api/v0/template/"),
+    ("PUT", "/api/v0/instances/update_template/1/"),
+    ("PUT", "/api/v0/commands/copy_direct/"),
     ("GET", "/api/v0/users/current"),
     ("GET", "/api/v0/users/current/"),
     ("GET", "/api/v0/ssh/"),
@@ -57,6 +60,8 @@ def test_each_route_refuses_the_wrong_caller(face: Face, method: str, path: str,
 def test_every_route_is_tested_or_open(face: Face) -> None:
     shapes = {(m, p.replace("420100", "*").replace("/1/", "/*/").replace("list-500", "*")) for m, p in ROUTES}
     for rule in face.client.application.url_map.iter_rules():
+        if rule.endpoint == "others.unknown":  # tested in test_others.py
+            continue
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             shape = "/".join("*" if part.startswith("<") else part for part in rule.rule.split("/"))
             assert (method, rule.rule) in OPEN or (method, shape) in shapes, (method, rule.rule)

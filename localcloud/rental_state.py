@@ -1,0 +1,136 @@
+"""What a rental is at a moment: its order, machine, phase, bill and history; how it moves is in rental.py."""
+
+import random
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from localcloud.account import Account
+from localcloud.durations import Downloads, Durations, Times
+from localcloud.effects import Authorize, Effect, Kill, Moved
+from localcloud.faults import Faults
+from localcloud.machines import Machine
+from localcloud.orders import CloudRefusal, Order
+from localcloud.phases import SHOWN, Phase
+from localcloud.realism import NONE, Realism
+
+HISTORY_LINES = 100
+"""Lines of a rental's history that are kept; `logs --daemon-logs` prints them."""
+
+MAX_LABEL = 1024
+"""Most characters of a label that is changed later; the service allows fewer in a create."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all rentals of a cloud share. speedup divides times, not prices. emit: takes their effects."""
+
+    times: Times
+    speedup: float
+    faults: Faults
+    account: Account
+    emit: Callable[[Effect], None]
+    downloads: Downloads
+    realism: Realism = NONE
+
+
+P = Phase
+
+
+class RentalState:
+    """What one rental is. Times are epoch seconds; those of a boot are of its last boot."""
+
+    def __init__(
+        self,
+        rental_id: int,
+        order: Order,
+        machine: Machine,
+        slot: int | None,
+        surroundings: Surroundings,
+        chance: random.Random,
+        now: float,
+    ) -> None:
+        """Make a rental of that machine that begins now. slot: None when another rental holds it."""
+        self._account = surroundings.account
+        self._emit = surroundings.emit
+        self._faults = surroundings.faults
+        self._realism = surroundings.realism
+        self._never_starts = order.script_bytes > self._realism.script_bytes
+        self._times = times = surroundings.times
+        downloads = surroundings.downloads if self._realism.sizes else None
+        self._takes = Durations(times, surroundings.speedup, chance, downloads)
+        self.id = rental_id
+        self.order = order
+        self.machine = machine
+        self.slot = slot
+        self.created_at = self.since = now
+        self.label = order.label
+        self.authorized_keys = self._account.public_keys
+        self.phase = P.CREATING
+        self.due: float | None = None  # when the phase ends by itself
+        self.wanted = True  # its owner wants it to run
+        self.boot = 0 if slot is None else 1
+        self.booted_at = 0.0
+        self.load_s = 0.0  # what its model server takes in this boot
+        self.loaded = False
+        self.pulled = False
+        self.offline = False
+        self.ssh = "ok"
+        self.ports: Mapping[str, int] = {}
+        self.status_msg: str | None = None
+        self.history: deque[str] = deque(maxlen=HISTORY_LINES)
+        self.bill = self._account.open_bill(machine, order, now)
+        self._dies_at: float | None = None
+        self._doomed_boot = 0  # the boot that the fault dies-hot has struck
+        if slot is not None:
+            self.due = now + self._takes.draw(self._times.provision_s)
+        elif order.price is None:
+            # Without cancel_unavail a lost race leaves a stopped rental that bills (vast-contract 2.2).
+            self.phase, self.wanted = P.STOPPED, False
+        else:
+            self.phase = P.OUTBID
+        self._note(now, f"rented, {self.phase}")
+        self._emit(Moved(self.id, "offer", self.phase, f"rented on machine {machine.machine_id}", 0.0))
+
+    @property
+    def on_boot(self) -> tuple[int, int]:
+        """The rental's present boot, as faults name it: (instance id, boot number)."""
+        return self.id, self.boot
+
+    def usd_h_now(self) -> tuple[float, float]:
+        """Return what the rental's GPUs and storage cost now, $/h; an offline host charges nothing."""
+        if self.offline:
+            return 0.0, 0.0
+        return (self.bill.gpu_usd_h if SHOWN[self.phase].bills_gpu else 0.0), self.bill.storage_usd_h
+
+    def settle(self, now: float) -> None:
+        """Charge what the rental has cost since it was settled last."""
+        self.bill.settle(SHOWN[self.phase].bill, *self.usd_h_now(), now)
+
+    # -- what its owner may ask of it whatever it does; each raises CloudRefusal ------------------------
+
+    def relabel(self, label: str) -> None:
+        """Set the rental's label; an empty one removes it."""
+        if len(label) > MAX_LABEL:
+            raise CloudRefusal(
+                400, "label_too_long", f"label: at most {MAX_LABEL} characters, got {len(label)}"
+            )
+        self.label = label or None
+
+    def attach_key(self, key: str) -> None:
+        """Accept a further ssh key at the rental's container."""
+        if key not in self.authorized_keys:
+            self.authorized_keys += (key,)
+            self._emit(Authorize(self.id, self.authorized_keys))
+
+    def kill(self, part: str = "all") -> None:
+        """Order SIGKILL for the rental's processes, as if they had crashed."""
+        self._must_be_in(P.RUNNING)
+        self._emit(Kill(self.id, part))
+
+    def _must_be_in(self, *phases: Phase) -> None:
+        if self.phase not in phases:
+            raise CloudRefusal(400, "not_running", f"Instance {self.id} is not running.")
+
+    def _note(self, at: float, text: str) -> None:
+        self.history.append(f"{at:.3f} {text}")
