@@ -74,7 +74,7 @@ def model_gb(order: Order) -> float:
     text = "\n".join((order.onstart or "", *order.variables.values()))
     for profile in PROFILES.values():
         if profile.model in text:
-            return max(0.0, profile.download_gb - image_gb(profile.image))
+            return max(0.0, profile.download_gb - image_gb(profile.image.name))
     return MODEL_GB
 
 

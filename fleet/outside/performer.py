@@ -84,7 +84,7 @@ class Performer:
             start = start_script.render(p, master, self._ready_url, self._ssh_public_key)
             new_id = self._vast.create(
                 command.offer.id,
-                image=p.image,
+                image=p.image.name,
                 disk_gb=p.disk_gb,
                 label=command.label,
                 env=start.env,

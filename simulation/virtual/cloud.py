@@ -29,7 +29,7 @@ from vast.rows import Offer, Row
 
 _PORTS = {"-p 3000:3000": "1", "-p 8000:8000": "1"}
 _OPERATORS = {">=": "gte", "<=": "lte", "!=": "neq", ">": "gt", "<": "lt", "=": "eq"}
-_IN_GB = frozenset({"gpu_ram", "gpu_total_ram", "cpu_ram"})  # the CLI multiplies these by 1000
+_MULTIPLIED = {"gpu_ram": 1e3, "gpu_total_ram": 1e3, "cpu_ram": 1e3, "duration": 86_400.0}  # by the CLI
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class SimulatedCloud:
     def _create(self, command: Create, now: float) -> int:
         bid = self._hazards.bid
         order = Order(
-            image=self._profile.image,
+            image=self._profile.image.name,
             disk_gb=self._profile.disk_gb,
             label=command.label,
             env=_PORTS,
@@ -275,8 +275,8 @@ def _filters(query: str) -> dict[str, dict[str, str]]:
         if found is None:
             raise ConfigError(f"offer query: wanted name, operator and value, got {part!r:.60}")
         name, operator, value = found.groups()
-        if name in _IN_GB:
-            value = str(float(value) * 1000.0)
+        if name in _MULTIPLIED:
+            value = str(float(value) * _MULTIPLIED[name])
         filters.setdefault(name, {})[_OPERATORS[operator]] = value
     return filters
 

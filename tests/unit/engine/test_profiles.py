@@ -5,6 +5,7 @@ import pytest
 from engine.profiles import PROFILES, Profile, get_profile
 from engine.reference import EventKind, SteppedModelServer
 from engine.step_time_constants import timing_for
+from localcloud.images import cuda_of
 from process.errors import ConfigError
 
 REQUESTS, PROMPT, OUTPUT = 1500, 300, 180
@@ -96,9 +97,31 @@ REASONING_PARSERS = frozenset(
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_names_the_parser_of_its_tool_calls(name: str) -> None:
     """Without both flags vLLM answers 400 to every request with tools; of an unknown name it dies."""
-    assert PROFILES[name].image == "vllm/vllm-openai:v0.11.0", "read the names again"
+    assert PROFILES[name].image.name == "vllm/vllm-openai:v0.11.0", "read the names again"
     words = PROFILES[name].vllm_args.split()
     assert "--enable-auto-tool-choice" in words
     assert words[words.index("--tool-call-parser") + 1] in TOOL_PARSERS
     if "--reasoning-parser" in words:
         assert words[words.index("--reasoning-parser") + 1] in REASONING_PARSERS
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_search_asks_for_what_makes_a_machine_fit(name: str) -> None:
+    """The local cloud's big market has machines that fail each of these (localcloud/catalogue.py)."""
+    profile = PROFILES[name]
+    words = profile.offer_query.split()
+    assert {"cpu_arch=amd64", "reliability>0.98", "duration>3", "inet_down_cost<0.02"} <= set(words)
+    assert f"disk_space>={profile.disk_gb:g}" in words
+    assert f"cuda_max_good>={profile.image.cuda}" in words
+
+
+def test_the_image_has_the_cuda_that_is_asked_for() -> None:
+    """Image and filter are one field, and the local cloud reads the version from the image's name."""
+    for profile in PROFILES.values():
+        assert cuda_of(profile.image.name) == float(profile.image.cuda)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_no_profile_forces_a_slow_kernel(name: str) -> None:
+    """`--quantization awq` is 23 tokens a second where vLLM's own choice makes 123 (vllm#21376)."""
+    assert "--quantization" not in PROFILES[name].vllm_args

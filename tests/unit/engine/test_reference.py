@@ -12,7 +12,7 @@ import pytest
 from engine.profiles import PROFILES
 from engine.reference import EventKind, ServerEvent, SteppedModelServer
 from engine.step_time_constants import PROFILE_MODELS, TIMINGS, Timing, timing_for
-from localcloud.machines import GPUS
+from localcloud.machines import MACHINES
 
 # 10 ms a step, 1 ms a request in it, 1 ms for 1,000 tokens of context; 5 ms a prompt, 20 ms for 1,000
 # tokens of it, and 2 ms for their square.
@@ -333,7 +333,7 @@ def test_each_profile_has_rows_and_each_row_holds_its_longest_request() -> None:
         rows = [t for key, t in TIMINGS.items() if key[:2] == model]
         assert rows
         assert all(t.kv_tokens >= p.max_model_len for t in rows)
-    assert {key[2] for key in TIMINGS} == set(GPUS)
+    assert {key[2] for key in TIMINGS} == {m.gpu_name for m in MACHINES}, "of the built-in market"
     assert PROFILES.keys() - PROFILE_MODELS.keys() == {"tiny"}, "that runs on a processor"
 
 

@@ -1,9 +1,11 @@
 """Machines from a file, and the built-in market."""
 
+from operator import eq, ge, gt, le, lt
+
 import pytest
 
 from engine.profiles import PROFILES, get_profile
-from localcloud.machines import MACHINES, Machine, machines_from
+from localcloud.machines import DAY_S, MACHINES, Machine, machines_from
 from localcloud.offers import Slot, offer
 from process.errors import ConfigError
 
@@ -19,13 +21,17 @@ def test_the_built_in_market_has_offers_for_every_profile_and_some_that_do_not_f
 def _fits(machine: Machine, words: list[str]) -> bool:
     shown = offer(Slot(machine, 0, 500.0), 40.0, 0.0, bid=False)
     for word in words:
-        for sign in (">=", "<=", ">", "="):
+        for sign in (">=", "<=", ">", "<", "="):
             if sign in word:
                 field, _, value = word.partition(sign)
                 break
-        number = float(value) * (1000.0 if field in ("gpu_ram", "gpu_total_ram") else 1.0)
-        ours = float(shown[field])
-        if not {">=": ours >= number, "<=": ours <= number, ">": ours > number, "=": ours == number}[sign]:
+        if field == "cpu_arch":
+            if shown[field] != value:
+                return False
+            continue
+        number = float(value) * {"gpu_ram": 1e3, "gpu_total_ram": 1e3, "duration": DAY_S}.get(field, 1.0)
+        ours, holds = float(shown[field]), {">=": ge, "<=": le, ">": gt, "<": lt, "=": eq}[sign]
+        if not holds(ours, number):
             return False
     return True
 
