@@ -44,6 +44,7 @@ from fleet.outside.plan import PlanConfig, plan
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.reasons import OwnReasons
+from fleet.outside.secrets_command import DOES, run_secrets_command
 from fleet.outside.standing import StandingOrders
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
@@ -352,7 +353,7 @@ def parser() -> argparse.ArgumentParser:
         environment=ENVIRONMENT,
         description="Keep the fleet as the policy wants it. This is what runs without a command.",
         epilog="Other commands, each with a --help: "
-        f"{', '.join(('plan', 'prepare', 'destroy-fleet', *SHOW, *REACH, *ACT, *SWITCH))}.",
+        f"{', '.join(('plan', 'prepare', 'destroy-fleet', 'secrets', *SHOW, *REACH, *ACT, *SWITCH))}.",
         help="keep the fleet as the policy wants it (default)",
     )
     add_flags(serve_it, AutoscalerConfig)
@@ -378,6 +379,22 @@ def parser() -> argparse.ArgumentParser:
     )
     add_flags(destroy_it, AutoscalerConfig, without=SERVE_ONLY)
     destroy_it.add_argument("--yes", action="store_true", help="do not ask (default: ask)")
+    secrets_it = commands.add_parser(
+        "secrets",
+        environment=ENVIRONMENT,
+        description="The account's secret variables (HF_TOKEN), which every container of the account gets. "
+        "The value is read from standard input, or asked for.",
+        epilog="set, list, delete and the name are for the command line only.",
+        help="set, list or delete the account's secret variables",
+    )
+    secrets_it.add_argument("does", choices=DOES, help="what to do (no default)")
+    secrets_it.add_argument("name", nargs="?", help="the variable, as HF_TOKEN (default: none, to list)")
+    add_flags(secrets_it, AutoscalerConfig, without=SERVE_ONLY)
+    _add_operator_commands(commands)
+    return found
+
+
+def _add_operator_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     for name, does in (SHOW | REACH | ACT | SWITCH).items():
         it = commands.add_parser(
             name,
@@ -392,7 +409,6 @@ def parser() -> argparse.ArgumentParser:
             it.add_argument("of", type=int, metavar="ID", help=f"{what}, as `status` shows it")
         unused = {*(("watch",) if name not in SHOW else ()), *(("state_dir",) if name not in REACH else ())}
         add_flags(it, OperatorConfig, without=tuple(unused))
-    return found
 
 
 def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -441,6 +457,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "prepare":
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         prepare(config, args.count)
+    elif args.command == "secrets":
+        run_secrets_command(config, args.does, args.name)
     elif args.command == "plan":
         asked = PlanConfig(args.count, args.json, args.trace, args.yesterday)
         plan(config, asked, VIRTUAL)

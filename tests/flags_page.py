@@ -63,7 +63,7 @@ def page() -> str:
         [
             BEGINNING,
             "\n## `autoscaler_server.py`\n\nFor serving, and for its commands `prepare --count N`, which "
-            "rents and loads N instances,\nand `destroy-fleet`, which asks first without `--yes`:\n\n",
+            "rents and loads N instances,\n`secrets`, and `destroy-fleet`, which asks without `--yes`:\n\n",
             _table(all_three, autoscaler_server.ENVIRONMENT),
             "\nFor serving alone; in a file the two commands pass them over:\n\n",
             _table(serve, autoscaler_server.ENVIRONMENT),

@@ -17,6 +17,7 @@ class ScriptedCli(Cli):
     def __init__(self) -> None:
         """Prepare nothing: no command is run."""
         self.argvs: list[list[str]] = []
+        self.secrets: list[tuple[str, ...]] = []
         self._runs: list[CliRun] = []
 
     def plays(self, *runs: tuple[str, str, int]) -> Vast:
@@ -32,9 +33,11 @@ class ScriptedCli(Cli):
         *,
         timeout_s: float | None = None,
         script: str | None = None,
+        secrets: Sequence[str] = (),
     ) -> str:
         """Judge the next run as the real one is judged."""
         self.argvs.append([*words, *flags])
+        self.secrets.append(tuple(secrets))
         run = self._runs.pop(0) if len(self._runs) > 1 else self._runs[0]
         judge(in_words(words), endpoint, run)
         return run.stdout

@@ -11,7 +11,8 @@ is read in this order (vast-contract 1.1, measured against the real CLI):
                                                              another sentence than expected is no success
 Invariants
 - No secret is an argument or in a message: the key goes by environment, a start script by a file without
-  a name, and messages hold the command's words, what was expected and what came.
+  a name, secret variables and logins by standard input (private_argv.py), and messages hold the command's
+  words, what was expected and what came.
 - Two calls of one endpoint are never closer than its interval, counted from the end of the first to the
   start of the second, so that they are not closer on the wire either.
 - At most two runs at once: one that lists, one of all the others.
@@ -27,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fleet_client.loopback import is_loopback_url
@@ -74,6 +75,12 @@ SHOW = Endpoint("show instance", 2.0, of_instance=True)
 LOGS = Endpoint("logs", 1.5, of_instance=True)
 ACCOUNT = Endpoint("show user", 2.0)
 SSH_KEYS = Endpoint("ssh-key", 1.0)
+SECRETS = Endpoint("env-var", 1.0)
+
+ONCE = "--retry=1"
+"""Attempts in all; the default is 3, also for changes (vast-contract 0.9)."""
+
+PRIVATE_ARGV = Path(__file__).with_name("private_argv.py")
 
 
 class RateLimiter:
@@ -104,6 +111,16 @@ class CliRun:
     status: int
     stdout: str
     stderr: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run to be made: its words in messages, its arguments, seconds it may take, secrets in them."""
+
+    command: str
+    argv: Sequence[str]
+    limit_s: float
+    secrets: Sequence[str]
 
 
 # What the CLI writes when the body of an error is not JSON (cli/main.py, run_command): not the words of
@@ -215,11 +232,14 @@ class Cli:
         *,
         timeout_s: float | None = None,
         script: str | None = None,
+        secrets: Sequence[str] = (),
     ) -> str:
         """Run `vastai WORDS FLAGS` as soon as the endpoint's rate limit allows; return its stdout.
 
         Raises the CloudError that the run shows. words go into error messages, flags do not. timeout_s: of
         the run; None: the usual one. script: the text that the flag `--onstart` is to read from a file.
+        secrets: texts within the flags that nobody may see: with any, the arguments go by standard input, and
+        the texts are blotted out in what was printed.
         """
         command = in_words(words)
         lane = self._lanes[endpoint.lists]
@@ -227,47 +247,40 @@ class Cli:
             with lane:
                 wait_s = self._limiter.wait_s(endpoint, self._clock())
                 if wait_s <= 0:
-                    return self._in_turn(command, endpoint, [*words, *flags], timeout_s, script)
+                    run = _Run(command, [*words, *flags], timeout_s or self._settings.timeout_s, secrets)
+                    return self._in_turn(run, endpoint, script)
             self._sleep(wait_s)
 
-    def _in_turn(
-        self, command: str, endpoint: Endpoint, argv: list[str], timeout_s: float | None, script: str | None
-    ) -> str:
+    def _in_turn(self, run: "_Run", endpoint: Endpoint, script: str | None) -> str:
         refused = False
         try:
             self._seed()
-            if script is None:
-                run = self._spawn(command, argv, timeout_s)
-            else:
-                run = self._spawn_with_script(command, argv, timeout_s, script)
-            judge(command, endpoint, run)
-            return run.stdout
+            found = self._spawn(run) if script is None else self._spawn_with_script(run, script)
+            judge(run.command, endpoint, found)
+            return found.stdout
         except RateLimited:
             refused = True
             raise
         except OSError as e:
-            raise TransportError(f"{command}: expected to run it, got {e}") from e
+            raise TransportError(f"{run.command}: expected to run it, got {e}") from e
         finally:
             self._limiter.ended(endpoint, self._clock(), refused=refused)
 
-    def _spawn_with_script(
-        self, command: str, argv: list[str], timeout_s: float | None, script: str
-    ) -> CliRun:
+    def _spawn_with_script(self, run: "_Run", script: str) -> CliRun:
         # The file never has a name: nothing to delete, and nothing stays behind when we are killed.
         with tempfile.TemporaryFile("w", encoding="utf-8", dir=self._home) as file:
             file.write(script)
             file.seek(0)
             fd = file.fileno()
-            return self._spawn(command, [*argv, f"--onstart=/dev/fd/{fd}"], timeout_s, fds=[fd])
+            return self._spawn(replace(run, argv=[*run.argv, f"--onstart=/dev/fd/{fd}"]), fds=[fd])
 
-    def _spawn(
-        self, command: str, argv: list[str], timeout_s: float | None, fds: Sequence[int] = ()
-    ) -> CliRun:
-        limit_s = timeout_s or self._settings.timeout_s
+    def _spawn(self, run: "_Run", fds: Sequence[int] = ()) -> CliRun:
         began = self._clock()
+        private = bool(run.secrets)
         with subprocess.Popen(
-            [*self._settings.executable, *argv],
-            stdin=subprocess.DEVNULL,  # a question is answered by end of file, never waited for
+            [sys.executable, "-I", PRIVATE_ARGV] if private else [*self._settings.executable, *run.argv],
+            # A question is answered by end of file, never waited for.
+            stdin=subprocess.PIPE if private else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
@@ -277,22 +290,26 @@ class Cli:
             start_new_session=True,  # a group of its own: killed as a whole, not reached by Ctrl-C
         ) as process:
             try:
-                stdout, stderr = process.communicate(timeout=limit_s)
+                given = json.dumps(run.argv) if private else None
+                stdout, stderr = process.communicate(given, timeout=run.limit_s)
             except subprocess.TimeoutExpired:
                 end_child(process)
-                raise CloudTimeout(f"{command}: expected an answer within {limit_s:g} s, got none") from None
+                expected = f"an answer within {run.limit_s:g} s"
+                raise CloudTimeout(f"{run.command}: expected {expected}, got none") from None
             except BaseException:
                 end_child(process)
                 raise
-        log.debug("%s ended with %s after %.2f s", command, process.returncode, self._clock() - began)
-        return CliRun(process.returncode, *(self._without_key(s) for s in (stdout, stderr)))
+        log.debug("%s ended with %s after %.2f s", run.command, process.returncode, self._clock() - began)
+        return CliRun(process.returncode, *(self._blotted(s, run.secrets) for s in (stdout, stderr)))
 
-    def _without_key(self, text: str) -> str:
-        """Return the text with the API key replaced, since a service may echo it in an error.
+    def _blotted(self, text: str, secrets: Sequence[str]) -> str:
+        """Return the text without the API key and these secrets, since a service may echo them in an error.
 
         A key under 16 characters is a local cloud's, a plain word that may stand in any text: it stays.
         """
         key = self._settings.api_key
+        for secret in sorted(secrets, key=len, reverse=True):
+            text = text.replace(secret, "[secret]")
         return text.replace(key, "[key]") if len(key) >= 16 else text
 
     def _seed(self) -> None:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection
 
 from process.errors import ConfigError
+from vast.account_secrets import RegistryLogin
 from vast.cli import (
     ACCOUNT,
     CHANGE,
@@ -22,6 +23,7 @@ from vast.cli import (
     DESTROY,
     LISTING,
     LOGS,
+    ONCE,
     SEARCH,
     SHOW,
     SSH_KEYS,
@@ -45,7 +47,6 @@ from vast.rows import (
 
 log = logging.getLogger("vast")
 
-ONCE = "--retry=1"  # attempts in all; the default is 3, also for changes (vast-contract 0.9)
 ONSTART_LIMIT_BYTES = (
     4_000  # strictest documented: 4,048 with args, longer ones never start (vast-contract 9)
 )
@@ -160,12 +161,14 @@ class Vast:
         env: str,
         onstart: str,
         price_usd_h: float | None = None,
+        login: RegistryLogin | None = None,
     ) -> int:
         """Rent an offered machine as a new instance; return the instance's id.
 
         The order is sent once: after any failure the listing must be searched for the label. env: see
         check_env. onstart: the start script's text. price_usd_h: a bid per machine, which makes it
-        interruptible. Raises ValueError before anything is sent, and OfferGone.
+        interruptible. login: to the registry of the image. Raises ValueError before anything is sent, and
+        OfferGone.
         """
         check_env(env)
         _check_label(label)
@@ -179,7 +182,11 @@ class Vast:
         flags += ["--ssh", "--direct", "--cancel-unavail", "--raw", ONCE]
         if price_usd_h is not None:
             flags.append(f"--bid_price={price_usd_h:g}")
-        printed = self._cli.run(CREATE, words, flags, script=onstart)
+        secrets: tuple[str, ...] = ()
+        if login is not None:
+            flags.append(f"--login={login.words}")
+            secrets = (login.password,)
+        printed = self._cli.run(CREATE, words, flags, script=onstart, secrets=secrets)
         answer = Fields(command, "answer", parse_json(command, printed))
         if answer.flag("success") is False:
             msg = answer.maybe_text("msg") or answer.maybe_text("error") or "no message"

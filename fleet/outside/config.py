@@ -14,6 +14,7 @@ from fleet_client.network_trust import InTheClear, clear_bind, clear_call
 from fleet_client.own_tls import scheme
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
+from vast.account_secrets import RegistryLogin
 from vast.settings import VastSettings, find_api_key
 
 PRODUCTION_URL = "https://console.vast.ai"
@@ -117,6 +118,13 @@ class AutoscalerConfig(MarketFlags):
     )
     # ssh and prompt together.
     check_timeout_s: float = flag(15.0, "seconds for one health check in all", least=1.0, most=300.0)
+    registry_login: Path | None = flag(
+        None,
+        "file with the login to the registry of a private image, mode 0600: USER PASSWORD [REGISTRY]; every "
+        "host that is rented gets it",
+        metavar="FILE",
+        shown="none: the image is public",
+    )
     reach: tuple[str, ...] = flag(
         (),
         "a place whose port shows that our own network works, before machines that do not answer are given "
@@ -194,6 +202,20 @@ class AutoscalerConfig(MarketFlags):
         """Where people are told what is wrong, by both flags; secret. Raises ConfigError for a bad file."""
         of_file = private_files.load_lines(self.notify_file, "--notify-file") if self.notify_file else ()
         return (*self.notify, *of_file)
+
+    def login(self) -> RegistryLogin | None:
+        """Return the login in the file of --registry-login, None without one; raise ConfigError."""
+        if self.registry_login is None:
+            return None
+        where = f"--registry-login {self.registry_login}"
+        lines = private_files.load_lines(self.registry_login, "--registry-login")
+        words = lines[0].split() if len(lines) == 1 else []
+        if len(words) not in (2, 3):
+            raise ConfigError(f"{where}: wanted one line, USER PASSWORD [REGISTRY]")
+        try:
+            return RegistryLogin(*words)
+        except ValueError as e:
+            raise ConfigError(f"{where}: {e}") from None
 
     @property
     def said_policy(self) -> str:

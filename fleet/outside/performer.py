@@ -18,6 +18,7 @@ from fleet.commands import (
 )
 from fleet.outside import start_script
 from process.errors import CloudError, ConfigError
+from vast.account_secrets import RegistryLogin
 from vast.client import Vast
 from vast.errors import ApiError, CloudAuthError, NoSuchInstance, OfferGone, RateLimited
 
@@ -35,15 +36,18 @@ class Performer:
         ready_url: str | None = None,
         wanted: str = "",
         ssh_public_key: str = "",
+        login: RegistryLogin | None = None,
     ) -> None:
         """Prepare to send commands. master_token: a function from an instance's label to its master token.
 
         ready_url: the URL at which an instance reports that it is ready. wanted: what a search for offers
-        asks beside the profile's query. ssh_public_key: instances accept it.
+        asks beside the profile's query. ssh_public_key: instances accept it. login: to the registry of the
+        image.
         """
         self._ready_url = ready_url
         self._query = f"{profile.offer_query} {wanted}".strip()
         self._ssh_public_key = ssh_public_key
+        self._login = login
         self._vast = vast
         self._profile = profile
         self._master_token = master_token
@@ -89,6 +93,7 @@ class Performer:
                 label=command.label,
                 env=start.env,
                 onstart=start.onstart,
+                login=self._login,
             )
             return Performed(Reply.DONE, new_id=new_id)
         if isinstance(command, Start):

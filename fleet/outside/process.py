@@ -144,7 +144,13 @@ class AutoscalerProcess:
         config, keys = self.config, self.keys
         wanted = config.preferences.query()
         return Performer(
-            self.vast, self.profile, keys.master_token, config.ready_url, wanted, keys.ssh_public_key
+            self.vast,
+            self.profile,
+            keys.master_token,
+            config.ready_url,
+            wanted,
+            keys.ssh_public_key,
+            config.login(),
         )
 
     def _operator_acts(self, performer: Performer, virtual: Sequence[str]) -> OperatorActs:

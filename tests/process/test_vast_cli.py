@@ -324,6 +324,7 @@ class FakeApi(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers: dict[str, list[Answer]] = {}
         self.requests: list[Request] = []
+        self.look: Callable[[], None] = lambda: None  # while the caller waits for its answer
         self.closing = threading.Event()
 
     @property
@@ -344,6 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.look()
         path = self.path.partition("?")[0]
         body = json.loads(sent) if sent else None
         self.server.requests.append(Request(self.command, path, self.headers.get("Authorization"), body))

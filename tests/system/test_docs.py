@@ -18,7 +18,7 @@ import sim
 from dispatch.outside import service
 from dispatch.outside.metrics import LoadBalancerMetrics
 from fleet.outside.metrics import AutoscalerMetrics
-from fleet.outside.operator_commands import ACT, REACH, SHOW
+from fleet.outside.operator_commands import ACT, REACH, SHOW, SWITCH
 from fleet_client import gateway
 from fleet_client.gateway_metrics import GatewayMetrics
 from loadbalancer import LoadBalancer
@@ -42,7 +42,7 @@ OPERATING = ROOT / "docs" / "operating.md"
 COMMANDS: dict[str, tuple[Callable[[list[str]], object], tuple[str, ...]]] = {
     "autoscaler_server.py": (
         autoscaler_server.main,
-        ("serve", "plan", "prepare", "destroy-fleet", *SHOW, *REACH, *ACT),
+        ("serve", "plan", "prepare", "destroy-fleet", "secrets", *SHOW, *REACH, *ACT, *SWITCH),
     ),
     "loadbalancer_server.py": (loadbalancer_server.main, ("",)),
     "sim.py": (sim.main, ("",)),
