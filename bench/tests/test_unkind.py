@@ -1,0 +1,77 @@
+"""The rows of `make harsh-undo`: each tells a fleet that does right from one that does not."""
+
+from dataclasses import fields
+
+import pytest
+
+from bench.unkind.play import Day, Outcome
+from bench.unkind.rows import MET_BEFORE, ROWS, Play
+from localcloud.machines import machines_from
+from localcloud.realism import Realism
+
+
+class Player:
+    """Plays every day with the outcome that a test gives, and remembers the days."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.days: list[Day] = []
+
+    def __call__(self, day: Day) -> Outcome:
+        self.days.append(day)
+        return self.outcome
+
+
+def outcome(rented: int, *, hot: bool = True, banned: tuple[int, ...] = (), ledger: float = 1.0) -> Outcome:
+    return Outcome(
+        rented={1001 + n: 11 + n for n in range(rented)},
+        hot_s=20.0 if hot else None,
+        banned=banned,
+        cloud={"spent_usd": {"total": 1.0}},
+        ledger_usd=ledger,
+    )
+
+
+def wanted(row: str) -> int:
+    player = Player(outcome(1))
+    ROWS[row](player)
+    return player.days[0].hot
+
+
+NO_WASTE = [
+    *("kind", "script_bytes", "old_drivers", "foreign_cpus", "sizes", "big_market"),
+    *("renters", "price_moves", "offers_vanish", "rate_limits"),
+]
+
+
+@pytest.mark.parametrize("row", NO_WASTE)
+def test_a_row_is_right_only_when_nothing_was_wasted(row: str) -> None:
+    hot = wanted(row)
+    said = {
+        "right": ROWS[row](Player(outcome(hot))).right,
+        "one in vain": ROWS[row](Player(outcome(hot + 1))).right,
+        "never hot": ROWS[row](Player(outcome(hot, hot=False))).right,
+        "banned": ROWS[row](Player(outcome(hot, banned=(11,)))).right,
+    }
+    assert said == {"right": True, "one in vain": False, "never hot": False, "banned": False}
+
+
+def test_a_ledger_that_differs_from_what_was_charged_is_wrong() -> None:
+    assert not ROWS["price_moves"](Player(outcome(1, ledger=0.8))).right
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+def test_a_row_switches_unkindnesses_on_that_there_are_and_rents_machines_that_can_be(row: str) -> None:
+    player: Player | Play = Player(outcome(1))
+    ROWS[row](player)
+    assert isinstance(player, Player)
+    for day in player.days:
+        assert set(day.only) <= {f.name for f in fields(Realism)}
+        if row != "kind" and row in {f.name for f in fields(Realism)}:
+            assert row in day.only
+        if day.machines:
+            machines_from([dict(m) for m in day.machines])
+
+
+def test_what_was_met_before_is_a_row() -> None:
+    assert set(ROWS) >= MET_BEFORE

@@ -1,0 +1,121 @@
+"""What is asked of a fleet under each unkindness: a day, and whether what became of it is right.
+
+A row is a function that plays a day with one unkindness on (or the two that need each other) and returns
+whether the fleet did right, and the figures. To add one: write it, and name it in ROWS.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from bench.unkind.play import Day, Outcome
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a fleet did right, and its figures in a line."""
+
+    right: bool
+    figures: str
+
+
+Play = Callable[[Day], Outcome]
+"""Plays a day with one version of the code."""
+
+
+def _card(machine_id: int, usd: float, **other: Any) -> dict[str, Any]:
+    """Return a machine with one RTX 4090, each on a host of its own unless it is said otherwise."""
+    return {
+        "machine_id": machine_id,
+        "gpu_name": "RTX 4090",
+        "usd_gpu_h": usd,
+        "slots": 4,
+        "host_id": 5_000 + machine_id,
+        **other,
+    }
+
+
+_GOOD = [_card(11, 0.45), _card(12, 0.46), _card(13, 0.47)]
+"""Machines on which all goes well."""
+
+
+def _no_waste(outcome: Outcome, hot: int) -> Verdict:
+    """Right: as many are hot as were wanted, none was rented in vain, and no machine is banned."""
+    right = outcome.hot_s is not None and len(outcome.rented) == hot and not outcome.banned
+    return Verdict(right, outcome.says())
+
+
+def kind(play: Play) -> Verdict:
+    """Nothing is unkind: both versions must do right, else a row shows nothing."""
+    return _no_waste(play(Day(only=(), machines=_GOOD)), 1)
+
+
+def script_bytes(play: Play) -> Verdict:
+    """A start script over the documented limits never starts."""
+    return _no_waste(play(Day(only=("script_bytes",), machines=_GOOD, most_s=45.0)), 1)
+
+
+def old_drivers(play: Play) -> Verdict:
+    """The two cheapest machines have a driver that is too old for the image's CUDA."""
+    old = [_card(n, 0.3, cuda_max_good=12.4, driver_version="550.54.15") for n in (1, 2)]
+    return _no_waste(play(Day(only=("old_drivers",), machines=[*old, *_GOOD])), 1)
+
+
+def foreign_cpus(play: Play) -> Verdict:
+    """The two cheapest machines have a processor for which the image is not made."""
+    arm = [_card(n, 0.3, cpu_arch="arm64") for n in (1, 2)]
+    return _no_waste(play(Day(only=("foreign_cpus",), machines=[*arm, *_GOOD], most_s=60.0)), 1)
+
+
+def sizes(play: Play) -> Verdict:
+    """Four that load at once on the cheapest machine share its link; the last takes over half an hour."""
+    slow = _card(1, 0.3, inet_down=210.0)
+    four = ("--max-instances", "4")
+    day = Day(only=("sizes",), machines=[slow, *_GOOD], hot=4, most_s=80.0, autoscaler=four)
+    return _no_waste(play(day), 4)
+
+
+def big_market(play: Play) -> Verdict:
+    """A hundred machines, of which the cheapest for their work have another processor or an old driver."""
+    return _no_waste(play(Day(only=("big_market", "foreign_cpus", "old_drivers"), hot=2)), 2)
+
+
+def renters(play: Play) -> Verdict:
+    """Half of all machines are taken, and what others give back comes and goes."""
+    return _no_waste(play(Day(only=("renters",), hot=2)), 2)
+
+
+def price_moves(play: Play) -> Verdict:
+    """Prices of new rentals move; what is charged stays what it was, and the ledger says the same."""
+    outcome = play(Day(only=("price_moves",), speedup=600.0, most_s=40.0, whole=True))
+    charged = outcome.cloud.get("spent_usd", {}).get("total", 0.0)
+    said = outcome.ledger_usd or 0.0
+    verdict = _no_waste(outcome, 1)
+    return Verdict(
+        verdict.right and abs(said - charged) < 0.1 * charged, f"{verdict.figures}, ledger ${said:.4f}"
+    )
+
+
+def offers_vanish(play: Play) -> Verdict:
+    """A tenth of the offers is gone when it is ordered."""
+    return _no_waste(play(Day(only=("offers_vanish",), hot=2)), 2)
+
+
+def rate_limits(play: Play) -> Verdict:
+    """Calls faster than the service allows are refused."""
+    return _no_waste(play(Day(only=("rate_limits",), hot=2)), 2)
+
+
+ROWS: Mapping[str, Callable[[Play], Verdict]] = MappingProxyType(
+    {
+        row.__name__: row
+        for row in (
+            *(kind, script_bytes, old_drivers, foreign_cpus, sizes, big_market),
+            *(renters, price_moves, offers_vanish, rate_limits),
+        )
+    }
+)
+
+MET_BEFORE = frozenset({"kind", "renters", "price_moves", "offers_vanish", "rate_limits"})
+"""Rows in which 0abccd6 does right, too: it had met them as faults (start-waits, create-410, rate-limits)."""
