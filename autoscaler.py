@@ -37,6 +37,7 @@ from fleet.durations import MeasuredDurations
 from fleet.evidence import Health
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.holds import Holds
+from fleet.host_keys import HostKeys
 from fleet.instance import Instance
 from fleet.instance_messages import Hearing
 from fleet.journal import Decision, Journal, SavedFleet
@@ -88,7 +89,7 @@ class InstanceSet:
         self.durations = MeasuredDurations(profile, speedup)
         self.preferences = preferences
         self.market = Market(profile, deadlines, preferences)
-        self._host_keys: dict[str, str] = {}  # that each instance showed first, by label
+        self._host_keys = HostKeys()
         self._check_hot_every_s = check_hot_every_s
         self._check_boot_every_s = check_boot_every_s
         self.money = Money(limits, deadlines, profile.download_gb, self.holds)
@@ -102,7 +103,7 @@ class InstanceSet:
         """Take over the fleet that the last process saved; instances that were hot have to be checked."""
         self.market.restore(saved.bad_machines)
         self.durations.restore(saved.start_times_s, saved.load_times_s)
-        self._host_keys.update(saved.host_keys)
+        self._host_keys.restore(saved.host_keys)
         self.money.budgets.restore(saved.used_up)
         self._reconciler.restore(saved, now)
 
@@ -186,7 +187,7 @@ class InstanceSet:
 
     def record_anew(self, now: float) -> None:
         """Put all that a ledger must know into the journal: it begins anew."""
-        for label, key in self._host_keys.items():
+        for label, key in self._host_keys:
             self.journal.add_host_key(label, key)
         self._reconciler.record_anew(now)
 
@@ -209,12 +210,11 @@ class InstanceSet:
                 due.append(i.order_check(now))
         return [order for order in due if order is not None]
 
-    def remember_host_key(self, label: str, key: str) -> str:
-        """Return the ssh host key that the instance showed first; without an earlier one this is `key`."""
-        if label not in self._host_keys:
-            self._host_keys[label] = key
+    def remember_host_key(self, label: str, key: str, now: float) -> str:
+        """Take in the ssh host key that an instance shows; return the one that is believed of it."""
+        if self._host_keys.show(label, key, self._reconciler.instances.get(label), now):
             self.journal.add_host_key(label, key)
-        return self._host_keys[label]
+        return self._host_keys.get(label) or key
 
     @property
     def wants_reach(self) -> bool:
@@ -230,7 +230,7 @@ class InstanceSet:
 
         It makes nothing hot or failed; the next health check is due at once.
         """
-        return self[label].hear(said, now) if label in self else Hearing.HEARD
+        return self._reconciler.hear(label, said, now)
 
     def record_report(
         self,

@@ -54,6 +54,7 @@ from fleet_client.listening import bind_socket, check_bind
 from fleet_client.network_trust import allow
 from fleet_client.own_tls import scheme, server_tls
 from fleet_client.service_manager import ServiceManager, set_up_logging
+from fleet_client.tls_pins import pinned_context
 from process.errors import ConfigError
 from process.safe_text import safe_text
 from web.answers import JsonAnswer, error, error_answer, problem, response
@@ -195,6 +196,13 @@ def _add_ready(
         found = [(label, *name_and_key(master_token(label))) for label in labels]
         return {name: (label, key) for label, name, key in found}
 
+    def check_certificate(pem: str) -> None:
+        try:
+            if pem:
+                pinned_context(pem)
+        except ValueError as e:
+            raise BadField("certificate", str(e)) from None
+
     def not_signed(authorization: str | None) -> JsonAnswer | None:
         name = claimed_name(authorization)
         return None if name is not None and name in signers() else NOT_SIGNED
@@ -210,6 +218,7 @@ def _add_ready(
             return response(NOT_SIGNED)
         label = known[name][0]
         said = decode(raw, ReadyBody)
+        check_certificate(said.certificate)
         hearing = scaler.record_message(label, said)
         if hearing is Hearing.TOO_MANY:
             return error(429, "too_many", "an instance may say something every two seconds")

@@ -1,12 +1,13 @@
 """What speaks against one instance, put together for fleet/evidence.py from what is known of the instance."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fleet.deadlines import Deadlines
 from fleet.evidence import Accusation, Source
 from fleet.instance import Instance
 from fleet.slowness import CONFIRMED_S, Slowness
-from fleet.states import State
+from fleet.states import CHECKED, State
 from process.safe_text import safe_text
 
 FAILED_STARTS = 3
@@ -31,6 +32,16 @@ def final_accusation(i: Instance, d: Deadlines, now: float) -> Accusation | None
     else:
         return _slow(t.slow, now)
     return Accusation(why, frozenset(against | clients), lasts_s, deadline_s, final=True)
+
+
+def others_well(i: Instance, instances: Iterable[Instance], d: Deadlines, now: float) -> bool:
+    """Return whether another instance is well in what this one is accused of."""
+    others = [o for o in instances if o is not i and o.state in CHECKED]
+    if i.state is State.STARTING:
+        return any(o.boot.up_at > (i.boot.no_gpu_since or now) for o in others)
+    if i.trouble.silent_since is not None:
+        return any(o.trouble.contrasts_with(i.trouble) for o in others)
+    return any(o.trouble.shows_well_since(now - d.absent_s) for o in others)
 
 
 def _slow(slow: Slowness, now: float) -> Accusation | None:

@@ -54,7 +54,8 @@ class HealthCheckOrder:
 
     read_log: whether the log must be read; always, until the instance is hot. certificate: the machine's, as
     far as it is known; reading the log reads it anew. long_prompt: whether the test prompt is to be as long
-    as those of clients, who accuse the machine.
+    as those of clients, who accuse the machine. word: what the machine said last in this boot, signed, as
+    "ready"; then the certificate is the one that it said, and the log is the second source.
     """
 
     label: str
@@ -66,3 +67,4 @@ class HealthCheckOrder:
     read_log: bool
     certificate: str | None = None
     long_prompt: bool = False
+    word: str = ""

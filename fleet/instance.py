@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.profiles import Profile
+from fleet.absence import STUCK_S, Absence
 from fleet.deadlines import Deadlines
 from fleet.evidence import Trouble
 from fleet.health_check import HealthCheck, HealthCheckOrder
@@ -30,12 +31,6 @@ RUNS = CHECKED | {State.LOADING}
 READ_LOG_EVERY = 4
 """Health checks of a hot instance to one that also reads its log: that costs an ssh handshake, and the test
 prompt finds more."""
-
-STUCK_S = 300.0
-"""Seconds after which an order that was begun and not answered is lost: no call of the CLI lasts so long."""
-
-PAGE_TURNS = 2
-"""Listings in a row that lack an instance before its own page is asked for: one may be late."""
 
 THROUGHPUT_NOISE = 0.02
 """Share by which a measured throughput must differ from the known one to count."""
@@ -77,42 +72,6 @@ class Orders:
         An order that waits for its answer is not sent twice.
         """
         return self.is_stuck(now) or (not self.out and now - self.answered_at >= repeat_s)
-
-
-@dataclass
-class Absence:
-    """The listings in a row that lack one instance, and the asking for the cloud's page of that instance."""
-
-    since: float | None = None
-    turns: int = 0
-    asking: bool = False
-    asked_at: float = float("-inf")
-    shown_at: float = float("-inf")  # when its own page last said that it is there
-
-    def miss(self, now: float) -> float:
-        """Count a listing that lacks the instance; return for how many seconds the listings lack it now."""
-        self.since = now if self.since is None else self.since
-        self.turns += 1
-        return now - self.since
-
-    def end(self) -> None:
-        """Note that a listing shows the instance again."""
-        self.since, self.turns = None, 0
-
-    def ask(self, now: float) -> None:
-        """Note that the cloud's page of the instance is asked for."""
-        self.asking, self.asked_at = True, now
-
-    def answer(self, now: float, *, shown: bool) -> None:
-        """Note that the cloud's page of the instance was answered for. shown: it shows the instance."""
-        self.asking = False
-        if shown:
-            self.shown_at = now
-
-    def page_due(self, repeat_s: float, now: float) -> bool:
-        """Return whether the cloud's page of the instance is to be asked for now."""
-        waiting = self.asking and now - self.asked_at <= STUCK_S
-        return self.turns >= PAGE_TURNS and not waiting and now - self.asked_at >= repeat_s
 
 
 @dataclass
@@ -189,6 +148,7 @@ class Instance:
     ssh: tuple[str, int] | None = None
     listed: bool = False  # to this process
     looked_at: float | None = None  # when a row of it was last read
+    container_began: float | None = None  # by its row
     intended: str | None = None  # intended_status
     odd: str | None = None  # what its row does not say, or says wrongly
     lost_since: float | None = None  # host offline
@@ -301,7 +261,7 @@ class Instance:
     def read_row(self, row: Row, profile: Profile, now: float) -> bool:
         """Copy what the listing shows of the instance; return whether its address has changed."""
         self.absence.end()
-        self.looked_at = now
+        self.looked_at, self.container_began = now, None if row.up_s is None else now - row.up_s
         self.listed, self.intended, self.odd = True, row.intended_status, row.odd
         self.id, self.machine_id = row.id, row.machine_id or self.machine_id
         self.host_id = row.host_id or self.host_id
@@ -328,6 +288,11 @@ class Instance:
         """Give the instance up for good, on that evidence: if its label reappears it is destroyed."""
         self.condemned = True
         self.evidence = evidence or self.evidence
+
+    def order_start(self, now: float) -> None:
+        """Note that a start of the instance was ordered, or happened without our asking: a new boot."""
+        self.boot.order(now)
+        self.ear.forget()
 
     def come_up(self, now: float) -> None:
         """Begin a boot of the instance, because its container is up."""
@@ -364,7 +329,8 @@ class Instance:
             self.state is State.HOT and self.checks % READ_LOG_EVERY == 0
         )
         where, accused = (self.ssh, self.auth_url, self.address), self.trouble.accused_by_clients
-        return HealthCheckOrder(self.label, self.id, self.state, *where, read_log, self.certificate, accused)
+        known, word = (self.label, self.id, self.state), self.ear.word
+        return HealthCheckOrder(*known, *where, read_log, self.certificate, accused, word)
 
     def check_at_once(self) -> None:
         """Make the instance's next health check due now."""
@@ -375,15 +341,20 @@ class Instance:
         self.unverified = False
         if check.in_flight is not None:
             self.in_flight, self.in_flight_at = check.in_flight, check.started_at
-        renewed = check.certificate is not None and check.certificate != self.certificate
-        if renewed:
-            self.certificate = check.certificate
-        return renewed
+        # A signed word goes before what ssh showed: its signer has what only this machine was given.
+        return self._show_certificate(self.ear.certificate or check.certificate)
+
+    def _show_certificate(self, shown: str | None) -> bool:
+        """Take over the instance's certificate, if it shows one; return whether it is another than before."""
+        before, self.certificate = self.certificate, shown or self.certificate
+        return before != self.certificate
 
     def hear(self, said: ReadyBody, now: float) -> Hearing:
         """Take in a message of the instance itself, and have it checked; return what became of it."""
         if (hearing := self.ear.hear(said, now)).taken:
-            self.check_at_once()
+            renewed = self._show_certificate(self.ear.certificate)
+            if renewed or hearing is Hearing.NEWS or self.state not in SERVING:
+                self.check_at_once()
             if self.state is State.RUNNING:
                 self.why = f"it says: {self.ear.says}"
             if self.state in CHECKED:
@@ -440,26 +411,14 @@ class Instance:
 
     def saved(self) -> SavedInstance:
         """Return what a restarted autoscaler must know of the instance."""
-        return SavedInstance(
-            self.label,
-            self.id,
-            self.machine_id,
-            self.loaded,
-            self.condemned,
-            self.ordered_at,
-            self.throughput_work_s,
-            self.state,
-            self.since,
-            self.price_usd_h,
-            self.running_usd_h,
-        )
+        known = self.label, self.id, self.machine_id, self.loaded, self.condemned, self.ordered_at
+        prices = self.price_usd_h, self.running_usd_h
+        return SavedInstance(*known, self.throughput_work_s, self.state, self.since, *prices)
 
     def interval(self, now: float) -> BillingInterval:
         """Return the billing interval that begins now, with the instance's present state and price."""
-        prices = self.price_usd_h, self.running_usd_h
-        return BillingInterval(
-            self.label, self.id, self.machine_id, str(self.state), now, None, *prices, self.why
-        )
+        what, prices = (self.label, self.id, self.machine_id), (self.price_usd_h, self.running_usd_h)
+        return BillingInterval(*what, str(self.state), now, None, *prices, self.why)
 
     def __repr__(self) -> str:
         """Return the instance in short, as <1001 fleet/3f2a… hot 'ok'>, for test failures."""

@@ -53,8 +53,19 @@ class Ear:
     def __init__(self) -> None:
         """Begin without a message."""
         self.says = ""  # its last message
+        self.boot_id = ""  # of that
+        self.certificate: str | None = None  # the machine's, by a message of the present boot
         self._budget = MessageBudget()
         self._guard = ReplayGuard()
+
+    def forget(self) -> None:
+        """Note that another boot begins: what was said before is no word of it."""
+        self.says, self.certificate = "", None
+
+    @property
+    def word(self) -> str:
+        """The last message of the present boot, if the machine vouched for its certificate with it."""
+        return self.says if self.certificate else ""
 
     def hear(self, said: ReadyBody, now: float) -> Hearing:
         """Take in a message unless it is a copy or one too many; return what became of it."""
@@ -62,5 +73,6 @@ class Ear:
             return Hearing.HEARD  # perhaps somebody else's copy: it takes nothing from the instance
         if not self._budget.take(now):
             return Hearing.TOO_MANY
+        self.boot_id, self.certificate = said.boot_id, said.certificate or None
         before, self.says = self.says, safe_text(f"{said.state}: {said.why}" if said.why else said.state)
         return Hearing.AGAIN if before == self.says else Hearing.NEWS

@@ -69,9 +69,9 @@ class SavedFleet:
 
     bad_machines: until when they are not rented, by machine_id. vanished: until when they count against the
     limits, and $/h, by label. lacking: since when the listings lack most of the fleet, and when that was last
-    so. host_keys: the ssh host key that an instance showed first, by label. start_times_s, load_times_s: the
-    last times to hot, oldest first. credit_gone: the account had no credit. used_up: the budgets that were
-    used up (fleet/budget.py).
+    so. host_keys: the ssh host key that is believed of each, by label. start_times_s, load_times_s: the last
+    times to hot, oldest first. credit_gone: the account had no credit. used_up: the budgets that were used up
+    (fleet/budget.py).
     """
 
     instances: Sequence[SavedInstance] = ()
@@ -174,7 +174,7 @@ class Journal:
         self._entries.vanished[label] = (until, usd_h)
 
     def add_host_key(self, label: str, key: str) -> None:
-        """Add the ssh host key that an instance showed first."""
+        """Add the ssh host key that is believed of an instance."""
         self._entries.host_keys[label] = key
 
     def note_lacking(self, since: float | None, now: float) -> None:

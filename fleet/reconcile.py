@@ -20,32 +20,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.profiles import Profile
-from fleet.accusations import final_accusation, lost_host, no_gpu, overdue
+from fleet.accusations import final_accusation, lost_host, no_gpu, others_well, overdue
 from fleet.blame import Blame
-from fleet.commands import (
-    AskPage,
-    Create,
-    Destroy,
-    Drain,
-    Performed,
-    Reply,
-    Start,
-    Stop,
-    Undrain,
-)
+from fleet.commands import AskPage, Create, Destroy, Drain, Performed, Reply, Start, Stop, Undrain
 from fleet.credit import Turned
 from fleet.deadlines import Deadlines
 from fleet.durations import MeasuredDurations
-from fleet.evidence import (
-    Accusation,
-    Circumstances,
-    Health,
-    Reachability,
-    Ruling,
-    weigh,
-)
+from fleet.evidence import Accusation, Circumstances, Health, Reachability, Ruling, weigh
 from fleet.health_check import HealthCheck, Verdict
 from fleet.instance import DOWN, UP, Instance
+from fleet.instance_messages import Hearing
 from fleet.journal import Journal, SavedFleet
 from fleet.listing import ListingTrust, rows_by_label
 from fleet.market import Market
@@ -54,6 +38,7 @@ from fleet.states import CHECKED, GIVEN_UP, SERVING, IllegalTransition, State
 from fleet.unasked_stops import UnaskedStops, unasked
 from process.errors import ConfigError
 from vast.rows import Row
+from web.messages.reports import ReadyBody
 
 DESTROYED_TURNS = 2
 """Listings in a row that must lack an instance whose end the cloud has confirmed, before it is gone."""
@@ -201,17 +186,19 @@ class Judge(InstanceBook):
 
     def _circumstances(self, i: Instance, now: float) -> Circumstances:
         """Return what is known besides an accusation of that instance."""
-        others = [o for o in self.instances.values() if o is not i and o.state in CHECKED]
-        if i.state is State.STARTING:
-            others_well = any(o.boot.up_at > (i.boot.no_gpu_since or now) for o in others)
-        elif i.trouble.silent_since is not None:
-            others_well = any(o.trouble.contrasts_with(i.trouble) for o in others)
-        else:
-            since = now - self.deadlines.absent_s
-            others_well = any(o.trouble.shows_well_since(since) for o in others)
-        return Circumstances(
-            self.listing.believed, others_well, self.reach.at(now), self.deadlines.together_s
-        )
+        well, d = others_well(i, self.instances.values(), self.deadlines, now), self.deadlines
+        return Circumstances(self.listing.believed, well, self.reach.at(now), d.together_s)
+
+    def hear(self, label: str, said: ReadyBody, now: float) -> Hearing:
+        """Take in a message of an instance; it makes nothing hot or failed."""
+        i = self.instances.get(label)
+        if i is None:
+            return Hearing.HEARD
+        before = i.certificate
+        hearing = i.hear(said, now)
+        if i.certificate != before and i.state in SERVING:
+            self.hot_version += 1
+        return hearing
 
     def wants_reach(self) -> bool:
         """Return whether our own network should be checked, because a machine does not answer."""
@@ -387,7 +374,7 @@ class Reconciler(Judge):
             if i.state in (State.LOADING, State.STARTING):
                 self._come_up(i, "container up", now)
             elif i.state is State.COLD:
-                i.boot.order(now)
+                i.order_start(now)
                 self._come_up(i, "runs without our asking", now)
             elif ended is not None:
                 i.come_up(now)  # its container was started again: what a check found before says nothing
@@ -449,7 +436,7 @@ class Reconciler(Judge):
             case Start():
                 if i.state is not State.STARTING:
                     self._move(i, State.STARTING, command.why, now)
-                    i.boot.order(now)
+                    i.order_start(now)
             case Stop():
                 if i.state is not State.STOPPING:
                     self._move(i, State.STOPPING, command.why, now)

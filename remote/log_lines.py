@@ -24,8 +24,12 @@ LASTING = (
     (b"Failed to infer device type", "no GPU in the container"),
     (b"No space left on device", "No space left on device"),
     (b"You are trying to access a gated repo", "You are trying to access a gated repo"),
+    (b"must have access to it and be authenticated", "You are trying to access a gated repo"),
+    (b"not in the authorized list", "You are trying to access a gated repo"),
+    (b"Invalid credentials in Authorization header", "Invalid credentials in Authorization header"),
     (b"is not a valid model identifier", "is not a valid model identifier"),
     (b"RepositoryNotFoundError", "is not a valid model identifier: RepositoryNotFoundError"),
+    (b"does not recognize this architecture", "vLLM does not recognize this architecture"),
     (b"error: unrecognized arguments", "error: unrecognized arguments of vLLM"),
     (b"error: argument ", "error: argument of vLLM with a wrong value"),
 )

@@ -34,7 +34,7 @@ _QUIET_S = 1.0
 _PROGRESS_S = 5.0
 """Between two messages that say no more than how far loading is."""
 
-_REPEAT_S = 60.0
+_REPEAT_S = 30.0
 """Between two messages that say the same."""
 
 _ASK_S = 5.0

@@ -19,6 +19,7 @@ import ctypes
 import fcntl
 import importlib.util
 import os
+import re
 import shlex
 import signal
 import sys
@@ -97,10 +98,24 @@ class Pause:
 
 
 def has_serve() -> bool:
-    """Return whether this Python's vLLM has the command `vllm serve`; nothing of it is imported."""
+    """Return whether this Python's vLLM has the command `vllm serve`; nothing of it is imported.
+
+    That asks for the metadata of a package of that name, which a build of one's own may lack.
+    """
     spec = importlib.util.find_spec("vllm")
     where = spec.submodule_search_locations if spec else None
-    return any(os.path.exists(os.path.join(path, "entrypoints", "cli", "main.py")) for path in where or ())
+    has = any(os.path.exists(os.path.join(path, "entrypoints", "cli", "main.py")) for path in where or ())
+    return has and any(_METADATA.match(name) for path in sys.path for name in _names(path))
+
+
+_METADATA = re.compile(r"vllm-[^-]*\.(dist|egg)-info")
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return os.listdir(path or ".")
+    except OSError:
+        return []
 
 
 def model_command(

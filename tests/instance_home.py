@@ -73,6 +73,7 @@ class Machine:
         package = self.image / "vllm" / "entrypoints" / "cli"
         package.mkdir(parents=True)
         (self.image / "vllm" / "__init__.py").touch()
+        (self.image / "vllm-0.32.0.dist-info").mkdir()
         (package / "main.py").write_text(engine)
         self.script = path / "onstart.sh"
         self.log = path / "console.log"

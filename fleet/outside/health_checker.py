@@ -1,8 +1,12 @@
-"""Makes health checks of instances: reads the log of this boot over ssh, and sends a test prompt.
+"""Makes health checks of instances: hears their word or reads their log, and sends a test prompt.
 
-A running instance becomes hot when its log has the ready line and no fatal one, and a test prompt, sent to
-the public address with a real token, brought back at least one token. A hot one is sent a prompt again and
-again, and now and then its log is read. A draining one is only asked how many requests it still has.
+A running instance becomes hot when a test prompt, sent to the public address with a real token under TLS to
+its own certificate, brought back at least one token. That it may be asked is known by its signed word, which
+has the certificate. Where none came, or the machine does not answer, ssh is the second source: the log must
+have the ready line and no fatal one. A certificate that was known before does without either.
+
+A hot one is sent a prompt again and again, and now and then its log is read. A draining one is only asked how
+many requests it still has.
 
 A check says what it met: the machine itself, nobody, or that a fault of ours kept it from being made
 (UNKNOWN). It writes nothing: what was found is for the turn to write down.
@@ -21,7 +25,7 @@ import aiohttp
 import paramiko
 
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
-from fleet.outside.ssh_log import HostKeyChanged, LogView, SshLog
+from fleet.outside.ssh_log import HostKeyChanged, LoginRanNothing, LogView, SshLog
 from fleet.probe_prompts import HEADERS, as_completion, probe
 from fleet.slowness import ProbePace
 from fleet.states import State
@@ -99,19 +103,13 @@ class HealthChecker:
                 order.auth_url, token, NO_EVENTS, self._timeout_s, order.certificate
             )
             return found(Verdict.PASSED, "draining", _in_flight(load))
-        if order.read_log:
-            view = await self._read_log(order)
-            found.read_log(view)
-            if view.changed_host_key:
-                return found(Verdict.FATAL, "its ssh host key changed: refused")
-            if view.fatal is not None:
-                return found(Verdict.FATAL, f"fatal line in its log: {view.fatal}")
-            if not view.ready and view.reached:
-                return found(Verdict.LOADING, "the ready line is not in its log yet")
-            if not view.reached and order.state is State.RUNNING:
-                return found(Verdict.FAILED, view.why)
-            found.read_certificate(view.certificate)
-        certificate = found.certificate or order.certificate
+        if order.state is State.RUNNING and order.word:
+            settled = await self._by_word(order, found)
+        else:
+            settled = await self._by_log(order, found) if order.read_log else None
+        if settled is not None:
+            return settled
+        certificate = order.certificate if order.word else found.certificate or order.certificate
         auth_url, address = (_secure(url, certificate) for url in (order.auth_url, order.address))
         body = probe(self._rng, self._model, self._long_prompt if order.long_prompt else 0)
         try:
@@ -120,6 +118,51 @@ class HealthChecker:
             if "messages" not in body:
                 raise
             return await self._prompt(auth_url, address, token, as_completion(body), certificate, found)
+
+    async def _by_word(self, order: HealthCheckOrder, found: "_Found") -> HealthCheck | None:
+        """Return what the machine's word says, if its auth_server agrees; None: it is to be sent a prompt."""
+        if order.word == "ready":
+            return None
+        try:
+            up = await self._is_up(order)
+        except InstanceError as e:
+            if _is_ours(e):
+                raise
+            return await self._by_log(order, found)
+        said = f"it says: {order.word}"
+        if order.word.startswith("failed"):
+            found.meet()
+            return None if up else found(Verdict.FATAL, said)
+        return None if up else found(Verdict.LOADING, said)
+
+    async def _by_log(self, order: HealthCheckOrder, found: "_Found") -> HealthCheck | None:
+        """Return what the machine's log says; None: it is to be sent a prompt."""
+        view = await self._read_log(order)
+        found.read_log(view)
+        if view.changed_host_key:
+            # Whoever answers there, the word's certificate shows who answers the prompt.
+            return None if order.word else found(Verdict.FATAL, "its ssh host key changed: refused")
+        if view.fatal is not None:
+            return found(Verdict.FATAL, f"fatal line in its log: {view.fatal}")
+        if not view.ready and view.reached:
+            return found(Verdict.LOADING, "the ready line is not in its log yet")
+        if not view.reached and order.state is State.RUNNING:
+            if order.certificate is None:
+                return found(Verdict.FAILED, view.why)
+            if not await self._is_up(order):
+                found.meet()
+                return found(
+                    Verdict.LOADING, f"its model server does not answer yet, and its log: {view.why}"
+                )
+        found.read_certificate(view.certificate)
+        return None
+
+    async def _is_up(self, order: HealthCheckOrder) -> bool:
+        """Return whether the machine's model server answers, as its auth_server says; raise InstanceError."""
+        url = _secure(order.auth_url or "", order.certificate)
+        token = self._master_token(order.label)
+        load = await self._client.fetch_load(url, token, NO_EVENTS, self._timeout_s, order.certificate)
+        return load.model_up
 
     async def _prompt(
         self,
@@ -149,6 +192,8 @@ class HealthChecker:
             return await _in_thread(lambda: self._ssh.read(order.label, host, port, hot, self._timeout_s))
         except HostKeyChanged:
             return LogView(reached=True, changed_host_key=True)
+        except LoginRanNothing as e:
+            return LogView(reached=False, why=str(e), spoke=True)
         except InstanceError as e:
             if _is_ours(e):
                 raise
@@ -172,8 +217,12 @@ class _Found:
 
     def read_log(self, view: LogView) -> None:
         """Note whom ssh met: the machine itself, or somebody with another host key."""
-        self._answered = view.reached and not view.changed_host_key
+        self._answered = (view.reached or view.spoke) and not view.changed_host_key
         self._stranger = view.changed_host_key
+
+    def meet(self) -> None:
+        """Note that the machine's auth_server answered."""
+        self._answered = True
 
     def begin_prompt(self, now: float) -> None:
         """Note that the machine has given a token, and is sent the test prompt."""

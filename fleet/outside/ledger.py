@@ -12,7 +12,7 @@ process goes on from them, and no dollar between is lost.
     mourned      instances that vanished, and until when they count against the limits
     bad_machine  machine_id, and until when it is not rented again
     took         how long orders, starts and loads took
-    host_key     the ssh host key that an instance showed first
+    host_key     the ssh host key that is believed of an instance
     sampled      the fleet over time, as the page draws it (fleet/history.py), kept as long as arrivals
     noted        single values by name: since when listings lack most of the fleet, the clock's offset
     clock_step   when the wall clock was set, and by how many seconds
@@ -148,7 +148,7 @@ class Ledger(LedgerReading):
                 "INSERT OR REPLACE INTO mourned VALUES (?,?,?)",
                 [(label, until_s, usd_h) for label, (until_s, usd_h) in entries.vanished.items()],
             )
-            self._db.executemany("INSERT OR IGNORE INTO host_key VALUES (?,?)", entries.host_keys.items())
+            self._db.executemany("INSERT OR REPLACE INTO host_key VALUES (?,?)", entries.host_keys.items())
             if entries.lacking is not None:
                 since, seen_at = entries.lacking
                 self._note({"lacking_since": since, "lacking_seen_at": seen_at})

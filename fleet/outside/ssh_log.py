@@ -29,16 +29,33 @@ banner or an answer without an end would cost it until the deadline."""
 
 READY_LINE = "Application startup complete."
 
+ANSWERS_LINE = "fleet: the model server answers"
+"""Added by the machine itself where a version words its ready line differently."""
+
 FATAL_LINES = (
-    # Seen while loading: none of these has been seen to pass by itself.
-    "Engine core initialization failed",
-    "CUDA out of memory",
-    "OutOfMemoryError",
+    # Seen while loading, and not to pass by itself (remote/log_lines.py: LASTING). What may pass is none of
+    # these: the supervisor tries three times, and then says in a line of its own that it gives up.
+    "forward compatibility was attempted on non supported HW",
+    "NVIDIA driver on your system is too old",
+    "CUDA driver version is insufficient",
+    "No CUDA GPUs are available",
+    "no CUDA-capable device is detected",
+    "Found no NVIDIA driver on your system",
+    "Failed to infer device type",
     "No space left on device",
-    "is not a valid model identifier",
     "You are trying to access a gated repo",
+    "must have access to it and be authenticated",
+    "not in the authorized list",
+    "Invalid credentials in Authorization header",
+    "is not a valid model identifier",
+    "RepositoryNotFoundError",
+    "does not recognize this architecture",
+    "error: unrecognized arguments",
+    "error: argument ",
 )
-_CERTIFICATE = "CERTIFICATE"
+
+_BEGIN, _CERTIFICATE, _END = "FLEET-BEGIN", "FLEET-CERTIFICATE", "FLEET-END"
+"""Lines around what the command prints: a login may greet before it, and a shell say farewell."""
 
 GIVEN_UP = "fleet: giving up"
 """Words at the beginning of a line with which the supervisor gives up; vLLM ends when its engine has died."""
@@ -51,15 +68,21 @@ class HostKeyChanged(InstanceError):
     """The instance shows another ssh host key than at first: another machine may be answering."""
 
 
+class LoginRanNothing(InstanceError):
+    """An ssh server let us in, or asked for another key, and the command was not run: that may pass."""
+
+
 @dataclass(frozen=True)
 class LogView:
     """What one look over ssh into an instance's log found.
 
     reached: ssh worked. ready: the ready line is there. fatal: the fatal line, shortened. certificate: the
-    machine's, PEM.
+    machine's, PEM. spoke: an ssh server answered, although ssh did not work: the key is not there yet, or the
+    login ran nothing.
     """
 
     reached: bool = True
+    spoke: bool = False
     ready: bool = False
     fatal: str | None = None
     changed_host_key: bool = False
@@ -76,22 +99,29 @@ def grep_command(*, hot: bool) -> str:
     # vLLM logs what requests say (the names of models, what a chat's template raises): nothing counts that it
     # wrote after it was ready, and of what it wrote before only our own words for it come over here.
     fatal = " ".join(f"-e {shlex.quote(line)}" for line in FATAL_LINES)
-    loading = f"sed {shlex.quote(f'/{READY_LINE}/q')} {log} 2>/dev/null | grep -a -F -o -m 1 {fatal}"
+    until_ready = f"/{READY_LINE}/q;/^{ANSWERS_LINE}/q"
+    loading = f"sed {shlex.quote(until_ready)} {log} 2>/dev/null | grep -a -F -o -m 1 {fatal}"
     given_up = f"grep -a -m 1 {shlex.quote('^' + GIVEN_UP)} {log} 2>/dev/null | cut -c 1-300"
-    ready = f"grep -a -F -m 1 -e {shlex.quote(READY_LINE)} {log} >/dev/null 2>&1 && echo READY"
+    ready_lines = f"-e {shlex.quote(READY_LINE)} -e {shlex.quote('^' + ANSWERS_LINE)}"
+    ready = f"grep -a -m 1 {ready_lines} {log} >/dev/null 2>&1 && echo READY"
     # The first certificate of the file is the machine's, those after it are its authority's.
     certificate = 'sed -n "1,/END CERTIFICATE/p" "$HOME/fleet/tls.crt" 2>/dev/null'
     found = given_up if hot else f"{{ {given_up}; {loading}; }} | head -n 1"
-    return f"{ready}; {found}; echo {_CERTIFICATE}; {certificate}; echo END"
+    return f"echo; echo {_BEGIN}; {ready}; {found}; echo {_CERTIFICATE}; {certificate}; echo {_END}"
 
 
 def parse(output: str) -> LogView:
-    """Return what the output of `grep_command` says; raise InstanceError when it was cut short."""
+    """Return what the output of `grep_command` says; raise InstanceError when it was cut short.
+
+    LoginRanNothing: it did not run. What stands before its first line and after its last is of the login,
+    and not looked at.
+    """
     lines = output.splitlines()
-    if not lines or lines[-1] != "END":
-        raise InstanceError(f"ssh log check: expected a last line END, got {output[-80:]!r}")
+    if _BEGIN not in lines or _END not in lines:
+        raise LoginRanNothing(f"ssh log check: expected lines {_BEGIN} and {_END}, got {output[-80:]!r}")
+    lines = lines[lines.index(_BEGIN) + 1 : lines.index(_END)]
     ready = "READY" in lines[:1]
-    rest = lines[1:-1] if ready else lines[:-1]
+    rest = lines[1:] if ready else lines
     if _CERTIFICATE not in rest:
         raise InstanceError(f"ssh log check: expected a line {_CERTIFICATE}, got {output[-80:]!r}")
     at = rest.index(_CERTIFICATE)
@@ -134,7 +164,7 @@ class SshLog:
     def __init__(self, key: paramiko.PKey, remember_host_key: Callable[[str, str], str]) -> None:
         """Connect nowhere yet. key: the fleet's private ssh key.
 
-        remember_host_key(label, key): returns the key first seen for that label, maybe this one.
+        remember_host_key(label, key): returns the key that is believed of that label, maybe this one.
         """
         self._key = key
         self._remember = remember_host_key
@@ -183,6 +213,8 @@ class SshLog:
                     )
                 channel.settimeout(left())
             return safe_lines(output)
+        except paramiko.AuthenticationException as e:
+            raise LoginRanNothing(f"{where}: the fleet's key is not accepted (yet)") from e
         except (OSError, EOFError, paramiko.SSHException) as e:
             raise InstanceError(f"{where}: {type(e).__name__}: {e}") from e
         finally:

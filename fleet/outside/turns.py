@@ -237,9 +237,9 @@ class Autoscaler:
         self.flush_soon()
 
     def remember_host_key(self, label: str, key: str) -> str:
-        """Return the ssh host key that the instance showed first; a new one is kept for the ledger."""
+        """Return the ssh host key that is believed of the instance; a new one is kept for the ledger."""
         with self.lock:
-            return self.instances.remember_host_key(label, key)
+            return self.instances.remember_host_key(label, key, self.clock())
 
     def wants_reach(self) -> bool:
         """Return whether our own network should be checked, because a machine does not answer."""

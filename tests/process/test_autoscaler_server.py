@@ -53,6 +53,7 @@ from fleet.states import State
 from policies import POLICIES, Busy, Fixed, Traffic, make_policy
 from policies.objective import Objective
 from process.errors import CloudError, ConfigError, InstanceError
+from remote.boot import make_certificate
 from remote.speaker import signed
 from tests.commands import run_command
 from tests.fleet_world import FakeVast, World, make_offer
@@ -483,6 +484,33 @@ def test_what_an_instance_says_brings_its_next_check_forward(face: Face) -> None
     assert face.say_ready({**said, "number": 8}).status_code == 409, "of a boot that is over"
 
 
+def test_a_word_brings_the_certificate_that_clients_are_given_from_then_on(
+    face: Face, tmp_path: Path
+) -> None:
+    make_certificate(str(tmp_path))
+    pem = (tmp_path / "tls.crt").read_text()
+    version = face.scaler.instances.hot_version
+    said = {"state": "ready", "boot_id": "b", "number": 7, "certificate": pem}
+    assert face.say_ready(said).status_code == 200
+    i = face.scaler.instances[face.hot_label]
+    assert (i.certificate, i.address is not None and i.address[:8]) == (pem, "https://")
+    assert face.scaler.instances.hot_version == version + 1, "loadbalancers are told"
+    assert face.say_ready({**said, "number": 8}).status_code == 200
+    assert face.scaler.instances.hot_version == version + 1, "once"
+    older = {"state": "ready", "boot_id": "b", "number": 9}
+    assert face.say_ready(older).status_code == 200
+    assert i.certificate == pem, "an auth_server of an older start script says none"
+
+
+@pytest.mark.parametrize("pem", ["x", "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"])
+def test_what_is_no_certificate_is_refused_and_nothing_is_taken_in(face: Face, pem: str) -> None:
+    said = {"state": "ready", "boot_id": "b", "number": 7, "certificate": pem}
+    answer = face.say_ready(said)
+    assert (answer.status_code, "certificate" in answer.get_json()["message"]) == (400, True)
+    assert face.scaler.instances[face.hot_label].certificate is None
+    assert face.say_ready({**said, "certificate": ""}).status_code == 200, "its number is not used up"
+
+
 def test_an_instance_that_says_too_much_is_refused_and_not_logged(
     face: Face, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -661,6 +689,7 @@ def wrong_instance(**changed: Any) -> str:
         ("POST", "/ready", '{"state": "hot"}', "state"),
         ("POST", "/ready", '{"state": "ready", "why": 5}', "why"),
         ("POST", "/ready", json.dumps({"state": "ready", "why": "x" * 301}), "why"),
+        ("POST", "/ready", json.dumps({"state": "ready", "certificate": 5}), "certificate"),
         ("PUT", "/manage", "{}", "manage"),
         ("PUT", "/manage", '{"manage": "yes"}', "manage"),
         ("PUT", "/manage", '{"manage": 1}', "manage"),

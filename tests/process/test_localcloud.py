@@ -19,7 +19,7 @@ import pytest
 
 from autoscaler_server import main as autoscaler_main
 from engine.profiles import get_profile
-from fleet.outside.ssh_log import HostKeyChanged, SshLog
+from fleet.outside.ssh_log import HostKeyChanged, LoginRanNothing, SshLog
 from fleet.outside.start_script import StartScript, render
 from localcloud import __main__ as localcloud_main
 from localcloud.processes import command_line
@@ -223,7 +223,7 @@ def test_a_machine_is_rented_used_stopped_started_and_destroyed(cloud: LocalClou
     ssh = reader(key)
     assert ssh.read("a", "127.0.0.1", row.ports[22], False, 10.0).ready
     stranger = paramiko.Ed25519Key.from_private_key_file(str(make_key(cloud.root.parent / "other")))
-    with pytest.raises(InstanceError, match="Authentication"):
+    with pytest.raises(LoginRanNothing, match="not accepted"):
         reader(stranger).read("a", "127.0.0.1", row.ports[22], False, 10.0)
     port = row.ports[8000]
     assert f"container {instance_id}, 1 GPU, port {port}, A is 7" in cloud.vast.logs(instance_id)

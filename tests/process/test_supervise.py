@@ -249,6 +249,17 @@ def test_a_model_that_was_ready_once_is_started_without_the_hub_until_that_fails
         wait_for("another revision may lack files", lambda: machine.model_log().startswith("online"))
 
 
+def test_a_version_without_serve_is_started_by_its_forerunner(tmp_path: Path) -> None:
+    """So is a build whose package has no metadata: `vllm serve` asks for them."""
+    machine = Machine(tmp_path)
+    package = machine.image / "vllm" / "entrypoints"
+    (package / "openai").mkdir()
+    (package / "cli" / "main.py").rename(package / "openai" / "api_server.py")
+    with machine.running():
+        machine.wait_until_ready()
+        assert "vllm.entrypoints.openai.api_server" in machine.processes()
+
+
 def test_a_version_with_other_words_is_ready_when_it_answers(tmp_path: Path) -> None:
     machine = Machine(tmp_path, engine=ENGINE.replace("Application startup complete.", "Serving now"))
     with Ears() as ears:

@@ -15,6 +15,9 @@ MAX_EVENTS = 2_000
 MAX_REPORT_BODY = 2**18
 """Bytes of a report that is pushed."""
 
+LONGEST_CERTIFICATE = 16_384
+"""Characters of a certificate in PEM; one with an RSA key of 4096 bits has 2,000."""
+
 MAX_REQUESTS = 100_000
 """Requests that a model server runs or has waiting: far more than fit into any memory."""
 
@@ -126,13 +129,15 @@ class ReportTaken(Struct, frozen=True):
 class ReadyBody(Struct, frozen=True):
     """The body of POST /ready, in which an instance says how far its model is.
 
-    number grows within a boot. why: how much is loaded, or what failed.
+    number grows within a boot. why: how much is loaded, or what failed. certificate: the machine's (PEM), for
+    which its signature vouches; none from instances whose start script is older than 0.3.
     """
 
     state: Literal["loading", "ready", "failed"]
     boot_id: BootId
     number: MessageNumber
     why: Annotated[str, Meta(max_length=300)] | None = None
+    certificate: Annotated[str, Meta(max_length=LONGEST_CERTIFICATE)] = ""
 
 
 Report = TypeVar("Report", LoadReport, PushedReport)

@@ -23,6 +23,7 @@ from fleet.outside.ssh_log import (
     MAX_OUTPUT,
     READY_LINE,
     HostKeyChanged,
+    LoginRanNothing,
     LogView,
     SshLog,
     grep_command,
@@ -53,12 +54,16 @@ LOAD = LoadReport(
 class Client:
     """An instance's HTTP side. hangs: auth urls that never answer; refuses: prompts that fail.
 
-    no_chats: as a model without a chat template. prompted: what was sent.
+    no_chats: as a model without a chat template. loads: the model server does not answer yet. lost: the
+    auth_server cannot be reached. prompted: what was sent. certificates: with which.
     """
 
     hangs: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
     no_chats: bool = False
+    loads: bool = False
+    lost: bool = False
+    certificates: list[str | None] = field(default_factory=list)
     prompted: list[Mapping[str, Any]] = field(default_factory=list)
 
     async def fetch_tokens(
@@ -71,7 +76,10 @@ class Client:
     async def fetch_load(
         self, auth_url: str, master: str, after: int, timeout_s: float, certificate: str | None = None
     ) -> LoadReport:
-        return LOAD
+        self.certificates.append(certificate)
+        if self.lost:
+            raise InstanceError(f"{auth_url}: no connection") from TimeoutError()
+        return msgspec.structs.replace(LOAD, model_up=not self.loads)
 
     async def test_prompt(
         self,
@@ -83,6 +91,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> int:
         self.prompted.append(body)
+        self.certificates.append(certificate)
         if self.no_chats and "messages" in body:
             raise PromptRefused(f"{address}: 400")
         if address in self.refuses:
@@ -210,6 +219,7 @@ READY = LogView(ready=True)
         (LogView(ready=False, fatal="fleet: giving up"), Client(), State.HOT, Verdict.FATAL),
         (HostKeyChanged("changed"), Client(), State.RUNNING, Verdict.FATAL),
         (InstanceError("refused"), Client(), State.RUNNING, Verdict.FAILED),
+        (LoginRanNothing("no sessions"), Client(), State.RUNNING, Verdict.FAILED),
         # A hot instance whose ssh fails is judged by the prompt: ssh alone says nothing about service.
         (InstanceError("refused"), Client(), State.HOT, Verdict.PASSED),
         (READY, Client(refuses=frozenset({"http://m1"})), State.RUNNING, Verdict.FAILED),
@@ -327,22 +337,95 @@ def test_a_stranger_behind_the_address_is_not_the_machine() -> None:
     assert (found.verdict, found.met) == (Verdict.FATAL, False)
 
 
+# -- its own word, without ssh -------------------------------------------------------------------------
+
+PINNED = "-----BEGIN CERTIFICATE-----\nsaid\n-----END CERTIFICATE-----\n"
+NO_SSH = Log(LoginRanNothing("the fleet's key is not accepted (yet)"))
+UNREACHED = Log(InstanceError("ssh: refused"))
+
+
+def said(word: str, state: State = State.RUNNING) -> HealthCheckOrder:
+    """A check of a machine that said so, signed, and so vouched for its certificate."""
+    return replace(order(state=state), word=word, certificate=PINNED)
+
+
+@pytest.mark.parametrize("ssh", [NO_SSH, UNREACHED, Log(HostKeyChanged("changed"))])
+@pytest.mark.parametrize(
+    ("word", "client", "verdict", "why"),
+    [
+        ("ready", Client(), Verdict.PASSED, "test prompt: 1 token(s)"),
+        ("ready", Client(refuses=frozenset({"https://m1"})), Verdict.FAILED, "https://m1: expected a token"),
+        ("loading: 40 %", Client(loads=True), Verdict.LOADING, "it says: loading: 40 %"),
+        ("loading: 99 %", Client(), Verdict.PASSED, "test prompt: 1 token(s)"),  # its next word is under way
+        ("failed: no GPU in the container", Client(loads=True), Verdict.FATAL, "it says: failed: no GPU"),
+    ],
+)
+def test_a_machine_that_reaches_us_is_checked_without_ssh(
+    ssh: Log, word: str, client: Client, verdict: Verdict, why: str
+) -> None:
+    client.certificates.clear()
+    found = check(said(word), ssh, client)
+    assert (found.verdict, found.why[: len(why)]) == (verdict, why)
+    assert found.met or verdict is Verdict.FAILED
+    assert set(client.certificates) == {PINNED}, "nothing goes to who shows another"
+
+
+def test_a_word_goes_before_the_certificate_that_ssh_shows() -> None:
+    client = Client()
+    other = LogView(ready=True, certificate=PEM)
+    assert check(said("ready", State.HOT), Log(other), client).verdict is Verdict.PASSED
+    assert set(client.certificates) == {PINNED}
+
+
+def test_ssh_is_the_second_source_of_a_machine_that_said_something_and_cannot_be_asked() -> None:
+    view = LogView(ready=False, fatal="No CUDA GPUs are available")
+    found = check(said("loading"), Log(view), Client(lost=True))
+    assert (found.verdict, found.why) == (Verdict.FATAL, "fatal line in its log: No CUDA GPUs are available")
+    found = check(said("loading"), UNREACHED, Client(lost=True))
+    assert (found.verdict, found.met) == (Verdict.FAILED, False)
+
+
+@pytest.mark.parametrize(("loads", "verdict"), [(False, Verdict.PASSED), (True, Verdict.LOADING)])
+def test_a_machine_known_from_before_needs_neither_word_nor_ssh(loads: bool, verdict: Verdict) -> None:
+    """As after a restart of the autoscaler, on a host whose ssh is slow that day."""
+    known = replace(order(), certificate=PINNED)
+    assert check(known, UNREACHED, Client(loads=loads)).verdict is verdict
+
+
+def test_an_ssh_server_that_does_not_take_our_key_yet_is_met() -> None:
+    """The key comes late on some hosts: that is no silence of the machine."""
+    assert check(order(), NO_SSH, Client()).met
+    assert not check(order(), UNREACHED, Client()).met
+
+
 # -- the log -------------------------------------------------------------------------------------------
 
 
+def printed(*lines: str, certificate: str = "") -> str:
+    """What the command prints."""
+    return "\n".join(("", "FLEET-BEGIN", *lines, "FLEET-CERTIFICATE", "")) + certificate + "FLEET-END\n"
+
+
 def test_lines_are_matched_as_substrings() -> None:
-    assert parse("READY\nCERTIFICATE\nEND\n") == LogView(ready=True)
-    assert parse("CERTIFICATE\nEND\n") == LogView(ready=False)
-    assert parse("CERTIFICATE\n-----BEGIN\nxy\nEND\n").certificate == "-----BEGIN\nxy\n"
-    assert parse("READY\n(APIServer pid=7) CUDA out of memory\nCERTIFICATE\nEND\n").fatal == (
-        "(APIServer pid=7) CUDA out of memory"
-    )
+    assert parse(printed("READY")) == LogView(ready=True)
+    assert parse(printed()) == LogView(ready=False)
+    assert parse(printed(certificate="-----BEGIN\nxy\n")).certificate == "-----BEGIN\nxy\n"
+    fatal = "(APIServer pid=7) No CUDA GPUs are available"
+    assert parse(printed("READY", fatal)).fatal == fatal
 
 
-def test_a_reply_that_was_cut_short_says_nothing() -> None:
-    for cut in ("", "READY\n", "READY\nEN"):
-        with pytest.raises(InstanceError):
-            parse(cut)
+GREETINGS = ("Welcome to vast.ai. If authentication fails, try again.\n", "\nEND\nFLEET-CERTIFICATE\nREADY\n")
+
+
+@pytest.mark.parametrize("greeting", GREETINGS)
+def test_what_a_login_says_before_and_after_is_not_looked_at(greeting: str) -> None:
+    assert parse(greeting + printed("READY") + "logout\n") == LogView(ready=True)
+
+
+@pytest.mark.parametrize("cut", ["", "READY\n", "\nFLEET-BEGIN\nREADY\nFLEET-CE", "no sessions\n"])
+def test_a_reply_that_was_cut_short_or_of_another_program_says_nothing(cut: str) -> None:
+    with pytest.raises(LoginRanNothing):
+        parse(cut)
 
 
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
@@ -370,6 +453,8 @@ def test_the_shell_command_reads_the_log_of_this_boot(tmp_path: object) -> None:
     assert look(False) == LogView(ready=False)
     log.write_text(f"INFO:     {READY_LINE}\n")
     assert look(False) == LogView(ready=True)
+    log.write_text("Serving now\nfleet: the model server answers\n")
+    assert look(False) == look(True) == LogView(ready=True)
     log.write_text(f"INFO: x {FATAL_LINES[0]} y\n")
     assert look(False).fatal == FATAL_LINES[0]
     (tmp_path / "fleet" / "tls.crt").write_text(f"{PEM}{PEM}")  # type: ignore[operator]
@@ -432,9 +517,9 @@ def ssh_server(answer: bytes, host_key: paramiko.PKey) -> Iterator[int]:
 def test_a_changed_host_key_is_refused() -> None:
     known: dict[str, str] = {}
     reader = SshLog(paramiko.ECDSAKey.generate(), lambda label, key: known.setdefault(label, key))
-    with ssh_server(b"READY\nCERTIFICATE\nEND\n", paramiko.ECDSAKey.generate()) as port:
+    with ssh_server(printed("READY").encode(), paramiko.ECDSAKey.generate()) as port:
         assert reader.read("f/1", "127.0.0.1", port, False, 10.0) == LogView(ready=True)
-    with ssh_server(b"READY\nCERTIFICATE\nEND\n", paramiko.ECDSAKey.generate()) as port:
+    with ssh_server(printed("READY").encode(), paramiko.ECDSAKey.generate()) as port:
         with pytest.raises(HostKeyChanged):
             reader.read("f/1", "127.0.0.1", port, False, 10.0)
         assert reader.read("f/2", "127.0.0.1", port, False, 10.0).ready

@@ -122,10 +122,10 @@ def test_bad_machines_are_forgotten_when_their_time_is_up(ledger: Ledger) -> Non
     assert ledger.saved_fleet(60.0).bad_machines == {7: 100.0}
 
 
-def test_the_host_key_first_seen_is_kept(ledger: Ledger) -> None:
+def test_the_host_key_that_is_believed_is_kept(ledger: Ledger) -> None:
     ledger.write(Entries(host_keys={"f/a": "ed25519 AAA"}))
     ledger.write(Entries(host_keys={"f/a": "ed25519 BBB", "f/b": "ed25519 CCC"}))
-    assert ledger.saved_fleet(0.0).host_keys == {"f/a": "ed25519 AAA", "f/b": "ed25519 CCC"}
+    assert ledger.saved_fleet(0.0).host_keys == {"f/a": "ed25519 BBB", "f/b": "ed25519 CCC"}
 
 
 def test_a_write_that_fails_changes_nothing(ledger: Ledger) -> None:
