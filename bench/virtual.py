@@ -26,7 +26,6 @@ from bench.policies.cases import GPUS, START_SHARE, TRACES, read_log
 from bench.policies.peers.registry import PEERS, runs
 from engine.profiles import get_profile
 from engine.slo import Slo
-from engine.step_time_constants import timing_for
 from fleet.limits import Limits
 from fleet_client.flags import run_main
 from localcloud.machines import Machine
@@ -162,7 +161,7 @@ def compare(directory: Path, name: str, lane: bool) -> dict[str, Any]:
     log = read_log(directory / TRACES[name], 3.0 if name == "mooncake" else 0.0)
     profile = get_profile("vllm-13")
     gpu, count, _ = GPUS["vllm-13"]
-    capacity = capacity_of(profile, timing_for("vllm-13", gpu, count), islice(log, 20_000), Slo())
+    capacity = capacity_of(profile, profile.timing_on(gpu, count), islice(log, 20_000), Slo())
     work = sum(profile.prefill_weight * r.prompt_tokens + r.output_tokens for r in log)
     scale = NEED * capacity.work_s * log[-1].at_s / work
     base = setting(

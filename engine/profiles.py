@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from engine.estimate import ModelShape, Weights, estimate, full_queue_work_s, kv_tokens
+from engine.gpus import GPUS, GpuNumbers, gpu_of, is_variant
+from engine.step_time_constants import Key, Timing, row_for, slowest
 from process.errors import ConfigError
+
+SLOWEST_GPU = "L4"
+"""Of a GPU that neither its name nor its offer tells anything about, no more is promised than of this one:
+it has the least bandwidth of those with 24 GB."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,13 @@ class Profile:
     needs: what it asks of an offer beside SOUND, the image's CUDA and the disk, in the CLI's words.
     Work is counted in output tokens' worth. prefill_weight: work per prompt token (one output token is 1).
     throughput_work_s: work per second of one instance with all the requests it can hold; throughput_by_gpu
-    has better figures for some GPUs. hold_s: seconds of work an instance may be given before a new request
-    would wait too long. load_time_s: seconds from order to hot on a new machine. start_time_s: seconds from
-    start to hot on a stopped machine that holds the model. download_gb: image and weights, as they come over
-    the network. env: environment variables of the container, no secrets; NCCL_P2P_DISABLE=1 for several GPUs
-    on boards without P2P, where NCCL hangs (vllm#2466, #14449).
+    has better figures for some GPUs. rows: the model and quantization of its rows of step-time constants;
+    None: its name, and how its weights are kept. shape: what step times on other GPUs are estimated from;
+    None for what runs on no GPU. hold_s: seconds of work an instance may be given before a new request would
+    wait too long. load_time_s: seconds from order to hot on a new machine. start_time_s: seconds from start
+    to hot on a stopped machine that holds the model. download_gb: image and weights, as they come over the
+    network. env: environment variables of the container, no secrets; NCCL_P2P_DISABLE=1 for several GPUs on
+    boards without P2P, where NCCL hangs (vllm#2466, #14449).
     """
 
     name: str
@@ -63,6 +72,8 @@ class Profile:
     start_time_s: float
     max_model_len: int
     download_gb: float
+    rows: tuple[str, str] | None = None
+    shape: ModelShape | None = None
     throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -71,16 +82,50 @@ class Profile:
         """The search for machines that can run it, in the CLI's words."""
         return f"{self.needs} {SOUND} cuda_max_good>={self.image.cuda} disk_space>={self.disk_gb:g}"
 
-    def throughput_on(self, gpu_name: str, num_gpus: int = 1) -> float:
+    def throughput_on(self, gpu_name: str, num_gpus: int = 1, told: GpuNumbers | None = None) -> float:
         """Return the expected throughput of an instance with these GPUs, in work per second.
 
-        For a GPU that has no number of its own this is the profile's throughput_work_s.
+        told: what their offer says of them, for GPUs that are not known by name. Of GPUs that tell nothing at
+        all, the profile's throughput_work_s is expected.
         """
-        return self.throughput_by_gpu.get(_key(gpu_name, num_gpus), self.throughput_work_s)
+        figure = self.throughput_by_gpu.get(_key(gpu_name, num_gpus))
+        if figure is not None and not is_variant(gpu_name, told):
+            return figure
+        if self.shape is None or gpu_of(gpu_name, told) is None:
+            return self.throughput_work_s
+        return full_queue_work_s(self.timing_on(gpu_name, num_gpus, told), self.prefill_weight)
 
-    def knows(self, gpu_name: str, num_gpus: int = 1) -> bool:
-        """Return whether there is a number for an instance with these GPUs."""
-        return _key(gpu_name, num_gpus) in self.throughput_by_gpu
+    def timing_on(
+        self,
+        gpu_name: str,
+        num_gpus: int = 1,
+        told: GpuNumbers | None = None,
+        own: Mapping[Key, Timing] = MappingProxyType({}),
+    ) -> Timing:
+        """Return the step-time constants on these GPUs; `name` says where they come from.
+
+        They are a row of the table (own: constants that go before it), else an estimate by arithmetic. Of
+        GPUs that tell nothing the slowest row is taken: it promises too little rather than too much.
+        """
+        model, form = self.rows or (self.name, "" if self.shape is None else str(self.shape.weights))
+        row = row_for((model, form, gpu_name, num_gpus), own)
+        if row is not None and not is_variant(gpu_name, told):
+            return row
+        gpu = gpu_of(gpu_name, told)
+        last = slowest(*self.rows) if self.rows else None
+        if last is not None and (gpu is None or self.shape is None):
+            return last
+        if self.shape is None:
+            return get_profile("vllm-13").timing_on(gpu_name, num_gpus, told, own)
+        name = f"{self.name} on {num_gpus}x {gpu_name}, by arithmetic"
+        return estimate(name, self.shape, gpu or GPUS[SLOWEST_GPU], num_gpus, self.max_model_len)
+
+    def fits(self, gpu_name: str, num_gpus: int = 1, told: GpuNumbers | None = None) -> bool | None:
+        """Return whether the weights and one request of the longest fit there; None where that is unknown."""
+        gpu = gpu_of(gpu_name, told)
+        if self.shape is None or gpu is None:
+            return None
+        return kv_tokens(self.shape, gpu, num_gpus) >= self.max_model_len
 
 
 def _key(gpu_name: str, num_gpus: int) -> str:
@@ -114,6 +159,9 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                     "H100 SXM": 3650.0,
                 }
             ),
+            rows=("13B", "awq4"),
+            # Llama 2 13B: docs/reference/timing.md 3; the file of weights is 7.25 GB.
+            shape=ModelShape(13.02, 13.02, 7.25, Weights.W4, 40, 5120, 819_200),
             hold_s=6.0,
             expected_output_tokens=180.0,
             load_time_s=600.0,
@@ -134,6 +182,8 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             throughput_by_gpu=MappingProxyType(
                 {"2x RTX A6000": 490.0, "A100 SXM4": 570.0, "2x A100 SXM4": 1220.0, "H100 SXM": 1310.0}
             ),
+            rows=("70B", "awq4"),
+            shape=ModelShape(70.55, 70.55, 39.8, Weights.W4, 80, 8192, 327_680),
             hold_s=8.0,
             expected_output_tokens=220.0,
             load_time_s=3600.0,

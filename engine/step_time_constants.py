@@ -96,12 +96,6 @@ def _timing(key: tuple[str, str, str, int]) -> Timing:
 
 TIMINGS: Mapping[tuple[str, str, str, int], Timing] = MappingProxyType({key: _timing(key) for key in _ROWS})
 
-PROFILE_MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {"vllm-13": ("13B", "awq4"), "vllm-70": ("70B", "awq4")}
-)
-"""Model and quantization of each profile in engine/profiles.py."""
-
-
 LIKE_BATCH, LIKE_CONTEXT = 32, 1000
 """Requests at once, and tokens of context of each, that `like` assumes."""
 
@@ -110,24 +104,18 @@ Key = tuple[str, str, str, int]
 """Model, quantization, GPU as Vast names it, and number of GPUs."""
 
 
-def timing_for(
-    profile: str, gpu_name: str, num_gpus: int = 1, own: Mapping[Key, Timing] = MappingProxyType({})
-) -> Timing:
-    """Return the step-time constants of a model profile on these GPUs; `name` says which were taken.
+def row_for(key: Key, own: Mapping[Key, Timing] = MappingProxyType({})) -> Timing | None:
+    """Return the step-time constants of that model on exactly these GPUs, if there is a row of them.
 
     own: constants that go before the table's, and add to it.
-
-    Where the table has no such row, the one taken promises too little rather than too much:
-    - more GPUs of that kind than any row: the row with the most of them, the others idle;
-    - fewer, or another kind: the slowest row of the model;
-    - an unknown profile: as if it were vllm-13.
     """
-    model, quant = PROFILE_MODELS.get(profile, PROFILE_MODELS["vllm-13"])
-    rows = {key: timing for key, timing in {**TIMINGS, **own}.items() if key[:2] == (model, quant)}
-    fitting = [key for key in rows if key[2] == gpu_name and key[3] <= num_gpus]
-    if fitting:
-        return rows[max(fitting, key=lambda key: key[3])]
-    return max(rows.values(), key=lambda timing: timing.a)
+    return own.get(key) or TIMINGS.get(key)
+
+
+def slowest(model: str, quantization: str) -> Timing | None:
+    """Return the slowest row of a model: for GPUs of which nothing is known."""
+    rows = [timing for key, timing in TIMINGS.items() if key[:2] == (model, quantization)]
+    return max(rows, key=lambda timing: timing.a) if rows else None
 
 
 def like(work_s: float) -> Timing:

@@ -16,17 +16,17 @@ def make_hot_set(
     expected_hot_s: float | None,
     profile: Profile,
     master_token: Callable[[str], str],
-    timing: Callable[[str, int], Timing | None],
+    timing: Callable[[Instance], Timing | None],
 ) -> HotSet:
     """Return the hot set, which is secret: it holds the instances' master tokens.
 
     serving: instances that are hot or draining. expected_hot_s: seconds until the next one becomes hot.
-    master_token: function from a label to its token. timing: function from a GPU's name and a number of GPUs
-    to their step times; None where they are not known.
+    master_token: function from a label to its token. timing: function from an instance to its step times;
+    None where they are not known.
     """
 
     def entry(i: Instance) -> HotInstance:
-        known = timing(i.gpu_name, i.num_gpus)
+        known = timing(i)
         return HotInstance(
             id=i.id or 0,
             state="draining" if i.state is State.DRAINING else "hot",
@@ -34,7 +34,7 @@ def make_hot_set(
             auth_url=i.auth_url or "",
             master_token=master_token(i.label),
             throughput_work_s=i.throughput_work_s,
-            capacity_work=profile.throughput_on(i.gpu_name, i.num_gpus) * profile.hold_s,
+            capacity_work=profile.throughput_on(i.gpu_name, i.num_gpus, i.gpu_told) * profile.hold_s,
             certificate=i.certificate,
             timing=None if known is None else HotTiming.of(known),
         )

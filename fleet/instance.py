@@ -7,10 +7,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engine.gpus import GpuNumbers
 from engine.profiles import Profile
 from fleet.absence import STUCK_S, Absence
 from fleet.deadlines import Deadlines
 from fleet.evidence import Trouble
+from fleet.gpu_numbers import numbers_of
 from fleet.health_check import HealthCheck, HealthCheckOrder
 from fleet.instance_messages import Ear, Hearing
 from fleet.journal import BillingInterval, SavedInstance
@@ -140,6 +142,7 @@ class Instance:
     host_id: int | None = None  # of the machine's owner
     gpu_name: str = ""
     num_gpus: int = 1
+    gpu_told: GpuNumbers | None = None
     price_usd_h: float = 0.0  # in its present state
     running_usd_h: float = 0.0
     stopped_usd_h: float = 0.0
@@ -189,8 +192,9 @@ class Instance:
             host_id=offer.host_id,
             gpu_name=offer.gpu_name,
             num_gpus=offer.num_gpus,
+            gpu_told=numbers_of(offer),
             running_usd_h=offer.dph_total,
-            throughput_work_s=profile.throughput_on(offer.gpu_name, offer.num_gpus),
+            throughput_work_s=profile.throughput_on(offer.gpu_name, offer.num_gpus, numbers_of(offer)),
             orders=Orders(out=1, asked_at=now),
         )
 
@@ -266,8 +270,9 @@ class Instance:
         self.id, self.machine_id = row.id, row.machine_id or self.machine_id
         self.host_id = row.host_id or self.host_id
         self.gpu_name, self.num_gpus = row.gpu_name or self.gpu_name, row.num_gpus
+        self.gpu_told = numbers_of(row)
         if self.throughput_work_s <= 1.0:
-            self.throughput_work_s = profile.throughput_on(row.gpu_name, row.num_gpus)
+            self.throughput_work_s = profile.throughput_on(row.gpu_name, row.num_gpus, self.gpu_told)
         if row.priced:
             self.price_usd_h = row.price_now_usd_h
             self.running_usd_h, self.stopped_usd_h = row.dph_total, row.storage_usd_h

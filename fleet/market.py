@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from engine.profiles import Profile
 from fleet.deadlines import Deadlines
+from fleet.gpu_numbers import numbers_of
 from fleet.preferences import ANY_MACHINE, Preferences
 from fleet_client.back_off import back_off_s
 from vast.rows import Offer
@@ -16,7 +17,7 @@ LONGEST_REST_S = 900.0
 
 def usd_per_million_work(offer: Offer, profile: Profile) -> float:
     """Return what a million units of work cost on a machine: its price over the throughput expected of it."""
-    work_s = profile.throughput_on(offer.gpu_name, offer.num_gpus)
+    work_s = profile.throughput_on(offer.gpu_name, offer.num_gpus, numbers_of(offer))
     return offer.dph_total / work_s / 3600.0 * 1e6
 
 
@@ -32,6 +33,8 @@ def sorted_out(
     wanted, refused = [], Counter[str]()
     for offer in offers:
         why = preferences.refusal(offer, usd_per_million_work(offer, profile))
+        if profile.fits(offer.gpu_name, offer.num_gpus, numbers_of(offer)) is False:
+            why = "with too little GPU memory"
         if why is None:
             wanted.append(offer)
         else:

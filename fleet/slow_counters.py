@@ -14,7 +14,7 @@ def compare_counters(hot: Iterable[Instance], profile: Profile) -> None:
     What it does is measured by the loadbalancers from the machine's own counters (work a second), and is
     taken as a share of what its GPU should do by the profile.
     """
-    due = ((i, profile.throughput_on(i.gpu_name, i.num_gpus)) for i in hot)
+    due = ((i, profile.throughput_on(i.gpu_name, i.num_gpus, i.gpu_told)) for i in hot)
     shares = [(i.trouble.slow, i.throughput_work_s / work_s) for i, work_s in due]
     usual = median([share for slow, share in shares if slow.clients is None])
     for slow, share in shares:

@@ -99,8 +99,11 @@ class Container:
         script = self.path / "onstart.sh"
         script.write_text(b.order.onstart or "exec sleep infinity\n")
         script.chmod(0o600)
-        gpu, loaded = b.machine, str(self.path / "loaded")
-        machine = SimulatedMachine(gpu.gpu_name, gpu.num_gpus, b.load_s, b.start_s, b.fatal_line, loaded)
+        m, gpu = b.machine, b.machine.gpu
+        machine = SimulatedMachine(
+            *(m.gpu_name, m.num_gpus, b.load_s, b.start_s, b.fatal_line, str(self.path / "loaded")),
+            *(gpu.ram_mb / 1024.0, gpu.mem_bw_gb_s, gpu.tflops),
+        )
         machine.write(self.path / "machine.json")
         with (self.path / "console.log").open("wb") as console:
             self._process = start_child(

@@ -54,9 +54,15 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 )
 
 
+UNKNOWN_CAP, UNKNOWN_POWER_W = 890, 300.0
+"""Compute capability (x 100) and power of a GPU that is not in GPUS: those of a card of 2023."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """A machine for rent: `slots` offers of `num_gpus` GPUs each. inet in Mbit/s, disk_gb of all slots.
+
+    gpu_ram_mb, gpu_tflops (at fp32) and gpu_mem_bw (GB/s) say what a GPU is that is not in GPUS.
 
     sliced: it is rented in any power of two of its slots, so each of its GPUs is part of several offers. With
     `share` slots it is seen as one such slice sees it.
@@ -84,11 +90,14 @@ class Machine:
     datacenter: bool = True
     static_ip: bool = True
     sliced: bool = False
+    gpu_ram_mb: int = 0
+    gpu_tflops: float = 0.0
+    gpu_mem_bw: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise ConfigError naming the machine, the field and its range when a value is out of range."""
-        if self.gpu_name not in GPUS:
-            self._refuse("gpu_name", f"one of {', '.join(GPUS)}")
+        if self.gpu_name not in GPUS and not (self.gpu_ram_mb and self.gpu_tflops and self.gpu_mem_bw):
+            self._refuse("gpu_name", f"gpu_ram_mb, gpu_tflops and gpu_mem_bw, or one of {', '.join(GPUS)}")
         for name, least, most in _RANGES:
             if not least <= getattr(self, name) <= most:
                 self._refuse(name, f"{least:g} to {most:g}")
@@ -108,8 +117,12 @@ class Machine:
 
     @property
     def gpu(self) -> Gpu:
-        """The data of the machine's GPU model."""
-        return GPUS[self.gpu_name]
+        """The data of the machine's GPU model; of one that is not known, as far as the machine says it."""
+        known = GPUS.get(self.gpu_name)
+        if known is not None:
+            return known
+        ram_mb, tflops, gb_s = self.gpu_ram_mb, self.gpu_tflops, self.gpu_mem_bw
+        return Gpu(ram_mb, "unknown", UNKNOWN_CAP, tflops, tflops, gb_s, UNKNOWN_POWER_W)
 
     @property
     def cpu_cores(self) -> int:
@@ -173,6 +186,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("cuda_max_good", 9.0, 99.0),
     ("direct_port_count", 0, 65_535),
     ("rental_days", 0.01, 3_650.0),
+    ("gpu_ram_mb", 0, 10**7),
+    ("gpu_tflops", 0.0, 10**5),
+    ("gpu_mem_bw", 0.0, 10**6),
 )
 
 # Prices per GPU-hour within the ranges of docs/reference/timing.md 4; L40S has none there and is an

@@ -43,7 +43,8 @@ HOURS_PER_MONTH = 720.0  # storage_total_cost = storage_cost * disk_space / 720;
 class Offer:
     """A machine for rent, as a search lists it. Prices are $/h; None means that the service does not say.
 
-    dph_total includes the storage that the search asked for.
+    dph_total includes the storage that the search asked for. gpu_mem_bw_gb_s: of one GPU; total_tflops: of
+    all of them, at fp32.
     """
 
     id: int
@@ -66,6 +67,8 @@ class Offer:
     driver_version: str | None = None
     verified: bool | None = None
     datacenter: bool | None = None
+    gpu_mem_bw_gb_s: float | None = None
+    total_tflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,9 @@ class Row:
     odd: str | None = None
     up_s: float | None = None
     host_id: int | None = None
+    gpu_ram_mb: float | None = None
+    gpu_mem_bw_gb_s: float | None = None
+    total_tflops: float | None = None
 
 
 # --- reading what the CLI printed ------------------------------------------------------------------
@@ -264,6 +270,8 @@ def offer_of(f: Fields) -> Offer:
         driver_version=f.maybe_text("driver_version"),
         verified=None if (said := f.maybe_text("verification")) is None else said == "verified",
         datacenter=None if (kind := f.maybe_whole("hosting_type")) is None else kind == HOSTING_DATACENTER,
+        gpu_mem_bw_gb_s=f.maybe_amount("gpu_mem_bw"),
+        total_tflops=f.maybe_amount("total_flops"),
     )
 
 
@@ -316,6 +324,9 @@ def row_of(f: Fields) -> Row:
         odd=f"it lacks {' and '.join(lacks)}" if lacks else None,
         up_s=None if up_mins is None else 60.0 * up_mins,
         host_id=f.maybe_whole("host_id"),
+        gpu_ram_mb=f.maybe_amount("gpu_ram"),
+        gpu_mem_bw_gb_s=f.maybe_amount("gpu_mem_bw"),
+        total_tflops=f.maybe_amount("total_flops"),
     )
 
 

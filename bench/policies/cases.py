@@ -16,7 +16,7 @@ from bench.policies.floor import floor
 from bench.policies.peers.registry import PEERS, Peer, runs
 from engine.profiles import get_profile
 from engine.slo import Slo
-from engine.step_time_constants import Timing, timing_for
+from engine.step_time_constants import Timing
 from policies import Capacity
 from policies.objective import Objective
 from policies.tuning import KeptPool, Margin, worth_keeping_s
@@ -90,7 +90,8 @@ def world_of(case: PolicyCase) -> PolicyWorld:
     """Return the trace at the size of the case, and a fleet of machines for it."""
     log = read_log(case.directory / TRACES[case.trace], 3.0 if case.trace == "mooncake" else 0.0)
     gpu, count, usd_h = GPUS[case.profile]
-    profile, timing = get_profile(case.profile), timing_for(case.profile, gpu, count)
+    profile = get_profile(case.profile)
+    timing = profile.timing_on(gpu, count)
     capacity = capacity_of(profile, timing, islice(log, 20_000), Slo())
     seconds = math.ceil(log[-1].at_s)
     days = seconds > 1.5 * DAY_S

@@ -11,8 +11,9 @@ from dataclasses import replace
 import aiohttp
 import msgspec
 
-from engine.step_time_constants import PROFILE_MODELS, Timing, timing_for
+from engine.step_time_constants import Timing
 from fleet.hot_set import make_hot_set
+from fleet.instance import Instance
 from fleet.outside.turns import Autoscaler
 from fleet.outside.wakeup import Wakeup
 from fleet_client.own_tls import ANY_AUTHORITY, TrustedServer
@@ -44,8 +45,8 @@ def current_hot_set(scaler: Autoscaler, master_token: Callable[[str], str]) -> H
         serving = [replace(i) for i in scaler.instances.serving()]
         version, expected_hot_s = scaler.instances.hot_version, scaler.instances.expected_hot_s(now)
 
-    def timing(gpu_name: str, num_gpus: int) -> Timing | None:
-        return timing_for(profile.name, gpu_name, num_gpus) if profile.name in PROFILE_MODELS else None
+    def timing(i: Instance) -> Timing | None:
+        return None if profile.shape is None else profile.timing_on(i.gpu_name, i.num_gpus, i.gpu_told)
 
     return make_hot_set(serving, scaler.demand.epoch, version, expected_hot_s, profile, master_token, timing)
 

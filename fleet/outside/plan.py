@@ -17,8 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from engine.gpus import gpu_of
 from engine.profiles import Profile, get_profile
 from fleet.candidates import Candidate, candidates, choose, summary
+from fleet.gpu_numbers import numbers_of
 from fleet.limits import Limits
 from fleet.market import sorted_out
 from fleet.outside.config import AutoscalerConfig, vast_settings
@@ -33,6 +35,7 @@ from process.errors import CloudError, ConfigError
 from process.safe_text import safe_text
 from vast.cli import Cli
 from vast.client import Vast
+from vast.rows import Offer
 
 SHOWN = 15
 """Lines of the table; those from which something would be taken come first."""
@@ -136,9 +139,9 @@ def _played(
     """
     if not asked.trace and not asked.yesterday:
         return None
-    machines = machines_of(market, profile)
+    machines = machines_of(market)
     if not machines:
-        raise ConfigError("no offer has a GPU whose speed with this model is known: nothing can be played")
+        raise ConfigError("no offer says how fast its GPUs are, by name or by numbers: nothing can be played")
     fleet = FleetNow(
         profile.name, config.make_policy(), config.max_instances, config.max_dollars_per_hour, late_lane=True
     )
@@ -172,8 +175,11 @@ def _yesterday(ledger: Ledger | None, profile: Profile) -> list[str]:
     return list(log_of(arrived, profile.prefill_weight))
 
 
-def machines_of(market: Sequence[Candidate], profile: Profile) -> list[dict[str, Any]]:
-    """Return offers as machines of a local cloud, one slot each; those of unknown speed are left out."""
+def machines_of(market: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Return offers as machines of a local cloud, one slot each; those of unknown speed are left out.
+
+    Unknown is the speed of a GPU whose name says nothing, and whose offer says nothing of it either.
+    """
     return [
         {
             "machine_id": number,
@@ -186,10 +192,16 @@ def machines_of(market: Sequence[Candidate], profile: Profile) -> list[dict[str,
             "inet_down": max(0.1, o.inet_down_mbps),
             "inet_usd_gb": o.inet_down_usd_gb or 0.0,
             "reliability": min(1.0, o.reliability),
+            **_gpu_numbers(o),
         }
         for number, o in enumerate((c.offer for c in market), start=1)
-        if profile.knows(o.gpu_name, o.num_gpus)
+        if gpu_of(o.gpu_name, numbers_of(o)) is not None
     ]
+
+
+def _gpu_numbers(offer: Offer) -> dict[str, Any]:
+    told = numbers_of(offer)
+    return {"gpu_ram_mb": round(offer.gpu_ram_mb), "gpu_tflops": told.fp32_tflops, "gpu_mem_bw": told.gb_s}
 
 
 def _in_words(played: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ from typing import NoReturn, cast
 
 from engine.profiles import PROFILES
 from engine.reference import SteppedModelServer
-from engine.step_time_constants import PROFILE_MODELS, timing_for
 from fleet_client.listening import bind_socket
 from localcloud.paced.engine import VERSION, App, PacedEngine
 from localcloud.paced.machine import SimulatedMachine
@@ -90,7 +89,7 @@ def profile_of(names: Sequence[str], model: str) -> str:
     It is one of the served names, else the profile with that model, else vllm-13.
     """
     for name in names:
-        if name in PROFILE_MODELS:
+        if name in PROFILES and PROFILES[name].shape is not None:
             return name
     same = [p.name for p in PROFILES.values() if p.model == model]
     return same[0] if same else "vllm-13"
@@ -154,7 +153,7 @@ def _make_app(flags: argparse.Namespace, names: tuple[str, ...], machine: Simula
     """Return the paced engine behind its middleware, the last one outermost as in vLLM; raise ConfigError."""
     name = profile_of(names, flags.model)
     profile = PROFILES[name]
-    timing = timing_for(name, machine.gpu_name, flags.tensor_parallel_size)
+    timing = profile.timing_on(machine.gpu_name, flags.tensor_parallel_size, machine.told)
     max_model_len = flags.max_model_len or profile.max_model_len
     if flags.enable_auto_tool_choice and not flags.tool_call_parser:
         raise ConfigError("Error: --enable-auto-tool-choice requires --tool-call-parser")

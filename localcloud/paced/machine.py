@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from engine.gpus import GpuNumbers
 from process.errors import ConfigError
 
 
@@ -12,6 +13,7 @@ class SimulatedMachine:
     """The GPUs and times of the machine that the engine pretends to run on.
 
     load_s: seconds from start to ready; start_s: the same when the file `loaded` exists.
+    mem_gb, gb_s, fp32_tflops: of one GPU, as its offer says; 0 where it does not.
     fatal_line: the line that the engine logs instead of becoming ready.
     """
 
@@ -21,6 +23,9 @@ class SimulatedMachine:
     start_s: float
     fatal_line: str | None
     loaded: str | None
+    mem_gb: float = 0.0
+    gb_s: float = 0.0
+    fp32_tflops: float = 0.0
 
     @classmethod
     def read(cls, path: str | None) -> "SimulatedMachine":
@@ -38,6 +43,11 @@ class SimulatedMachine:
     def write(self, path: Path) -> None:
         """Write the machine's description to a file."""
         path.write_text(json.dumps(asdict(self)))
+
+    @property
+    def told(self) -> GpuNumbers:
+        """What the machine's offer says of one GPU."""
+        return GpuNumbers(self.mem_gb, self.gb_s, self.fp32_tflops)
 
     @property
     def ready_s(self) -> float:

@@ -68,7 +68,7 @@ class VirtualBackground:
             fleet.expected_hot_s(now),
             self._setting.profile,
             lambda _: "",
-            self._setting.timing,
+            lambda i: self._setting.timing(i.gpu_name, i.num_gpus, i.gpu_told),
         )
         self._balancer.update_hot_set(hot, now)
         self._refill()

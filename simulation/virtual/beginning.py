@@ -113,9 +113,7 @@ def begin(
     wanted_hot = wanted_pool = 0
     if seen and offers:
         best = offers[0]
-        capacity = capacity_of(
-            setting.profile, setting.timing(best.gpu_name, best.num_gpus), seen, setting.slo
-        )
+        capacity = capacity_of(setting.profile, setting.timing_of(best), seen, setting.slo)
         work = _work(setting, seen, looked_s)
         mean, most = sum(work) / len(work), _busiest(work)
         offered, busiest = mean / capacity.work_s, most / capacity.work_s

@@ -13,8 +13,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from engine.gpus import GpuNumbers
 from engine.profiles import Profile
 from fleet.commands import AskPage, Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
+from fleet.gpu_numbers import MB_A_GB
 from localcloud.cloud import Cloud
 from localcloud.durations import Times
 from localcloud.effects import Boot, Effect
@@ -255,6 +257,8 @@ class SimulatedCloud:
                 is_bid=False,
                 min_bid=row["min_bid"],
                 duration_s=row["duration"],
+                gpu_mem_bw_gb_s=row["gpu_mem_bw"],
+                total_tflops=row["total_flops"],
             )
             for row in self.model.search(query, now)
             if not row["rented"] and matches(row, filters)
@@ -265,6 +269,12 @@ class SimulatedCloud:
     def spent_usd(self) -> float:
         """Return all dollars that the cloud has charged, exact as of the last `advance`."""
         return self.model.account.spent_usd()["total"]
+
+
+def told_of(machine: Machine) -> GpuNumbers:
+    """Return what offers of that machine say of one of its GPUs."""
+    gpu = machine.gpu
+    return GpuNumbers(gpu.ram_mb / MB_A_GB, gpu.mem_bw_gb_s, gpu.tflops)
 
 
 def _filters(query: str) -> dict[str, dict[str, str]]:
@@ -307,4 +317,7 @@ def _row(r: Rental) -> Row:
         start_date=r.created_at,
         end_date=None,
         image=r.order.image,
+        gpu_ram_mb=r.machine.gpu.ram_mb,
+        gpu_mem_bw_gb_s=r.machine.gpu.mem_bw_gb_s,
+        total_tflops=r.machine.gpu.tflops * r.machine.num_gpus,
     )

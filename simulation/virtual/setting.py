@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from engine.gpus import GpuNumbers
 from engine.profiles import Profile
 from engine.slo import Slo
-from engine.step_time_constants import Key, Timing, timing_for
+from engine.step_time_constants import Key, Timing
+from fleet.gpu_numbers import numbers_of
 from fleet.limits import Limits
 from localcloud.durations import Times
 from localcloud.machines import Machine
 from simulation.virtual.cloud import Hazards
+from vast.rows import Offer, Row
 
 TURN_S = 5.0
 """Seconds between two turns of the autoscaler: the default of its --poll-interval-s."""
@@ -56,6 +59,10 @@ class Setting:
     turn_s: float = TURN_S
     beat_s: float = BEAT_S
 
-    def timing(self, gpu_name: str, num_gpus: int) -> Timing:
-        """Return the step-time constants of a model server on these GPUs."""
-        return timing_for(self.profile.name, gpu_name, num_gpus, self.timings)
+    def timing(self, gpu_name: str, num_gpus: int, told: GpuNumbers | None) -> Timing:
+        """Return the step-time constants of a model server on these GPUs. told: what their offer says."""
+        return self.profile.timing_on(gpu_name, num_gpus, told, self.timings)
+
+    def timing_of(self, listed: Offer | Row) -> Timing:
+        """Return the same for what is offered or rented."""
+        return self.timing(listed.gpu_name, listed.num_gpus, numbers_of(listed))

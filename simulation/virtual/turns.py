@@ -12,7 +12,7 @@ from fleet.outside.turns import Autoscaler
 from loadbalancer import LoadBalancer
 from localcloud.effects import Boot, End, Freeze, Kill
 from simulation.virtual.background import VirtualBackground
-from simulation.virtual.cloud import SimulatedCloud
+from simulation.virtual.cloud import SimulatedCloud, told_of
 from simulation.virtual.instances import SimulatedInstance, SimulatedInstances
 from simulation.virtual.loop import EventLoop
 from simulation.virtual.outcome import FleetSamples
@@ -159,7 +159,7 @@ class VirtualTurns:
                 self._loop.at(at, self.advance_cloud)
 
     def _boot(self, boot: Boot) -> None:
-        timing = self._setting.timing(boot.machine.gpu_name, boot.machine.num_gpus)
+        timing = self._setting.timing(boot.machine.gpu_name, boot.machine.num_gpus, told_of(boot.machine))
         instance = self._instances.boot(boot.id, boot.boot, timing)
         self._cloud.booted(boot, self._loop.now)
         self._loop.at(self._loop.now + boot.load_s, self._ready, instance)

@@ -157,7 +157,7 @@ class VirtualFleet:
         offers = self._cloud.offers(0.0)
         if not offers:
             raise ConfigError(f"no offer of the market suits {setting.profile.name}: nothing can be rented")
-        return min(setting.timing(o.gpu_name, o.num_gpus).kv_tokens for o in offers)
+        return min(setting.timing_of(o).kv_tokens for o in offers)
 
     def run(self) -> Outcome:
         """Prepare the pool, play the trace, wait for the last answer; return the results."""

@@ -26,8 +26,8 @@ from werkzeug.test import TestResponse
 
 import autoscaler_server
 from autoscaler_server import REPLAY, create_app
+from engine.profiles import get_profile
 from engine.slo import Slo
-from engine.step_time_constants import timing_for
 from fleet.alarms import AFTER_S
 from fleet.arrivals import Arrived
 from fleet.commands import Destroy, Performed, Reply
@@ -347,6 +347,7 @@ def test_the_hot_set_is_what_a_loadbalancer_must_know(face: Face) -> None:
         "expected_hot_s": None,
     }
     assert len(said["instances"]) == 2
+    timing = get_profile("vllm-13").timing_on(first.gpu_name, first.num_gpus)
     assert said["instances"][0] == {
         "id": first.id,
         "state": "hot",
@@ -356,11 +357,11 @@ def test_the_hot_set_is_what_a_loadbalancer_must_know(face: Face) -> None:
         "throughput_work_s": 950.0,
         "capacity_work": 5700.0,
         "certificate": None,
-        "timing": msgspec.to_builtins(HotTiming.of(timing_for("vllm-13", first.gpu_name, first.num_gpus))),
+        "timing": msgspec.to_builtins(HotTiming.of(timing)),
     }
     parsed = hot_set(said).instances[0].timing
     assert parsed is not None
-    assert parsed.timing() == replace(timing_for("vllm-13", first.gpu_name, first.num_gpus), name="told")
+    assert parsed.timing() == replace(timing, name="told")
 
 
 def test_the_hot_set_is_not_told_before_the_fleet_is_known(ledger: Ledger, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import pytest
 
 from engine.profiles import PROFILES, Profile, get_profile
 from engine.reference import EventKind, SteppedModelServer
-from engine.step_time_constants import timing_for
 from localcloud.images import cuda_of
 from process.errors import ConfigError
 
@@ -13,7 +12,7 @@ REQUESTS, PROMPT, OUTPUT = 1500, 300, 180
 
 def saturated_work_s(profile: Profile, gpu_name: str, num_gpus: int) -> float:
     """Work per second of a server with a full queue, over the middle third of what it finishes."""
-    server = SteppedModelServer(timing_for(profile.name, gpu_name, num_gpus))
+    server = SteppedModelServer(profile.timing_on(gpu_name, num_gpus))
     ended = [
         e.at
         for n in range(REQUESTS)

@@ -9,9 +9,9 @@ from heapq import heapify, heapreplace
 
 import pytest
 
-from engine.profiles import PROFILES
+from engine.profiles import PROFILES, get_profile
 from engine.reference import EventKind, ServerEvent, SteppedModelServer
-from engine.step_time_constants import PROFILE_MODELS, TIMINGS, Timing, timing_for
+from engine.step_time_constants import TIMINGS, Timing
 from localcloud.machines import MACHINES
 
 # 10 ms a step, 1 ms a request in it, 1 ms for 1,000 tokens of context; 5 ms a prompt, 20 ms for 1,000
@@ -293,7 +293,7 @@ def test_the_same_traffic_gives_the_same_events() -> None:
 
 
 def test_a_long_answer_alone_is_one_event_and_not_one_a_token() -> None:
-    server = SteppedModelServer(timing_for("vllm-13", "A100 SXM4"))
+    server = SteppedModelServer(get_profile("vllm-13").timing_on("A100 SXM4"))
     server.submit("r", 1000, 50_000, 0.0)
     assert [e.tokens for e in server.advance(1e6)] == [1, 49_999]
 
@@ -302,39 +302,40 @@ def test_a_long_answer_alone_is_one_event_and_not_one_a_token() -> None:
 
 
 def test_the_rows_are_those_of_the_notes() -> None:
-    t = timing_for("vllm-13", "RTX 4090")
+    t = get_profile("vllm-13").timing_on("RTX 4090")
     # 13B AWQ on a 4090 alone: 99 tokens/s by the notes' own model, 96.7 to 113.5 published.
     assert 1e3 / t.step_ms(1, 100) == pytest.approx(99, abs=1.0)
-    assert timing_for("vllm-70", "RTX A6000", 2).name == "70B awq4 on 2x RTX A6000"
-    assert timing_for("vllm-70", "A100 SXM4", 2).kv_tokens == 313_000
+    assert get_profile("vllm-70").timing_on("RTX A6000", 2).name == "70B awq4 on 2x RTX A6000"
+    assert get_profile("vllm-70").timing_on("A100 SXM4", 2).kv_tokens == 313_000
     # A server reads prompts slower than its kernels measured alone.
-    assert timing_for("vllm-13", "A100 SXM4").prefill_ms(1000) == pytest.approx(12.6 + 96.9 * 1.2 + 2.27)
+    assert get_profile("vllm-13").timing_on("A100 SXM4").prefill_ms(1000) == pytest.approx(
+        12.6 + 96.9 * 1.2 + 2.27
+    )
 
 
 @pytest.mark.parametrize(
     ("profile", "gpu", "num_gpus", "taken"),
     [
-        ("vllm-70", "A100 SXM4", 4, "70B awq4 on 2x A100 SXM4"),  # more than known: the most known
-        ("vllm-13", "RTX 3090", 2, "13B awq4 on 1x RTX 3090"),
-        ("vllm-70", "RTX 3090", 2, "70B awq4 on 1x RTX A6000"),  # fewer than known: the slowest
-        ("vllm-13", "Tesla V100", 1, "13B awq4 on 1x RTX A6000"),
-        ("mine", "L40S", 1, "13B awq4 on 1x L40S"),
+        ("vllm-13", "A100 SXM4", 1, "13B awq4 on 1x A100 SXM4"),
+        ("vllm-70", "A100 SXM4", 4, "vllm-70 on 4x A100 SXM4, by arithmetic"),
+        ("vllm-13", "RTX 5090", 1, "vllm-13 on 1x RTX 5090, by arithmetic"),
+        ("vllm-13", "Some new card", 1, "13B awq4 on 1x RTX A6000"),  # nothing is known of it: the slowest
+        ("tiny", "L40S", 1, "13B awq4 on 1x L40S"),  # it has no shape: as if it were vllm-13
     ],
 )
-def test_without_a_row_too_little_is_promised_rather_than_too_much(
+def test_constants_are_a_row_else_arithmetic_else_the_slowest_row(
     profile: str, gpu: str, num_gpus: int, taken: str
 ) -> None:
-    assert timing_for(profile, gpu, num_gpus).name == taken
+    assert get_profile(profile).timing_on(gpu, num_gpus).name == taken
 
 
-def test_each_profile_has_rows_and_each_row_holds_its_longest_request() -> None:
-    for name, model in PROFILE_MODELS.items():
-        p = PROFILES[name]
-        rows = [t for key, t in TIMINGS.items() if key[:2] == model]
+def test_each_row_is_of_a_profile_and_holds_its_longest_request() -> None:
+    for p in (p for p in PROFILES.values() if p.rows is not None):
+        rows = [t for key, t in TIMINGS.items() if key[:2] == p.rows]
         assert rows
         assert all(t.kv_tokens >= p.max_model_len for t in rows)
+    assert {p.rows for p in PROFILES.values() if p.rows} == {key[:2] for key in TIMINGS}
     assert {key[2] for key in TIMINGS} == {m.gpu_name for m in MACHINES}, "of the built-in market"
-    assert PROFILES.keys() - PROFILE_MODELS.keys() == {"tiny"}, "that runs on a processor"
 
 
 # -- what a simulator is told ----------------------------------------------------------------------------

@@ -78,7 +78,14 @@ def test_no_host_has_more_than_its_share() -> None:
 
 def test_offers_are_machines_for_a_run_in_virtual_time() -> None:
     """What `plan --trace` plays is a market of exactly these offers."""
-    offers = [replace(make_offer(n, 0.3, gpu), host_id=n) for n, gpu in ((1, "RTX 4090"), (2, "Unknown 1"))]
-    machines = machines_from(machines_of(candidates(offers, PROFILE), PROFILE))
-    assert [(m.gpu_name, m.slots, m.host_id) for m in machines] == [("RTX 4090", 1, 1)]
+    new = {"gpu_ram_mb": 32_768.0, "gpu_mem_bw_gb_s": 2_000.0, "total_tflops": 120.0}
+    offers = [
+        make_offer(1, 0.3),
+        make_offer(2, 0.3, "Unknown 1"),
+        replace(make_offer(3, 0.3, "New and fast"), **new),  # type: ignore[arg-type]
+    ]
+    machines = machines_from(machines_of(candidates(offers, PROFILE)))
+    assert [(m.gpu_name, m.slots) for m in machines] == [("New and fast", 1), ("RTX 4090", 1)]
     assert machines[0].usd_h == pytest.approx(0.29)
+    gpu = machines[0].gpu
+    assert (gpu.ram_mb, gpu.mem_bw_gb_s, gpu.tflops) == (32_768, 2_000.0, 120.0)

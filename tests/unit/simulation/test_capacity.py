@@ -4,7 +4,6 @@ import pytest
 
 from engine.profiles import get_profile
 from engine.slo import Slo
-from engine.step_time_constants import timing_for
 from simulation.traces.request import Request
 from simulation.virtual.capacity import capacity_of
 
@@ -14,7 +13,7 @@ def test_an_instance_does_less_with_longer_prompts_and_less_on_a_slower_gpu() ->
 
     def capacity(gpu: str, prompt: int, output: int) -> tuple[float, float]:
         log = [Request(float(n), prompt, output, -1) for n in range(50)]
-        found = capacity_of(profile, timing_for("vllm-13", gpu), log, slo)
+        found = capacity_of(profile, profile.timing_on(gpu), log, slo)
         assert found.work_s == pytest.approx(found.requests_s * (0.1 * prompt + output), rel=0.01)
         return found.work_s, found.concurrency
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.step_time_constants import TIMINGS, timing_for
+from engine.profiles import get_profile
+from engine.step_time_constants import TIMINGS
 from process.errors import ConfigError
 from simulation.virtual.timings_file import read_timings
 
@@ -19,9 +20,9 @@ def test_own_constants_go_before_those_of_the_table(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_text(json.dumps([OWN, OWN | {"gpu": "L40S", "max_seqs": 64}]))
     own = read_timings(path)
-    assert timing_for("vllm-13", "RTX 5090", 1, own).a == 6.0
-    assert timing_for("vllm-13", "L40S", 1, own).max_seqs == 64
-    assert timing_for("vllm-13", "L40S", 1).a == TIMINGS["13B", "awq4", "L40S", 1].a
+    assert get_profile("vllm-13").timing_on("RTX 5090", 1, own=own).a == 6.0
+    assert get_profile("vllm-13").timing_on("L40S", 1, own=own).max_seqs == 64
+    assert get_profile("vllm-13").timing_on("L40S", 1).a == TIMINGS["13B", "awq4", "L40S", 1].a
 
 
 @pytest.mark.parametrize(

@@ -248,3 +248,22 @@ def test_late_requests_let_those_in_time_pass_and_without_the_lane_they_do_not()
     waits = with_lane.late_wait.spread()
     assert waits["max"] is not None
     assert waits["max"] <= 300.0 + 60.0
+
+
+def test_a_run_takes_gpus_that_are_known_only_by_name_or_by_the_numbers_of_their_offer() -> None:
+    """Nothing was measured of either; the new one has twice the bandwidth, and is done earlier."""
+    known = replace(A100[0], machine_id=1, gpu_name="RTX 5090", usd_gpu_h=0.5)
+    new = replace(
+        known,
+        machine_id=2,
+        gpu_name="New and fast",
+        gpu_ram_mb=65_536,
+        gpu_tflops=210.0,
+        gpu_mem_bw=3_584.0,
+    )
+    took_s = []
+    for machine in (known, new):
+        out = simulate(setting(machines=(machine,), pool=1), Fixed(1, 1), poisson(0.1, 40, 3, output=600))
+        assert out.completed == out.requests == 40
+        took_s.append(out.duration_s)
+    assert took_s[1] < took_s[0]
