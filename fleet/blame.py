@@ -165,6 +165,8 @@ class Blame:
             given.banned.clear()
             self._hold(cause, given, now)
             return
+        if i.loaded and i.boot.no_gpu_since is not None:
+            return  # another customer has its GPUs: the machine is well, and on the market when they are free
         if not i.loaded:
             self._market.note_create_failed(now, why)
         if i.machine_id is not None:

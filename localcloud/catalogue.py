@@ -78,7 +78,7 @@ def big_market(seed: int = 17) -> tuple[Machine, ...]:
             if not host or rng.random() < 0.6:
                 host = 20_000 + 100 * len(made) + at
             made.append(_machine(30_001 + len(made), name, kind, host, rng))
-    arm = GpuKind(_ARM_4090S, 0.24, 0.30, (1, 2), 0.0, modern=True, cpu_arch="arm64")
+    arm = GpuKind(_ARM_4090S, 0.24, 0.30, (1, 2), 1.0, modern=True, cpu_arch="arm64")
     for at in range(_ARM_4090S):
         made.append(_machine(30_001 + len(made), "RTX 4090", arm, 19_000 + at, rng))
     return tuple(made)

@@ -206,6 +206,7 @@ def test_a_machine_whose_gpu_is_taken_is_given_up_once_another_has_started() -> 
     assert taken not in w.contracts
     (given_up,) = [c for c in w.ordered if isinstance(c, Destroy)]
     assert given_up.evidence.startswith("broken: 3 starts found no GPU (the listing, while others are well)")
+    assert w.fleet.market.bad_machines == {}, "another customer has it; the machine is well"
 
 
 def test_a_cloud_in_which_nothing_starts_gives_up_nothing_for_an_hour() -> None:
