@@ -1,4 +1,4 @@
-"""The big market: some hundred machines of 18 kinds, drawn once and always alike.
+"""The big market: some hundred machines of 17 kinds, drawn once and always alike.
 
 What a kind costs is between the ends that docs/reference/timing.md 4 cites, where it has any; the others are
 set between their neighbours by memory and bandwidth. The shares of old drivers, dear bandwidth, short
@@ -51,6 +51,9 @@ _KINDS: dict[str, GpuKind] = {
 _ARM_4090S = 3
 """Machines with cards that everybody wants and a processor that no usual image runs on."""
 
+FLAW_PRICE = 0.8
+"""What each flaw leaves of a machine's price: the cheapest offers are those that others know to leave."""
+
 PLACES = (
     *("Sweden, SE", "Norway, NO", "Germany, DE", "Germany, DE", "France, FR", "Netherlands, NL"),
     *("Poland, PL", "Czechia, CZ", "Bulgaria, BG", "Spain, ES", "United Kingdom, GB", "Iceland, IS"),
@@ -89,10 +92,13 @@ def _machine(machine_id: int, name: str, kind: GpuKind, host_id: int, rng: rando
     cuda, driver = _one_of(_DRIVERS[:2] if kind.modern else _DRIVERS, rng)
     gpus = rng.choice(kind.gpus)
     inet_down = rng.uniform(900.0, 9_000.0) if professional else rng.choice((60, 120, 240, 400, 700, 900))
+    reliability = rng.uniform(0.985, 0.9995) if rng.random() < 0.85 else rng.uniform(0.9, 0.985)
+    days = rng.uniform(0.3, 4.0) if rng.random() < 0.15 else rng.uniform(7.0, 120.0)
+    flaws = (cuda < 12.8) + (reliability < 0.985) + (days < 7.0) + (kind.cpu_arch != "amd64")
     return Machine(
         machine_id,
         name,
-        round(rng.uniform(kind.cheapest, kind.dearest), 3),
+        round(rng.uniform(kind.cheapest, kind.dearest) * FLAW_PRICE**flaws, 3),
         slots=gpus,
         sliced=True,
         host_id=host_id,
@@ -101,13 +107,13 @@ def _machine(machine_id: int, name: str, kind: GpuKind, host_id: int, rng: rando
         inet_down=round(inet_down * rng.uniform(0.9, 1.1), 1),
         inet_up=round(inet_down * rng.uniform(0.3, 0.9), 1),
         inet_usd_gb=_one_of(_INET_USD_GB, rng)[0],
-        reliability=round(rng.uniform(0.985, 0.9995) if rng.random() < 0.85 else rng.uniform(0.9, 0.985), 4),
+        reliability=round(reliability, 4),
         cuda_max_good=cuda,
         driver_version=driver,
         direct_port_count=rng.choice((2, 20, 50, 100, 200)) if not professional else 200,
         geolocation=rng.choice(PLACES),
         verification="verified" if professional or rng.random() < 0.75 else "unverified",
-        rental_days=round(rng.uniform(0.3, 4.0) if rng.random() < 0.15 else rng.uniform(7.0, 120.0), 2),
+        rental_days=round(days, 2),
         cpu_arch=kind.cpu_arch,
         datacenter=professional,
         static_ip=professional or rng.random() < 0.5,

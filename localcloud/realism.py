@@ -21,7 +21,7 @@ class Realism:
 
     rate_limits: calls faster than the service's thresholds get 429 (vast-contract 1.3), as by the fault
     rate-limits.
-    big_market: some hundred machines instead of fifteen: 18 kinds of GPU, slices of 1, 2, 4 and 8, machines
+    big_market: some hundred machines instead of fifteen: 17 kinds of GPU, slices of 1, 2, 4 and 8, machines
     with another processor, an old driver, dear bandwidth, a short contract (localcloud/catalogue.py).
     renters: GPUs that other customers would like to have, as a share of all: they hold about half as many at
     1, and a slot that is given up may be taken before it is wanted back (vast-contract 6, row 5).
