@@ -15,6 +15,7 @@ class Account:
     def __init__(self, credit_usd: float, faults: Faults) -> None:
         """Make an account with that many dollars of credit and no ssh keys."""
         self.ssh_keys: dict[int, tuple[str, float]] = {}
+        self.secrets: dict[str, str] = {}
         self._credit_usd = credit_usd
         self._faults = faults
         self._open_bills: list[Bill] = []
@@ -64,6 +65,14 @@ class Account:
         number = len(self.ssh_keys) + 1
         self.ssh_keys[number] = (key, now)
         return number
+
+    def set_secret(self, name: str, value: str) -> None:
+        """Set a secret variable for containers from now on."""
+        self.secrets[name] = value
+
+    def delete_secret(self, name: str) -> None:
+        """Delete a secret variable; containers that are there keep it."""
+        self.secrets.pop(name, None)
 
     @property
     def public_keys(self) -> tuple[str, ...]:

@@ -103,6 +103,7 @@ class Container:
         machine = SimulatedMachine(
             *(m.gpu_name, m.num_gpus, b.load_s, b.start_s, b.fatal_line, str(self.path / "loaded")),
             *(gpu.ram_mb / 1024.0, gpu.mem_bw_gb_s, gpu.tflops),
+            hub=b.hub.shown(),
         )
         machine.write(self.path / "machine.json")
         with (self.path / "console.log").open("wb") as console:
@@ -207,6 +208,7 @@ def environment(path: Path, b: Boot, given: Mapping[str, int], image: EngineImag
         "PATH": image.path,
         "LANG": "C.UTF-8",
         **image.variables,
+        **b.secrets,
         **b.order.variables,
         "HOME": str(path / "home"),
         "TMPDIR": str(path / "tmp"),

@@ -1,8 +1,10 @@
 """What the cloud model wants done to real processes: values that `Cloud.take_effects` hands out in order."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
+from localcloud.hub import HubAccess
 from localcloud.machines import Machine
 from localcloud.orders import Order
 
@@ -13,7 +15,8 @@ class Boot:
 
     keep_ports: the outside ports of its last boot, to be used again if free; drop_ports: bind the ports that
     are shown and answer nothing there. load_s, start_s: seconds its model server takes the first time and
-    when started again. ssh: "ok", "hang" or "refuse".
+    when started again. ssh: "ok", "hang" or "refuse". hub: what its engine gets of
+    the hub. secrets: the account's variables.
     """
 
     id: int
@@ -28,6 +31,8 @@ class Boot:
     fatal_line: str | None
     new_host_key: bool
     ssh: str
+    hub: HubAccess = field(default_factory=HubAccess)
+    secrets: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
 
 
 @dataclass(frozen=True)

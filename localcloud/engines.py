@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from localcloud.durations import Times
+from localcloud.hub import MODEL_FAULTS
 from process.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -125,7 +126,7 @@ ENGINES: Mapping[str, EngineImage] = MappingProxyType(
             # Between tokens its processes wait without sleeping, and would take all time from the others'.
             own_processor=True,
             times=_own_times,
-            deaf_to=frozenset({"never-ready", "fatal-line"}),
+            deaf_to=frozenset({"never-ready", "fatal-line", *MODEL_FAULTS}),
             make_ready=_make_vllm_ready,
         ),
     }

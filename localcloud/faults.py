@@ -78,8 +78,14 @@ COUNT = Param(0.0, "strikes at most so often", least=1, most=1e6)
 SECONDS = Param(0.0, "is on for so long", least=0.01, most=1e7)
 INSTANCE_ID = Param(0.0, "strikes only that one", least=1, most=1e12)
 
+PERMISSIONS = ("instance_read", "instance_write", "misc", "user_read", "user_write")
+"""Permissions of an API key that our calls need (docs.vast.ai/api-reference/permissions)."""
+
 ROUTES = ("any", "list", "show", "search", "create", "change", "destroy", "logs", "account")
 _STATUS = Param(500, "HTTP status of the answer", least=400, most=599)
+
+_MODEL = Param("any", "the model, or any")
+_IMAGE = Param("any", "the image with its tag, or any")
 
 _CALL, _INSTANCE = Scope.CALL, Scope.INSTANCE
 
@@ -128,6 +134,14 @@ FAULTS: Mapping[str, FaultKind] = MappingProxyType(
         "create-lost": FaultKind("a create has its effect and the reply is lost: 504", _CALL),
         "create-410": FaultKind("the offer has gone: 410 no_such_ask", _CALL),
         "log-never": FaultKind("a log that was asked for is never uploaded", _CALL),
+        "key-lacks": FaultKind(
+            "the API key lacks a permission: calls that need it are refused",
+            _CALL,
+            {
+                "permission": Param("instance_write", "the permission", choices=PERMISSIONS),
+                "status": Param(401, "HTTP status of the refusal", least=401, most=403),
+            },
+        ),
         # -- the account --------------------------------------------------------------------------
         "credit-zero": FaultKind("the credit is used up: everything is stopped", Scope.ACCOUNT),
         # -- instances ----------------------------------------------------------------------------
@@ -162,6 +176,30 @@ FAULTS: Mapping[str, FaultKind] = MappingProxyType(
                     "RuntimeError: Engine core initialization failed. See root cause above.", "the line"
                 )
             },
+        ),
+        # -- hub and registry (hub.py) --------------------------------------------------------------
+        "gated-model": FaultKind(
+            "its model is gated, and opened by a token in HF_TOKEN",
+            _INSTANCE,
+            {"model": _MODEL, "token": Param("none", "the token that opens it")},
+        ),
+        "missing-model": FaultKind("the hub has no such model", _INSTANCE, {"model": _MODEL}),
+        "unknown-architecture": FaultKind(
+            "its engine does not know the model's architecture", _INSTANCE, {"model": _MODEL}
+        ),
+        "no-chat-template": FaultKind(
+            "its model has no chat template: chats are refused", _INSTANCE, {"model": _MODEL}
+        ),
+        "wrong-argument": FaultKind(
+            "its engine does not know an argument",
+            _INSTANCE,
+            {"argument": Param("--max-model-len", "the argument, where it is given")},
+        ),
+        "missing-image": FaultKind("the registry has no such image", _INSTANCE, {"image": _IMAGE}),
+        "private-image": FaultKind(
+            "the registry wants a login for its image",
+            _INSTANCE,
+            {"image": _IMAGE, "login": Param("none", "the login that opens it, as create sends it")},
         ),
         "dies-hot": FaultKind(
             "its processes are killed when its model has been loaded for a while",
@@ -317,6 +355,14 @@ class Faults:
         """
         for fault in self._on:
             if fault.name == name and fault.on(now) and fault.strike(boot):
+                return fault.args
+        return None
+
+    def strikes_permission(self, permission: str, now: float) -> Mapping[str, Any] | None:
+        """Return the arguments of the fault key-lacks if it takes that permission; None otherwise."""
+        for fault in self._on:
+            lacks = fault.name == "key-lacks" and fault.args["permission"] == permission
+            if lacks and fault.on(now) and fault.strike(None):
                 return fault.args
         return None
 

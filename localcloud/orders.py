@@ -35,6 +35,7 @@ class Order:
     runtype: str = "ssh"
     args: tuple[str, ...] = ()
     instance_key: str = ""
+    image_login: str | None = field(default=None, repr=False)
 
     @property
     def ports(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from localcloud.effects import (
     Terminate,
 )
 from localcloud.faults import Faults
+from localcloud.hub import HubAccess, image_error
 from localcloud.images import driver_error, pull_error
 from localcloud.offers import MIN_BID_SHARE
 from localcloud.orders import CloudRefusal, Order
@@ -151,7 +152,7 @@ class Rental(RentalState):
                 self.due = at + self._takes.draw(self._times.create_s)
             case P.CREATED:
                 broken = self._struck("docker-error", now)
-                self.status_msg = broken["msg"] if broken else self._pull_error()
+                self.status_msg = broken["msg"] if broken else self._pull_error(now)
                 if self.status_msg:
                     self.due = now + RECHECK_S
                 else:
@@ -176,9 +177,11 @@ class Rental(RentalState):
                 if self.wanted:  # started again meanwhile
                     self._move(P.SCHEDULING, at)
 
-    def _pull_error(self) -> str | None:
+    def _pull_error(self, now: float) -> str | None:
         """Return what docker says if no container can be made of the image here; None if one can."""
-        return pull_error(self.order.image, self.machine, self._realism)
+        image, login = self.order.image, self.order.image_login
+        by_fault = image_error(self._faults, image, login, self.on_boot, now)
+        return by_fault or pull_error(image, self.machine, self._realism)
 
     def _begin_boot(self, at: float) -> None:
         """Begin a new boot of the rental on the slot that it holds."""
@@ -282,6 +285,8 @@ def _boot_of(r: Rental, load_s: float, start_s: float, faults: Faults, now: floa
         fatal_line=fatal["line"] if fatal else None,
         new_host_key=struck("new-host-key"),
         ssh=_ssh_mode(faults, r.on_boot, now),
+        hub=HubAccess.by_faults(faults, r.on_boot, now),
+        secrets=r.secrets,
     )
 
 

@@ -65,6 +65,7 @@ class RentalState:
         self.slot = slot
         self.created_at = self.since = now
         self.label = order.label
+        self.secrets = dict(self._account.secrets)  # as they were when it was made
         self.authorized_keys = self._account.public_keys
         self.phase = P.CREATING
         self.due: float | None = None  # when the phase ends by itself

@@ -30,6 +30,8 @@ LASTING = (
     (b"is not a valid model identifier", "is not a valid model identifier"),
     (b"RepositoryNotFoundError", "is not a valid model identifier: RepositoryNotFoundError"),
     (b"does not recognize this architecture", "vLLM does not recognize this architecture"),
+    (b"Value error, Model architectures", "vLLM has no such Model architectures"),
+    (b"The supplied chat template", "The supplied chat template cannot be read"),
     (b"error: unrecognized arguments", "error: unrecognized arguments of vLLM"),
     (b"error: argument ", "error: argument of vLLM with a wrong value"),
 )

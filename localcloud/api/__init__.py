@@ -4,6 +4,7 @@ It holds no state but when each endpoint may be called again: a view reads the r
 answers in the service's words (vast-contract 2).
 
     account       the user, ssh keys               instances   what an owner asks of a rental
+    secrets       its secret variables
     offers        search, create                   logs        logs and commands, fetched in a moment
     listing       the rentals, page by page        control     status, faults, kill: ours, not the service's
     others        templates, copies, and what the local cloud does not do
@@ -12,7 +13,7 @@ answers in the service's words (vast-contract 2).
 
 from flask import Flask
 
-from localcloud.api import account, calls, control, instances, listing, logs, offers, others
+from localcloud.api import account, calls, control, instances, listing, logs, offers, others, secrets
 from localcloud.world import World
 from web.app import make_app
 
@@ -26,6 +27,6 @@ def create_app(world: World, api_key: str) -> Flask:
     # A page in somebody's browser can reach loopback under a name of its own (DNS rebinding).
     app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost", "[::1]"]
     calls.connect(app, world, api_key)
-    for area in (account, offers, listing, instances, logs, control, others):
+    for area in (account, secrets, offers, listing, instances, logs, control, others):
         app.register_blueprint(area.routes)
     return app

@@ -95,4 +95,5 @@ def order(said: Mapping[str, Any], instance_key: str, offer_id: int) -> Order:
         runtype=text("runtype", 100) or "ssh",
         args=tuple(args),
         instance_key=instance_key,
+        image_login=text("image_login", 1024),
     )

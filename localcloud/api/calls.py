@@ -3,8 +3,9 @@
 import functools
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Concatenate
 
 from flask import Flask, Response, current_app, jsonify, request
@@ -22,6 +23,13 @@ HUNG_UP_CHECK_S = 0.25
 
 CREATE_PENALTY_S = 12.0
 """Seconds to wait after a create that came too soon (vast-contract 1.3)."""
+
+PERMISSION_FOR: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("list", "show", "logs"), "instance_read")
+    | dict.fromkeys(("create", "change", "destroy"), "instance_write")
+    | {"search": "misc"}
+)
+"""Which permission of the key a kind of call needs; those of the account, to read or to write the user."""
 
 _EXTENSION = "localcloud"
 
@@ -48,6 +56,17 @@ class Service:
         """Return whether the request being served carries the API key."""
         header = request.headers.get("Authorization", "")
         return hmac.compare_digest(header.encode(), f"Bearer {self.api_key}".encode())
+
+    def lacks_permission(self, kind: str) -> tuple[Response, int] | None:
+        """Return the refusal of a call for which the key has no permission by the fault key-lacks."""
+        writes = "user_read" if request.method == "GET" else "user_write"
+        with self.world.lock:
+            now, faults = self.world.clock(), self.world.cloud.faults
+            lacks = faults.strikes_permission(PERMISSION_FOR.get(kind, writes), now)
+        if lacks is None:
+            return None
+        msg = f"This API key lacks the permission {lacks['permission']}."
+        return refuse(int(lacks["status"]), "auth_error", msg)
 
     def limited(self, view: str, every_s: float) -> bool:
         """Return whether this call comes too soon, if the service limits the rate of calls.
@@ -104,6 +123,8 @@ def api(
             ours = service()
             if not ours.knows_key():
                 return refuse(401, "auth_error", "Invalid user key")
+            if (refused := ours.lacks_permission(kind)) is not None:
+                return refused
             if ours.limited(view.__name__, every_s):
                 return too_many()
             if (answer := ours.broken(kind, "before")) is not None:

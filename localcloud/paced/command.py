@@ -12,6 +12,7 @@ from typing import NoReturn, cast
 from engine.profiles import PROFILES
 from engine.reference import SteppedModelServer
 from fleet_client.listening import bind_socket
+from localcloud.hub import HubAccess
 from localcloud.paced.engine import VERSION, App, PacedEngine
 from localcloud.paced.machine import SimulatedMachine
 from localcloud.paced.served_model import ServedModel
@@ -101,11 +102,12 @@ def _log_to_stdout() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
-def _die(line: str) -> NoReturn:
-    """Print a last line where vLLM would print it, and exit with status 1."""
-    sys.stdout.write(f"(APIServer pid={os.getpid()}) {line}\n")
+def _die(*lines: str, status: int = 1) -> NoReturn:
+    """Print last lines where vLLM would print them, and exit."""
+    for line in lines:
+        sys.stdout.write(f"(APIServer pid={os.getpid()}) {line}\n")
     sys.stdout.flush()
-    sys.exit(1)
+    sys.exit(status)
 
 
 def serve_command() -> None:
@@ -119,10 +121,14 @@ def serve_command() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Act as vLLM's api_server: wait for as long as loading takes on the pretended machine, then serve."""
-    flags, others = parse_flags(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags, others = parse_flags(argv)
     _log_to_stdout()
     try:
-        _run(flags, others, SimulatedMachine.read(os.environ.get("LOCALCLOUD_MACHINE")))
+        machine = SimulatedMachine.read(os.environ.get("LOCALCLOUD_MACHINE"))
+        if (death := HubAccess(**machine.hub).death(flags.model, argv, os.environ)) is not None:
+            _die(*death.lines, status=death.status)
+        _run(flags, others, machine)
     except ConfigError as e:
         _die(f"ValueError: {e}")
 
@@ -167,6 +173,7 @@ def _make_app(flags: argparse.Namespace, names: tuple[str, ...], machine: Simula
         tool_parser=flags.tool_call_parser,
         reasoning_parser=flags.reasoning_parser,
         pooling=pooling,
+        chat_template=not HubAccess(**machine.hub).refuses_chats(flags.model),
     )
     try:
         server = SteppedModelServer(timing, flags.max_num_seqs, flags.max_num_batched_tokens)

@@ -121,9 +121,18 @@ def read_json(raw: bytes) -> dict[str, Any]:
     return said
 
 
+NO_CHAT_TEMPLATE = (
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
+    "template if the tokenizer does not define one."
+)
+"""What vLLM answers to a chat with a model that has none."""
+
+
 def read_request(said: Mapping[str, Any], model: ServedModel, *, chat: bool) -> CompletionRequest:
     """Return what the body of a completion request asks for; raise RequestError with the wrong field."""
     read_model(said, model)
+    if chat and not model.chat_template:
+        raise RequestError(NO_CHAT_TEMPLATE)
     prompts = (chat_prompt(said),) if chat else prompts_of(said.get("prompt"), "prompt")
     echo = not chat and typed(said, "echo", bool, default=False)
     options = typed(said, "stream_options", dict, {})

@@ -1,7 +1,7 @@
 """The machine that a paced engine pretends to run on, which the local cloud describes in a file."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engine.gpus import GpuNumbers
@@ -14,7 +14,7 @@ class SimulatedMachine:
 
     load_s: seconds from start to ready; start_s: the same when the file `loaded` exists.
     mem_gb, gb_s, fp32_tflops: of one GPU, as its offer says; 0 where it does not.
-    fatal_line: the line that the engine logs instead of becoming ready.
+    fatal_line: the line that the engine logs instead of becoming ready. hub: fields of HubAccess.
     """
 
     gpu_name: str
@@ -26,6 +26,7 @@ class SimulatedMachine:
     mem_gb: float = 0.0
     gb_s: float = 0.0
     fp32_tflops: float = 0.0
+    hub: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | None) -> "SimulatedMachine":

@@ -12,6 +12,7 @@ class ServedModel:
 
     natural_tokens: mean length of an answer that nothing cuts off. auto_tools, tool_parser, reasoning_parser:
     as vLLM's flags; pooling: it makes no text, but "embed" (embeddings) or "classify" (rerank and score).
+    chat_template: without one chats are refused.
     """
 
     names: tuple[str, ...]
@@ -22,3 +23,4 @@ class ServedModel:
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     pooling: str | None = None
+    chat_template: bool = True

@@ -138,7 +138,18 @@ PURE = (
 CLOUD_MODEL = {
     f"localcloud.{name}"
     for name in (
-        *("account", "catalogue", "cloud", "durations", "effects", "faults", "images", "machines", "offers"),
+        *(
+            "account",
+            "catalogue",
+            "cloud",
+            "durations",
+            "effects",
+            "faults",
+            "hub",
+            "images",
+            "machines",
+            "offers",
+        ),
         *("orders", "phases", "query", "realism", "regions", "rental", "rental_state", "renters", "rows"),
     )
 }

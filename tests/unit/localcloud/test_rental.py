@@ -156,7 +156,7 @@ AT_THE_FACE = {
         "api-error",
         "api-hangs",
     ),
-    *("create-lost", "log-never"),
+    *("create-lost", "log-never", "key-lacks"),
 }
 """They strike in localcloud/api/; tests/unit/localcloud/api/ has them."""
 

@@ -35,6 +35,7 @@ ROUTES = [
     ("POST", "/api/v0/instances/1/ssh/"),
     ("PUT", "/api/v0/instances/request_logs/1/"),
     ("PUT", "/api/v0/instances/command/1/"),
+    *((method, "/api/v0/secrets/") for method in ("GET", "POST", "PUT", "DELETE")),
     ("POST", "/localcloud/faults"),
     ("DELETE", "/localcloud/faults/list-500"),
     ("POST", "/localcloud/instances/1/kill"),
