@@ -126,13 +126,18 @@ class CreateCost:
         return self.download_usd + left_s * self.running_usd_h / 3600.0
 
 
-def bound_usd(
-    instances: Iterable[Instance], left_s: float, load_s: float, drain_s: float, now: float
-) -> float:
-    """Return the dollars that these instances cost within left_s even if all is stopped as soon as may be.
+@dataclass(frozen=True)
+class Habits:
+    """How the fleet goes about things: seconds from order to hot, of the longest drain, GB of a create."""
 
-    load_s: seconds from order to hot. drain_s: the longest that a drain takes.
-    """
+    load_s: float
+    drain_s: float
+    download_gb: float = 0.0
+
+
+def bound_usd(instances: Iterable[Instance], left_s: float, habits: Habits, now: float) -> float:
+    """Return the dollars that these instances cost within left_s even if all is stopped as soon as may be."""
+    load_s, drain_s = habits.load_s, habits.drain_s
     total = 0.0
     for i in instances:
         if i.state in GIVEN_UP:
@@ -143,6 +148,8 @@ def bound_usd(
             runs_s = drain_s
         elif i.state in (State.ORDERED, State.LOADING, State.RUNNING):
             runs_s = max(drain_s, load_s - (now - i.ordered_at))
+        if i.state is State.ORDERED:  # once it is listed its download is in the ledger
+            total += i.terms.download_usd(habits.download_gb) * 3600.0
         total += i.stopped_usd_h * left_s + more_usd_h * min(runs_s, left_s)
     return total / 3600.0
 
@@ -176,8 +183,7 @@ class Budgets:
         self,
         spent_usd: Mapping[str, float],
         instances: Iterable[Instance],
-        load_s: float,
-        drain_s: float,
+        habits: Habits,
         now: float,
     ) -> None:
         """Take in what was spent, by the periods' names; keep how each budget stands now.
@@ -196,7 +202,7 @@ class Budgets:
                     continue
                 spent = old.spent_usd
             left_s = period.to_s - now
-            bound = bound_usd(there, left_s, load_s, drain_s, now)
+            bound = bound_usd(there, left_s, habits, now)
             over = spent + bound >= period.limit_usd or period.key in self._used_up
             found.append(Standing(period, spent, bound, rate, left_s, over))
         self.standings = tuple(found)

@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fleet.journal import BillingInterval
+from fleet.journal import BillingInterval, BytesBilled
 from fleet.states import SERVING, State
 
 BOOTING = frozenset({State.ORDERED, State.LOADING, State.RUNNING, State.STARTING})
 LOST = frozenset({State.FAILED, State.DESTROYING})
 
-SPENT_ON = ("hot_working", "hot_idle", "loading", "stopped", "lost")
+SPENT_ON = ("hot_working", "hot_idle", "loading", "stopped", "lost", "traffic")
 """What dollars are spent on: fields of CostBreakdown."""
 
 
@@ -19,6 +19,7 @@ class CostBreakdown:
     """What the fleet cost within a window, in dollars by what they were spent on.
 
     hot_working, hot_idle: hot instances with and without requests. lost: failed machines that still billed.
+    traffic: bytes that came to instances or went from them.
     utilisation: the share of the hot dollars that was spent on work. usd_if_all_hot: every instance at its
     running price for as long as it existed in the window.
     """
@@ -31,19 +32,30 @@ class CostBreakdown:
     usd_if_all_hot: float
     utilisation: float | None
     intervals: tuple[BillingInterval, ...]
+    bytes_billed: tuple[BytesBilled, ...] = ()
+
+    @property
+    def traffic(self) -> float:
+        """What the fleet paid for bytes, in dollars."""
+        return sum(t.usd for t in self.bytes_billed)
 
     @property
     def total(self) -> float:
         """All that the fleet cost within the window, in dollars."""
-        return self.hot_working + self.hot_idle + self.loading + self.stopped + self.lost
+        return self.hot_working + self.hot_idle + self.loading + self.stopped + self.lost + self.traffic
 
 
 def break_down(
-    intervals: Sequence[BillingInterval], worked_s: Mapping[str, float], from_s: float, to_s: float
+    intervals: Sequence[BillingInterval],
+    worked_s: Mapping[str, float],
+    from_s: float,
+    to_s: float,
+    bytes_billed: Sequence[BytesBilled] = (),
 ) -> CostBreakdown:
     """Return what the fleet cost from from_s to to_s, by its billing intervals.
 
     worked_s: seconds in the window with at least one request in flight, by label; they split the hot dollars.
+    bytes_billed: the traffic of the window.
     """
     hot_s: defaultdict[str, float] = defaultdict(float)
     hot_usd: defaultdict[str, float] = defaultdict(float)
@@ -72,7 +84,8 @@ def break_down(
         loading=loading,
         stopped=stopped,
         lost=lost,
-        usd_if_all_hot=all_hot,
+        usd_if_all_hot=all_hot + sum(t.usd for t in bytes_billed),
         utilisation=working / hot if hot > 0 else None,
         intervals=tuple(intervals),
+        bytes_billed=tuple(bytes_billed),
     )

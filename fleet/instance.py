@@ -18,6 +18,7 @@ from fleet.instance_messages import Ear, Hearing
 from fleet.journal import BillingInterval, SavedInstance
 from fleet.states import BILLS_GPU, CHECKED, SERVING, State, check_transition
 from fleet.taken_out import TakenOut
+from fleet.terms import Terms
 from fleet_client.back_off import back_off_s
 from vast.rows import Offer, Row
 from web.messages.reports import ReadyBody
@@ -146,6 +147,7 @@ class Instance:
     price_usd_h: float = 0.0  # in its present state
     running_usd_h: float = 0.0
     stopped_usd_h: float = 0.0
+    terms: Terms = field(default_factory=Terms)
     host: str | None = None
     ports: Mapping[int, int] = field(default_factory=dict)
     ssh: tuple[str, int] | None = None
@@ -196,6 +198,7 @@ class Instance:
             running_usd_h=offer.dph_total,
             throughput_work_s=profile.throughput_on(offer.gpu_name, offer.num_gpus, numbers_of(offer)),
             orders=Orders(out=1, asked_at=now),
+            terms=Terms.offered(offer, now),
         )
 
     @classmethod
@@ -275,7 +278,7 @@ class Instance:
             self.throughput_work_s = profile.throughput_on(row.gpu_name, row.num_gpus, self.gpu_told)
         if row.priced:
             self.price_usd_h = row.price_now_usd_h
-            self.running_usd_h, self.stopped_usd_h = row.dph_total, row.storage_usd_h
+            self.running_usd_h, self.stopped_usd_h = row.dph_total, self.terms.read(row)
         self.ssh = _ssh_address(row)
         self.lost_since = _since(self.lost_since, now, row.actual_status in LOST)
         self.trouble.note_status(row.status_msg, now)
@@ -386,9 +389,8 @@ class Instance:
         return self._url(3000)
 
     def _url(self, inside: int) -> str | None:
-        if not self.host or inside not in self.ports:
-            return None
-        return f"{'https' if self.certificate else 'http'}://{self.host}:{self.ports[inside]}"
+        scheme, known = "https" if self.certificate else "http", self.host and inside in self.ports
+        return f"{scheme}://{self.host}:{self.ports[inside]}" if known else None
 
     @property
     def usd_per_work(self) -> float:
@@ -410,9 +412,8 @@ class Instance:
     @property
     def is_coming(self) -> bool:
         """Whether the instance is on its way to hot with the model on its disk, as far as is known."""
-        return self.state is State.STARTING or (
-            self.state is State.RUNNING and (self.loaded or self.unverified) and not self.suspected
-        )
+        loaded = (self.loaded or self.unverified) and not self.suspected
+        return self.state is State.STARTING or (self.state is State.RUNNING and loaded)
 
     def saved(self) -> SavedInstance:
         """Return what a restarted autoscaler must know of the instance."""

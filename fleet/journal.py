@@ -42,6 +42,25 @@ class PriceChange:
 
 
 @dataclass(frozen=True)
+class BytesBilled:
+    """Dollars for bytes that came to or went from one instance, which every host bills at its own price.
+
+    at_s: when that was known. of: ESTIMATED by us, or what the account's charges add to that (CHARGED).
+    """
+
+    label: str
+    instance: int | None
+    at_s: float
+    usd: float
+    gb: float | None
+    of: str
+
+
+ESTIMATED, CHARGED = "estimated", "charged"
+"""Where the dollars of traffic are from."""
+
+
+@dataclass(frozen=True)
 class SavedInstance:
     """What a restarted autoscaler must know of an instance; the fields from `state` on say its last state.
 
@@ -115,7 +134,7 @@ class Entries:
 
     intervals: with changes of price, in the order of writing. instances: by label, as they are now.
     durations: (kind, at, seconds). bad_machines: (until, why) by machine_id. vanished: (until, $/h) by label.
-    lacking: as in SavedFleet. host_keys: by label.
+    lacking: as in SavedFleet. host_keys: by label. traffic: dollars for bytes.
     """
 
     intervals: list[BillingInterval | PriceChange] = field(default_factory=list)
@@ -126,6 +145,7 @@ class Entries:
     host_keys: dict[str, str] = field(default_factory=dict)
     lacking: tuple[float | None, float] | None = None
     lines: list[str] = field(default_factory=list)
+    traffic: list[BytesBilled] = field(default_factory=list)
 
     def note_lacking(self, since: float | None, now: float) -> None:
         """Note since when the listings lack most of the fleet; None: they do not."""
@@ -134,7 +154,7 @@ class Entries:
     def __bool__(self) -> bool:
         """Return whether there is anything to write into the ledger."""
         rows = (self.intervals, self.instances, self.durations, self.bad_machines, self.vanished)
-        return any(rows) or bool(self.host_keys) or self.lacking is not None
+        return any(rows) or bool(self.host_keys or self.traffic) or self.lacking is not None
 
 
 class Journal:
@@ -168,6 +188,11 @@ class Journal:
     def add_bad_machine(self, machine_id: int, until: float, why: str) -> None:
         """Add a machine that is not to be rented until that time."""
         self._entries.bad_machines[machine_id] = (until, why)
+
+    def add_download(self, label: str, instance: int | None, gb: float, usd: float, now: float) -> None:
+        """Add what a new instance's download costs, by estimate, if it costs anything."""
+        if usd > 0.0:
+            self._entries.traffic.append(BytesBilled(label, instance, now, usd, gb, ESTIMATED))
 
     def add_vanished(self, label: str, until: float, usd_h: float) -> None:
         """Add an instance that the cloud does not list any more; it counts against the limits until then."""
@@ -203,4 +228,5 @@ class Journal:
             taken.host_keys | later.host_keys,
             later.lacking or taken.lacking,
             later.lines,
+            taken.traffic + later.traffic,
         )

@@ -15,10 +15,21 @@ LONGEST_REST_S = 900.0
 """Longest pause after failed creates, seconds; it doubles with each failure until then."""
 
 
+EXPECTED_LIFE_H = 24.0
+"""Hours that a rented instance is expected to run, over which its download is spread. A pool is kept for days
+and runs for a part of them; one that grows and shrinks with each day rents anew each day."""
+
+
 def usd_per_million_work(offer: Offer, profile: Profile) -> float:
-    """Return what a million units of work cost on a machine: its price over the throughput expected of it."""
+    """Return what a million units of work cost on a machine: its price over the throughput expected of it.
+
+    Its price is that of an hour of running, and a share of what the host asks for the bytes of image and
+    weights: they are paid once, and spread over EXPECTED_LIFE_H. A host that names no price for bytes is
+    taken to ask none.
+    """
     work_s = profile.throughput_on(offer.gpu_name, offer.num_gpus, numbers_of(offer))
-    return offer.dph_total / work_s / 3600.0 * 1e6
+    download_usd_h = profile.download_gb * (offer.inet_down_usd_gb or 0.0) / EXPECTED_LIFE_H
+    return (offer.dph_total + download_usd_h) / work_s / 3600.0 * 1e6
 
 
 def ranked(offers: Iterable[Offer], profile: Profile) -> list[Offer]:

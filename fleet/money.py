@@ -6,7 +6,7 @@ spent, credit ─► Money.settle ─┬─► holds (fleet/holds.py): for what 
 
 from collections.abc import Iterable, Mapping
 
-from fleet.budget import DAY, MONTH, Budgets
+from fleet.budget import DAY, MONTH, Budgets, Habits
 from fleet.credit import Credit
 from fleet.deadlines import Deadlines
 from fleet.holds import HeldOrders, HoldKind, Holds
@@ -36,7 +36,8 @@ class Money:
         load_s: seconds from order to hot.
         """
         there = list(instances)
-        self.budgets.settle(spent_usd, there, load_s, self._drain_s, now)
+        habits = Habits(load_s, self._drain_s, self._download_gb)
+        self.budgets.settle(spent_usd, there, habits, now)
         by_name = {s.period.name: s for s in self.budgets.standings}
         for name, kind in BUDGET_HOLDS.items():
             s = by_name.get(name)

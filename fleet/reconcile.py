@@ -369,6 +369,8 @@ class Reconciler(Judge):
         if i.odd not in (None, odd):
             self.journal.log(f"{i.id} {i.label}: its row is odd: {i.odd}")
         if i.state is State.ORDERED:
+            gb = self.profile.download_gb
+            self.journal.add_download(i.label, i.id, gb, i.terms.download_usd(gb), now)
             self._move(i, State.LOADING, "listed", now)
         if row.actual_status in UP:
             if i.state in (State.LOADING, State.STARTING):

@@ -1,8 +1,9 @@
 """The customer's account, its dollars and ssh keys, and the bill of each rental."""
 
+from localcloud.charges import RentalCharges
 from localcloud.faults import Faults
 from localcloud.machines import Machine
-from localcloud.orders import Order
+from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import BILLS
 
 
@@ -19,6 +20,8 @@ class Account:
         self._credit_usd = credit_usd
         self._faults = faults
         self._open_bills: list[Bill] = []
+        self.charges: dict[int, RentalCharges] = {}  # of all rentals so far, by number
+        self.gone_since: float | None = None  # the credit
         self._ended_usd = dict.fromkeys(BILLS, 0.0)
         self._ended_gpu_usd = 0.0
 
@@ -32,9 +35,28 @@ class Account:
             return None
         return now + self._credit_usd / burn_usd_h * 3600.0
 
-    def open_bill(self, machine: Machine, order: Order, now: float) -> "Bill":
-        """Return the bill of a rental that begins now."""
-        bill = Bill(self, machine, order, now)
+    def note_credit(self, now: float) -> bool:
+        """Return whether the credit is gone now; since when is kept."""
+        gone = self.credit_usd(now) <= 0
+        self.gone_since = (now if self.gone_since is None else self.gone_since) if gone else None
+        return gone
+
+    def check_create(self, offer_id: int, usd_h: float, most_usd_h: float, now: float) -> None:
+        """Raise CloudRefusal where the account may not rent that offer. usd_h: what it then spends an hour.
+
+        most_usd_h: what it may spend; 0 for any.
+        """
+        if self.credit_usd(now) <= 0:
+            text = "error 400/3470: insufficient credit"
+            raise CloudRefusal(400, "insufficient_credit", text, ask_id=offer_id)
+        if most_usd_h and usd_h > most_usd_h:
+            text = f"error 400/3471: spend_rate_limit: new accounts may spend ${most_usd_h:.2f}/h"
+            raise CloudRefusal(400, "spend_rate_limit", text, ask_id=offer_id)
+
+    def open_bill(self, number: int, machine: Machine, order: Order, now: float) -> "Bill":
+        """Return the bill of a rental that begins now, whose number that is."""
+        charges = self.charges[number] = RentalCharges(number, order.label)
+        bill = Bill(self, machine, order, charges, now)
         self._open_bills.append(bill)
         return bill
 
@@ -83,7 +105,9 @@ class Account:
 class Bill:
     """What one rental costs: its prices, and the dollars charged so far by the state they were charged in."""
 
-    def __init__(self, account: Account, machine: Machine, order: Order, now: float) -> None:
+    def __init__(
+        self, account: Account, machine: Machine, order: Order, charges: RentalCharges, now: float
+    ) -> None:
         """Open the bill of a rental that begins now; its dollars are taken from that account."""
         self.bid = order.price  # $/h; None on demand
         self.storage_usd_h = machine.storage_usd_h(order.disk_gb)
@@ -91,6 +115,7 @@ class Bill:
         self.gpu_usd = 0.0
         self._account = account
         self._on_demand_usd_h = machine.usd_h
+        self._charges = charges
         self._settled_to = now
 
     @property
@@ -103,6 +128,21 @@ class Bill:
         self.bid = bid
         return bid
 
+    def reprice(self, gpu_usd_h: float) -> None:
+        """Charge another price for the GPUs from now on; the bill must be settled before."""
+        self._on_demand_usd_h = gpu_usd_h
+
+    def relabel(self, label: str | None) -> None:
+        """Show the rental under that label in the account's charges."""
+        self._charges.relabel(label)
+
+    def add_bytes(self, usd_gb: float, gb: float, now: float) -> None:
+        """Charge so many GB that came to the rental."""
+        usd = usd_gb * gb
+        self.usd["traffic"] += usd
+        self._charges.add_bytes("bwd", usd, gb, now)
+        self._account.charge(usd)
+
     def settle(self, state: str, gpu_usd_h: float, storage_usd_h: float, now: float) -> None:
         """Charge the rental at these prices, $/h, for the time since the bill was settled last."""
         hours = (now - self._settled_to) / 3600.0
@@ -111,5 +151,7 @@ class Bill:
         usd = (gpu_usd_h + storage_usd_h) * hours
         self.usd[state] += usd
         self.gpu_usd += gpu_usd_h * hours
+        self._charges.add_hours("gpu", gpu_usd_h, self._settled_to, now)
+        self._charges.add_hours("disk", storage_usd_h, self._settled_to, now)
         self._account.charge(usd)
         self._settled_to = now

@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from localcloud.account import Account
+from localcloud.contract import DELETED_AFTER_S
 from localcloud.durations import Downloads, Times
 from localcloud.effects import Effect, End, Moved
 from localcloud.faults import Faults
@@ -61,7 +62,9 @@ class Cloud:
         rng: the source of all chance. speedup divides the times, not prices; first_id: the first rental's
         number. realism: how unkind it is.
         """
-        self.machines = {m.machine_id: m for m in machines}
+        self.machines = {
+            m.machine_id: m if realism.bandwidth else replace(m, inet_usd_gb=0.0) for m in machines
+        }
         self._slices = {m.machine_id: m.slices() for m in self.machines.values()}
         # Alone in the market no chance is drawn for others: seeded runs stay as they are.
         crowd = random.Random(rng.getrandbits(64)) if realism.crowded else random.Random(0)
@@ -102,7 +105,11 @@ class Cloud:
         times = [event[0] for r in self.rentals.values() if (event := r.next_event())]
         if any(r.phase in WAITING for r in self.rentals.values()):
             times.append(now + RECHECK_S)
-        ends = (self.faults.next_end(), self.account.lasts_until(self.burn_usd_h(), now))
+        ends = (
+            self.faults.next_end(),
+            self.account.lasts_until(self.burn_usd_h(), now),
+            *(r.contract.deleted_at for r in self.rentals.values()),
+        )
         return min((*times, *(at for at in ends if at is not None)), default=None)
 
     def advance(self, now: float) -> None:
@@ -121,13 +128,23 @@ class Cloud:
         self.faults.expire(now)
         for r in self.rentals.values():
             r.settle(now)
-        if self.rentals and self.account.credit_usd(now) <= 0:
+        if self.account.note_credit(now):
             for r in self.rentals.values():
                 if r.phase not in (Phase.STOPPED, Phase.STOPPING) or r.wanted:
                     r.stop(now, "stopped: the account has no credit")
         for r in self.rentals.values():
             r.follow_faults(now)
+        self._delete_ended(now)
         self._give_slots(now)
+
+    def _delete_ended(self, now: float) -> None:
+        """Delete the rentals whose contract, or whose account's credit, ended two days ago."""
+        gone = self.account.gone_since if self.realism.no_card else None
+        unpaid = gone is not None and now >= gone + DELETED_AFTER_S / self.speedup
+        for number, r in list(self.rentals.items()):
+            if unpaid or (r.contract.deleted_at is not None and now >= r.contract.deleted_at):
+                why = "the account has no credit and no card" if unpaid else "its contract has ended"
+                self._end(self.rentals.pop(number), why, now)
 
     def booted(self, rental_id: int, boot: int, ports: Mapping[str, int], now: float) -> None:
         """Note that the processes of a rental's boot run and have these ports.
@@ -173,11 +190,9 @@ class Cloud:
                 f"error 404/3603: no_such_ask Instance type by id {offer_id} is not available.",
                 ask_id=offer_id,
             )
-        if self.account.credit_usd(now) <= 0:
-            raise CloudRefusal(
-                400, "insufficient_credit", "error 400/3470: insufficient credit", ask_id=offer_id
-            )
         slot = self.slots(self._others.offered(machine, now))[index]
+        most = self.realism.spend_limit_usd_h
+        self.account.check_create(offer_id, self.burn_usd_h() + slot.machine.usd_h, most, now)
         if order.disk_gb > slot.free_disk_gb:
             raise CloudRefusal(
                 400,
@@ -240,13 +255,17 @@ class Cloud:
         rental = self.rentals.pop(rental_id, None)
         if rental is None:
             raise CloudRefusal(404, "not_found", f"Instance {rental_id} not found.")
+        self._end(rental, "destroyed", now)
+        self._give_slots(now)
+
+    def _end(self, rental: Rental, why: str, now: float) -> None:
+        rental.settle(now)
         self.account.close_bill(rental.bill)
         self.destroyed += 1
         self._effects += [
-            End(rental_id, wipe=True),
-            Moved(rental_id, rental.phase, "gone", "destroyed", now - rental.since),
+            End(rental.id, wipe=True),
+            Moved(rental.id, rental.phase, "gone", why, now - rental.since),
         ]
-        self._give_slots(now)
 
     def burn_usd_h(self) -> float:
         """Return what all rentals together cost now, $/h."""

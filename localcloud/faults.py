@@ -163,6 +163,16 @@ FAULTS: Mapping[str, FaultKind] = MappingProxyType(
         "ports-change": FaultKind("a restart brings other ports", _INSTANCE),
         "start-waits": FaultKind("a start waits for its GPU", _INSTANCE),
         "outbid": FaultKind("is stopped unasked, and comes back when the fault ends", _INSTANCE),
+        "contract-ends": FaultKind(
+            "its contract ends early: stopped, no start, deleted 48 h later",
+            _INSTANCE,
+            {"in_s": Param(60.0, "seconds until then", most=1e7)},
+        ),
+        "price-increase": FaultKind(
+            "its host asks for a higher price from the end of the contract on",
+            _INSTANCE,
+            {"share": Param(0.5, "by which it is higher", least=0.01, most=10.0)},
+        ),
         "offline": FaultKind("its host is lost: frozen, unreachable, and not billed", _INSTANCE),
         "ssh-hangs": FaultKind("ssh accepts connections and says nothing", _INSTANCE),
         "ssh-refuses": FaultKind("nobody listens at the ssh port", _INSTANCE),

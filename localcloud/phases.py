@@ -143,5 +143,5 @@ SHOWN: Mapping[Phase, Shown] = MappingProxyType(
         P.CRASHED: Shown("exited", "running", "running", True, True, "running"),
     }
 )
-BILLS = ("loading", "running", "stopped")
-"""The states by which charged dollars are counted."""
+BILLS = ("loading", "running", "stopped", "traffic")
+"""By what charged dollars are counted: the state of the rental, or bytes that came to it."""

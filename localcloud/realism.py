@@ -31,6 +31,13 @@ class Realism:
     documented, 4,096 too, and 4,048 with this silence (vast-contract 9).
     sizes: an image and a model take their size over the host's bandwidth to load (localcloud/images.py).
     foreign_cpus: no container can be made of an image for amd64 on a machine with arm64.
+    bandwidth: each byte of images and models is billed at the host's price; without it hosts ask none.
+    stopped_storage: how many times as much storage costs while a machine is stopped.
+    contract_ends: a machine is stopped at the end of its contract, cannot be started, and goes 48 h later.
+    price_increase: by which share more a host asks for some days before the end of a contract; without an
+    answer the contract ends.
+    spend_limit_usd_h: what a new account may spend an hour; a create above it is refused. 0: no limit.
+    no_card: machines are deleted 48 h after the credit has gone.
     old_drivers: an image with a newer CUDA than the driver of a consumer's card does not find the GPU: vLLM
     dies with error 804 (vllm#5510).
     """
@@ -44,6 +51,12 @@ class Realism:
     sizes: bool = False
     foreign_cpus: bool = False
     old_drivers: bool = False
+    bandwidth: bool = False
+    stopped_storage: float = 1.0
+    contract_ends: bool = False
+    price_increase: float = 0.0
+    spend_limit_usd_h: float = 0.0
+    no_card: bool = False
 
     @property
     def crowded(self) -> bool:
@@ -69,6 +82,9 @@ MILD = Realism(
     sizes=True,
     foreign_cpus=True,
     old_drivers=True,
+    bandwidth=True,
+    stopped_storage=1.5,
+    contract_ends=True,
 )
 HARSH = Realism(
     rate_limits=True,
@@ -80,6 +96,12 @@ HARSH = Realism(
     sizes=True,
     foreign_cpus=True,
     old_drivers=True,
+    bandwidth=True,
+    stopped_storage=3.0,
+    contract_ends=True,
+    price_increase=0.4,
+    spend_limit_usd_h=10.0,
+    no_card=True,
 )
 
 LEVELS: Mapping[str, Realism] = MappingProxyType({"none": NONE, "mild": MILD, "harsh": HARSH})

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from localcloud.contract import ContractEvent
 from localcloud.effects import (
     Boot,
     End,
@@ -52,6 +53,8 @@ class Rental(RentalState):
             raise CloudRefusal(
                 400, "missing_billing", "Your account has no credit: add some to start instances."
             )
+        if self.contract.ended_at is not None:
+            raise CloudRefusal(400, "contract_ended", f"Instance {self.id}: its contract has ended.")
         self.wanted = True
         if self.phase in (P.STOPPED, P.OUTBID):
             self._move(P.SCHEDULING, now)
@@ -127,6 +130,8 @@ class Rental(RentalState):
         if self.offline:
             return None
         events = [] if self.due is None else [(self.due, "phase")]
+        if (of_contract := self.contract.next_event()) is not None:
+            events.append(of_contract)
         if self.phase is P.RUNNING:
             if not self.loaded:
                 events.append((self.booted_at + self.load_s, "loaded"))
@@ -139,6 +144,9 @@ class Rental(RentalState):
         if event == "loaded":
             self.loaded = True
             self._emit(MarkLoaded(self.id))
+            return
+        if event in tuple(ContractEvent):
+            self._follow_contract(event, at)
             return
         if event == "dies":
             self._dies_at = None
@@ -176,6 +184,20 @@ class Rental(RentalState):
                 self._move(P.STOPPED, at)
                 if self.wanted:  # started again meanwhile
                     self._move(P.SCHEDULING, at)
+
+    def _follow_contract(self, event: str, at: float) -> None:
+        """Have the host ask for more, or come to the end of the contract."""
+        if event == ContractEvent.ASKS:
+            self.contract.ask(None, self.bill.gpu_usd_h, at)
+            self._note(at, "its host asks for a higher price")
+            return
+        self.settle(at)
+        going_on = self.contract.end(at)
+        if going_on is not None:
+            self.bill.reprice(going_on.gpu_usd_h)
+            self._note(at, "its contract goes on at the higher price")
+        elif self.wanted or self.phase is not P.STOPPED:
+            self.stop(at, "stopped: its contract has ended")
 
     def _pull_error(self, now: float) -> str | None:
         """Return what docker says if no container can be made of the image here; None if one can."""
@@ -226,6 +248,12 @@ class Rental(RentalState):
     def follow_faults(self, now: float) -> None:
         """Do what the faults that strike the rental demand, and undo it when they end."""
         self._follow_offline(now)
+        if (ends := self._struck("contract-ends", now)) is not None and not self._ends_early:
+            self._ends_early = True
+            self.contract.end_in(ends["in_s"], now)
+        if (asks := self._struck("price-increase", now)) is not None and not self._asked_early:
+            self._asked_early = True
+            self.contract.ask(asks["share"], self.bill.gpu_usd_h, now)
         if self.phase is not P.RUNNING:
             return
         if self._struck("outbid", now) is not None:

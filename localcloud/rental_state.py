@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from localcloud.account import Account
+from localcloud.contract import Contract
 from localcloud.durations import Downloads, Durations, Times
 from localcloud.effects import Authorize, Effect, Kill, Moved
 from localcloud.faults import Faults
+from localcloud.images import image_gb, model_gb
 from localcloud.machines import Machine
 from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import SHOWN, Phase
@@ -35,6 +37,8 @@ class Surroundings:
 
 
 P = Phase
+
+IMAGE, MODEL = "image", "model"
 
 
 class RentalState:
@@ -80,8 +84,11 @@ class RentalState:
         self.ports: Mapping[str, int] = {}
         self.status_msg: str | None = None
         self.history: deque[str] = deque(maxlen=HISTORY_LINES)
-        self.bill = self._account.open_bill(machine, order, now)
+        self.bill = self._account.open_bill(rental_id, machine, order, now)
+        self.contract = Contract(rental_id, machine, self._realism, surroundings.speedup, now)
+        self._got_gb = {IMAGE: 0.0, MODEL: 0.0}  # that came over the network, and was billed
         self._dies_at: float | None = None
+        self._ends_early = self._asked_early = False  # by a fault
         self._doomed_boot = 0  # the boot that the fault dies-hot has struck
         if slot is not None:
             self.due = now + self._takes.draw(self._times.provision_s)
@@ -102,11 +109,32 @@ class RentalState:
         """Return what the rental's GPUs and storage cost now, $/h; an offline host charges nothing."""
         if self.offline:
             return 0.0, 0.0
-        return (self.bill.gpu_usd_h if SHOWN[self.phase].bills_gpu else 0.0), self.bill.storage_usd_h
+        shown = SHOWN[self.phase]
+        factor = self._realism.stopped_storage if shown.bill == "stopped" else 1.0
+        return (self.bill.gpu_usd_h if shown.bills_gpu else 0.0), self.bill.storage_usd_h * factor
 
     def settle(self, now: float) -> None:
-        """Charge what the rental has cost since it was settled last."""
+        """Charge what the rental has cost since it was settled last, and the bytes that have come since."""
         self.bill.settle(SHOWN[self.phase].bill, *self.usd_h_now(), now)
+        if self._realism.bandwidth and not self.offline:
+            self._bill_bytes(now)
+
+    def _bill_bytes(self, now: float) -> None:
+        """Charge the part of image or model that has come; what came before an interruption is there."""
+        if self.phase is P.LOADING and not self.pulled:
+            what, gb, from_s, to_s = IMAGE, image_gb(self.order.image), self.since, self.due
+        elif self.phase is P.RUNNING and self.booted_at:
+            what, gb = MODEL, model_gb(self.order)
+            from_s, to_s = self.booted_at, self.booted_at + self.load_s
+        else:
+            return
+        share = (
+            1.0 if to_s is None or to_s <= from_s else min(1.0, max(0.0, (now - from_s) / (to_s - from_s)))
+        )
+        new_gb = share * gb - self._got_gb[what]
+        if new_gb > 0.0:
+            self._got_gb[what] += new_gb
+            self.bill.add_bytes(self.machine.inet_usd_gb, new_gb, now)
 
     # -- what its owner may ask of it whatever it does; each raises CloudRefusal ------------------------
 
@@ -117,6 +145,7 @@ class RentalState:
                 400, "label_too_long", f"label: at most {MAX_LABEL} characters, got {len(label)}"
             )
         self.label = label or None
+        self.bill.relabel(self.label)
 
     def attach_key(self, key: str) -> None:
         """Accept a further ssh key at the rental's container."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from localcloud.cloud import Cloud
 from localcloud.faults import Faults
-from localcloud.machines import DAY_S
 from localcloud.offers import MIN_BID_SHARE, cost_now, hardware, prices
 from localcloud.phases import SHOWN, Phase
 from localcloud.rental import Rental
@@ -37,7 +36,7 @@ def row(r: Rental, faults: Faults, now: float) -> dict[str, Any]:
     shown = SHOWN[r.phase]
     machine, order, running = r.machine, r.order, r.phase is Phase.RUNNING
     ports = r.ports if running and faults.strikes("no-ports", now, r.on_boot) is None else {}
-    end = r.created_at + machine.rental_days * DAY_S
+    end = r.contract.end_at
     return {
         **hardware(machine),
         **prices(machine, r.bill.gpu_usd_h, order.disk_gb, is_bid=r.bill.bid is not None),

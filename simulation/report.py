@@ -125,6 +125,7 @@ class SpentUsd(Struct, frozen=True):
     loading: float
     stopped: float
     lost: float = 0.0
+    traffic: float = 0.0
 
 
 class RunCosts(Struct, frozen=True):

@@ -131,6 +131,8 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
     ]
     if usd["lost"]:
         spent.append(f"{_usd(usd['lost'])} failed")
+    if usd.get("traffic"):
+        spent.append(f"{_usd(usd['traffic'])} traffic")
     share = cost["utilisation"]
     per = [
         f"{title} {_usd(cost[key]) if cost[key] is not None else '–'}"

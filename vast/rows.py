@@ -69,6 +69,7 @@ class Offer:
     datacenter: bool | None = None
     gpu_mem_bw_gb_s: float | None = None
     total_tflops: float | None = None
+    inet_up_usd_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,35 @@ class Row:
     gpu_ram_mb: float | None = None
     gpu_mem_bw_gb_s: float | None = None
     total_tflops: float | None = None
+    inet_down_usd_gb: float | None = None
+    inet_up_usd_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class Charges:
+    """What the account was charged for one instance within a window, in dollars."""
+
+    instance: int
+    label: str | None
+    gpu: float
+    storage: float
+    traffic: float
+    total: float
+
+
+@dataclass(frozen=True)
+class PriceIncrease:
+    """A higher price that a host asks for from the end of an instance's contract on, $/h.
+
+    end_at, new_end_at: of the contract as it is, and where the price is accepted; epoch seconds.
+    """
+
+    number: int
+    instance: int
+    old_usd_h: float
+    new_usd_h: float
+    end_at: float | None
+    new_end_at: float | None
 
 
 # --- reading what the CLI printed ------------------------------------------------------------------
@@ -203,6 +233,10 @@ class Fields:
         value = self._data.get(key)
         return value if isinstance(value, dict) else {}
 
+    def inner(self, what: str, data: object) -> "Fields":
+        """Return the reading of an object inside this one."""
+        return Fields(self._command, f"{self._what}.{what}", data)
+
     def is_null(self, key: str) -> bool:
         """Return whether the JSON object has that field with the value null."""
         return key in self._data and self._data[key] is None
@@ -267,6 +301,7 @@ def offer_of(f: Fields) -> Offer:
         min_bid=f.price("min_bid"),
         duration_s=f.maybe_amount("duration"),
         inet_down_usd_gb=f.price("inet_down_cost"),
+        inet_up_usd_gb=f.price("inet_up_cost"),
         driver_version=f.maybe_text("driver_version"),
         verified=None if (said := f.maybe_text("verification")) is None else said == "verified",
         datacenter=None if (kind := f.maybe_whole("hosting_type")) is None else kind == HOSTING_DATACENTER,
@@ -323,10 +358,49 @@ def row_of(f: Fields) -> Row:
         priced=priced,
         odd=f"it lacks {' and '.join(lacks)}" if lacks else None,
         up_s=None if up_mins is None else 60.0 * up_mins,
+        inet_down_usd_gb=f.price("inet_down_cost"),
+        inet_up_usd_gb=f.price("inet_up_cost"),
         host_id=f.maybe_whole("host_id"),
         gpu_ram_mb=f.maybe_amount("gpu_ram"),
         gpu_mem_bw_gb_s=f.maybe_amount("gpu_mem_bw"),
         total_tflops=f.maybe_amount("total_flops"),
+    )
+
+
+def charges_of(f: Fields) -> Charges | None:
+    """Return the charges of one instance; None for those of something else, such as a volume."""
+    kind, _, number = (f.maybe_text("source") or "").rpartition("-")
+    if kind != "instance" or not number.isdecimal():
+        return None
+    parts = dict.fromkeys(("gpu", "disk", "bwd", "bwu"), 0.0)
+    for item in f.rows("items"):
+        of = f.inner("item", item)
+        name, usd = of.maybe_text("type"), of.maybe_number("amount")
+        if name in parts and usd is not None:
+            parts[name] += usd
+    label = f.inner("metadata", f.mapping("metadata")).maybe_text("label")
+    traffic = parts["bwd"] + parts["bwu"]
+    return Charges(int(number), label, parts["gpu"], parts["disk"], traffic, f.number("amount"))
+
+
+def price_increase_of(f: Fields) -> PriceIncrease:
+    """Return a pending price increase; what it does not change costs as before."""
+
+    def usd_h(age: str) -> float:
+        parts = ("gpu_costpersec", "disk_ram_costpersec")
+        found = (f.maybe_amount(f"{age}_{part}") for part in parts)
+        kept = (f.maybe_amount(f"old_{part}") for part in parts)
+        return (
+            sum((old or 0.0) if new is None else new for new, old in zip(found, kept, strict=True)) * 3600.0
+        )
+
+    return PriceIncrease(
+        number=f.whole("pending_price_increase_id"),
+        instance=f.whole("contract_id"),
+        old_usd_h=usd_h("old"),
+        new_usd_h=usd_h("new"),
+        end_at=f.maybe_amount("contract_end_date"),
+        new_end_at=f.maybe_amount("ask_end_date"),
     )
 
 

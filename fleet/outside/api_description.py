@@ -114,6 +114,7 @@ class CostsAnswer(Struct, frozen=True, rename={"from_s": "from", "to_s": "to"}):
     budgets: dict[str, dict[str, Any]]
     credit: dict[str, float | None]
     forecast_today_usd: float
+    traffic: list[dict[str, Any]]
     intervals: list[dict[str, Any]]
 
 

@@ -1,5 +1,6 @@
 """What the fleet costs, as the answer of GET /costs."""
 
+from dataclasses import asdict
 from typing import Any
 
 from fleet.budget import day_of
@@ -33,6 +34,7 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
             "loading": costs.loading,
             "stopped": costs.stopped,
             "lost": costs.lost,
+            "traffic": costs.traffic,
         },
         "usd_if_all_hot": costs.usd_if_all_hot,
         "utilisation": costs.utilisation,
@@ -47,6 +49,7 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
         "creates": count("create"),
         "destroys": count("destroyed"),
         "order_to_hot_s": [round(s, 3) for kind, _, s in took if kind in ("boot", "load")],
+        "traffic": [asdict(t) for t in costs.bytes_billed],
         "intervals": [
             {
                 "instance": s.instance,

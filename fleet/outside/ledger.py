@@ -17,6 +17,9 @@ process goes on from them, and no dollar between is lost.
     noted        single values by name: since when listings lack most of the fleet, the clock's offset
     clock_step   when the wall clock was set, and by how many seconds
     unwatched    times in which nobody looked at the cloud, or nobody could write what was seen
+    traffic      dollars for bytes by instance: estimated when it is rented, corrected by what was charged
+    charged      what the account was charged for each instance on each day (UTC)
+    reconciled   what a day came to by the account and by this ledger, and when they were compared
 
 Times are epoch seconds. Any thread may call.
 """
@@ -149,6 +152,7 @@ class Ledger(LedgerReading):
                 [(label, until_s, usd_h) for label, (until_s, usd_h) in entries.vanished.items()],
             )
             self._db.executemany("INSERT OR REPLACE INTO host_key VALUES (?,?)", entries.host_keys.items())
+            self._db.executemany("INSERT INTO traffic VALUES (?,?,?,?,?,?)", map(astuple, entries.traffic))
             if entries.lacking is not None:
                 since, seen_at = entries.lacking
                 self._note({"lacking_since": since, "lacking_seen_at": seen_at})

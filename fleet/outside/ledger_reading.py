@@ -10,7 +10,7 @@ from fleet.arrivals import Arrived
 from fleet.costs import CostBreakdown, break_down
 from fleet.durations import KEPT
 from fleet.history import FleetSample
-from fleet.journal import BillingInterval, SavedFleet, SavedInstance
+from fleet.journal import BillingInterval, BytesBilled, SavedFleet, SavedInstance
 from fleet.outside.ledger_file import is_damage
 from fleet.outside.ledger_prices import LOOKED_AT
 from fleet.states import State
@@ -128,8 +128,10 @@ class LedgerReading:
         """Return the dollars that the fleet cost inside the window, as a budget counts them."""
         with self._read() as db:
             [(usd,)] = db.execute(
-                "SELECT TOTAL(usd_h * MAX(0.0, MIN(COALESCE(to_s, ?2), ?2) - MAX(from_s, ?1))) / 3600.0"
-                " FROM stretch WHERE from_s < ?2 AND (to_s IS NULL OR to_s > ?1)",
+                "SELECT (SELECT"
+                " TOTAL(usd_h * MAX(0.0, MIN(COALESCE(to_s, ?2), ?2) - MAX(from_s, ?1))) / 3600.0"
+                " FROM stretch WHERE from_s < ?2 AND (to_s IS NULL OR to_s > ?1))"
+                " + (SELECT TOTAL(usd) FROM traffic WHERE at_s >= ?1 AND at_s <= ?2)",
                 (from_s, to_s),
             ).fetchall()
         return float(usd)
@@ -154,7 +156,16 @@ class LedgerReading:
                     (from_s, to_s, BUCKET_S, DAY_S),
                 ).fetchall()
             )
-        return break_down([BillingInterval(*row) for row in rows], worked, from_s, to_s)
+            traffic = db.execute(
+                "SELECT label, instance, at_s, usd, gb, source FROM traffic WHERE at_s >= ? AND at_s <= ?"
+                " ORDER BY at_s",
+                (from_s, to_s),
+            ).fetchall()
+        intervals, bytes_billed = (
+            [BillingInterval(*row) for row in rows],
+            [BytesBilled(*row) for row in traffic],
+        )
+        return break_down(intervals, worked, from_s, to_s, bytes_billed)
 
 
 def _last_durations(db: sqlite3.Connection, kind: str) -> list[float]:

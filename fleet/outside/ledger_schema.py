@@ -59,7 +59,26 @@ ALTER TABLE sampled ADD COLUMN held_normal INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE sampled ADD COLUMN held_low INTEGER NOT NULL DEFAULT 0;
 """
 
-MIGRATIONS = ((1, _VERSION_1), (2, _VERSION_2), (3, _VERSION_3), (4, _VERSION_4), (5, _VERSION_5))
+_VERSION_6 = """
+CREATE TABLE IF NOT EXISTS traffic(
+  label TEXT NOT NULL, instance INTEGER, at_s REAL NOT NULL, usd REAL NOT NULL, gb REAL,
+  source TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS traffic_at ON traffic(at_s);
+CREATE TABLE IF NOT EXISTS charged(
+  day_s REAL NOT NULL, instance INTEGER NOT NULL, label TEXT NOT NULL, gpu REAL NOT NULL,
+  storage REAL NOT NULL, traffic REAL NOT NULL, PRIMARY KEY(day_s, instance));
+CREATE TABLE IF NOT EXISTS reconciled(
+  day_s REAL PRIMARY KEY, at_s REAL NOT NULL, charged_usd REAL NOT NULL, ledger_usd REAL NOT NULL);
+"""
+
+MIGRATIONS = (
+    (1, _VERSION_1),
+    (2, _VERSION_2),
+    (3, _VERSION_3),
+    (4, _VERSION_4),
+    (5, _VERSION_5),
+    (6, _VERSION_6),
+)
 """(version, SQL that brings a ledger of the version before to it), oldest first; released ones never change.
 
 Version 0 is an empty file, or a ledger from before versions (commit 0abccd6), which has these tables, or all
@@ -106,5 +125,8 @@ _TABLES = {
     "noted": "name, value",
     "clock_step": "at_s, by_s",
     "unwatched": "from_s, to_s",
+    "traffic": "label, instance, at_s, usd, gb, source",
+    "charged": "day_s, instance, label, gpu, storage, traffic",
+    "reconciled": "day_s, at_s, charged_usd, ledger_usd",
 }
 """What a sound ledger has."""

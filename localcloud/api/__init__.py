@@ -7,13 +7,14 @@ answers in the service's words (vast-contract 2).
     secrets       its secret variables
     offers        search, create                   logs        logs and commands, fetched in a moment
     listing       the rentals, page by page        control     status, faults, kill: ours, not the service's
+    billing       what the account is charged, and price increases that hosts ask for
     others        templates, copies, and what the local cloud does not do
     calls         what is done before and after each view: key, faults of calls, limits, refusals
 """
 
 from flask import Flask
 
-from localcloud.api import account, calls, control, instances, listing, logs, offers, others, secrets
+from localcloud.api import account, billing, calls, control, instances, listing, logs, offers, others, secrets
 from localcloud.world import World
 from web.app import make_app
 
@@ -27,6 +28,6 @@ def create_app(world: World, api_key: str) -> Flask:
     # A page in somebody's browser can reach loopback under a name of its own (DNS rebinding).
     app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost", "[::1]"]
     calls.connect(app, world, api_key)
-    for area in (account, secrets, offers, listing, instances, logs, control, others):
+    for area in (account, billing, secrets, offers, listing, instances, logs, control, others):
         app.register_blueprint(area.routes)
     return app

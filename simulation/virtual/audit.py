@@ -37,6 +37,8 @@ def audit(
     # What passes between two listings is booked up to two turns late, each at no more than the dearest.
     changes = 2 + len(ledger.durations(0.0, now + 1.0)) + instances.ended
     allowed = changes * (3.0 * turn_s + CALL_S) * cloud.dearest_usd_h / 3600.0
+    # A download is booked whole when its machine is listed, and charged as it comes.
+    allowed += cloud.unfinished_download_usd()
     must(
         abs(charged - booked) <= allowed + 1e-9,
         f"the ledger has ${booked:.4f}, the cloud charged ${charged:.4f}: at most ${allowed:.4f} apart",

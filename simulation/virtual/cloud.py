@@ -25,6 +25,7 @@ from localcloud.machines import HOURS_PER_MONTH, MACHINES, Machine
 from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import SHOWN, Phase
 from localcloud.query import Query, matches
+from localcloud.realism import NONE, Realism
 from localcloud.rental import Rental
 from process.errors import ConfigError
 from vast.rows import Offer, Row
@@ -123,10 +124,15 @@ class SimulatedCloud:
         rng: random.Random,
         times: Times | None = None,
         speedup: float = 1.0,
+        realism: Realism = NONE,
     ) -> None:
-        """Make a cloud in which nothing is rented, with practically unlimited credit."""
+        """Make a cloud in which nothing is rented, with practically unlimited credit.
+
+        realism: how unkind it is.
+        """
         self.dearest_usd_h = 0.0  # of a machine that has booted
         self._hazards = Hazards()
+        self._ends = realism.contract_ends
         self._profile = profile
         self._rng = rng
         self.faults = Faults()
@@ -137,6 +143,7 @@ class SimulatedCloud:
             times=times or times_for(profile),
             faults=self.faults,
             credit_usd=1e12,
+            realism=realism,
         )
         self._rows: dict[int, tuple[object, Row]] = {}
 
@@ -187,10 +194,11 @@ class SimulatedCloud:
         """Return the listing of all rentals, as the vast package parses it."""
         rows = []
         for r in self.model.rentals.values():
-            key = (r.phase, r.wanted, r.offline, r.bill.bid, r.status_msg, r.boot)
+            contract = (r.contract.end_at, r.bill.gpu_usd_h)
+            key = (r.phase, r.wanted, r.offline, r.bill.bid, r.status_msg, r.boot, contract)
             known = self._rows.get(r.id)
             if known is None or known[0] != key:
-                known = self._rows[r.id] = (key, _row(r))
+                known = self._rows[r.id] = (key, _row(r, ends=self._ends))
             rows.append(known[1])
         if len(self._rows) > 2 * len(rows) + 64:
             self._rows = {r.id: self._rows[r.id] for r in self.model.rentals.values()}
@@ -216,7 +224,7 @@ class SimulatedCloud:
                 self.model.destroy(command.id, now)
             elif isinstance(command, AskPage):
                 found = self.model.rentals.get(command.id)
-                return Performed(Reply.DONE, row=None if found is None else _row(found))
+                return Performed(Reply.DONE, row=None if found is None else _row(found, ends=self._ends))
         except CloudRefusal as e:
             done = isinstance(command, Destroy) and e.status == 404
             return Performed(Reply.DONE if done else Reply.REFUSED, e.msg, offer_gone=e.status == 410)
@@ -228,7 +236,7 @@ class SimulatedCloud:
             image=self._profile.image.name,
             disk_gb=self._profile.disk_gb,
             label=command.label,
-            env=_PORTS,
+            env={**_PORTS, "MODEL": self._profile.model},  # whose size is billed
             cancel_unavail=True,
             price=None if bid is None else bid * command.offer.dph_base,
         )
@@ -259,12 +267,25 @@ class SimulatedCloud:
                 duration_s=row["duration"],
                 gpu_mem_bw_gb_s=row["gpu_mem_bw"],
                 total_tflops=row["total_flops"],
+                inet_down_usd_gb=row["inet_down_cost"],
+                inet_up_usd_gb=row["inet_up_cost"],
             )
             for row in self.model.search(query, now)
             if not row["rented"] and matches(row, filters)
         ]
 
     # -- the bill --
+
+    def unfinished_download_usd(self) -> float:
+        """Return the dollars for bytes of machines that never had all of them: an upper bound."""
+        gb = self._profile.download_gb
+        whole = sum(gb * r.machine.inet_usd_gb for r in self.model.rentals.values() if not r.loaded)
+        return whole + self.model.destroyed * gb * self.dearest_usd_gb
+
+    @property
+    def dearest_usd_gb(self) -> float:
+        """The highest price of a byte on the market, $ a GB."""
+        return max((m.inet_usd_gb for m in self.model.machines.values()), default=0.0)
 
     def spent_usd(self) -> float:
         """Return all dollars that the cloud has charged, exact as of the last `advance`."""
@@ -291,7 +312,7 @@ def _filters(query: str) -> dict[str, dict[str, str]]:
     return filters
 
 
-def _row(r: Rental) -> Row:
+def _row(r: Rental, *, ends: bool) -> Row:
     shown = SHOWN[r.phase]
     gpu_usd_h, storage_usd_h = r.usd_h_now()
     running = r.phase is Phase.RUNNING
@@ -315,9 +336,11 @@ def _row(r: Rental) -> Row:
         storage_usd_h=r.machine.storage_usd_gb_month * r.order.disk_gb / HOURS_PER_MONTH,
         price_now_usd_h=gpu_usd_h + storage_usd_h,
         start_date=r.created_at,
-        end_date=None,
+        end_date=r.contract.end_at if ends else None,
         image=r.order.image,
         gpu_ram_mb=r.machine.gpu.ram_mb,
         gpu_mem_bw_gb_s=r.machine.gpu.mem_bw_gb_s,
         total_tflops=r.machine.gpu.tflops * r.machine.num_gpus,
+        inet_down_usd_gb=r.machine.inet_usd_gb,
+        inet_up_usd_gb=r.machine.inet_usd_gb,
     )

@@ -11,6 +11,7 @@ from fleet.gpu_numbers import numbers_of
 from fleet.limits import Limits
 from localcloud.durations import Times
 from localcloud.machines import Machine
+from localcloud.realism import NONE, Realism
 from simulation.virtual.cloud import Hazards
 from vast.rows import Offer, Row
 
@@ -43,6 +44,7 @@ class Setting:
     slo: Slo = field(default_factory=Slo)
     times: Times | None = None
     hazards: Hazards = field(default_factory=Hazards)
+    realism: Realism = NONE
     timings: Mapping[Key, Timing] = field(default_factory=dict)
     speedup: float = 1.0
     late_bound_s: float | None = 300.0

@@ -99,6 +99,7 @@ class VirtualFleet:
             random.Random(rng.getrandbits(64)),
             times=setting.times or times_for(profile),
             speedup=setting.speedup,
+            realism=setting.realism,
         )
         self._ledger = Ledger(directory / "ledger.sqlite")
         labels = count(1)

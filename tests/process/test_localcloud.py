@@ -23,12 +23,13 @@ from fleet.outside.ssh_log import HostKeyChanged, LoginRanNothing, SshLog
 from fleet.outside.start_script import StartScript, render
 from localcloud import __main__ as localcloud_main
 from localcloud.processes import command_line
-from process.errors import InstanceError
+from process.errors import CloudError, InstanceError
 from tests.commands import run_command
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.vast_env import received
 from tests.waiting import wait_for
+from vast.billing import Billing
 from vast.cli import Cli
 from vast.client import Vast
 from vast.rows import Row
@@ -69,7 +70,8 @@ class LocalCloud:
             )
         wait_for("it answers", self.status)
         settings = VastSettings(state_dir=path, api_key=KEY, url=self.url, local=True, speedup=300.0)
-        self.vast = Vast(Cli(settings))
+        self.runs = Cli(settings)
+        self.vast = Vast(self.runs)
 
     def status(self) -> Any:
         try:
@@ -154,6 +156,15 @@ class LocalCloud:
 @pytest.fixture
 def cloud(tmp_path: Path) -> Iterator[LocalCloud]:
     cloud = LocalCloud(tmp_path)
+    yield cloud
+    cloud.process.kill()
+    cloud.process.wait()
+
+
+@pytest.fixture
+def dear_cloud(tmp_path: Path) -> Iterator[LocalCloud]:
+    """Its hosts bill each byte."""
+    cloud = LocalCloud(tmp_path, "--realism", "harsh", "--only", "bandwidth")
     yield cloud
     cloud.process.kill()
     cloud.process.wait()
@@ -522,9 +533,36 @@ def test_the_shared_memory_of_an_instance_ends_with_it(cloud: LocalCloud, how: s
     wait_for("all is gone", lambda: not any(path.exists() for path in files))
 
 
+def test_the_real_command_reads_what_was_charged_and_answers_price_increases(dear_cloud: LocalCloud) -> None:
+    """`show invoices-v1 --charges`, `show pending-price-increases` and `accept price-increase` of 1.9.1."""
+    cloud = dear_cloud
+    rented = cloud.rent()
+    cloud.in_state(rented, "running")
+    billing = Billing(cloud.runs)
+    now = time.time()
+    (charged,) = billing.charges(now - 600.0, now + 60.0)
+    assert (charged.instance, charged.label) == (rented, "fleet/a")
+    assert charged.traffic > 0.0, "its image has come"
+    assert charged.total == pytest.approx(charged.gpu + charged.storage + charged.traffic)
+    (machine,) = cloud.status()["instances"]
+    assert charged.traffic <= machine["usd"]["traffic"] + 1e-6
+    assert billing.charges(now + 86_400.0, now + 2 * 86_400.0) == []
+    assert billing.price_increases() == []
+    cloud.post("/localcloud/faults", {"name": "price-increase", "share": 0.25})
+    (asked,) = billing.price_increases()
+    assert asked.instance == rented
+    gpu_usd_h = asked.new_usd_h - asked.old_usd_h
+    assert gpu_usd_h == pytest.approx(0.25 * (asked.old_usd_h - 0.15 * 40 / 720), rel=0.01)
+    billing.answer_price_increase(rented, accept=True)
+    assert billing.price_increases() == []
+    with pytest.raises(CloudError):
+        billing.answer_price_increase(rented, accept=False)
+
+
 def test_a_plan_says_what_would_be_rented_and_rents_nothing(
-    cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dear_cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cloud = dear_cloud
     monkeypatch.setenv("LOCALCLOUD_API_KEY", KEY)
     flags = ["--local", "--cloud-url", cloud.url, "--state-dir", str(tmp_path / "state"), "--speedup", "300"]
     done = run_command("autoscaler_server.py", autoscaler_main, "plan", "--count", "2", "--json", *flags)

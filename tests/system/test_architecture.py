@@ -141,6 +141,8 @@ CLOUD_MODEL = {
         *(
             "account",
             "catalogue",
+            "charges",
+            "contract",
             "cloud",
             "durations",
             "effects",

@@ -88,7 +88,7 @@ function showStrip(o) {
 }
 
 function showMoney(o) {
-  const names = { hot_working: "hot and working", hot_idle: "hot and idle", loading: "booting and loading", stopped: "stopped, on disk", lost: "machines that failed", total: "in all" };
+  const names = { hot_working: "hot and working", hot_idle: "hot and idle", loading: "booting and loading", stopped: "stopped, on disk", lost: "machines that failed", traffic: "bytes in and out", total: "in all" };
   const body = $("money").tBodies[0];
   for (const [name, words] of Object.entries(names)) {
     const row = $(`m-${name}`) || body.appendChild(Object.assign(element("tr"), { id: `m-${name}` }));

@@ -53,7 +53,7 @@ function showTables() {
   row("requests", "prompt tokens", number(tokens.prompt));
   row("requests", "output tokens", number(tokens.output));
   for (const [name, value] of Object.entries(throughput)) row("requests", report.words[name]?.[0] ?? words(name), number(value, 2));
-  const names = { total: "in all", hot_working: "hot and working", hot_idle: "hot and idle", loading: "booting and loading", stopped: "stopped, on disk", lost: "machines that failed", if_all_hot: "if every instance were hot all the time" };
+  const names = { total: "in all", hot_working: "hot and working", hot_idle: "hot and idle", loading: "booting and loading", stopped: "stopped, on disk", lost: "machines that failed", traffic: "bytes in and out", if_all_hot: "if every instance were hot all the time" };
   for (const [name, said] of Object.entries(names)) row("money", said, dollars(report.cost_usd[name]));
   row("money", "per 1,000 requests", dollars(report.cost.usd_per_1k_requests));
   row("money", "utilisation", percent(report.cost.utilisation));

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.budget import DAY, MONTH, Budgets, Period, Standing, bound_usd, day_of, month_of
+from fleet.budget import DAY, MONTH, Budgets, Habits, Period, Standing, bound_usd, day_of, month_of
 from fleet.commands import Drain
 from fleet.holds import HoldKind
 from fleet.journal import BillingInterval, Entries
@@ -83,18 +83,18 @@ def test_a_used_up_budget_stays_so_until_the_day_ends_or_it_is_raised() -> None:
     assert w.states() == {"hot": 2}
     budgets = Budgets(usd_day=10.0)
     budgets.restore([Period(DAY, *day_of(w.now), 10.0).key])
-    budgets.settle({DAY: 1.0}, (), 600.0, 300.0, w.now)
+    budgets.settle({DAY: 1.0}, (), Habits(600.0, 300.0), w.now)
     assert budgets.standings[0].used_up
     raised = Budgets(usd_day=11.0)
     raised.restore(budgets.used_up)
-    raised.settle({DAY: 1.0}, (), 600.0, 300.0, w.now)
+    raised.settle({DAY: 1.0}, (), Habits(600.0, 300.0), w.now)
     assert not raised.standings[0].used_up
 
 
 def test_what_cannot_be_saved_any_more_counts_before_it_is_spent() -> None:
     """Two hot ones: 12 h of storage, and the longest drain of 300 s at what running costs more."""
     w = hot_world(10.0)
-    bound = bound_usd(w.fleet, 12 * 3600.0, 600.0, 300.0, w.now)
+    bound = bound_usd(w.fleet, 12 * 3600.0, Habits(600.0, 300.0), w.now)
     assert bound == pytest.approx(2 * (0.01 * 12 + 0.39 * 300 / 3600))
     spend(w, 10.0 - bound - 0.01)
     assert not w.fleet.money.budgets.standings[0].used_up

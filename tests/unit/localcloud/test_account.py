@@ -11,7 +11,12 @@ def test_the_gpu_is_paid_while_it_runs_and_the_disk_always() -> None:
     world = CloudWorld()
     rental = world.rent()
     world.after(UP_S)
-    assert world.usd(rental) == {"loading": pytest.approx(0.04 * 185 / 3600), "running": 0.0, "stopped": 0.0}
+    assert world.usd(rental) == {
+        "loading": pytest.approx(0.04 * 185 / 3600),
+        "running": 0.0,
+        "stopped": 0.0,
+        "traffic": 0.0,
+    }
     world.after(3600.0)
     assert world.usd(rental)["running"] == pytest.approx(0.54)
     world.stop(rental)

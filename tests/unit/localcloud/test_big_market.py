@@ -113,7 +113,7 @@ def test_the_big_market_has_what_makes_a_search_hard() -> None:
 
 
 def test_filters_are_answered_truthfully() -> None:
-    cloud = Cloud(big_market(), Random(1))
+    cloud = Cloud(big_market(), Random(1), realism=HARSH.only(["bandwidth"]))
     query = {
         "cpu_arch": {"eq": "amd64"},
         "cuda_max_good": {"gte": "12.8"},

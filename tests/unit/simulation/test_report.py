@@ -15,7 +15,15 @@ from simulation.report_table import WIDTH, chart, table
 from web.messages.decoding import BadField, decode
 
 COSTS: dict[str, Any] = {
-    "usd": {"total": 0.5, "hot_working": 0.3, "hot_idle": 0.1, "loading": 0.06, "stopped": 0.04, "lost": 0.0},
+    "usd": {
+        "total": 0.5,
+        "hot_working": 0.3,
+        "hot_idle": 0.1,
+        "loading": 0.06,
+        "stopped": 0.04,
+        "lost": 0.0,
+        "traffic": 0.0,
+    },
     "usd_if_all_hot": 1.5,
     "utilisation": 0.75,
     "starts": 2,

@@ -14,6 +14,7 @@ import pytest
 from engine.profiles import PROFILES, Profile
 from engine.step_time_constants import Timing
 from localcloud.machines import Machine
+from localcloud.realism import HARSH, NONE, Realism
 from policies import Busy, Fixed, FleetSnapshot, Targets
 from simulation.traces.request import Request
 from simulation.virtual.cloud import Hazards, deep_market, parse_hazards
@@ -267,3 +268,18 @@ def test_a_run_takes_gpus_that_are_known_only_by_name_or_by_the_numbers_of_their
         assert out.completed == out.requests == 40
         took_s.append(out.duration_s)
     assert took_s[1] < took_s[0]
+
+
+def test_bytes_and_dearer_stopped_disks_cost_in_virtual_time_what_the_cloud_charges() -> None:
+    """The audit compares ledger and cloud; without these prices nothing changes."""
+
+    def played(realism: Realism) -> Outcome:
+        return simulate(
+            setting(realism=realism, pool=2, hot=1, turn_s=5.0), Fixed(2, 3), poisson(0.5, 600, seed=3)
+        )
+
+    kind, dear = played(NONE), played(HARSH.only(["bandwidth", "stopped_storage"]))
+    assert kind.costs.traffic == 0.0
+    assert dear.costs.traffic == pytest.approx(PROFILE.download_gb * 0.002), "one more is rented on the way"
+    assert dear.audit["usd_charged"] == pytest.approx(dear.audit["usd_in_ledger"], rel=0.02)
+    assert dear.costs.stopped > 1.5 * kind.costs.stopped > 0.0, "what is being stopped is in it, too"
