@@ -6,6 +6,7 @@ import pytest
 
 from bench.unkind.play import Day, Outcome
 from bench.unkind.rows import MET_BEFORE, ROWS, Play
+from localcloud.faults import FAULTS
 from localcloud.machines import machines_from
 from localcloud.realism import Realism
 
@@ -40,7 +41,7 @@ def wanted(row: str) -> int:
 
 NO_WASTE = [
     *("kind", "script_bytes", "old_drivers", "foreign_cpus", "sizes", "big_market"),
-    *("renters", "price_moves", "offers_vanish", "rate_limits"),
+    *("renters", "price_moves", "offers_vanish", "rate_limits", "credit"),
 ]
 
 
@@ -60,6 +61,21 @@ def test_a_ledger_that_differs_from_what_was_charged_is_wrong() -> None:
     assert not ROWS["price_moves"](Player(outcome(1, ledger=0.8))).right
 
 
+@pytest.mark.parametrize(
+    "row", ["gated_model", "missing_model", "wrong_argument", "missing_image", "private_image"]
+)
+def test_what_every_machine_would_fail_of_may_cost_two_and_bans_none(row: str) -> None:
+    def right(rented: int, banned: tuple[int, ...], holds: list[object]) -> bool:
+        played = outcome(rented, hot=False, banned=banned)
+        played.health = {"holds": holds}
+        return ROWS[row](Player(played)).right
+
+    assert right(2, (), ["said"])
+    assert not right(3, (), ["said"])
+    assert not right(2, (11,), ["said"])
+    assert not right(2, (), [])
+
+
 @pytest.mark.parametrize("row", list(ROWS))
 def test_a_row_switches_unkindnesses_on_that_there_are_and_rents_machines_that_can_be(row: str) -> None:
     player: Player | Play = Player(outcome(1))
@@ -69,6 +85,7 @@ def test_a_row_switches_unkindnesses_on_that_there_are_and_rents_machines_that_c
         assert set(day.only) <= {f.name for f in fields(Realism)}
         if row != "kind" and row in {f.name for f in fields(Realism)}:
             assert row in day.only
+        assert {name.partition(":")[0] for name in day.faults} <= set(FAULTS)
         if day.machines:
             machines_from([dict(m) for m in day.machines])
 

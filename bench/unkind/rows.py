@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from bench.unkind.play import Day, Outcome
+from bench.unkind.play import Day, Fleet, Outcome
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,63 @@ def rate_limits(play: Play) -> Verdict:
     return _no_waste(play(Day(only=("rate_limits",), hot=2)), 2)
 
 
+def _held(outcome: Outcome) -> Verdict:
+    """Right: what every machine would fail of has cost two at most, no machine is blamed, and it is said."""
+    holds = outcome.health.get("holds") or []
+    right = len(outcome.rented) <= 2 and not outcome.banned and bool(holds)
+    return Verdict(right, f"{outcome.says()}, {len(holds)} reasons held")
+
+
+def _fault(name: str, play: Play) -> Verdict:
+    """Play 50 s with a fault that strikes every machine from the start."""
+    return _held(play(Day(only=(), machines=_GOOD, faults=(name,), most_s=50.0)))
+
+
+def gated_model(play: Play) -> Verdict:
+    """The model is gated, and there is no token."""
+    return _fault("gated-model", play)
+
+
+def missing_model(play: Play) -> Verdict:
+    """The hub has no such model."""
+    return _fault("missing-model", play)
+
+
+def wrong_argument(play: Play) -> Verdict:
+    """The vLLM in the image does not know an argument of the profile."""
+    return _fault("wrong-argument", play)
+
+
+def missing_image(play: Play) -> Verdict:
+    """The registry has no such image."""
+    return _fault("missing-image", play)
+
+
+def private_image(play: Play) -> Verdict:
+    """The registry wants a login for the image."""
+    return _fault("private-image", play)
+
+
+def credit(play: Play) -> Verdict:
+    """The credit ends for a quarter of an hour while a machine loads, and is there again."""
+    gone: list[float] = []
+
+    def end_it(fleet: Fleet, passed: float) -> None:
+        shown = fleet.ask(f"{fleet.cloud}/localcloud/status") or {}
+        if not gone and any(i["state"] == "running" for i in shown.get("instances", [])):
+            gone.append(passed)
+            fleet.ask(f"{fleet.cloud}/localcloud/faults", {"name": "credit-zero", "seconds": 15})
+
+    return _no_waste(play(Day(only=(), machines=_GOOD, act=end_it, most_s=90.0)), 1)
+
+
 ROWS: Mapping[str, Callable[[Play], Verdict]] = MappingProxyType(
     {
         row.__name__: row
         for row in (
             *(kind, script_bytes, old_drivers, foreign_cpus, sizes, big_market),
             *(renters, price_moves, offers_vanish, rate_limits),
+            *(gated_model, missing_model, wrong_argument, missing_image, private_image, credit),
         )
     }
 )
