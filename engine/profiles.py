@@ -55,7 +55,8 @@ class Profile:
     wait too long. load_time_s: seconds from order to hot on a new machine. start_time_s: seconds from start
     to hot on a stopped machine that holds the model. download_gb: image and weights, as they come over the
     network. env: environment variables of the container, no secrets; NCCL_P2P_DISABLE=1 for several GPUs on
-    boards without P2P, where NCCL hangs (vllm#2466, #14449).
+    boards without P2P, where NCCL hangs (vllm#2466, #14449). chats: whether the model has a chat template,
+    without which a machine does not become hot.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Profile:
     shape: ModelShape | None = None
     throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    chats: bool = True
 
     @property
     def offer_query(self) -> str:

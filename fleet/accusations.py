@@ -10,6 +10,9 @@ from fleet.slowness import CONFIRMED_S, Slowness
 from fleet.states import CHECKED, State
 from process.safe_text import safe_text
 
+GIVEN_UP_LISTINGS = 2
+"""Listings in a row with `intended_status` stopped of a machine that loads: one may be a slip."""
+
 FAILED_STARTS = 3
 """Starts in a row without a GPU after which an instance may be given up: it is rented to somebody else."""
 
@@ -64,6 +67,15 @@ def no_gpu(i: Instance, d: Deadlines, now: float) -> Accusation | None:
     return Accusation(why, frozenset({Source.LISTING}), now - since, most_s, final=True)
 
 
+def start_limit(i: Instance, d: Deadlines) -> tuple[float, str]:
+    """Return for how many seconds an instance may be starting, and what is wrong after that."""
+    if not i.loaded:
+        return d.loading_s, f"its container was not up within {d.loading_s:.0f} s"  # may pull the image anew
+    if i.holds_gpu:
+        return d.container_s, f"it had its GPU, and its container was not up within {d.container_s:.0f} s"
+    return d.starting_s, f"its GPU was not free within {d.starting_s:.0f} s"
+
+
 def lost_host(i: Instance, d: Deadlines, now: float) -> Accusation | None:
     """Accuse an instance whose host is offline by the listing; return None while it is online."""
     if i.lost_since is None:
@@ -83,6 +95,9 @@ def overdue(i: Instance, d: Deadlines, now: float) -> Accusation | None:
         waited_s = now - max(i.since, i.orders.answered_at)
         return _late("ordered, but never listed", listing, waited_s, d.ordered_s)
     if i.state is State.LOADING:
+        if i.trouble.given_up >= GIVEN_UP_LISTINGS:
+            why = "its host gave up loading it: meant to be stopped, says the listing, and we did not ask"
+            return Accusation(why, listing, age, 0.0, final=True)
         broken_since = i.trouble.host_error_since
         if broken_since and now - broken_since >= d.broken_host_s:
             why = f"docker or host error in status_msg: {safe_text(i.trouble.host_error or '', 300)}"

@@ -11,6 +11,7 @@ FLOORS_S = {
     "reload_s": 45.0,
     "recover_s": 30.0,
     "starting_s": 20.0,
+    "container_s": 40.0,
     "stopping_s": 30.0,
     "lost_s": 15.0,
     "lost_cold_s": 60.0,
@@ -38,7 +39,8 @@ class Deadlines:
     first_load_s: float = 1800.0  # container up to hot, model not on disk: weights come over the network
     reload_s: float = 420.0  # container up to hot, model on disk
     recover_s: float = 180.0  # from a failed health check to hot again; a restarted model loads meanwhile
-    starting_s: float = 60.0  # start to container up; longer means its GPU is taken (vast-contract 6.5)
+    starting_s: float = 60.0  # start to a sign of its GPU; scheduling takes 30 s (vast-contract 6.5)
+    container_s: float = 300.0  # start to container up where its GPU is there: docker on a slow disk
     draining_s: float = 300.0  # the longest answer that is let finish
     stopping_s: float = 180.0  # a third of the time to stop; the order is repeated meanwhile
     lost_s: float = 90.0  # host offline or unknown (vast-contract 6.7)

@@ -138,6 +138,7 @@ class Trouble:
     ended_since: float | None = None  # the listing says that its container ended by itself
     host_error: str | None = None  # what status_msg says is wrong
     host_error_since: float | None = None
+    given_up: int = 0  # listings in a row in which its host has given up loading it
     fatal: str | None = None  # what does not pass by itself, as our check found it
     word: str | None = None  # the same, as its own signed word has it
     word_since: float = 0.0
@@ -169,6 +170,10 @@ class Trouble:
             return
         self.host_error = status_msg
         self.host_error_since = now if self.host_error_since is None else self.host_error_since
+
+    def note_loading(self, *, given_up: bool) -> None:
+        """Note whether the listing shows a machine that loads as meant to be stopped, which nobody asked."""
+        self.given_up = self.given_up + 1 if given_up else 0
 
     def accuse(self, fatal: str) -> None:
         """Note a fault of the machine that does not pass by itself, such as a fatal line in its log."""

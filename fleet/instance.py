@@ -28,6 +28,9 @@ UP = frozenset({"running"})
 DOWN = frozenset({"stopped", "exited"})
 LOST = frozenset({"offline", "unknown", "frozen"})
 
+BOOTING = frozenset({"created", "loading", "rebooting", "recycling", "restarting"})
+"""Words of `actual_status` while a host that has the GPU makes or starts the container."""
+
 RUNS = CHECKED | {State.LOADING}
 """States in which a container that is down has ended by itself."""
 
@@ -90,6 +93,12 @@ class BootRecord:
     refused_starts: int = 0
     no_start_before: float = 0.0
     interrupted: bool = False  # out of credit while it loaded: it is started again
+
+    @classmethod
+    def restored(cls, state: State, since: float) -> "BootRecord":
+        """Return what is known of the boot of an instance that the last process saved in that state."""
+        ordered_at = since if state is State.STARTING else None
+        return cls(ordered_at, was_hot=state in SERVING, maybe_busy=state in CHECKED)
 
     def order(self, now: float) -> None:
         """Note that a start was ordered: the time until the instance is hot is counted from now on."""
@@ -155,6 +164,7 @@ class Instance:
     looked_at: float | None = None  # when a row of it was last read
     container_began: float | None = None  # by its row
     intended: str | None = None  # intended_status
+    holds_gpu: bool = False  # by its row
     odd: str | None = None  # what its row does not say, or says wrongly
     lost_since: float | None = None  # host offline
     patience_until: float = float("-inf")  # no deadline passes before
@@ -244,11 +254,7 @@ class Instance:
             looked_at=saved.looked_at,
             unverified=was_hot,
             throughput_work_s=saved.throughput or profile.throughput_work_s,
-            boot=BootRecord(
-                ordered_at=since if state is State.STARTING else None,
-                was_hot=was_hot,
-                maybe_busy=was_hot or state is State.RUNNING,
-            ),
+            boot=BootRecord.restored(state, since),
             orders=Orders(asked_at=since),
         )
 
@@ -270,6 +276,8 @@ class Instance:
         self.absence.end()
         self.looked_at, self.container_began = now, None if row.up_s is None else now - row.up_s
         self.listed, self.intended, self.odd = True, row.intended_status, row.odd
+        self.holds_gpu = row.cur_state == "running" or row.actual_status in BOOTING
+        self.trouble.note_loading(given_up=_is_halted(row) and self.state is State.LOADING)
         self.id, self.machine_id = row.id, row.machine_id or self.machine_id
         self.host_id = row.host_id or self.host_id
         self.gpu_name, self.num_gpus = row.gpu_name or self.gpu_name, row.num_gpus
@@ -360,9 +368,8 @@ class Instance:
     def hear(self, said: ReadyBody, now: float) -> Hearing:
         """Take in a message of the instance itself, and have it checked; return what became of it."""
         if (hearing := self.ear.hear(said, now)).taken:
-            renewed = self._show_certificate(self.ear.certificate)
-            if renewed or hearing is Hearing.NEWS or self.state not in SERVING:
-                self.check_at_once()
+            self._show_certificate(self.ear.certificate)
+            self.check_at_once()
             if self.state is State.RUNNING:
                 self.why = f"it says: {self.ear.says}"
             if self.state in CHECKED:
@@ -434,6 +441,10 @@ class Instance:
 def _since(before: float | None, now: float, lasts: bool) -> float | None:
     """Return since when a condition lasts, given since when it lasted before; None: it does not."""
     return (now if before is None else before) if lasts else None
+
+
+def _is_halted(row: Row) -> bool:
+    return row.actual_status in BOOTING and row.intended_status == "stopped"
 
 
 def _ssh_address(row: Row) -> tuple[str, int] | None:

@@ -105,12 +105,14 @@ def long_prompt(max_model_len: int) -> int:
     return min(LONG_CHARACTERS, max_model_len // 2)
 
 
-def probe(rng: random.Random, model: str, characters: int = 0) -> dict[str, Any]:
+def probe(
+    rng: random.Random, model: str, characters: int = 0, share_of_chats: float = CHATS
+) -> dict[str, Any]:
     """Return the body of a test prompt: of a chat, or else of a completion.
 
     characters: how many its text has at least, as far as whole sentences allow; 0: few, any number.
     """
-    chats = rng.random() < CHATS
+    chats = rng.random() < share_of_chats
     system = rng.choice(_SYSTEMS) if chats and rng.random() < SYSTEMS else ""
     text = _sentence(rng, _BEGINNINGS)
     sentences = characters or int(rng.expovariate(0.4))

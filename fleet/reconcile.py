@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.profiles import Profile
-from fleet.accusations import final_accusation, lost_host, no_gpu, others_well, overdue
+from fleet.accusations import final_accusation, lost_host, no_gpu, others_well, overdue, start_limit
 from fleet.blame import Blame
 from fleet.commands import AskPage, Create, Destroy, Drain, Performed, Reply, Start, Stop, Undrain
 from fleet.credit import Turned
@@ -225,12 +225,12 @@ class Judge(InstanceBook):
                 self._move(i, State.RUNNING, "its host is offline", now)
             self._accuse(i, lost_host(i, d, now), now)
         elif i.state is State.STARTING:
-            limit_s = d.starting_s if i.loaded else d.loading_s  # it may have to pull the image anew
+            limit_s, overtime = start_limit(i, d)
             if (not i.orders.out or i.orders.is_stuck(now)) and now - i.orders.answered_at > limit_s:
                 i.boot.miss_gpu(d.no_gpu_rest_s, now)
                 self._accuse(i, no_gpu(i, d, now), now)
                 if i.state is State.STARTING:
-                    self._move(i, State.STOPPING, f"its GPU was not free within {d.starting_s:.0f} s", now)
+                    self._move(i, State.STOPPING, overtime, now)
         elif final := final_accusation(i, self.deadlines, now):
             self._accuse(i, final, now)
         elif late := overdue(i, d, now):
@@ -372,6 +372,8 @@ class Reconciler(Judge):
             gb = self.profile.download_gb
             self.journal.add_download(i.label, i.id, gb, i.terms.download_usd(gb), now)
             self._move(i, State.LOADING, "listed", now)
+        if i.trouble.given_up == 1:
+            self.stops.credit.note_stop(now)  # without credit everything is meant to be stopped
         if row.actual_status in UP:
             if i.state in (State.LOADING, State.STARTING):
                 self._come_up(i, "container up", now)

@@ -87,7 +87,7 @@ class Contract:
             label=self.label,
             actual_status=self.status,
             intended_status=self.intended,
-            cur_state=self.intended,
+            cur_state="stopped" if self.status in ("stopped", "exited") else "running",
             status_msg=self.status_msg,
             public_ip="127.0.0.1",
             ports={22: 20000 + self.id, 3000: 21000 + self.id, 8000: 22000 + self.id} if up else {},

@@ -26,7 +26,7 @@ import paramiko
 
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.ssh_log import HostKeyChanged, LoginRanNothing, LogView, SshLog
-from fleet.probe_prompts import HEADERS, as_completion, probe
+from fleet.probe_prompts import CHATS, HEADERS, as_completion, probe
 from fleet.slowness import ProbePace
 from fleet.states import State
 from instance_client import InstanceClient, PromptRefused, WrongCertificate
@@ -45,6 +45,9 @@ STALL_SHARE = 0.5
 """Share of a check's time that a machine has for the test prompt before it has stalled: in that time there
 was a connection, or there would be another error (instance_client.py)."""
 
+NO_CHAT_TEMPLATE = "no chat template: it answers completions and refuses chats"
+"""Words of a fault of the model, by which fleet/blame.py knows it; a profile for completions only says so."""
+
 NO_EVENTS = 2**53
 """Number of an event that never comes: with it as `after` a load report has no events."""
 
@@ -62,11 +65,15 @@ class HealthChecker:
         clock: Callable[[], float],
         rng: random.Random | None = None,
         long_prompt: int = 0,
+        *,
+        chats: bool = True,
     ) -> None:
         """Prepare for checks. model: the served model's name. timeout_s: seconds for a whole check.
 
-        long_prompt: characters of a test prompt for a machine that clients accuse; 0: as for others.
+        long_prompt: characters of a test prompt for a machine that clients accuse; 0: as for others. chats:
+        whether the model is one for chats, which must work before a machine is hot.
         """
+        self._chats = chats
         self._long_prompt = long_prompt
         self._client = client
         self._ssh = ssh
@@ -111,13 +118,16 @@ class HealthChecker:
             return settled
         certificate = order.certificate if order.word else found.certificate or order.certificate
         auth_url, address = (_secure(url, certificate) for url in (order.auth_url, order.address))
-        body = probe(self._rng, self._model, self._long_prompt if order.long_prompt else 0)
+        to_be_hot = self._chats and order.state is State.RUNNING
+        characters = self._long_prompt if order.long_prompt else 0
+        body = probe(self._rng, self._model, characters, 1.0 if to_be_hot else CHATS)
         try:
             return await self._prompt(auth_url, address, token, body, certificate, found)
         except PromptRefused:
             if "messages" not in body:
                 raise
-            return await self._prompt(auth_url, address, token, as_completion(body), certificate, found)
+            passed = await self._prompt(auth_url, address, token, as_completion(body), certificate, found)
+            return found(Verdict.FATAL, NO_CHAT_TEMPLATE) if to_be_hot else passed
 
     async def _by_word(self, order: HealthCheckOrder, found: "_Found") -> HealthCheck | None:
         """Return what the machine's word says, if its auth_server agrees; None: it is to be sent a prompt."""

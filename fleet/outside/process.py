@@ -176,6 +176,7 @@ class AutoscalerProcess:
             self.config.check_timeout_s,
             self.scaler.clock,
             long_prompt=long_prompt(self.profile.max_model_len),
+            chats=self.profile.chats,
         )
 
     def _alarm_watch(self) -> AlarmWatch | None:

@@ -16,8 +16,9 @@ import msgspec
 import paramiko
 import pytest
 
+from fleet.blame import cause_of
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
-from fleet.outside.health_checker import HealthChecker
+from fleet.outside.health_checker import NO_CHAT_TEMPLATE, HealthChecker
 from fleet.outside.ssh_log import (
     FATAL_LINES,
     MAX_OUTPUT,
@@ -115,13 +116,25 @@ class Log:
         return self.view
 
 
-def test_a_model_without_a_chat_template_is_asked_for_a_completion() -> None:
+def test_a_model_without_a_chat_template_does_not_become_hot() -> None:
+    """It would refuse every chat; a check that sends a completion now and then would let it pass."""
+    for _ in range(20):
+        found = check(order(), Log(READY), Client(no_chats=True))
+        assert (found.verdict, found.why) == (Verdict.FATAL, NO_CHAT_TEMPLATE)
+        assert cause_of(found.why).sign is not None, "the deployment's fault, not the machine's"
+        assert found.met
+
+
+@pytest.mark.parametrize(("state", "chats"), [(State.HOT, True), (State.RUNNING, False)])
+def test_a_model_for_completions_only_and_a_hot_machine_are_asked_for_a_completion(
+    state: State, chats: bool
+) -> None:
     client = Client(no_chats=True)
     for _ in range(20):
-        assert check(order(), Log(READY), client).verdict is Verdict.PASSED
-    chats = [n for n, body in enumerate(client.prompted) if "messages" in body]
-    assert 0 < len(chats) < len(client.prompted)
-    for n in chats:
+        assert check(order(state=state), Log(READY), client, chats=chats).verdict is Verdict.PASSED
+    asked = [n for n, body in enumerate(client.prompted) if "messages" in body]
+    assert 0 < len(asked) < len(client.prompted)
+    for n in asked:
         text = " ".join(said["content"] for said in client.prompted[n]["messages"])
         assert client.prompted[n + 1]["prompt"] == text
     broken = Client(refuses=frozenset({"http://m1"}))
@@ -202,8 +215,12 @@ def order(n: int = 1, state: State = State.RUNNING, read_log: bool = True) -> He
     return HealthCheckOrder(f"f/{n}", n, state, ("127.0.0.1", 22), f"http://a{n}", f"http://m{n}", read_log)
 
 
-def check(order: HealthCheckOrder, log: object, client: object, timeout_s: float = 5.0) -> HealthCheck:
-    checker = HealthChecker(client, log, lambda label: "master", "vllm-13", timeout_s, lambda: 100.0)  # type: ignore[arg-type]
+def check(
+    order: HealthCheckOrder, log: Any, client: Any, timeout_s: float = 5.0, *, chats: bool = True
+) -> HealthCheck:
+    checker = HealthChecker(
+        client, log, lambda label: "master", "vllm-13", timeout_s, lambda: 100.0, chats=chats
+    )
     return asyncio.run(checker.check(order))
 
 

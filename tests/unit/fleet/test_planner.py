@@ -277,7 +277,9 @@ def test_when_starts_find_no_gpu_one_after_another_each_cold_one_is_tried() -> N
 
     w.reply_hook = two_are_taken
     w.listing_hook = lambda rows: [
-        replace(r, actual_status="exited", intended_status="running") if r.label in tried[1:2] else r
+        replace(r, actual_status="exited", intended_status="running", cur_state="stopped")
+        if r.label in tried[1:2]
+        else r
         for r in rows
     ]
     w.policy = Fixed(2, 4)

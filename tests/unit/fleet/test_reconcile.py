@@ -1,11 +1,13 @@
 """How instances move from state to state: boots, checks, failures, lost orders, restarts."""
 
+from dataclasses import replace
+
 import pytest
 
 from fleet.commands import Create, Destroy, Reply, Start, Stop
 from fleet.health_check import HealthCheck, Verdict
 from fleet.journal import SavedFleet, SavedInstance
-from fleet.states import IllegalTransition, State
+from fleet.states import GIVEN_UP, IllegalTransition, State
 from policies import Fixed
 from tests.fleet_world import Contract, World
 
@@ -157,6 +159,47 @@ def test_a_start_whose_gpu_is_taken_is_stopped_and_another_is_started() -> None:
     assert len(starts) == 2
     assert starts[1] != first
     assert any(isinstance(c, Stop) and c.label == first for c in w.ordered)
+
+
+def test_a_start_whose_gpu_is_there_gets_the_time_that_a_slow_docker_takes() -> None:
+    """The service schedules for 30 s, and then the host starts the container."""
+    w = World().with_pool(hot=0, total=1)
+    w.start_s = 200.0
+    w.policy = Fixed(1, 1)
+    w.tick(10)
+    w.listing_hook = lambda rows: [
+        replace(r, actual_status="loading", cur_state="running") if r.actual_status != "running" else r
+        for r in rows
+    ]
+    w.tick(w.deadlines.starting_s + 60)
+    assert w.states() == {"starting": 1}
+    w.tick(300)
+    assert (w.states(), w.kinds().count("Start")) == ({"hot": 1}, 1)
+
+
+def test_a_host_that_gives_up_loading_is_seen_in_two_listings_and_avoided() -> None:
+    """It was noticed after 1,805 s: `actual_status` loading and `intended_status` stopped."""
+    w = World(policy=Fixed(1, 1)).tick(20)
+    label = w.only(State.LOADING)
+    (contract,) = w.contracts.values()
+    contract.status, contract.intended, contract.up_at = "loading", "stopped", None
+    w.turn()
+    w.fleet.note_credit(100.0, w.now)  # it is looked at because of that
+    assert w.fleet[label].state is State.LOADING, "once may be a slip"
+    w.tick()
+    assert label not in w.fleet or w.fleet[label].state in GIVEN_UP
+    assert w.fleet.market.bad_machines.keys() == {contract.machine_id}
+    assert "gave up" in w.fleet.market.bad_reasons[contract.machine_id]
+
+
+def test_without_credit_no_host_is_blamed_for_giving_up() -> None:
+    w = World(policy=Fixed(1, 1)).tick(20)
+    (contract,) = w.contracts.values()
+    contract.status, contract.intended, contract.up_at = "loading", "stopped", None
+    w.turn()
+    w.fleet.note_credit(0.0, w.now)
+    w.tick(120)
+    assert w.fleet.market.bad_machines == {}
 
 
 def test_a_refused_start_leaves_the_instance_cold_and_rests_before_the_next_try() -> None:
