@@ -180,6 +180,7 @@ class InstanceSet:
             self.market.note_offer_gone(now)
         if isinstance(command, LookForOffers):
             self.market.end_search(done.offers, now)
+            self.blame.note_search(done, now)
         elif isinstance(command, AskPage):
             self._reconciler.finish_page(command, done, now)
         elif not isinstance(command, Drain | Undrain):

@@ -315,6 +315,7 @@ def serve(config: AutoscalerConfig) -> None:
     sock = bind_socket(config.host, config.port)
     process = AutoscalerProcess(config, replay=REPLAY, virtual=VIRTUAL)
     process.check_account()
+    process.check_beforehand()
     app = create_app(
         process.scaler,
         AccessKeys(

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from fleet.commands import AccountFault, Performed, Reply
 from fleet.deadlines import Deadlines
-from fleet.holds import HoldKind, Holds
+from fleet.holds import HeldOrders, HoldKind, Holds
 from fleet.instance import Instance
 from fleet.journal import Journal
 from fleet.market import Market
@@ -152,6 +152,17 @@ class Blame:
         self._given: dict[str, Given] = {}
         self._trials = 0
         self._held: Cause | None = None
+        self._beforehand = False
+        self._overruled = False  # a person says that what hub or registry refuse is mended
+
+    def note_beforehand(self, refused: str, now: float) -> None:
+        """Take in what hub or registry refuse before anything is rented; "": nothing."""
+        if refused and not self._overruled:
+            self._beforehand = True
+            ends = "by itself, within a minute of being mended, or by `manage on`"
+            self._holds.set(HoldKind.DEPLOYMENT, refused, now, ends=ends)
+        elif self._beforehand and not refused:
+            self._end()
 
     # -- machines --------------------------------------------------------------------------------------
 
@@ -224,12 +235,13 @@ class Blame:
 
     def mended(self) -> None:
         """Go on with everything, because a person says that what was wrong is mended."""
+        self._overruled = self._beforehand
         self._end()
         self._market.end_rest()
 
     def _end(self) -> None:
         self._given.clear()
-        self._held, self._trials = None, 0
+        self._held, self._trials, self._beforehand = None, 0, False
         for kind in OURS:
             self._holds.clear(kind)
 
@@ -243,18 +255,33 @@ class Blame:
 
     # -- orders ----------------------------------------------------------------------------------------
 
+    def note_search(self, done: Performed, now: float) -> None:
+        """Take in how the cloud answered a search: a key that may not search can rent nothing."""
+        if done.refusal in (AccountFault.KEY, AccountFault.SCOPE):
+            self._market.note_create_failed(now, done.why)
+            self._refuse(done.refusal, done.why, now)
+
     def note_order(self, done: Performed, now: float) -> None:
         """Take in how the cloud answered a create: what the account is refused is held until it is mended."""
         if done.reply is Reply.DONE:
             for kind in REFUSED_FOR.values():
                 self._holds.clear(kind)
         elif done.reply is Reply.REFUSED and not done.offer_gone:
+            if done.refusal is AccountFault.CREDIT:
+                # fleet/money.py ends it, when the account was looked at.
+                said = f"a create is refused for lack of credit ({done.why!r}): pay in"
+                self._holds.set(HoldKind.NO_CREDIT, said, now, HeldOrders.CREATES_AND_STARTS)
+                return
             self._market.note_create_failed(now, done.why)
             if done.refusal in REFUSED_FOR:
-                kind = REFUSED_FOR[done.refusal]
-                sentence = f"{REFUSALS[done.refusal]} ({done.why!r}); {GO_ON}"
-                # To try costs nothing: the market's own pause is the back-off.
-                self._holds.set(kind, sentence, now, ends=ENDS, trial_at=self._market.resting_until)
+                self._refuse(done.refusal, done.why, now)
+
+    def _refuse(self, fault: AccountFault, why: str, now: float) -> None:
+        # To try costs nothing: the market's own pause is the back-off.
+        until = self._market.resting_until
+        self._holds.set(
+            REFUSED_FOR[fault], f"{REFUSALS[fault]} ({why!r}); {GO_ON}", now, ends=ENDS, trial_at=until
+        )
 
 
 REFUSED_FOR = {
@@ -267,7 +294,7 @@ REFUSED_FOR = {
 
 REFUSALS = {
     AccountFault.KEY: "the cloud refuses the API key: set the right one (docs/vast-ai.md)",
-    AccountFault.SCOPE: "the API key may not rent: give it instance_write (docs/vast-ai.md names all scopes)",
+    AccountFault.SCOPE: "the API key lacks a permission: to rent it needs instance_write, to search misc",
     AccountFault.IMAGE: "the cloud does not know the image or template: correct its name",
     AccountFault.SPEND_LIMIT: "the cloud limits what a new account spends: wait, pay in, or ask its support",
 }

@@ -5,6 +5,7 @@ account's instances can read them. Their values, and the password of a login, go
 input.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 
@@ -49,6 +50,22 @@ class SecretVariables:
         if not isinstance(printed, dict):
             raise unexpected(in_words(words), "an object of names", repr(short(str(printed))))
         return sorted(str(name) for name in printed)
+
+    def value(self, name: str) -> str | None:
+        """Return the value of a variable as the service shows it, None where there is no such variable.
+
+        It is for the hub that the containers ask with it, and never in an error, a log or a file.
+        """
+        words = ["show", "env-vars"]
+        printed = self._cli.run(SECRETS, words, ["--show-values", "--raw"])
+        try:
+            said = json.loads(printed)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise unexpected(in_words(words), "an object", "something else")
+        value = said.get(name)
+        return value if isinstance(value, str) and value else None
 
     def set(self, name: str, value: str) -> None:
         """Create or change a variable. Raises ValueError, without the value, before anything is sent."""

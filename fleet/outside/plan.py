@@ -23,6 +23,7 @@ from fleet.candidates import Candidate, candidates, choose, summary
 from fleet.gpu_numbers import numbers_of
 from fleet.limits import Limits
 from fleet.market import sorted_out
+from fleet.outside.beforehand import beforehand_of
 from fleet.outside.config import AutoscalerConfig, vast_settings
 from fleet.outside.ledger import Ledger
 from fleet.outside.operator_commands import wide_console
@@ -70,7 +71,8 @@ def plan(
     profile, preferences = get_profile(config.model), config.preferences
     state_dir = config.state_dir or private_files.default_state_dir(config.label)
     private_files.make_private_dir(state_dir)
-    vast = Vast(Cli(vast_settings(config, state_dir, os.environ, Path.home())))
+    cli = Cli(vast_settings(config, state_dir, os.environ, Path.home()))
+    vast = Vast(cli)
     query = f"{profile.offer_query} {preferences.query()}".strip()
     try:
         offers = vast.search_offers(query, storage_gb=profile.disk_gb)
@@ -85,6 +87,7 @@ def plan(
     said = summary(taken, asked.count, limits, preferences)
     if failed := sum(o.machine_id in bad for o in offers):
         said.append(f"{failed} offers left out: their machines failed lately, or are banned.")
+    said += [f"{f.says[:1].upper()}{f.says[1:]}." for f in beforehand_of(config, profile, cli).findings()]
     if refused:
         said.append(f"Left out: {', '.join(f'{n} {why}' for why, n in refused.most_common())}.")
     market = choose(found, config.max_instances, preferences)

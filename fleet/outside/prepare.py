@@ -3,8 +3,10 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
+from fleet.holds import Hold, HoldKind
 from fleet.outside.config import AutoscalerConfig
 from fleet.outside.process import AutoscalerProcess
 from fleet.states import GIVEN_UP, State
@@ -31,6 +33,8 @@ def prepare(config: AutoscalerConfig, count: int) -> None:
     process = AutoscalerProcess(replace(config, manage=True), no_balancers=True, policy=Fixed(0, 0))
     try:
         process.check_account()
+        if refused := process.check_beforehand():
+            raise ConfigError("; ".join(refused))
         process.scaler.instances.set_manage(False)  # until it is known what is there
         half_done = frozenset(i.label for i in process.scaler.instances if not i.loaded)
         process.start()
@@ -77,6 +81,12 @@ def _set_target(process: AutoscalerProcess, count: int, half_done: frozenset[str
             return wanted, hot
 
 
+def _lasting(holds: Iterable[Hold], now: float) -> Hold | None:
+    """Return what a person has to mend before anything can be prepared; None: nothing of that kind."""
+    of_person = (HoldKind.DEPLOYMENT, HoldKind.REFUSED)
+    return next((h for h in holds if h.kind in of_person and h.trial_at > now), None)
+
+
 def _wait(process: AutoscalerProcess, wanted: int, kept_hot: int) -> None:
     """Print the progress until `wanted` instances are loaded, of which kept_hot stay hot."""
     scaler, shown = process.scaler, ""
@@ -86,6 +96,8 @@ def _wait(process: AutoscalerProcess, wanted: int, kept_hot: int) -> None:
             states = Counter(i.state for i in scaler.instances)
             cold = sum(i.state is State.COLD and i.loaded for i in scaler.instances)
             notes = scaler.decisions[-1].notes if scaler.decisions else ()
+            if not states and (hold := _lasting(scaler.instances.holds, scaler.clock())):
+                raise ConfigError(hold.note)
             left_s = scaler.instances.durations.load_s - (time.monotonic() - begun)
         # A new one is hot for a moment before it is stopped: it is not ready before that.
         ready = cold + min(kept_hot, states[State.HOT])

@@ -19,6 +19,8 @@ from fleet.demand import Demand
 from fleet.limits import Limits
 from fleet.outside.account_watch import AccountWatch
 from fleet.outside.alarm_watch import AlarmWatch
+from fleet.outside.beforehand import beforehand_of
+from fleet.outside.beforehand_watch import BeforehandWatch
 from fleet.outside.config import AutoscalerConfig, vast_settings
 from fleet.outside.engine_log import EngineLog
 from fleet.outside.health_checker import HealthChecker
@@ -82,7 +84,7 @@ class AutoscalerProcess:
         self._lock_file = only_one(self.state_dir / "autoscaler.lock")
         self.keys = FleetKeys(self.state_dir)
         self.control_key = private_files.load_or_make_key(self.state_dir / "control.key")
-        self.vast = Vast(Cli(vast_settings(config, self.state_dir, os.environ, Path.home())))
+        self.vast = Vast(cli := Cli(vast_settings(config, self.state_dir, os.environ, Path.home())))
         try:
             self.ledger = Ledger(self.state_dir / "ledger.sqlite")
         except (sqlite3.Error, OSError) as e:
@@ -117,6 +119,7 @@ class AutoscalerProcess:
         self._alarms = self._alarm_watch()
         self._steps = StepDetector()
         self._account = AccountWatch(scaler, self.vast)
+        self._beforehand = BeforehandWatch(scaler, beforehand_of(config, self.profile, cli))
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -200,11 +203,16 @@ class AutoscalerProcess:
         except CloudError as e:
             raise ConfigError(f"the cloud cannot be used: {e}") from e
 
+    def check_beforehand(self) -> list[str]:
+        """Ask hub and registry for model and image; return what they refuse. Creates are held meanwhile."""
+        return self._beforehand.look()
+
     def start(self) -> None:
         """Start the threads: one takes turns, one sends orders, one tunes the policy, others tell people."""
         self._start(self._run_turns)
         self._start(self._run_orders)
         self._start(self._watch_account)
+        self._start(self._watch_beforehand)
         self._start(self.tuner.run)
         if self._alarms is not None:
             self._alarms.start()
@@ -244,6 +252,9 @@ class AutoscalerProcess:
         """Close the ledger and unlock the state directory."""
         self.ledger.close()
         os.close(self._lock_file)
+
+    def _watch_beforehand(self) -> None:
+        self._beforehand.run(self._stopped)
 
     def _watch_account(self) -> None:
         self._account.run(self._stopped)

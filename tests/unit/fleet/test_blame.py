@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from fleet.blame import cause_of
-from fleet.commands import AccountFault, Command, Create, Performed, Reply
+from fleet.commands import AccountFault, Command, Create, LookForOffers, Performed, Reply
 from fleet.health_check import HealthCheck, Verdict
 from fleet.holds import Hold, HoldKind
 from fleet.limits import Limits
@@ -265,3 +265,65 @@ def test_a_pickled_situation_with_a_hold_decides_the_same() -> None:
     f = failing(GATED).tick(600)
     situation = f.world.fleet.situation(f.world.demand, f.world.now)
     assert decide(situation, f.world.policy) == decide(situation, f.world.policy)
+
+
+def test_what_the_hub_refuses_beforehand_is_held_until_it_is_mended() -> None:
+    w = World(policy=Fixed(1, 1))
+    w.fleet.blame.note_beforehand("model a/b is gated", w.now)
+    w.tick(60)
+    assert w.ordered == []
+    assert w.fleet.decide(w.demand, w.policy, w.now).notes == (
+        "creates are held (deployment): model a/b is gated",
+    )
+    w.fleet.blame.note_beforehand("", w.now)
+    assert len(w.fleet.holds) == 0
+    w.tick(10)
+    assert "Create" in w.kinds()
+
+
+def test_a_person_may_overrule_what_the_hub_refuses() -> None:
+    w = World(policy=Fixed(1, 1))
+    w.fleet.blame.note_beforehand("the hub shows none", w.now)
+    w.fleet.set_manage(True)
+    w.fleet.blame.note_beforehand("the hub shows none", w.now)
+    assert len(w.fleet.holds) == 0
+
+
+def test_that_the_hub_is_well_ends_no_hold_that_machines_caused() -> None:
+    f = failing(GATED).tick(600)
+    f.world.fleet.blame.note_beforehand("", f.world.now)
+    assert f.hold() is not None
+
+
+def test_a_key_that_may_not_search_is_held_and_tried_now_and_then() -> None:
+    w = World(policy=Fixed(1, 1))
+    searches = 0
+
+    def perform(command: Command) -> None:
+        nonlocal searches
+        assert isinstance(command, LookForOffers)
+        searches += 1
+        w.fleet.finish(command, Performed(Reply.REFUSED, "lacks misc", refusal=AccountFault.SCOPE), w.now)
+
+    w.perform = perform  # type: ignore[method-assign]
+    w.tick(600)
+    hold = w.fleet.holds.of(HoldKind.REFUSED)
+    assert hold is not None
+    assert "misc" in hold.sentence
+    assert searches < 8
+    del w.perform
+    w.tick(1000)
+    assert len(w.fleet.holds) == 0
+    assert len(w.contracts) == 1
+
+
+def test_a_create_that_is_refused_for_credit_is_the_state_without_credit() -> None:
+    w = World(policy=Fixed(1, 1)).tick(5)
+    command = Create(make_offer(1), "", label="fleet/x")
+    w.fleet.begin(command, w.now)
+    refused = Performed(Reply.REFUSED, "insufficient credit", refusal=AccountFault.CREDIT)
+    w.fleet.finish(command, refused, w.now)
+    hold = w.fleet.holds.of(HoldKind.NO_CREDIT)
+    assert hold is not None
+    assert hold.stops_starts
+    assert w.fleet.market.failed_creates == 0
