@@ -20,7 +20,7 @@ PAGE_LIB := build/page-lib
 PAGE_READY := $(PAGE_LIB)/.ready
 WHEEL_PIP := $(WHEEL)/venv/bin/python -m pip
 
-.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-page bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-agreement bench-virtual bench-dispatch bench-routers chaos chaos-undo harsh-undo hostile flags sizes texts pictures page-pictures picture clean
+.PHONY: sim sim-vllm test test-fast test-bench test-wheel test-page test-deploy test-vllm test-clients lint structure bench-route bench-fairness bench-page bench-turn bench-checks bench-client bench-policies bench-policies-hours bench-policies-all bench-fidelity bench-agreement bench-virtual bench-dispatch bench-routers first-day chaos chaos-undo harsh-undo hostile flags sizes texts pictures page-pictures picture clean
 
 # The whole system on this machine: local cloud, autoscaler, loadbalancer, users, report (also as a page, build/sim.html).
 sim: $(READY) $(COMPILED)
@@ -132,6 +132,11 @@ MINUTES ?= 12
 CHAOS := $(BIN)/python -m bench.chaos
 chaos: $(READY) $(COMPILED)
 	$(CHAOS) --seed $(SEEDS) --minutes $(MINUTES) --keep build/chaos --json build/chaos.json
+
+# The first hour of docs/vast-ai.md on a local cloud as unkind as the marketplace, and what a clairvoyant would have paid: 15 minutes.
+HOURS ?= 12
+first-day: $(READY) $(COMPILED)
+	$(BIN)/python -m bench.first_day --hours $(HOURS) --keep build/first-day --json build/first-day.json
 
 # The audit itself: without each of five fixes it must fail. About 15 minutes.
 chaos-undo: $(READY) $(COMPILED)

@@ -67,6 +67,7 @@ FLAGS = {program: flags_of(program) for program in COMMANDS}
 OTHERS = {"--help", "--raw", "--pinnedpubkey", "--http", "--no-deps", "--only", "--keep", "--list"}
 OTHERS |= {"--runner", "--reasoning-parser", "--write", "--preload"}  # vLLM's, of tests.clients, gunicorn's
 OTHERS |= {"--enable-auto-tool-choice", "--tool-call-parser"}  # in what vLLM says
+OTHERS |= {"--charges", "--limit"}  # of vastai
 
 
 @pytest.mark.parametrize("program", list(FLAGS))
