@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet import planner
 from fleet.blame import Blame
 from fleet.commands import AskPage, Command, Drain, LookForOffers, Performed, Undrain

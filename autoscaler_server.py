@@ -20,6 +20,7 @@ from typing import Any
 
 from flask import Flask, Response, jsonify, request
 
+from engine.profiles import use_own_profiles
 from fleet.instance_messages import Hearing
 from fleet.outside.api_description import OPERATIONS
 from fleet.outside.config import PRODUCTION_URL, SERVE_ONLY, AutoscalerConfig
@@ -56,6 +57,7 @@ from fleet_client.own_tls import scheme, server_tls
 from fleet_client.service_manager import ServiceManager, set_up_logging
 from fleet_client.tls_pins import pinned_context
 from process.errors import ConfigError
+from process.own_profiles import read_own_profiles
 from process.safe_text import safe_text
 from web.answers import JsonAnswer, error, error_answer, problem, response
 from web.app import admits, body, check_query, make_app, requires
@@ -449,7 +451,10 @@ def _config(args: argparse.Namespace) -> AutoscalerConfig:
     given = vars(args)
     if given.get("goal") is not None and given.get("policy", "objective") != "objective":
         raise ConfigError(f"--goal and --policy {given['policy']}: only objective has a goal")
-    return AutoscalerConfig(**{f.name: given[f.name] for f in fields(AutoscalerConfig) if f.name in given})
+    config = AutoscalerConfig(**{f.name: given[f.name] for f in fields(AutoscalerConfig) if f.name in given})
+    state_dir = config.state_dir or private_files.default_state_dir(config.label)
+    use_own_profiles(*read_own_profiles(config.profiles, state_dir))
+    return config
 
 
 def main(argv: list[str] | None = None) -> None:

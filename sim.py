@@ -24,8 +24,10 @@ from typing import Any, NoReturn
 
 import uvloop
 
+from engine.profiles import use_own_profiles
 from fleet_client.flags import Parser, add_flags, flag_of, server_url
 from process.errors import ConfigError
+from process.own_profiles import read_own_profiles
 from simulation import report_table
 from simulation.live import measure
 from simulation.live.config import SimConfig
@@ -75,6 +77,7 @@ def parse(argv: Sequence[str]) -> SimConfig:
     """Return the settings that the flags say; raise ConfigError where they do not fit together."""
     given = vars(parser().parse_args(argv))
     del given["virtual"]
+    use_own_profiles(*read_own_profiles(given.get("profiles")))
     local = given.get("local", False)
     for name in NOT_LOCAL if local else ONLY_LOCAL:
         if name in given:

@@ -1,142 +1,22 @@
-"""The models we know how to serve, one `Profile` each; add your own at the bottom of the table.
-
-A profile says what a machine must have (offer query, disk), what runs on it (model, vLLM
-arguments) and what to expect of it until the instance's own reports say better: throughput
-in work per second, prefill weight, times to load and to start. *Work* is in output-token
-equivalents: `prompt_tokens * prefill_weight + expected output tokens`.
+"""The models we know how to serve: those that were measured, those of engine/models.toml, and one's own.
 
 Throughputs by GPU are what `engine/reference.py` gives at a full queue of 300-token prompts and 180-token
 answers (tests/unit/engine/test_profiles.py computes them), so they are starting points: an instance's
-measured rate replaces them as soon as it is known.
+measured rate replaces them as soon as it is known. Where a profile has none for a GPU they are estimated.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from importlib.resources import files
 from types import MappingProxyType
 
-from engine.estimate import ModelShape, Weights, estimate, full_queue_work_s, kv_tokens
-from engine.gpus import GPUS, GpuNumbers, gpu_of, is_variant
-from engine.step_time_constants import Key, Timing, row_for, slowest
+from engine.estimate import ModelShape, Weights
+from engine.profile import CudaImage, Profile
+from engine.profile_entry import built_in_profiles
 from process.errors import ConfigError
-
-SLOWEST_GPU = "L4"
-"""Of a GPU that neither its name nor its offer tells anything about, no more is promised than of this one:
-it has the least bandwidth of those with 24 GB."""
-
-
-@dataclass(frozen=True)
-class CudaImage:
-    """A container image and the version of CUDA in it: a machine with an older driver cannot run it.
-
-    On consumers' cards it then fails with error 804 after everything was loaded (vllm#5510).
-    """
-
-    name: str
-    cuda: str
-
-
-# The images are for amd64, and arm64 hosts are on the market. Of hosts at 0.95 the vendor's own QA needs ten
-# rentals for four runs. At $20 a TB an image and a model cost more than an hour of a 4090. A contract that
-# ends within three days (duration) is set up in vain.
-SOUND = "cpu_arch=amd64 reliability>0.98 direct_port_count>=4 inet_down_cost<0.02 duration>3"
-"""What is asked of every machine, in the CLI's words."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What one model needs of a machine, and how fast an instance with it is expected to be.
-
-    needs: what it asks of an offer beside SOUND, the image's CUDA and the disk, in the CLI's words.
-    Work is counted in output tokens' worth. prefill_weight: work per prompt token (one output token is 1).
-    throughput_work_s: work per second of one instance with all the requests it can hold; throughput_by_gpu
-    has better figures for some GPUs. rows: the model and quantization of its rows of step-time constants;
-    None: its name, and how its weights are kept. shape: what step times on other GPUs are estimated from;
-    None for what runs on no GPU. hold_s: seconds of work an instance may be given before a new request would
-    wait too long. load_time_s: seconds from order to hot on a new machine. start_time_s: seconds from start
-    to hot on a stopped machine that holds the model. download_gb: image and weights, as they come over the
-    network. env: environment variables of the container, no secrets; NCCL_P2P_DISABLE=1 for several GPUs on
-    boards without P2P, where NCCL hangs (vllm#2466, #14449). chats: whether the model has a chat template,
-    without which a machine does not become hot.
-    """
-
-    name: str
-    model: str
-    image: CudaImage
-    needs: str
-    disk_gb: float
-    vllm_args: str
-    prefill_weight: float
-    throughput_work_s: float
-    hold_s: float
-    expected_output_tokens: float
-    load_time_s: float
-    start_time_s: float
-    max_model_len: int
-    download_gb: float
-    rows: tuple[str, str] | None = None
-    shape: ModelShape | None = None
-    throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    chats: bool = True
-
-    @property
-    def offer_query(self) -> str:
-        """The search for machines that can run it, in the CLI's words."""
-        return f"{self.needs} {SOUND} cuda_max_good>={self.image.cuda} disk_space>={self.disk_gb:g}"
-
-    def throughput_on(self, gpu_name: str, num_gpus: int = 1, told: GpuNumbers | None = None) -> float:
-        """Return the expected throughput of an instance with these GPUs, in work per second.
-
-        told: what their offer says of them, for GPUs that are not known by name. Of GPUs that tell nothing at
-        all, the profile's throughput_work_s is expected.
-        """
-        figure = self.throughput_by_gpu.get(_key(gpu_name, num_gpus))
-        if figure is not None and not is_variant(gpu_name, told):
-            return figure
-        if self.shape is None or gpu_of(gpu_name, told) is None:
-            return self.throughput_work_s
-        return full_queue_work_s(self.timing_on(gpu_name, num_gpus, told), self.prefill_weight)
-
-    def timing_on(
-        self,
-        gpu_name: str,
-        num_gpus: int = 1,
-        told: GpuNumbers | None = None,
-        own: Mapping[Key, Timing] = MappingProxyType({}),
-    ) -> Timing:
-        """Return the step-time constants on these GPUs; `name` says where they come from.
-
-        They are a row of the table (own: constants that go before it), else an estimate by arithmetic. Of
-        GPUs that tell nothing the slowest row is taken: it promises too little rather than too much.
-        """
-        model, form = self.rows or (self.name, "" if self.shape is None else str(self.shape.weights))
-        row = row_for((model, form, gpu_name, num_gpus), own)
-        if row is not None and not is_variant(gpu_name, told):
-            return row
-        gpu = gpu_of(gpu_name, told)
-        last = slowest(*self.rows) if self.rows else None
-        if last is not None and (gpu is None or self.shape is None):
-            return last
-        if self.shape is None:
-            return get_profile("vllm-13").timing_on(gpu_name, num_gpus, told, own)
-        name = f"{self.name} on {num_gpus}x {gpu_name}, by arithmetic"
-        return estimate(name, self.shape, gpu or GPUS[SLOWEST_GPU], num_gpus, self.max_model_len)
-
-    def fits(self, gpu_name: str, num_gpus: int = 1, told: GpuNumbers | None = None) -> bool | None:
-        """Return whether the weights and one request of the longest fit there; None where that is unknown."""
-        gpu = gpu_of(gpu_name, told)
-        if self.shape is None or gpu is None:
-            return None
-        return kv_tokens(self.shape, gpu, num_gpus) >= self.max_model_len
-
-
-def _key(gpu_name: str, num_gpus: int) -> str:
-    return gpu_name if num_gpus == 1 else f"{num_gpus}x {gpu_name}"
-
 
 _VLLM_IMAGE = CudaImage("vllm/vllm-openai:v0.11.0", "12.8")
 
-PROFILES: Mapping[str, Profile] = MappingProxyType(
+_MEASURED: Mapping[str, Profile] = MappingProxyType(
     {
         "vllm-13": Profile(
             name="vllm-13",
@@ -220,18 +100,47 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             max_model_len=1024,
             download_gb=15.0,
         ),
-        # Your own model: copy an entry, give it a name, and pass that name to --model. Its vllm_args name the
-        # parser of its tool calls, without which vLLM refuses tools, and --reasoning-parser if it thinks
-        # aloud (those here do not).
     }
 )
+
+PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {**_MEASURED, **built_in_profiles(files("engine").joinpath("models.toml").read_text())}
+)
+"""The profiles that are built in, by name."""
+
+_own: dict[str, Profile] = {}
+
+
+def use_own_profiles(text: str, what: str) -> None:
+    """Know the profiles of this TOML text, too, from now on: for once, when a process starts.
+
+    Raises ConfigError, which begins with `what`, for a wrong one and for the name of one that is built in.
+    """
+    if not text:
+        _own.clear()
+        return
+    # Only where there are any: it takes 5 MB, and each paced engine is a process.
+    from engine.profile_table import profiles_in
+
+    found = profiles_in(text, what)
+    if taken := sorted(found.keys() & PROFILES.keys()):
+        raise ConfigError(f"{what}: {taken[0]}: a built-in profile has that name")
+    _own.clear()
+    _own.update(found)
+
+
+def known_profiles() -> Mapping[str, Profile]:
+    """Return all profiles by name: built in, and one's own."""
+    return MappingProxyType({**PROFILES, **_own})
 
 
 def get_profile(name: str) -> Profile:
     """Return the model profile of that name; for another name raise a ConfigError with the known ones."""
+    known = known_profiles()
     try:
-        return PROFILES[name]
+        return known[name]
     except KeyError:
         raise ConfigError(
-            f"unknown model {name!r}: known are {', '.join(sorted(PROFILES))} (engine/profiles.py)"
+            f"unknown model {name!r}: known are {', '.join(sorted(known))}; "
+            "`profile add ORG/MODEL` makes another"
         ) from None

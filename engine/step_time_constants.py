@@ -112,10 +112,10 @@ def row_for(key: Key, own: Mapping[Key, Timing] = MappingProxyType({})) -> Timin
     return own.get(key) or TIMINGS.get(key)
 
 
-def slowest(model: str, quantization: str) -> Timing | None:
+def slowest(model: str, quantization: str) -> Timing:
     """Return the slowest row of a model: for GPUs of which nothing is known."""
-    rows = [timing for key, timing in TIMINGS.items() if key[:2] == (model, quantization)]
-    return max(rows, key=lambda timing: timing.a) if rows else None
+    rows = (timing for key, timing in TIMINGS.items() if key[:2] == (model, quantization))
+    return max(rows, key=lambda timing: timing.a)
 
 
 def like(work_s: float) -> Timing:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.limits import Limits
 from fleet.market import ranked, usd_per_million_work
 from fleet.preferences import ANY_MACHINE, Preferences

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.profiles import Profile
+from engine.profile import Profile
 
 FLOORS_S = {
     "ordered_s": 30.0,

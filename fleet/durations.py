@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from engine.profiles import Profile
+from engine.profile import Profile
 
 KEPT = 20
 """Measured times of a kind that are remembered."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from engine.step_time_constants import Timing
 from fleet.instance import Instance
 from fleet.states import State

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.gpus import GpuNumbers
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.absence import STUCK_S, Absence
 from fleet.deadlines import Deadlines
 from fleet.evidence import Trouble

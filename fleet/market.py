@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.deadlines import Deadlines
 from fleet.gpu_numbers import numbers_of
 from fleet.preferences import ANY_MACHINE, Preferences

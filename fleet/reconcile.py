@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.accusations import final_accusation, lost_host, no_gpu, others_well, overdue, start_limit
 from fleet.blame import Blame
 from fleet.commands import AskPage, Create, Destroy, Drain, Performed, Reply, Start, Stop, Undrain

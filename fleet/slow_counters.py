@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.durations import median
 from fleet.instance import Instance
 from fleet.slowness import SLOW_RATIO

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import cast
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.arrivals import Mix
 from fleet.demand import Demand
 from fleet.durations import MeasuredDurations, median

@@ -22,6 +22,7 @@ from types import FrameType
 
 from waitress.server import create_server  # type: ignore[import-untyped]
 
+from engine.profiles import use_own_profiles
 from fleet_client import flags, private_files
 from fleet_client.flags import Parser, add_flags, check_flags, flag
 from fleet_client.listening import bind_socket
@@ -35,6 +36,7 @@ from localcloud.offers_file import read_machines
 from localcloud.realism import LEVELS, Realism
 from localcloud.world import World
 from process.errors import ConfigError
+from process.own_profiles import read_own_profiles
 from web.app import MAX_BODY
 
 log = logging.getLogger("localcloud")
@@ -78,6 +80,11 @@ class LocalCloudConfig:
     )
     offers: Path | None = flag(
         None, "machines for rent, JSON", shown="a built-in market, a bigger one if harsh"
+    )
+    profiles: Path | None = flag(
+        None,
+        "file of your own model profiles, TOML (docs/models.md)",
+        shown="profiles.toml here",
     )
     credit: float = flag(100.0, "dollars to spend", least=0.0, most=1e9, metavar="USD", unit="$")
     realism: str = flag(
@@ -143,6 +150,7 @@ def _realism(config: LocalCloudConfig) -> Realism:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the local cloud until SIGTERM or Ctrl-C; then end every process of every instance."""
     config = LocalCloudConfig(**vars(parser().parse_args(argv))).checked()
+    use_own_profiles(*read_own_profiles(config.profiles))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     cloud = _cloud(config, time.time())
     ENGINES[config.engine].make_ready()

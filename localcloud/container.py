@@ -27,6 +27,7 @@ from localcloud.engines import EngineImage
 from localcloud.paced.machine import SimulatedMachine
 from localcloud.ssh_server import HANG, SshServer
 from process.children import start_child
+from process.own_profiles import VARIABLE
 from process.ssh_keys import load_or_make_ssh_key
 
 MODEL_SERVERS = frozenset({b"vllm.entrypoints.cli.main", b"vllm.entrypoints.openai.api_server"})
@@ -222,4 +223,5 @@ def environment(path: Path, b: Boot, given: Mapping[str, int], image: EngineImag
         **{f"FLEET_PORT_{name}": str(port) for name, port in tcp.items()},
         "FLEET_BIND": "127.0.0.1",
         "LOCALCLOUD_MACHINE": str(path / "machine.json"),
+        **{name: os.environ[name] for name in (VARIABLE,) if name in os.environ},
     }

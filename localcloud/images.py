@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from engine.profiles import PROFILES
+from engine.profiles import known_profiles
 from localcloud.machines import Machine
 from localcloud.orders import Order
 from localcloud.realism import Realism
@@ -72,7 +72,7 @@ def image_gb(image: str) -> float:
 def model_gb(order: Order) -> float:
     """Return how large the model is that an order's start script or environment names, GB."""
     text = "\n".join((order.onstart or "", *order.variables.values()))
-    for profile in PROFILES.values():
+    for profile in known_profiles().values():
         if profile.model in text:
             return max(0.0, profile.download_gb - image_gb(profile.image.name))
     return MODEL_GB

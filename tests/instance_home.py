@@ -14,7 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from engine.profiles import Profile, get_profile
+from engine.profile import Profile
+from engine.profiles import get_profile
 from fleet.outside.start_script import render
 from fleet_client.tls_pins import pinned_context
 from remote.speaker import signed

@@ -21,7 +21,7 @@ from enum import StrEnum
 from http.client import HTTPException
 from typing import Any
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.blame import SET_TOKEN
 from fleet.outside.config import AutoscalerConfig
 from fleet_client.loopback import is_loopback_host, is_loopback_url

@@ -52,6 +52,11 @@ class AutoscalerConfig(MarketFlags):
     model: str = flag(
         "vllm-13", f"profile of the model that is served, one of {', '.join(PROFILES)}", metavar="NAME"
     )
+    profiles: Path | None = flag(
+        None,
+        "file of your own model profiles, TOML (docs/models.md)",
+        shown="profiles.toml here, or in the state directory",
+    )
     # Nothing but instances with this label is ever touched.
     label: str = flag(
         "fleet",

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.commands import (
     AccountFault,
     AskPage,
@@ -85,7 +86,8 @@ class Performer:
         p = self._profile
         if isinstance(command, Create):
             master = self._master_token(command.label)
-            start = start_script.render(p, master, self._ready_url, self._ssh_public_key)
+            there = replace(p, env=p.env_on(command.offer.gpu_name, command.offer.num_gpus))
+            start = start_script.render(there, master, self._ready_url, self._ssh_public_key)
             new_id = self._vast.create(
                 command.offer.id,
                 image=p.image.name,

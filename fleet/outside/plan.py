@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.gpus import gpu_of
-from engine.profiles import Profile, get_profile
+from engine.profile import Profile
+from engine.profiles import get_profile
 from fleet.candidates import Candidate, candidates, choose, summary
 from fleet.gpu_numbers import numbers_of
 from fleet.limits import Limits

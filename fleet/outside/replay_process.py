@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fleet.replay import BadReply
 from process.children import end_child, start_child
+from process.own_profiles import VARIABLE
 
 MOST_REPLY = 4 * 2**20
 """Bytes of a reply: a curve of a thousand levels is 200 kB."""
@@ -17,7 +18,7 @@ TIMEOUT_S = 600.0
 
 ROOT = Path(__file__).parents[2]
 
-SAFE_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")
+SAFE_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", VARIABLE)
 """Variables of our environment that the replay gets: no key is among them."""
 
 

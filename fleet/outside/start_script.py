@@ -22,7 +22,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.profiles import Profile
+from engine.profile import Profile
 from process.errors import ConfigError
 from vast.client import ENV_LIMIT, ONSTART_LIMIT_BYTES
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, cast
 
-from engine.profiles import PROFILES
+from engine.profiles import get_profile, known_profiles, use_own_profiles
 from engine.reference import SteppedModelServer
 from fleet_client.listening import bind_socket
 from localcloud.hub import HubAccess
@@ -18,6 +18,7 @@ from localcloud.paced.machine import SimulatedMachine
 from localcloud.paced.served_model import ServedModel
 from localcloud.paced.server import serve
 from process.errors import ConfigError
+from process.own_profiles import read_own_profiles
 
 log = logging.getLogger("paced")
 
@@ -89,10 +90,11 @@ def profile_of(names: Sequence[str], model: str) -> str:
 
     It is one of the served names, else the profile with that model, else vllm-13.
     """
+    known = known_profiles()
     for name in names:
-        if name in PROFILES and PROFILES[name].shape is not None:
+        if name in known and known[name].shape is not None:
             return name
-    same = [p.name for p in PROFILES.values() if p.model == model]
+    same = [p.name for p in known.values() if p.model == model]
     return same[0] if same else "vllm-13"
 
 
@@ -125,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags, others = parse_flags(argv)
     _log_to_stdout()
     try:
+        use_own_profiles(*read_own_profiles(None))
         machine = SimulatedMachine.read(os.environ.get("LOCALCLOUD_MACHINE"))
         if (death := HubAccess(**machine.hub).death(flags.model, argv, os.environ)) is not None:
             _die(*death.lines, status=death.status)
@@ -158,7 +161,7 @@ def _run(flags: argparse.Namespace, others: Sequence[str], machine: SimulatedMac
 def _make_app(flags: argparse.Namespace, names: tuple[str, ...], machine: SimulatedMachine) -> App:
     """Return the paced engine behind its middleware, the last one outermost as in vLLM; raise ConfigError."""
     name = profile_of(names, flags.model)
-    profile = PROFILES[name]
+    profile = get_profile(name)
     timing = profile.timing_on(machine.gpu_name, flags.tensor_parallel_size, machine.told)
     max_model_len = flags.max_model_len or profile.max_model_len
     if flags.enable_auto_tool_choice and not flags.tool_call_parser:

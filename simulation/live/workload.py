@@ -7,6 +7,7 @@ are token ids, so that every engine counts the same number, and `ignore_eos` mak
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.profiles import PROFILES, get_profile
@@ -61,6 +62,11 @@ class Workload:
     )
     streaming: bool = flag(True, "have answers streamed")
     model: str = flag("vllm-13", f"profile of the model, one of {', '.join(PROFILES)}", metavar="NAME")
+    profiles: Path | None = flag(
+        None,
+        "file of your own model profiles, TOML (docs/models.md)",
+        shown="profiles.toml here",
+    )
     prompt_tokens: float = flag(300.0, "mean length of prompts", metavar="N", unit="tokens")
     max_tokens: float = flag(180.0, "mean length of answers", metavar="N", unit="tokens")
     seed: int = flag(

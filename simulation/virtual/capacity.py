@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import cycle, islice
 
 from dispatch.measured_capacity import SLOW_SHARE
-from engine.profiles import Profile
+from engine.profile import Profile
 from engine.reference import EventKind, SteppedModelServer
 from engine.slo import Slo
 from engine.step_time_constants import Timing

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.gpus import GpuNumbers
-from engine.profiles import Profile
+from engine.profile import Profile
 from fleet.commands import AskPage, Command, Create, Destroy, LookForOffers, Performed, Reply, Start, Stop
 from fleet.gpu_numbers import MB_A_GB
 from localcloud.cloud import Cloud

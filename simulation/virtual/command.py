@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.profiles import PROFILES, get_profile
+from engine.profiles import PROFILES, get_profile, use_own_profiles
 from engine.slo import Slo
 from fleet.limits import Limits
 from fleet_client.flags import Parser, add_flags, check_flags, flag, within
@@ -25,6 +25,7 @@ from localcloud.machines import Machine
 from localcloud.offers_file import read_machines
 from policies import POLICIES, Policy, make_policy, parse_params
 from process.errors import ConfigError
+from process.own_profiles import read_own_profiles
 from process.progress import Progress
 from simulation import plots, report, report_table
 from simulation.report_file import check_output, write_page, write_report
@@ -85,6 +86,11 @@ class VirtualConfig:
         "share of requests that shall be in time: the parameter of policy objective",
         metavar="SHARE",
         shown="0.99",
+    )
+    profiles: Path | None = flag(
+        None,
+        "file of your own model profiles, TOML (docs/models.md)",
+        shown="profiles.toml here",
     )
     profile: str = flag("vllm-13", f"model and its times, one of {', '.join(PROFILES)}", metavar="NAME")
     gpu: str | None = flag(
@@ -342,6 +348,7 @@ def parse(argv: Sequence[str]) -> VirtualConfig:
     given = vars(parser().parse_args(argv))
     del given["virtual"]
     given.setdefault("seed", secrets.randbelow(2**32))
+    use_own_profiles(*read_own_profiles(given.get("profiles")))
     return VirtualConfig(**given).checked()
 
 

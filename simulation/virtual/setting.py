@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.gpus import GpuNumbers
-from engine.profiles import Profile
+from engine.profile import Profile
 from engine.slo import Slo
 from engine.step_time_constants import Key, Timing
 from fleet.gpu_numbers import numbers_of

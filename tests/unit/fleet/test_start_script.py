@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from engine.profiles import PROFILES, Profile, get_profile
+from engine.profile import Profile
+from engine.profiles import PROFILES, get_profile
 from fleet.outside.start_script import REMOTE, StartScript, render, stripped
 from process.errors import ConfigError
 from tests.instance_home import MASTER, Ears, Machine

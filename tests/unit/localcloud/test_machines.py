@@ -5,6 +5,7 @@ from operator import eq, ge, gt, le, lt
 import pytest
 
 from engine.profiles import PROFILES, get_profile
+from localcloud.catalogue import big_market
 from localcloud.machines import DAY_S, MACHINES, Machine, machines_from
 from localcloud.offers import Slot, offer
 from process.errors import ConfigError
@@ -13,9 +14,12 @@ from process.errors import ConfigError
 @pytest.mark.parametrize("name", list(PROFILES))
 def test_the_built_in_market_has_offers_for_every_profile_and_some_that_do_not_fit(name: str) -> None:
     """The query as the CLI sends it is tested with real processes; here by its words."""
-    words = get_profile(name).offer_query.split()
-    fits = [m for m in MACHINES if _fits(m, words)]
-    assert 0 < len(fits) < len(MACHINES)
+    words, most = get_profile(name).offer_query.split(), max(m.num_gpus for m in MACHINES)
+    shares = [m.share(s.count) for m in big_market() for s in m.slices()]
+    small = any(get_profile(name).fits(m.gpu_name, most) is not False for m in MACHINES)
+    for market in (MACHINES, shares) if small else (shares,):
+        fits = [m for m in market if _fits(m, words)]
+        assert 0 < len(fits) < len(market)
 
 
 def _fits(machine: Machine, words: list[str]) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from engine.profiles import PROFILES, Profile
+from engine.profile import Profile
+from engine.profiles import PROFILES
 from engine.step_time_constants import Timing
 from localcloud.machines import Machine
 from localcloud.realism import HARSH, NONE, Realism

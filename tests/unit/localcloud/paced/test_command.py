@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from engine.gpus import GPUS
+from engine.model_config import read_config
+from engine.new_profile import make_entry
+from engine.profile_table import written
+from engine.profiles import PROFILES, use_own_profiles
 from localcloud.paced.command import load_middleware, main, parse_flags, profile_of
 from localcloud.paced.machine import SimulatedMachine
 from process.errors import ConfigError
+from tests.model_configs import QWEN3_8B
 
 
 def write_machine(folder: Path, **more: object) -> Path:
@@ -103,3 +109,23 @@ def test_a_port_in_use_is_said_before_loading(machine: Path, capsys: pytest.Capt
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in last_words(capsys, "--port", str(port))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("gpu_name", [*GPUS, "A card that nobody knows"])
+def test_every_profile_is_paced_on_every_gpu(name: str, gpu_name: str) -> None:
+    """A paced engine holds the longest request of its model, whatever machine it pretends to be."""
+    machine = SimulatedMachine(gpu_name, 1, 0.0, 0.0, None, None, 48.0, 900.0, 60.0)
+    timing = PROFILES[name].timing_on(gpu_name, 1, machine.told)
+    assert timing.kv_tokens >= PROFILES[name].max_model_len
+    assert 0.0 < timing.step_ms(1, 100) < 10_000.0
+
+
+def test_the_pace_of_a_profile_of_ones_own_is_its_own() -> None:
+    mine = make_entry("me/mine", read_config(QWEN3_8B, "me/mine"))
+    use_own_profiles(written({"mine": mine}), "own.toml")
+    try:
+        assert profile_of(["mine"], "me/mine") == "mine"
+        assert profile_of(["other"], "me/mine") == "mine"
+    finally:
+        use_own_profiles("", "none")
