@@ -30,6 +30,7 @@ def outcome(rented: int, *, hot: bool = True, banned: tuple[int, ...] = (), ledg
         banned=banned,
         cloud={"spent_usd": {"total": 1.0}},
         ledger_usd=ledger,
+        last_hot=rented,
     )
 
 
@@ -42,6 +43,7 @@ def wanted(row: str) -> int:
 NO_WASTE = [
     *("kind", "script_bytes", "old_drivers", "foreign_cpus", "sizes", "big_market"),
     *("renters", "price_moves", "offers_vanish", "rate_limits", "credit"),
+    *("bandwidth", "stopped_storage", "contract_ends"),
 ]
 
 
@@ -58,7 +60,18 @@ def test_a_row_is_right_only_when_nothing_was_wasted(row: str) -> None:
 
 
 def test_a_ledger_that_differs_from_what_was_charged_is_wrong() -> None:
-    assert not ROWS["price_moves"](Player(outcome(1, ledger=0.8))).right
+    for row in ("price_moves", "bandwidth", "stopped_storage"):
+        assert ROWS[row](Player(outcome(1))).right
+        assert not ROWS[row](Player(outcome(1, ledger=0.8))).right
+        assert not ROWS[row](Player(outcome(1, ledger=1.2))).right
+
+
+def test_a_limit_of_the_account_must_be_said() -> None:
+    played = outcome(0, hot=False)
+    played.health = {"holds": [{"kind": "spend-limit"}]}
+    assert ROWS["spend_limit_usd_h"](Player(played)).right
+    played.health = {}
+    assert not ROWS["spend_limit_usd_h"](Player(played)).right
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -51,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="unkind-") as scratch:
         versions = {OLD: checkout(Path(scratch, "old")), PRESENT: ROOT}
         for name in names_in("--only", said.only, ROWS):
-            found[name] = {}
-            for version, code in versions.items():
-                verdict = verdict_of(name, code, Path(scratch, f"{name}-{version}"))
-                found[name][version] = verdict
+            with ThreadPoolExecutor(len(versions)) as pool:  # side by side: both mostly wait
+                played = {
+                    version: pool.submit(verdict_of, name, code, Path(scratch, f"{name}-{version}"))
+                    for version, code in versions.items()
+                }
+            found[name] = {version: future.result() for version, future in played.items()}
+            for version, verdict in found[name].items():
                 shown = "right" if verdict.right else "WRONG"
-                print(f"{name:16} {version:8} {shown:6} {verdict.figures}", flush=True)
+                print(f"{name:18} {version:8} {shown:6} {verdict.figures}", flush=True)
     wrong = [n for n, of in found.items() if not of[PRESENT].right or of[OLD].right != (n in MET_BEFORE)]
     print(f"{time.monotonic() - begun:.0f} s; not told apart: {', '.join(wrong) or 'none'}")
     rows = {name: {version: asdict(verdict) for version, verdict in of.items()} for name, of in found.items()}

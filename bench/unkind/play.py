@@ -50,21 +50,26 @@ class Day:
 
 @dataclass
 class Outcome:
-    """What became of a fleet. rented: machine of each instance that there was. hot_s: until all were hot."""
+    """What became of a fleet. rented: machine of each instance that there was. hot_s: until all were hot.
+    last_hot: how many were hot in the end."""
 
     rented: dict[int, int] = field(default_factory=dict)
     hot_s: float | None = None
-    most_hot: int = 0
+    last_hot: int = 0
     banned: tuple[int, ...] = ()
     cloud: Mapping[str, Any] = field(default_factory=dict)
     ledger_usd: float | None = None
     health: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def charged_usd(self) -> float:
+        """Dollars that the account was charged for everything."""
+        return float(self.cloud.get("spent_usd", {}).get("total", 0.0))
+
     def says(self) -> str:
         """Return the figures in a line."""
         hot = "never hot" if self.hot_s is None else f"hot after {self.hot_s:.0f} s"
-        spent = self.cloud.get("spent_usd", {}).get("total", 0.0)
-        return f"{len(self.rented)} rented, {hot}, {len(self.banned)} banned, ${spent:.4f}"
+        return f"{len(self.rented)} rented, {hot}, {len(self.banned)} banned, ${self.charged_usd:.4f}"
 
 
 @dataclass
@@ -145,7 +150,7 @@ def _watch(fleet: Fleet, day: Day) -> Outcome:
             seen.rented.setdefault(int(one["id"]), int(one["machine_id"]))
         shown = fleet.ask(f"{fleet.autoscaler}/instances") or {}
         hot = [i for i in shown.get("instances", []) if i["state"] == "hot"]
-        seen.most_hot = max(seen.most_hot, len(hot))
+        seen.last_hot = len(hot)
         if len(hot) >= day.hot:
             seen.hot_s = passed if seen.hot_s is None else seen.hot_s
             all_hot_since = passed if all_hot_since is None else all_hot_since

@@ -46,6 +46,13 @@ def _no_waste(outcome: Outcome, hot: int) -> Verdict:
     return Verdict(right, outcome.says())
 
 
+def _books(outcome: Outcome, hot: int, most_off: float = 0.05) -> Verdict:
+    """Right: nothing is wasted, and the ledger has the dollars that the account was charged."""
+    well, said = _no_waste(outcome, hot), outcome.ledger_usd or 0.0
+    right = well.right and abs(said - outcome.charged_usd) < most_off * outcome.charged_usd
+    return Verdict(right, f"{well.figures}, ledger ${said:.4f}")
+
+
 def kind(play: Play) -> Verdict:
     """Nothing is unkind: both versions must do right, else a row shows nothing."""
     return _no_waste(play(Day(only=(), machines=_GOOD)), 1)
@@ -88,13 +95,7 @@ def renters(play: Play) -> Verdict:
 
 def price_moves(play: Play) -> Verdict:
     """Prices of new rentals move; what is charged stays what it was, and the ledger says the same."""
-    outcome = play(Day(only=("price_moves",), speedup=600.0, most_s=40.0, whole=True))
-    charged = outcome.cloud.get("spent_usd", {}).get("total", 0.0)
-    said = outcome.ledger_usd or 0.0
-    verdict = _no_waste(outcome, 1)
-    return Verdict(
-        verdict.right and abs(said - charged) < 0.1 * charged, f"{verdict.figures}, ledger ${said:.4f}"
-    )
+    return _books(play(Day(only=("price_moves",), speedup=600.0, most_s=30.0, whole=True)), 1, 0.1)
 
 
 def offers_vanish(play: Play) -> Verdict:
@@ -115,8 +116,8 @@ def _held(outcome: Outcome) -> Verdict:
 
 
 def _fault(name: str, play: Play) -> Verdict:
-    """Play 50 s with a fault that strikes every machine from the start."""
-    return _held(play(Day(only=(), machines=_GOOD, faults=(name,), most_s=50.0)))
+    """Play 40 s with a fault that strikes every machine from the start."""
+    return _held(play(Day(only=(), machines=_GOOD, faults=(name,), most_s=40.0)))
 
 
 def gated_model(play: Play) -> Verdict:
@@ -157,16 +158,59 @@ def credit(play: Play) -> Verdict:
     return _no_waste(play(Day(only=(), machines=_GOOD, act=end_it, most_s=90.0)), 1)
 
 
+def bandwidth(play: Play) -> Verdict:
+    """Each byte of image and model is billed, at $10 a TB."""
+    dear = [_card(n, 0.45, inet_usd_gb=0.01) for n in (1, 2)]
+    return _books(play(Day(only=("bandwidth",), machines=dear)), 1)
+
+
+def stopped_storage(play: Play) -> Verdict:
+    """The disk of a stopped machine costs three times as much, and it is stopped as soon as it was hot."""
+    dear = [_card(n, 0.45, storage_usd_gb_month=9.0) for n in (1, 2)]
+    stopped: list[float] = []
+
+    def stop_it(fleet: Fleet, passed: float) -> None:
+        shown = fleet.ask(f"{fleet.autoscaler}/instances") or {}
+        if not stopped and any(i["state"] == "hot" for i in shown.get("instances", [])):
+            stopped.append(passed)
+            params = {"hot": 0, "total": 1}
+            fleet.ask(f"{fleet.autoscaler}/policy", {"name": "fixed", "params": params}, "PUT")
+
+    day = Day(only=("stopped_storage",), machines=dear, act=stop_it, whole=True, most_s=45.0)
+    return _books(play(day), 1)
+
+
+def spend_limit_usd_h(play: Play) -> Verdict:
+    """A new account may spend $10 an hour, and every machine is dearer: that is said."""
+    dear = [_card(n, 12.0) for n in (1, 2)]
+    rich = ("--max-dollars-per-hour", "50")
+    outcome = play(Day(only=("spend_limit_usd_h",), machines=dear, most_s=25.0, autoscaler=rich))
+    kinds = [str(hold["kind"]) for hold in outcome.health.get("holds") or []]
+    right = not outcome.rented and not outcome.banned and "spend-limit" in kinds
+    return Verdict(right, f"{outcome.says()}, held: {', '.join(kinds) or 'nothing'}")
+
+
+def contract_ends(play: Play) -> Verdict:
+    """The contract of the cheapest machine ends within the day, which is a minute here."""
+    short = _card(1, 0.3, rental_days=0.3)
+    day = Day(only=("contract_ends",), machines=[short, *_GOOD], speedup=600.0, whole=True, most_s=70.0)
+    outcome = play(day)
+    well = _no_waste(outcome, 1)
+    return Verdict(well.right and outcome.last_hot == 1, f"{well.figures}, {outcome.last_hot} hot at the end")
+
+
 ROWS: Mapping[str, Callable[[Play], Verdict]] = MappingProxyType(
     {
         row.__name__: row
         for row in (
             *(kind, script_bytes, old_drivers, foreign_cpus, sizes, big_market),
             *(renters, price_moves, offers_vanish, rate_limits),
+            *(bandwidth, stopped_storage, spend_limit_usd_h, contract_ends),
             *(gated_model, missing_model, wrong_argument, missing_image, private_image, credit),
         )
     }
 )
 
-MET_BEFORE = frozenset({"kind", "renters", "price_moves", "offers_vanish", "rate_limits"})
-"""Rows in which 0abccd6 does right, too: it had met them as faults (start-waits, create-410, rate-limits)."""
+MET_BEFORE = frozenset({"kind", "stopped_storage", "renters", "price_moves", "offers_vanish", "rate_limits"})
+"""Rows in which 0abccd6 does right, too: it had met them as faults (start-waits, create-410, rate-limits), or
+read it from the listing (what a stopped machine costs)."""
