@@ -30,6 +30,7 @@ from engine.profile import Profile
 from fleet import planner
 from fleet.blame import Blame
 from fleet.commands import AskPage, Command, Drain, LookForOffers, Performed, Undrain
+from fleet.contract_ends import Horizon
 from fleet.deadlines import Deadlines
 from fleet.demand import Demand
 from fleet.drain import drained
@@ -90,14 +91,12 @@ class InstanceSet:
         self.preferences = preferences
         self.market = Market(profile, deadlines, preferences)
         self._host_keys = HostKeys()
-        self._check_hot_every_s = check_hot_every_s
-        self._check_boot_every_s = check_boot_every_s
+        self._check_every_s = {True: check_hot_every_s, False: check_boot_every_s}  # by whether it is hot
         self.money = Money(limits, deadlines, profile.download_gb, self.holds)
         self.blame = Blame(self.holds, self.market, self.journal, deadlines)
         stops = UnaskedStops(self.money.credit, self.market, self.journal)
-        self._reconciler = Reconciler(
-            fleet_name, profile, deadlines, self.market, self.blame, self.durations, self.journal, stops
-        )
+        parts = self.market, self.blame, self.durations, self.journal, stops
+        self._reconciler = Reconciler(fleet_name, profile, deadlines, *parts)
 
     def restore(self, saved: SavedFleet, now: float) -> None:
         """Take over the fleet that the last process saved; instances that were hot have to be checked."""
@@ -154,7 +153,13 @@ class InstanceSet:
             holds=tuple(self.holds),
             preferences=self.preferences,
             purse=self.money.purse(self.durations.load_s, now),
+            horizon=self.horizon,
         )
+
+    @property
+    def horizon(self) -> Horizon:
+        """How far ahead the ends of contracts matter."""
+        return Horizon(self.durations.load_s, self.durations.start_s, self.deadlines.draining_s)
 
     def settle_money(self, spent_usd: Mapping[str, float], now: float) -> None:
         """Take in what the fleet has spent by the ledger: dollars by the names of budgets' periods."""
@@ -206,7 +211,7 @@ class InstanceSet:
         """
         due = []
         for i in self:
-            every_s = self._check_hot_every_s if i.state is State.HOT else self._check_boot_every_s
+            every_s = self._check_every_s[i.state is State.HOT]
             if i.state in CHECKED and i.label not in under_way and now - i.last_check_at >= every_s:
                 due.append(i.order_check(now))
         return [order for order in due if order is not None]
@@ -303,8 +308,7 @@ class InstanceSet:
 
     def committed(self) -> Commitment:
         """Return the instances and $/h that exist or may exist, which the hard limits are held against."""
-        vanished = self._reconciler.vanished.values()
-        return commitment(self, (usd_h for _, usd_h in vanished))
+        return commitment(self, (usd_h for _, usd_h in self._reconciler.vanished.values()))
 
     @property
     def listing_believed(self) -> bool:
@@ -349,11 +353,12 @@ class InstanceSet:
         out: the instances that a loadbalancer does not listen to, and why.
         """
         there = sorted(self, key=lambda i: (i.ordered_at, i.label))
-        rows = [
-            _described(i, now) | {"out": out.get(i.id or 0), "host_key": self._host_keys.get(i.label)}
-            for i in there
-        ]
+        rows = [_described_there(i, now, out, self._host_keys.get(i.label)) for i in there]
         return rows, [_described(i, now) for i in reversed(self._reconciler.gone)]
+
+
+def _described_there(i: Instance, now: float, out: Mapping[int, str], host_key: str | None) -> dict[str, Any]:
+    return _described(i, now) | {"out": out.get(i.id or 0), "host_key": host_key}
 
 
 def _described(i: Instance, now: float) -> dict[str, Any]:

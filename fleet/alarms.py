@@ -59,6 +59,8 @@ class AlarmFacts:
     reasons: Mapping[str, str] = field(default_factory=dict)
     holds: Mapping[str, str] = field(default_factory=dict)
     budgets_near: Mapping[str, str] = field(default_factory=dict)
+    contracts_end: Collection[str] = ()
+    charges_off_usd: float | None = None
     hot: int = 1
     demand: float = 0.0
     held: int = 0
@@ -92,6 +94,12 @@ def wrong_now(facts: AlarmFacts) -> dict[str, str]:
     found = {f"not_well: {reason}": said for reason, said in facts.reasons.items()}
     found |= {f"held: {kind}": said for kind, said in facts.holds.items()}
     found |= {f"budget_near: {period}": said for period, said in facts.budgets_near.items()}
+    if facts.contracts_end:
+        found["contract_ends"] = "; ".join(sorted(facts.contracts_end))
+    if facts.charges_off_usd is not None:
+        found["charges_differ"] = (
+            f"the account was charged ${facts.charges_off_usd:+.2f} beside the ledger on a day (GET /costs)"
+        )
     if facts.hot == 0 and (facts.held or facts.demand > 0.0):
         found["no_hot_instance"] = (
             f"no instance is hot, {facts.held} requests wait, the load is {facts.demand:.2f} instances' worth"

@@ -12,7 +12,9 @@ from fleet.deadlines import Deadlines
 from fleet.holds import HeldOrders, HoldKind, Holds
 from fleet.instance import Instance
 from fleet.limits import Limits
+from fleet.price_increases import Judged
 from fleet.purse import Purse
+from fleet.reconciled import ReconciledDay
 
 BUDGET_HOLDS = {DAY: HoldKind.BUDGET_DAY, MONTH: HoldKind.BUDGET_MONTH}
 
@@ -24,6 +26,8 @@ class Money:
         """Know nothing of what was spent yet. download_gb: what comes over the network for one create."""
         self.budgets = Budgets(limits.budget_usd_day, limits.budget_usd_month)
         self.credit = Credit(limits.min_credit_hours)
+        self.increases: tuple[Judged, ...] = ()
+        self.reconciled: tuple[ReconciledDay, ...] = ()
         self._drain_s = deadlines.draining_s
         self._download_gb = download_gb
         self._holds = holds
@@ -79,6 +83,19 @@ class Money:
             self._download_gb,
             load_s,
         )
+
+    def note_increases(self, judged: Iterable[Judged]) -> None:
+        """Take in which higher prices hosts ask for, and what is made of them."""
+        self.increases = tuple(judged)
+
+    def note_reconciled(self, days: Iterable[ReconciledDay]) -> None:
+        """Take in which days were held against the account's charges."""
+        self.reconciled = tuple(days)
+
+    @property
+    def charges_off_usd(self) -> float | None:
+        """By how much a whole day's charges are beside the ledger, if that is too much; else None."""
+        return next((d.difference_usd for d in self.reconciled if d.is_off), None)
 
     def warnings(self) -> dict[str, str]:
         """Return a sentence for each budget that is near its end and not used up, by the period's name."""

@@ -11,6 +11,7 @@
 - Every order that costs more passes `LimitGuard` (fleet/limits.py); none is made against a hold
   (fleet/holds.py).
 - While the credit is gone, or may be, nothing is ended: what was stopped is started again when it is back.
+- Where a contract ends, another instance takes the place before (fleet/contract_ends.py).
 - Once a budget is used up, what is hot is drained, whatever the policy wants.
 - Nothing with requests is stopped here before its drain has ended (fleet/drain.py).
 - On a listing that is not believed nothing is decided; only own pages are asked for.
@@ -33,6 +34,7 @@ from fleet.commands import (
     Stop,
     Undrain,
 )
+from fleet.contract_ends import Horizon, ends_said
 from fleet.deadlines import Deadlines
 from fleet.drain import drain_order, end_of_drain
 from fleet.holds import Hold
@@ -62,6 +64,7 @@ class Situation:
     believed: the listing is. drained: labels of the instances whose drain has ended. manage: whether anything
     new may be ordered. writable: the ledger is. heard: the demand is known. holds: why some orders
     are not made now. preferences: which machines are wanted. purse: what budgets and credit allow.
+    horizon: how far ahead contracts' ends matter.
     """
 
     now: float
@@ -79,6 +82,7 @@ class Situation:
     holds: tuple[Hold, ...] = ()
     preferences: Preferences = ANY_MACHINE
     purse: Purse = field(default_factory=Purse)
+    horizon: Horizon = field(default_factory=Horizon)
 
 
 def decide(situation: Situation, policy: Policy) -> Decision:
@@ -113,9 +117,13 @@ class Planner:
         self._now, self._deadlines = situation.now, situation.deadlines
         self._by_state: dict[State, list[Instance]] = {state: [] for state in State}
         self._slow: list[Instance] = []  # hot, and held back: another is to serve instead
+        self._ending: list[Instance] = []  # their contracts end: others are to take their places
         for i in situation.instances:
             if i.taken_out.for_good:
                 continue  # it is on its way out, and another is to take its place
+            if i.state not in GIVEN_UP and situation.horizon.is_ending(i, situation.now):
+                self._ending.append(i)
+                continue
             slow = i.state is State.HOT and i.trouble.slow.clients is not None
             (self._slow if slow else self._by_state[i.state]).append(i)
         self._notes: list[str] = []
@@ -143,6 +151,7 @@ class Planner:
             else:
                 self._reach_hot(hot)
                 self._resume()
+            self._leave(hot, total)
             self._reach_total(total)
         self._commands += self._pages()
         return Decision(
@@ -220,8 +229,8 @@ class Planner:
         """Take all out of service, because a budget is used up; what loads goes on, as it was admitted."""
         coming = [i for i in (*self._by_state[State.STARTING], *self._by_state[State.RUNNING]) if i.is_coming]
         self._cancel(len(coming), coming)
-        for i in (*self._by_state[State.HOT], *self._slow):
-            if i.id is not None:
+        for i in (*self._by_state[State.HOT], *self._slow, *self._ending):
+            if i.id is not None and i.state is State.HOT:
                 self._commands.append(Drain(i.label, i.id, why))
         self._notes += (hold.note for hold in self._situation.holds if hold.stops_starts)
 
@@ -233,6 +242,26 @@ class Planner:
             ready = i.boot.interrupted and not i.orders.out and self._now >= i.boot.no_start_before
             if ready and i.id is not None and self._guard.admit_start(i.running_usd_h - i.stopped_usd_h):
                 self._commands.append(Start(i.label, i.id, "there is credit again: it goes on loading"))
+
+    def _leave(self, hot: int, total: int) -> None:
+        """Take instances out of the fleet whose contracts end, once others serve and hold the model."""
+        there = [i for s, found in self._by_state.items() if s not in GIVEN_UP for i in found]
+        hot_enough = len(self._by_state[State.HOT]) >= hot
+        loaded_enough = sum(i.loaded for i in there) >= total
+        drained = self._labels(Drain)
+        for i in self._ending:
+            self._notes.append(ends_said(i))
+            must = self._situation.horizon.must_leave(i, self._now)
+            if i.id is None or i.label in drained:
+                continue
+            if i.state is State.HOT and (hot_enough or must):
+                self._commands.append(Drain(i.label, i.id, ends_said(i)))
+            elif must and i.is_coming and i.loaded and not i.boot.maybe_busy:
+                self._commands.append(Stop(i.label, i.id, ends_said(i)))
+            elif i.state is State.COLD and self._may_end and (loaded_enough or must):
+                self._commands.append(Destroy(i.label, i.id, ends_said(i), self._evidence))
+            elif not i.loaded and i.state in (State.LOADING, State.RUNNING) and self._may_end:
+                self._commands.append(Destroy(i.label, i.id, ends_said(i), "it would not be of use any more"))
 
     def _replace_slow(self, wanted: int) -> None:
         """Drain machines that clients find slow, once enough others serve; they are not given up for that."""
@@ -347,26 +376,31 @@ class Planner:
         }
         avoided_hosts = {host for hold in self._situation.holds for host in hold.not_at}
         taken: set[int] = set()
+        short = 0
         full: set[int | None] = set()  # hosts that have their share of the fleet
         for offer in self._situation.market.offers:
             if len(taken) >= most:
                 break
             if offer.machine_id in avoided or offer.id in taken or host_of(offer) in avoided_hosts:
                 continue
-            if not self._guard.has_room_at(offer.host_id, most_at_host):
+            if self._situation.horizon.is_too_short(offer):
+                short += 1
+            elif not self._guard.has_room_at(offer.host_id, most_at_host):
                 full.add(offer.host_id)
             elif self._guard.admit_create(offer):
                 self._commands.append(Create(offer, why, evidence=self._evidence))
                 taken.add(offer.id)
         if not taken and (not self._notes or self._situation.holds):
             refused = [*self._situation.market.refused]
+            if short:
+                refused.append(f"the contracts of {short} end too soon")
             if full:
                 refused.append(f"{len(full)} hosts have their share, {most_at_host} instances")
             why_not = f" ({', '.join(refused)})" if refused else ""
             self._notes.append(f"no suitable offer on the market{why_not}")
 
-    def _labels(self, kind: type[Start] | type[Stop]) -> set[str]:
-        """Return the labels of the instances that are started, or stopped, by the commands so far."""
+    def _labels(self, kind: type[Start] | type[Stop] | type[Drain]) -> set[str]:
+        """Return the labels of the instances that the commands so far start, stop or drain."""
         return {c.label for c in self._commands if isinstance(c, kind)}
 
 

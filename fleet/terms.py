@@ -13,13 +13,25 @@ class Terms:
     """The terms of one instance as it was offered and listed; None: the cloud does not say.
 
     down_usd_gb, up_usd_gb: price of each GB that comes to it, and goes from it. end_at: when its contract
-    ends, epoch seconds. stopped_usd_h: what it cost while it was stopped, where that was seen.
+    ends, and agreed_end_at when it ends by an increase that was accepted, epoch seconds. stopped_usd_h: what
+    it cost while it was stopped, where that was seen.
     """
 
     down_usd_gb: float | None = None
     up_usd_gb: float | None = None
     end_at: float | None = None
     stopped_usd_h: float | None = None
+    agreed_end_at: float | None = None
+
+    @property
+    def ends_at(self) -> float | None:
+        """When the contract ends, as far as is known and agreed; None: nobody says."""
+        known = [at for at in (self.end_at, self.agreed_end_at) if at is not None]
+        return max(known, default=None)
+
+    def extend(self, end_at: float | None) -> None:
+        """Note until when the contract goes on by an increase that was accepted; None: for good."""
+        self.agreed_end_at = float("inf") if end_at is None else end_at
 
     @classmethod
     def offered(cls, offer: Offer, now: float) -> "Terms":

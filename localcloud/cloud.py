@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from localcloud.account import Account
-from localcloud.contract import DELETED_AFTER_S
+from localcloud.contract import DELETED_AFTER_S, with_terms
 from localcloud.durations import Downloads, Times
 from localcloud.effects import Effect, End, Moved
 from localcloud.faults import Faults
@@ -62,9 +62,7 @@ class Cloud:
         rng: the source of all chance. speedup divides the times, not prices; first_id: the first rental's
         number. realism: how unkind it is.
         """
-        self.machines = {
-            m.machine_id: m if realism.bandwidth else replace(m, inet_usd_gb=0.0) for m in machines
-        }
+        self.machines = {m.machine_id: with_terms(m, realism, speedup) for m in machines}
         self._slices = {m.machine_id: m.slices() for m in self.machines.values()}
         # Alone in the market no chance is drawn for others: seeded runs stay as they are.
         crowd = random.Random(rng.getrandbits(64)) if realism.crowded else random.Random(0)

@@ -8,7 +8,7 @@ A host that raises its price does not change a contract that runs: an accepted i
 and makes it longer. A rejected or unanswered one lets it end. Times are epoch seconds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from localcloud.machines import DAY_S, Machine
@@ -19,6 +19,17 @@ DELETED_AFTER_S = 48 * 3600.0
 
 ASKS_BEFORE_S = 3 * DAY_S
 """Seconds before the end of a contract at which a host asks for more; at the latest in the middle of it."""
+
+
+LEAST_DAYS = 0.01
+"""Days that a contract lasts at least, however fast the cloud is."""
+
+
+def with_terms(machine: Machine, realism: Realism, speedup: float) -> Machine:
+    """Return the machine with the terms that hold: contracts that end do so sooner in a fast cloud."""
+    days = max(LEAST_DAYS, machine.rental_days / speedup) if realism.contract_ends else machine.rental_days
+    usd_gb = machine.inet_usd_gb if realism.bandwidth else 0.0
+    return replace(machine, rental_days=days, inet_usd_gb=usd_gb)
 
 
 class ContractEvent(StrEnum):
@@ -59,7 +70,7 @@ class Contract:
 
     @property
     def _lasts_s(self) -> float:
-        return self._machine.rental_days * DAY_S / self._divisor
+        return self._machine.rental_days * DAY_S
 
     @property
     def deleted_at(self) -> float | None:

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Sequence
 
+from fleet import contract_ends
 from fleet.alarms import CREATES_OVER_S, STAYS_S, AlarmFacts, Alarms
 from fleet.holds import HoldKind
 from fleet.outside.notifier import Postbox
@@ -92,6 +93,8 @@ class AlarmWatch:
                 reasons={r.code: r.message for r in self._reasons.now() if r.code != "held"},
                 holds={str(h.kind): h.note for h in fleet.holds if h.kind is not HoldKind.NO_CREDIT},
                 budgets_near=fleet.money.warnings(),
+                contracts_end=contract_ends.ending(fleet, fleet.horizon, now).values(),
+                charges_off_usd=fleet.money.charges_off_usd,
                 hot=fleet.hot,
                 demand=demand.demand,
                 held=demand.held,

@@ -114,6 +114,8 @@ class CostsAnswer(Struct, frozen=True, rename={"from_s": "from", "to_s": "to"}):
     budgets: dict[str, dict[str, Any]]
     credit: dict[str, float | None]
     forecast_today_usd: float
+    price_increases: list[dict[str, Any]]
+    reconciled: list[dict[str, Any]]
     traffic: list[dict[str, Any]]
     intervals: list[dict[str, Any]]
 

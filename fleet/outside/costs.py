@@ -44,6 +44,7 @@ def cost_answer(scaler: Autoscaler, from_s: float, to_s: float) -> dict[str, Any
         "budgets": {s.period.name: s.shown() for s in money.budgets.standings},
         "credit": credit_shown(scaler),
         "forecast_today_usd": _forecast(scaler, burn),
+        **contract_money(scaler),
         "starts": count("start"),
         "stops": count("stop"),
         "creates": count("create"),
@@ -72,6 +73,23 @@ def _forecast(scaler: Autoscaler, usd_h: float) -> float:
     now = scaler.clock()
     begin, end = day_of(now)
     return scaler.ledger.spent(begin, now) + usd_h * (end - now) / 3600.0
+
+
+def contract_money(scaler: Autoscaler) -> dict[str, Any]:
+    """Return what hosts ask for going on, and the days that were held against the account's charges."""
+    money = scaler.instances.money
+    asked = [
+        {
+            "instance": one.increase.instance,
+            "old_usd_h": round(one.increase.old_usd_h, 6),
+            "new_usd_h": round(one.increase.new_usd_h, 6),
+            "end": one.increase.end_at,
+            "verdict": str(one.verdict),
+            "why": one.why,
+        }
+        for one in money.increases
+    ]
+    return {"price_increases": asked, "reconciled": [day.shown() for day in money.reconciled]}
 
 
 def credit_shown(scaler: Autoscaler) -> dict[str, float | None]:

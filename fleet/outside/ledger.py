@@ -35,12 +35,14 @@ from pathlib import Path
 from fleet.arrivals import Arrived
 from fleet.history import NAMES, FleetSample
 from fleet.journal import Entries, PriceChange
+from fleet.outside.ledger_charges import reconcile
 from fleet.outside.ledger_file import Transaction, is_damage, loss, set_aside
 from fleet.outside.ledger_mending import in_order
 from fleet.outside.ledger_prices import change_price, note_unwatched
 from fleet.outside.ledger_reading import BUCKET_S, DAY_S, LedgerReading
 from fleet.outside.ledger_schema import check_tables, migrate
 from process.safe_text import safe_text
+from vast.rows import Charges
 
 log = logging.getLogger("autoscaler")
 
@@ -191,6 +193,11 @@ class Ledger(LedgerReading):
             if now >= self._prune_at:
                 _prune(self._db, now - KEPT_S)
                 self._prune_at = now + PRUNE_EVERY_S
+
+    def reconcile(self, day_s: float, charges: Sequence[Charges], now: float) -> None:
+        """Hold a day (UTC) against what the account was charged on it; traffic is corrected by that."""
+        with self._lock, self._transaction():
+            reconcile(self._db, day_s, charges, now)
 
     def note(self, values: Mapping[str, str | float | None]) -> None:
         """Write single values by name; None removes the value of a name."""

@@ -11,8 +11,10 @@ from fleet.costs import CostBreakdown, break_down
 from fleet.durations import KEPT
 from fleet.history import FleetSample
 from fleet.journal import BillingInterval, BytesBilled, SavedFleet, SavedInstance
+from fleet.outside.ledger_charges import SPENT
 from fleet.outside.ledger_file import is_damage
 from fleet.outside.ledger_prices import LOOKED_AT
+from fleet.reconciled import ReconciledDay
 from fleet.states import State
 
 log = logging.getLogger("autoscaler")
@@ -127,14 +129,17 @@ class LedgerReading:
     def spent(self, from_s: float, to_s: float) -> float:
         """Return the dollars that the fleet cost inside the window, as a budget counts them."""
         with self._read() as db:
-            [(usd,)] = db.execute(
-                "SELECT (SELECT"
-                " TOTAL(usd_h * MAX(0.0, MIN(COALESCE(to_s, ?2), ?2) - MAX(from_s, ?1))) / 3600.0"
-                " FROM stretch WHERE from_s < ?2 AND (to_s IS NULL OR to_s > ?1))"
-                " + (SELECT TOTAL(usd) FROM traffic WHERE at_s >= ?1 AND at_s <= ?2)",
-                (from_s, to_s),
-            ).fetchall()
+            [(usd,)] = db.execute(SPENT, (from_s, to_s)).fetchall()
         return float(usd)
+
+    def reconciled(self, from_s: float) -> list[ReconciledDay]:
+        """Return the days since then that were held against the account's charges, oldest first."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT day_s, at_s, charged_usd, ledger_usd FROM reconciled WHERE day_s >= ? ORDER BY day_s",
+                (from_s,),
+            ).fetchall()
+        return [ReconciledDay(*row) for row in rows]
 
     def costs(self, from_s: float, to_s: float) -> CostBreakdown:
         """Return what the fleet cost inside the window; to_s is at most now."""

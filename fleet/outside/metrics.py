@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from fleet.contract_ends import ending
 from fleet.costs import SPENT_ON
 from fleet.holds import HoldKind
 from fleet.outside.costs import credit_shown
@@ -86,6 +87,13 @@ class AutoscalerMetrics(Collector):
         if credit["hours_left"] is not None:
             says = "How long the credit lasts at the present rate."
             yield gauge("autoscaler_credit_hours", says, credit["hours_left"])
+        fleet = self._scaler.instances
+        off = (("yesterday" if d.is_whole else "today", d.difference_usd) for d in fleet.money.reconciled)
+        says = "What the account was charged beside what the ledger has, of the days that were compared."
+        yield labelled(GaugeMetricFamily, "autoscaler_charges_difference_dollars", says, "day", off)
+        with self._scaler.lock:
+            soon = ending(fleet, fleet.horizon, self._scaler.clock())
+        yield gauge("autoscaler_contracts_ending", "Instances whose contract ends soon.", len(soon))
         used = ((s.period.name, s.share) for s in standings)
         says = "Share of the budget that is spent or bound to be, of a day or a month."
         yield labelled(GaugeMetricFamily, "autoscaler_budget_used_share", says, "period", used)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fleet import contract_ends
 from fleet.alarms import AlarmFacts, wrong_now
 from fleet.commands import Command, Create, Destroy, LookForOffers
 from fleet.costs import SPENT_ON, CostBreakdown
@@ -12,7 +13,7 @@ from fleet.history import columns
 from fleet.instance import Instance
 from fleet.journal import Decision
 from fleet.outside.audit import AuditTrail
-from fleet.outside.costs import credit_shown
+from fleet.outside.costs import contract_money, credit_shown
 from fleet.outside.ledger_reading import DAY_S
 from fleet.outside.tuner import NoCurve, Tuner
 from fleet.outside.turns import Autoscaler
@@ -96,6 +97,8 @@ class Overview:
                     usd_h=sum(i.price_usd_h for i in instances),
                     limit_usd_h=limits.max_usd_h,
                     budgets_near=instances.money.warnings(),
+                    contracts_end=contract_ends.ending(instances, instances.horizon, now).values(),
+                    charges_off_usd=instances.money.charges_off_usd,
                 )
             )
             start_s, load_s = instances.durations.start_s, instances.durations.load_s
@@ -117,7 +120,7 @@ class Overview:
                 "usd_h": limits.max_usd_h,
                 "committed_usd_h": committed.usd_h,
             },
-            "money": money | {"budgets": budgets, "credit": credit_shown(scaler)},
+            "money": money | {"budgets": budgets, "credit": credit_shown(scaler)} | contract_money(scaler),
             "instances": rows,
             "gone": gone,
             "decisions": [told(d) for d in reversed(found)],

@@ -47,6 +47,7 @@ from instance_client import InstanceClient
 from policies import Policy
 from process.clock import STEP_S, StepDetector, boot_id, steady_clock, wall_offset
 from process.errors import CloudError, ConfigError
+from vast.billing import Billing
 from vast.cli import Cli
 from vast.client import Vast
 
@@ -118,7 +119,7 @@ class AutoscalerProcess:
         )
         self._alarms = self._alarm_watch()
         self._steps = StepDetector()
-        self._account = AccountWatch(scaler, self.vast)
+        self._account = AccountWatch(scaler, self.vast, Billing(cli), performer.perform)
         self._beforehand = BeforehandWatch(scaler, beforehand_of(config, self.profile, cli))
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []

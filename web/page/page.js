@@ -101,6 +101,8 @@ function showMoney(o) {
   const lasts = credit.hours_left == null ? "" : `, which lasts ${span(credit.hours_left * 3600)} at this rate`;
   const said = Object.entries(budgets).map(([name, b]) => `${dollars(b.spent_usd)} of the ${name}’s ${dollars(b.limit_usd)} are spent and ${dollars(b.bound_usd)} bound to be; at this rate it will be ${dollars(b.forecast_usd)}.`);
   if (credit.usd != null) said.push(`The account has ${dollars(credit.usd)}${lasts}.`);
+  for (const p of o.money.price_increases) said.push(`The host of ${p.instance} asks for ${dollars(p.new_usd_h)} an hour instead of ${dollars(p.old_usd_h)}: ${p.verdict}.`);
+  for (const d of o.money.reconciled) said.push(`${moment(d.day)}: the account was charged ${dollars(d.charged_usd)}, the ledger has ${dollars(d.ledger_usd)}.`);
   say("budgets", said.join(" "));
   say("month", o.money.month_usd == null ? since : `A month like the last day costs ${dollars(o.money.month_usd)}. ${since}`);
 }

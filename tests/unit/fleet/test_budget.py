@@ -36,12 +36,9 @@ def test_days_and_months_begin_at_midnight_by_utc() -> None:
 
 def hot_world(budget_usd: float, hours_left: float = 12.0, hot: int = 2) -> World:
     """Two hot instances of 0.4 $/h, and 0.01 stopped, so many hours before midnight."""
-    w = World(limits=Limits(budget_usd_day=budget_usd)).with_pool(hot=hot, total=hot)
-    shift = MIDNIGHT - 3600.0 * hours_left - w.now
-    w.now += shift
-    for c in w.contracts.values():
-        c.ready_at = w.now - 10.0 if c.ready_at else c.ready_at
-    return w.tick().forget()
+    at = MIDNIGHT - 3600.0 * hours_left
+    w = World(limits=Limits(budget_usd_day=budget_usd), now=at - 2000.0).with_pool(hot=hot, total=hot)
+    return w.tick(at - w.now).forget()
 
 
 def spend(w: World, usd: float) -> World:
