@@ -2,6 +2,7 @@
 
 python autoscaler_server.py [flags]                     serve: keep the fleet as the policy wants it
 python autoscaler_server.py plan --count N [flags]      what that would rent and cost; nothing is ordered
+python autoscaler_server.py profile add ORG/MODEL       make a profile of a model: docs/models.md
 python autoscaler_server.py prepare --count N [flags]   rent N instances, load the model, stop them
 python autoscaler_server.py destroy-fleet [flags]       end everything that carries the label, after asking
 python autoscaler_server.py status [flags]              how a fleet stands; also decisions, costs
@@ -41,9 +42,10 @@ from fleet.outside.operator_commands import (
 )
 from fleet.outside.overview import FleetPlace, Overview
 from fleet.outside.page_routes import ENGINE_LOG, FROM, MARKET, TO, WHAT_IF, add_page, asked_by
-from fleet.outside.plan import PlanConfig, plan
+from fleet.outside.plan import PlanConfig, add_plan, plan
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
+from fleet.outside.profile_command import NewProfile, add_profile, profile_command
 from fleet.outside.reasons import OwnReasons
 from fleet.outside.secrets_command import DOES, run_secrets_command
 from fleet.outside.standing import StandingOrders
@@ -365,7 +367,8 @@ def parser() -> argparse.ArgumentParser:
         environment=ENVIRONMENT,
         description="Keep the fleet as the policy wants it. This is what runs without a command.",
         epilog="Other commands, each with a --help: "
-        f"{', '.join(('plan', 'prepare', 'destroy-fleet', 'secrets', *SHOW, *REACH, *ACT, *SWITCH))}.",
+        f"{', '.join(('plan', 'profile', 'prepare', 'destroy-fleet', 'secrets'))}, "
+        f"{', '.join((*SHOW, *REACH, *ACT, *SWITCH))}.",
         help="keep the fleet as the policy wants it (default)",
     )
     add_flags(serve_it, AutoscalerConfig)
@@ -381,7 +384,8 @@ def parser() -> argparse.ArgumentParser:
     prepare_it.add_argument(
         "--count", type=int, required=True, metavar="N", help="how many loaded instances to add (no default)"
     )
-    _add_plan(commands)
+    add_plan(commands, ENVIRONMENT)
+    add_profile(commands, ENVIRONMENT)
     destroy_it = commands.add_parser(
         "destroy-fleet",
         environment=ENVIRONMENT,
@@ -423,37 +427,14 @@ def _add_operator_commands(commands: "argparse._SubParsersAction[Parser]") -> No
         add_flags(it, OperatorConfig, without=tuple(unused))
 
 
-def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
-    plan_it = commands.add_parser(
-        "plan",
-        environment=ENVIRONMENT,
-        description="Show what `prepare --count N` would rent and what it would cost. Nothing is ordered.",
-        epilog="--count, --json, --trace and --yesterday are for the command line only.",
-        help="what prepare would cost, without renting",
-    )
-    add_flags(plan_it, AutoscalerConfig, without=SERVE_ONLY - {"policy", "policy_param", "goal"})
-    plan_it.add_argument(
-        "--count", type=int, default=1, metavar="N", help="how many instances to plan for (default 1)"
-    )
-    plan_it.add_argument("--json", action="store_true", help="print the answer as JSON (default: a table)")
-    plan_it.add_argument(
-        "--trace",
-        default="",
-        metavar="FILE",
-        help="a log of requests: what would it have cost on these machines? (default: none is played)",
-    )
-    plan_it.add_argument(
-        "--yesterday", action="store_true", help="the same for the fleet's own last day (default: not played)"
-    )
-
-
 def _config(args: argparse.Namespace) -> AutoscalerConfig:
     given = vars(args)
     if given.get("goal") is not None and given.get("policy", "objective") != "objective":
         raise ConfigError(f"--goal and --policy {given['policy']}: only objective has a goal")
     config = AutoscalerConfig(**{f.name: given[f.name] for f in fields(AutoscalerConfig) if f.name in given})
-    state_dir = config.state_dir or private_files.default_state_dir(config.label)
-    use_own_profiles(*read_own_profiles(config.profiles, state_dir))
+    if given["command"] != "profile":  # that makes the file, where there is none
+        state_dir = config.state_dir or private_files.default_state_dir(config.label)
+        use_own_profiles(*read_own_profiles(config.profiles, state_dir))
     return config
 
 
@@ -469,13 +450,15 @@ def main(argv: list[str] | None = None) -> None:
         run_operator_command(args.command, getattr(args, "of", None), OperatorConfig(**given))
         return
     config = _config(args)
-    if args.command == "prepare":
+    if args.command == "profile":
+        profile_command(NewProfile.of(args), config)
+    elif args.command == "prepare":
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         prepare(config, args.count)
     elif args.command == "secrets":
         run_secrets_command(config, args.does, args.name)
     elif args.command == "plan":
-        asked = PlanConfig(args.count, args.json, args.trace, args.yesterday)
+        asked = PlanConfig(args.count, args.json, args.trace, args.yesterday, args.fits)
         plan(config, asked, VIRTUAL)
     elif args.command == "destroy-fleet":
         destroy_fleet(config, ask=None if args.yes else input)

@@ -181,7 +181,16 @@ def full_queue_work_s(
     batch = max(1.0, min(timing.max_seqs, timing.kv_tokens / held))
     kept = MEMORY_BOUND_SHARE if batch < timing.max_seqs else 1.0
     read = batch / output_tokens * prompt_tokens
+    step_ms = step_of(timing, batch, prompt_tokens, output_tokens)
+    return kept * (batch + read * prefill_weight) / step_ms * 1e3
+
+
+def step_of(timing: Timing, batch: float, prompt_tokens: float, output_tokens: float) -> float:
+    """Return the milliseconds of a step with so many requests of these lengths, in the mean.
+
+    As many prompts are read in it as answers end.
+    """
+    held, read = prompt_tokens + output_tokens / 2.0, batch / output_tokens * prompt_tokens
     floor = max(timing.a, timing.d)
     linear = floor + timing.b * batch + timing.c * batch * held / 1e3 + timing.e * read / 1e3
-    step_ms = max(linear, timing.e * (batch + read) / 1e3)
-    return kept * (batch + read * prefill_weight) / step_ms * 1e3
+    return max(linear, timing.e * (batch + read) / 1e3)

@@ -4,6 +4,7 @@ With a trace, or with the fleet's last day, it also says what that would have co
 limits allow: a run in virtual time on a market of exactly these.
 """
 
+import argparse
 import json
 import os
 import sqlite3
@@ -20,19 +21,22 @@ from rich.table import Table
 from engine.gpus import gpu_of
 from engine.profile import Profile
 from engine.profiles import get_profile
+from engine.slo import Slo
 from fleet.candidates import Candidate, candidates, choose, summary
+from fleet.fits import fits_of
 from fleet.gpu_numbers import numbers_of
 from fleet.limits import Limits
 from fleet.market import sorted_out
 from fleet.outside.beforehand import beforehand_of
-from fleet.outside.config import AutoscalerConfig, vast_settings
+from fleet.outside.config import SERVE_ONLY, AutoscalerConfig, vast_settings
+from fleet.outside.fits_table import show_fits
 from fleet.outside.ledger import Ledger
 from fleet.outside.operator_commands import wide_console
 from fleet.outside.replay_process import ReplayFailed, ReplayProcess
 from fleet.replay import WINDOW_S, BadReply
 from fleet.what_if import LEAST_REQUESTS, FleetNow, flags_of, log_of, summary_of
 from fleet_client import private_files
-from fleet_client.flags import within
+from fleet_client.flags import Parser, add_flags, within
 from process.errors import CloudError, ConfigError
 from process.safe_text import safe_text
 from vast.cli import Cli
@@ -48,12 +52,47 @@ MOST_PLAYED_S = 3600.0
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What is asked of `plan`. trace: a log of requests to play; yesterday: play the fleet's own last day."""
+    """What is asked of `plan`. trace: a log of requests to play; yesterday: play the fleet's own last day.
+
+    fits: show which GPUs of the market serve the model in time.
+    """
 
     count: int = 1
     as_json: bool = False
     trace: str = ""
     yesterday: bool = False
+    fits: bool = False
+
+
+def add_plan(commands: "argparse._SubParsersAction[Parser]", environment: str) -> None:
+    """Add the command's parser. environment: beginning of its flags' names there."""
+    plan_it = commands.add_parser(
+        "plan",
+        environment=environment,
+        description="Show what `prepare --count N` would rent and what it would cost. Nothing is ordered.",
+        epilog="--count, --json, --trace, --yesterday and --fits are for the command line only.",
+        help="what prepare would cost, without renting",
+    )
+    add_flags(plan_it, AutoscalerConfig, without=SERVE_ONLY - {"policy", "policy_param", "goal"})
+    plan_it.add_argument(
+        "--count", type=int, default=1, metavar="N", help="how many instances to plan for (default 1)"
+    )
+    plan_it.add_argument("--json", action="store_true", help="print the answer as JSON (default: a table)")
+    plan_it.add_argument(
+        "--trace",
+        default="",
+        metavar="FILE",
+        help="a log of requests: what would it have cost on these machines? (default: none is played)",
+    )
+    plan_it.add_argument(
+        "--yesterday", action="store_true", help="the same for the fleet's own last day (default: not played)"
+    )
+    plan_it.add_argument(
+        "--fits",
+        action="store_true",
+        help="which GPUs of the market serve the model in time, and what a million tokens cost there "
+        "(default: not shown)",
+    )
 
 
 def plan(
@@ -88,6 +127,7 @@ def plan(
     said = summary(taken, asked.count, limits, preferences)
     if failed := sum(o.machine_id in bad for o in offers):
         said.append(f"{failed} offers left out: their machines failed lately, or are banned.")
+    fits = fits_of(wanted, profile, Slo()) if asked.fits else None
     said += [f"{f.says[:1].upper()}{f.says[1:]}." for f in beforehand_of(config, profile, cli).findings()]
     if refused:
         said.append(f"Left out: {', '.join(f'{n} {why}' for why, n in refused.most_common())}.")
@@ -100,10 +140,13 @@ def plan(
             "offers": [c.shown() for c in found],
             "says": said,
             "played": played,
+            "fits": None if fits is None else [f.shown() for f in fits],
         }
         console.print(json.dumps(answer), highlight=False, markup=False, soft_wrap=True)
         return
     console.print(_table(found, taken))
+    if fits is not None:
+        show_fits(fits, profile, console)
     if played is not None:
         said.append(_in_words(played))
     for sentence in said:

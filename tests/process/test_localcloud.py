@@ -568,6 +568,7 @@ def test_a_plan_says_what_would_be_rented_and_rents_nothing(
     done = run_command("autoscaler_server.py", autoscaler_main, "plan", "--count", "2", "--json", *flags)
     said = json.loads(done.out)
     assert [one["host"] for one in said["taken"]] == [7001, 7002]  # at most a third of the fleet on one
+    assert said["fits"] is None
     assert [one for one in said["taken"] if one not in said["offers"]] == []
     assert said["taken"][0]["usd_to_set_up"] > said["taken"][0]["download_usd"] > 0.0
     assert "prepare --count 2: $" in said["says"][0]
@@ -590,6 +591,22 @@ def test_a_plan_plays_a_trace_on_the_machines_that_an_operator_wants(
     assert 0.0 < said["played"]["usd_day"] < 24.0
     assert any("0.5 $/h a GPU" in one for one in said["says"])
     assert cloud.vast.list_instances() == []
+
+
+def test_a_plan_shows_which_gpus_of_the_market_serve_a_model_in_time(
+    dear_cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALCLOUD_API_KEY", KEY)
+    flags = ["--local", "--cloud-url", dear_cloud.url, "--state-dir", str(tmp_path / "state")]
+    flags += ["--speedup", "300", "--model", "qwen3-14b", "--fits"]
+    said = json.loads(run_command("autoscaler_server.py", autoscaler_main, "plan", "--json", *flags).out)
+    there = {(fit["gpu_name"], fit["num_gpus"]) for fit in said["fits"]}
+    assert {gpu for gpu, _ in there} == {"RTX A6000", "L40S", "A100 SXM4", "H100 SXM"}
+    prices = [fit["usd_per_million_tokens"] for fit in said["fits"]]
+    assert prices == sorted(prices)
+    shown = run_command("autoscaler_server.py", autoscaler_main, "plan", *flags).out
+    assert "1 x H100 SXM" in shown
+    assert "Would hold it, but none was found:" in shown
 
 
 def test_a_plan_of_a_day_that_nobody_knows_is_refused(

@@ -42,7 +42,7 @@ OPERATING = ROOT / "docs" / "operating.md"
 COMMANDS: dict[str, tuple[Callable[[list[str]], object], tuple[str, ...]]] = {
     "autoscaler_server.py": (
         autoscaler_server.main,
-        ("serve", "plan", "prepare", "destroy-fleet", "secrets", *SHOW, *REACH, *ACT, *SWITCH),
+        ("serve", "plan", "profile", "prepare", "destroy-fleet", "secrets", *SHOW, *REACH, *ACT, *SWITCH),
     ),
     "loadbalancer_server.py": (loadbalancer_server.main, ("",)),
     "sim.py": (sim.main, ("",)),
