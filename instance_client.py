@@ -49,6 +49,10 @@ TAIL = 4096
 """Bytes of a stream that are kept: usage and [DONE] are its last events."""
 
 
+PATHS = {"messages": "/v1/chat/completions", "input": "/v1/embeddings"}
+"""Where a request goes that has that field; one with neither is a completion."""
+
+
 class PromptRefused(InstanceError):
     """The engine does not take a request of that kind, such as a chat of a model without a chat template."""
 
@@ -266,6 +270,8 @@ class InstanceClient:
     ) -> int:
         """Send a short prompt; return how many tokens came back, at least one, or raise InstanceError.
 
+        Of a text to be embedded they are those that were read.
+
         Raises PromptRefused where the engine does not take such a request at all.
         """
         timeouts = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_SHARE * timeout_s)
@@ -273,9 +279,10 @@ class InstanceClient:
         if answer.status != 200:
             kind = PromptRefused if answer.status in (400, 404, 405, 422) else InstanceError
             raise kind(f"{address}: test prompt: wanted 200, got {answer.status}: {answer.error}")
-        if answer.completion_tokens < 1:
+        tokens = answer.prompt_tokens if "input" in body else answer.completion_tokens
+        if tokens < 1:
             raise InstanceError(f"{address}: test prompt: wanted a token, got none")
-        return answer.completion_tokens
+        return tokens
 
     async def stream(
         self,
@@ -292,7 +299,7 @@ class InstanceClient:
         Raises NotStarted, BrokenOff.
         """
         assert self._model is not None, "used outside its context"  # noqa: S101 a mistake of ours
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        path = next((path for part, path in PATHS.items() if part in body), "/v1/completions")
         sent = False
         try:
             async with self._model.post(

@@ -134,6 +134,8 @@ def read_config(
         experts=_experts(n) if in_experts else 0,
         experts_used=_experts_used(n) if in_experts else 0,
     )
+    if _scores(n):
+        raise ConfigError(f"{what} scores texts: only models that make text or vectors can be served")
     kind, makes_vectors = n.text("model_type") or "unknown", pooling or _is_pooling(n)
     return ModelFacts(kind, shape, wanted, method, makes_vectors, kept is not stored)
 
@@ -241,6 +243,11 @@ def _local_layers(n: ConfigNumbers, layers: int) -> int:
 
 def _is_encoder(n: ConfigNumbers) -> bool:
     return n.text("model_type") in ("bert", "roberta", "xlm-roberta", "distilbert", "nomic_bert", "mpnet")
+
+
+def _scores(n: ConfigNumbers) -> bool:
+    names = n.outer.get("architectures")
+    return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
 
 
 def _is_pooling(n: ConfigNumbers) -> bool:

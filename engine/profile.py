@@ -54,7 +54,7 @@ class Profile:
     to hot on a stopped machine that holds the model. download_gb: image and weights, as they come over the
     network. env: environment variables of the container, no secrets; NCCL_P2P_DISABLE=1 for several GPUs on
     boards without P2P, where NCCL hangs (vllm#2466, #14449). chats: whether the model has a chat template,
-    without which a machine does not become hot.
+    without which a machine does not become hot. pooling: it makes vectors, no text.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Profile:
     throughput_by_gpu: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     chats: bool = True
+    pooling: bool = False
 
     @property
     def offer_query(self) -> str:

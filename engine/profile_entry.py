@@ -157,6 +157,7 @@ class ProfileEntry:
             shape=self.shape,
             env=dict(self.env),
             chats=not self.pooling,
+            pooling=self.pooling,
         )
         slowest = full_queue_work_s(made.timing_on(SLOWEST_GPU, self.gpus), self.prefill_weight)
         return replace(made, throughput_work_s=slowest)

@@ -142,6 +142,12 @@ def as_completion(chat: Mapping[str, Any]) -> dict[str, Any]:
     return body | {"prompt": " ".join(one["content"] for one in chat["messages"])}
 
 
+def as_embedding(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the text of a test prompt as one to be embedded, for a model that makes vectors."""
+    plain = as_completion(body) if "messages" in body else body
+    return {"model": plain["model"], "input": plain["prompt"]}
+
+
 def _sentence(rng: random.Random, shapes: tuple[str, ...]) -> str:
     a, b = rng.sample(_THINGS, 2)
     text = rng.choice(shapes).format(a=a, b=b, c=rng.choice(_DOES), n=rng.randint(200, 90_000))

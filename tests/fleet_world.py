@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autoscaler import InstanceSet
+from engine.gpus import GPUS
 from engine.profiles import get_profile
 from fleet.commands import (
     AskPage,
@@ -47,7 +48,7 @@ def make_offer(id: int, usd_h: float = 0.4, gpu: str = "RTX 4090", machine: int 
         host_id=1,
         gpu_name=gpu,
         num_gpus=1,
-        gpu_ram_mb=24564,
+        gpu_ram_mb=1024.0 * GPUS[gpu].mem_gb if gpu in GPUS else 24_564.0,
         dph_total=usd_h,
         dph_base=usd_h - 0.01,
         storage_cost_gb_month=0.15,

@@ -26,7 +26,7 @@ import paramiko
 
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
 from fleet.outside.ssh_log import HostKeyChanged, LoginRanNothing, LogView, SshLog
-from fleet.probe_prompts import CHATS, HEADERS, as_completion, probe
+from fleet.probe_prompts import CHATS, HEADERS, as_completion, as_embedding, probe
 from fleet.slowness import ProbePace
 from fleet.states import State
 from instance_client import InstanceClient, PromptRefused, WrongCertificate
@@ -67,13 +67,15 @@ class HealthChecker:
         long_prompt: int = 0,
         *,
         chats: bool = True,
+        pooling: bool = False,
     ) -> None:
         """Prepare for checks. model: the served model's name. timeout_s: seconds for a whole check.
 
         long_prompt: characters of a test prompt for a machine that clients accuse; 0: as for others. chats:
-        whether the model is one for chats, which must work before a machine is hot.
+        whether the model is one for chats, which must work before a machine is hot. pooling: it makes
+        vectors, so its prompts are texts to be embedded.
         """
-        self._chats = chats
+        self._chats, self._pooling = chats, pooling
         self._long_prompt = long_prompt
         self._client = client
         self._ssh = ssh
@@ -121,6 +123,8 @@ class HealthChecker:
         to_be_hot = self._chats and order.state is State.RUNNING
         characters = self._long_prompt if order.long_prompt else 0
         body = probe(self._rng, self._model, characters, 1.0 if to_be_hot else CHATS)
+        if self._pooling:
+            body = as_embedding(body)
         try:
             return await self._prompt(auth_url, address, token, body, certificate, found)
         except PromptRefused:

@@ -28,8 +28,8 @@ MOST_BYTES = 64 * 2**20
 
 INDEX = "model.safetensors.index.json"
 
-EMBEDDERS = ("feature-extraction", "sentence-similarity", "text-ranking")
-"""What the hub calls models that make vectors or scores, and no text."""
+EMBEDDERS = ("feature-extraction", "sentence-similarity")
+"""What the hub calls models that make vectors, and no text."""
 
 POOLING_FILE = "modules.json"
 """A file that only models of sentence-transformers have: they make vectors."""

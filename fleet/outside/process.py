@@ -181,6 +181,7 @@ class AutoscalerProcess:
             self.scaler.clock,
             long_prompt=long_prompt(self.profile.max_model_len),
             chats=self.profile.chats,
+            pooling=self.profile.pooling,
         )
 
     def _alarm_watch(self) -> AlarmWatch | None:

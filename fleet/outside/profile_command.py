@@ -172,7 +172,7 @@ def _found(name: str, entry: ProfileEntry, facts: ModelFacts, path: Path) -> lis
     one_gb = shape.kv_bytes * facts.context / 1e9
     kind = "makes vectors" if facts.pooling else "makes text"
     parser = entry.tool_parser or ("none" if facts.pooling else "unknown, so tools are refused")
-    said = [
+    return [
         f"{entry.model}: {facts.kind}, {kind}, {shape.params_b:.3g} billion parameters{active}, {kept}.",
         f"Weights {shape.weights_gb:.1f} GB; KV memory {shape.kv_bytes / 1e3:.0f} kB a token: {one_gb:.1f} GB"
         f" for a request of {facts.context:,} tokens.",
@@ -181,12 +181,6 @@ def _found(name: str, entry: ProfileEntry, facts: ModelFacts, path: Path) -> lis
         f"Tool parser {parser}; reasoning parser {entry.reasoning_parser or 'none'}.",
         f"Written to {path} as [{name}]: serve it with --model {name}.",
     ]
-    if facts.pooling:
-        said.append(
-            "The health checks send prompts for text, which a model of vectors refuses: an instance with it "
-            "does not become hot yet."
-        )
-    return said
 
 
 # --- outside world ----------------------------------------------------------------------------------------

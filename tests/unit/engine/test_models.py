@@ -192,6 +192,7 @@ def test_an_embedding_model_is_told_by_its_architecture_or_by_the_hub() -> None:
         ({}, {}, "no num_hidden_layers or n_layer|no vocab_size|no hidden_size"),
         (QWEN3_8B | {"num_hidden_layers": 10**9}, {}, "num_hidden_layers: wanted 1 to"),
         (QWEN3_8B | {"hidden_size": True}, {}, "no hidden_size"),
+        (BGE_M3 | {"architectures": ["XLMRobertaForSequenceClassification"]}, {}, "scores texts"),
         (QWEN3_8B, {"context": 50_000}, "--context 50000: org/model has at most 40960"),
         (QWEN3_8B | {"quantization_config": {"quant_method": "magic"}}, {}, "quantized by magic"),
     ],

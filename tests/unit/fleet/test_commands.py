@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,3 +140,14 @@ def test_what_the_cloud_holds_against_the_account_is_known_by_its_words(
     error = cli.api_error("vastai create instance 1", cli.CREATE, status, msg)
     assert isinstance(error, ApiError)
     assert refusal_of(error) is refusal
+
+
+@pytest.mark.parametrize(("gpu", "count", "told"), [("RTX 4090", 4, True), ("H100 SXM", 2, False)])
+def test_an_instance_of_several_consumer_boards_is_told_that_they_have_no_p2p(
+    gpu: str, count: int, told: bool
+) -> None:
+    cloud = Cloud()
+    performer = Performer(cloud, get_profile("qwen3-32b"), lambda _: "master")  # type: ignore[arg-type]
+    performer.perform(Create(replace(make_offer(5, gpu=gpu), num_gpus=count), "wanted", label="fleet/abc"))
+    ((_, (_, more)),) = cloud.asked
+    assert ("-e NCCL_P2P_DISABLE=1" in more["env"]) is told

@@ -125,6 +125,16 @@ def test_a_model_without_a_chat_template_does_not_become_hot() -> None:
         assert found.met
 
 
+@pytest.mark.parametrize("state", [State.RUNNING, State.HOT])
+def test_a_model_of_vectors_is_sent_texts_to_be_embedded(state: State) -> None:
+    client = Client()
+    for _ in range(20):
+        passed = check(order(state=state), Log(READY), client, chats=False, pooling=True)
+        assert passed.verdict is Verdict.PASSED
+    assert {frozenset(body) for body in client.prompted} == {frozenset({"model", "input"})}
+    assert all(isinstance(body["input"], str) and len(body["input"]) > 10 for body in client.prompted)
+
+
 @pytest.mark.parametrize(("state", "chats"), [(State.HOT, True), (State.RUNNING, False)])
 def test_a_model_for_completions_only_and_a_hot_machine_are_asked_for_a_completion(
     state: State, chats: bool
@@ -215,12 +225,8 @@ def order(n: int = 1, state: State = State.RUNNING, read_log: bool = True) -> He
     return HealthCheckOrder(f"f/{n}", n, state, ("127.0.0.1", 22), f"http://a{n}", f"http://m{n}", read_log)
 
 
-def check(
-    order: HealthCheckOrder, log: Any, client: Any, timeout_s: float = 5.0, *, chats: bool = True
-) -> HealthCheck:
-    checker = HealthChecker(
-        client, log, lambda label: "master", "vllm-13", timeout_s, lambda: 100.0, chats=chats
-    )
+def check(order: HealthCheckOrder, log: Any, client: Any, timeout_s: float = 5.0, **kind: Any) -> HealthCheck:
+    checker = HealthChecker(client, log, lambda label: "master", "vllm-13", timeout_s, lambda: 100.0, **kind)
     return asyncio.run(checker.check(order))
 
 

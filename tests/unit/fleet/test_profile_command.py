@@ -18,9 +18,10 @@ from fleet.outside.model_files import HubFiles
 from fleet.outside.profile_command import NewProfile, profile_command
 from process.errors import ConfigError
 from tests.loopback_hub import TOKEN, HubModel, LoopbackHub, running_hub
-from tests.model_configs import BGE_M3, GPT_OSS_20B, LLAMA_70B, QWEN3_8B, QWEN3_30B_A3B
+from tests.model_configs import BGE_M3, BUILT_IN, GPT_OSS_20B, LLAMA_70B, QWEN3_8B, QWEN3_30B_A3B
 
 GB = 10**9
+GEMMA_3_12B = BUILT_IN["gemma-3-12b"][1]
 
 
 def shards(total: int, count: int) -> dict[str, int]:
@@ -34,6 +35,7 @@ MODELS = {
     "Qwen/Qwen3-8B": HubModel(QWEN3_8B, shards(16_381_470_720, 5), revisions=("main", "v1")),
     "Qwen/Qwen3-30B-A3B": HubModel(QWEN3_30B_A3B, shards(61_064_000_000, 16)),
     "meta-llama/Llama-3.1-70B-Instruct": HubModel(LLAMA_70B, shards(141_107_412_992, 30), gated=True),
+    "google/gemma-3-12b-it": HubModel(GEMMA_3_12B, shards(24_374_000_000, 5), gated=True),
     "BAAI/bge-m3": HubModel(
         BGE_M3, {"model.safetensors": 2_271_064_456, "modules.json": 349}, pipeline_tag="sentence-similarity"
     ),

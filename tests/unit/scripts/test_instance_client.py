@@ -406,6 +406,19 @@ def test_a_test_prompt_is_told_from_one_of_a_kind_that_the_engine_does_not_take(
         assert type(failed.value) is kind
 
 
+def test_a_text_to_be_embedded_goes_to_its_own_route_and_counts_what_was_read() -> None:
+    paths: list[str] = []
+
+    async def embeds(request: web.Request) -> web.Response:
+        paths.append(request.path)
+        usage = {"prompt_tokens": 7, "total_tokens": 7, "completion_tokens": 0}
+        return web.json_response({"data": [{"embedding": [0.1]}], "usage": usage})
+
+    body = {"model": "m", "input": "a text"}
+    assert ask(embeds, lambda c, url: c.test_prompt(url, "t", body, timeout_s=5.0)) == 7
+    assert paths == ["/v1/embeddings"]
+
+
 def test_a_test_prompt_needs_at_least_one_token() -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 0}
     with pytest.raises(InstanceError, match="got none"):
