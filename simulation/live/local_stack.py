@@ -168,7 +168,7 @@ class LocalStack:
             *self.programs.cloud,
             *("--port", _port(self.cloud_url), "--speedup", f"{c.speedup:g}", "--engine", c.engine),
             *("--root", str(self.state_dir / "cloud"), "--seed", str(c.seed)),
-            *("--realism", c.realism),
+            *("--realism", c.realism, *(word for name in c.only for word in ("--only", name))),
         )
         self._wait_up(CLOUD, f"{self.cloud_url}/localcloud/status")
         self.say(f"{self.engine}, speedup {c.speedup:g}: {self.cloud_url}")

@@ -54,7 +54,9 @@ class StackConfig:
 
     speedup: boot and load times of the local cloud are the real ones divided by it. state_dir: for keys, logs
     and the cloud's disks; None makes a temporary one that is removed in the end. hot: instances that are hot
-    before start() returns. autoscaler_args: further flags of `autoscaler_server.py serve`.
+    before start() returns. realism, only: how unkind
+    the cloud is, and if not in all, in which things. autoscaler_args: further flags of
+    `autoscaler_server.py serve`.
     """
 
     engine: str = "paced"
@@ -63,6 +65,7 @@ class StackConfig:
     speedup: float = 60.0
     seed: int = 0
     realism: str = "none"
+    only: tuple[str, ...] = ()
     label: str = "sim"
     max_instances: int = 6
     max_dollars_per_hour: float = 10.0

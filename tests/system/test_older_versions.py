@@ -261,7 +261,7 @@ def test_the_instance_is_found_cold_and_the_old_costs_are_still_told(stack: Stac
     }
     old = saved("costs.json")
     new = stack.ask("GET", f"{stack.autoscaler}/costs?from=0&to={old['to']}")
-    assert new["usd"] == pytest.approx(old["usd"])
+    assert new["usd"] == pytest.approx({**old["usd"], "traffic": 0.0}), "bytes were not known then"
     assert old["usd"]["hot_working"] > 0.0
     for name in ("intervals", "order_to_hot_s", "starts", "stops", "creates", "destroys", "utilisation"):
         assert new[name] == old[name] or new[name] == pytest.approx(old[name]), name
