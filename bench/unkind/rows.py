@@ -199,13 +199,44 @@ def contract_ends(play: Play) -> Verdict:
     return Verdict(well.right and outcome.last_hot == 1, f"{well.figures}, {outcome.last_hot} hot at the end")
 
 
+def price_increase(play: Play) -> Verdict:
+    """The only machine's host asks for 40 % more, or the contract ends: it must be heard."""
+    only = _card(1, 0.45, slots=1, rental_days=3.5)
+    day = Day(
+        only=("price_increase", "contract_ends"),
+        machines=[only],
+        speedup=6_000.0,
+        whole=True,
+        most_s=75.0,
+    )
+    outcome = play(day)
+    well = _no_waste(outcome, 1)
+    return Verdict(well.right and outcome.last_hot == 1, f"{well.figures}, {outcome.last_hot} hot at the end")
+
+
+def no_card(play: Play) -> Verdict:
+    """The credit is gone for three days, half a minute here; machines are deleted, others follow."""
+    gone: list[float] = []
+
+    def end_it(fleet: Fleet, passed: float) -> None:
+        shown = fleet.ask(f"{fleet.autoscaler}/instances") or {}
+        if not gone and any(i["state"] == "hot" for i in shown.get("instances", [])):
+            gone.append(passed)
+            fleet.ask(f"{fleet.cloud}/localcloud/faults", {"name": "credit-zero", "seconds": 36})
+
+    day = Day(only=("no_card",), machines=_GOOD, speedup=7_200.0, act=end_it, whole=True, most_s=90.0)
+    outcome = play(day)
+    right = outcome.last_hot == 1 and not outcome.banned
+    return Verdict(right, f"{outcome.says()}, {outcome.last_hot} hot at the end")
+
+
 ROWS: Mapping[str, Callable[[Play], Verdict]] = MappingProxyType(
     {
         row.__name__: row
         for row in (
             *(kind, script_bytes, old_drivers, foreign_cpus, sizes, big_market),
             *(renters, price_moves, offers_vanish, rate_limits),
-            *(bandwidth, stopped_storage, spend_limit_usd_h, contract_ends),
+            *(bandwidth, stopped_storage, spend_limit_usd_h, contract_ends, price_increase, no_card),
             *(gated_model, missing_model, wrong_argument, missing_image, private_image, credit),
         )
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from engine.profile import Profile
 from engine.profiles import PROFILES
 from fleet.outside.market_flags import MarketFlags
 from fleet_client import private_files
@@ -242,6 +243,10 @@ class AutoscalerConfig(MarketFlags):
         if self.public_url is not None:
             return f"{self.public_url.rstrip('/')}/ready"
         return f"{scheme(self.tls_cert)}://127.0.0.1:{self.port}/ready" if self.local else None
+
+    def offer_query(self, profile: Profile) -> str:
+        """Return the search for machines that can run the profile and are wanted by the flags."""
+        return f"{profile.offer_query(self.speedup)} {self.preferences.query()}".strip()
 
     def in_the_clear(self) -> list[InTheClear]:
         """Return what the command `serve` sends over a network unencrypted with this configuration."""

@@ -1,6 +1,5 @@
 """Sends the autoscaler's commands to the cloud."""
 
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,8 +23,6 @@ from vast.account_secrets import RegistryLogin
 from vast.client import Vast
 from vast.errors import ApiError, CloudAuthError, NoSuchInstance, OfferGone, RateLimited
 
-log = logging.getLogger("autoscaler")
-
 # --- outside world ---------------------------------------------------------------------------------
 
 
@@ -38,18 +35,18 @@ class Performer:
         profile: Profile,
         master_token: Callable[[str], str],
         ready_url: str | None = None,
-        wanted: str = "",
+        query: str = "",
         ssh_public_key: str = "",
         login: RegistryLogin | None = None,
     ) -> None:
         """Prepare to send commands. master_token: a function from an instance's label to its master token.
 
-        ready_url: the URL at which an instance reports that it is ready. wanted: what a search for offers
-        asks beside the profile's query. ssh_public_key: instances accept it. login: to the registry of the
+        ready_url: the URL at which an instance reports that it is ready. query: the search for
+        offers; empty: the profile's own. ssh_public_key: instances accept it. login: to the registry of the
         image.
         """
         self._ready_url = ready_url
-        self._query = f"{profile.offer_query} {wanted}".strip()
+        self._query = query or profile.offer_query()
         self._ssh_public_key = ssh_public_key
         self._login = login
         self._vast = vast
@@ -100,7 +97,6 @@ class Performer:
                 onstart=start.onstart,
                 login=self._login,
             )
-            self._attach_key(new_id)
             return Performed(Reply.DONE, new_id=new_id)
         if isinstance(command, Start):
             self._vast.start(command.id)
@@ -114,14 +110,6 @@ class Performer:
         elif isinstance(command, AskPage):
             return Performed(Reply.DONE, row=self._vast.show_instance(command.id))
         return Performed(Reply.DONE)
-
-    def _attach_key(self, new_id: int) -> None:
-        """Have a new instance accept the fleet's ssh key; without that its start script does it, later."""
-        try:
-            if self._ssh_public_key:
-                self._vast.attach_ssh_key(new_id, self._ssh_public_key)
-        except (CloudError, ValueError) as e:
-            log.warning("%d: the ssh key could not be attached: %s", new_id, e)
 
 
 def refusal_of(e: ApiError) -> AccountFault | None:

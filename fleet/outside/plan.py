@@ -113,7 +113,7 @@ def plan(
     private_files.make_private_dir(state_dir)
     cli = Cli(vast_settings(config, state_dir, os.environ, Path.home()))
     vast = Vast(cli)
-    query = f"{profile.offer_query} {preferences.query()}".strip()
+    query = config.offer_query(profile)
     try:
         offers = vast.search_offers(query, storage_gb=profile.disk_gb)
     except CloudError as e:

@@ -146,13 +146,12 @@ class AutoscalerProcess:
 
     def _performer(self) -> Performer:
         config, keys = self.config, self.keys
-        wanted = config.preferences.query()
         return Performer(
             self.vast,
             self.profile,
             keys.master_token,
             config.ready_url,
-            wanted,
+            config.offer_query(self.profile),
             keys.ssh_public_key,
             config.login(),
         )

@@ -202,5 +202,4 @@ def _offers(profile: Profile, config: AutoscalerConfig, environ: Mapping[str, st
     state_dir = config.state_dir or private_files.default_state_dir(config.label)
     private_files.make_private_dir(state_dir)
     vast = Vast(Cli(vast_settings(config, state_dir, environ, Path.home())))
-    query = f"{profile.offer_query} {config.preferences.query()}".strip()
-    return vast.search_offers(query, storage_gb=profile.disk_gb)
+    return vast.search_offers(config.offer_query(profile), storage_gb=profile.disk_gb)

@@ -244,7 +244,7 @@ class SimulatedCloud:
 
     def offers(self, now: float) -> list[Offer]:
         """Return the offers that match the profile's query."""
-        filters = _filters(self._profile.offer_query)
+        filters = _filters(self._profile.offer_query())
         disk_gb = self._profile.disk_gb
         query = Query({}, limit=100_000, disk_gb=disk_gb)
         return [

@@ -152,18 +152,7 @@ CLOUD_MODEL = {
             "machines",
             "offers",
         ),
-        *(
-            "orders",
-            "phases",
-            "query",
-            "realism",
-            "regions",
-            "rental",
-            "rental_state",
-            "renters",
-            "rows",
-            "ssh_logins",
-        ),
+        *("orders", "phases", "query", "realism", "regions", "rental", "rental_state", "renters", "rows"),
     )
 }
 """The pure modules of localcloud: virtual time runs on them."""

@@ -95,7 +95,7 @@ def test_some_machine_of_known_gpus_fits_and_the_search_asks_for_enough_memory(n
     assert len({round(rate) for rate in rates}) > 3, "each GPU has its own"
     assert profile.throughput_work_s <= max(rates)
     assert profile.disk_gb > entry.weights_gb + 30.0
-    assert profile.image.cuda in profile.offer_query
+    assert profile.image.cuda in profile.offer_query()
 
 
 def test_the_unquantised_70b_takes_the_hour_of_the_design() -> None:

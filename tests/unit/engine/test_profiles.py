@@ -109,7 +109,7 @@ def test_a_profile_names_the_parser_of_its_tool_calls(name: str) -> None:
 def test_every_search_asks_for_what_makes_a_machine_fit(name: str) -> None:
     """The local cloud's big market has machines that fail each of these (localcloud/catalogue.py)."""
     profile = PROFILES[name]
-    words = profile.offer_query.split()
+    words = profile.offer_query().split()
     assert {"cpu_arch=amd64", "reliability>0.98", "duration>3", "inet_down_cost<0.02"} <= set(words)
     assert f"disk_space>={profile.disk_gb:g}" in words
     assert f"cuda_max_good>={profile.image.cuda}" in words
@@ -125,3 +125,7 @@ def test_the_image_has_the_cuda_that_is_asked_for() -> None:
 def test_no_profile_forces_a_slow_kernel(name: str) -> None:
     """`--quantization awq` is 23 tokens a second where vLLM's own choice makes 123 (vllm#21376)."""
     assert "--quantization" not in PROFILES[name].vllm_args
+
+
+def test_a_contract_of_a_fast_local_cloud_may_be_as_much_shorter() -> None:
+    assert "duration>0.05" in PROFILES["vllm-13"].offer_query(60.0).split()
