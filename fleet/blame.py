@@ -210,7 +210,7 @@ class Blame:
             now,
             ends=ENDS,
             trial_at=now + rest_s if hosts > 1 else now,
-            not_at=frozenset() if hosts > 1 else frozenset(given.hosts),
+            not_at=frozenset(given.hosts),
         )
 
     def note_create(self, now: float) -> None:

@@ -43,7 +43,7 @@ class Hold:
 
     sentence: for the operator, with what to do. held: which orders it stops. ends: how it comes to an end.
     trial_at: from then on one machine may be rented to see whether it is over (never, if not given); not_at:
-    hosts that it is not to be rented from.
+    hosts that it is not to be rented from while there are others.
     """
 
     kind: HoldKind

@@ -374,14 +374,15 @@ class Planner:
         avoided = {
             i.machine_id for i in self._situation.instances if i.taken_out.for_good or i.state is State.FAILED
         }
-        avoided_hosts = {host for hold in self._situation.holds for host in hold.not_at}
+        said_so = {host for hold in self._situation.holds for host in hold.not_at}
+        others = [offer for offer in self._situation.market.offers if host_of(offer) not in said_so]
         taken: set[int] = set()
         short = 0
         full: set[int | None] = set()  # hosts that have their share of the fleet
-        for offer in self._situation.market.offers:
+        for offer in others or self._situation.market.offers:
             if len(taken) >= most:
                 break
-            if offer.machine_id in avoided or offer.id in taken or host_of(offer) in avoided_hosts:
+            if offer.machine_id in avoided or offer.id in taken:
                 continue
             if self._situation.horizon.is_too_short(offer):
                 short += 1

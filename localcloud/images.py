@@ -102,6 +102,10 @@ def cuda_of(image: str) -> float | None:
 
 def pull_error(image: str, machine: Machine, realism: Realism) -> str | None:
     """Return what docker says where no container can be made of the image on that machine; None if it can."""
+    if realism.registry and _split(image)[0] not in _IMAGES:
+        return (
+            f"Error response from daemon: manifest for {image} not found: manifest unknown: manifest unknown"
+        )
     if not realism.foreign_cpus or machine.cpu_arch in _IMAGES.get(_split(image)[0], _UNKNOWN).cpu_archs:
         return None
     arch = machine.cpu_arch

@@ -40,6 +40,7 @@ class Realism:
     no_card: machines are deleted 48 h after the credit has gone.
     old_drivers: an image with a newer CUDA than the driver of a consumer's card does not find the GPU: vLLM
     dies with error 804 (vllm#5510).
+    registry: only images of which localcloud/images.py has the repository are there; else every name is one.
     """
 
     rate_limits: bool = False
@@ -51,6 +52,7 @@ class Realism:
     sizes: bool = False
     foreign_cpus: bool = False
     old_drivers: bool = False
+    registry: bool = False
     bandwidth: bool = False
     stopped_storage: float = 1.0
     contract_ends: bool = False
@@ -96,6 +98,7 @@ HARSH = Realism(
     sizes=True,
     foreign_cpus=True,
     old_drivers=True,
+    registry=True,
     bandwidth=True,
     stopped_storage=3.0,
     contract_ends=True,

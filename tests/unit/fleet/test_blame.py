@@ -327,3 +327,11 @@ def test_a_create_that_is_refused_for_credit_is_the_state_without_credit() -> No
     assert hold is not None
     assert hold.stops_starts
     assert w.fleet.market.failed_creates == 0
+
+
+def test_a_trial_is_on_a_host_that_has_not_said_so_while_there_is_one() -> None:
+    """Two hosts of one liar could else have each trial, and stop the growth of a fleet."""
+    f = failing(GATED, hosts=4).tick(6 * 3600)
+    created = [c.offer.host_id for c in f.world.ordered if isinstance(c, Create)]
+    assert len(set(created[:4])) == 4
+    assert len(created) > 4, "where all have said so, any is tried"

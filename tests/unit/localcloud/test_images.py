@@ -120,3 +120,12 @@ def test_the_automatic_tag_fits_the_driver_and_is_else_the_oldest() -> None:
     assert [c.partition(":cuda-")[2] for c in chosen] == ["13.0.1-auto", "12.8.1-auto", *["12.4.1-auto"] * 2]
     assert with_its_tag("me/mine:@vastai-automatic-tag", Machine(7, "L40S", 0.5)) == "me/mine:latest"
     assert with_its_tag(IMAGE, Machine(7, "L40S", 0.5)) == IMAGE
+
+
+@pytest.mark.parametrize(("image", "there"), [(IMAGE, True), ("vastai/vllm:x", True), ("made/up:1", False)])
+def test_with_a_registry_an_image_that_nobody_made_cannot_be_pulled(image: str, *, there: bool) -> None:
+    world = CloudWorld(realism=HARSH.only(["registry"]))
+    rental = world.rent(700, image=image)
+    world.after(300.0)
+    assert (world.phase(rental) is Phase.RUNNING) is there
+    assert there or "manifest unknown" in str(world.row(rental)["status_msg"])
