@@ -250,7 +250,7 @@ class Planner:
         loaded_enough = sum(i.loaded for i in there) >= total
         drained = self._labels(Drain)
         for i in self._ending:
-            self._notes.append(ends_said(i))
+            self._notes.append(f"replaced in time: {ends_said(i)}")
             must = self._situation.horizon.must_leave(i, self._now)
             if i.id is None or i.label in drained:
                 continue
