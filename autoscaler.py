@@ -374,6 +374,8 @@ def _described(i: Instance, now: float) -> dict[str, Any]:
         "num_gpus": i.num_gpus,
         "price_usd_h": round(i.price_usd_h, 6),
         "running_usd_h": round(i.running_usd_h, 6),
+        "stopped_usd_h": round(i.stopped_usd_h, 6),
+        "contract_ends": i.terms.ends_at if i.terms.ends_at != math.inf else None,
         "address": i.address,
         "ssh": None if i.ssh is None else f"{i.ssh[0]}:{i.ssh[1]}",
         "loaded": i.loaded,

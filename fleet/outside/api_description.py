@@ -48,7 +48,10 @@ class HoldRow(Struct, frozen=True):
 
 
 class InstanceRow(Struct, frozen=True):
-    """One instance of the fleet. since: epoch seconds; price_usd_h: what it costs now, running_usd_h: hot."""
+    """One instance of the fleet. since: epoch seconds; price_usd_h: what it costs now, running_usd_h: hot.
+
+    contract_ends: epoch seconds, None where nobody says.
+    """
 
     id: int | None
     label: str
@@ -60,6 +63,8 @@ class InstanceRow(Struct, frozen=True):
     num_gpus: int
     price_usd_h: float
     running_usd_h: float
+    stopped_usd_h: float
+    contract_ends: float | None
     address: str | None
     ssh: str | None
 

@@ -25,6 +25,9 @@ MIN_TURN_S = 1.0
 CREATE_GAP_S = 4.5
 """Seconds between two creates (vast-contract 1.3)."""
 
+CREDIT_USD = 1e12
+"""Credit of the account, dollars: as much as there is."""
+
 CHECK_S = 0.3
 """Seconds that a health check takes: an ssh handshake and a short prompt."""
 
@@ -85,6 +88,7 @@ class VirtualTurns:
             self._tune_at = now + s.replay_every_s
             self._tuner.tune()
         scaler.record_reach(Health.WELL)
+        scaler.instances.note_credit(CREDIT_USD, now)  # an account that is asked each turn
         scaler.turn()
         self._balancer.expect_hot(scaler.instances.expected_hot_s(now), now)
         self._check()

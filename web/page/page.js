@@ -180,7 +180,7 @@ async function toggle(label, row) {
   row.querySelector("button").setAttribute("aria-expanded", "true");
   opened = { label, row: more };
   cell.append(element("p", `${i.label}: ${i.state} since ${moment(i.since)}, because: ${i.why || "–"}`));
-  cell.append(element("p", `machine ${i.machine_id ?? "?"}${i.address ? `, ${i.address}` : ""}, ${dollars(i.running_usd_h)} an hour while it runs, ${number(i.throughput_work_s)} units of work a second`, "hint"));
+  cell.append(element("p", `machine ${i.machine_id ?? "?"}${i.address ? `, ${i.address}` : ""}, ${dollars(i.running_usd_h)} an hour while it runs, ${dollars(i.stopped_usd_h)} stopped${i.contract_ends == null ? "" : `, contract until ${moment(i.contract_ends)}`}, ${number(i.throughput_work_s)} units of work a second`, "hint"));
   const log = cell.appendChild(element("details"));
   log.append(element("summary", "What its engine wrote before it was ready"));
   log.addEventListener("toggle", () => log.open && !log.dataset.asked && showLog(log, i));
