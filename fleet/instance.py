@@ -281,7 +281,7 @@ class Instance:
         self.id, self.machine_id = row.id, row.machine_id or self.machine_id
         self.host_id = row.host_id or self.host_id
         self.gpu_name, self.num_gpus = row.gpu_name or self.gpu_name, row.num_gpus
-        self.gpu_told = numbers_of(row)
+        self.gpu_told = numbers_of(row, self.gpu_told)
         if self.throughput_work_s <= 1.0:
             self.throughput_work_s = profile.throughput_on(row.gpu_name, row.num_gpus, self.gpu_told)
         if row.priced:

@@ -939,7 +939,7 @@ def taken_port() -> Iterator[int]:
     [
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--port", "many"], "--port many: wanted a whole number"),
-        (["--model", "vllm-9000", "--local"], "unknown model 'vllm-9000': known are tiny, vllm-13, vllm-70"),
+        (["--model", "vllm-9000", "--local"], "unknown model 'vllm-9000': known are gemma-3-12b, "),
         (["--port", "TAKEN"], "cannot listen on 127.0.0.1:TAKEN: Address already in use"),
         (["--host", "0.0.0.0"], "listening on 0.0.0.0:8100 needs keys"),
         (["--port", "FREE"], "no Vast.ai API key"),
