@@ -1096,8 +1096,10 @@ class AlwaysWell:
         clock: Callable[[], float],
         *,
         long_prompt: str,
+        **kind: bool,
     ) -> None:
         assert long_prompt
+        assert kind.keys() <= {"chats", "pooling"}
         self.clock = clock
 
     async def check(self, order: HealthCheckOrder) -> HealthCheck:
