@@ -84,7 +84,7 @@ class Account:
         for number, (known, _) in self.ssh_keys.items():
             if known == key:
                 return number
-        number = len(self.ssh_keys) + 1
+        number = max(self.ssh_keys, default=0) + 1
         self.ssh_keys[number] = (key, now)
         return number
 
@@ -95,6 +95,24 @@ class Account:
     def delete_secret(self, name: str) -> None:
         """Delete a secret variable; containers that are there keep it."""
         self.secrets.pop(name, None)
+
+    def change_key(self, number: int, key: str) -> None:
+        """Replace one ssh key; raise CloudRefusal for one that the account does not have."""
+        self.ssh_keys[number] = (key, self._key(number)[1])
+
+    def remove_key(self, number: int) -> None:
+        """Remove an ssh key, for rentals from now on; raise CloudRefusal if it is not there."""
+        self._key(number)
+        del self.ssh_keys[number]
+
+    def key(self, number: int) -> str:
+        """Return an ssh key of the account; raise CloudRefusal if it is not there."""
+        return self._key(number)[0]
+
+    def _key(self, number: int) -> tuple[str, float]:
+        if number not in self.ssh_keys:
+            raise CloudRefusal(404, "not_found", f"error 404/3301: ssh key {number} not found")
+        return self.ssh_keys[number]
 
     @property
     def public_keys(self) -> tuple[str, ...]:

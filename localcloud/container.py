@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from localcloud import ports, processes
 from localcloud.effects import Boot
 from localcloud.engines import EngineImage
 from localcloud.paced.machine import SimulatedMachine
+from localcloud.ssh_logins import KIND
 from localcloud.ssh_server import HANG, SshServer
 from process.children import start_child
 from process.own_profiles import VARIABLE
@@ -56,7 +58,8 @@ class Container:
         self._ssh: SshServer | None = None
         self._ssh_mode = "ok"
         self._frozen = False
-        self._authorized_keys: tuple[str, ...] = ()
+        self._login = KIND
+        self._accepted_from: dict[str, float] = {}  # by public key, monotonic seconds
         self._decoys: list[socket.socket] = []
         self._shared_memory: set[int] = set()  # of processes that were told to end
 
@@ -72,7 +75,8 @@ class Container:
 
         taken_ports: ports of other instances. used_processors: processors that other running instances use.
         """
-        self.boot, self._authorized_keys, self._ssh_mode = b.boot, b.authorized_keys, b.ssh
+        self.boot, self._ssh_mode, self._login = b.boot, b.ssh, b.login
+        self.authorize(b.authorized_keys)
         for name in ("home", "tmp"):
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
         if b.new_host_key:
@@ -93,7 +97,7 @@ class Container:
             sock.close()
             raise
         environ = {"PATH": self._image.path, "USER": "root", "SHELL": "/bin/bash"}
-        self._ssh = SshServer(sock, key, lambda: self._authorized_keys, self.path / "home", environ)
+        self._ssh = SshServer(sock, key, self._keys, self.path / "home", environ, self._login)
         self._set_ssh()
 
     def _start_script(self, b: Boot, given: Mapping[str, int], used_processors: Sequence[int | None]) -> None:
@@ -159,8 +163,19 @@ class Container:
             self._ssh.behave(HANG if self._frozen else self._ssh_mode)
 
     def authorize(self, keys: tuple[str, ...]) -> None:
-        """Accept these ssh keys at the instance from now on, and no others."""
-        self._authorized_keys = keys
+        """Accept these ssh keys at the instance and no others, new ones after the host's lag."""
+        at = time.monotonic() + self._login.key_lag_s
+        self._accepted_from = {key: self._accepted_from.get(key, at) for key in keys}
+
+    def _keys(self) -> tuple[str, ...]:
+        """Return the keys that are accepted now, with those that the instance itself authorizes."""
+        now = time.monotonic()
+        given = (key for key, at in self._accepted_from.items() if at <= now)
+        try:
+            own = (self.path / "home" / ".ssh" / "authorized_keys").read_text(errors="replace").splitlines()
+        except OSError:
+            own = []
+        return (*given, *own)
 
     def mark_loaded(self) -> None:
         """Note on the instance's disk that it holds the model."""

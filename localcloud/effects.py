@@ -7,6 +7,7 @@ from types import MappingProxyType
 from localcloud.hub import HubAccess
 from localcloud.machines import Machine
 from localcloud.orders import Order
+from localcloud.ssh_logins import KIND, SshLogin
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Boot:
     keep_ports: the outside ports of its last boot, to be used again if free; drop_ports: bind the ports that
     are shown and answer nothing there. load_s, start_s: seconds its model server takes the first time and
     when started again. ssh: "ok", "hang" or "refuse". hub: what its engine gets of
-    the hub. secrets: the account's variables.
+    the hub. secrets: the account's variables. login: how its ssh treats a login.
     """
 
     id: int
@@ -33,6 +34,7 @@ class Boot:
     ssh: str
     hub: HubAccess = field(default_factory=HubAccess)
     secrets: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    login: SshLogin = KIND
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ class Realism:
     offers_vanish: share of creates for whose offer another customer was faster (vast-contract 6, row 8).
     script_bytes: bytes of onstart and args together; a longer pair is taken and never starts: 16 KB are
     documented, 4,096 too, and 4,048 with this silence (vast-contract 9).
+    ssh_greeting: ssh greets before a login and before a command's output. ssh_tmux: it runs commands in tmux,
+    so none, until there is ~/.no_auto_tmux. ssh_key_lag_s: seconds until a key of the account, or an attached
+    one, is accepted. ssh_keys_lost: share of hosts on which the account's keys never are, but attached ones.
+    ssh_refused: share of hosts on which nobody ever listens for ssh (vast-contract 9).
     sizes: an image and a model take their size over the host's bandwidth to load (localcloud/images.py).
     foreign_cpus: no container can be made of an image for amd64 on a machine with arm64.
     bandwidth: each byte of images and models is billed at the host's price; without it hosts ask none.
@@ -49,6 +53,11 @@ class Realism:
     price_moves: float = 0.0
     offers_vanish: float = 0.0
     script_bytes: int = 16_384
+    ssh_greeting: bool = False
+    ssh_tmux: bool = False
+    ssh_key_lag_s: float = 0.0
+    ssh_keys_lost: float = 0.0
+    ssh_refused: float = 0.0
     sizes: bool = False
     foreign_cpus: bool = False
     old_drivers: bool = False
@@ -81,6 +90,9 @@ MILD = Realism(
     price_moves=0.05,
     offers_vanish=0.02,
     script_bytes=4_048,
+    ssh_greeting=True,
+    ssh_tmux=True,
+    ssh_key_lag_s=20.0,
     sizes=True,
     foreign_cpus=True,
     old_drivers=True,
@@ -95,6 +107,11 @@ HARSH = Realism(
     price_moves=0.2,
     offers_vanish=0.1,
     script_bytes=4_048,
+    ssh_greeting=True,
+    ssh_tmux=True,
+    ssh_key_lag_s=120.0,
+    ssh_keys_lost=0.3,
+    ssh_refused=0.15,
     sizes=True,
     foreign_cpus=True,
     old_drivers=True,

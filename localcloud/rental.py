@@ -259,7 +259,7 @@ class Rental(RentalState):
         if self._struck("outbid", now) is not None:
             self.lose_slot(now)
             return
-        if (mode := _ssh_mode(self._faults, self.on_boot, now)) != self.ssh:
+        if (mode := _ssh_mode(self, self._faults, now)) != self.ssh:
             self.ssh = mode
             self._emit(Ssh(self.id, mode))
         if self._doomed_boot != self.boot and (doom := self._struck("dies-hot", now)) is not None:
@@ -312,13 +312,14 @@ def _boot_of(r: Rental, load_s: float, start_s: float, faults: Faults, now: floa
         start_s=FOREVER_S if never_ready else start_s,
         fatal_line=fatal["line"] if fatal else None,
         new_host_key=struck("new-host-key"),
-        ssh=_ssh_mode(faults, r.on_boot, now),
+        ssh=_ssh_mode(r, faults, now),
+        login=r.login,
         hub=HubAccess.by_faults(faults, r.on_boot, now),
         secrets=r.secrets,
     )
 
 
-def _ssh_mode(faults: Faults, boot: tuple[int, int], now: float) -> str:
-    if faults.strikes("ssh-hangs", now, boot) is not None:
+def _ssh_mode(r: Rental, faults: Faults, now: float) -> str:
+    if faults.strikes("ssh-hangs", now, r.on_boot) is not None:
         return "hang"
-    return "refuse" if faults.strikes("ssh-refuses", now, boot) is not None else "ok"
+    return "refuse" if r.login.refused or faults.strikes("ssh-refuses", now, r.on_boot) is not None else "ok"

@@ -15,6 +15,7 @@ from localcloud.machines import Machine
 from localcloud.orders import CloudRefusal, Order
 from localcloud.phases import SHOWN, Phase
 from localcloud.realism import NONE, Realism
+from localcloud.ssh_logins import SshLogin
 
 HISTORY_LINES = 100
 """Lines of a rental's history that are kept; `logs --daemon-logs` prints them."""
@@ -70,7 +71,8 @@ class RentalState:
         self.created_at = self.since = now
         self.label = order.label
         self.secrets = dict(self._account.secrets)  # as they were when it was made
-        self.authorized_keys = self._account.public_keys
+        self.login = SshLogin.of(machine.machine_id, self._realism, surroundings.speedup)
+        self.authorized_keys = self._account.public_keys if self.login.account_keys else ()
         self.phase = P.CREATING
         self.due: float | None = None  # when the phase ends by itself
         self.wanted = True  # its owner wants it to run
@@ -80,7 +82,7 @@ class RentalState:
         self.loaded = False
         self.pulled = False
         self.offline = False
-        self.ssh = "ok"
+        self.ssh = "refuse" if self.login.refused else "ok"
         self.ports: Mapping[str, int] = {}
         self.status_msg: str | None = None
         self.history: deque[str] = deque(maxlen=HISTORY_LINES)
@@ -146,6 +148,11 @@ class RentalState:
             )
         self.label = label or None
         self.bill.relabel(self.label)
+
+    def detach_key(self, key: str) -> None:
+        """Accept an ssh key at the rental's container no longer."""
+        self.authorized_keys = tuple(known for known in self.authorized_keys if known != key)
+        self._emit(Authorize(self.id, self.authorized_keys))
 
     def attach_key(self, key: str) -> None:
         """Accept a further ssh key at the rental's container."""

@@ -20,6 +20,7 @@ from pathlib import Path
 import paramiko
 
 from localcloud.ports import listen_on
+from localcloud.ssh_logins import GREETING, KIND, NO_TMUX_FILE, TMUX_SAYS, SshLogin
 
 log = logging.getLogger("localcloud")
 # paramiko logs a traceback for every scanner and every client that hangs up.
@@ -53,11 +54,14 @@ class SshServer:
         authorized_keys: Callable[[], tuple[str, ...]],
         home: Path,
         environ: Mapping[str, str],
+        login: SshLogin = KIND,
     ) -> None:
         """Serve ssh on sock, which listens.
 
-        authorized_keys: returns the public keys that are accepted now. home, environ: of the commands.
+        authorized_keys: returns the public keys that are accepted now. home, environ: of the commands. login:
+        how the host treats one.
         """
+        self._login = login
         self._host_key = host_key
         self._authorized_keys = authorized_keys
         self._home = home
@@ -137,7 +141,7 @@ class SshServer:
             self._transports.add(transport)
         try:
             transport.add_server_key(self._host_key)
-            transport.start_server(server=SshSession(self._authorized_keys(), self._run))
+            transport.start_server(server=SshSession(self._authorized_keys(), self._run, self._login))
             transport.join(SESSION_S)
         except (paramiko.SSHException, EOFError, OSError) as e:
             log.debug("ssh session: %s", e)
@@ -148,6 +152,11 @@ class SshServer:
 
     def _run(self, channel: paramiko.Channel, line: bytes) -> None:
         """Run a command that came over ssh; send its output and its exit status through the channel."""
+        if self._login.greeting:
+            _say(channel, GREETING)
+        if self._login.tmux and not (self._home / NO_TMUX_FILE).exists():
+            _say(channel, TMUX_SAYS, status=1)
+            return
         try:
             command = SshCommand(line, self._home, self._environ)
         except (OSError, ValueError) as e:
@@ -178,18 +187,34 @@ class SshServer:
             command.close()
 
 
+def _say(channel: paramiko.Channel, text: str, status: int | None = None) -> None:
+    """Send a text through the channel, and with a status end it, unless the client has gone."""
+    with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+        channel.sendall(text.encode())
+        if status is not None:
+            channel.send_exit_status(status)
+            channel.shutdown_write()
+
+
 class SshSession(paramiko.ServerInterface):
     """What one ssh connection may do: authenticate by key and run commands."""
 
     def __init__(
-        self, authorized_keys: tuple[str, ...], run: Callable[[paramiko.Channel, bytes], None]
+        self,
+        authorized_keys: tuple[str, ...],
+        run: Callable[[paramiko.Channel, bytes], None],
+        login: SshLogin = KIND,
     ) -> None:
+        self._login = login
         self._keys = {tuple(line.split()[:2]) for line in authorized_keys}
         self._run = run
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         good = username == "root" and (key.get_name(), key.get_base64()) in self._keys
         return paramiko.common.AUTH_SUCCESSFUL if good else paramiko.common.AUTH_FAILED
+
+    def get_banner(self) -> tuple[str | None, str | None]:
+        return (GREETING, "en") if self._login.greeting else (None, None)
 
     def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
         return "publickey"

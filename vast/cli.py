@@ -75,6 +75,7 @@ SHOW = Endpoint("show instance", 2.0, of_instance=True)
 LOGS = Endpoint("logs", 1.5, of_instance=True)
 ACCOUNT = Endpoint("show user", 2.0)
 SSH_KEYS = Endpoint("ssh-key", 1.0)
+ATTACH = Endpoint("attach ssh", 1.0, of_instance=True)
 SECRETS = Endpoint("env-var", 1.0)
 
 ONCE = "--retry=1"

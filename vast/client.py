@@ -18,6 +18,7 @@ from process.errors import ConfigError
 from vast.account_secrets import RegistryLogin
 from vast.cli import (
     ACCOUNT,
+    ATTACH,
     CHANGE,
     CREATE,
     DESTROY,
@@ -333,6 +334,13 @@ class Vast:
             self.credit()
         except CloudAuthError as e:
             raise ConfigError(f"the cloud refuses the API key: {e}") from e
+
+    def attach_ssh_key(self, instance_id: int, public_key: str) -> None:
+        """Have an instance accept an ssh public key; some hosts never take those of the account."""
+        words = ["attach", "ssh", str(instance_id)]
+        said = self._cli.run(ATTACH, words, [" ".join(public_key.split()), ONCE])
+        if "'success': True" not in said:  # it prints a Python dict (vast-contract 2.9)
+            raise unexpected(in_words(words), "{'success': True, …}", short(said))
 
     def register_ssh_key(self, public_key: str) -> None:
         """Add an ssh public key to the account unless it has it: instances created from now on accept it."""

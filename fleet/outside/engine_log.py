@@ -7,7 +7,7 @@ operator's own terminal.
 
 from dataclasses import dataclass
 
-from fleet.outside.ssh_log import READY_LINE, SshLog
+from fleet.outside.ssh_log import READY_LINES, UNTIL_READY, SshLog, between_marks, marked
 from fleet.outside.turns import Autoscaler
 from process.errors import InstanceError
 from process.safe_text import safe_text
@@ -50,12 +50,12 @@ class EngineLog:
         if ssh is None:
             raise InstanceError("the cloud has not said yet where its ssh is")
         text = self._ssh.run(label, *ssh, command(), TIMEOUT_S)
-        lines = [safe_text(line, LONGEST_LINE) for line in text.split("\n") if line.strip()]
-        return LogBeginning(lines, bool(lines) and READY_LINE in lines[-1])
+        lines = [safe_text(line, LONGEST_LINE) for line in between_marks(text) if line.strip()]
+        return LogBeginning(lines, bool(lines) and any(ready in lines[-1] for ready in READY_LINES))
 
 
 def command() -> str:
     """Return the shell command that prints those lines; all words in it are constants."""
     # A progress bar is one line with carriage returns: its last state is what counts.
-    log = f"sed '/{READY_LINE}/q' \"$HOME/fleet/model.log\" 2>/dev/null"
-    return f"{log} | tail -n {LINES} | sed 's/.*\\r\\(.\\)/\\1/' | cut -c 1-{LONGEST_LINE}"
+    log = f"sed '{UNTIL_READY}' \"$HOME/fleet/model.log\" 2>/dev/null"
+    return marked(f"{log} | tail -n {LINES} | sed 's/.*\\r\\(.\\)/\\1/' | cut -c 1-{LONGEST_LINE}")

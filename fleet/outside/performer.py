@@ -1,5 +1,6 @@
 """Sends the autoscaler's commands to the cloud."""
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,8 @@ from process.errors import CloudError, ConfigError
 from vast.account_secrets import RegistryLogin
 from vast.client import Vast
 from vast.errors import ApiError, CloudAuthError, NoSuchInstance, OfferGone, RateLimited
+
+log = logging.getLogger("autoscaler")
 
 # --- outside world ---------------------------------------------------------------------------------
 
@@ -97,6 +100,7 @@ class Performer:
                 onstart=start.onstart,
                 login=self._login,
             )
+            self._attach_key(new_id)
             return Performed(Reply.DONE, new_id=new_id)
         if isinstance(command, Start):
             self._vast.start(command.id)
@@ -110,6 +114,14 @@ class Performer:
         elif isinstance(command, AskPage):
             return Performed(Reply.DONE, row=self._vast.show_instance(command.id))
         return Performed(Reply.DONE)
+
+    def _attach_key(self, new_id: int) -> None:
+        """Have a new instance accept the fleet's ssh key; without that its start script does it, later."""
+        try:
+            if self._ssh_public_key:
+                self._vast.attach_ssh_key(new_id, self._ssh_public_key)
+        except (CloudError, ValueError) as e:
+            log.warning("%d: the ssh key could not be attached: %s", new_id, e)
 
 
 def refusal_of(e: ApiError) -> AccountFault | None:

@@ -32,6 +32,10 @@ READY_LINE = "Application startup complete."
 ANSWERS_LINE = "fleet: the model server answers"
 """Added by the machine itself where a version words its ready line differently."""
 
+READY_LINES = (READY_LINE, ANSWERS_LINE)
+UNTIL_READY = f"/{READY_LINE}/q;/^{ANSWERS_LINE}/q"
+"""What sed does to show a log up to its ready line: afterwards it may hold what requests say."""
+
 FATAL_LINES = (
     # Seen while loading, and not to pass by itself (remote/log_lines.py: LASTING). What may pass is none of
     # these: the supervisor tries three times, and then says in a line of its own that it gives up.
@@ -99,27 +103,38 @@ def grep_command(*, hot: bool) -> str:
     # vLLM logs what requests say (the names of models, what a chat's template raises): nothing counts that it
     # wrote after it was ready, and of what it wrote before only our own words for it come over here.
     fatal = " ".join(f"-e {shlex.quote(line)}" for line in FATAL_LINES)
-    until_ready = f"/{READY_LINE}/q;/^{ANSWERS_LINE}/q"
-    loading = f"sed {shlex.quote(until_ready)} {log} 2>/dev/null | grep -a -F -o -m 1 {fatal}"
+    loading = f"sed {shlex.quote(UNTIL_READY)} {log} 2>/dev/null | grep -a -F -o -m 1 {fatal}"
     given_up = f"grep -a -m 1 {shlex.quote('^' + GIVEN_UP)} {log} 2>/dev/null | cut -c 1-300"
     ready_lines = f"-e {shlex.quote(READY_LINE)} -e {shlex.quote('^' + ANSWERS_LINE)}"
     ready = f"grep -a -m 1 {ready_lines} {log} >/dev/null 2>&1 && echo READY"
     # The first certificate of the file is the machine's, those after it are its authority's.
     certificate = 'sed -n "1,/END CERTIFICATE/p" "$HOME/fleet/tls.crt" 2>/dev/null'
     found = given_up if hot else f"{{ {given_up}; {loading}; }} | head -n 1"
-    return f"echo; echo {_BEGIN}; {ready}; {found}; echo {_CERTIFICATE}; {certificate}; echo {_END}"
+    return marked(f"{ready}; {found}; echo {_CERTIFICATE}; {certificate}")
+
+
+def marked(command: str) -> str:
+    """Return a shell command whose output `between_marks` finds among what the login prints."""
+    return f"echo; echo {_BEGIN}; {command}; echo {_END}"
+
+
+def between_marks(output: str) -> list[str]:
+    """Return the lines that a command of `marked` printed; raise LoginRanNothing unless it ran to its end.
+
+    What stands before and after is of the login, and not looked at.
+    """
+    lines = output.splitlines()
+    if _BEGIN not in lines or _END not in lines:
+        raise LoginRanNothing(f"ssh: expected lines {_BEGIN} and {_END}, got {output[-80:]!r}")
+    return lines[lines.index(_BEGIN) + 1 : lines.index(_END)]
 
 
 def parse(output: str) -> LogView:
     """Return what the output of `grep_command` says; raise InstanceError when it was cut short.
 
-    LoginRanNothing: it did not run. What stands before its first line and after its last is of the login,
-    and not looked at.
+    LoginRanNothing: it did not run.
     """
-    lines = output.splitlines()
-    if _BEGIN not in lines or _END not in lines:
-        raise LoginRanNothing(f"ssh log check: expected lines {_BEGIN} and {_END}, got {output[-80:]!r}")
-    lines = lines[lines.index(_BEGIN) + 1 : lines.index(_END)]
+    lines = between_marks(output)
     ready = "READY" in lines[:1]
     rest = lines[1:] if ready else lines
     if _CERTIFICATE not in rest:

@@ -50,6 +50,20 @@ def add_ssh_key(cloud: Cloud, now: float) -> Response:
     return jsonify(success=True, key=_shown(cloud, number))
 
 
+@routes.put("/api/v0/ssh/<id:number>/")
+@api("account", every_s=1.0)
+def change_ssh_key(cloud: Cloud, now: float, number: int) -> Response:  # noqa: ARG001
+    cloud.account.change_key(number, bodies.ssh_key(bodies.body()))
+    return jsonify(success=True, key=_shown(cloud, number))
+
+
+@routes.delete("/api/v0/ssh/<id:number>/")
+@api("account", every_s=1.0)
+def delete_ssh_key(cloud: Cloud, now: float, number: int) -> Response:  # noqa: ARG001
+    cloud.account.remove_key(number)
+    return jsonify(success=True)
+
+
 def _shown(cloud: Cloud, number: int) -> dict[str, Any]:
     key, added_at = cloud.account.ssh_keys[number]
     return {"id": number, "user_id": 1, "public_key": key, "created_at": added_at, "deleted_at": None}

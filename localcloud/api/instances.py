@@ -89,3 +89,12 @@ def attach(cloud: Cloud, now: float, instance_id: int) -> Response:
     with cloud.changing(instance_id, now) as rental:
         rental.attach_key(key)
     return jsonify(success=True, msg="SSH key added to instance.")
+
+
+@routes.delete("/<id:instance_id>/ssh/<id:number>/")
+@api("change", every_s=1.0)
+def detach(cloud: Cloud, now: float, instance_id: int, number: int) -> Response:
+    key = cloud.account.key(number)
+    with cloud.changing(instance_id, now) as rental:
+        rental.detach_key(key)
+    return jsonify(success=True, msg="SSH key removed from instance.")

@@ -126,7 +126,7 @@ def master_token(label: str) -> str:
 class StubSsh:
     """An instance's ssh that prints the same log whatever is asked, or cannot be reached."""
 
-    log = f"loading\n50 %\n{READY_LINE}\n"
+    log = f"Welcome!\nFLEET-BEGIN\nloading\n50 %\n{READY_LINE}\nFLEET-END\n"
 
     def run(self, label: str, host: str, port: int, command: str, timeout_s: float) -> str:
         """As SshLog has it."""
@@ -1025,6 +1025,8 @@ class QuickCloud:
 
     def check_key(self) -> None: ...
     def register_ssh_key(self, key: str) -> None: ...
+
+    def attach_ssh_key(self, instance_id: int, key: str) -> None: ...
 
     def list_instances(self, label_prefix: str | None = None) -> list[Row]:
         shown = [self._row(i, **r) for i, r in self.rows.items()]

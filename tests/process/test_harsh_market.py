@@ -16,6 +16,26 @@ from localcloud.templates import TEMPLATES
 from tests.process.test_localcloud import KEY, LocalCloud
 
 
+def run_vastai(url: str, home: Path, *words: str) -> str:
+    """Return what `vastai WORDS` prints about the cloud of that URL, its errors behind it."""
+    ran = subprocess.run(
+        [str(Path(sys.executable).parent / "vastai"), *words],
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "VAST_URL": url,
+            "VAST_API_KEY": KEY,
+            "VASTAI_NO_UPDATE_CHECK": "1",
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    return ran.stdout + ran.stderr
+
+
 class HarshCloud(LocalCloud):
     """A local cloud with all unkindnesses but the limits on calls, and the CLI in front of it."""
 
@@ -26,22 +46,7 @@ class HarshCloud(LocalCloud):
 
     def cli(self, *words: str) -> str:
         """Return what `vastai WORDS` prints, its errors behind it."""
-        ran = subprocess.run(
-            [str(Path(sys.executable).parent / "vastai"), *words],
-            env={
-                "PATH": os.environ["PATH"],
-                "HOME": str(self.path),
-                "VAST_URL": self.url,
-                "VAST_API_KEY": KEY,
-                "VASTAI_NO_UPDATE_CHECK": "1",
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-        return ran.stdout + ran.stderr
+        return run_vastai(self.url, self.path, *words)
 
     def offers(self, query: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(

@@ -152,7 +152,18 @@ CLOUD_MODEL = {
             "machines",
             "offers",
         ),
-        *("orders", "phases", "query", "realism", "regions", "rental", "rental_state", "renters", "rows"),
+        *(
+            "orders",
+            "phases",
+            "query",
+            "realism",
+            "regions",
+            "rental",
+            "rental_state",
+            "renters",
+            "rows",
+            "ssh_logins",
+        ),
     )
 }
 """The pure modules of localcloud: virtual time runs on them."""

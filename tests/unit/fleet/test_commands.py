@@ -61,6 +61,25 @@ def test_a_create_that_may_have_had_an_effect_is_unknown_and_never_refused(
     assert done.offer_gone == isinstance(error, OfferGone)
 
 
+class NoKeys(Cloud):
+    """Rents, and cannot attach a key."""
+
+    def attach_ssh_key(self, *args: object) -> None:
+        self.asked.append(("attach_ssh_key", (args, {})))
+        raise CloudTimeout("attach ssh: no answer")
+
+
+@pytest.mark.parametrize("cloud", [Cloud(), NoKeys()])
+def test_the_fleets_key_is_attached_to_a_new_instance_and_it_exists_without_that(cloud: Cloud) -> None:
+    profile = get_profile("vllm-13")
+    sender = Performer(cloud, profile, lambda _: "m", ssh_public_key="ssh-ed25519 AAAA fleet")  # type: ignore[arg-type]
+    done = sender.perform(CREATE)
+    assert (done.reply, done.new_id) == (Reply.DONE, 1001)
+    created, attached = cloud.asked
+    assert "-e FLEET_SSH_KEY=ssh-ed25519:AAAA " in str(created[1][1]["env"])
+    assert attached == ("attach_ssh_key", ((1001, "ssh-ed25519 AAAA fleet"), {}))
+
+
 def test_destroying_what_is_not_there_is_done() -> None:
     cloud = Cloud(NoSuchInstance("destroy: 404", 404, ""))
     assert performer(cloud).perform(Destroy("fleet/a", 7, "")).reply is Reply.DONE

@@ -452,6 +452,14 @@ def test_a_key_the_account_lacks_is_added(fake: ScriptedCli, known: list[object]
     assert fake.argvs == [["show", "ssh-keys", "--raw"], ["create", "ssh-key", PUBLIC_KEY, "--retry=1"]]
 
 
+def test_a_key_is_attached_to_an_instance_and_only_its_own_words_are_a_success(fake: ScriptedCli) -> None:
+    fake.plays(said("{'success': True, 'msg': 'SSH key added'}\n")).attach_ssh_key(7, PUBLIC_KEY + "\n")
+    assert fake.argvs == [["attach", "ssh", "7", PUBLIC_KEY, "--retry=1"]]
+    for printed in ("", "{'success': False, 'msg': 'no'}"):
+        with pytest.raises(ProtocolError, match="attach ssh"):
+            fake.plays(said(printed)).attach_ssh_key(7, PUBLIC_KEY)
+
+
 @pytest.mark.parametrize("name", ["key", "public_key"])
 def test_a_key_the_account_has_is_not_added_again(fake: ScriptedCli, name: str) -> None:
     known = [{"id": 1, name: "ssh-ed25519 AAAAC3Nza+/= another comment", "deleted_at": None}]
