@@ -92,10 +92,11 @@ class InstanceSet:
         self.market = Market(profile, deadlines, preferences)
         self._host_keys = HostKeys()
         self._check_every_s = {True: check_hot_every_s, False: check_boot_every_s}  # by whether it is hot
-        self.money = Money(limits, deadlines, profile.download_gb, self.holds)
+        gb = profile.download_gb / speedup  # billed by a sped-up cloud: bytes shrink as hours do
+        self.money = Money(limits, deadlines, gb, self.holds)
         self.blame = Blame(self.holds, self.market, self.journal, deadlines)
         stops = UnaskedStops(self.money.credit, self.market, self.journal)
-        parts = self.market, self.blame, self.durations, self.journal, stops
+        parts = self.market, self.blame, self.durations, self.journal, stops, gb
         self._reconciler = Reconciler(fleet_name, profile, deadlines, *parts)
 
     def restore(self, saved: SavedFleet, now: float) -> None:

@@ -69,6 +69,7 @@ class InstanceBook:
     durations: MeasuredDurations
     journal: Journal
     stops: UnaskedStops
+    download_gb: float  # billed for a new instance
     instances: dict[str, Instance] = field(default_factory=dict, init=False)
     vanished: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
     gone: deque[Instance] = field(default_factory=lambda: deque(maxlen=GONE_KEPT), init=False)
@@ -369,7 +370,7 @@ class Reconciler(Judge):
         if i.odd not in (None, odd):
             self.journal.log(f"{i.id} {i.label}: its row is odd: {i.odd}")
         if i.state is State.ORDERED:
-            gb = self.profile.download_gb
+            gb = self.download_gb
             self.journal.add_download(i.label, i.id, gb, i.terms.download_usd(gb), now)
             self._move(i, State.LOADING, "listed", now)
         if i.trouble.given_up == 1:

@@ -26,7 +26,7 @@ MAX_LABEL = 1024
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What all rentals of a cloud share. speedup divides times, not prices. emit: takes their effects."""
+    """What all rentals of a cloud share. speedup divides times and billed bytes. emit: takes effects."""
 
     times: Times
     speedup: float
@@ -59,6 +59,7 @@ class RentalState:
         self._account = surroundings.account
         self._emit = surroundings.emit
         self._faults = surroundings.faults
+        self._speedup = surroundings.speedup
         self._realism = surroundings.realism
         self._never_starts = order.script_bytes > self._realism.script_bytes
         self._times = times = surroundings.times
@@ -136,7 +137,8 @@ class RentalState:
         new_gb = share * gb - self._got_gb[what]
         if new_gb > 0.0:
             self._got_gb[what] += new_gb
-            self.bill.add_bytes(self.machine.inet_usd_gb, new_gb, now)
+            # Hours are shorter by the speedup, and prices are not: bytes shrink with them.
+            self.bill.add_bytes(self.machine.inet_usd_gb, new_gb / self._speedup, now)
 
     # -- what its owner may ask of it whatever it does; each raises CloudRefusal ------------------------
 

@@ -20,8 +20,10 @@ from typing import Any
 
 from bench.command import bench_parser, machine, write_json
 from bench.first_day import acts
+from bench.first_day.hub import gated_hub
 from bench.first_day.ideal import as_json, ideal_usd
 from bench.first_day.stage import Stage, stage
+from engine.profiles import get_profile
 from fleet_client.flags import run_main
 from fleet_client.private_files import make_private_dir
 
@@ -64,7 +66,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     flags = ["--realism", "harsh", "--credit", f"{acts.CREDIT_USD:g}", "--seed", str(args.seed), *acts.CLOUD]
-    with _directory(args.keep) as root, stage(root, args.speedup, flags, acts.KEY) as on:
+    with (
+        _directory(args.keep) as root,
+        gated_hub(get_profile(acts.MODEL).model, acts.TOKEN) as hub,
+        stage(root, args.speedup, flags, acts.KEY, hub) as on,
+    ):
         try:
             figures = play(on, args.hours)
         finally:

@@ -21,8 +21,14 @@ KEY = "first-day-key-of-an-operator"
 KEY_FILE = ".config/vastai/vast_api_key"
 CREDIT_USD = 25.0
 MODEL = "vllm-13"
-CLOUD: tuple[str, ...] = ()
+TOKEN, WRONG_TOKEN = "hf_first_day_right", "hf_first_day_wrong"
+"""Of the hub, for the model, which is gated on this day."""
+
+CLOUD = ("--fault", f"gated-model:model={get_profile(MODEL).model},token={TOKEN}")
 """More flags of the local cloud."""
+
+CONTRACT_S = 60.0
+"""Seconds before its end in which the cloud says that a contract ends: an hour of the cloud."""
 
 REQUESTS_S = 0.5
 """Requests a second: about a fifth of what one machine can do."""
@@ -173,6 +179,30 @@ def right_key(day: FirstDay) -> None:
     day.on.use_key((Path(day.on.environ["HOME"]) / KEY_FILE).read_text().strip())
 
 
+def a_key_that_lacks_a_permission(day: FirstDay) -> None:
+    """The key may not write: the first command that needs it says so, and nothing is rented."""
+    day.on.fault("key-lacks", permission="user_write")
+    day.run(day.command("Load the model"), status=2, says="user_write")
+    day.on.heal("key-lacks")
+    day.expect("nothing is rented", day.rentals() == [])
+
+
+def no_token(day: FirstDay) -> None:
+    """The model is gated, and there is no token: that is said before anything is rented."""
+    day.run(day.command("What it would cost"), says="is gated")
+    day.run(day.command("Load the model"), status=2, says="secrets set HF_TOKEN")
+    day.expect("nothing is rented", day.rentals() == [])
+
+
+def a_wrong_token(day: FirstDay) -> None:
+    """The operator sets a wrong token, and is told; then the right one."""
+    command = day.command("The token, if the model is gated")
+    day.run(command, given=f"{WRONG_TOKEN}\n")
+    day.run(day.command("Load the model"), status=2, says="refuses the account's HF_TOKEN")
+    day.expect("nothing is rented", day.rentals() == [])
+    day.run(command, given=f"{TOKEN}\n")
+
+
 def see_before_renting(day: FirstDay) -> None:
     """A plan shows what that would cost, and rents nothing."""
     command = day.command("What it would cost")
@@ -235,6 +265,17 @@ def a_host_is_lost(day: FirstDay) -> None:
         day.note_lost(lost["machine_id"])
 
 
+def a_contract_ends(day: FirstDay) -> None:
+    """The contract of the machine that serves comes to its end: another one serves before it does."""
+    with day.users(1 / 4):
+        ending = day.hot()[0]
+        day.on.fault("contract-ends", instance_id=ending["id"], in_s=CONTRACT_S)
+        took_s = day.on.wait("another is hot", lambda: any(row["id"] != ending["id"] for row in day.hot()))
+        day.measured["contract_replaced_cloud_min"] = round(day.cloud_minutes(took_s), 1)
+        day.expect("it is replaced before the end", took_s < CONTRACT_S)
+        day.on.wait("the old one is gone", lambda: ending["id"] not in {one["id"] for one in day.rentals()})
+
+
 def credit_ends(day: FirstDay) -> None:
     """The credit is used up: everything stops, and nobody is blamed; then it is paid, and all goes on."""
     before = {row["id"] for row in day.rentals()}
@@ -261,7 +302,7 @@ def budget_is_reached(day: FirstDay) -> None:
 
 def users_go_on(day: FirstDay) -> None:
     """Users ask for the rest of the day."""
-    with day.users(1 / 2):
+    with day.users(1 / 4):
         day.on.wait("a machine is hot", lambda: day.hot())
 
 
@@ -307,11 +348,15 @@ def _requests(rows: list[tuple[float, float, float, float]]) -> tuple[tuple[floa
 
 ACTS: tuple[Callable[[FirstDay], None], ...] = (
     right_key,
+    a_key_that_lacks_a_permission,
+    no_token,
+    a_wrong_token,
     see_before_renting,
     load_the_model,
     serve,
     first_answer,
     a_host_is_lost,
+    a_contract_ends,
     credit_ends,
     budget_is_reached,
     users_go_on,

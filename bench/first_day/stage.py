@@ -119,7 +119,7 @@ class Stage:
         except urllib.error.HTTPError as e:
             return json.loads(e.read() or b"null")
 
-    def fault(self, name: str, **args: float) -> None:
+    def fault(self, name: str, **args: float | str) -> None:
         """Switch a fault of the cloud on."""
         said = self.ask(
             f"{self.cloud_url}/localcloud/faults",
@@ -161,8 +161,8 @@ def _argv(command: str, home: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def stage(root: Path, speedup: float, flags: Sequence[str], key: str) -> Iterator[Stage]:
-    """Start the cloud with those flags; everything has ended afterwards."""
+def stage(root: Path, speedup: float, flags: Sequence[str], key: str, hub: str) -> Iterator[Stage]:
+    """Start the cloud with those flags; everything has ended afterwards. hub: where models are read."""
     home = make_private_dir(root / "home")
     ports = {name: free_port() for name in ("cloud", "autoscaler", "loadbalancer", "gateway")}
     url = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
@@ -176,6 +176,7 @@ def stage(root: Path, speedup: float, flags: Sequence[str], key: str) -> Iterato
         "VAST_URL": url["cloud"],
         "VASTAI_NO_UPDATE_CHECK": "1",
         "LOCALCLOUD_API_KEY": key,
+        "HF_ENDPOINT": hub,
         "AUTOSCALER_LOCAL": "true",
         "AUTOSCALER_CLOUD_URL": url["cloud"],
         "AUTOSCALER_SPEEDUP": f"{speedup:g}",
