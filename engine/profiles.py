@@ -30,7 +30,7 @@ _MEASURED: Mapping[str, Profile] = MappingProxyType(
             vllm_args="--max-model-len 4096 --gpu-memory-utilization 0.9 "
             "--enable-auto-tool-choice --tool-call-parser hermes",
             prefill_weight=0.1,
-            throughput_work_s=620.0,  # a GPU that we have no figure for is taken for the slowest one here
+            throughput_work_s=620.0,  # of a GPU that tells nothing: the slowest one here
             throughput_by_gpu=MappingProxyType(
                 {
                     "RTX 3090": 620.0,
