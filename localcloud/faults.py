@@ -151,6 +151,7 @@ FAULTS: Mapping[str, FaultKind] = MappingProxyType(
             {"msg": Param("Error response from daemon: OCI runtime create failed", "the status_msg")},
         ),
         "stuck-loading": FaultKind("stays in loading", _INSTANCE),
+        "host-gives-up": FaultKind("stays in loading, meant to be stopped: the host gave up", _INSTANCE),
         "slow-pull": FaultKind(
             "the image pull takes longer, with progress in status_msg",
             _INSTANCE,

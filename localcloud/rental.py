@@ -42,6 +42,10 @@ FOREVER_S = 1e8
 P = Phase
 
 
+_STAYS = ("stuck-loading", "host-gives-up")
+"""Faults that keep a rental in loading."""
+
+
 class Rental(RentalState):
     """One rented machine, which its owner and time move from phase to phase."""
 
@@ -166,7 +170,8 @@ class Rental(RentalState):
                 else:
                     self._load(at)
             case P.LOADING:
-                if self._struck("stuck-loading", now) is not None or self._never_starts:
+                stuck = any(self._struck(name, now) is not None for name in _STAYS)
+                if stuck or self._never_starts:
                     self.due = now + RECHECK_S
                 else:
                     self._boot(now)

@@ -43,7 +43,7 @@ def row(r: Rental, faults: Faults, now: float) -> dict[str, Any]:
         **ALWAYS,
         "id": r.id,
         "actual_status": "offline" if r.offline else shown.actual_status,
-        "intended_status": "running" if r.phase is Phase.STOPPING and r.wanted else shown.intended_status,
+        "intended_status": _intended(r, faults, now),
         "cur_state": shown.cur_state,
         "next_state": "running" if r.wanted else "stopped",
         "status_msg": status_msg(r, now),
@@ -82,6 +82,12 @@ def status_msg(r: Rental, now: float) -> str | None:
         return r.status_msg
     share = 1.0 if r.due is None else (now - r.since) / max(r.due - r.since, 1e-9)
     return f"{r.order.image}: Downloading {min(99, max(0, int(100 * share)))}%"
+
+
+def _intended(r: Rental, faults: Faults, now: float) -> str:
+    if r.phase is Phase.LOADING and faults.strikes("host-gives-up", now, r.on_boot) is not None:
+        return "stopped"
+    return "running" if r.phase is Phase.STOPPING and r.wanted else SHOWN[r.phase].intended_status
 
 
 def status(cloud: Cloud, now: float) -> dict[str, Any]:

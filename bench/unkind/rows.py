@@ -63,6 +63,40 @@ def script_bytes(play: Play) -> Verdict:
     return _no_waste(play(Day(only=("script_bytes",), machines=_GOOD, most_s=45.0)), 1)
 
 
+def ssh_greeting(play: Play) -> Verdict:
+    """A login is greeted before the output of its command."""
+    return _no_waste(play(Day(only=("ssh_greeting",), machines=_GOOD, most_s=45.0)), 1)
+
+
+def ssh_tmux(play: Play) -> Verdict:
+    """A login runs nothing, since there is no session of tmux."""
+    return _no_waste(play(Day(only=("ssh_tmux",), machines=_GOOD, most_s=45.0)), 1)
+
+
+def ssh_key_lag_s(play: Play) -> Verdict:
+    """The account's key comes two minutes late."""
+    return _no_waste(play(Day(only=("ssh_key_lag_s",), machines=_GOOD, most_s=45.0)), 1)
+
+
+def ssh_keys_lost(play: Play) -> Verdict:
+    """The two cheapest machines never take the account's key."""
+    lost = [_card(n, 0.3) for n in (1, 2)]
+    return _no_waste(play(Day(only=("ssh_keys_lost",), machines=[*lost, *_GOOD], most_s=45.0)), 1)
+
+
+def ssh_refused(play: Play) -> Verdict:
+    """On the two cheapest machines nobody ever listens for ssh."""
+    refused = [_card(n, 0.3) for n in (10, 30)]
+    return _no_waste(play(Day(only=("ssh_refused",), machines=[*refused, *_GOOD], most_s=45.0)), 1)
+
+
+def host_gives_up(play: Play) -> Verdict:
+    """The host of the first machine gives up loading it: that one is banned, and another is hot in time."""
+    outcome = play(Day(only=(), machines=_GOOD, faults=("host-gives-up:count=1",), most_s=40.0, whole=True))
+    right = outcome.hot_s is not None and (len(outcome.rented), len(outcome.banned)) == (2, 1)
+    return Verdict(right, outcome.says())
+
+
 def old_drivers(play: Play) -> Verdict:
     """The two cheapest machines have a driver that is too old for the image's CUDA."""
     old = [_card(n, 0.3, cuda_max_good=12.4, driver_version="550.54.15") for n in (1, 2)]
@@ -234,6 +268,7 @@ ROWS: Mapping[str, Callable[[Play], Verdict]] = MappingProxyType(
     {
         row.__name__: row
         for row in (
+            *(ssh_greeting, ssh_tmux, ssh_key_lag_s, ssh_keys_lost, ssh_refused, host_gives_up),
             *(kind, script_bytes, old_drivers, foreign_cpus, sizes, big_market),
             *(renters, price_moves, offers_vanish, rate_limits),
             *(bandwidth, stopped_storage, spend_limit_usd_h, contract_ends, price_increase, no_card),
@@ -242,6 +277,8 @@ ROWS: Mapping[str, Callable[[Play], Verdict]] = MappingProxyType(
     }
 )
 
-MET_BEFORE = frozenset({"kind", "stopped_storage", "renters", "price_moves", "offers_vanish", "rate_limits"})
+MET_BEFORE = frozenset(
+    {"kind", "ssh_key_lag_s", "stopped_storage", "renters", "price_moves", "offers_vanish", "rate_limits"}
+)
 """Rows in which 0abccd6 does right, too: it had met them as faults (start-waits, create-410, rate-limits), or
 read it from the listing (what a stopped machine costs)."""

@@ -139,6 +139,7 @@ def struck(name: str, world: CloudWorld, rental: int) -> bool:
     looks: dict[str, bool] = {
         "docker-error": phase is Phase.CREATED and "OCI runtime" in str(row["status_msg"]),
         "stuck-loading": phase is Phase.LOADING,
+        "host-gives-up": (row["actual_status"], row["intended_status"]) == ("loading", "stopped"),
         "slow-pull": phase is Phase.LOADING,
         "no-ports": phase is Phase.RUNNING and row["ports"] == {},
         "port-drops": boot is not None and boot.drop_ports,
