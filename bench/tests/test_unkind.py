@@ -43,8 +43,8 @@ def wanted(row: str) -> int:
 NO_WASTE = [
     *("kind", "script_bytes", "old_drivers", "foreign_cpus", "sizes", "big_market"),
     *("renters", "price_moves", "offers_vanish", "rate_limits", "credit"),
+    *("bandwidth", "stopped_storage", "price_increase"),
     *("ssh_greeting", "ssh_tmux", "ssh_key_lag_s", "ssh_keys_lost", "ssh_refused"),
-    *("bandwidth", "stopped_storage", "contract_ends"),
 ]
 
 

@@ -225,23 +225,23 @@ def spend_limit_usd_h(play: Play) -> Verdict:
 
 
 def contract_ends(play: Play) -> Verdict:
-    """The contract of the cheapest machine ends within the day, which is a minute here."""
-    short = _card(1, 0.3, rental_days=0.3)
-    day = Day(only=("contract_ends",), machines=[short, *_GOOD], speedup=600.0, whole=True, most_s=70.0)
+    """The contract of the first machine ends within the hour: another is hot by then."""
+    ends = ("contract-ends:in_s=40,count=1",)
+    day = Day(only=("contract_ends",), machines=_GOOD, faults=ends, whole=True, most_s=80.0)
     outcome = play(day)
-    well = _no_waste(outcome, 1)
-    return Verdict(well.right and outcome.last_hot == 1, f"{well.figures}, {outcome.last_hot} hot at the end")
+    right = outcome.last_hot == 1 and len(outcome.rented) == 2 and not outcome.banned
+    return Verdict(right, f"{outcome.says()}, {outcome.last_hot} hot at the end")
 
 
 def price_increase(play: Play) -> Verdict:
     """The only machine's host asks for 40 % more, or the contract ends: it must be heard."""
-    only = _card(1, 0.45, slots=1, rental_days=3.5)
+    asks = ("price-increase:share=0.4,count=1", "contract-ends:in_s=45,count=1")
     day = Day(
         only=("price_increase", "contract_ends"),
-        machines=[only],
-        speedup=6_000.0,
+        machines=[_card(1, 0.45, slots=1)],
+        faults=asks,
         whole=True,
-        most_s=75.0,
+        most_s=85.0,
     )
     outcome = play(day)
     well = _no_waste(outcome, 1)
