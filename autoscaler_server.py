@@ -22,7 +22,6 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 
 from engine.profiles import use_own_profiles
-from fleet.instance_messages import Hearing
 from fleet.outside.api_description import OPERATIONS
 from fleet.outside.config import PRODUCTION_URL, SERVE_ONLY, AutoscalerConfig
 from fleet.outside.costs import account_health, cost_answer
@@ -46,6 +45,7 @@ from fleet.outside.plan import PlanConfig, add_plan, plan
 from fleet.outside.prepare import prepare
 from fleet.outside.process import AutoscalerProcess
 from fleet.outside.profile_command import NewProfile, add_profile, profile_command
+from fleet.outside.ready_route import add_ready, hear_ready
 from fleet.outside.reasons import OwnReasons
 from fleet.outside.secrets_command import DOES, run_secrets_command
 from fleet.outside.standing import StandingOrders
@@ -57,22 +57,19 @@ from fleet_client.listening import bind_socket, check_bind
 from fleet_client.network_trust import allow
 from fleet_client.own_tls import scheme, server_tls
 from fleet_client.service_manager import ServiceManager, set_up_logging
-from fleet_client.tls_pins import pinned_context
 from process.errors import ConfigError
 from process.own_profiles import read_own_profiles
 from process.safe_text import safe_text
-from web.answers import JsonAnswer, error, error_answer, problem, response
-from web.app import admits, body, check_query, make_app, requires
+from web.answers import JsonAnswer, error, problem, response
+from web.app import body, check_query, make_app, requires
 from web.bridge import serve_flask
 from web.keys import AccessKeys
 from web.messages.busy import LOADBALANCER, MAX_BUSY_BODY, BusyAnswer, read_busy
-from web.messages.decoding import BadField, decode
+from web.messages.decoding import BadField
 from web.messages.operator import ManageBody, PolicyBody
-from web.messages.reports import ReadyBody
 from web.metrics import metrics_page
 from web.openapi import add_openapi
 from web.page_files import PageToken
-from web.signatures import claimed_name, name_and_key, signer
 
 log = logging.getLogger("autoscaler")
 
@@ -90,8 +87,6 @@ VIRTUAL = (sys.executable, "sim.py", "--virtual")
 
 SLOW_ROUTES = frozenset({"/costs", "/metrics", "/overview", "/history", ENGINE_LOG, MARKET, WHAT_IF})
 """They read the whole ledger, or ask an instance: in a thread, so that nothing else waits for it."""
-
-NOT_SIGNED = error_answer(401, "unauthorized", "wanted the signature of an instance of the fleet")
 
 
 # -- the routes ------------------------------------------------------------------------------------------
@@ -120,7 +115,7 @@ def create_app(
     acts = acts or OperatorActs.of(scaler, tuner=tuner)
     add_page(app, Overview(scaler, place, tuner, acts.audit, acts.what_if), acts, keys, token, health)
     _add_loadbalancer_routes(app, scaler, keys, master_token)
-    _add_ready(app, scaler, master_token, nudge)
+    add_ready(app, scaler, master_token, nudge)
     _add_operator_views(app, scaler, keys, health)
     _add_operator_orders(app, keys, token, acts.standing, tuner)
     add_openapi(app, "autoscaler", OPERATIONS)
@@ -189,49 +184,6 @@ def _add_loadbalancer_routes(
             version = scaler.instances.hot_version
             expected_s = scaler.instances.expected_hot_s(scaler.clock())
         return response(JsonAnswer(BusyAnswer(scaler.demand.epoch, version, expected_s, odd)))
-
-
-def _add_ready(
-    app: Flask, scaler: Autoscaler, master_token: Callable[[str], str], nudge: Callable[[], None]
-) -> None:
-    def signers() -> dict[str, tuple[str, str]]:
-        with scaler.lock:
-            labels = [i.label for i in scaler.instances]
-        found = [(label, *name_and_key(master_token(label))) for label in labels]
-        return {name: (label, key) for label, name, key in found}
-
-    def check_certificate(pem: str) -> None:
-        try:
-            if pem:
-                pinned_context(pem)
-        except ValueError as e:
-            raise BadField("certificate", str(e)) from None
-
-    def not_signed(authorization: str | None) -> JsonAnswer | None:
-        name = claimed_name(authorization)
-        return None if name is not None and name in signers() else NOT_SIGNED
-
-    @app.post("/ready")
-    @admits(not_signed)
-    def ready() -> Response:
-        known = signers()
-        raw = request.get_data(cache=False)
-        keys = {name: key for name, (_, key) in known.items()}
-        name = signer(request.headers.get("Authorization"), "/ready", raw, keys)
-        if name is None:
-            return response(NOT_SIGNED)
-        label = known[name][0]
-        said = decode(raw, ReadyBody)
-        check_certificate(said.certificate)
-        hearing = scaler.record_message(label, said)
-        if hearing is Hearing.TOO_MANY:
-            return error(429, "too_many", "an instance may say something every two seconds")
-        if hearing is Hearing.HEARD:
-            return error(409, "heard_before", "this message, or one after it, was heard before")
-        if hearing is Hearing.NEWS:
-            log.info("%s says: %s", label, safe_text(f"{said.state}: {said.why or ''}"))
-        nudge()
-        return jsonify(label=label)
 
 
 def _add_operator_views(
@@ -380,7 +332,7 @@ def parser() -> argparse.ArgumentParser:
         "instances are told once where they report.",
         help="rent, load the model, stop",
     )
-    add_flags(prepare_it, AutoscalerConfig, without=SERVE_ONLY)
+    add_flags(prepare_it, AutoscalerConfig, without=SERVE_ONLY - {"host"})
     prepare_it.add_argument(
         "--count", type=int, required=True, metavar="N", help="how many loaded instances to add (no default)"
     )
@@ -454,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
         profile_command(NewProfile.of(args), config)
     elif args.command == "prepare":
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-        prepare(config, args.count)
+        prepare(config, args.count, lambda process: hear_ready(process, config))
     elif args.command == "secrets":
         run_secrets_command(config, args.does, args.name)
     elif args.command == "plan":

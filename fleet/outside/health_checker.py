@@ -20,6 +20,7 @@ import random
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import paramiko
@@ -162,6 +163,9 @@ class HealthChecker:
             return found(Verdict.LOADING, "the ready line is not in its log yet")
         if not view.reached and order.state is State.RUNNING:
             if order.certificate is None:
+                # Whoever refuses ssh and listens at the other ports is there: its deadline holds.
+                if await _listens(order.auth_url or "", LISTENS_S):
+                    found.meet()
                 return found(Verdict.FAILED, view.why)
             if not await self._is_up(order):
                 found.meet()
@@ -268,6 +272,22 @@ class _Found:
             self._pace,
             self._stalled,
         )
+
+
+LISTENS_S = 3.0
+"""Seconds for a connection to a machine's auth_server."""
+
+
+async def _listens(url: str, limit_s: float) -> bool:
+    """Return whether somebody takes connections at the address of that URL."""
+    at = urlsplit(url)
+    try:
+        async with asyncio.timeout(limit_s):
+            _, writer = await asyncio.open_connection(at.hostname, at.port)
+    except OSError:  # also TimeoutError
+        return False
+    writer.close()
+    return True
 
 
 OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})

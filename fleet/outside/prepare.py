@@ -1,9 +1,11 @@
 """The command `prepare`: rent instances, have them load the model, stop them."""
 
+import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from fleet.holds import Hold, HoldKind
@@ -22,12 +24,16 @@ LOOK_EVERY_S = 0.5
 """Seconds between two looks at the progress."""
 
 
-def prepare(config: AutoscalerConfig, count: int) -> None:
+Listening = Callable[[AutoscalerProcess], AbstractContextManager[None]]
+
+
+def prepare(config: AutoscalerConfig, count: int, listening: Listening | None = None) -> None:
     """Rent count instances, wait until each has loaded the model, stop them. Progress goes to stdout.
 
     It is the ordinary loop with a policy that wants them in all but not hot. Instances that an interrupted
     run left half done count among the new ones, however far they come before the first look. Ctrl-C says what
-    is still rented; all of it is labelled.
+    is still rented; all of it is labelled. listening: a context in which instances that say that they are
+    ready are heard, where they send it.
     """
     within("--count", count, 1, config.max_instances)
     process = AutoscalerProcess(replace(config, manage=True), no_balancers=True, policy=Fixed(0, 0))
@@ -39,7 +45,8 @@ def prepare(config: AutoscalerConfig, count: int) -> None:
         half_done = frozenset(i.label for i in process.scaler.instances if not i.loaded)
         process.start()
         process.start_health_checks()
-        _wait(process, *_set_target(process, count, half_done))
+        with contextlib.nullcontext() if listening is None else listening(process):
+            _wait(process, *_set_target(process, count, half_done))
     except KeyboardInterrupt:
         print("\ninterrupted: waiting for the order under way", flush=True)
         process.stop()

@@ -421,6 +421,15 @@ def test_an_ssh_server_that_does_not_take_our_key_yet_is_met() -> None:
     assert not check(order(), UNREACHED, Client()).met
 
 
+def test_a_machine_that_refuses_ssh_and_listens_elsewhere_is_met() -> None:
+    """On some hosts nobody ever listens for ssh: unmet, it would bill for long after its deadline."""
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        found = check(
+            replace(order(), auth_url=f"http://127.0.0.1:{there.getsockname()[1]}"), UNREACHED, Client()
+        )
+    assert (found.verdict, found.met) == (Verdict.FAILED, True)
+
+
 # -- the log -------------------------------------------------------------------------------------------
 
 
