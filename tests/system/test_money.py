@@ -66,7 +66,7 @@ def test_the_bill_agrees_credit_comes_back_and_a_contract_ends_without_a_surpris
         rented = set(states(stack))
         costs = get(f"{stack.autoscaler_url}/costs")
         spent = get(f"{stack.cloud_url}/localcloud/status")["spent_usd"]
-        assert spent["traffic"] > 0.08, "2 x 22.4 GB at $2 a TB"
+        assert spent["traffic"] > 0.08 / 120.0, "2 x 22.4 GB at $2 a TB, by the speed-up"
         assert costs["usd"]["traffic"] == pytest.approx(spent["traffic"], rel=0.02)
         assert costs["usd"]["total"] == pytest.approx(spent["total"], rel=0.15)
         assert costs["credit"]["usd"] == pytest.approx(100.0, abs=1.0)
@@ -105,7 +105,7 @@ def test_the_bill_agrees_credit_comes_back_and_a_contract_ends_without_a_surpris
 
 @pytest.mark.timeout(200)
 def test_a_budget_that_is_used_up_starts_nothing_and_destroys_nothing(tmp_path: Path) -> None:
-    """A download is 4 cents: by the ledger a budget of 2 is used up when the autoscaler begins."""
+    """By the ledger a budget of less than the download is used up when the autoscaler begins."""
     cloud = LocalCloud(tmp_path, "--realism", "harsh", "--only", "bandwidth")
     url = f"http://127.0.0.1:{free_port()}"
     common = ["--local", "--cloud-url", cloud.url, "--state-dir", str(tmp_path / "state"), "--speedup", "300"]
@@ -117,7 +117,7 @@ def test_a_budget_that_is_used_up_starts_nothing_and_destroys_nothing(tmp_path: 
         prepared = [*command, "prepare", "--count", "1", *common]
         subprocess.run(prepared, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=120)
         served = subprocess.Popen(
-            [*command, *common, *policy, "--budget-usd-day", "0.02"],
+            [*command, *common, *policy, "--budget-usd-day", "0.0001"],
             cwd=ROOT,
             env=environ,
             stdout=subprocess.DEVNULL,
@@ -129,7 +129,7 @@ def test_a_budget_that_is_used_up_starts_nothing_and_destroys_nothing(tmp_path: 
             assert "raise --budget-usd-day" in said["message"]
             day = get(f"{url}/costs")["budgets"]["day"]
             assert day["used_up"]
-            assert day["spent_usd"] > 0.04
+            assert day["spent_usd"] > 0.0001
             decided = wait_for("it has decided", lambda: get(f"{url}/decisions")["decisions"], 30.0)
             assert not any(one["commands"] for one in decided)
             (machine,) = cloud.status()["instances"]
