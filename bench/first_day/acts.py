@@ -1,13 +1,12 @@
 """The acts of the first day, in their order: what is done, what happens, and what must be seen."""
 
-import contextlib
 import json
 import re
 import shlex
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,9 @@ class FirstDay:
         self.spent_usd = 0.0
         self.lost = 0
         self.arrived: tuple[tuple[float, int, int], ...] = ()
-        self.asked: list[dict[str, Any]] = []
-        self._stretches = 0
+        self.report = on.root / "users.json"
+        self._asking: Future[Ended]
+        self._asked_at = 0.0
 
     # -- what an act does ------------------------------------------------------------------------------
 
@@ -105,33 +105,33 @@ class FirstDay:
         """Return what the cloud has rented out to the account."""
         return list(self.on.bill()["instances"])
 
-    @contextlib.contextmanager
-    def users(self, share: float, *, may_fail: float = 0.0) -> Iterator[None]:
-        """Have users ask for that share of the day, beside what is done inside; none may be left waiting.
-
-        may_fail: share of the requests that may fail.
-        """
-        self._stretches += 1
-        seconds = max(1, round(share * self.hours * 3600.0 / self.on.speedup))
-        report = self.on.root / f"users-{self._stretches}.json"
-        ports = self.on.environ
+    def let_users_ask(self) -> None:
+        """Have users ask from now on until the day's hours are over, whatever happens meanwhile."""
+        seconds = max(1, round(self.hours * 3600.0 / self.on.speedup))
+        self.report, ports = self.on.root / "users.json", self.on.environ
         command = (
             f"python sim.py --num-iterations {seconds} --round-s 1 --base-num-users 1 --load-schedule 1"
-            f" --request-probability {REQUESTS_S:g} --seed {self._stretches} --json {report} --quiet"
+            f" --request-probability {REQUESTS_S:g} --seed 1 --json {self.report} --quiet"
             f" --loadbalancer http://127.0.0.1:{ports['LOADBALANCER_PORT']}"
             f" --autoscaler http://127.0.0.1:{ports['AUTOSCALER_PORT']}"
         )
-        with ThreadPoolExecutor(1) as beside:
-            asking = beside.submit(self.on.run, command)
-            yield
-            done = asking.result()
-        self.expect(f"users: {done.out[-300:]}", done.status == 0 and report.exists())
-        said = json.loads(report.read_text())
-        requests, late = said["requests"], said["objective"]["met_share"]
-        print(f"   users: {requests['completed']} of {requests['sent']}, {late:.1%} in time", flush=True)
-        most = may_fail * requests["sent"]
-        self.expect(f"{requests['failed']} of {requests['sent']} requests failed", requests["failed"] <= most)
-        self.asked.append({"requests": requests, "met_share": late})
+        self._asking = ThreadPoolExecutor(1).submit(self.on.run, command)
+        self._asked_at = time.monotonic()
+
+    def wait_until(self, share: float) -> None:
+        """Wait until that share of the day's hours is over."""
+        at = self._asked_at + share * self.hours * 3600.0 / self.on.speedup
+        time.sleep(max(0.0, at - time.monotonic()))
+
+    def hear_users(self) -> None:
+        """Wait for the last answer, and hold what users met against what may be."""
+        done = self._asking.result()
+        self.expect(f"users: {done.out[-300:]}", done.status == 0 and self.report.exists())
+        said = json.loads(self.report.read_text())
+        requests, met = said["requests"], said["objective"]["met_share"]
+        print(f"   users: {requests['completed']} of {requests['sent']}, {met:.1%} in time", flush=True)
+        self.expect(f"{requests['failed']} of {requests['sent']} requests failed", requests["failed"] == 0)
+        self.measured["users"] = {"requests": requests, "met_share": met}
 
     # -- what was measured -----------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class FirstDay:
 
     def figures(self) -> dict[str, Any]:
         """Return all that was measured."""
-        return {"spent_usd": self.spent_usd, "trouble": self.trouble, "users": self.asked, **self.measured}
+        return {"spent_usd": self.spent_usd, "trouble": self.trouble, **self.measured}
 
 
 # -- the acts ------------------------------------------------------------------------------------------
@@ -254,30 +254,35 @@ def first_answer(day: FirstDay) -> None:
     day.expect("the answer is the tool's name", ended.out.strip().endswith("weather"))
 
 
+def users_come(day: FirstDay) -> None:
+    """Users ask, from now to the end of the day."""
+    day.let_users_ask()
+
+
 def a_host_is_lost(day: FirstDay) -> None:
-    """Users ask; the host of the machine that serves vanishes under them, and another machine takes over."""
-    with day.users(1 / 2):
-        time.sleep(day.hours * 600.0 / day.on.speedup)
-        lost = day.hot()[0]
-        day.on.fault("offline", instance_id=lost["id"])
-        took_s = day.on.wait("another is hot", lambda: any(row["id"] != lost["id"] for row in day.hot()))
-        day.measured["host_lost_to_hot_cloud_min"] = round(day.cloud_minutes(took_s), 1)
-        day.note_lost(lost["machine_id"])
+    """The host of the machine that serves vanishes under its users, and another machine takes over."""
+    day.wait_until(0.15)
+    lost = day.hot()[0]
+    day.on.fault("offline", instance_id=lost["id"])
+    took_s = day.on.wait("another is hot", lambda: any(row["id"] != lost["id"] for row in day.hot()))
+    day.measured["host_lost_to_hot_cloud_min"] = round(day.cloud_minutes(took_s), 1)
+    day.note_lost(lost["machine_id"])
 
 
 def a_contract_ends(day: FirstDay) -> None:
     """The contract of the machine that serves comes to its end: another one serves before it does."""
-    with day.users(1 / 4):
-        ending = day.hot()[0]
-        day.on.fault("contract-ends", instance_id=ending["id"], in_s=CONTRACT_S)
-        took_s = day.on.wait("another is hot", lambda: any(row["id"] != ending["id"] for row in day.hot()))
-        day.measured["contract_replaced_cloud_min"] = round(day.cloud_minutes(took_s), 1)
-        day.expect("it is replaced before the end", took_s < CONTRACT_S)
-        day.on.wait("the old one is gone", lambda: ending["id"] not in {one["id"] for one in day.rentals()})
+    day.wait_until(0.35)
+    ending = day.hot()[0]
+    day.on.fault("contract-ends", instance_id=ending["id"], in_s=CONTRACT_S)
+    took_s = day.on.wait("another is hot", lambda: any(row["id"] != ending["id"] for row in day.hot()))
+    day.measured["contract_replaced_cloud_min"] = round(day.cloud_minutes(took_s), 1)
+    day.expect("it is replaced before the end", took_s < CONTRACT_S)
+    day.on.wait("the old one is gone", lambda: ending["id"] not in {one["id"] for one in day.rentals()})
 
 
 def credit_ends(day: FirstDay) -> None:
     """The credit is used up: everything stops, and nobody is blamed; then it is paid, and all goes on."""
+    day.wait_until(0.55)
     before = {row["id"] for row in day.rentals()}
     day.on.fault("credit-zero")
     day.on.wait("it is said that there is no credit", lambda: "credit" in json.dumps(day.health()))
@@ -290,6 +295,7 @@ def credit_ends(day: FirstDay) -> None:
 
 def budget_is_reached(day: FirstDay) -> None:
     """The day's budget is spent: the machines are stopped; with a higher one all goes on."""
+    day.wait_until(0.7)
     day.on.end("autoscaler_server.py")
     spent = day.on.bill()["spent_usd"]["total"]
     _serve_autoscaler(day, budget_usd_day=f"{spent:.4f}")
@@ -300,14 +306,9 @@ def budget_is_reached(day: FirstDay) -> None:
     day.on.wait("a machine is hot again", lambda: day.hot())
 
 
-def users_go_on(day: FirstDay) -> None:
-    """Users ask for the rest of the day."""
-    with day.users(1 / 4):
-        day.on.wait("a machine is hot", lambda: day.hot())
-
-
 def what_it_costs(day: FirstDay) -> None:
-    """Status and costs are looked at; the ledger agrees with the account."""
+    """The day is over; status and costs are looked at."""
+    day.hear_users()
     day.run(day.command("What it costs", 0))
     day.run(day.command("What it costs", 1))
     ours = day.on.ask(f"{day.on.autoscaler_url}/costs")
@@ -355,11 +356,11 @@ ACTS: tuple[Callable[[FirstDay], None], ...] = (
     load_the_model,
     serve,
     first_answer,
+    users_come,
     a_host_is_lost,
     a_contract_ends,
     credit_ends,
     budget_is_reached,
-    users_go_on,
     what_it_costs,
     the_end,
 )
