@@ -13,7 +13,7 @@ from typing import Any
 from bench.children import ChildProcess, wait_for
 from bench.first_day.documented import documented_steps
 from bench.first_day.ideal import DayPlayed
-from bench.first_day.stage import Ended, Stage
+from bench.first_day.stage import COMMAND_S, Ended, Stage
 from engine.profiles import get_profile
 
 KEY = "first-day-key-of-an-operator"
@@ -115,7 +115,7 @@ class FirstDay:
             f" --loadbalancer http://127.0.0.1:{ports['LOADBALANCER_PORT']}"
             f" --autoscaler http://127.0.0.1:{ports['AUTOSCALER_PORT']}"
         )
-        self._asking = ThreadPoolExecutor(1).submit(self.on.run, command)
+        self._asking = ThreadPoolExecutor(1).submit(self.on.run, command, limit_s=seconds + COMMAND_S)
         self._asked_at = time.monotonic()
 
     def wait_until(self, share: float) -> None:

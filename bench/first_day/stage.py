@@ -66,8 +66,11 @@ class Stage:
         """Let the operator's programs find that key of the account from now on."""
         self.environ["LOCALCLOUD_API_KEY"] = key
 
-    def run(self, command: str, *, given: str = "", python: str = "") -> Ended:
-        """Run a documented command to its end. given: what is typed into it; python: run that instead."""
+    def run(self, command: str, *, given: str = "", python: str = "", limit_s: float = COMMAND_S) -> Ended:
+        """Run a documented command to its end. given: what is typed into it; python: run that instead.
+
+        limit_s: seconds after which TimeoutExpired is raised.
+        """
         argv = [sys.executable, "-c", python] if python else _argv(command, self.environ["HOME"])
         begun = time.monotonic()
         done = subprocess.run(
@@ -78,7 +81,7 @@ class Stage:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=COMMAND_S,
+            timeout=limit_s,
             check=False,
         )
         ended = Ended(command, done.returncode, done.stdout, time.monotonic() - begun)
