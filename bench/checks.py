@@ -63,7 +63,7 @@ class Session(paramiko.ServerInterface):
         """Answer from another thread: this one must first say that the command runs."""
 
         def reply() -> None:
-            channel.sendall(b"READY\nCERTIFICATE\nEND\n")
+            channel.sendall(b"\nFLEET-BEGIN\nREADY\nFLEET-CERTIFICATE\nFLEET-END\n")
             channel.send_exit_status(0)
             channel.shutdown_write()
 

@@ -328,10 +328,10 @@ def the_end(day: FirstDay) -> None:
         ).fetchall()
     day.run(day.command("The end"), given="yes\n")
     day.expect("nothing is left", day.rentals() == [])
-    day.count(_requests(rows), day.on.bill()["spent_usd"])
+    day.count(requests_in(rows), day.on.bill()["spent_usd"])
 
 
-def _requests(rows: list[tuple[float, float, float, float]]) -> tuple[tuple[float, int, int], ...]:
+def requests_in(rows: list[tuple[float, float, float, float]]) -> tuple[tuple[float, int, int], ...]:
     """Return each request that arrived, evenly in its second, with the mean lengths of that second."""
     weight, found = get_profile(MODEL).prefill_weight, []
     first, owed = rows[0][0], 0.0
