@@ -133,8 +133,8 @@ CHAOS := $(BIN)/python -m bench.chaos
 chaos: $(READY) $(COMPILED)
 	$(CHAOS) --seed $(SEEDS) --minutes $(MINUTES) --keep build/chaos --json build/chaos.json
 
-# The first hour of docs/vast-ai.md on a local cloud as unkind as the marketplace, and what a clairvoyant would have paid: 15 minutes.
-HOURS ?= 12
+# The first hour of docs/vast-ai.md on a local cloud as unkind as the marketplace, and what a clairvoyant would have paid: 10 minutes.
+HOURS ?= 8
 first-day: $(READY) $(COMPILED)
 	$(BIN)/python -m bench.first_day --hours $(HOURS) --keep build/first-day --json build/first-day.json
 
