@@ -23,7 +23,7 @@ from fleet.price_increases import Judged, PriceAnswer, judge_increase
 from process.errors import CloudError
 from vast.billing import Billing
 from vast.client import Vast
-from vast.rows import PriceIncrease
+from vast.rows import Offer, PriceIncrease
 
 log = logging.getLogger("autoscaler")
 
@@ -138,7 +138,8 @@ class AccountWatch:
             labels = {i.id: i.label for i in self._scaler.instances}
             self._apply_agreed()
         ours = [one for one in asked if one.instance in labels]
-        judged = [self._judge(one, labels[one.instance]) for one in ours]
+        offers = self._offers() if ours else None
+        judged = [self._judge(one, labels[one.instance], offers) for one in ours]
         for one in judged:
             if one.verdict is PriceAnswer.ACCEPTED:
                 self._billing.answer_price_increase(one.increase.instance, accept=True)
@@ -146,10 +147,13 @@ class AccountWatch:
         with self._scaler.lock:
             self._scaler.instances.money.note_increases(judged)
 
-    def _judge(self, asked: PriceIncrease, label: str) -> Judged:
-        offers = None
-        if self._perform is not None:
-            offers = self._perform(LookForOffers("a host asks for a higher price")).offers
+    def _offers(self) -> tuple[Offer, ...] | None:
+        """Return what is for rent now, to compare prices with; None where that is not known."""
+        if self._perform is None:
+            return None
+        return self._perform(LookForOffers("a host asks for a higher price")).offers
+
+    def _judge(self, asked: PriceIncrease, label: str, offers: tuple[Offer, ...] | None) -> Judged:
         with self._scaler.lock:
             fleet = self._scaler.instances
             return judge_increase(asked, fleet[label], offers, fleet.profile, fleet.horizon)
