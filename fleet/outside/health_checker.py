@@ -26,6 +26,7 @@ import aiohttp
 import paramiko
 
 from fleet.health_check import HealthCheck, HealthCheckOrder, Verdict
+from fleet.outside.reach import connects
 from fleet.outside.ssh_log import HostKeyChanged, LoginRanNothing, LogView, SshLog
 from fleet.probe_prompts import CHATS, HEADERS, as_completion, as_embedding, probe
 from fleet.slowness import ProbePace
@@ -164,7 +165,8 @@ class HealthChecker:
         if not view.reached and order.state is State.RUNNING:
             if order.certificate is None:
                 # Whoever refuses ssh and listens at the other ports is there: its deadline holds.
-                if await _listens(order.auth_url or "", LISTENS_S):
+                at = urlsplit(order.auth_url or "")
+                if await connects(at.hostname, at.port, LISTENS_S):
                     found.meet()
                 return found(Verdict.FAILED, view.why)
             if not await self._is_up(order):
@@ -276,18 +278,6 @@ class _Found:
 
 LISTENS_S = 3.0
 """Seconds for a connection to a machine's auth_server."""
-
-
-async def _listens(url: str, limit_s: float) -> bool:
-    """Return whether somebody takes connections at the address of that URL."""
-    at = urlsplit(url)
-    try:
-        async with asyncio.timeout(limit_s):
-            _, writer = await asyncio.open_connection(at.hostname, at.port)
-    except OSError:  # also TimeoutError
-        return False
-    writer.close()
-    return True
 
 
 OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from fleet.evidence import Health
 from fleet.health_check import HealthCheckOrder
 from fleet.outside.health_checker import HealthChecker
+from fleet.outside.reach import connects
 from fleet.outside.turns import Autoscaler
 from fleet.outside.wakeup import Wakeup
 from instance_client import InstanceClient
@@ -26,19 +27,6 @@ REACH = ""
 
 CHECK_TICK_S = 0.25
 """Seconds between two looks for due checks; a message of an instance makes one due at once."""
-
-
-async def _connects(host: str, port: int) -> bool:
-    """Return whether a TCP connection to that host and port can be made; nothing is sent."""
-    try:
-        async with asyncio.timeout(REACH_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(host, port)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-    return True
 
 
 class HealthRounds:
@@ -101,7 +89,9 @@ class HealthRounds:
 
     async def _look_around(self) -> None:
         try:
-            found = await asyncio.gather(*(_connects(host, port) for host, port in self._places))
+            found = await asyncio.gather(
+                *(connects(host, port, REACH_TIMEOUT_S) for host, port in self._places)
+            )
             self._scaler.record_reach(Health.WELL if any(found) else Health.BROKEN)
         finally:
             del self._under_way[REACH]
