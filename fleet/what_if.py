@@ -33,11 +33,17 @@ class FleetNow:
 
 
 def log_of(arrived: Iterable[Arrived], prefill_weight: float) -> Iterator[str]:
-    """Yield the lines of a log with a row for each request that arrived.
+    """Yield the lines of a log with a row for each request that arrived."""
+    yield "arrival_s,prompt_tokens,output_tokens\n"
+    for at_s, prompt, output in requests_of(arrived, prefill_weight):
+        yield f"{at_s:.4f},{prompt},{output}\n"
+
+
+def requests_of(arrived: Iterable[Arrived], prefill_weight: float) -> Iterator[tuple[float, int, int]]:
+    """Yield (seconds since the first one's, prompt tokens, answer tokens) of each request that arrived.
 
     Of a second only sums are known, so its requests lie evenly in it and are all alike.
     """
-    yield "arrival_s,prompt_tokens,output_tokens\n"
     begin: int | None = None
     owed = 0.0  # parts of requests: where reports are rare, counts are not whole
     for a in arrived:
@@ -49,9 +55,8 @@ def log_of(arrived: Iterable[Arrived], prefill_weight: float) -> Iterator[str]:
             continue
         prompt = a.prompt_tokens / a.requests
         output = a.work / a.requests - prompt * prefill_weight
-        row = f"{max(1, round(prompt))},{max(1, round(output))}\n"
         for n in range(count):
-            yield f"{a.second - begin + n / count:.4f},{row}"
+            yield a.second - begin + n / count, max(1, round(prompt)), max(1, round(output))
 
 
 def flags_of(now: FleetNow, asked: WhatIfBody | None) -> list[str]:

@@ -1,9 +1,9 @@
 """The acts of the first day, in their order: what is done, what happens, and what must be seen."""
 
 import json
+import math
 import re
 import shlex
-import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +15,8 @@ from bench.first_day.documented import documented_steps
 from bench.first_day.ideal import DayPlayed
 from bench.first_day.stage import COMMAND_S, Ended, Stage
 from engine.profiles import get_profile
+from fleet.outside.ledger import Ledger
+from fleet.what_if import requests_of
 
 KEY = "first-day-key-of-an-operator"
 KEY_FILE = ".config/vastai/vast_api_key"
@@ -322,29 +324,13 @@ def the_end(day: FirstDay) -> None:
     """Everything is ended; the day is counted."""
     for name in ("gateway.py", "loadbalancer_server.py", "autoscaler_server.py"):
         day.on.end(name)
-    with sqlite3.connect(f"file:{day.state_dir}/ledger.sqlite?mode=ro", uri=True) as db:
-        rows = db.execute(
-            "SELECT second, requests, work, prompt_tokens FROM arrived ORDER BY second"
-        ).fetchall()
+    ledger = Ledger(day.state_dir / "ledger.sqlite")
+    arrived = ledger.arrived(0.0, math.inf)
+    ledger.close()
     day.run(day.command("The end"), given="yes\n")
     day.expect("nothing is left", day.rentals() == [])
-    day.count(requests_in(rows), day.on.bill()["spent_usd"])
-
-
-def requests_in(rows: list[tuple[float, float, float, float]]) -> tuple[tuple[float, int, int], ...]:
-    """Return each request that arrived, evenly in its second, with the mean lengths of that second."""
-    weight, found = get_profile(MODEL).prefill_weight, []
-    first, owed = rows[0][0], 0.0
-    for second, requests, work, prompt_tokens in rows:
-        owed += requests
-        count = int(owed + 1e-9)
-        owed -= count
-        prompt = prompt_tokens / requests if requests else 0.0
-        answer = work / requests - weight * prompt if requests else 0.0
-        found += [
-            (second - first + n / count, max(1, round(prompt)), max(1, round(answer))) for n in range(count)
-        ]
-    return tuple(found)
+    requests = tuple(requests_of(arrived, get_profile(MODEL).prefill_weight))
+    day.count(requests, day.on.bill()["spent_usd"])
 
 
 ACTS: tuple[Callable[[FirstDay], None], ...] = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.first_day.acts import ACTS, requests_in
+from bench.first_day.acts import ACTS
 from bench.first_day.documented import documented_steps
 from bench.first_day.ideal import DayPlayed, ideal_usd
 from process.errors import ConfigError
@@ -57,8 +57,3 @@ def test_more_requests_cost_it_more_machines() -> None:
     assert found["usd"] > 2.0 * ideal_usd(DAY)["usd"]
     with pytest.raises(ConfigError, match="no request"):
         ideal_usd(replace(DAY, arrived=()))
-
-
-def test_the_requests_of_a_second_are_those_of_the_ledger() -> None:
-    rows = [(10.0, 2.0, 2 * (0.1 * 300 + 180), 600.0), (12.0, 0.5, 105.0, 150.0), (13.0, 0.5, 105.0, 150.0)]
-    assert requests_in(rows) == ((0.0, 300, 180), (0.5, 300, 180), (3.0, 300, 180))

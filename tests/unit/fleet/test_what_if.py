@@ -12,7 +12,7 @@ import sim
 from fleet.arrivals import Arrived
 from fleet.outside.ledger import Ledger
 from fleet.outside.what_if_runs import WhatIfRefused, WhatIfRuns
-from fleet.what_if import FleetNow, flags_of, log_of, summary_of
+from fleet.what_if import FleetNow, flags_of, log_of, requests_of, summary_of
 from policies import Busy, Fixed, Objective, Policy
 from simulation.traces.reading import read
 from tests.commands import run_command
@@ -163,3 +163,9 @@ def test_without_arrivals_nothing_is_played(tmp_path: Path) -> None:
     with pytest.raises(WhatIfRefused, match="0 requests are known"):
         runs(Loop(ledger), PLAYS).ask(WhatIfBody())
     ledger.close()
+
+
+def test_the_requests_of_a_second_are_those_of_the_ledger() -> None:
+    rows = [(10, 2.0, 2 * (0.1 * 300 + 180), 600.0), (12, 0.5, 105.0, 150.0), (13, 0.5, 105.0, 150.0)]
+    found = requests_of((Arrived(*row) for row in rows), 0.1)
+    assert tuple(found) == ((0.0, 300, 180), (0.5, 300, 180), (3.0, 300, 180))
