@@ -142,8 +142,8 @@ first-day: $(READY) $(COMPILED)
 chaos-undo: $(READY) $(COMPILED)
 	$(CHAOS).undone --json build/chaos-undone.json
 
-# Each unkindness of the local cloud alone: commit 0abccd6 must fail of it, the present code must not. About 12 minutes
-# on an idle machine. ROWS=sizes,old_drivers for some.
+# Each unkindness of the local cloud alone: commit 0abccd6 must fail of it, the present code must not. A quarter of an hour
+# or more: it was played in groups only. ROWS=sizes,old_drivers for some.
 ROWS ?=
 harsh-undo: $(READY) $(COMPILED)
 	$(BIN)/python -m bench.unkind $(if $(ROWS),--only $(ROWS)) --json build/harsh-undo.json
